@@ -1,0 +1,85 @@
+"""The values a prompt passes through: Request -> Embedding -> Latent -> Frames -> Clip, or a Failure on the way.
+
+Each stage takes the value before it and returns the one after it. A value is never filled in later: the next stage
+makes the next value, and lets the heavy tensor of the one before go.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from model.shapes import VideoShape
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """All that decides the pixels of one clip; the plan has resolved every default."""
+
+    clip_id: str                    # SHA-256 of every other field but fps
+    model: str                      # name in the catalogue
+    weights_fingerprint: str
+    prompt: str
+    negative_prompt: str
+    seed: int                       # 0 <= seed < 2**63
+    shape: VideoShape
+    fps: float
+    num_steps: int
+    guidance: float
+    precision: str                  # fp32, bf16, int8
+    attention: str                  # dense, sage, sparse
+
+    @property
+    def embedding_key(self) -> str:
+        """Requests with one key share one Embedding."""
+        said = [self.model, self.weights_fingerprint, self.precision, self.prompt, self.negative_prompt]
+        return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+
+    @property
+    def bucket(self) -> str:
+        """Requests in one bucket may be sampled in one batch: same shape and same course."""
+        return f"{self.shape} {self.num_steps} steps guidance {self.guidance:g}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embedding:
+    request: Request
+    prompt: tuple[Tensor, ...]      # one [L, E] per stream of the model, trimmed to the prompt's real length
+    negative: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latent:
+    request: Request
+    streams: tuple[Tensor, ...]     # video [C, T, H, W] as the DiT has it (normalised), then audio [C, A, M]
+    fallbacks: tuple[str, ...] = ()  # what ran instead of what was asked for
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frames:
+    request: Request
+    rgb: Tensor                     # uint8 [frames, height, width, 3]
+    audio: Tensor | None = None     # [samples, 2] in [-1, 1]; None is silence
+    fallbacks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clip:
+    request: Request
+    uri: str
+    sha256: str
+    num_bytes: int
+    duration_s: float
+    has_audio: bool = False
+    fallbacks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """What is left of a request that a stage could not serve; every later stage passes it on untouched."""
+
+    request: Request
+    stage: str
+    error_type: str                 # the exception's class name, or WorkerDied
+    error: str                      # its message, for a person
