@@ -1,0 +1,37 @@
+"""Guidance: how the velocity with the prompt and the velocity without it become one."""
+
+import torch
+from torch import Tensor
+
+
+def classifier_free(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
+    """uncond + scale * (cond - uncond); scale 1 is the prompt's velocity alone."""
+    return uncond + scale * (cond - uncond)
+
+
+class AdaptiveProjectedGuidance:
+    """APG with momentum: the guidance is averaged over steps, its length bounded per frame, its share along cond removed.
+
+    One object serves one run of the sampler over a batch: it remembers the running average from step to step.
+    The base is cond and the factor is scale, so with everything else off it equals classifier_free at 1 + scale.
+    Source   Sadat et al. 2024 (arXiv 2410.02416), as the Linum v2 release applies it.
+    """
+
+    def __init__(self, scale: float, *, momentum: float = -0.75, max_norm: float = 20.0, parallel: float = 0.0):
+        self.scale, self.momentum, self.max_norm, self.parallel = scale, momentum, max_norm, parallel
+        self.average: Tensor | None = None
+
+    def __call__(self, cond: Tensor, uncond: Tensor) -> Tensor:
+        """Guided velocity, shaped like cond [B, C, T, H, W], fp32."""
+        cond, uncond = cond.float(), uncond.float()
+        guidance = cond - uncond
+        if self.average is not None:
+            guidance = guidance + self.momentum * self.average
+        self.average = guidance                        # what is remembered is not yet bounded
+        if self.max_norm > 0:
+            norm = torch.linalg.vector_norm(guidance, dim=(1, 3, 4), keepdim=True)       # per clip and latent step
+            guidance = guidance * (self.max_norm / norm).clamp(max=1.0)
+        unit = cond.double() / torch.linalg.vector_norm(cond.double(), dim=(1, 2, 3, 4), keepdim=True).clamp_min(1e-12)
+        along = (guidance.double() * unit).sum(dim=(1, 2, 3, 4), keepdim=True) * unit    # per clip
+        across = guidance.double() - along
+        return cond + self.scale * (across.float() + self.parallel * along.float())

@@ -1,0 +1,74 @@
+"""What the transformer families share: RMS norm, rotary positions in three axes, timestep features, dense attention.
+
+Precision, for every family: linear and convolution weights may be bf16, and such a layer casts what it is given; norm
+gains and modulation stay fp32, so the residual stream is fp32 by promotion (specification: Linum v2 release, under autocast).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Linear(nn.Linear):
+    """A linear layer that computes in the dtype of its own weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * gain over the last axis; statistics in fp32, the normalised value rounded to x's dtype before the gain."""
+
+    def __init__(self, width: int, eps: float = 1e-6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.float()
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return y.to(x.dtype) * self.weight
+
+
+def compute_in(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Set the dtype of linear and convolution weights, in place; all else stays as it is."""
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)):
+            module.to(dtype)
+    return model
+
+
+def timestep_features(timestep: Tensor, width: int) -> Tensor:
+    """[B, width] in float64, cosines first: cos(t w_k), sin(t w_k) with w_k = 10000^(-2k / width).  timestep [B] in [0, 1000]."""
+    half = width // 2
+    frequencies = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=timestep.device) / half)
+    angles = timestep.double()[:, None] * frequencies
+    return torch.cat((angles.cos(), angles.sin()), dim=1)
+
+
+def rotary_table(grid: tuple[int, int, int], head_dim: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """cos and sin, each [N, 1, head_dim / 2] in fp32, for the tokens of a T x H x W grid in T-major order.
+
+    The head_dim / 2 pairs are split over T, H, W; H and W get a third each, rounded down, T the rest.
+    The angle of pair i of an axis with n pairs is position * 10000^(-i / n).
+    """
+    pairs = head_dim // 2
+    per_axis = (pairs - 2 * (pairs // 3), pairs // 3, pairs // 3)
+    positions = torch.meshgrid(*(torch.arange(n, dtype=torch.float64, device=device) for n in grid), indexing="ij")
+    angles = torch.cat([p.flatten()[:, None] * 10000.0 ** (-torch.arange(n, dtype=torch.float64, device=device) / n)
+                        for p, n in zip(positions, per_axis, strict=True)], dim=1)
+    return angles.cos().float()[:, None], angles.sin().float()[:, None]
+
+
+def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn adjacent channel pairs (2i, 2i + 1) by the table's angles.  x [B, N, heads, head_dim]."""
+    cos, sin = table
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(head_dim) + bias) v in v's dtype.  q [B, N, heads, head_dim], k and v [B, M, heads, head_dim] -> [B, N, heads * head_dim]."""
+    q, k, v = (x.transpose(1, 2) for x in (q.to(v.dtype), k.to(v.dtype), v))
+    bias = None if bias is None else bias.to(v.dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)

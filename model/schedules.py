@@ -1,0 +1,23 @@
+"""Noise schedules: how many steps -> the sigmas to stop at, from noise (near 1) down to 0."""
+
+import torch
+from torch import Tensor
+
+
+def shifted(sigma: Tensor, shift: float) -> Tensor:
+    """Spend more of the steps at high noise: shift * s / (1 + (shift - 1) * s).  sigma in [0, 1]."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def flow_match_sigmas(num_steps: int, shift: float = 3.0) -> Tensor:
+    """The num_steps + 1 sigmas of the flow-matching Euler schedule, fp32 on the CPU; the first is 1, the last 0.
+
+    The shift acts twice, as in diffusers' FlowMatchEulerDiscreteScheduler: on the smallest of 1000 training sigmas, which
+    bounds the grid, and then on the grid. So the last sigma before 0 does not come closer to 0 with more steps.
+    Raises ValueError for less than one step.
+    """
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be at least 1; got {num_steps}")
+    smallest = shifted(torch.tensor(1 / 1000, dtype=torch.float32), shift).double().item()
+    grid = torch.linspace(1000.0, 1000 * smallest, num_steps, dtype=torch.float64) / 1000
+    return torch.cat((shifted(grid, shift).float(), torch.zeros(1)))
