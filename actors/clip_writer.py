@@ -1,0 +1,199 @@
+"""Frames in, Clip out: an MP4 that every browser plays, published once.
+
+The bytes of a clip come from its frames and its request alone: no clock, host, worker or row id goes in, and the encoder's
+thread count is fixed, because x264 makes other bytes with another count.
+"""
+
+import hashlib
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from fractions import Fraction
+from io import BytesIO
+from pathlib import Path
+from typing import Protocol
+
+import av
+import numpy as np
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation, VideoReformatter
+from torch import Tensor
+
+from actors.messages import Clip, Frames, Request
+
+# mbtree off: for pictures under some 100 pixels, x264's macroblock tree reads memory that nobody wrote, and equal frames
+# give unequal bytes.
+VIDEO_OPTIONS = {"crf": "18", "preset": "medium", "mbtree": "0"}
+VIDEO_THREADS = 4
+AUDIO_BITS_PER_S = 192_000
+
+# Bit-exact: the same planes on every CPU, whatever vector instructions it has.
+TO_YUV = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
+
+
+class StoredObject(Protocol):
+    sha256: str | None
+    num_bytes: int
+
+
+class ClipStore(Protocol):
+    """What publishing needs of a store; pipeline/store.py says what each of these promises."""
+
+    def create(self, key: str, data: bytes | Path, *, metadata: dict[str, str] | None = None) -> bool: ...
+    def head(self, key: str) -> StoredObject | None: ...
+    def get(self, key: str) -> bytes: ...
+    def uri_of(self, key: str) -> str: ...
+
+
+def clip_key(clip_id: str) -> str:
+    """Where a clip lies in its run folder; the two characters spread a listing over many prefixes."""
+    return f"clips/{clip_id[:2]}/{clip_id}.mp4"
+
+
+class ClipWriter:
+    """Encodes frames to a temporary file and publishes it by one conditional create; holds nothing between clips."""
+
+    def __init__(self, store: ClipStore, audio_rate: int = 48_000):
+        self.store, self.audio_rate = store, audio_rate
+
+    def __call__(self, batch: list[Frames]) -> list[Clip]:
+        return [self.publish(frames) for frames in batch]
+
+    def publish(self, frames: Frames) -> Clip:
+        """Raises ValueError for frames that are not what the request asked for, and whatever the store raises."""
+        request = frames.request
+        key = clip_key(request.clip_id)
+        with tempfile.NamedTemporaryFile(prefix="dailies-", suffix=".mp4") as file:
+            write_mp4(Path(file.name), frames, self.audio_rate)
+            with open(file.name, "rb") as written:
+                sha256 = hashlib.file_digest(written, "sha256").hexdigest()
+            num_bytes = Path(file.name).stat().st_size
+            if not self.store.create(key, Path(file.name), metadata={"sha256": sha256, "clip-id": request.clip_id}):
+                sha256, num_bytes = self.published(key)
+        return Clip(request=request, uri=self.store.uri_of(key), sha256=sha256, num_bytes=num_bytes,
+                    duration_s=request.shape.frames / request.fps, has_audio=frames.audio is not None,
+                    fallbacks=frames.fallbacks + padding_note(request))
+
+    def published(self, key: str) -> tuple[str, int]:
+        """SHA-256 and size of the object that was there first: it is the clip, whoever stored it."""
+        there = self.store.head(key)
+        if there is not None and there.sha256:
+            return there.sha256, there.num_bytes
+        data = self.store.get(key)
+        return hashlib.sha256(data).hexdigest(), len(data)
+
+
+def write_mp4(path: Path, frames: Frames, audio_rate: int) -> None:
+    """H.264 yuv420p with the index in front, and AAC where there is sound; frames are converted one at a time."""
+    request = frames.request
+    wanted = (request.shape.frames, request.shape.height, request.shape.width, 3)
+    if tuple(frames.rgb.shape) != wanted:
+        raise ValueError(f"frames must be {list(wanted)} as the request says; got {list(frames.rgb.shape)}")
+    rate = Fraction(request.fps).limit_denominator(1001)
+    width, height = coded_size(request.shape.width, request.shape.height)
+    # use_metadata_tags: our own key names; bitexact: no library versions in the file.
+    options = {"movflags": "+faststart+use_metadata_tags", "fflags": "+bitexact"}
+    with av.open(str(path), "w", format="mp4", options=options) as container:
+        container.metadata.update(provenance(request))
+        video = container.add_stream("libx264", rate=rate, width=width, height=height, pix_fmt="yuv420p",
+                                     options=VIDEO_OPTIONS)
+        video.thread_count = VIDEO_THREADS
+        # The planes are made with the BT.709 matrix in limited range (yuv_frames), and the file says so.
+        video.codec_context.colorspace = Colorspace.ITU709
+        video.codec_context.color_range = ColorRange.MPEG
+        video.codec_context.color_primaries = ColorPrimaries.BT709
+        video.codec_context.color_trc = ColorTrc.BT709
+        sound = None
+        if frames.audio is not None:
+            sound = container.add_stream("aac", rate=audio_rate, layout="stereo", bit_rate=AUDIO_BITS_PER_S,
+                                         options={"flags": "+bitexact"})
+            # Sound first: the muxer then holds a few small packets until their pictures come, not the other way round.
+            container.mux(sound.encode(audio_frame(frames.audio, audio_rate)))
+            container.mux(sound.encode())
+        for frame in yuv_frames(frames.rgb, rate, width, height):
+            container.mux(video.encode(frame))
+        container.mux(video.encode())
+
+
+def yuv_frames(rgb: Tensor, rate: Fraction, width: int, height: int) -> Iterator[av.VideoFrame]:
+    """rgb uint8 [frames, height, width, 3] on any device, as yuv420p frames; an odd side gets its edge repeated once."""
+    reformat = VideoReformatter().reformat
+    for index, picture in enumerate(rgb):
+        pixels = picture.cpu().numpy()
+        pad = (height - pixels.shape[0], width - pixels.shape[1])
+        if any(pad):
+            pixels = np.pad(pixels, ((0, pad[0]), (0, pad[1]), (0, 0)), mode="edge")
+        frame = reformat(av.VideoFrame.from_ndarray(pixels, format="rgb24"), format="yuv420p", interpolation=TO_YUV,
+                         src_color_range=ColorRange.JPEG, dst_color_range=ColorRange.MPEG,
+                         dst_colorspace=Colorspace.ITU709, dst_color_primaries=ColorPrimaries.BT709,
+                         dst_color_trc=ColorTrc.BT709, threads=1)
+        frame.pts, frame.time_base = index, 1 / rate
+        yield frame
+
+
+def audio_frame(audio: Tensor, rate: int) -> av.AudioFrame:
+    """audio [samples, 2] in [-1, 1], as the planar float frame that the AAC encoder takes."""
+    samples = np.ascontiguousarray(audio.float().clamp(-1, 1).cpu().numpy().T)
+    frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout="stereo")
+    frame.sample_rate, frame.pts, frame.time_base = rate, 0, Fraction(1, rate)
+    return frame
+
+
+def coded_size(width: int, height: int) -> tuple[int, int]:
+    """Width and height in the file: yuv420p halves its colour planes, so both are rounded up to even."""
+    return width + width % 2, height + height % 2
+
+
+def padding_note(request: Request) -> tuple[str, ...]:
+    """What to say of a clip whose file is larger than was asked; nothing for even sizes."""
+    asked = (request.shape.width, request.shape.height)
+    coded = coded_size(*asked)
+    if coded == asked:
+        return ()
+    return (f"edge repeated to {coded[0]}x{coded[1]}: H.264 yuv420p has even sides",)
+
+
+def provenance(request: Request) -> dict[str, str]:
+    """What the file says about itself: only what decides the pixels, so rows that share a clip share its bytes."""
+    said = {"prompt": request.prompt, "negative_prompt": request.negative_prompt, "seed": str(request.seed),
+            "steps": str(request.num_steps), "guidance": f"{request.guidance:g}", "model": request.model,
+            "weights_fingerprint": request.weights_fingerprint, "precision": request.precision,
+            "attention": request.attention, "clip_id": request.clip_id}
+    return {key: readable(value) for key, value in said.items()}
+
+
+def readable(text: str) -> str:
+    """The text with every control character as its visible picture (NUL as U+2400): an MP4 value ends at a NUL.
+
+    Tab and newline stay. What UTF-8 cannot hold (half a surrogate pair) becomes U+FFFD.
+    """
+    pictures = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n"}
+    pictures |= {0x7F: 0x2421} | dict.fromkeys([*range(0x80, 0xA0), *range(0xD800, 0xE000)], 0xFFFD)
+    return text.translate(pictures)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipFile:
+    """What decoding a whole MP4 found."""
+
+    frames: int
+    width: int
+    height: int
+    fps: float
+    duration_s: float
+    has_audio: bool
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+def read_clip(data: bytes | Path) -> ClipFile:
+    """Decodes every frame.  Raises ValueError for a file that is no video or breaks on the way."""
+    try:
+        with av.open(BytesIO(data) if isinstance(data, bytes) else str(data)) as container:
+            if not container.streams.video:
+                raise ValueError("a file with a video stream is needed; got one without")
+            video = container.streams.video[0]
+            frames = sum(1 for _ in container.decode(video=0))
+            return ClipFile(frames=frames, width=video.codec_context.width, height=video.codec_context.height,
+                            fps=float(video.average_rate), duration_s=frames / float(video.average_rate),
+                            has_audio=bool(container.streams.audio), metadata=dict(container.metadata))
+    except av.FFmpegError as error:
+        raise ValueError(f"the clip does not decode: {error}") from error
