@@ -1,0 +1,322 @@
+"""The same `render` as a Ray job: ships code and manifest to a running cluster, follows the log, returns the exit code.
+
+What travels is a small folder made for the occasion: our packages and, where it is local, the manifest. Credentials
+never do. A job's entrypoint and runtime environment can be read by everybody who can open the dashboard, so the
+workers take theirs from the cluster's own environment.
+"""
+
+import asyncio
+import glob
+import json as jsonlib
+import logging
+import os
+import re
+import secrets
+import shlex
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import AsyncIterator
+from itertools import takewhile
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+from urllib.parse import urlsplit
+
+PACKAGES = ("kernels", "model", "actors", "pipeline", "jobs")
+MAX_BYTES = 100_000_000         # Ray's dashboard takes no larger upload
+CONNECT_TIMEOUT_S = 10.0
+POLL_S = 5.0
+PATIENCE_S = 120.0              # how long --wait tries to get back to a head that stopped answering
+
+EXIT_USAGE, EXIT_UNUSABLE, EXIT_INTERRUPTED = 2, 5, 130
+
+
+class UsageError(ValueError):
+    """The command as typed cannot work anywhere; nothing was started."""
+
+
+class ClusterError(RuntimeError):
+    """The cluster does not answer, or does not let us in."""
+
+
+class JobClient(Protocol):
+    """The part of Ray's job client that is used here."""
+
+    def submit_job(self, *, entrypoint: str, submission_id: str, runtime_env: dict[str, Any],
+                   metadata: dict[str, str]) -> str: ...
+    def get_job_info(self, job_id: str) -> Any: ...
+    def get_job_logs(self, job_id: str) -> str: ...
+    def tail_job_logs(self, job_id: str) -> AsyncIterator[str]: ...
+
+
+def submit(manifest: str, out: str, address: str, render_args: list[str], wait: bool, json: bool) -> int:
+    """Submit `dailies render MANIFEST --out OUT --ray auto RENDER_ARGS` to the Ray head at `address`.
+
+    manifest     local file, folder or glob (shipped), or a URI that the cluster can read.
+    out          s3://..., or an absolute path that every node shares.
+    address      of the head's dashboard: http://HEAD:8265.
+    render_args  further options of `render`; a local file behind --config is shipped.
+    wait         follow the log; the log goes to stdout, or to stderr when `json` is set.
+    json         one JSON object on stdout: job_id, address, out, status, exit_code.
+
+    Returns render's own exit code with `wait`, else 0 once the job is accepted; 2 for a command that cannot work,
+    5 for a cluster that is not usable, 130 when the wait was interrupted (the job goes on).
+    """
+    try:
+        refuse_secrets([manifest, out, address, *render_args])
+        refuse_lost_output(out)
+        with tempfile.TemporaryDirectory(prefix="dailies-submit-") as folder:
+            render = ["render", *pack(Path(folder), manifest, render_args), "--out", out, "--ray", "auto"]
+            client = connect(address)
+            job_id = start(client, address, shlex.join(["python", "-m", "jobs.cli", *render]), folder)
+    except UsageError as error:
+        return stop(EXIT_USAGE, str(error), json=json, address=address, out=out)
+    except ClusterError as error:
+        return stop(EXIT_UNUSABLE, str(error), json=json, address=address, out=out)
+
+    if not wait:
+        print_job(job_id, address, out, json=json, status="SUBMITTED")
+        return 0
+    if not json:
+        print_job(job_id, address, out, json=False, status="SUBMITTED")
+    try:
+        status, exit_code, message = asyncio.run(follow(client, job_id, sys.stderr if json else sys.stdout))
+    except KeyboardInterrupt:
+        return stop(EXIT_INTERRUPTED, f"No longer following {job_id}; the job goes on. Stop it with: "
+                    f"ray job stop {job_id} --address {address}", json=json, job_id=job_id, address=address, out=out)
+    except ClusterError as error:
+        return stop(EXIT_UNUSABLE, f"{error} The job may still run: dailies status {out}",
+                    json=json, job_id=job_id, address=address, out=out)
+    if message:
+        print(message, file=sys.stderr)
+    if json:
+        print_job(job_id, address, out, json=True, status=status, exit_code=exit_code)
+    return exit_code
+
+
+def pack(folder: Path, manifest: str, render_args: list[str]) -> list[str]:
+    """Fill `folder` with what the cluster needs: our packages, the manifest, the --config file.
+
+    Returns manifest and arguments as the job, whose working folder this is, has to name them. Raises UsageError for a manifest or config that is not there, or more than MAX_BYTES.
+    """
+    home = Path(__file__).resolve().parent.parent
+    for package in PACKAGES:
+        shutil.copytree(home / package, folder / package, ignore=shutil.ignore_patterns("__pycache__", "*.pyc", ".*"))
+    arguments = [pack_manifest(folder, manifest), *pack_config(folder, render_args)]
+    sizes = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    if sum(sizes.values()) > MAX_BYTES:
+        largest = max(sizes, key=sizes.__getitem__)
+        raise UsageError(
+            f"what would be shipped to the cluster must be at most {MAX_BYTES / 1e6:.0f} MB; it has "
+            f"{sum(sizes.values()) / 1e6:.0f} MB, most of it {largest.relative_to(folder)} "
+            f"({sizes[largest] / 1e6:.0f} MB). Put the manifest into the bucket and submit s3://BUCKET/PATH instead")
+    return arguments
+
+
+def pack_manifest(folder: Path, manifest: str) -> str:
+    """Copy a local manifest under folder/manifest; returns its path in the job's working folder."""
+    if "://" in manifest:
+        return manifest
+    target = folder / "manifest"
+    source = Path(manifest).expanduser()
+    if source.is_dir():
+        shutil.copytree(source, target / source.resolve().name)
+        return f"manifest/{source.resolve().name}"
+    if source.is_file():
+        target.mkdir()
+        shutil.copy2(source, target / source.name)
+        return f"manifest/{source.name}"
+    files = [Path(name) for name in glob.glob(str(source), recursive=True) if Path(name).is_file()]
+    if not files:
+        raise UsageError(f"no such manifest: {manifest}. Give a file, a folder, a glob or an s3:// URI")
+    fixed = Path(*takewhile(lambda part: not glob.has_magic(part), source.parts))
+    for file in files:
+        copy = target / file.relative_to(fixed)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(file, copy)
+    return f"manifest/{source.relative_to(fixed)}"
+
+
+def pack_config(folder: Path, render_args: list[str]) -> list[str]:
+    """The same arguments, with a local `--config FILE` copied into `folder` and named as the job finds it there."""
+    args = list(render_args)
+    for index, arg in enumerate(args):
+        inline = arg.startswith("--config=")
+        if not inline and not (arg == "--config" and index + 1 < len(args)):
+            continue
+        path = Path(arg.removeprefix("--config=") if inline else args[index + 1]).expanduser()
+        if not path.is_file():
+            raise UsageError(f"no such config file: {path}")
+        shutil.copy2(path, folder / "config.toml")
+        if inline:
+            args[index] = "--config=config.toml"
+        else:
+            args[index + 1] = "config.toml"
+    return args
+
+
+def refuse_secrets(values: list[str]) -> None:
+    """Raises UsageError if a value carries a key: user:password@host, or a presigned link."""
+    for value in values:
+        if re.search(r"://[^/\s]*@", value) or re.search(r"[?&](X-Amz-\w+|AWSAccessKeyId|Signature|sig)=", value):
+            shown = re.sub(r"://[^/\s]*@", "://***@", value).split("?")[0]
+            raise UsageError(f"a job can be read by everybody on the cluster, so it must not carry keys; got {shown}. "
+                             "Give the plain URI and let the workers find their credentials in their own environment")
+
+
+def refuse_lost_output(out: str) -> None:
+    """Raises UsageError for a relative folder: on the cluster that would be the job's own folder, which is deleted."""
+    if "://" not in out and not Path(out).is_absolute():
+        raise UsageError(f"--out must be s3://BUCKET/PREFIX or an absolute path that every node shares; got {out!r}")
+
+
+def connect(address: str) -> JobClient:
+    """A client of the job server at `address`, with the token of this environment.
+
+    Raises UsageError for an address that is none, ClusterError for a head that is away or refuses us.
+    """
+    parts = urlsplit(address)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise UsageError(f"--address must be that of the head's dashboard, http://HEAD:8265; got {address!r}")
+    token = find_token()
+    unreachable = (f"no Ray head answers at {address}. Check that it runs and that this machine reaches the "
+                   "dashboard port (through `kubectl port-forward` or an SSH tunnel)")
+    if not urllib.request.getproxies():
+        try:
+            port = parts.port or (443 if parts.scheme == "https" else 80)
+            socket.create_connection((parts.hostname, port), CONNECT_TIMEOUT_S).close()
+        except OSError as error:
+            raise ClusterError(f"{unreachable}: {error}") from error
+
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
+    for name in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
+        logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)
+    # Ray lets these two override the address that it is given, and the job would quietly run elsewhere
+    overrides = {name: os.environ.pop(name) for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS") if name in os.environ}
+    try:
+        return JobSubmissionClient(address, headers={"Authorization": f"Bearer {token}"} if token else None)
+    except AuthenticationError as error:
+        given = "it refused the token of this environment" if token else "no token was found in this environment"
+        raise ClusterError(f"the Ray head at {address} asks for a token, and {given}. Set RAY_AUTH_TOKEN_PATH to a "
+                           "file with the cluster's token, or RAY_AUTH_TOKEN") from error
+    except (OSError, RuntimeError, ValueError, KeyError) as error:      # KeyError: it answers, but is no Ray head
+        raise ClusterError(f"{unreachable}: {error}") from error
+    finally:
+        os.environ.update(overrides)
+
+
+def find_token() -> str | None:
+    """The cluster's token, from where Ray looks for it: RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH, ~/.ray/auth_token.
+
+    Unlike Ray's own client, an unset RAY_AUTH_MODE is no reason to leave a token unused.
+    Raises ClusterError where a token is demanded or named, but missing.
+    """
+    mode = os.environ.get("RAY_AUTH_MODE", "").lower()
+    if mode == "disabled":
+        return None
+    if token := os.environ.get("RAY_AUTH_TOKEN", "").strip():
+        return token
+    named = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    path = Path(named).expanduser() if named else Path.home() / ".ray" / "auth_token"
+    try:
+        token = path.read_text().strip()
+    except OSError as error:
+        token = ""
+        reason = error.strerror
+    else:
+        reason = "it is empty"
+    if token:
+        return token
+    if named or mode == "token":
+        raise ClusterError(f"a token is needed, and {path} gives none: {reason}. Set RAY_AUTH_TOKEN_PATH to a file "
+                           "with the cluster's token, or RAY_AUTH_TOKEN")
+    return None
+
+
+def start(client: JobClient, address: str, entrypoint: str, folder: str) -> str:
+    """Upload `folder` and start `entrypoint` in it; returns the job id.  Raises ClusterError."""
+    job_id = f"dailies-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+    try:
+        return client.submit_job(entrypoint=entrypoint, submission_id=job_id, runtime_env={"working_dir": folder},
+                                 metadata={"submitted_by": "dailies"})
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ClusterError(f"the Ray head at {address} did not take the job: {error}") from error
+
+
+async def follow(client: JobClient, job_id: str, log: TextIO) -> tuple[str, int, str]:
+    """Copy the job's log to `log` until it ends: its status, exit code, and a message if there is something to say.
+
+    The job is asked for its state besides, because a dead connection can look like a quiet log. A connection that
+    breaks is made again, without repeating what was shown; ClusterError after PATIENCE_S without an answer.
+    """
+    shown = 0
+
+    async def copy_log() -> None:
+        nonlocal shown
+        offset = 0
+        async for text in client.tail_job_logs(job_id):         # from the log's beginning, each time
+            log.write(text[max(0, shown - offset):])
+            log.flush()
+            offset += len(text)
+            shown = max(shown, offset)
+
+    last_answer = time.monotonic()
+    copying = asyncio.create_task(copy_log())
+    try:
+        while True:
+            await asyncio.wait({copying}, timeout=POLL_S)
+            try:
+                info = await asyncio.to_thread(client.get_job_info, job_id)
+            except (OSError, RuntimeError, ValueError) as error:
+                if time.monotonic() - last_answer > PATIENCE_S:
+                    raise ClusterError(f"the head has not answered for {PATIENCE_S:.0f} s: {error}.") from error
+            else:
+                last_answer = time.monotonic()
+                if info.status.is_terminal():
+                    await asyncio.wait({copying}, timeout=POLL_S)
+                    if not copying.done() or copying.exception():
+                        log.write((await asyncio.to_thread(client.get_job_logs, job_id))[shown:])
+                    return outcome(info)
+            if copying.done():
+                copying.exception()                             # seen; the job itself has just been asked
+                await asyncio.sleep(1.0)
+                copying = asyncio.create_task(copy_log())
+    finally:
+        copying.cancel()
+
+
+def outcome(info: Any) -> tuple[str, int, str]:
+    """Status, exit code and message of a job that has ended."""
+    status = info.status.value
+    if status == "SUCCEEDED":
+        return status, 0, ""
+    if status == "STOPPED":
+        return status, EXIT_INTERRUPTED, "The job was stopped; the same command continues."
+    code = info.driver_exit_code
+    if code is None:
+        return status, EXIT_UNUSABLE, f"The job did not get as far as rendering: {info.message}"
+    if code in (-signal.SIGKILL, 128 + signal.SIGKILL):         # from the driver, or from the shell that ran it
+        return status, 128 + signal.SIGKILL, "The job's driver was killed; the same command continues."
+    return status, code, ""
+
+
+def print_job(job_id: str, address: str, out: str, *, json: bool, status: str, exit_code: int | None = None) -> None:
+    if json:
+        print(jsonlib.dumps({"job_id": job_id, "address": address, "out": out, "status": status,
+                             "exit_code": exit_code}))
+    else:
+        print(f"{job_id} runs on {address}. Look with: dailies status {out}", flush=True)
+
+
+def stop(exit_code: int, message: str, *, json: bool, **known: Any) -> int:
+    """Say why nothing more is done here, and return the exit code."""
+    if json:
+        print(jsonlib.dumps({**known, "error": message, "exit_code": exit_code}))
+    print(message, file=sys.stderr)
+    return exit_code

@@ -1,0 +1,315 @@
+"""`dailies submit` against a real Ray head on loopback, with token authentication on."""
+
+import asyncio
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import tomllib
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from jobs import submit as job
+from jobs.submit import submit
+
+TOKEN = "0123456789abcdef0123456789abcdef"
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    address: str
+    port: int
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    """A Ray head of our own; everything it starts shares its session, which is what is stopped in the end."""
+    port, dashboard, client = free_ports(3)
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        env = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "HOME": folder,
+               "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+        for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN_PATH"):
+            env.pop(name, None)
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--port", str(port),
+                   "--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard), "--num-cpus", "2",
+                   "--dashboard-agent-listen-port", "0", "--ray-client-server-port", str(client),
+                   "--object-store-memory", "100000000", "--temp-dir", folder, "--disable-usage-stats"]
+        with open(f"{folder}/log", "w") as log:
+            process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                                       start_new_session=True)
+        try:
+            address = f"http://127.0.0.1:{dashboard}"
+            wait_until_ready(process, address, Path(folder, "log"))
+            yield Head(address=address, port=port)
+        finally:
+            stop_session(process)
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The head's token and nothing else of this machine's Ray settings."""
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+def wait_until_ready(process: subprocess.Popen, address: str, log: Path) -> None:
+    request = urllib.request.Request(f"{address}/api/version", headers={"Authorization": f"Bearer {TOKEN}"})
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            with urllib.request.urlopen(request, timeout=5):
+                return
+        except OSError:
+            time.sleep(0.5)
+    raise RuntimeError(f"the Ray head did not start:\n{log.read_text()}")
+
+
+def stop_session(process: subprocess.Popen) -> None:
+    for number, patience_s in ((signal.SIGTERM, 10), (signal.SIGKILL, 10)):
+        members = [each for each in psutil.process_iter() if session_of(each.pid) == process.pid]
+        for each in members:
+            try:
+                each.send_signal(number)
+            except psutil.NoSuchProcess:
+                pass
+        _, alive = psutil.wait_procs(members, timeout=patience_s)
+        process.poll()
+        if not alive:
+            return
+
+
+def session_of(pid: int) -> int | None:
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return None
+
+
+def run_job(address: str, script: str) -> tuple[tuple[str, int, str], str]:
+    """Start a small script the way submit starts a render; what follow() returns, and the log."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "script.py").write_text(script)
+        client = job.connect(address)
+        job_id = job.start(client, address, "python script.py", folder)
+    log = io.StringIO()
+    return asyncio.run(asyncio.wait_for(job.follow(client, job_id, log), 120)), log.getvalue()
+
+
+def test_a_job_ends_with_its_own_exit_code_and_its_log_is_copied(head: Head):
+    result, log = run_job(head.address, "import sys; print('line one'); print('line two'); sys.exit(3)")
+    assert result == ("FAILED", 3, "")
+    assert log.count("line one\nline two\n") == 1
+
+
+def test_a_killed_driver_reads_as_in_a_shell(head: Head):
+    (status, code, message), _ = run_job(head.address, "import os; os.kill(os.getpid(), 9)")
+    assert (status, code) == ("FAILED", 137)
+    assert "the same command continues" in message
+
+
+def test_a_cut_connection_neither_loses_nor_repeats_a_line(head: Head):
+    script = "import time\nfor n in range(8): print('line', n, flush=True); time.sleep(1)"
+    with CuttingProxy(int(head.address.rsplit(":", 1)[1]), cut_after_s=3.0) as proxy:
+        result, log = run_job(f"http://127.0.0.1:{proxy.port}", script)
+    assert result == ("SUCCEEDED", 0, "")
+    assert proxy.num_cut > 0
+    assert [line for line in log.splitlines() if line.startswith("line")] == [f"line {n}" for n in range(8)]
+
+
+class CuttingProxy:
+    """Passes bytes to a port of this machine and, every `cut_after_s`, breaks the connections that are open."""
+
+    def __init__(self, target: int, cut_after_s: float):
+        self.target, self.cut_after_s, self.num_cut = target, cut_after_s, 0
+        self.open: list[socket.socket] = []
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        self.done = threading.Event()
+
+    def __enter__(self):
+        threading.Thread(target=self.accept, daemon=True).start()
+        threading.Thread(target=self.cut, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.done.set()
+        self.listener.close()
+
+    def accept(self):
+        while True:
+            try:
+                near, _ = self.listener.accept()
+            except OSError:
+                return
+            far = socket.create_connection(("127.0.0.1", self.target))
+            self.open += [near, far]
+            for source, sink in ((near, far), (far, near)):
+                threading.Thread(target=self.copy, args=(source, sink), daemon=True).start()
+
+    def copy(self, source: socket.socket, sink: socket.socket):
+        try:
+            while data := source.recv(65536):
+                sink.sendall(data)
+        except OSError:
+            pass
+        for each in (source, sink):
+            if each in self.open:
+                self.open.remove(each)
+            each.close()
+
+    def cut(self):
+        while not self.done.wait(self.cut_after_s):
+            for each in list(self.open):
+                self.num_cut += 1
+                try:
+                    each.shutdown(socket.SHUT_RDWR)
+                except OSError:
+                    pass
+
+
+@pytest.mark.parametrize("token, says", [("f" * 32, "refused the token"), ("", "no token was found")])
+def test_a_head_lets_nobody_in_without_its_token(head: Head, manifest: Path, token, says, monkeypatch, capsys):
+    monkeypatch.setenv("RAY_AUTH_TOKEN", token)
+    assert submit(str(manifest), "s3://bucket/run", head.address, [], wait=True, json=False) == 5
+    assert says in capsys.readouterr().err
+    with pytest.raises(urllib.error.HTTPError, match="40[13]"):
+        urllib.request.urlopen(urllib.request.Request(f"{head.address}/api/jobs/",
+                                                      headers={"Authorization": f"Bearer {token}"}))
+
+
+def test_the_token_is_also_found_in_a_file(head: Head, tmp_path: Path, monkeypatch):
+    monkeypatch.delenv("RAY_AUTH_TOKEN")
+    Path(tmp_path, ".ray").mkdir()
+    Path(tmp_path, ".ray", "auth_token").write_text(TOKEN + "\n")
+    job.connect(head.address)
+    Path(tmp_path, "elsewhere").write_text(TOKEN)
+    Path(tmp_path, ".ray", "auth_token").write_text("f" * 32)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "elsewhere"))
+    job.connect(head.address)
+
+
+def test_a_named_token_file_that_is_missing_is_said(tmp_path: Path, monkeypatch):
+    monkeypatch.delenv("RAY_AUTH_TOKEN")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "nothing"))
+    with pytest.raises(job.ClusterError, match="nothing gives none: No such file"):
+        job.find_token()
+
+
+def test_the_address_given_wins_over_the_environment(head: Head, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:9")
+    job.connect(head.address)
+    assert os.environ["RAY_ADDRESS"] == "http://127.0.0.1:9"
+
+
+def test_a_head_that_does_not_answer_is_exit_5_with_a_next_step(manifest: Path, capsys):
+    [port] = free_ports(1)
+    address = f"http://127.0.0.1:{port}"
+    assert submit(str(manifest), "s3://bucket/run", address, [], wait=True, json=True) == 5
+    said = capsys.readouterr()
+    assert "port-forward" in said.err
+    assert json.loads(said.out)["exit_code"] == 5
+
+
+@pytest.mark.parametrize("address", ["head:8265", "ray://head:10001", "auto", ""])
+def test_an_address_that_is_none_is_bad_usage(manifest: Path, address, capsys):
+    assert submit(str(manifest), "s3://bucket/run", address, [], wait=False, json=False) == 2
+    assert "http://HEAD:8265" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("out", ["s3://key:secret@bucket/run", "s3://bucket/run?X-Amz-Signature=abc"])
+def test_keys_in_a_uri_are_refused_before_anything_is_sent(manifest: Path, out, capsys):
+    assert submit(str(manifest), out, "http://127.0.0.1:9", [], wait=False, json=False) == 2
+    said = capsys.readouterr().err
+    assert "must not carry keys" in said and "secret" not in said and "abc" not in said
+
+
+def test_a_relative_output_folder_is_refused(manifest: Path, capsys):
+    assert submit(str(manifest), "out/", "http://127.0.0.1:9", [], wait=False, json=False) == 2
+    assert "absolute path" in capsys.readouterr().err
+
+
+def test_a_missing_manifest_is_bad_usage(tmp_path: Path, capsys):
+    assert submit(str(tmp_path / "none.parquet"), "s3://b/run", "http://127.0.0.1:9", [], wait=False, json=False) == 2
+    assert "no such manifest" in capsys.readouterr().err
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.csv"
+    path.write_text("id,prompt\none,a red circle moves left on a gray background\n")
+    return path
+
+
+def test_the_shipped_folder_runs_by_itself(manifest: Path, tmp_path: Path):
+    folder = tmp_path / "shipped"
+    assert job.pack(folder, str(manifest), []) == ["manifest/prompts.csv"]
+    assert (folder / "manifest/prompts.csv").read_bytes() == manifest.read_bytes()
+    done = subprocess.run([sys.executable, "-c", "import jobs.submit; print(jobs.submit.__file__)"], cwd=folder,
+                          capture_output=True, text=True, check=True)
+    assert Path(done.stdout.strip()).is_relative_to(folder)
+    assert not [path for path in folder.rglob("*") if path.name in ("__pycache__", "tests", "out", ".git", ".venv")]
+
+
+def test_folders_and_globs_keep_their_files_in_order(tmp_path: Path):
+    for name in ("night/a.csv", "night/sub/b.csv", "night/notes.txt"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    for number, (given, named, held) in enumerate([
+            ("night", "manifest/night", ["night/a.csv", "night/notes.txt", "night/sub/b.csv"]),
+            ("night/**/*.csv", "manifest/**/*.csv", ["a.csv", "sub/b.csv"])]):
+        folder = tmp_path / f"shipped{number}"
+        folder.mkdir()
+        assert job.pack_manifest(folder, str(tmp_path / given)) == named
+        found = sorted(path for path in (folder / "manifest").rglob("*") if path.is_file())
+        assert [str(path.relative_to(folder / "manifest")) for path in found] == held
+
+
+def test_a_manifest_in_the_bucket_stays_there(tmp_path: Path):
+    assert job.pack_manifest(tmp_path, "s3://bucket/prompts/*.parquet") == "s3://bucket/prompts/*.parquet"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("form", [["--config", "{}"], ["--config={}"]])
+def test_a_config_file_travels_with_the_job(form, tmp_path: Path):
+    config, folder = tmp_path / "night.toml", tmp_path / "shipped"
+    config.write_text('model = "demo"\n')
+    folder.mkdir()
+    args = job.pack_config(folder, ["--steps", "4", *(part.format(config) for part in form)])
+    assert args == ["--steps", "4", *(part.format("config.toml") for part in form)]
+    assert tomllib.loads((folder / "config.toml").read_text()) == {"model": "demo"}
+
+
+def test_more_than_the_head_takes_is_refused_with_a_way_out(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(job, "MAX_BYTES", 2_000_000)
+    big = tmp_path / "prompts.parquet"
+    with open(big, "wb") as file:
+        file.truncate(200_000_000)
+    with pytest.raises(job.UsageError, match="manifest/prompts.parquet .200 MB.*s3://"):
+        job.pack(tmp_path / "shipped", str(big), [])
