@@ -106,7 +106,7 @@ def train_vae(work: Path, device: str, *, compiled: bool) -> WanVAE:
     vae = channels_last(WanVAE(VAE)).to(device)
     with torch.no_grad():                               # little noise at first, or the decoder learns to ignore the latent
         vae.to_moments.weight[VAE.latent_channels:] = 0
-        vae.to_moments.bias[VAE.latent_channels:] = -6.0
+        vae.to_moments.bias[VAE.latent_channels:] = -10.0
     code = torch.compile(autoencode) if compiled else autoencode
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
@@ -130,7 +130,8 @@ def train_vae(work: Path, device: str, *, compiled: bool) -> WanVAE:
             inside = (coverage > 0.5).expand_as(error)
             psnr = 10 * torch.log10(4 / error.square().mean()).item()
             shape_psnr = 10 * torch.log10(4 / error[inside].square().mean()).item()
-        loss = reconstruction * (IMAGE_WEIGHT if still else 1) + KL_WEIGHT * kl
+        kl_weight = KL_WEIGHT * min(1.0, max(0.0, step / IMAGES_FIRST - 0.5))     # from the start it would erase the latent
+        loss = reconstruction * (IMAGE_WEIGHT if still else 1) + kl_weight * kl
         return loss, dict(frames=frames, psnr=psnr, shape_psnr=shape_psnr, kl=kl.item(), std=mean.std().item())
 
     fit(VAE_PHASE, vae, loss_of, work)

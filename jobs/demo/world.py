@@ -66,7 +66,7 @@ class Scene:
         """Centre in frame 0 and velocity in pixels per frame, both (x, y); the shape stays inside for `frames` frames."""
         pace = SPEEDS[self.speed] * (0.9 + 0.2 * self.variation[1])
         velocity = tuple(pace * d for d in DIRECTIONS[self.direction])
-        left, up, right, down = (reach * self.radius + 1 for reach in EXTENTS[self.shape])
+        left, up, right, down = (reach * self.radius + 1.5 for reach in EXTENTS[self.shape])
         start = []
         for v, before, after, where in zip(velocity, (left, up), (right, down), self.variation[2:4], strict=True):
             travel = v * (frames - 1)
