@@ -31,8 +31,8 @@ TO_YUV = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITE
 
 
 class StoredObject(Protocol):
-    sha256: str | None
     num_bytes: int
+    sha256: str
 
 
 class ClipStore(Protocol):
@@ -40,7 +40,6 @@ class ClipStore(Protocol):
 
     def create(self, key: str, data: bytes | Path, *, metadata: dict[str, str] | None = None) -> bool: ...
     def head(self, key: str) -> StoredObject | None: ...
-    def get(self, key: str) -> bytes: ...
     def uri_of(self, key: str) -> str: ...
 
 
@@ -61,25 +60,21 @@ class ClipWriter:
     def publish(self, frames: Frames) -> Clip:
         """Raises ValueError for frames that are not what the request asked for, and whatever the store raises."""
         request = frames.request
-        key = clip_key(request.clip_id)
         with tempfile.NamedTemporaryFile(prefix="dailies-", suffix=".mp4") as file:
-            write_mp4(Path(file.name), frames, self.audio_rate)
-            with open(file.name, "rb") as written:
-                sha256 = hashlib.file_digest(written, "sha256").hexdigest()
-            num_bytes = Path(file.name).stat().st_size
-            if not self.store.create(key, Path(file.name), metadata={"sha256": sha256, "clip-id": request.clip_id}):
-                sha256, num_bytes = self.published(key)
-        return Clip(request=request, uri=self.store.uri_of(key), sha256=sha256, num_bytes=num_bytes,
-                    duration_s=request.shape.frames / request.fps, has_audio=frames.audio is not None,
-                    fallbacks=frames.fallbacks + padding_note(request))
+            path = Path(file.name)
+            write_mp4(path, frames, self.audio_rate)
+            sha256, num_bytes = self.store_once(clip_key(request.clip_id), path, request.clip_id)
+        return Clip(request=request, uri=self.store.uri_of(clip_key(request.clip_id)), sha256=sha256,
+                    num_bytes=num_bytes, duration_s=request.shape.frames / request.fps,
+                    has_audio=frames.audio is not None, fallbacks=frames.fallbacks + padding_note(request))
 
-    def published(self, key: str) -> tuple[str, int]:
-        """SHA-256 and size of the object that was there first: it is the clip, whoever stored it."""
-        there = self.store.head(key)
-        if there is not None and there.sha256:
-            return there.sha256, there.num_bytes
-        data = self.store.get(key)
-        return hashlib.sha256(data).hexdigest(), len(data)
+    def store_once(self, key: str, path: Path, clip_id: str) -> tuple[str, int]:
+        """SHA-256 and size of the object under `key`: this file, or the one that was there first, whoever stored it."""
+        while not self.store.create(key, path, metadata={"clip-id": clip_id}):
+            if there := self.store.head(key):
+                return there.sha256, there.num_bytes
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest(), path.stat().st_size
 
 
 def write_mp4(path: Path, frames: Frames, audio_rate: int) -> None:

@@ -5,7 +5,7 @@ import hashlib
 import resource
 import tempfile
 from fractions import Fraction
-from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -21,20 +21,17 @@ class MemoryStore:
     """A store in a dict; the clip writer's own behaviour is under test, not the store's."""
 
     def __init__(self):
-        self.objects, self.metadata = {}, {}
+        self.objects = {}
 
     def create(self, key, data, *, metadata=None):
         if key in self.objects:
             return False
-        self.objects[key] = data.read_bytes() if isinstance(data, Path) else data
-        self.metadata[key] = metadata
+        self.objects[key] = data.read_bytes()
         return True
 
     def head(self, key):
-        return None
-
-    def get(self, key):
-        return self.objects[key]
+        data = self.objects[key]
+        return SimpleNamespace(num_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
     def uri_of(self, key):
         return f"memory://run/{key}"
