@@ -1,0 +1,105 @@
+"""The actor that turns embeddings into latents: the diffusion model and its course from noise to video."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from actors.messages import Embedding, Latent, Request
+from model.catalog import ModelCard
+from model.guidance import AdaptiveProjectedGuidance, classifier_free
+from model.samplers import Streams, Velocity, euler
+from model.schedules import flow_match_sigmas
+from model.shapes import LatentGrid
+
+
+class NonFiniteLatent(ArithmeticError):
+    """Sampling ended in NaN or infinity."""
+
+
+def noise(request: Request, grid: LatentGrid) -> Tensor:
+    """Standard normal [C, T, H, W] in fp32 on the CPU, decided by the request's seed alone: any worker, batch and device.
+
+    Philox counts and never looks back, and its bits are fixed by its definition. Torch's CPU generator would not do: it
+    takes 32 bits of the seed, and its normals depend on the processor's vector width. Values are rounded to bf16, as the
+    Linum release draws them; so the last bits of a machine's logarithm and cosine do not matter.
+    """
+    shape = grid.of(request.shape)
+    pairs = -(-math.prod(shape) // 2)
+    uniform = (np.random.Philox(key=request.seed).random_raw(2 * pairs) >> np.uint64(11)) * 2.0 ** -53      # [0, 1)
+    radius, angle = np.sqrt(-2 * np.log1p(-uniform[:pairs])), 2 * np.pi * uniform[pairs:]
+    normal = np.concatenate((radius * np.cos(angle), radius * np.sin(angle)))[:math.prod(shape)]
+    return torch.from_numpy(normal).reshape(shape).bfloat16().float()
+
+
+class Denoiser:
+    """Embeddings in, Latents out; one diffusion model on one device. Making it loads; calling it only computes."""
+
+    def __init__(self, card: ModelCard, weights: Path, device: str = "cpu", *, precision: str | None = None,
+                 threads: int | None = None, noise: Callable[[Request, LatentGrid], Tensor] = noise):
+        """threads: torch's, for the whole process; results may depend on it in the last bit.  noise: where a clip starts."""
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self.card, self.device, self.noise = card, device, noise
+        self.precision = precision or card.precision_on(device)
+        self.dit = card.dit(weights, device, self.precision)
+
+    @torch.inference_mode()
+    def __call__(self, batch: list[Embedding]) -> list[Latent]:
+        """Latents of clips that share one bucket.
+
+        Raises ValueError for requests that this actor was not made for, NonFiniteLatent when sampling fails.
+        """
+        requests = [embedding.request for embedding in batch]
+        self.check(requests)
+        velocity = self.velocity(batch, requests[0].guidance)
+        start = torch.stack([self.noise(request, self.card.grid) for request in requests]).to(self.device)
+        sigmas = flow_match_sigmas(requests[0].num_steps, self.card.shift).tolist()
+        video, = euler(velocity, (start,), sigmas)
+        broken = [request.clip_id for request, latent in zip(requests, video, strict=True) if not latent.isfinite().all()]
+        if broken:
+            raise NonFiniteLatent(f"sampling ended in NaN or infinity for {', '.join(broken)}; try another seed, a lower "
+                                  f"guidance than {requests[0].guidance:g}, or precision fp32")
+        return [Latent(request=request, streams=(latent.clone(),)) for request, latent in zip(requests, video.cpu(), strict=True)]
+
+    def velocity(self, batch: list[Embedding], scale: float) -> Velocity:
+        """The guided velocity of a batch of clips, for a sampler. Their texts' keys and values are made here, once."""
+        prompts = [embedding.prompt[0].to(self.device) for embedding in batch]
+        negatives = [embedding.negative[0].to(self.device) for embedding in batch]
+        guide = self.guide(scale)
+        if self.card.pair_guidance:
+            both = self.dit.embed_text(prompts + negatives)
+
+            def predict(video: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
+                return self.dit(video.repeat(2, 1, 1, 1, 1), timestep.repeat(2), both).chunk(2)
+        else:
+            prompt, negative = self.dit.embed_text(prompts), self.dit.embed_text(negatives)
+
+            def predict(video: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
+                return self.dit(video, timestep, prompt), self.dit(video, timestep, negative)
+
+        def velocity(streams: Streams, sigma: float) -> Streams:
+            video, = streams
+            timestep = torch.full((len(video),), 1000 * sigma, device=self.device)
+            return guide(*predict(video, timestep)),
+        return velocity
+
+    def guide(self, scale: float) -> Callable[[Tensor, Tensor], Tensor]:
+        """How the two velocities become one; APG remembers, so it is made anew for each run of the sampler."""
+        if self.card.guider == "cfg":
+            return lambda cond, uncond: classifier_free(cond, uncond, scale)
+        return AdaptiveProjectedGuidance(scale, momentum=self.card.apg_momentum, max_norm=self.card.apg_max_norm,
+                                         parallel=self.card.apg_parallel)
+
+    def check(self, requests: list[Request]) -> None:
+        first = requests[0]
+        for request in requests:
+            if request.bucket != first.bucket:
+                raise ValueError(f"a batch must be of one bucket; got {first.bucket} and {request.bucket}")
+            if request.model != self.card.name or request.precision != self.precision or request.attention not in self.card.attentions:
+                raise ValueError(f"this actor runs {self.card.name} in {self.precision} with {' or '.join(self.card.attentions)} "
+                                 f"attention; clip {request.clip_id} asks for {request.model} in {request.precision} with "
+                                 f"{request.attention}. Plan and actors must be made from the same settings")

@@ -1,0 +1,45 @@
+"""The actor that turns prompts into embeddings."""
+
+import gc
+from collections import OrderedDict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from actors.messages import Embedding, Request
+from model.catalog import ModelCard
+
+
+class TextEncoder:
+    """Requests in, Embeddings out; one text encoder on one device. Making it loads; calling it only computes."""
+
+    def __init__(self, card: ModelCard, weights: Path, device: str = "cpu", *, precision: str | None = None,
+                 threads: int | None = None, remember: int = 32):
+        """threads: torch's, for the whole process; results may depend on it in the last bit.  remember: texts kept encoded."""
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self.model = card.text_encoder(weights, device, precision)
+        self.remember = remember
+        self.recent: OrderedDict[str, Tensor] = OrderedDict()          # the negative prompt is mostly the same
+
+    def __call__(self, batch: list[Request]) -> list[Embedding]:
+        return [Embedding(request=request, prompt=(self.encode(request.prompt),), negative=(self.encode(request.negative_prompt),))
+                for request in batch]
+
+    def encode(self, text: str) -> Tensor:
+        """[L, E] on the CPU."""
+        if text not in self.recent:
+            self.recent[text] = self.model(text)
+            if len(self.recent) > self.remember:
+                self.recent.popitem(last=False)
+        self.recent.move_to_end(text)
+        return self.recent[text]
+
+    def release(self) -> None:
+        """Give the memory back at once; the actor is of no use afterwards."""
+        del self.model
+        self.recent.clear()
+        gc.collect()                                    # transformers' modules refer to each other in circles
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()

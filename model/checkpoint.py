@@ -1,0 +1,263 @@
+"""Weights from safetensors files into models: headers checked before memory is spent, names matched strictly both ways.
+
+Also the byte form in which tensors are kept between stages (`pack`, `unpack`).
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from model.keys import KeyTable
+from model.weights import PICKLES, CheckpointError, first_line, listed, weight_map
+
+Model = TypeVar("Model", bound=nn.Module)
+
+MAX_HEADER_BYTES = 100_000_000                          # what the safetensors format allows
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}
+FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """A tensor in a file, as its header describes it."""
+
+    file: Path
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def build(make: Callable[[], Model], path: Path, *tables: KeyTable, name: str, device: str, precision: str) -> Model:
+    """The model that `make` describes, with weights from `path`, on `device`, in eval mode without gradients.
+
+    It is described on the meta device, so the weights are the only copy. precision: fp32, or bf16 for the linear and
+    convolution weights alone: gains and modulation stay fp32, and with them the residual stream.
+    tables: the layouts the file may have. name: of the model, for messages.
+    Raises CheckpointError, before any weight is read when names, shapes or dtypes do not fit.
+    """
+    with torch.device("meta"):
+        model = make()
+    dtypes = {}
+    for prefix, module in model.named_modules():
+        low = precision == "bf16" and isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d))
+        for leaf, _ in module.named_parameters(prefix=prefix, recurse=False):
+            dtypes[leaf] = torch.bfloat16 if low else torch.float32
+    load(model, path, *tables, name=name, device=device, dtypes=dtypes)
+    return model.requires_grad_(False).eval()
+
+
+def load(model: nn.Module, path: Path, *tables: KeyTable, name: str, device: str,
+         dtypes: Mapping[str, torch.dtype] | torch.dtype = torch.float32) -> None:
+    """Replace every parameter and buffer of `model` (meta tensors, usually) by what is stored; dtypes: one for all, or by name.
+
+    Raises CheckpointError for tensors missing, unexpected, or of another shape or kind.
+    """
+    stored = stored_tensors(path)
+    table = min(tables, key=lambda t: len(t.unknown(stored)))
+    wanted = dict(model.named_parameters()) | dict(model.named_buffers())
+    found = match(stored, {key: tuple(tensor.shape) for key, tensor in wanted.items()}, table, f"{name}: {path}")
+    for key, tensor in views({key: found[key] for key in wanted}):
+        dtype = dtypes if isinstance(dtypes, torch.dtype) else dtypes.get(key, torch.float32)
+        owner, _, leaf = key.rpartition(".")
+        place(model.get_submodule(owner), leaf, tensor.to(device, dtype, copy=True))
+
+
+def match(stored: Mapping[str, StoredTensor], wanted: Mapping[str, tuple[int, ...]], table: KeyTable,
+          where: str) -> dict[str, StoredTensor]:
+    """Stored tensors by our names.  Raises CheckpointError unless they are exactly the wanted ones."""
+    found: dict[str, StoredTensor] = {}
+    for released, tensor in stored.items():
+        ours = table.ours(released)
+        if released not in table.dropped and ours in wanted:
+            found.setdefault(ours, tensor)              # a tied tensor may be stored under both its names
+    unexpected = [key for key in stored if key not in table.dropped and table.ours(key) not in wanted]
+    missing = [f"{key} (there: {table.released(key)})" for key in wanted if key not in found]
+    next_step = f"Is it another model's file? If the release has changed, name them in {table.name}, model/keys.py"
+    if missing:
+        also = f", and {count(unexpected)} unexpected: {listed(unexpected)}" if unexpected else ""
+        raise CheckpointError(f"{where}: {count(missing)} missing: {listed(missing)}{also}. {next_step}")
+    if unexpected:
+        raise CheckpointError(f"{where}: {count(unexpected)} unexpected: {listed(unexpected)}. {next_step}")
+    misshapen = [f"{tensor.name} must be {list(wanted[key])}, got {list(tensor.shape)}"
+                 for key, tensor in found.items() if tensor.shape != wanted[key]]
+    if misshapen:
+        raise CheckpointError(f"{where}: {count(misshapen)} of another shape: {listed(misshapen)}. Is it another model's file?")
+    foreign = [f"{tensor.name} ({tensor.dtype})" for tensor in found.values() if tensor.dtype not in FLOATS]
+    if foreign:
+        raise CheckpointError(f"{where}: {count(foreign)} that must be floating point: {listed(foreign)}")
+    return found
+
+
+def read(path: Path, names: Iterable[str], *, name: str) -> list[Tensor]:
+    """Some tensors of a file by the names they have there, on the CPU.  Raises CheckpointError."""
+    stored, names = stored_tensors(path), list(names)
+    missing = [key for key in names if key not in stored]
+    if missing:
+        raise CheckpointError(f"{name}: {path}: {count(missing)} missing: {listed(missing)}")
+    found = {key: tensor.clone() for key, tensor in views({key: stored[key] for key in names})}
+    return [found[key] for key in names]
+
+
+def stored_tensors(path: Path) -> dict[str, StoredTensor]:
+    """What a .safetensors file, or a folder with one file or with shards and their index, says it holds.
+
+    Raises CheckpointError for a file that is missing, of another format, truncated or inconsistent.
+    """
+    if not path.is_dir():
+        return read_header(path)[0]
+    indexes = sorted(path.glob("*.safetensors.index.json"))
+    if not indexes:
+        files = sorted(path.glob("*.safetensors"))
+        if len(files) == 1:
+            return read_header(files[0])[0]
+        raise CheckpointError(f"{path} must hold one .safetensors file, or shards and their index; it has {len(files)} and no index"
+                              + pickle_advice(path))
+    index = weight_map(indexes[0])
+    stored: dict[str, StoredTensor] = {}
+    for file in sorted(set(index.values())):
+        for name, tensor in read_header(path / file)[0].items():
+            if index.get(name) != file:
+                raise CheckpointError(f"{indexes[0]} does not say that {name} is in {file}; are the shards of two downloads mixed?")
+            stored[name] = tensor
+    absent = [name for name in index if name not in stored]
+    if absent:
+        raise CheckpointError(f"{path}: {count(absent)} missing that {indexes[0].name} promises: {listed(absent)}")
+    return stored
+
+
+def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """Tensors and metadata of one safetensors file, from its header alone.
+
+    Every size is checked against the file's own before it is believed.  Raises CheckpointError.
+    """
+    def bad(why: str) -> CheckpointError:
+        return CheckpointError(f"{path} is not a whole safetensors file: {why}. Fetch it again")
+
+    if not path.is_file():
+        raise CheckpointError(f"{path} is {'a folder' if path.is_dir() else 'missing'}; a .safetensors file is needed there"
+                              + pickle_advice(path.parent))
+    try:
+        with path.open("rb") as file:
+            file_bytes = path.stat().st_size
+            start = file.read(8)
+            header_bytes = int.from_bytes(start, "little")
+            fits = len(start) == 8 and header_bytes <= min(MAX_HEADER_BYTES, file_bytes - 8)
+            if path.suffix in PICKLES or not fits and start[:2] in (b"PK", b"\x80\x02"):
+                raise CheckpointError(f"{path} is a pickle, which can run code; only safetensors are read. "
+                                      f"Convert once: dailies convert {path} --model NAME --to FOLDER")
+            if not fits:
+                raise bad(f"its {file_bytes} bytes cannot hold the header it announces")
+            said = json.loads(file.read(header_bytes), object_pairs_hook=once)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise error if isinstance(error, CheckpointError) else bad("its header is not JSON with one entry per name") from error
+    if not isinstance(said, dict):
+        raise bad("its header is not a table")
+    metadata = said.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise bad("its metadata is not text")
+    tensors, spans = {}, []
+    for name, entry in said.items():
+        try:
+            dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+            if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+                raise ValueError
+        except (TypeError, KeyError, ValueError):
+            raise bad(f"its header's entry for {name[:200]!r} is not understood") from None
+        if not isinstance(dtype, str) or dtype not in DTYPES:
+            raise CheckpointError(f"{path}: {name[:200]} has dtype {str(dtype)[:40]!r}; known are {', '.join(DTYPES)}")
+        if end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
+            raise bad(f"{name[:200]} has {end - begin} bytes, not those of its shape {shape[:8]}")
+        spans.append((begin, end))
+        tensors[name] = StoredTensor(file=path, name=name, dtype=DTYPES[dtype], shape=tuple(shape))
+    at = 0
+    for begin, end in sorted(spans):
+        if begin != at:
+            raise bad("its tensors overlap or leave gaps")
+        at = end
+    if at != file_bytes - 8 - header_bytes:
+        raise bad(f"its tensors take {at} bytes and it holds {file_bytes - 8 - header_bytes}")
+    return tensors, metadata
+
+
+def views(stored: Mapping[str, StoredTensor]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors one by one, as stored: they look into the mapped file, so copy what is to stay."""
+    by_file: dict[Path, list[str]] = {}
+    for key, tensor in stored.items():
+        by_file.setdefault(tensor.file, []).append(key)
+    for file, keys in by_file.items():
+        try:
+            with safetensors.safe_open(file, framework="pt", device="cpu") as opened:
+                for key in keys:
+                    yield key, opened.get_tensor(stored[key].name)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise CheckpointError(f"{file} cannot be read: {first_line(error)}") from error
+
+
+def place(module: nn.Module, leaf: str, tensor: Tensor) -> None:
+    if leaf in module._parameters:
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        module._buffers[leaf] = tensor
+
+
+def released_state(model: nn.Module, table: KeyTable) -> dict[str, Tensor]:
+    """The model's tensors under the names of the release, ready to save.  Raises CheckpointError for a tensor without one."""
+    state = {table.released(key): tensor.detach() for key, tensor in model.state_dict().items()}
+    if None in state:
+        raise CheckpointError(f"no rule of {table.name}, model/keys.py, gives a released name to every tensor of {type(model).__name__}")
+    return state
+
+
+def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """A safetensors file, replaced in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    safetensors.torch.save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, partial, dict(metadata or {}))
+    partial.replace(path)
+
+
+def pack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
+    """Tensors and text as the bytes of a safetensors file; equal content gives equal bytes."""
+    return safetensors.torch.save({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, dict(metadata or {}))
+
+
+def unpack(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What `pack` was given, on the CPU.  Raises CheckpointError for bytes that are not such a file."""
+    try:
+        header_bytes = int.from_bytes(data[:8], "little")
+        tensors = safetensors.torch.load(data)
+        metadata = json.loads(data[8:8 + header_bytes]).get("__metadata__", {})
+    except (ValueError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{len(data)} bytes are not packed tensors: {first_line(error)}") from error
+    return tensors, metadata
+
+
+def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """For json: an object, refusing a name that comes twice."""
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        raise ValueError("a name comes twice")
+    return table
+
+
+def pickle_advice(folder: Path) -> str:
+    pickles = sorted(p.name for p in folder.glob("*") if p.suffix in PICKLES) if folder.is_dir() else []
+    return f". There is {listed(pickles)}: convert once with dailies convert {folder} --model NAME --to FOLDER" if pickles else ""
+
+
+def count(names: list[str]) -> str:
+    return f"{len(names)} tensor{'s' if len(names) != 1 else ''}"

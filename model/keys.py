@@ -1,0 +1,117 @@
+"""Released tensor names -> our names, one table per release.
+
+A rule maps the start of a name; `{}` stands for a number and is carried over. The first rule that fits is taken.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyTable:
+    name: str                                           # of the table, for messages
+    rules: Mapping[str, str]                            # start of a released name -> start of our name
+    dropped: Mapping[str, str] = field(default_factory=dict)   # released name -> why it is not loaded
+
+    def ours(self, released: str) -> str | None:
+        """Our name, or None where no rule fits."""
+        return rewrite(released, self.rules.items())
+
+    def released(self, ours: str) -> str | None:
+        """The name in the release, or None where no rule leads to our name."""
+        return rewrite(ours, ((new, old) for old, new in self.rules.items()))
+
+    def unknown(self, released: Iterable[str]) -> list[str]:
+        return [name for name in released if name not in self.dropped and self.ours(name) is None]
+
+
+def rewrite(name: str, rules: Iterable[tuple[str, str]]) -> str | None:
+    for old, new in rules:
+        found = re.match(re.escape(old).replace(r"\{\}", r"(\d+)"), name)
+        if found:
+            return new.format(*found.groups()) + name[found.end():]
+    return None
+
+
+LINUM = KeyTable(
+    name="LINUM",
+    rules={
+        "video_data_scale": "latent_scale",
+        "video_data_bias": "latent_bias",
+        "model.patch_embedding.": "patch_embed.",
+        "model.time_embedding.0.": "time_in.",
+        "model.time_embedding.2.": "time_out.",
+        "model.time_projection.1.": "time_modulation.",
+        "model.text_embedding.0.": "text_in.",
+        "model.text_embedding.2.": "text_out.",
+        "model.blocks.{}.modulation": "blocks.{}.modulation",
+        "model.blocks.{}.norm1.": "blocks.{}.norm_attn.",
+        "model.blocks.{}.norm3.": "blocks.{}.norm_cross.",      # the release numbers them in the order they were written,
+        "model.blocks.{}.norm2.": "blocks.{}.norm_ffn.",        # not in the order they run
+        "model.blocks.{}.self_attn.": "blocks.{}.attn.",
+        "model.blocks.{}.cross_attn.": "blocks.{}.cross.",
+        "model.blocks.{}.ffn.0.": "blocks.{}.ffn_in.",
+        "model.blocks.{}.ffn.2.": "blocks.{}.ffn_out.",
+        "model.head.modulation": "head.modulation",
+        "model.head.norm.": "head.norm.",
+        "model.head.head.": "head.linear.",
+    },
+    dropped={
+        "image_data_scale": "statistics of single images, left over from training; rendering uses those of video",
+        "image_data_bias": "as image_data_scale",
+    },
+)
+
+RES_BLOCK = {"residual.0.": "norm1.", "residual.2.": "conv1.", "residual.3.": "norm2.", "residual.6.": "conv2.", "shortcut.": "shortcut."}
+RESAMPLE = {"resample.1.": "conv.", "time_conv.": "time_conv."}
+ATTENTION = {"norm.": "norm.", "to_qkv.": "to_qkv.", "proj.": "proj."}
+
+
+def nested(places: Mapping[str, str], parts: Mapping[str, str]) -> dict[str, str]:
+    """The rules of the parts of a module, for each place where such a module stands."""
+    return {old + old_part: new + new_part for old, new in places.items() for old_part, new_part in parts.items()}
+
+
+WAN_VAE = KeyTable(
+    name="WAN_VAE",
+    rules={
+        "conv1.": "to_moments.",
+        "conv2.": "from_latent.",
+        **{f"{side}.{old}": f"{side}.{new}" for side in ("encoder", "decoder")
+           for old, new in {"conv1.": "conv_in.", "head.0.": "norm_out.", "head.2.": "conv_out."}.items()},
+        **nested({"encoder.middle.{}.": "encoder.mid.{}.", "decoder.middle.{}.": "decoder.mid.{}."}, RES_BLOCK | ATTENTION),
+        **nested({"encoder.downsamples.{}.": "encoder.down.{}.", "decoder.upsamples.{}.": "decoder.up.{}."}, RES_BLOCK | RESAMPLE),
+    },
+)
+
+DIFFUSERS_RES_BLOCK = {"norm1.": "norm1.", "conv1.": "conv1.", "norm2.": "norm2.", "conv2.": "conv2.", "conv_shortcut.": "shortcut."}
+
+WAN_VAE_DIFFUSERS = KeyTable(
+    name="WAN_VAE_DIFFUSERS",
+    rules={
+        "quant_conv.": "to_moments.",
+        "post_quant_conv.": "from_latent.",
+        **{f"{side}.{part}": f"{side}.{part}" for side in ("encoder", "decoder") for part in ("conv_in.", "norm_out.", "conv_out.")},
+        **nested({f"{side}.mid_block.resnets.{i}.": f"{side}.mid.{2 * i}." for side in ("encoder", "decoder") for i in (0, 1)},
+                 DIFFUSERS_RES_BLOCK),
+        **nested({f"{side}.mid_block.attentions.0.": f"{side}.mid.1." for side in ("encoder", "decoder")}, ATTENTION),
+        **nested({"encoder.down_blocks.{}.": "encoder.down.{}."}, DIFFUSERS_RES_BLOCK | RESAMPLE),
+        # the decoder's layers are numbered within their stage: three residual blocks and, but for the last stage, an upsampler
+        **nested({f"decoder.up_blocks.{stage}.resnets.{i}.": f"decoder.up.{4 * stage + i}." for stage in range(4) for i in range(3)},
+                 DIFFUSERS_RES_BLOCK),
+        **nested({f"decoder.up_blocks.{stage}.upsamplers.0.": f"decoder.up.{4 * stage + 3}." for stage in range(3)}, RESAMPLE),
+    },
+)
+
+# transformers builds this model, so our names are its names. The embedding is one tensor under two names, and files have either or both.
+T5 = KeyTable(
+    name="T5",
+    rules={
+        "shared.": "shared.",
+        "encoder.embed_tokens.": "shared.",
+        "encoder.block.{}.layer.0.": "encoder.block.{}.layer.0.",
+        "encoder.block.{}.layer.1.": "encoder.block.{}.layer.1.",
+        "encoder.final_layer_norm.": "encoder.final_layer_norm.",
+    },
+)

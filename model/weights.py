@@ -1,0 +1,161 @@
+"""Where a model's weights are: a folder in the published layout, found or fetched, checked for completeness, fingerprinted."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from model.catalog import ModelCard
+
+PICKLES = (".pth", ".pt", ".bin", ".ckpt")
+TEXT_ENCODER_SHARDS = "model.safetensors.index.json"
+
+
+class CheckpointError(ValueError):
+    """Weights that cannot be used; the message names the file or tensor and the next step."""
+
+
+def locate(weights: str | Path | None, card: ModelCard, fetch: Callable[[str, Path], Path] | None = None) -> Path:
+    """The folder that holds the card's weights, complete.
+
+    weights: a folder, `s3://bucket/prefix`, or None for the weights that come with dailies or, for a published model,
+    the Hugging Face cache, or the hub itself.  fetch: brings what is at a URI into a cache folder (pipeline.store.bring).
+    Raises CheckpointError, naming what is missing and where it was looked for; and what fetch raises.
+    """
+    if weights is None:
+        folder = card.folder or from_hub(card)
+    elif "://" in str(weights):
+        if fetch is None:
+            raise CheckpointError(f"{card.name}: weights must be in a folder here; got {weights}. Copy them")
+        folder = fetch(str(weights), cache_folder() / "weights")
+    else:
+        folder = Path(weights).expanduser()
+        if not folder.is_dir():
+            raise CheckpointError(f"{card.name}: weights must be a folder in the published layout; {folder} is "
+                                  f"{'a file' if folder.exists() else 'not there'}")
+    complain_about_missing(card, folder)
+    return folder
+
+
+def complain_about_missing(card: ModelCard, folder: Path) -> None:
+    missing = missing_files(card, folder)
+    if not missing:
+        return
+    pickles = [p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.suffix in PICKLES]
+    if pickles:
+        raise CheckpointError(
+            f"{card.name}: {folder} has {listed(pickles)}, but only safetensors are read at run time, and "
+            f"{listed(missing)} missing. Convert once: dailies convert {folder} --model {card.name} --to FOLDER")
+    raise CheckpointError(f"{card.name}: {folder} lacks {listed(missing)}")
+
+
+def missing_files(card: ModelCard, folder: Path) -> list[str]:
+    """Names, relative to the folder, of the files the card needs and the folder lacks."""
+    missing = [name for name in (card.dit_file, card.vae_file, f"{card.text_encoder_folder}/config.json")
+               if not (folder / name).is_file()]
+    encoder = folder / card.text_encoder_folder
+    if (encoder / TEXT_ENCODER_SHARDS).is_file():
+        missing += [f"{card.text_encoder_folder}/{shard}" for shard in sorted(set(weight_map(encoder / TEXT_ENCODER_SHARDS).values()))
+                    if not (encoder / shard).is_file()]
+    elif not any(encoder.glob("*.safetensors")):
+        missing.append(f"{card.text_encoder_folder}/model.safetensors")
+    tokenizer = folder / card.tokenizer_folder
+    if not any((tokenizer / name).is_file() for name in ("tokenizer.json", "spiece.model")):
+        missing.append(f"{card.tokenizer_folder}/tokenizer.json")
+    return missing
+
+
+def weights_files(card: ModelCard, folder: Path) -> dict[str, Path]:
+    """Every file that decides what the model computes, by its name relative to the folder."""
+    files = [folder / card.dit_file, folder / card.vae_file]
+    files += [p for p in (folder / card.text_encoder_folder).glob("*") if p.suffix in (".safetensors", ".json")]
+    files += [p for p in (folder / card.tokenizer_folder).glob("*") if p.suffix in (".json", ".model")]
+    return {p.relative_to(folder).as_posix(): p for p in sorted(files)}
+
+
+def fingerprint(files: Mapping[str, Path]) -> str:
+    """SHA-256 over the sorted (name, SHA-256 of content); contents are read again only when size or time has changed."""
+    cache = cache_folder() / "sha256.json"
+    known: dict[str, str] = {}
+    with suppress(OSError, ValueError, TypeError):      # no cache yet, or not one: everything is read
+        known = dict(json.loads(cache.read_text()))
+    before, total = dict(known), hashlib.sha256()
+    for name in sorted(files):
+        path = files[name].resolve()
+        stat = path.stat()
+        key = f"{path} {stat.st_size} {stat.st_mtime_ns}"
+        if not isinstance(known.get(key), str):
+            with path.open("rb") as file:
+                known[key] = hashlib.file_digest(file, "sha256").hexdigest()
+        total.update(f"{name}\0{known[key]}\n".encode())
+    if known != before:
+        with suppress(OSError):                         # a home that cannot be written costs time, not the run
+            write_atomically(cache, json.dumps(known).encode())
+    return total.hexdigest()
+
+
+def from_hub(card: ModelCard) -> Path:
+    """The repository's snapshot from the Hugging Face cache; what the cache lacks is downloaded."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.utils import disable_progress_bars
+
+    if card.repo_id is None:
+        raise CheckpointError(f"{card.name}: no weights come with it; name their folder with --weights")
+    wanted = [card.dit_file, card.vae_file, f"{card.text_encoder_folder}/*", f"{card.tokenizer_folder}/*"]
+    ask = dict(repo_id=card.repo_id, allow_patterns=wanted, ignore_patterns=[f"*{suffix}" for suffix in PICKLES])
+    try:
+        folder = Path(snapshot_download(**ask, local_files_only=True))
+        if not missing_files(card, folder):
+            return folder
+    except OSError:                                     # nothing of it in the cache
+        pass
+    disable_progress_bars()
+    try:
+        return Path(snapshot_download(**ask))
+    except Exception as error:                          # the hub's client raises many kinds: offline, gated, gone, disk full
+        raise CheckpointError(
+            f"{card.name}: the weights ({', '.join(wanted)}) are neither in the Hugging Face cache {HF_HUB_CACHE} nor could "
+            f"{card.repo_id} be downloaded ({type(error).__name__}: {first_line(error)}). "
+            f"Download the repository and name its folder with --weights") from error
+
+
+def weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> file name, of a sharded checkpoint's index.  Raises CheckpointError for anything else."""
+    try:
+        said = json.loads(index.read_text())["weight_map"]
+        # a shard lies beside its index: anything with a path in its name is not ours to open
+        if all(isinstance(name, str) and Path(file).name == file for name, file in said.items()):
+            return said
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass
+    raise CheckpointError(f"{index} is not a checkpoint index: it needs a weight_map of tensor names to files beside it")
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dailies"
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
+        try:
+            file.write(data)
+            file.close()
+            os.replace(file.name, path)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
+
+
+def listed(names: Iterable[str], limit: int = 5) -> str:
+    """For a message: the first few, and how many more."""
+    names = list(names)
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
