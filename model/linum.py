@@ -31,9 +31,8 @@ class LinumConfig:
 class TextContext:
     """What cross-attention needs of the text: it depends on no latent and no time, so it is made once per clip."""
 
-    keys: tuple[Tensor, ...]                           # per block [B, L + 1, heads, head_dim]
+    keys: tuple[Tensor, ...]                           # per block [B, text_len, heads, head_dim]
     values: tuple[Tensor, ...]
-    bias: Tensor                                       # [B, 1, 1, L + 1], added to the logits
 
 
 class LinumDiT(nn.Module):
@@ -63,28 +62,24 @@ class LinumDiT(nn.Module):
         time = self.embed_time(timestep)                                        # [B, D]
         modulation = self.time_modulation(F.silu(time)).unflatten(1, (6, -1))   # [B, 6, D]
         for block, key, value in zip(self.blocks, text.keys, text.values, strict=True):
-            tokens = block(tokens, modulation, key, value, text.bias, rope)
+            tokens = block(tokens, modulation, key, value, rope)
         return self.unpatchify(self.head(tokens, time), latent.shape)
 
     def embed_text(self, texts: list[Tensor]) -> TextContext:
         """Keys and values of every block.  texts: per clip [L_i, text_dim], the encoder's rows of the prompt alone.
 
-        The release pads every text to text_len zero rows and masks nothing. A zero row has key 0 and value 0, so all of
-        them together are one zero key whose logit is ln(how many): exact, and far fewer keys.
+        As in the release, every text is padded to text_len zero rows and nothing is masked: a padded row has key 0 and
+        value 0, and takes its share of the attention. (One zero key with logit ln(how many) says the same with fewer
+        keys, but bf16 rounds that logit: 1 % off for an empty prompt. And without a mask flash attention can run.)
         Raises ValueError for a text that is empty or longer than text_len.
         """
         lengths = [len(text) for text in texts]
         if min(lengths) < 1 or max(lengths) > self.config.text_len:
             raise ValueError(f"a text needs 1 to {self.config.text_len} rows; got {lengths}. Truncate the prompt's tokens")
-        rows = torch.stack([F.pad(text, (0, 0, 0, max(lengths) + 1 - len(text))) for text in texts])
+        rows = torch.stack([F.pad(text, (0, 0, 0, self.config.text_len - len(text))) for text in texts])
         rows = self.text_out(F.gelu(self.text_in(rows), approximate="tanh"))
-        bias = rows.new_full((len(texts), 1, 1, rows.shape[1]), -math.inf, dtype=torch.float32)
-        for i, length in enumerate(lengths):
-            bias[i, ..., :length] = 0
-            if length < self.config.text_len:
-                bias[i, ..., length] = math.log(self.config.text_len - length)
         keys, values = zip(*(block.cross.keys_values(rows) for block in self.blocks), strict=True)
-        return TextContext(keys=keys, values=values, bias=bias)
+        return TextContext(keys=keys, values=values)
 
     def embed_time(self, timestep: Tensor) -> Tensor:
         return self.time_out(F.silu(self.time_in(timestep_features(timestep, self.config.time_features))))
@@ -118,11 +113,10 @@ class Block(nn.Module):
         self.ffn_in = Linear(width, config.ffn)
         self.ffn_out = Linear(config.ffn, width)
 
-    def forward(self, x: Tensor, modulation: Tensor, key: Tensor, value: Tensor, bias: Tensor,
-                rope: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, modulation: Tensor, key: Tensor, value: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = (self.modulation + modulation).split(1, dim=1)
         x = x + gate_attn * self.attn(self.norm_attn(x) * (1 + scale_attn) + shift_attn, rope)
-        x = x + self.cross(self.norm_cross(x), key, value, bias)                # neither modulated nor gated
+        x = x + self.cross(self.norm_cross(x), key, value)                      # neither modulated nor gated
         h = F.gelu(self.ffn_in(self.norm_ffn(x) * (1 + scale_ffn) + shift_ffn), approximate="tanh")
         return x + gate_ffn * self.ffn_out(h)
 
@@ -154,8 +148,8 @@ class CrossAttention(nn.Module):
         value = self.v(text).unflatten(-1, (self.heads, -1))
         return self.norm_k(self.k(text)).to(value.dtype).unflatten(-1, (self.heads, -1)), value
 
-    def forward(self, x: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
-        return self.o(attention(self.norm_q(self.q(x)).unflatten(-1, (self.heads, -1)), key, value, bias))
+    def forward(self, x: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return self.o(attention(self.norm_q(self.q(x)).unflatten(-1, (self.heads, -1)), key, value))
 
 
 class Head(nn.Module):
