@@ -233,6 +233,16 @@ class ChannelNorm(nn.Module):
         return x * (len(self.gamma) ** 0.5 / norm).to(x.dtype) * self.gamma.to(x.dtype)
 
 
+def channels_last(vae: WanVAE) -> WanVAE:
+    """Lay the convolutions' weights out so that a CPU runs them about twice as fast, in place; the last bits change."""
+    for module in vae.modules():
+        if isinstance(module, nn.Conv3d):
+            module.to(memory_format=torch.channels_last_3d)
+        elif isinstance(module, nn.Conv2d):
+            module.to(memory_format=torch.channels_last)
+    return vae
+
+
 def chunk_bounds(steps: int, chunk: int | None) -> list[tuple[int, int]]:
     size = steps if chunk is None else chunk
     return [(start, min(start + size, steps)) for start in range(0, steps, size)]
