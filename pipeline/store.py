@@ -1,0 +1,283 @@
+"""Where a run lives: `open_store` gives a folder (objects.py) or an S3 bucket, behind one small interface."""
+
+import fcntl
+import hashlib
+import logging
+import os
+import random
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from pipeline.objects import (FolderStore, NotFound, ObjectInfo, Store, StoreError, arriving, checked, opened,
+                              sha256_of)
+
+__all__ = ["FolderStore", "NotFound", "ObjectInfo", "S3Store", "Store", "StoreError", "bring", "open_store"]
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+CONTENT_TYPES = {".mp4": "video/mp4", ".webp": "image/webp", ".html": "text/html; charset=utf-8",
+                 ".json": "application/json"}
+
+
+def open_store(uri: str | Path) -> Store:
+    """The store at a local folder or at s3://bucket/prefix; touches nothing.  Raises StoreError for any other URI."""
+    text = str(uri)
+    scheme, colon, rest = text.partition("://")
+    if not colon and not text.lower().startswith("s3:"):
+        return FolderStore(Path(text))
+    if scheme.lower() == "file" and rest.startswith("/"):
+        return FolderStore(Path(rest))
+    bucket, _, prefix = rest.partition("/")
+    if scheme.lower() != "s3" or not bucket or "@" in bucket:
+        shown = text if "@" not in text else f"{scheme}://..."         # what stands before an @ may be a password
+        raise StoreError(f"{shown}: expected a local folder or s3://bucket/prefix")
+    return S3Store.open(bucket, prefix.strip("/"))
+
+
+def bring(uri: str | Path, cache: Path) -> Path:
+    """What lies at `uri`, one object or all that is below it, as a local path; a local `uri` is returned as it is.
+
+    Objects are kept below `cache` and downloaded again only when their size or time has changed; what is no longer in
+    the bucket is removed there too.  Raises NotFound where there is nothing.
+    """
+    store = open_store(uri)
+    if not isinstance(store, S3Store):
+        return store.root
+    target = cache / (urlsplit(store.endpoint_url or "//aws").netloc.replace(":", "-")) / store.bucket / store.prefix
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(target.with_name(f".{target.name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)            # the workers of one machine share one download
+        folder, _, name = store.prefix.rpartition("/")
+        siblings = S3Store(store.bucket, folder, store.endpoint_url, store.region)
+        alone = next(siblings.list(name), None) if name else None      # the key itself sorts before all it begins
+        if alone is not None and alone.key == name:
+            refresh(siblings, alone, target)
+            return target
+        infos = list(store.list())
+        if not infos:
+            raise NotFound(f"{store.uri}: there is no such object, and nothing below it")
+        for info in infos:
+            refresh(store, info, target / checked(info.key))
+        for path in set(target.rglob("*")) - {target / info.key for info in infos}:
+            if path.is_file():
+                path.unlink()
+    return target
+
+
+def refresh(store: Store, info: ObjectInfo, path: Path) -> None:
+    if path.is_file():
+        stat = path.stat()
+        if stat.st_size == info.num_bytes and abs(stat.st_mtime - info.modified_s) < 0.001:
+            return
+    store.download(info.key, path)
+    os.utime(path, (info.modified_s, info.modified_s))
+
+
+class S3Store(Store):
+    """A prefix of a bucket. Credentials come from the usual AWS chain of each process, and stay there."""
+
+    PATIENCE_S = 900.0                  # how long a busy or vanished store is waited for
+    WAIT_S = 1.0                        # before our second attempt; it doubles up to 30 s
+    ATTEMPTS = 4                        # of botocore, within each of ours
+
+    def __init__(self, bucket: str, prefix: str, endpoint_url: str | None, region: str | None):
+        """endpoint_url: None for AWS itself. Every process that gets this store talks to the same one."""
+        self.bucket, self.prefix, self.endpoint_url, self.region = bucket, prefix, endpoint_url, region
+        self.uri = f"s3://{bucket}/{prefix}".rstrip("/")
+        self.base = f"{prefix}/" if prefix else ""
+        self.reached = False
+
+    @classmethod
+    def open(cls, bucket: str, prefix: str) -> "S3Store":
+        """With the endpoint and region that AWS_ENDPOINT_URL, AWS_REGION, AWS_PROFILE and the AWS config files say."""
+        import boto3
+        from botocore.exceptions import BotoCoreError
+
+        uri = f"s3://{bucket}/{prefix}"
+        try:
+            client = boto3.session.Session().client("s3")
+        except (BotoCoreError, ValueError) as error:
+            raise StoreError(f"{uri}: the AWS settings of this machine are not usable: {error}") from error
+        address = urlsplit(client.meta.endpoint_url)
+        if address.username or address.password:
+            raise StoreError(f"{uri}: AWS_ENDPOINT_URL holds a user name or password. Put credentials into "
+                             "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and only the address into the URL")
+        amazon = (address.hostname or "").endswith((".amazonaws.com", ".amazonaws.com.cn"))
+        return cls(bucket, prefix, None if amazon else client.meta.endpoint_url, client.meta.region_name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "client"}
+
+    @cached_property
+    def client(self):
+        import boto3
+        from botocore.config import Config
+
+        common = dict(retries={"mode": "standard", "total_max_attempts": self.ATTEMPTS}, max_pool_connections=32,
+                      connect_timeout=10, read_timeout=60)
+        if self.endpoint_url is None:
+            return boto3.session.Session().client("s3", region_name=self.region, config=Config(**common))
+        # other stores than Amazon's may reject boto3's checksums, or never return them; the signature covers the body
+        config = Config(**common, request_checksum_calculation="when_required",
+                        response_checksum_validation="when_required",
+                        s3={"addressing_style": "path", "payload_signing_enabled": True})
+        return boto3.session.Session().client("s3", endpoint_url=self.endpoint_url, region_name=self.region,
+                                              config=config)
+
+    def create(self, key: str, data: bytes | Path, *, metadata: dict[str, str] | None = None) -> bool:
+        attempt = secrets.token_hex(16)
+        for _ in range(3):
+            try:
+                self.write(key, data, {**(metadata or {}), "attempt": attempt}, IfNoneMatch="*")
+                return True
+            except Refused:
+                # A store may keep the object and then answer with an error: its own retry is what refuses us then.
+                with suppress(NotFound):                # deleted meanwhile: there is room for ours again
+                    return self.look(key)["Metadata"].get("attempt") == attempt
+        raise StoreError(f"{self.uri_of(key)}: the store says that it exists, and that it does not. "
+                         "Use a store whose answers are consistent, or a local folder")
+
+    def put(self, key: str, data: bytes | Path, *, metadata: dict[str, str] | None = None) -> None:
+        self.write(key, data, metadata or {})
+
+    def get(self, key: str) -> bytes:
+        return self.patiently("read", key, lambda place: self.client.get_object(**place)["Body"].read())
+
+    def download(self, key: str, path: Path) -> None:
+        with arriving(path) as temporary:
+            self.patiently("read", key, lambda place: self.client.download_file(*place.values(), str(temporary)))
+
+    def head(self, key: str) -> ObjectInfo | None:
+        try:
+            there = self.look(key)
+        except NotFound:
+            return None
+        sha256 = there["Metadata"].get("sha256")        # absent if another program wrote it
+        return ObjectInfo(key=key, num_bytes=there["ContentLength"], modified_s=there["LastModified"].timestamp(),
+                          sha256=sha256 or hashlib.sha256(self.get(key)).hexdigest())
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        page = {"Bucket": self.bucket, "Prefix": self.base + prefix}
+        while True:
+            found = self.patiently("list", prefix, lambda _: self.client.list_objects_v2(**page))
+            for entry in found.get("Contents", ()):
+                key = entry["Key"].removeprefix(self.base)
+                if key and not key.endswith("/"):       # a folder that some console has drawn
+                    yield ObjectInfo(key=key, num_bytes=entry["Size"], modified_s=entry["LastModified"].timestamp())
+            if not found.get("IsTruncated"):
+                return
+            page["ContinuationToken"] = found["NextContinuationToken"]
+
+    def delete(self, key: str) -> None:
+        with suppress(NotFound):
+            self.patiently("delete", key, lambda place: self.client.delete_object(**place))
+
+    def look(self, key: str) -> dict[str, Any]:
+        return self.patiently("read", key, lambda place: self.client.head_object(**place))
+
+    def write(self, key: str, data: bytes | Path, metadata: dict[str, str], **condition: str) -> None:
+        metadata = {**metadata, "sha256": sha256_of(data)}
+        kind = CONTENT_TYPES.get(PurePosixPath(checked(key)).suffix, "application/octet-stream")
+
+        def send(place: dict[str, str]) -> None:
+            with opened(data) as body:
+                self.client.put_object(**place, Body=body, Metadata=metadata, ContentType=kind, **condition)
+
+        self.patiently("write", key, send)
+
+    def patiently(self, action: str, key: str, call: Callable[[dict[str, str]], T]) -> T:
+        """call(place of the key), and again for PATIENCE_S while the store is busy or away.
+
+        A store that has never answered is not waited for: its address is wrong.
+        Raises NotFound, Refused for a condition that does not hold, and StoreError.
+        """
+        from boto3.exceptions import RetriesExceededError
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        began, wait_s = time.monotonic(), self.WAIT_S
+        while True:
+            try:
+                result = call({"Bucket": self.bucket, "Key": self.base + key})
+                self.reached = True
+                return result
+            except ClientError as error:
+                self.reached = True
+                code, status = error.response["Error"]["Code"], error.response["ResponseMetadata"]["HTTPStatusCode"]
+                if status == 412:
+                    raise Refused from None
+                if status == 404 and code != "NoSuchBucket":
+                    raise NotFound(f"{self.uri_of(key)}: no such object") from None
+                why = f"{status} {code}"
+                if not (status in BUSY or code in BUSY) or time.monotonic() - began > self.PATIENCE_S:
+                    said = f"cannot {action}: {why} {error.response['Error'].get('Message', '')}"
+                    raise StoreError(f"{self.uri}: {self.advice(action, status, code) or said}") from error
+            except (BotoCoreError, RetriesExceededError) as error:
+                why = type(error).__name__
+                if not is_away(error):
+                    raise StoreError(f"{self.uri}: cannot {action}: {advice_for(error)}") from error
+                if not self.reached or time.monotonic() - began > self.PATIENCE_S:
+                    raise StoreError(f"{self.uri}: {self.endpoint} does not answer ({why}). Check the network and "
+                                     "AWS_ENDPOINT_URL; the same command continues") from error
+            log.warning("%s: cannot %s now (%s); trying again in %.0f s", self.uri, action, why, wait_s)
+            time.sleep(wait_s * random.uniform(0.5, 1.0))       # writers turned away together come back apart
+            wait_s = min(2 * wait_s, 30.0)
+
+    @property
+    def endpoint(self) -> str:
+        return self.endpoint_url or "Amazon S3"
+
+    def advice(self, action: str, status: int, code: str) -> str | None:
+        """What is wrong and what to do, for an answer that no waiting will change; None where nobody knows."""
+        if code == "NoSuchBucket":
+            return f"{self.endpoint} has no bucket {self.bucket}. Create it first, or correct the URI"
+        if code in ("InvalidAccessKeyId", "SignatureDoesNotMatch") or status == 401:
+            return (f"{self.endpoint} refuses the credentials ({code}). Check AWS_ACCESS_KEY_ID and "
+                    "AWS_SECRET_ACCESS_KEY (or AWS_PROFILE), and that AWS_ENDPOINT_URL is the store they belong to")
+        if "Expired" in code or code in ("InvalidToken", "TokenRefreshRequired"):
+            return f"the credentials have expired ({code}). Renew them; the same command continues"
+        if code == "RequestTimeTooSkewed":
+            return "this machine's clock is wrong, so the store refuses its signature. Set the clock"
+        if status == 403:
+            return (f"not allowed to {action} ({code}). The credentials need s3:ListBucket, s3:GetObject, s3:PutObject "
+                    "and s3:DeleteObject here")
+        if status == 301 or code in ("AuthorizationHeaderMalformed", "IllegalLocationConstraintException"):
+            return f"the bucket is in another region than {self.region} ({code}). Set AWS_REGION"
+        if status == 501:
+            return f"this store does not know conditional writes ({code}). Use one that does, or a local folder"
+        return None
+
+
+# Statuses and codes of a store that asks to be left alone for a while; 409 is a write of the same key at the same time.
+BUSY = {408, 409, 429, 500, 502, 503, 504, "RequestTimeout", "SlowDown", "Throttling", "ThrottlingException"}
+
+
+class Refused(Exception):
+    """The condition of a write does not hold: the object exists."""
+
+
+def is_away(error: Exception) -> bool:
+    """Whether it is the connection that failed, which may come back."""
+    from boto3.exceptions import RetriesExceededError
+    from botocore import exceptions
+
+    lost = (RetriesExceededError, exceptions.ConnectionError, exceptions.HTTPClientError, exceptions.IncompleteReadError)
+    return isinstance(error, lost) and not isinstance(error, exceptions.SSLError)
+
+
+def advice_for(error: Exception) -> str:
+    from botocore import exceptions
+
+    if isinstance(error, (exceptions.NoCredentialsError, exceptions.PartialCredentialsError,
+                          exceptions.CredentialRetrievalError)):
+        return ("no S3 credentials were found. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, "
+                "or give this machine a role")
+    if isinstance(error, exceptions.SSLError):
+        return "the store's certificate is not trusted. Check AWS_ENDPOINT_URL, and set AWS_CA_BUNDLE if it is your own"
+    return f"{error}"

@@ -1,0 +1,41 @@
+"""What tests share: a real S3 server, started when the first test asks for it, and stores in it or in a folder."""
+
+import os
+import secrets
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory):
+    """The running server (s3/server.py). Tests that set faults ask for `s3_bucket` too, which heals it afterwards."""
+    from s3.install import CannotInstall
+    from s3.server import CannotStart, S3Server
+
+    try:
+        server = S3Server(tmp_path_factory.mktemp("s3"))
+    except (CannotInstall, CannotStart) as error:
+        pytest.skip(str(error))
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def s3_bucket(s3_server, monkeypatch):
+    """s3:// URI of a fresh, empty bucket; the environment, which child processes inherit, points at its server."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in s3_server.env.items():
+        monkeypatch.setenv(name, value)
+    name = f"test-{secrets.token_hex(6)}"
+    s3_server.make_bucket(name)
+    yield f"s3://{name}"
+    s3_server.heal()
+
+
+@pytest.fixture(params=["folder", "s3"])
+def store_uri(request, tmp_path):
+    """Where a store may be: a folder that does not exist yet, then a prefix in a bucket."""
+    if request.param == "folder":
+        return str(tmp_path / "out")
+    return request.getfixturevalue("s3_bucket") + "/night/1"

@@ -1,0 +1,316 @@
+"""Stores keep their promises: in a folder, and in a bucket of a real S3 server that fails on demand."""
+
+import hashlib
+import os
+import pickle
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from pipeline.store import NotFound, S3Store, StoreError, bring, open_store
+
+KEY = "clips/ab/abcd.mp4"
+
+
+@pytest.fixture
+def store(store_uri):
+    return open_store(store_uri)
+
+
+@pytest.fixture
+def bucket(s3_bucket):
+    return open_store(s3_bucket)
+
+
+def keys(store, prefix=""):
+    return [info.key for info in store.list(prefix)]
+
+
+def test_an_object_is_created_once_and_then_left_alone(store):
+    assert store.create(KEY, b"mine")
+    assert not store.create(KEY, b"theirs")
+    assert not store.create(KEY, b"mine")               # another call, even with the same content
+    assert store.get(KEY) == b"mine"
+
+
+def test_of_eight_racing_writers_exactly_one_wins(store):
+    copies = [pickle.loads(pickle.dumps(store)) for _ in range(8)]
+    barrier = threading.Barrier(8)
+
+    def write(writer, round_):
+        barrier.wait(30)
+        return copies[writer].create(f"race/{round_}", b"%d" % writer * 1000)
+
+    with ThreadPoolExecutor(8) as pool:
+        for round_ in range(5):
+            won = list(pool.map(write, range(8), [round_] * 8))
+            assert sum(won) == 1
+            assert store.get(f"race/{round_}") == b"%d" % won.index(True) * 1000
+
+
+def test_put_replaces_get_reads_and_delete_forgets(store):
+    store.put("run.json", b"old")
+    store.put("run.json", b"new")
+    assert store.get("run.json") == b"new"
+    store.delete("run.json")
+    store.delete("run.json")
+    assert store.head("run.json") is None
+    with pytest.raises(NotFound, match="run.json: no such object"):
+        store.get("run.json")
+
+
+def test_a_file_is_streamed_in_and_out(store, tmp_path):
+    data = os.urandom(9_000_000)
+    (tmp_path / "source").write_bytes(data)
+    assert store.create("a", tmp_path / "source")
+    store.put("b", tmp_path / "source")
+    for key in "ab":
+        store.download(key, tmp_path / "deep" / "copy")
+        assert (tmp_path / "deep" / "copy").read_bytes() == data
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["copy"]
+    with pytest.raises(NotFound):
+        store.download("c", tmp_path / "nothing")
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_head_knows_size_and_hash(store):
+    store.create(KEY, b"12345", metadata={"clip-id": "abcd"})
+    info = store.head(KEY)
+    assert (info.key, info.num_bytes, info.sha256) == (KEY, 5, hashlib.sha256(b"12345").hexdigest())
+    assert abs(info.modified_s - time.time()) < 60
+
+
+def test_a_list_is_sorted_and_complete_and_shows_nothing_else(store):
+    names = ["a-b", "a.b", "a/b", "a/c/d", "a0", "b/c"]
+    for name in reversed(names):
+        store.put(name, b"x")
+    want = sorted(names)
+    assert keys(store) == want
+    assert keys(store, "a/") == ["a/b", "a/c/d"]
+    assert keys(store, "a/c") == ["a/c/d"]
+    assert keys(store, "nothing/here/") == []
+    assert [info.num_bytes for info in store.list()] == [1] * len(want)
+
+
+def test_uri_of_a_key_opens_that_object(store, store_uri):
+    store.put("ledger/1", b"x")
+    assert store.uri_of("ledger/1") == f"{store_uri}/ledger/1"
+    assert keys(open_store(store.uri_of("ledger"))) == ["1"]
+
+
+@pytest.mark.parametrize("key", ["../a", "a/../b", "/a", "a//b", "", "a/./b", "a\0b", "a\\..\\b", "a/"])
+def test_no_key_leaves_the_store(store, key, tmp_path):
+    with pytest.raises(ValueError, match="relative path"):
+        store.create(key, b"x")
+    with pytest.raises(ValueError, match="relative path"):
+        store.put(key, b"x")
+
+
+def test_the_probe_leaves_nothing_behind(store):
+    store.probe()
+    assert keys(store) == []
+
+
+def test_a_store_travels_without_credentials(bucket):
+    bucket.put("a", b"x")
+    pickled = pickle.dumps(bucket)
+    assert b"testing" not in pickled and b"tester" not in pickled
+    assert pickle.loads(pickled).get("a") == b"x"
+
+
+def test_a_travelled_store_goes_to_the_same_server_and_uses_the_credentials_it_finds(bucket, monkeypatch):
+    bucket.put("a", b"x")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    assert pickle.loads(pickle.dumps(bucket)).get("a") == b"x"
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "other")
+    with pytest.raises(StoreError, match="refuses the credentials"):
+        pickle.loads(pickle.dumps(bucket)).get("a")
+
+
+def test_a_write_that_was_stored_and_then_answered_with_an_error_is_ours(bucket, s3_server):
+    s3_server.fault(method="PUT", match="clips/", status=500, after=True)
+    assert bucket.create(KEY, b"mine")                  # its own retry met 412
+    s3_server.fault(method="PUT", match="clips/", drop=True, after=True)
+    assert bucket.create(KEY + "2", b"mine")
+    assert [fault["times"] for fault in s3_server.faults()] == [0, 0]
+    assert bucket.get(KEY) == bucket.get(KEY + "2") == b"mine"
+
+
+def test_an_error_after_somebody_elses_write_does_not_make_it_ours(bucket, s3_server):
+    assert bucket.create(KEY, b"theirs")
+    s3_server.fault(method="PUT", match="clips/", status=500, after=True)
+    assert not bucket.create(KEY, b"theirs")
+    assert bucket.get(KEY) == b"theirs"
+
+
+@pytest.mark.parametrize("fault", [{"status": 503}, {"status": 500}, {"drop": True}, {"status": 409}], ids=str)
+def test_a_busy_or_broken_store_is_waited_for(bucket, s3_server, monkeypatch, fault, caplog):
+    bucket.put("before", b"x")                          # a store that has answered once is known to be there
+    monkeypatch.setattr(S3Store, "ATTEMPTS", 1)
+    monkeypatch.setattr(S3Store, "WAIT_S", 0.05)
+    bucket = pickle.loads(pickle.dumps(bucket))
+    for method in ("PUT", "GET", "HEAD", "DELETE"):
+        s3_server.fault(method=method, times=4, **fault)
+    assert bucket.create(KEY, b"mine")
+    assert bucket.get(KEY) == b"mine"
+    assert bucket.head(KEY).num_bytes == 4
+    bucket.delete(KEY)
+    assert [fault["times"] for fault in s3_server.faults()] == [0] * 4
+    assert keys(bucket) == ["before"]
+    assert "trying again" in caplog.text                # never in silence
+
+
+def test_botocore_itself_retries_a_burst(bucket, s3_server, caplog):
+    s3_server.fault(method="PUT", status=503, times=2)
+    assert bucket.create(KEY, b"mine")
+    assert s3_server.faults()[0]["times"] == 0 and not caplog.records
+
+
+def test_patience_ends(bucket, s3_server, monkeypatch):
+    monkeypatch.setattr(S3Store, "ATTEMPTS", 1)
+    monkeypatch.setattr(S3Store, "PATIENCE_S", 0)
+    s3_server.fault(method="PUT", status=503, times=1)
+    with pytest.raises(StoreError, match="cannot write: 503 SlowDown"):
+        bucket.create(KEY, b"x")
+
+
+def test_a_server_that_comes_back_is_used_again(bucket, s3_server, monkeypatch):
+    bucket.put("a", b"before")
+    monkeypatch.setattr(S3Store, "WAIT_S", 0.2)
+    s3_server.stop()
+    restart = threading.Timer(1.0, s3_server.start)
+    restart.start()
+    bucket.put("a", b"after")
+    restart.join()
+    assert bucket.get("a") == b"after"
+
+
+def test_a_store_that_ignores_the_condition_is_refused(bucket, s3_server):
+    s3_server.fault(method="PUT", match="probe", times=2, strip="If-None-Match")
+    with pytest.raises(StoreError, match="ignores If-None-Match.*Use a store with conditional writes"):
+        bucket.probe()
+    assert keys(bucket) == []
+
+
+def test_a_store_without_conditional_writes_is_refused(bucket, s3_server):
+    s3_server.fault(method="PUT", match="probe", status=501, code="NotImplemented")
+    with pytest.raises(StoreError, match="does not know conditional writes"):
+        bucket.probe()
+
+
+@pytest.mark.parametrize("setting, message", [
+    ({"AWS_SECRET_ACCESS_KEY": "wrong-secret"}, "refuses the credentials .* Check AWS_ACCESS_KEY_ID"),
+    ({"AWS_ACCESS_KEY_ID": "nobody:nobody"}, "refuses the credentials .* Check AWS_ACCESS_KEY_ID"),
+    ({"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None}, "no S3 credentials were found. Set AWS_ACCESS_KEY_ID"),
+    ({"AWS_ENDPOINT_URL": "http://127.0.0.1:1"}, "127.0.0.1:1 does not answer .* Check the network and AWS_ENDPOINT_URL"),
+    ({"AWS_ENDPOINT_URL": "http://me:hunter2@127.0.0.1:1"}, "AWS_ENDPOINT_URL holds a user name or password"),
+    ({"AWS_PROFILE": "nightly"}, "settings of this machine are not usable: .*nightly"),
+], ids=lambda value: "-".join(value) if isinstance(value, dict) else "")
+def test_wrong_settings_are_explained(s3_bucket, monkeypatch, setting, message):
+    for name, value in setting.items():
+        monkeypatch.delenv(name) if value is None else monkeypatch.setenv(name, value)
+    for use in (lambda store: store.probe(), lambda store: store.get("a"), lambda store: list(store.list())):
+        with pytest.raises(StoreError, match=message) as caught:
+            use(open_store(s3_bucket))
+        for secret in ("wrong-secret", "testing", "hunter2"):
+            assert secret not in str(caught.value)
+
+
+def test_a_missing_bucket_is_explained(s3_bucket):
+    missing = open_store("s3://no-such-bucket-here/night")
+    for use in (missing.probe, lambda: list(missing.list()), lambda: missing.create("a", b"x")):
+        with pytest.raises(StoreError, match="has no bucket no-such-bucket-here. Create it first"):
+            use()
+
+
+def test_a_folder_that_cannot_be_written_is_explained(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    for place in (tmp_path / "file", tmp_path / "file" / "below", "/proc/dailies"):
+        with pytest.raises(StoreError, match="cannot write: .* Check that it is a folder that you may use"):
+            open_store(place).probe()
+
+
+def test_a_read_only_folder_is_explained(tmp_path):
+    tmp_path.chmod(0o500)
+    user = os.geteuid()
+    try:
+        os.seteuid(user or 65534)                       # root may write everywhere
+        with pytest.raises(StoreError, match="Permission denied"):
+            open_store(tmp_path).probe()
+    finally:
+        os.seteuid(user)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_a_full_disk_is_explained(tmp_path):
+    (tmp_path / ".tmp").mkdir()
+    store = open_store(tmp_path)
+    with pytest.raises(StoreError, match="No space left on device. Free some space"), store.explained("write"):
+        with open("/dev/full", "wb", buffering=0) as full:
+            full.write(b"x")
+
+
+@pytest.mark.parametrize("uri", ["gs://bucket/x", "s3:/bucket", "s3://", "http://host/x", "s3://key:hunter2@bucket/x"])
+def test_other_places_are_refused(uri):
+    with pytest.raises(StoreError, match="expected a local folder or s3://bucket/prefix") as caught:
+        open_store(uri)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_opening_a_folder_makes_nothing_and_a_relative_one_stays_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    store = open_store("out")
+    assert not os.path.exists("out") and keys(store) == []
+    monkeypatch.chdir("/")
+    store.put("a", b"x")
+    assert (tmp_path / "out" / "a").read_bytes() == b"x"
+
+
+def test_a_killed_writer_leaves_no_half_object_and_its_rest_is_swept_later(tmp_path):
+    store = open_store(tmp_path)
+    store.put("a", b"x")
+    old, young = tmp_path / ".tmp" / "old", tmp_path / ".tmp" / "young"
+    for path in (old, young):
+        path.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    assert keys(store) == ["a"]
+    store.probe()
+    assert young.exists() and not old.exists()
+
+
+def test_bring_downloads_what_has_changed_and_nothing_else(bucket, s3_bucket, tmp_path):
+    for key in ("weights/dit/a.safetensors", "weights/dit/b.safetensors", "weights-old/c"):
+        bucket.put(key, key.encode())
+    folder = bring(f"{s3_bucket}/weights/", tmp_path)
+    found = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    assert found == ["dit/a.safetensors", "dit/b.safetensors"]
+    assert (folder / "dit/a.safetensors").read_bytes() == b"weights/dit/a.safetensors"
+
+    bucket.delete("weights/dit/a.safetensors")
+    bucket.put("weights/dit/b.safetensors", b"another size")
+    assert bring(f"{s3_bucket}/weights", tmp_path) == folder
+    assert (folder / "dit/b.safetensors").read_bytes() == b"another size"
+    assert not (folder / "dit/a.safetensors").exists()
+    before = (folder / "dit/b.safetensors").stat().st_ino
+    bring(f"{s3_bucket}/weights", tmp_path)
+    assert (folder / "dit/b.safetensors").stat().st_ino == before
+
+
+def test_bring_takes_one_object_or_a_local_path(bucket, s3_bucket, tmp_path):
+    bucket.put("in/prompts.parquet", b"rows")
+    bucket.put("in/prompts.parquet.bak", b"old")
+    path = bring(f"{s3_bucket}/in/prompts.parquet", tmp_path)
+    assert path.name == "prompts.parquet" and path.read_bytes() == b"rows"
+    assert bring(tmp_path / "local", tmp_path) == tmp_path / "local"
+    with pytest.raises(NotFound, match="no such object, and nothing below it"):
+        bring(f"{s3_bucket}/in/prompts", tmp_path)
+
+
+def test_listing_a_large_bucket_takes_every_page(bucket, monkeypatch):
+    for number in range(7):
+        bucket.put(f"clips/{number}", b"x")
+    list_page = bucket.client.list_objects_v2
+    monkeypatch.setattr(bucket.client, "list_objects_v2", lambda **page: list_page(MaxKeys=3, **page))
+    assert keys(bucket, "clips/") == [f"clips/{number}" for number in range(7)]
