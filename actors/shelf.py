@@ -1,0 +1,175 @@
+"""The shelf: what one stage made lies in the run folder until the next has used it, and only its name travels.
+
+A finished latent then survives whatever dies, and a run that is continued finds it: `Keep` around a step looks before
+it works, `Fetch` opens what was kept, `Drop` forgets a latent whose clip is published. Without them whole values travel.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor, uint8
+
+from actors.messages import Clip, Embedding, Failure, Latent, Request
+from model.checkpoint import pack, unpack
+from model.weights import CheckpointError
+
+EMBEDDINGS, LATENTS = "embeddings", "latents"           # folders of the run
+CONNECTIONS = 16                                        # at a time, where many objects are removed
+
+
+class Shelf(Protocol):
+    """What is needed of a store; pipeline/store.py says what each promises. `get` of what is absent raises a KeyError."""
+
+    def get(self, key: str) -> bytes: ...
+    def put(self, key: str, data: bytes) -> None: ...
+    def delete(self, key: str) -> None: ...
+
+
+class MakesStep(Protocol):
+    """A description of an actor that can travel: pipeline.stages.Step."""
+
+    def make(self) -> Callable[[list], list]: ...
+
+
+class Damaged(ValueError):
+    """What lies on the shelf is not what was put there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shelved:
+    """A value that waits on the shelf."""
+
+    request: Request
+    key: str
+
+
+class Keep:
+    """A step whose results stay on the shelf: its values in, a Shelved for each out. Works only for what is missing."""
+
+    def __init__(self, step: MakesStep, store: Shelf, folder: str):
+        """folder: EMBEDDINGS for a step that makes them, LATENTS for one that makes those."""
+        self.step, self.store, self.folder = step.make(), store, folder
+
+    def __call__(self, batch: list) -> list[Shelved | Failure]:
+        results = [value if isinstance(value, Failure) else self.find(request_of(value)) for value in batch]
+        missing = [place for place, found in enumerate(results) if found is None]
+        if missing:
+            made = self.step([batch[place] for place in missing])
+            for place, value in zip(missing, made, strict=True):
+                results[place] = value if isinstance(value, Failure) else self.keep(value)
+        return results
+
+    def find(self, request: Request) -> Shelved | None:
+        """Reads the whole object: the next stage could not make a damaged one again."""
+        shelved = Shelved(request=request, key=shelf_key(self.folder, request))
+        try:
+            opened(self.store.get(shelved.key), shelved)
+        except (KeyError, Damaged):
+            return None
+        return shelved
+
+    def keep(self, value: Embedding | Latent) -> Shelved:
+        shelved = Shelved(request=value.request, key=shelf_key(self.folder, value.request))
+        self.store.put(shelved.key, packed(value, shelved.key))
+        return shelved
+
+    @property
+    def device(self) -> str | None:
+        """Of the step inside."""
+        return getattr(self.step, "device", None)
+
+
+class Fetch:
+    """Shelved in, what was kept out, on the CPU; any other value passes untouched."""
+
+    def __init__(self, store: Shelf):
+        self.store = store
+
+    def __call__(self, batch: list) -> list:
+        return [self.fetch(value) if isinstance(value, Shelved) else value for value in batch]
+
+    def fetch(self, shelved: Shelved) -> Embedding | Latent:
+        """Raises the store's KeyError for what is gone. What is damaged is removed first, so that it is made again."""
+        for _ in range(3):                              # somebody may be making it again at this moment
+            try:
+                return opened(self.store.get(shelved.key), shelved)
+            except Damaged as error:
+                damage = error
+                self.store.delete(shelved.key)
+        raise damage
+
+
+class Drop:
+    """Clips pass; the latents they were made from are removed."""
+
+    def __init__(self, store: Shelf):
+        self.store = store
+
+    def __call__(self, batch: list[Clip | Failure]) -> list[Clip | Failure]:
+        for value in batch:
+            if isinstance(value, Clip):
+                self.store.delete(shelf_key(LATENTS, value.request))
+        return batch
+
+
+def clear(store: Shelf, keys: Iterable[str]) -> None:
+    """Remove many objects: what is left of a folder when all its clips are published."""
+    with ThreadPoolExecutor(CONNECTIONS) as pool:
+        for _ in pool.map(store.delete, keys):
+            pass
+
+
+def shelf_key(folder: str, request: Request) -> str:
+    """Where a request's embedding or latent lies; the two characters spread a listing over many prefixes."""
+    name = request.embedding_key if folder == EMBEDDINGS else request.clip_id
+    return f"{folder}/{name[:2]}/{name}.safetensors"
+
+
+def request_of(value: Request | Shelved | Embedding) -> Request:
+    return value if isinstance(value, Request) else value.request
+
+
+def packed(value: Embedding | Latent, key: str) -> bytes:
+    """A safetensors file that names the key it belongs to and holds a hash of all its content."""
+    if isinstance(value, Embedding):
+        tensors, fallbacks = numbered("prompt", value.prompt) | numbered("negative", value.negative), ()
+    else:
+        tensors, fallbacks = numbered("stream", value.streams), value.fallbacks
+    metadata = {"key": key, "kind": type(value).__name__, "fallbacks": json.dumps(fallbacks)}
+    return pack(tensors, metadata | {"sha256": content_hash(tensors, metadata)})
+
+
+def opened(data: bytes, shelved: Shelved) -> Embedding | Latent:
+    """What `packed` was given, as an answer to the request of `shelved`.  Raises Damaged."""
+    try:
+        tensors, metadata = unpack(data)
+    except CheckpointError as error:
+        raise Damaged(f"{shelved.key}: {error}") from error
+    said = metadata.pop("sha256", None)
+    if said != content_hash(tensors, metadata) or metadata.get("key") != shelved.key:
+        raise Damaged(f"{shelved.key} does not hold what was put there")
+    if metadata["kind"] == "Embedding":
+        return Embedding(request=shelved.request, prompt=counted("prompt", tensors),
+                         negative=counted("negative", tensors))
+    return Latent(request=shelved.request, streams=counted("stream", tensors),
+                  fallbacks=tuple(json.loads(metadata["fallbacks"])))
+
+
+def numbered(name: str, tensors: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    return {f"{name}.{place}": tensor.detach().cpu() for place, tensor in enumerate(tensors)}
+
+
+def counted(name: str, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    return tuple(tensors[f"{name}.{place}"] for place in range(sum(key.startswith(f"{name}.") for key in tensors)))
+
+
+def content_hash(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,172 @@
+"""What a stage made waits on the shelf: whole, found again, made anew where it is damaged."""
+
+import pickle
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from actors.messages import Clip, Embedding, Failure, Latent, Request
+from actors.shelf import EMBEDDINGS, LATENTS, Drop, Fetch, Keep, clear, shelf_key
+from model.shapes import VideoShape
+from pipeline.stages import Stage, Step, run_local
+from pipeline.store import NotFound, open_store
+
+RUNS = []                                               # the requests that an encoder or sampler below has worked for
+
+
+class Encoder:
+    device = "cpu"
+
+    def __call__(self, batch):
+        RUNS.extend(("encode", request.prompt) for request in batch)
+        return [Embedding(request=request, prompt=(text_of(request.prompt), text_of(request.prompt).bfloat16()),
+                          negative=(text_of(request.negative_prompt), torch.zeros(0, 8))) for request in batch]
+
+
+@dataclass
+class Sampler:
+    fail_on: int | None = None
+
+    def __call__(self, batch):
+        RUNS.extend(("sample", embedding.request.seed) for embedding in batch)
+        return [self.sample(embedding) for embedding in batch]
+
+    def sample(self, embedding):
+        if embedding.request.seed == self.fail_on:
+            return Failure(request=embedding.request, stage="sample", error_type="ValueError", error="by request")
+        noise = torch.randn(16, 2, 4, 4, generator=torch.Generator().manual_seed(embedding.request.seed))
+        return Latent(request=embedding.request, streams=(noise + embedding.prompt[0].mean(), noise[0].half()),
+                      fallbacks=("attention=dense", "steps=ü"))
+
+
+class Writer:
+    def __call__(self, batch):
+        return [Clip(request=latent.request, uri="", sha256=str(latent.streams[0].sum().item()), num_bytes=1,
+                     duration_s=1.0, fallbacks=latent.fallbacks) for latent in batch]
+
+
+def text_of(prompt):
+    return torch.tensor([list(prompt.encode()[:8].ljust(8))], dtype=torch.float32)
+
+
+def request(seed, prompt="a red circle"):
+    return Request(clip_id=f"{seed:064x}", model="demo", weights_fingerprint="w", prompt=prompt,
+                   negative_prompt="blurred", seed=seed, shape=VideoShape(frames=5, height=32, width=32), fps=24.0,
+                   num_steps=2, guidance=1.0, precision="fp32", attention="dense")
+
+
+def stages(store, sampler=None, kept=True):
+    sampler = Step(actor=Sampler, args=sampler or {})
+    if not kept:
+        return [Stage(name="encode", steps=(Step(actor=Encoder),)), Stage(name="sample", steps=(sampler,)),
+                Stage(name="publish", steps=(Step(actor=Writer),))]
+    fetch = Step(actor=Fetch, args={"store": store})
+    encode = Step(actor=Keep, args=dict(step=Step(actor=Encoder), store=store, folder=EMBEDDINGS))
+    sample = Step(actor=Keep, args=dict(step=sampler, store=store, folder=LATENTS))
+    return [Stage(name="encode", steps=(encode,)), Stage(name="sample", steps=(fetch, sample)),
+            Stage(name="publish", steps=(fetch, Step(actor=Writer)))]
+
+
+def render(*args, **kwargs):
+    RUNS.clear()
+    return [outcome.value for outcome in run_local(*args, **kwargs)]
+
+
+def damage(store, key, how):
+    data = store.get(key)
+    store.put(key, {"truncated": data[:-5], "flipped": data[:-1] + bytes([data[-1] ^ 1]), "empty": b"",
+                    "noise": b"\xff" * 100, "header": data.replace(b"attention=dense", b"attention=spars")}[how])
+
+
+@pytest.fixture
+def store(store_uri):
+    return open_store(store_uri)
+
+
+def test_clips_are_the_same_with_and_without_the_shelf(store):
+    requests = [request(seed) for seed in range(3)]
+    assert render(stages(store), requests) == render(stages(None, kept=False), requests)
+
+
+def test_a_second_run_finds_everything_and_works_for_nothing(store):
+    requests = [request(seed) for seed in range(3)]
+    first = render(stages(store), requests)
+    assert RUNS == [("encode", "a red circle"), ("sample", 0), ("sample", 1), ("sample", 2)]
+    assert render(stages(store), requests) == first
+    assert RUNS == []
+
+
+def test_only_a_small_reference_crosses_and_values_come_back_bit_for_bit(store):
+    keep, fetch = Keep(Step(actor=Encoder), store, EMBEDDINGS), Fetch(store)
+    value, = Encoder()([request(7)])
+    shelved, = keep([request(7)])
+    assert len(pickle.dumps(shelved)) < 2000
+    found, = fetch([shelved])
+    for mine, theirs in zip(value.prompt + value.negative, found.prompt + found.negative, strict=True):
+        assert mine.dtype == theirs.dtype and torch.equal(mine, theirs)
+
+    latent = Sampler().sample(value)
+    found, = fetch(Keep(Step(actor=Sampler), store, LATENTS)([value]))
+    assert found.fallbacks == latent.fallbacks == ("attention=dense", "steps=ü")
+    for mine, theirs in zip(latent.streams, found.streams, strict=True):
+        assert mine.dtype == theirs.dtype and torch.equal(mine, theirs)
+
+
+def test_requests_that_share_an_embedding_each_get_it_as_their_own(store):
+    keep, fetch = Keep(Step(actor=Encoder), store, EMBEDDINGS), Fetch(store)
+    shelved, = keep([request(1)])
+    assert fetch([replace(shelved, request=request(2))])[0].request == request(2)
+    RUNS.clear()
+    assert [value.request.seed for value in keep([request(3), request(4)])] == [3, 4]
+    assert RUNS == []
+
+
+@pytest.mark.parametrize("how", ["truncated", "flipped", "empty", "noise", "header"])
+def test_what_is_damaged_is_made_again(store, how):
+    first = render(stages(store), [request(1)])
+    damage(store, shelf_key(LATENTS, request(1)), how)
+    if how != "header":                                 # an embedding has no fallbacks to change
+        damage(store, shelf_key(EMBEDDINGS, request(1)), how)
+    assert render(stages(store), [request(1)]) == first
+    assert ("sample", 1) in RUNS and (how == "header" or ("encode", "a red circle") in RUNS)
+    assert render(stages(store), [request(1)]) == first and RUNS == []
+
+
+def test_a_latent_under_anothers_name_is_not_taken(store):
+    render(stages(store), [request(1)])
+    store.put(shelf_key(LATENTS, request(2)), store.get(shelf_key(LATENTS, request(1))))
+    render(stages(store), [request(2)])
+    assert ("sample", 2) in RUNS
+
+
+def test_what_is_lost_between_two_stages_is_said_to_be_lost(store):
+    shelved, = Keep(Step(actor=Encoder), store, EMBEDDINGS)([request(1)])
+    damage(store, shelved.key, "flipped")
+    with pytest.raises(NotFound):
+        Fetch(store)([shelved])
+    assert store.head(shelved.key) is None              # so that the first stage does not find it
+
+
+def test_failures_pass_untouched_and_are_not_kept(store):
+    sampler = {"fail_on": 2}
+    values = render(stages(store, sampler), [request(seed) for seed in range(1, 4)])
+    assert [type(value) for value in values] == [Clip, Failure, Clip]
+    assert store.head(shelf_key(LATENTS, request(2))) is None
+    failure = values[1]
+    assert Fetch(store)([failure]) == [failure] and Drop(store)([failure]) == [failure]
+    assert Keep(Step(actor=Encoder), store, EMBEDDINGS)([failure, request(1)])[0] is failure
+
+
+def test_latents_go_when_their_clips_are_published_and_the_rest_at_the_end(store):
+    clips = render(stages(store), [request(1), request(2)])
+    assert Drop(store)(clips[:1]) == clips[:1]
+    assert [info.key for info in store.list(f"{LATENTS}/")] == [shelf_key(LATENTS, request(2))]
+    for folder in (EMBEDDINGS, LATENTS):
+        clear(store, (info.key for info in store.list(f"{folder}/")))
+    assert list(store.list()) == []
+
+
+def test_keep_tells_the_device_of_its_step(store):
+    assert Keep(Step(actor=Encoder), store, EMBEDDINGS).device == "cpu"
+    assert Keep(Step(actor=Sampler), store, LATENTS).device is None
