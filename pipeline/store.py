@@ -267,7 +267,8 @@ def is_away(error: Exception) -> bool:
     from boto3.exceptions import RetriesExceededError
     from botocore import exceptions
 
-    lost = (RetriesExceededError, exceptions.ConnectionError, exceptions.HTTPClientError, exceptions.IncompleteReadError)
+    lost = (exceptions.ConnectionError, exceptions.HTTPClientError, exceptions.IncompleteReadError,
+            RetriesExceededError)
     return isinstance(error, lost) and not isinstance(error, exceptions.SSLError)
 
 

@@ -32,7 +32,7 @@ class S3Server:
         try:
             os.setxattr(self.folder, "user.dailies", b"1")
         except OSError as error:
-            raise CannotStart(f"The S3 test server needs a disk with user xattrs; {folder} has none ({error})") from error
+            raise CannotStart(f"The S3 test server needs a disk with user xattrs; {folder}: {error}") from error
         self.start()
 
     def start(self) -> None:

@@ -1,4 +1,4 @@
-"""OpenStack Swift with its S3 door on loopback: one process, one disk, one replica. Runs in the environment of install.py.
+"""OpenStack Swift with its S3 door on loopback: one process, one disk, one replica; in the environment of install.py.
 
     python swift_server.py FOLDER [PORT]       prints "ready PORT"; stops on SIGTERM or when its standard input closes
 
@@ -44,7 +44,7 @@ class Faults:
 
     Swift looks at If-None-Match only when a request starts, so writers of one key take turns here, as they do in S3.
     A rule has `method`, `match` (part of the path), `times`, and one of
-        status   answer with this status and `code`; with after = true the request is served first, then this is the answer
+        status   answer with this status and `code`; with after = true the request is served first
         drop     close the connection without an answer; `after` as above
         stall_s  wait this long, then serve
         strip    forget this header of the request ("If-None-Match"), then serve
