@@ -26,17 +26,15 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 from urllib.parse import urlsplit
 
+from jobs.settings import UsageError
+
 PACKAGES = ("kernels", "model", "actors", "pipeline", "jobs")
 MAX_BYTES = 100_000_000         # Ray's dashboard takes no larger upload
 CONNECT_TIMEOUT_S = 10.0
 POLL_S = 5.0
 PATIENCE_S = 120.0              # how long --wait tries to get back to a head that stopped answering
 
-EXIT_USAGE, EXIT_UNUSABLE, EXIT_INTERRUPTED = 2, 5, 130
-
-
-class UsageError(ValueError):
-    """The command as typed cannot work anywhere; nothing was started."""
+EXIT_UNUSABLE, EXIT_INTERRUPTED = 5, 130
 
 
 class ClusterError(RuntimeError):
@@ -63,8 +61,8 @@ def submit(manifest: str, out: str, address: str, render_args: list[str], wait: 
     wait         follow the log; the log goes to stdout, or to stderr when `json` is set.
     json         one JSON object on stdout: job_id, address, out, status, exit_code.
 
-    Returns render's own exit code with `wait`, else 0 once the job is accepted; 2 for a command that cannot work,
-    5 for a cluster that is not usable, 130 when the wait was interrupted (the job goes on).
+    Returns render's own exit code with `wait`, else 0 once the job is accepted; 5 for a cluster that is not usable,
+    130 when the wait was interrupted (the job goes on).  Raises UsageError for a command that cannot work.
     """
     try:
         refuse_secrets([manifest, out, address, *render_args])
@@ -73,8 +71,6 @@ def submit(manifest: str, out: str, address: str, render_args: list[str], wait: 
             render = ["render", *pack(Path(folder), manifest, render_args), "--out", out, "--ray", "auto"]
             client = connect(address)
             job_id = start(client, address, shlex.join(["python", "-m", "jobs.cli", *render]), folder)
-    except UsageError as error:
-        return stop(EXIT_USAGE, str(error), json=json, address=address, out=out)
     except ClusterError as error:
         return stop(EXIT_UNUSABLE, str(error), json=json, address=address, out=out)
 
@@ -101,7 +97,8 @@ def submit(manifest: str, out: str, address: str, render_args: list[str], wait: 
 def pack(folder: Path, manifest: str, render_args: list[str]) -> list[str]:
     """Fill `folder` with what the cluster needs: our packages, the manifest, the --config file.
 
-    Returns manifest and arguments as the job, whose working folder this is, has to name them. Raises UsageError for a manifest or config that is not there, or more than MAX_BYTES.
+    Returns manifest and arguments as the job, whose working folder this is, has to name them.
+    Raises UsageError for a manifest or config that is not there, or more than MAX_BYTES.
     """
     home = Path(__file__).resolve().parent.parent
     for package in PACKAGES:

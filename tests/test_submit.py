@@ -22,7 +22,7 @@ import psutil
 import pytest
 
 from jobs import submit as job
-from jobs.submit import submit
+from jobs.cli import main
 
 TOKEN = "0123456789abcdef0123456789abcdef"
 ROOT = Path(__file__).resolve().parent.parent
@@ -121,6 +121,10 @@ def run_job(address: str, script: str) -> tuple[tuple[str, int, str], str]:
     return asyncio.run(asyncio.wait_for(job.follow(client, job_id, log), 120)), log.getvalue()
 
 
+def dailies_submit(manifest: Path, address: str, *flags: str, out: str = "s3://bucket/run") -> int:
+    return main(["submit", str(manifest), "--out", out, "--address", address, *flags])
+
+
 def test_a_job_ends_with_its_own_exit_code_and_its_log_is_copied(head: Head):
     result, log = run_job(head.address, "import sys; print('line one'); print('line two'); sys.exit(3)")
     assert result == ("FAILED", 3, "")
@@ -196,7 +200,7 @@ class CuttingProxy:
 @pytest.mark.parametrize("token, says", [("f" * 32, "refused the token"), ("", "no token was found")])
 def test_a_head_lets_nobody_in_without_its_token(head: Head, manifest: Path, token, says, monkeypatch, capsys):
     monkeypatch.setenv("RAY_AUTH_TOKEN", token)
-    assert submit(str(manifest), "s3://bucket/run", head.address, [], wait=True, json=False) == 5
+    assert dailies_submit(manifest, head.address, "--wait") == 5
     assert says in capsys.readouterr().err
     with pytest.raises(urllib.error.HTTPError, match="40[13]"):
         urllib.request.urlopen(urllib.request.Request(f"{head.address}/api/jobs/",
@@ -230,7 +234,7 @@ def test_the_address_given_wins_over_the_environment(head: Head, monkeypatch):
 def test_a_head_that_does_not_answer_is_exit_5_with_a_next_step(manifest: Path, capsys):
     [port] = free_ports(1)
     address = f"http://127.0.0.1:{port}"
-    assert submit(str(manifest), "s3://bucket/run", address, [], wait=True, json=True) == 5
+    assert dailies_submit(manifest, address, "--wait", "--json") == 5
     said = capsys.readouterr()
     assert "port-forward" in said.err
     assert json.loads(said.out)["exit_code"] == 5
@@ -238,24 +242,24 @@ def test_a_head_that_does_not_answer_is_exit_5_with_a_next_step(manifest: Path, 
 
 @pytest.mark.parametrize("address", ["head:8265", "ray://head:10001", "auto", ""])
 def test_an_address_that_is_none_is_bad_usage(manifest: Path, address, capsys):
-    assert submit(str(manifest), "s3://bucket/run", address, [], wait=False, json=False) == 2
+    assert dailies_submit(manifest, address) == 2
     assert "http://HEAD:8265" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("out", ["s3://key:secret@bucket/run", "s3://bucket/run?X-Amz-Signature=abc"])
 def test_keys_in_a_uri_are_refused_before_anything_is_sent(manifest: Path, out, capsys):
-    assert submit(str(manifest), out, "http://127.0.0.1:9", [], wait=False, json=False) == 2
+    assert dailies_submit(manifest, "http://127.0.0.1:9", out=out) == 2
     said = capsys.readouterr().err
     assert "must not carry keys" in said and "secret" not in said and "abc" not in said
 
 
 def test_a_relative_output_folder_is_refused(manifest: Path, capsys):
-    assert submit(str(manifest), "out/", "http://127.0.0.1:9", [], wait=False, json=False) == 2
+    assert dailies_submit(manifest, "http://127.0.0.1:9", out="out/") == 2
     assert "absolute path" in capsys.readouterr().err
 
 
 def test_a_missing_manifest_is_bad_usage(tmp_path: Path, capsys):
-    assert submit(str(tmp_path / "none.parquet"), "s3://b/run", "http://127.0.0.1:9", [], wait=False, json=False) == 2
+    assert dailies_submit(tmp_path / "none.parquet", "http://127.0.0.1:9") == 2
     assert "no such manifest" in capsys.readouterr().err
 
 

@@ -1,0 +1,58 @@
+# Everything lives in .venv; pip takes its settings (mirrors, proxies, caches) from the environment.
+
+.DEFAULT_GOAL := help
+.PHONY: help render test test-gpu lint freeze clean
+
+VENV    := .venv
+# the first of these that is new enough; `make PYTHON=/path/to/python3.12 ...` chooses another
+PYTHON  ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; do \
+             $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+INPUTS  := pyproject.toml constraints.txt
+INSTALL := $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt
+ARGS    ?=
+
+help:                                   ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+
+render: $(VENV)/.installed              ## set up, then render examples/prompts.parquet into out/ on the CPU
+	$(VENV)/bin/dailies render examples/prompts.parquet --out out/
+
+test: $(VENV)/.installed-dev            ## set up (the S3 test server too), then run the tests; ARGS="-k store" for some
+	@$(VENV)/bin/python -m tests.s3.install
+	@$(VENV)/bin/python -m pytest $(ARGS)
+
+test-gpu: $(VENV)/.installed-gpu        ## set up with Triton, then run the tests that need a CUDA device
+	@$(VENV)/bin/python -m pytest -m gpu $(ARGS)
+
+lint: $(VENV)/.installed-dev            ## the house rules only: imports, doors, words
+	@$(VENV)/bin/python -m pytest -q tests/test_house.py $(ARGS)
+
+freeze: $(VENV)/.installed-dev          ## write the installed versions into constraints.txt
+	@{ sed -n '/^#/p' constraints.txt; \
+	   { $(VENV)/bin/python -m pip list --format=freeze --exclude-editable | sed 's/+[a-z0-9.]*$$//'; \
+	     grep '^triton==' constraints.txt; } | grep -v -E '^(pip|setuptools|wheel)==' | sort -f -u; \
+	 } > constraints.new && mv constraints.new constraints.txt
+
+clean:                                  ## remove what make made: .venv, .cache, out
+	rm -rf $(VENV) .cache out
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "dailies needs Python 3.11 or newer; found: $$(python3 --version 2>&1 || true)." \
+	  "Install one, or name it: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "dailies needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1)" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "$(PYTHON) cannot make a virtual environment; install its venv module (Debian: apt install python3-venv)" >&2; \
+	  exit 1; }
+
+$(VENV)/.installed: $(VENV)/bin/python $(INPUTS)
+	@echo "Installing dailies into $(VENV) (some minutes the first time)"
+	@$(INSTALL) --editable . && touch $@
+
+$(VENV)/.installed-dev: $(VENV)/bin/python $(INPUTS)
+	@echo "Installing dailies and its test tools into $(VENV) (some minutes the first time)"
+	@$(INSTALL) --editable '.[dev]' && touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-gpu: $(VENV)/bin/python $(INPUTS)
+	@echo "Installing dailies, Triton and the test tools into $(VENV) (some minutes the first time)"
+	@$(INSTALL) --editable '.[dev,gpu]' && touch $@ $(VENV)/.installed $(VENV)/.installed-dev

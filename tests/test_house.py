@@ -1,0 +1,219 @@
+"""The rules of the house: imports point one way, one door per library, importing touches nothing, true documents."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ORDER = ["kernels", "model", "actors", "pipeline", "jobs"]
+
+# where each outside library may be imported; a name that ends in / is a folder
+DOORS = {
+    "transformers": ["model/text.py"],
+    "safetensors": ["model/checkpoint.py"],
+    "huggingface_hub": ["model/weights.py"],
+    "pyarrow": ["pipeline/manifest.py", "pipeline/plan.py", "pipeline/ledger.py"],
+    "boto3": ["pipeline/store.py"],
+    "botocore": ["pipeline/store.py"],
+    "ray": ["pipeline/cluster.py", "jobs/submit.py"],
+    "av": ["actors/clip_writer.py"],
+    "jinja2": ["pipeline/report.py"],
+    "typer": ["jobs/"],
+    "click": ["jobs/"],
+    "rich": ["jobs/"],
+    "pydantic": ["pipeline/", "jobs/"],
+    "triton": ["kernels/"],
+    "torch": ["kernels/", "model/", "actors/", "pipeline/stages.py", "jobs/"],
+}
+HEAVY = ["torch", "ray", "transformers", "pyarrow", "boto3", "av", "numpy"]
+
+
+def modules() -> list[Path]:
+    return sorted(path for package in [*ORDER, "infra"] for path in (ROOT / package).rglob("*.py"))
+
+
+def imported(path: Path) -> Iterator[tuple[str, int]]:
+    """Every dotted name that a file imports, at the top or inside a function, with its line."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.relative_to(ROOT)}:{node.lineno}: name the module in full"
+            yield node.module or "", node.lineno
+
+
+def test_imports_point_one_way():
+    wrong = []
+    for path in modules():
+        home = path.relative_to(ROOT).parts[0]
+        below = ORDER[:ORDER.index(home) + 1] if home in ORDER else []      # infra runs without the rest
+        for name, line in imported(path):
+            package = name.split(".")[0]
+            if package in [*ORDER, "infra", "tests"] and package not in below:
+                wrong.append(f"{path.relative_to(ROOT)}:{line} imports {name}")
+    assert not wrong, "\n".join([f"imports must point {' <- '.join(ORDER)}", *wrong])
+
+
+def test_each_library_has_one_door():
+    wrong = []
+    for path in modules():
+        name = path.relative_to(ROOT).as_posix()
+        for library, line in ((dotted.split(".")[0], line) for dotted, line in imported(path)):
+            doors = DOORS.get(library)
+            if doors and not any(name.startswith(door) if door.endswith("/") else name == door for door in doors):
+                wrong.append(f"{name}:{line} imports {library}; it belongs in {', '.join(doors)}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_importing_any_module_touches_nothing(tmp_path: Path):
+    """All modules, in one process with an empty home, which is asked afterwards what was opened, made or dialled."""
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in modules()]
+    names = [name for name in names if name not in needs_absent_library()]
+    script = f"""
+import importlib, os, sys
+sys.path.insert(0, {str(ROOT)!r})
+touched = []
+def watch(event, args):
+    if event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+        touched.append(("writes", str(args[0])))
+    elif event in ("socket.connect", "socket.bind", "socket.getaddrinfo", "os.mkdir", "os.rename", "os.remove"):
+        touched.append((event, str(args)))
+for name in {["torch", "transformers", "ray", "pyarrow", "boto3", "av", "typer", "rich", "pydantic"]!r}:
+    importlib.import_module(name)           # what these do is theirs
+before = dict(os.environ)
+sys.addaudithook(watch)
+for name in {names!r}:
+    importlib.import_module(name)
+import ray, torch
+assert not touched, touched
+assert not torch.cuda.is_initialized()
+assert not ray.is_initialized()
+assert torch.get_default_dtype() is torch.float32
+assert dict(os.environ) == before
+"""
+    done = run_python(["-B", "-c", script], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [path.name for path in tmp_path.iterdir()] == []
+
+
+def needs_absent_library() -> set[str]:
+    """Kernel modules that can only be imported where Triton is installed."""
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in modules()
+                if any(name.split(".")[0] == "triton" for name, _ in imported(path))}
+    return set()
+
+
+def run_python(args: list[str], cwd: Path) -> subprocess.CompletedProcess:
+    env = {"HOME": str(cwd), "PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run([sys.executable, *args], cwd=cwd, env=env, capture_output=True, text=True, timeout=300,
+                          stdin=subprocess.DEVNULL)
+
+
+def test_help_imports_nothing_heavy(tmp_path: Path):
+    script = ("import sys, jobs.cli\n"
+              "sys.argv = ['dailies', '--help']\n"
+              "try:\n    jobs.cli.main()\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
+              f"print('HEAVY', [name for name in {HEAVY!r} if name in sys.modules])")
+    done = run_python(["-c", script], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Usage" in done.stdout
+    assert done.stdout.splitlines()[-1] == "HEAVY []"
+
+
+def documents() -> list[Path]:
+    return sorted(path for path in tracked() if path.suffix == ".md")
+
+
+def tracked() -> list[Path]:
+    """The files of the repository: git's list, or, where this is no checkout, all that is not made by us."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True) \
+        if (ROOT / ".git").exists() else None
+    if listed and listed.returncode == 0:
+        return [path for name in listed.stdout.split("\0") if name and (path := ROOT / name).is_file()]
+    made = {".venv", ".cache", ".git", "out", "build", "dailies.egg-info",
+            "__pycache__", ".pytest_cache", ".hypothesis"}
+    return [path for path in ROOT.rglob("*") if path.is_file() and not made & set(path.relative_to(ROOT).parts)]
+
+
+def shell_lines(document: Path) -> list[str]:
+    """The commands in a document's ```sh blocks, continuation lines joined, comments and outputs left out."""
+    blocks = re.findall(r"^ *```sh\n(.*?)^ *```", document.read_text(encoding="utf-8"), re.M | re.S)
+    text = "\n".join(blocks).replace("\\\n", " ")
+    return [line.split(" #")[0].strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
+
+
+def test_every_command_in_the_documents_exists(tmp_path: Path):
+    targets = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), re.M))
+    helps: dict[str, str] = {}
+    for document in documents():
+        for line in shell_lines(document):
+            words = line.split()
+            while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
+                words.pop(0)
+            if words[0] == "make":
+                assert set(word for word in words[1:] if "=" not in word) <= targets, f"{document.name}: {line}"
+            if Path(words[0]).name != "dailies" or len(words) < 2 or words[1].startswith("-"):
+                continue
+            command = words[1]
+            if command not in helps:
+                done = run_python(["-m", "jobs.cli", command, "--help"], cwd=tmp_path)
+                assert done.returncode == 0, f"{document.name}: {line}\n{done.stderr}"
+                helps[command] = done.stdout
+            for flag in (word.split("=")[0] for word in words[2:] if word.startswith("--")):
+                assert flag in helps[command], f"{document.name}: `{line}`: {command} has no {flag}"
+
+
+def test_no_document_links_to_a_file_that_is_not_there():
+    for document in documents():
+        text = re.sub(r"^ *```.*?^ *```", "", document.read_text(encoding="utf-8"), flags=re.M | re.S)
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
+            if not re.match(r"[a-z]+:", target):
+                assert (document.parent / target).exists(), f"{document.relative_to(ROOT)} links to {target}"
+
+
+@pytest.mark.parametrize("pattern, why", [
+    (r"(?<![\w.])/(work|root|opt)/", "a path of somebody's machine"),
+    (r"(?<![\w.])/home/(?!dailies)\w+/", "a path of somebody's machine"),
+    (r"--(extra-)?index-url|--find-links|PIP_FIND_LINKS|\.org/simple|/simple/|whl/c(u\d|pu)",
+     "where packages come from is the environment's business"),
+    (r"AKIA[0-9A-Z]{16}|-----BEGIN [A-Z ]*PRIVATE KEY|\bghp_\w{20,}|\bhf_[A-Za-z]{20,}", "a credential"),
+])
+def test_no_file_carries(pattern, why):
+    found = []
+    for path in tracked():
+        if path == Path(__file__).resolve():
+            continue
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError:
+            continue
+        found += [f"{path.relative_to(ROOT)}:{number}: {line.strip()[:100]}" for number, line in enumerate(lines, 1)
+                  if re.search(pattern, line)]
+    assert not found, "\n".join([why, *found])
+
+
+def test_the_example_settings_are_settings():
+    from jobs.settings import RenderJob
+    job = RenderJob.read({}, ROOT / "examples" / "night.toml")
+    assert (ROOT / job.manifest).suffix == ".parquet"
+
+
+def test_every_requirement_is_pinned_to_a_tested_version():
+    import tomllib
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = {canonical(line.split("==")[0]) for line in lines if "==" in line}
+    wanted = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
+    assert not {canonical(re.match(r"[\w.-]+", each)[0]) for each in wanted} - pinned
+
+
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
