@@ -201,7 +201,7 @@ def _from_parquet(file: ManifestFile, table: pa.Table, first: int, complaints: C
         except pa.ArrowTypeError as error:
             complaints.about(file.name, name, f"a column of type {table[name].type}", str(error))
         except pa.ArrowInvalid as error:
-            complaints.about(file.name, name, f"damaged content ({error})", "text in UTF-8")
+            complaints.about(file.name, name, f"damaged content ({error})", "whole values, text in UTF-8")
     return _Part.of(table.num_rows, known, user)
 
 
@@ -231,7 +231,7 @@ def _from_arrow(name: str, values: pa.ChunkedArray, first: int, complaints: Comp
         values = values.cast(REAL)
         fits = pc.and_(pc.equal(pc.floor(values), values), pc.less_equal(pc.abs(values), 2.0**53))
     elif given == pa.uint64():
-        fits = pc.less_equal(values, INT64_MAX)
+        fits = pc.less_equal(values, pa.scalar(INT64_MAX, pa.uint64()))
     else:
         return values.cast(INTEGER)
     return _kept(name, values, fits, first, complaints).cast(INTEGER)

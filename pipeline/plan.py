@@ -339,7 +339,8 @@ def _asked_of_card(values: pa.ChunkedArray, column: str, ask: Callable[[Any], An
         try:
             answers.append(ask(value))
         except ValueError as error:
-            refused[len(answers)] = value, str(error).partition("; got ")[0]           # a complaint says what it got itself
+            rule = str(error).partition("; got ")[0].removeprefix(f"{column} must be ")    # a complaint names them itself
+            refused[len(answers)] = value, rule
             answers.append(None)
     if refused:
         rows = np.flatnonzero(np.isin(code, list(refused)))

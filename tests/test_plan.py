@@ -1,0 +1,257 @@
+"""The plan: what each row resolves to, what shares a clip, what comes first, and a million rows of it."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model.catalog import CATALOG
+from pipeline.complaints import ManifestError
+from pipeline.manifest import Manifest
+from pipeline.plan import Defaults, Plan, clip_id_of
+
+DEMO = CATALOG["demo"]
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def plan_of(path: Path, *, card=DEMO, defaults=Defaults(), skip_invalid=False, weights_fingerprint="w" * 64, **columns) -> Plan:
+    pq.write_table(pa.table(columns), path / "m.parquet")
+    return Plan.make(Manifest.read(str(path / "m.parquet")), card, defaults, weights_fingerprint=weights_fingerprint,
+                     precision="fp32", skip_invalid=skip_invalid)
+
+
+def test_a_bare_prompt_gets_everything_from_the_card(tmp_path):
+    [request] = plan_of(tmp_path, prompt=["a red circle"]).requests()
+    assert (str(request.shape), request.fps, request.num_steps, request.guidance) == ("64x64x49", 24.0, 20, 3.0)
+    assert (request.model, request.negative_prompt, request.precision, request.attention) == ("demo", "", "fp32", "dense")
+    assert request.seed == int.from_bytes(hashlib.sha256(b"0").digest()[:4], "big") % 2**31
+
+
+def test_the_row_decides_before_the_command_line_and_that_before_the_card(tmp_path):
+    defaults = Defaults(resolution="96x32", frames=9, steps=7, negative_prompt="blurry")
+    plan = plan_of(tmp_path, defaults=defaults, prompt=["a", "b"], resolution=[None, "32x64"], duration_s=[None, 1.0],
+                   steps=[None, 3], guidance=[None, 0.0], negative_prompt=[None, ""])
+    said = {request.prompt: (str(request.shape), request.num_steps, request.guidance, request.negative_prompt)
+            for request in plan.requests()}
+    assert said == {"a": ("96x32x9", 7, 3.0, "blurry"), "b": ("32x64x25", 3, 0.0, "")}
+    assert plan.summary()["settings"] | {"fps": 0} == dict(resolution="96x32", duration_s=None, frames=9, steps=7, guidance=3.0,
+                                                           negative_prompt="blurry", fps=0, precision="fp32", attention="dense")
+
+
+@pytest.mark.parametrize("defaults", [dict(resolution="7x7"), dict(duration_s=0.5), dict(steps=2000), dict(guidance=1e6)])
+def test_defaults_that_the_model_cannot_render_are_refused(tmp_path, defaults):
+    with pytest.raises(ValueError, match=f"(width|{next(iter(defaults))}) must be"):
+        plan_of(tmp_path, defaults=Defaults(**defaults), prompt=["a"])
+
+
+def test_a_length_is_given_once():
+    with pytest.raises(ValueError, match="not both"):
+        Defaults(duration_s=2, frames=49)
+
+
+def test_what_the_model_cannot_render_joins_the_manifests_complaints(tmp_path):
+    with pytest.raises(ManifestError) as caught:
+        plan_of(tmp_path, prompt=["a", None, "c", "d", "e", "f"], resolution=["7x7", None, "480p", None, None, "8000x8000"],
+                duration_s=[-1.0, None, 0.5, None, 60.0, None], steps=[0, 1000, 1, 1, 1, 1], guidance=[1.0, 1, 1, 1, 500, 1],
+                image=[None, None, None, "first.png", None, None])
+    found = [(complaint.row, complaint.column) for complaint in caught.value.complaints]
+    assert sorted(found) == [(0, "duration_s"), (0, "resolution"), (0, "steps"), (1, "prompt"), (2, "duration_s"),
+                             (2, "resolution"), (3, "image"), (4, "duration_s"), (4, "guidance"), (5, "resolution")]
+    said = str(caught.value)
+    assert "row 0, resolution: got '7x7'; allowed: width must be a multiple of 8 and at least 32 for demo" in said
+    assert "row 2, resolution: got '480p'; allowed: 64p or WIDTHxHEIGHT for demo" in said
+    assert "row 4, duration_s: got 60.0; allowed: 1 to 5 for demo" in said
+    assert "row 3, image: got 'first.png'; allowed: nothing: demo makes video from text alone" in said
+
+
+def test_bad_rows_can_be_set_aside(tmp_path):
+    columns = dict(prompt=["a", None, "c"], id=["x", "y", "z"], steps=[5, 5, 0], tag=[1, 2, 3])
+    plan = plan_of(tmp_path, skip_invalid=True, **columns)
+    assert [request.prompt for request in plan.requests()] == ["a"]
+    assert [(row.row, row.id, row.prompt) for row in plan.invalid_rows()] == [(1, "y", None), (2, "z", "c")]
+    assert plan.user_columns([2]).to_pydict() == {"user.tag": [3]}
+    summary = plan.summary()
+    assert (summary["rows"], summary["invalid_rows"], summary["clips"], summary["complaints"]["count"]) == (3, 2, 1, 2)
+
+    nothing = plan_of(tmp_path, skip_invalid=True, prompt=["a"], steps=[0])
+    assert list(nothing.requests()) == [] and nothing.keys().num_rows == 0
+    assert nothing.summary()["buckets"] == []
+
+
+def test_a_rounded_length_is_noted_with_its_rows(tmp_path):
+    plan = plan_of(tmp_path, prompt=list("abcd"), duration_s=[2.9, 2.9, None, 3.0], frames=[None, None, 8, None])
+    assert sorted(plan.roundings) == [("2.9 s rounded down to 2 s (49 frames)", 2), ("8 frames rounded down to 5", 1)]
+    assert [request.shape.frames for request in plan.requests()] == [49, 49, 5, 73]
+
+
+def test_samples_are_rows_with_seeds_that_count_up(tmp_path):
+    plan = plan_of(tmp_path, prompt=["a", "b"], id=["x", "y"], seed=[2**62, 5], samples=[1, 3])
+    assert plan.keys().drop_columns("clip_id").to_pylist() == [
+        {"id": "x", "seed": 2**62, "row": 0}, *({"id": "y", "seed": seed, "row": 1} for seed in (5, 6, 7))]
+    assert [request.seed for request in plan.requests()] == [2**62, 5, 6, 7]
+
+
+def test_more_clips_than_a_run_can_hold_are_refused(tmp_path):
+    with pytest.raises(ManifestError, match="20,000,000 clips in all; allowed: at most 10,000,000"):
+        plan_of(tmp_path, prompt=["a"] * 2000, samples=[10_000] * 2000)
+
+
+def test_a_seed_that_was_not_given_stays_with_its_id(tmp_path):
+    def seeds(ids: list[str]) -> dict[str, int]:
+        rows = plan_of(tmp_path, prompt=["a"] * len(ids), id=ids).keys().to_pylist()
+        return {row["id"]: row["seed"] for row in rows}
+
+    before, after = seeds(["x", "y"]), seeds(["new", "y", "x"])
+    assert before["x"] == after["x"] and before["y"] == after["y"] and len(set(after.values())) == 3
+    assert all(0 <= seed < 2**31 for seed in after.values())
+
+
+def test_rows_that_ask_for_the_same_clip_share_it(tmp_path):
+    plan = plan_of(tmp_path, prompt=["a", "b", "a"], id=["x", "y", "z"], seed=[1, 1, 1], duration_s=[2.0, 2.0, 2.5])
+    requests = list(plan.requests())
+    assert [request.prompt for request in requests] == ["a", "b"]
+    assert [(row.id, row.row, row.seed) for row in plan.rows_of(requests[0].clip_id)] == [("x", 0, 1), ("z", 2, 1)]
+    assert [row.id for row in plan.rows_of(requests[1].clip_id)] == ["y"]
+    assert plan.summary()["duplicates"] == 1
+    with pytest.raises(KeyError):
+        plan.rows_of("0" * 64)
+
+
+@pytest.mark.parametrize("change", [
+    dict(prompt=["b"]), dict(negative_prompt=["x"]), dict(seed=[2]), dict(duration_s=[3.0]), dict(resolution=["64x32"]),
+    dict(steps=[3]), dict(guidance=[2.0]), dict(card=CATALOG["linum-v2-360p"]), dict(weights_fingerprint="v" * 64)])
+def test_whatever_decides_pixels_changes_the_clip_id(tmp_path, change):
+    [one] = plan_of(tmp_path, prompt=["a"], seed=[1]).requests()
+    [other] = plan_of(tmp_path, **(dict(prompt=["a"], seed=[1]) | change)).requests()
+    assert one.clip_id != other.clip_id
+
+
+@pytest.mark.parametrize("change", [dict(id=["x"]), dict(priority=[9]), dict(tag=["x"]), dict(negative_prompt=[""]),
+                                    dict(guidance=[3.0]), dict(resolution=["64x64"]), dict(frames=[49])])
+def test_what_decides_no_pixels_leaves_the_clip_id(tmp_path, change):
+    [one] = plan_of(tmp_path, prompt=["a"], seed=[1]).requests()
+    [other] = plan_of(tmp_path, prompt=["a"], seed=[1], **change).requests()
+    assert one.clip_id == other.clip_id
+
+
+ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]))
+
+
+@given(prompt=ANY_TEXT, negative=st.sampled_from(['","prompt":0,"seed":0', "", "é\\"]) | ANY_TEXT, seed=st.integers(0, 2**63 - 1),
+       guidance=st.floats(0, 100))
+def test_a_clip_id_is_the_hash_of_canonical_json(prompt, negative, seed, guidance):
+    said = dict(attention="dense", frames=49, guidance=guidance, height=64, model="demo", negative_prompt=negative, num_steps=20,
+                precision="fp32", prompt=prompt, seed=seed, weights_fingerprint="w", width=64)
+    canonical = json.dumps(said, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
+    assert clip_id_of(**said) == hashlib.sha256(canonical).hexdigest()
+
+
+def test_urgent_clips_come_first_then_shapes_then_buckets_then_prompts(tmp_path):
+    rows = [("a", "64p", 20, 0, 1), ("b", "32x32", 20, 0, 1), ("a", "64p", 10, 0, 2), ("c", "64p", 20, 0, 1),
+            ("a", "64p", 20, 0, 3), ("d", "32x32", 20, 5, 1), ("e", "64p", 20, -1, 1)]
+    names = ("prompt", "resolution", "steps", "priority", "seed")
+    plan = plan_of(tmp_path, **dict(zip(names, map(list, zip(*rows)))))
+    order = [plan.rows_of(request.clip_id)[0].row for request in plan.requests()]
+    assert order == [5, 0, 4, 3, 2, 1, 6]
+
+
+def test_a_clip_is_as_urgent_as_its_most_urgent_row(tmp_path):
+    plan = plan_of(tmp_path, prompt=["a", "b", "b"], seed=[1, 1, 1], priority=[1, 0, 2])
+    assert [request.prompt for request in plan.requests()] == ["b", "a"]
+
+
+def test_clips_can_be_skipped(tmp_path):
+    plan = plan_of(tmp_path, prompt=[f"p {number}" for number in range(10)])
+    every = [request.clip_id for request in plan.requests()]
+    assert [request.clip_id for request in plan.requests(skip=set(every[::2]))] == every[1::2]
+
+
+def test_the_summary_is_json_and_adds_up(tmp_path):
+    plan = plan_of(tmp_path, prompt=["a", "b", "a", "c"], seed=[1] * 4, steps=[5, 5, 5, 6], samples=[1, 3, 1, 1], mood=["x"] * 4)
+    summary = json.loads(json.dumps(plan.summary()))
+    assert (summary["rows"], summary["planned_rows"], summary["clips"], summary["duplicates"], summary["prompts"]) == (4, 6, 5, 1, 3)
+    assert summary["buckets"] == [dict(width=64, height=64, frames=49, steps=5, guidance=3.0, clips=4),
+                                  dict(width=64, height=64, frames=49, steps=6, guidance=3.0, clips=1)]
+    assert summary["user_columns"] == ["user.mood"] and summary["model"] == "demo"
+
+
+PROMPT = st.sampled_from(["a", "b", "c"])
+ROW = st.fixed_dictionaries({
+    "prompt": PROMPT, "seed": st.none() | st.integers(0, 2), "samples": st.none() | st.integers(1, 3),
+    "resolution": st.sampled_from([None, "64p", "64x64", "32x64"]), "duration_s": st.sampled_from([None, 1.0, 2.0, 2.7]),
+    "steps": st.sampled_from([None, 3, 20]), "guidance": st.sampled_from([None, 0.0, -0.0, 3.0]),
+    "negative_prompt": st.sampled_from([None, "", "b"]), "priority": st.none() | st.integers(-1, 1)})
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=st.lists(ROW, min_size=1, max_size=12))
+def test_every_row_finds_its_clip_and_every_clip_its_rows(tmp_path_factory, rows):
+    plan = plan_of(tmp_path_factory.mktemp("plan"), **{name: [row[name] for row in rows] for name in rows[0]})
+    requests = {request.clip_id: request for request in plan.requests()}
+    keys = plan.keys().to_pylist()
+    assert len(requests) == plan.num_clips == len({key["clip_id"] for key in keys})
+    assert len(keys) == plan.num_planned_rows == sum(row["samples"] or 1 for row in rows)
+    found = [(row.id, row.seed, row.clip_id, row.row) for clip_id in requests for row in plan.rows_of(clip_id)]
+    assert sorted(found) == sorted((key["id"], key["seed"], key["clip_id"], key["row"]) for key in keys)
+    for key in keys:
+        row, request = rows[key["row"]], requests[key["clip_id"]]
+        assert (request.prompt, request.seed) == (row["prompt"], key["seed"])
+        assert request.shape.frames == (49 if row["duration_s"] is None else int(row["duration_s"]) * 24 + 1)
+        assert request.num_steps == (row["steps"] or 20) and request.negative_prompt == (row["negative_prompt"] or "")
+        assert request.clip_id == clip_id_of(
+            prompt=request.prompt, seed=request.seed, attention="dense", frames=request.shape.frames, guidance=request.guidance,
+            height=request.shape.height, model="demo", negative_prompt=request.negative_prompt, num_steps=request.num_steps,
+            precision="fp32", weights_fingerprint="w" * 64, width=request.shape.width)
+    urgent = [max(rows[row.row]["priority"] or 0 for row in plan.rows_of(clip_id)) for clip_id in requests]
+    assert urgent == sorted(urgent, reverse=True)
+    for _, group in groupby(zip(urgent, requests.values()), key=lambda pair: pair[0]):
+        buckets = [bucket for bucket, _ in groupby(request.bucket for _, request in group)]
+        assert len(buckets) == len(set(buckets))       # a bucket, once left, does not come back
+
+
+MILLION = """
+import sys, time
+start = time.perf_counter()
+from model.catalog import CATALOG
+from pipeline.manifest import Manifest
+from pipeline.plan import Plan
+plan = Plan.make(Manifest.read(sys.argv[1]), CATALOG["demo"], weights_fingerprint="w" * 64, precision="fp32")
+assert plan.summary()["buckets"]
+planned_s = time.perf_counter() - start
+clips = sum(1 for _ in plan.requests())
+peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))     # since exec, unlike ru_maxrss
+print(plan.manifest.table.num_rows, clips, int(peak.split()[1]) * 1024, f"{planned_s:.1f}",
+      f"{time.perf_counter() - start:.1f}")
+"""
+
+
+def test_a_million_rows_are_planned_in_two_gigabytes(tmp_path, capsys):
+    count, rng = 1_000_000, np.random.default_rng(7)
+    words = pa.array("a small large red green blue circle square moves left right slowly quickly on gray background".split())
+    prompts = pc.binary_join_element_wise(*(words.take(pa.array(rng.integers(0, len(words), count))) for _ in range(12)), " ")
+    numbers = pa.array(np.arange(count)).cast(pa.string())
+    pq.write_table(pa.table({
+        "prompt": prompts, "id": pc.binary_join_element_wise("shot", numbers, "-"),
+        "seed": pa.array(rng.integers(0, 2**31, count), mask=rng.random(count) < 0.5),
+        "duration_s": rng.choice([2.0, 2.9, 3.0], count), "steps": rng.choice([10, 20], count),
+        "priority": rng.integers(0, 3, count), "note": pc.binary_join_element_wise("s3://somewhere", numbers, "/"),
+    }), tmp_path / "m.parquet")
+    done = subprocess.run([sys.executable, "-c", MILLION, str(tmp_path / "m.parquet")], cwd=ROOT, capture_output=True, text=True,
+                          timeout=600)
+    assert done.returncode == 0, done.stderr
+    rows, clips, peak_bytes, planned_s, with_requests_s = done.stdout.split()
+    with capsys.disabled():
+        print(f"\n1,000,000 rows: planned in {planned_s} s, every Request made in {with_requests_s} s, "
+              f"{int(peak_bytes) / 1e9:.2f} GB at most")
+    assert (int(rows), int(clips)) == (count, count)
+    assert int(peak_bytes) <= 2e9
