@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import runpy
 import subprocess
 import sys
 from itertools import groupby
@@ -217,6 +218,14 @@ def test_every_row_finds_its_clip_and_every_clip_its_rows(tmp_path_factory, rows
     for _, group in groupby(zip(urgent, requests.values()), key=lambda pair: pair[0]):
         buckets = [bucket for bucket, _ in groupby(request.bucket for _, request in group)]
         assert len(buckets) == len(set(buckets))       # a bucket, once left, does not come back
+
+
+def test_the_example_is_24_clips_of_the_demo_models_world():
+    example = ROOT / "examples" / "prompts.parquet"
+    plan = Plan.make(Manifest.read(str(example)), DEMO, weights_fingerprint="w" * 64, precision="fp32")
+    assert (plan.num_clips, plan.num_invalid_rows, plan.roundings) == (24, 0, [])
+    made = runpy.run_path(str(example.with_name("make_prompts.py")))["rows"]()
+    assert pq.read_table(example).to_pylist() == made
 
 
 MILLION = """
