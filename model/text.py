@@ -40,11 +40,14 @@ class T5TextEncoder:
         """Token ids, the end mark last; a long text is cut to max_tokens, the end mark kept. An empty text is the end mark alone."""
         return self.tokenizer(text, truncation=True, max_length=self.max_tokens)["input_ids"]
 
-    @torch.inference_mode()
     def __call__(self, text: str) -> Tensor:
         """[L, E] on the CPU, 1 <= L <= max_tokens, in the precision it was computed in."""
-        ids = torch.tensor([self.tokens(text)], device=self.device)
-        return self.model(input_ids=ids).last_hidden_state[0].cpu()
+        return self.rows(self.tokens(text))
+
+    @torch.inference_mode()
+    def rows(self, tokens: list[int]) -> Tensor:
+        """[L, E] on the CPU, a row per token."""
+        return self.model(input_ids=torch.tensor([tokens], device=self.device)).last_hidden_state[0].cpu()
 
 
 def load_tokenizer(folder: Path, name: str) -> transformers.PreTrainedTokenizerBase:
@@ -66,3 +69,27 @@ def read_config(folder: Path, name: str) -> transformers.T5Config:
                               f"({type(error).__name__}: {first_line(error)})") from error
     config._attn_implementation = "eager"               # softmax in fp32, as the release runs it
     return config
+
+
+def new_t5(**config: int) -> transformers.T5EncoderModel:
+    """A T5 v1.1 encoder with random weights, to be trained.  config: fields of transformers.T5Config."""
+    return transformers.T5EncoderModel(transformers.T5Config(
+        feed_forward_proj="gated-gelu", dropout_rate=0.0, is_encoder_decoder=False, use_cache=False,
+        pad_token_id=0, eos_token_id=1, **config))
+
+
+def new_tokenizer(sentences: list[str], *, pieces: int, folder: Path) -> None:
+    """Train a byte-pair tokenizer with T5's special tokens (pad 0, end 1, unknown 2; end appended); AutoTokenizer can load it."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))       # unigram's pruning leaves few whole words of a small vocabulary
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()])
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.train_from_iterator(sentences, trainers.BpeTrainer(
+        vocab_size=pieces, special_tokens=["<pad>", "</s>", "<unk>"], show_progress=False,
+        initial_alphabet=list("abcdefghijklmnopqrstuvwxyz0123456789.,:'-")))
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    folder.mkdir(parents=True, exist_ok=True)
+    fast.save_pretrained(str(folder))
