@@ -1,4 +1,4 @@
-"""Writes prompts.parquet beside this file: each shape in each colour of the demo model's world, described in a sentence.
+"""Writes prompts.parquet beside this file: each shape of the demo model's world in each colour, in a sentence.
 
 Run it with  .venv/bin/python examples/make_prompts.py
 """
@@ -23,8 +23,9 @@ def rows() -> list[dict]:
     described = []
     for at, (shape, color) in enumerate(pairs):
         scene = Scene(shape=shape, color=color, **{name: values[at] for name, values in others.items()})
+        # the last is a column of our own: the ledger has it as user.unseen_in_training
         described.append({"id": f"{color}-{shape}", "prompt": describe(scene, rng), "seed": 1000 + at,
-                          "unseen_in_training": scene.held_out})       # a column of our own: user.unseen_in_training in the ledger
+                          "unseen_in_training": scene.held_out})
     return described
 
 

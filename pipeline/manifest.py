@@ -30,7 +30,7 @@ TEXT, INTEGER, REAL = pa.large_string(), pa.int64(), pa.float64()     # 32-bit t
 JSON = pa.json_(TEXT)
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?", re.ASCII)
 
-# a cell that this finds is refused: characters that would break a log line, and anything that could climb out of a folder
+# an id with a match is refused: characters that would break a log line, and what could climb out of a folder
 UNSAFE_ID = r"[\p{Cc}\p{Zl}\p{Zp}\\]|^$|^/|^\p{Zs}|\p{Zs}$|(^|/)\.\.?(/|$)"
 
 
@@ -134,7 +134,8 @@ class Manifest:
         for row, reasons in complaints.by_row():
             row_id = None if row in unfit else self.table["id"][row].as_py()
             yield InvalidRow(row=row, id=f"{prefix}{row}" if row_id is None else row_id,
-                             prompt=self.table["prompt"][row].as_py(), error="; ".join(complaint.reason for complaint in reasons))
+                             prompt=self.table["prompt"][row].as_py(),
+                             error="; ".join(complaint.reason for complaint in reasons))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +182,7 @@ def _read_file(file: ManifestFile, stream: BinaryIO, first: int, complaints: Com
 def _need_prompt(file: ManifestFile, names: list[str], complaints: Complaints) -> None:
     if "prompt" not in names:
         listed = ", ".join(map(shown, names[:20])) + (", ..." if len(names) > 20 else "")
-        complaints.about(file.name, None, f"the columns {listed or '(none)'}", "a column named exactly 'prompt' among them")
+        complaints.about(file.name, None, f"the columns {listed or '(none)'}", "a column named exactly 'prompt'")
 
 
 def _from_parquet(file: ManifestFile, table: pa.Table, first: int, complaints: Complaints) -> _Part:
@@ -256,8 +257,9 @@ def _plain(values: pa.ChunkedArray) -> pa.ChunkedArray:
     return values.cast(pa.large_binary()) if values.type == pa.binary_view() else values
 
 
-def _from_blocks(file: ManifestFile, blocks: Iterable[Block], first: int, complaints: Complaints, *, typed: bool) -> _Part:
-    """The rows of a text file.  typed: cells have JSON's types; otherwise all are text, and numbers are read from it."""
+def _from_blocks(file: ManifestFile, blocks: Iterable[Block], first: int, complaints: Complaints, *,
+                 typed: bool) -> _Part:
+    """The rows of a text file.  typed: cells have JSON's types; else all are text, and numbers are read from it."""
     columns: dict[str, list[pa.Array]] = {}
     num_rows = 0
     for block in blocks:
@@ -305,7 +307,8 @@ def _json_text(cells: list) -> pa.Array:
 def _of_one_type(chunks: list[pa.Array]) -> pa.ChunkedArray:
     types = {chunk.type for chunk in chunks} - {pa.null()}
     if JSON in types or (len(types) > 1 and not types <= {INTEGER, REAL}):
-        return pa.chunked_array([chunk.storage if chunk.type == JSON else _json_text(chunk.to_pylist()) for chunk in chunks])
+        return pa.chunked_array([chunk.storage if chunk.type == JSON else _json_text(chunk.to_pylist())
+                                 for chunk in chunks])
     wanted = REAL if REAL in types else types.pop() if types else pa.null()
     return pa.chunked_array([chunk.cast(wanted) for chunk in chunks])
 
@@ -354,7 +357,8 @@ def _fitted(cell: object, wanted: pa.DataType, *, parse: bool, is_id: bool) -> s
     return int(cell)
 
 
-def _kept(name: str, values: pa.ChunkedArray, fits: pa.ChunkedArray, first: int, complaints: Complaints) -> pa.ChunkedArray:
+def _kept(name: str, values: pa.ChunkedArray, fits: pa.ChunkedArray, first: int,
+          complaints: Complaints) -> pa.ChunkedArray:
     """values, null where `fits` is false; those are complained of."""
     if pc.all(fits).as_py() is not False:              # null means no value, which is not wrong
         return values
@@ -420,7 +424,7 @@ def _with_ids(ids: pa.ChunkedArray, complaints: Complaints) -> pa.ChunkedArray:
     if len(encoded.dictionary) + encoded.null_count < len(ids):
         is_given = encoded.is_valid().to_numpy(zero_copy_only=False)
         rows, codes = positions[is_given], encoded.indices.drop_null().to_numpy()
-        first = rows[np.unique(codes, return_index=True)[1]]           # codes count up from 0, so first[code] is its first row
+        first = rows[np.unique(codes, return_index=True)[1]]           # of each code; they count up from 0
         again = rows[first[codes] != rows]
         given = [f"{shown(name)}, the id of row {first[code]}" for name, code in
                  zip(ids.take(again).to_pylist(), encoded.indices.take(again).to_pylist())]

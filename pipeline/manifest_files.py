@@ -35,7 +35,7 @@ class Block:
 
     columns: dict[str, list]
     num_rows: int
-    broken: list[tuple[int, str, str]] = field(default_factory=list)    # row in the block, what was given, what is allowed
+    broken: list[tuple[int, str, str]] = field(default_factory=list)    # row in the block, given, allowed
 
 
 def find_files(uri: str) -> list[ManifestFile]:
@@ -45,7 +45,7 @@ def find_files(uri: str) -> list[ManifestFile]:
     name that begins with "." or "_".  Raises FileNotFoundError where there is none; StoreError for a bucket.
     """
     files = _in_bucket(uri) if uri.startswith("s3://") else _on_disk(uri)
-    if not files and Path(uri).is_dir():
+    if not files and Path(uri).expanduser().is_dir():
         raise FileNotFoundError(f"a folder without a file in it that ends in {SUFFIXES}")
     if not files:
         raise FileNotFoundError("no such file")
@@ -111,14 +111,14 @@ def csv_blocks(stream: BinaryIO, delimiter: str) -> Iterator[Block]:
     Raises ValueError for a header that cannot name columns.
     """
     lines = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    previous_limit = csv.field_size_limit(MAX_CELL_CHARACTERS)  # Python's own limit would hide a 1 MB prompt's real complaint
+    previous_limit = csv.field_size_limit(MAX_CELL_CHARACTERS)         # Python's own would be met before a prompt's
     try:
         reader = csv.reader(lines, delimiter=delimiter, strict=True)
         try:
             header = next(reader, [])
         except csv.Error as error:
             raise ValueError(f"a header line that cannot be read: {error}") from error
-        names = [name.strip() or f"column_{at}" for at, name in enumerate(header)]     # pandas leaves its index nameless
+        names = [name.strip() or f"column_{at}" for at, name in enumerate(header)]     # pandas does not name its index
         if any("\0" in name or not _is_text(name) for name in names):
             raise ValueError(f"a header that is not UTF-8 text: {shown(delimiter.join(header))}")
         twice = sorted({name for name in names if names.count(name) > 1})
@@ -155,7 +155,7 @@ def _csv_rows(reader: Any, width: int) -> tuple[list[list[str | None]], list[tup
 
 
 def json_blocks(stream: BinaryIO) -> Iterator[Block]:
-    """The rows of a file with one JSON object per line; a key that a row does not have is None. Blank lines are skipped."""
+    """The rows of a file with one JSON object per line; a key that a row lacks is None. Blank lines are skipped."""
     lines = enumerate(io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="\n"), start=1)
     numbered = ((number, line) for number, line in lines if not line.isspace())
     while chunk := list(islice(numbered, ROWS_PER_BLOCK)):
@@ -171,7 +171,8 @@ def json_blocks(stream: BinaryIO) -> Iterator[Block]:
                 row = {}
             rows.append(row)
         names = dict.fromkeys(name for row in rows for name in row)
-        yield Block(columns={name: [row.get(name) for row in rows] for name in names}, num_rows=len(rows), broken=broken)
+        columns = {name: [row.get(name) for row in rows] for name in names}
+        yield Block(columns=columns, num_rows=len(rows), broken=broken)
 
 
 def _is_text(value: str) -> bool:

@@ -57,9 +57,9 @@ class Defaults(BaseModel):
             negative_prompt=card.negative_prompt if self.negative_prompt is None else self.negative_prompt,
         )
         card.shape_for(said.resolution, said.duration_s, said.frames)
-        for name, value, most in (("steps", said.steps, card.max_steps), ("guidance", said.guidance, card.max_guidance)):
-            if value > most:
-                raise ValueError(f"{name} must be at most {most:g} for {card.name}; got {value:g}")
+        for name, most in (("steps", card.max_steps), ("guidance", card.max_guidance)):
+            if getattr(said, name) > most:
+                raise ValueError(f"{name} must be at most {most:g} for {card.name}; got {getattr(said, name):g}")
         return said
 
 
@@ -128,9 +128,10 @@ class Plan:
         first = np.unique(clip_of, return_index=True)[1]
         counts = np.bincount(rows.note[good], minlength=len(rows.notes))
         roundings = [(note, int(count)) for note, count in zip(rows.notes, counts) if note and count]
+        roundings.sort(key=lambda noted: -noted[1])
         return cls(
-            manifest=manifest, card=card, defaults=defaults, weights_fingerprint=weights_fingerprint, precision=precision,
-            attention=attention, complaints=complaints, rows=rows, roundings=sorted(roundings, key=lambda said: -said[1]),
+            manifest=manifest, card=card, defaults=defaults, weights_fingerprint=weights_fingerprint,
+            precision=precision, attention=attention, complaints=complaints, rows=rows, roundings=roundings,
             source=source, seeds=seeds, clip_of=clip_of, first=first, order=_order(rows, source, clip_of, first),
             digests=np.frombuffer(b"".join(encoded.dictionary.to_pylist()), np.uint8).reshape(-1, 32),
         )
@@ -167,8 +168,10 @@ class Plan:
         """The ledger rows that this clip fills, in manifest order.  Raises KeyError for a clip that is not planned."""
         clip = self._clip(clip_id)
         starts, planned = self._planned_of_clip
-        return [PlannedRow(row=row, id=self.manifest.table["id"][row].as_py(), seed=int(self.seeds[at]), clip_id=clip_id)
-                for at in planned[starts[clip]: starts[clip + 1]] for row in [int(self.source[at])]]
+        ids = self.manifest.table["id"]
+        return [PlannedRow(row=row, id=ids[row].as_py(), seed=seed, clip_id=clip_id)
+                for at in [planned[starts[clip]: starts[clip + 1]]]
+                for row, seed in zip(self.source[at].tolist(), self.seeds[at].tolist())]
 
     def keys(self) -> pa.Table:
         """Every planned row, in manifest order: id, seed, clip_id and row, its position in the manifest."""
@@ -218,8 +221,8 @@ class Plan:
         for first, count in sorted(zip(at.tolist(), counts.tolist())):
             row = int(rows[first])
             shape = self.rows.shape_of(row)
-            buckets.append({"width": shape.width, "height": shape.height, "frames": shape.frames,
-                            "steps": int(self.rows.steps[row]), "guidance": float(self.rows.guidance[row]), "clips": count})
+            buckets.append({"width": shape.width, "height": shape.height, "frames": shape.frames, "clips": count,
+                            "steps": int(self.rows.steps[row]), "guidance": float(self.rows.guidance[row])})
         return buckets
 
     def _clip_id(self, clip: int) -> str:
@@ -243,7 +246,7 @@ class Plan:
 
     @cached_property
     def _planned_of_clip(self) -> tuple[np.ndarray, np.ndarray]:
-        """Where each clip's planned rows start and end in the second array, [C + 1], and the planned rows by clip, [P]."""
+        """Where each clip's planned rows start in the second array, [C + 1], and the planned rows by clip, [P]."""
         starts = np.concatenate(([0], np.cumsum(np.bincount(self.clip_of, minlength=self.num_clips))))
         return starts, np.argsort(self.clip_of, kind="stable")
 
@@ -269,7 +272,8 @@ class _Rows:
     def resolve(cls, manifest: Manifest, card: ModelCard, defaults: Defaults, complaints: Complaints) -> "_Rows":
         """Put in the defaults, and add to `complaints` what this model cannot do."""
         table = manifest.table
-        sizes, size = _asked_of_card(table["resolution"].fill_null(defaults.resolution), "resolution", card.size_for, complaints)
+        resolutions = table["resolution"].fill_null(defaults.resolution)
+        sizes, size = _asked_of_card(resolutions, "resolution", card.size_for, complaints)
         height, width = np.array([found or (0, 0) for found in sizes])[size].T
 
         lengths: list[tuple[int, str | None]] = [(0, None)]
@@ -286,7 +290,8 @@ class _Rows:
         guidance = table["guidance"].fill_null(defaults.guidance).to_numpy() + 0.0     # makes 0.0 of -0.0
         for name, values, most in (("steps", steps, card.max_steps), ("guidance", guidance, card.max_guidance)):
             rows = np.flatnonzero(values > most)
-            complaints.add(rows, name, [shown(value) for value in values[rows].tolist()], f"at most {most:g} for {card.name}")
+            given = [shown(value) for value in values[rows].tolist()]
+            complaints.add(rows, name, given, f"at most {most:g} for {card.name}")
         rows = np.flatnonzero(table["image"].is_valid())
         complaints.add(rows, "image", [shown(path) for path in table["image"].take(rows).to_pylist()],
                        f"nothing: {card.name} makes video from text alone")
@@ -295,8 +300,8 @@ class _Rows:
         negatives, negative = _encoded(table["negative_prompt"].fill_null(defaults.negative_prompt))
         return cls(
             height=height, width=width, frames=np.array([frames for frames, _ in lengths])[length],
-            note=np.array([note_of[note or ""] for _, note in lengths])[length], notes=notes, steps=steps, guidance=guidance,
-            priority=table["priority"].fill_null(0).to_numpy(),
+            note=np.array([note_of[note or ""] for _, note in lengths])[length], notes=notes,
+            steps=steps, guidance=guidance, priority=table["priority"].fill_null(0).to_numpy(),
             prompt=prompt, negative=negative, prompts=prompts, negatives=negatives)
 
     def shape_of(self, row: int) -> VideoShape:
@@ -339,7 +344,7 @@ def _asked_of_card(values: pa.ChunkedArray, column: str, ask: Callable[[Any], An
         try:
             answers.append(ask(value))
         except ValueError as error:
-            rule = str(error).partition("; got ")[0].removeprefix(f"{column} must be ")    # a complaint names them itself
+            rule = str(error).partition("; got ")[0].removeprefix(f"{column} must be ")    # said by the complaint
             refused[len(answers)] = value, rule
             answers.append(None)
     if refused:
@@ -367,7 +372,7 @@ def _order(rows: _Rows, source: np.ndarray, clip_of: np.ndarray, first: np.ndarr
     Shapes, buckets and prompts come in the order in which the manifest first names them.
     """
     priority = np.full(len(first), np.iinfo(np.int64).min)
-    np.maximum.at(priority, clip_of, rows.priority[source])            # a clip is as urgent as the most urgent of its rows
+    np.maximum.at(priority, clip_of, rows.priority[source])            # as urgent as the most urgent of its rows
     by_first_use = []
     for code in (rows.prompt_pair, rows.bucket, rows.shape):
         code = code[source[first]]
@@ -422,8 +427,8 @@ def _digests(rows: _Rows, source: np.ndarray, seeds: np.ndarray, model: dict[str
     any_row = np.unique(combination, return_index=True)[1]
     digests = bytearray()
     for start in range(0, len(source), BLOCK):
-        at = source[start: start + BLOCK]
-        for number, prompt, seed in zip(combination[at].tolist(), rows.prompts_of(at), seeds[start: start + BLOCK].tolist()):
+        at, block_seeds = source[start: start + BLOCK], seeds[start: start + BLOCK].tolist()
+        for number, prompt, seed in zip(combination[at].tolist(), rows.prompts_of(at), block_seeds):
             head, tail = around(number)
             digests += _digest(head, prompt, seed, tail)
     return pa.FixedSizeBinaryArray.from_buffers(pa.binary(32), len(source), [None, pa.py_buffer(bytes(digests))])

@@ -80,7 +80,8 @@ def test_parquet_is_known_by_its_first_bytes_whatever_its_name(tmp_path):
     assert "does not say its format" in refused(text(tmp_path / "notes.txt", "prompt\na\n"))
 
 
-@pytest.mark.parametrize("name, content", [("m.csv", "Prompt,seed\na,1\n"), ("m.jsonl", '{"Prompt": "a", "seed": 1}\n')])
+@pytest.mark.parametrize("name, content", [("m.csv", "Prompt,seed\na,1\n"),
+                                           ("m.jsonl", '{"Prompt": "a", "seed": 1}\n')])
 def test_a_missing_prompt_column_is_told_with_those_that_are_there(tmp_path, name, content):
     said = refused(text(tmp_path / name, content))
     assert "got the columns 'Prompt', 'seed'" in said and "'prompt'" in said
@@ -90,8 +91,9 @@ def test_a_missing_prompt_column_is_told_with_those_that_are_there(tmp_path, nam
 def test_columns_of_wrong_types_are_told_together(tmp_path):
     said = refused(parquet(tmp_path / "m.parquet", prompt=[1, 2], steps=["a", "b"], seed=[True, False],
                            guidance=[[1.0], [2.0]], frames=[9, 0]))
-    for expected in ("prompt: got a column of type int64; allowed: text", "steps: got a column of type string; allowed: whole",
-                     "seed: got a column of type bool", "guidance: got a column of type list", "row 1, frames: got 0"):
+    for expected in ("prompt: got a column of type int64; allowed: text", "guidance: got a column of type list",
+                     "steps: got a column of type string; allowed: whole numbers", "seed: got a column of type bool",
+                     "row 1, frames: got 0"):
         assert expected in said
     assert "--skip-invalid" not in said                # it would not help
 
@@ -146,7 +148,8 @@ def test_text_in_parquet_that_is_not_utf8_costs_its_row(tmp_path):
 
 
 def test_broken_lines_cost_their_rows_and_are_named_by_number(tmp_path):
-    lines = ['{"prompt": "a"}', "", '{"prompt": ', "[1]", '{"prompt": true}', '{"prompt": "b", "steps": true}', "[" * 100_000]
+    lines = ['{"prompt": "a"}', "", '{"prompt": ', "[1]", '{"prompt": true}', '{"prompt": "b", "steps": true}',
+             "[" * 100_000]
     found = complaints(text(tmp_path / "m.jsonl", "\n".join(lines)))
     assert [(row, column) for row, column, _ in found] == [(1, None), (2, None), (3, "prompt"), (4, "steps"), (5, None)]
     assert [given.split(":")[0] for row, column, given in found if column is None] == ["line 3", "line 4", "line 7"]
@@ -163,7 +166,8 @@ def test_csv_that_is_not_utf8_costs_the_rows_it_is_in(tmp_path):
 
 
 def test_numbers_in_csv_are_numbers_or_complained_of(tmp_path):
-    path = text(tmp_path / "m.csv", "prompt,steps,guidance,seed\na, 20 ,1e1,9223372036854775807\nb,20.0,.5,\nc,1_0,x,0x\n")
+    lines = ["prompt,steps,guidance,seed", "a, 20 ,1e1,9223372036854775807", "b,20.0,.5,", "c,1_0,x,0x"]
+    path = text(tmp_path / "m.csv", "\n".join(lines))
     manifest = Manifest.read(path)
     assert cells(manifest, "steps") == [20, 20, None]
     assert cells(manifest, "guidance") == [10.0, 0.5, None]
@@ -191,7 +195,8 @@ def test_complaints_about_several_files_name_the_file_and_its_row(tmp_path):
 
 
 def test_rows_set_aside_have_ids_of_their_own(tmp_path):
-    manifest = Manifest.read(parquet(tmp_path / "m.parquet", prompt=["a", "b", "c", None], id=["x", "x", "../x", "row 1"]))
+    ids = ["x", "x", "../x", "row 1"]
+    manifest = Manifest.read(parquet(tmp_path / "m.parquet", prompt=["a", "b", "c", None], id=ids))
     rows = list(manifest.invalid_rows(manifest.complaints))
     assert [(row.row, row.id, row.prompt) for row in rows] == \
         [(1, "invalid row 1", "b"), (2, "invalid row 2", "c"), (3, "row 1", None)]
@@ -225,7 +230,8 @@ def test_every_number_type_of_parquet_is_read(tmp_path, kind):
 def test_ids_default_to_the_position_and_may_be_numbers(tmp_path):
     assert cells(Manifest.read(parquet(tmp_path / "a.parquet", prompt=["a", "b"])), "id") == ["0", "1"]
     assert cells(Manifest.read(parquet(tmp_path / "b.parquet", prompt=["a", "b"], id=[70, None])), "id") == ["70", "1"]
-    assert cells(Manifest.read(text(tmp_path / "c.jsonl", '{"prompt":"a","id":70}\n{"prompt":"b"}')), "id") == ["70", "1"]
+    lines = '{"prompt": "a", "id": 70}\n{"prompt": "b"}'
+    assert cells(Manifest.read(text(tmp_path / "c.jsonl", lines)), "id") == ["70", "1"]
 
 
 def test_ids_may_have_slashes_spaces_and_any_script(tmp_path):
@@ -240,15 +246,17 @@ def test_the_prompt_limit_counts_bytes(tmp_path):
 
 def test_user_columns_keep_their_types(tmp_path):
     tags = pa.array([["a"], None], pa.list_(pa.string()))
+    labels, uuids = pa.array(["x", "y"]).dictionary_encode(), pa.array([b"0" * 16] * 2, pa.uuid())
     manifest = Manifest.read(parquet(tmp_path / "m.parquet", prompt=["a", "b"], tags=tags, nothing=pa.nulls(2),
-                                     label=pa.array(["x", "y"]).dictionary_encode(), uuid=pa.array([b"0" * 16] * 2, pa.uuid())))
+                                     label=labels, uuid=uuids))
     assert manifest.user.to_pydict() == {"user.tags": [["a"], None], "user.nothing": [None, None],
                                          "user.label": ["x", "y"], "user.uuid": [b"0" * 16] * 2}
     assert manifest.user.schema.types[:3] == [tags.type, pa.large_string(), pa.string()]
 
 
 def test_user_columns_of_json_keep_what_they_say(tmp_path):
-    rows = [{"prompt": "a", "n": 1, "x": 1, "mixed": 1, "tags": ["a"]}, {"prompt": "b", "n": 2, "x": 1.5, "mixed": "1", "flag": True}]
+    rows = [{"prompt": "a", "n": 1, "x": 1, "mixed": 1, "tags": ["a"]},
+            {"prompt": "b", "n": 2, "x": 1.5, "mixed": "1", "flag": True}]
     manifest = Manifest.read(text(tmp_path / "m.jsonl", "\n".join(map(json.dumps, rows))))
     assert manifest.user.to_pydict() == {"user.n": [1, 2], "user.x": [1.0, 1.5], "user.mixed": ["1", '"1"'],
                                          "user.tags": ['["a"]', None], "user.flag": [None, True]}

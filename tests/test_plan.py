@@ -25,7 +25,8 @@ DEMO = CATALOG["demo"]
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def plan_of(path: Path, *, card=DEMO, defaults=Defaults(), skip_invalid=False, weights_fingerprint="w" * 64, **columns) -> Plan:
+def plan_of(path: Path, *, card=DEMO, defaults=Defaults(), skip_invalid=False, weights_fingerprint="w" * 64,
+            **columns) -> Plan:
     pq.write_table(pa.table(columns), path / "m.parquet")
     return Plan.make(Manifest.read(str(path / "m.parquet")), card, defaults, weights_fingerprint=weights_fingerprint,
                      precision="fp32", skip_invalid=skip_invalid)
@@ -34,7 +35,8 @@ def plan_of(path: Path, *, card=DEMO, defaults=Defaults(), skip_invalid=False, w
 def test_a_bare_prompt_gets_everything_from_the_card(tmp_path):
     [request] = plan_of(tmp_path, prompt=["a red circle"]).requests()
     assert (str(request.shape), request.fps, request.num_steps, request.guidance) == ("64x64x49", 24.0, 20, 3.0)
-    assert (request.model, request.negative_prompt, request.precision, request.attention) == ("demo", "", "fp32", "dense")
+    assert (request.model, request.negative_prompt) == ("demo", "")
+    assert (request.precision, request.attention) == ("fp32", "dense")
     assert request.seed == int.from_bytes(hashlib.sha256(b"0").digest()[:4], "big") % 2**31
 
 
@@ -45,11 +47,12 @@ def test_the_row_decides_before_the_command_line_and_that_before_the_card(tmp_pa
     said = {request.prompt: (str(request.shape), request.num_steps, request.guidance, request.negative_prompt)
             for request in plan.requests()}
     assert said == {"a": ("96x32x9", 7, 3.0, "blurry"), "b": ("32x64x25", 3, 0.0, "")}
-    assert plan.summary()["settings"] | {"fps": 0} == dict(resolution="96x32", duration_s=None, frames=9, steps=7, guidance=3.0,
-                                                           negative_prompt="blurry", fps=0, precision="fp32", attention="dense")
+    assert plan.summary()["settings"] == dict(resolution="96x32", duration_s=None, frames=9, steps=7, guidance=3.0,
+                                              negative_prompt="blurry", fps=24.0, precision="fp32", attention="dense")
 
 
-@pytest.mark.parametrize("defaults", [dict(resolution="7x7"), dict(duration_s=0.5), dict(steps=2000), dict(guidance=1e6)])
+@pytest.mark.parametrize("defaults", [dict(resolution="7x7"), dict(duration_s=0.5), dict(steps=2000),
+                                      dict(guidance=1e6)])
 def test_defaults_that_the_model_cannot_render_are_refused(tmp_path, defaults):
     with pytest.raises(ValueError, match=f"(width|{next(iter(defaults))}) must be"):
         plan_of(tmp_path, defaults=Defaults(**defaults), prompt=["a"])
@@ -62,8 +65,9 @@ def test_a_length_is_given_once():
 
 def test_what_the_model_cannot_render_joins_the_manifests_complaints(tmp_path):
     with pytest.raises(ManifestError) as caught:
-        plan_of(tmp_path, prompt=["a", None, "c", "d", "e", "f"], resolution=["7x7", None, "480p", None, None, "8000x8000"],
-                duration_s=[-1.0, None, 0.5, None, 60.0, None], steps=[0, 1000, 1, 1, 1, 1], guidance=[1.0, 1, 1, 1, 500, 1],
+        plan_of(tmp_path, prompt=["a", None, "c", "d", "e", "f"], steps=[0, 1000, 1, 1, 1, 1],
+                resolution=["7x7", None, "480p", None, None, "8000x8000"],
+                duration_s=[-1.0, None, 0.5, None, 60.0, None], guidance=[1.0, 1, 1, 1, 500, 1],
                 image=[None, None, None, "first.png", None, None])
     found = [(complaint.row, complaint.column) for complaint in caught.value.complaints]
     assert sorted(found) == [(0, "duration_s"), (0, "resolution"), (0, "steps"), (1, "prompt"), (2, "duration_s"),
@@ -148,11 +152,11 @@ def test_what_decides_no_pixels_leaves_the_clip_id(tmp_path, change):
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 
 
-@given(prompt=ANY_TEXT, negative=st.sampled_from(['","prompt":0,"seed":0', "", "é\\"]) | ANY_TEXT, seed=st.integers(0, 2**63 - 1),
-       guidance=st.floats(0, 100))
+@given(prompt=ANY_TEXT, negative=st.sampled_from(['","prompt":0,"seed":0', "", "é\\"]) | ANY_TEXT,
+       seed=st.integers(0, 2**63 - 1), guidance=st.floats(0, 100))
 def test_a_clip_id_is_the_hash_of_canonical_json(prompt, negative, seed, guidance):
-    said = dict(attention="dense", frames=49, guidance=guidance, height=64, model="demo", negative_prompt=negative, num_steps=20,
-                precision="fp32", prompt=prompt, seed=seed, weights_fingerprint="w", width=64)
+    said = dict(attention="dense", frames=49, guidance=guidance, height=64, model="demo", negative_prompt=negative,
+                num_steps=20, precision="fp32", prompt=prompt, seed=seed, weights_fingerprint="w", width=64)
     canonical = json.dumps(said, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
     assert clip_id_of(**said) == hashlib.sha256(canonical).hexdigest()
 
@@ -178,9 +182,10 @@ def test_clips_can_be_skipped(tmp_path):
 
 
 def test_the_summary_is_json_and_adds_up(tmp_path):
-    plan = plan_of(tmp_path, prompt=["a", "b", "a", "c"], seed=[1] * 4, steps=[5, 5, 5, 6], samples=[1, 3, 1, 1], mood=["x"] * 4)
+    plan = plan_of(tmp_path, prompt=["a", "b", "a", "c"], seed=[1] * 4, steps=[5, 5, 5, 6], samples=[1, 3, 1, 1],
+                   mood=["x"] * 4)
     summary = json.loads(json.dumps(plan.summary()))
-    assert (summary["rows"], summary["planned_rows"], summary["clips"], summary["duplicates"], summary["prompts"]) == (4, 6, 5, 1, 3)
+    assert [summary[name] for name in ("rows", "planned_rows", "clips", "duplicates", "prompts")] == [4, 6, 5, 1, 3]
     assert summary["buckets"] == [dict(width=64, height=64, frames=49, steps=5, guidance=3.0, clips=4),
                                   dict(width=64, height=64, frames=49, steps=6, guidance=3.0, clips=1)]
     assert summary["user_columns"] == ["user.mood"] and summary["model"] == "demo"
@@ -189,7 +194,8 @@ def test_the_summary_is_json_and_adds_up(tmp_path):
 PROMPT = st.sampled_from(["a", "b", "c"])
 ROW = st.fixed_dictionaries({
     "prompt": PROMPT, "seed": st.none() | st.integers(0, 2), "samples": st.none() | st.integers(1, 3),
-    "resolution": st.sampled_from([None, "64p", "64x64", "32x64"]), "duration_s": st.sampled_from([None, 1.0, 2.0, 2.7]),
+    "resolution": st.sampled_from([None, "64p", "64x64", "32x64"]),
+    "duration_s": st.sampled_from([None, 1.0, 2.0, 2.7]),
     "steps": st.sampled_from([None, 3, 20]), "guidance": st.sampled_from([None, 0.0, -0.0, 3.0]),
     "negative_prompt": st.sampled_from([None, "", "b"]), "priority": st.none() | st.integers(-1, 1)})
 
@@ -210,9 +216,9 @@ def test_every_row_finds_its_clip_and_every_clip_its_rows(tmp_path_factory, rows
         assert request.shape.frames == (49 if row["duration_s"] is None else int(row["duration_s"]) * 24 + 1)
         assert request.num_steps == (row["steps"] or 20) and request.negative_prompt == (row["negative_prompt"] or "")
         assert request.clip_id == clip_id_of(
-            prompt=request.prompt, seed=request.seed, attention="dense", frames=request.shape.frames, guidance=request.guidance,
-            height=request.shape.height, model="demo", negative_prompt=request.negative_prompt, num_steps=request.num_steps,
-            precision="fp32", weights_fingerprint="w" * 64, width=request.shape.width)
+            prompt=request.prompt, negative_prompt=request.negative_prompt, seed=request.seed, model="demo",
+            frames=request.shape.frames, height=request.shape.height, width=request.shape.width, precision="fp32",
+            num_steps=request.num_steps, guidance=request.guidance, attention="dense", weights_fingerprint="w" * 64)
     urgent = [max(rows[row.row]["priority"] or 0 for row in plan.rows_of(clip_id)) for clip_id in requests]
     assert urgent == sorted(urgent, reverse=True)
     for _, group in groupby(zip(urgent, requests.values()), key=lambda pair: pair[0]):
@@ -246,8 +252,9 @@ print(plan.manifest.table.num_rows, clips, int(peak.split()[1]) * 1024, f"{plann
 
 def test_a_million_rows_are_planned_in_two_gigabytes(tmp_path, capsys):
     count, rng = 1_000_000, np.random.default_rng(7)
-    words = pa.array("a small large red green blue circle square moves left right slowly quickly on gray background".split())
-    prompts = pc.binary_join_element_wise(*(words.take(pa.array(rng.integers(0, len(words), count))) for _ in range(12)), " ")
+    words = pa.array("a small large red green blue circle square moves left right slowly on gray background".split())
+    drawn = [words.take(pa.array(rng.integers(0, len(words), count))) for _ in range(12)]
+    prompts = pc.binary_join_element_wise(*drawn, " ")
     numbers = pa.array(np.arange(count)).cast(pa.string())
     pq.write_table(pa.table({
         "prompt": prompts, "id": pc.binary_join_element_wise("shot", numbers, "-"),
@@ -255,8 +262,8 @@ def test_a_million_rows_are_planned_in_two_gigabytes(tmp_path, capsys):
         "duration_s": rng.choice([2.0, 2.9, 3.0], count), "steps": rng.choice([10, 20], count),
         "priority": rng.integers(0, 3, count), "note": pc.binary_join_element_wise("s3://somewhere", numbers, "/"),
     }), tmp_path / "m.parquet")
-    done = subprocess.run([sys.executable, "-c", MILLION, str(tmp_path / "m.parquet")], cwd=ROOT, capture_output=True, text=True,
-                          timeout=600)
+    done = subprocess.run([sys.executable, "-c", MILLION, str(tmp_path / "m.parquet")], cwd=ROOT, capture_output=True,
+                          text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     rows, clips, peak_bytes, planned_s, with_requests_s = done.stdout.split()
     with capsys.disabled():
