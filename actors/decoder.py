@@ -16,10 +16,9 @@ class NonFiniteFrames(ArithmeticError):
 class Decoder:
     """Latents in, Frames out; one VAE on one device. Making it loads; calling it only computes."""
 
-    def __init__(self, card: ModelCard, weights: Path, device: str = "cpu", *, precision: str | None = None, threads: int | None = None):
-        """threads: torch's, for the whole process; results may depend on it in the last bit."""
-        if threads is not None:
-            torch.set_num_threads(threads)
+    def __init__(self, card: ModelCard, weights: Path, device: str = "cpu", *, precision: str | None = None, threads: int = 1):
+        """threads: torch's, for the whole process; fixed, since the last bits of a result may depend on it."""
+        torch.set_num_threads(threads)
         self.card, self.device = card, device
         self.vae = card.vae(weights, device, precision)
         self.scale, self.bias = (t.to(device).view(-1, 1, 1, 1) for t in card.latent_statistics(weights))

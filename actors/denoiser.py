@@ -39,10 +39,9 @@ class Denoiser:
     """Embeddings in, Latents out; one diffusion model on one device. Making it loads; calling it only computes."""
 
     def __init__(self, card: ModelCard, weights: Path, device: str = "cpu", *, precision: str | None = None,
-                 threads: int | None = None, noise: Callable[[Request, LatentGrid], Tensor] = noise):
-        """threads: torch's, for the whole process; results may depend on it in the last bit.  noise: where a clip starts."""
-        if threads is not None:
-            torch.set_num_threads(threads)
+                 threads: int = 1, noise: Callable[[Request, LatentGrid], Tensor] = noise):
+        """threads: torch's, for the whole process; fixed, since the last bits of a result may depend on it.  noise: where a clip starts."""
+        torch.set_num_threads(threads)
         self.card, self.device, self.noise = card, device, noise
         self.precision = precision or card.precision_on(device)
         self.dit = card.dit(weights, device, self.precision)

@@ -15,10 +15,9 @@ class TextEncoder:
     """Requests in, Embeddings out; one text encoder on one device. Making it loads; calling it only computes."""
 
     def __init__(self, card: ModelCard, weights: Path, device: str = "cpu", *, precision: str | None = None,
-                 threads: int | None = None, remember: int = 32):
-        """threads: torch's, for the whole process; results may depend on it in the last bit.  remember: texts kept encoded."""
-        if threads is not None:
-            torch.set_num_threads(threads)
+                 threads: int = 1, remember: int = 32):
+        """threads: torch's, for the whole process; fixed, since the last bits of a result may depend on it.  remember: texts kept encoded."""
+        torch.set_num_threads(threads)
         self.model = card.text_encoder(weights, device, precision)
         self.remember = remember
         self.recent: OrderedDict[str, Tensor] = OrderedDict()          # the negative prompt is mostly the same

@@ -26,6 +26,7 @@ DTYPES = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 
 
@@ -173,7 +174,7 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     for name, entry in said.items():
         try:
             dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-            if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+            if len(shape) > 16 or not all(type(n) is int and 0 <= n < 2 ** 63 for n in (*shape, begin, end)):
                 raise ValueError
         except (TypeError, KeyError, ValueError):
             raise bad(f"its header's entry for {name[:200]!r} is not understood") from None
@@ -223,16 +224,35 @@ def released_state(model: nn.Module, table: KeyTable) -> dict[str, Tensor]:
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """A safetensors file, replaced in one step."""
+    """A safetensors file, replaced in one step; equal content gives equal bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    safetensors.torch.save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, partial, dict(metadata or {}))
+    with partial.open("wb") as file:
+        file.writelines(pieces(tensors, metadata or {}))
     partial.replace(path)
 
 
 def pack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
     """Tensors and text as the bytes of a safetensors file; equal content gives equal bytes."""
-    return safetensors.torch.save({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, dict(metadata or {}))
+    return b"".join(pieces(tensors, metadata or {}))
+
+
+def pieces(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
+    """The format, written here because the library puts metadata in an order of its own that changes from run to run."""
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))         # so that all stay aligned
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    at = 0
+    for name in names:
+        tensor = tensors[name]
+        end = at + tensor.numel() * tensor.dtype.itemsize
+        header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little")
+    yield text
+    for name in names:
+        yield tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def unpack(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -63,7 +63,7 @@ LINUM = KeyTable(
     },
 )
 
-RES_BLOCK = {"residual.0.": "norm1.", "residual.2.": "conv1.", "residual.3.": "norm2.", "residual.6.": "conv2.", "shortcut.": "shortcut."}
+RES_BLOCK = {"residual.0.": "norm1.", "residual.2.": "conv1.", "residual.3.": "norm2.", "residual.6.": "conv2."}
 RESAMPLE = {"resample.1.": "conv.", "time_conv.": "time_conv."}
 ATTENTION = {"norm.": "norm.", "to_qkv.": "to_qkv.", "proj.": "proj."}
 
@@ -81,11 +81,12 @@ WAN_VAE = KeyTable(
         **{f"{side}.{old}": f"{side}.{new}" for side in ("encoder", "decoder")
            for old, new in {"conv1.": "conv_in.", "head.0.": "norm_out.", "head.2.": "conv_out."}.items()},
         **nested({"encoder.middle.{}.": "encoder.mid.{}.", "decoder.middle.{}.": "decoder.mid.{}."}, RES_BLOCK | ATTENTION),
-        **nested({"encoder.downsamples.{}.": "encoder.down.{}.", "decoder.upsamples.{}.": "decoder.up.{}."}, RES_BLOCK | RESAMPLE),
+        **nested({"encoder.downsamples.{}.": "encoder.down.{}.", "decoder.upsamples.{}.": "decoder.up.{}."},
+                 RES_BLOCK | RESAMPLE | {"shortcut.": "shortcut."}),
     },
 )
 
-DIFFUSERS_RES_BLOCK = {"norm1.": "norm1.", "conv1.": "conv1.", "norm2.": "norm2.", "conv2.": "conv2.", "conv_shortcut.": "shortcut."}
+DIFFUSERS_RES_BLOCK = {"norm1.": "norm1.", "conv1.": "conv1.", "norm2.": "norm2.", "conv2.": "conv2."}
 
 WAN_VAE_DIFFUSERS = KeyTable(
     name="WAN_VAE_DIFFUSERS",
@@ -96,11 +97,13 @@ WAN_VAE_DIFFUSERS = KeyTable(
         **nested({f"{side}.mid_block.resnets.{i}.": f"{side}.mid.{2 * i}." for side in ("encoder", "decoder") for i in (0, 1)},
                  DIFFUSERS_RES_BLOCK),
         **nested({f"{side}.mid_block.attentions.0.": f"{side}.mid.1." for side in ("encoder", "decoder")}, ATTENTION),
-        **nested({"encoder.down_blocks.{}.": "encoder.down.{}."}, DIFFUSERS_RES_BLOCK | RESAMPLE),
+        **nested({"encoder.down_blocks.{}.": "encoder.down.{}."}, DIFFUSERS_RES_BLOCK | RESAMPLE | {"conv_shortcut.": "shortcut."}),
         # the decoder's layers are numbered within their stage: three residual blocks and, but for the last stage, an upsampler
         **nested({f"decoder.up_blocks.{stage}.resnets.{i}.": f"decoder.up.{4 * stage + i}." for stage in range(4) for i in range(3)},
                  DIFFUSERS_RES_BLOCK),
-        **nested({f"decoder.up_blocks.{stage}.upsamplers.0.": f"decoder.up.{4 * stage + 3}." for stage in range(3)}, RESAMPLE),
+        "decoder.up_blocks.1.resnets.0.conv_shortcut.": "decoder.up.4.shortcut.",           # the one stage that widens
+        **{f"decoder.up_blocks.{stage}.upsamplers.0.resample.1.": f"decoder.up.{4 * stage + 3}.conv." for stage in range(3)},
+        **{f"decoder.up_blocks.{stage}.upsamplers.0.time_conv.": f"decoder.up.{4 * stage + 3}.time_conv." for stage in range(2)},
     },
 )
 

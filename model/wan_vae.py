@@ -68,7 +68,7 @@ class WanVAE(nn.Module):
         """
         frames, height, width = video.shape[2:]
         time, space = self.config.time_stride, self.config.space_stride
-        if frames % time != 1 or height % space or width % space:
+        if (frames - 1) % time or height % space or width % space:
             raise ValueError(f"video must have {time}n + 1 frames and sides that are multiples of {space}; "
                              f"got {frames} frames of {height}x{width}. Crop or resample it first")
         bounds = chunk_bounds((frames - 1) // time + 1, chunk)

@@ -33,6 +33,9 @@ def locate(weights: str | Path | None, card: ModelCard, fetch: Callable[[str, Pa
         folder = fetch(str(weights), cache_folder() / "weights")
     else:
         folder = Path(weights).expanduser()
+        if folder.is_file() and folder.suffix in PICKLES:
+            raise CheckpointError(f"{card.name}: {folder} is a pickle, and only safetensors are read at run time. "
+                                  f"Convert once: dailies convert {folder} --model {card.name} --to FOLDER")
         if not folder.is_dir():
             raise CheckpointError(f"{card.name}: weights must be a folder in the published layout; {folder} is "
                                   f"{'a file' if folder.exists() else 'not there'}")

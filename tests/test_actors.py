@@ -1,0 +1,226 @@
+"""Prompt to frames through the three actors: the release's numbers, and a clip decided by its request alone."""
+
+import dataclasses
+import gc
+import math
+import shutil
+import weakref
+from itertools import permutations
+
+import pytest
+import torch
+
+from actors.decoder import Decoder, NonFiniteFrames, to_uint8
+from actors.denoiser import Denoiser, NonFiniteLatent, noise
+from actors.messages import Embedding, Latent
+from actors.text_encoder import TextEncoder
+from golden import E2E, E2E_CARD, Golden, e2e_request, error
+from model import checkpoint
+from model.shapes import LatentGrid, VideoShape
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return TextEncoder(E2E_CARD, E2E)
+
+
+@pytest.fixture(scope="module")
+def denoiser():
+    return Denoiser(E2E_CARD, E2E)
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    return Decoder(E2E_CARD, E2E)
+
+
+def psnr(got, want):
+    return 10 * math.log10(255 ** 2 / max((got.double() - want.double()).square().mean().item(), 1e-9))
+
+
+@pytest.mark.parametrize("pair_guidance", [False, True])
+def test_a_prompt_becomes_the_frames_of_the_release(encoder, pair_guidance):
+    golden = Golden("linum_e2e_a")
+    card = dataclasses.replace(E2E_CARD, pair_guidance=pair_guidance)
+    denoiser = Denoiser(card, E2E, noise=lambda request, grid: golden.inputs["noise"][0])
+    embedding, = encoder([e2e_request()])
+    assert error(embedding.prompt[0], golden.outputs["embedding"]) < golden.tolerance["embedding"]
+    assert error(embedding.negative[0], golden.outputs["embedding_negative"]) < golden.tolerance["embedding"]
+    latent, = denoiser([embedding])
+    assert error(latent.streams[0], golden.outputs["x.3"][0]) < golden.tolerance["velocities, guided and x"]
+    frames, = Decoder(card, E2E)([latent])
+    assert frames.rgb.dtype == torch.uint8 and frames.rgb.shape == (9, 24, 40, 3)
+    want = golden.outputs["frames"][0].permute(1, 2, 3, 0)
+    # truncation: a float just below a whole number may fall to the one before
+    assert (frames.rgb - want).max() <= golden.tolerance["frames"] and (want - frames.rgb).max() < 1 + golden.tolerance["frames"]
+    assert (frames.rgb == golden.outputs["frames_uint8"][0].permute(1, 2, 3, 0)).float().mean() > 0.999
+
+
+def test_every_step_of_the_course_equals_the_release(encoder, denoiser):
+    golden = Golden("linum_e2e_a")
+    embedding, = encoder([e2e_request()])
+    prompt, negative = (denoiser.dit.embed_text([rows]) for rows in (embedding.prompt[0], embedding.negative[0]))
+    guide, x = denoiser.guide(7.0), golden.inputs["noise"]
+    sigmas = Golden("flow_schedule_a").outputs["sigmas.4"]
+    for step in range(4):
+        cond, null = (denoiser.dit(x, 1000 * sigmas[step:step + 1], text) for text in (prompt, negative))
+        for got, name in ((cond, "v_cond"), (null, "v_null"), (guide(cond, null), "guided")):
+            assert error(got, golden.outputs[f"{name}.{step}"]) < golden.tolerance["velocities, guided and x"]
+        x = golden.outputs[f"x.{step}"]
+
+
+def test_latents_are_denormalised_with_the_checkpoints_own_statistics(decoder):
+    golden = Golden("linum_e2e_a")
+    denormalised = (golden.outputs["x.3"][0] - decoder.bias) / decoder.scale
+    assert error(denormalised, golden.outputs["x_denormalised"][0]) < golden.tolerance["velocities, guided and x"]
+    pixels = (decoder.vae.decode(golden.outputs["x_denormalised"]).clamp(-1, 1) + 1) * 127.5
+    assert (pixels - golden.outputs["frames"]).abs().max() < golden.tolerance["frames"]
+
+
+def test_noise_is_decided_by_seed_and_shape_alone_and_is_the_recorded_one():
+    grid = LatentGrid()
+    first = noise(e2e_request(), grid)
+    torch.manual_seed(5)
+    again = noise(e2e_request(prompt="other", num_steps=9, guidance=1.0), grid)
+    assert torch.equal(first, again) and first.dtype == torch.float32 and first.shape == (16, 3, 3, 5)
+    assert torch.equal(first, first.bfloat16().float())
+    assert first.flatten()[:6].tolist() == RECORDED
+
+
+# Philox4x64-10 with key 20, then Box-Muller; a change here changes every clip there is
+RECORDED = [1.6875, 1.328125, 1.0234375, -0.322265625, -1.6015625, -0.4921875]
+
+
+def test_noise_is_standard_normal_and_every_bit_of_the_seed_counts():
+    shape = VideoShape(frames=49, height=360, width=640)
+    drawn = [noise(e2e_request(seed=seed, shape=shape), LatentGrid()) for seed in (7, 7 + 2 ** 32, 2 ** 63 - 1)]
+    for one in drawn:
+        assert abs(one.mean()) < 0.005 and abs(one.std() - 1) < 0.005
+        assert abs(one.pow(4).mean() - 3) < 0.05 and 4.5 < one.abs().max() < 7
+    assert all(abs((a * b).mean()) < 0.005 for a, b in permutations(drawn, 2))
+
+
+def test_a_batch_starts_from_the_same_noise_and_ends_within_50_db(encoder, denoiser, decoder):
+    requests = [e2e_request(clip_id=str(i), prompt=prompt, seed=i) for i, prompt in enumerate(("a red fox", "snow", "a", "the fox runs over"))]
+    embeddings, started = encoder(requests), {}
+
+    def watched(request, grid):
+        start = noise(request, grid)
+        started.setdefault(request.clip_id, []).append(start)
+        return start
+
+    watching = Denoiser(E2E_CARD, E2E, noise=watched)
+    together = decoder(watching(embeddings))
+    alone = [decoder(watching([embedding]))[0] for embedding in embeddings]
+    assert all(torch.equal(*starts) for starts in started.values()) and len(started) == 4
+    for one, of_batch in zip(alone, together, strict=True):
+        assert one.request == of_batch.request
+        assert psnr(of_batch.rgb, one.rgb) >= 50
+
+
+def test_a_clip_does_not_depend_on_what_the_worker_made_before(encoder, denoiser, decoder):
+    requests = [e2e_request(clip_id=str(i), prompt=prompt, negative_prompt=negative, seed=i)
+                for i, (prompt, negative) in enumerate((("a red fox", ""), ("snow", "fox"), ("", "")))]
+    made = {}
+    for order in permutations(requests):
+        for request in order:
+            frames, = decoder(denoiser(encoder([request])))
+            made.setdefault(request.clip_id, []).append(frames.rgb)
+    for clips in made.values():
+        assert len(clips) == 6 and all(torch.equal(clip, clips[0]) for clip in clips)
+
+
+def test_a_chunk_of_latent_steps_does_not_show_in_the_frames(decoder):
+    request = e2e_request(shape=VideoShape(frames=21, height=24, width=40))
+    latent = Latent(request=request, streams=(noise(request, LatentGrid()),))
+    whole, = Decoder(dataclasses.replace(E2E_CARD, decode_chunk=None), E2E)([latent])
+    assert psnr(decoder([latent])[0].rgb, whole.rgb) > 60
+
+
+def test_a_text_is_encoded_once_while_it_is_remembered():
+    encoder = TextEncoder(E2E_CARD, E2E, remember=2)
+    model, asked = encoder.model, []
+    encoder.model = lambda text: asked.append(text) or model(text)
+    encoder([e2e_request(prompt="a"), e2e_request(prompt="fox"), e2e_request(prompt="snow"), e2e_request(prompt="a")])
+    assert asked == ["a", "", "fox", "snow", "a"]
+    assert len(encoder.recent) == 2
+
+
+def test_a_released_encoder_gives_its_memory_back():
+    encoder = TextEncoder(E2E_CARD, E2E)
+    weight = weakref.ref(encoder.model.model.shared)
+    encoder([e2e_request()])
+    gc.disable()
+    try:
+        encoder.release()
+    finally:
+        gc.enable()
+    assert weight() is None
+
+
+@pytest.mark.parametrize("changes, said", [
+    (dict(precision="bf16"), "this actor runs linum-v2-360p in fp32 with dense attention; clip "),
+    (dict(attention="sage"), "asks for linum-v2-360p in fp32 with sage"),
+    (dict(model="demo"), "asks for demo"),
+])
+def test_a_request_for_another_worker_is_refused(encoder, denoiser, changes, said):
+    embedding, = encoder([e2e_request()])
+    with pytest.raises(ValueError) as caught:
+        denoiser([dataclasses.replace(embedding, request=e2e_request(**changes))])
+    assert said in str(caught.value)
+
+
+def test_a_batch_of_two_buckets_is_refused(encoder, denoiser):
+    with pytest.raises(ValueError, match="a batch must be of one bucket; got 40x24x9 4 steps guidance 7 and 40x24x9 5 steps"):
+        denoiser(encoder([e2e_request(), e2e_request(num_steps=5)]))
+
+
+def test_a_clip_that_ends_in_nan_is_an_error_that_names_it(encoder, tmp_path):
+    shutil.copytree(E2E, tmp_path / "weights")
+    path = tmp_path / "weights/dit/360p.safetensors"
+    tensors, _ = checkpoint.unpack(path.read_bytes())
+    tensors["model.head.head.bias"][3] = torch.nan
+    checkpoint.save(path, tensors)
+    with pytest.raises(NonFiniteLatent, match="NaN or infinity for cccc"):
+        Denoiser(E2E_CARD, tmp_path / "weights")(encoder([e2e_request()]))
+
+
+def test_frames_that_are_nan_are_an_error(decoder):
+    latent = torch.zeros(16, 3, 3, 5)
+    latent[0, 2, 0, 0] = torch.nan
+    with pytest.raises(NonFiniteFrames, match="in frames 5 to 8"):
+        decoder([Latent(request=e2e_request(), streams=(latent,))])
+
+
+def test_pixels_are_truncated_as_the_release_does():
+    assert to_uint8(torch.tensor([-2, -1, -0.999, 0, 0.999, 1, 7])).tolist() == [0, 0, 0, 127, 254, 255, 255]
+
+
+def test_bf16_runs_the_same_path_and_stays_near(encoder):
+    request = e2e_request(precision="bf16")
+    embedding, = TextEncoder(E2E_CARD, E2E, precision="bf16")([request])
+    assert embedding.prompt[0].dtype == torch.bfloat16
+    latent, = Denoiser(E2E_CARD, E2E, precision="bf16")([embedding])
+    assert latent.streams[0].dtype == torch.float32
+    want, = Denoiser(E2E_CARD, E2E)(encoder([e2e_request()]))
+    assert ((latent.streams[0] - want.streams[0]).norm() / want.streams[0].norm()).item() < 0.1
+    frames, = Decoder(E2E_CARD, E2E, precision="bf16")([latent])
+    assert frames.rgb.shape == (9, 24, 40, 3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_renders_the_same_clip(encoder, decoder, denoiser):
+    latent, = denoiser(encoder([e2e_request()]))
+    want, = decoder([latent])
+    for precision, least in (("fp32", 45), ("bf16", 25)):
+        request = e2e_request(precision=precision)
+        made = dict(device="cuda", precision=precision)
+        got, = Decoder(E2E_CARD, E2E, **made)(Denoiser(E2E_CARD, E2E, **made)(TextEncoder(E2E_CARD, E2E, **made)([request])))
+        assert psnr(got.rgb, want.rgb) > least
+
+
+def test_embeddings_may_come_in_any_dtype(denoiser, encoder):
+    embedding, = encoder([e2e_request()])
+    half = Embedding(request=embedding.request, prompt=(embedding.prompt[0].bfloat16(),), negative=(embedding.negative[0].bfloat16(),))
+    assert denoiser([half])[0].streams[0].isfinite().all()
