@@ -174,11 +174,11 @@ class Plan:
                 for row, seed in zip(self.source[at].tolist(), self.seeds[at].tolist())]
 
     def keys(self) -> pa.Table:
-        """Every planned row, in manifest order: id, seed, clip_id and row, its position in the manifest."""
+        """Every planned row, in manifest order: id, seed and clip_id, typed as in the ledger; row, its manifest row."""
         names = self.digests.tobytes().hex().encode()
-        clip_ids = pa.LargeStringArray.from_buffers(
-            self.num_clips, pa.py_buffer(np.arange(0, len(names) + 1, 64, dtype=np.int64)), pa.py_buffer(names))
-        return pa.table({"id": self.manifest.table["id"].take(self.source), "seed": self.seeds,
+        offsets = np.arange(0, len(names) + 1, 64, dtype=np.int32)
+        clip_ids = pa.StringArray.from_buffers(self.num_clips, pa.py_buffer(offsets), pa.py_buffer(names))
+        return pa.table({"id": self.manifest.table["id"].take(self.source).cast(pa.string()), "seed": self.seeds,
                          "clip_id": clip_ids.take(pa.array(self.clip_of)), "row": self.source})
 
     def user_columns(self, rows: Sequence[int]) -> pa.Table:
