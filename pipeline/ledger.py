@@ -1,0 +1,297 @@
+"""What is done: one row for each finished manifest row and sample, in Parquet parts that are only ever added.
+
+Part   ledger/<epoch>-<seq>.parquet. Each writer has an epoch of its own, so no writer overwrites another's part.
+Key    (id, seed). A reader takes all parts together; where a key comes twice, the row of the later part counts.
+
+A row is written after its clip. What a killed writer had not written yet is found by listing the clips.
+"""
+
+import hashlib
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.store import NotFound, Store, StoreError
+
+if TYPE_CHECKING:                       # they need torch, and `dailies status` does not
+    from actors.messages import Clip, Failure
+    from pipeline.stages import Outcome
+
+FOLDER, SUCCESS = "ledger/", "_SUCCESS.json"
+READERS = 8                             # parts read at a time
+MAX_ERROR_CHARACTERS = 4000
+COLUMNS = pa.schema({
+    "id": pa.string(), "clip_id": pa.string(), "status": pa.string(),                  # done or failed
+    "uri": pa.string(), "sha256": pa.string(), "bytes": pa.int64(),
+    "width": pa.int32(), "height": pa.int32(), "frames": pa.int32(), "fps": pa.float64(), "duration_s": pa.float64(),
+    "has_audio": pa.bool_(), "seed": pa.int64(), "prompt": pa.string(), "negative_prompt": pa.string(),
+    "steps": pa.int32(), "guidance": pa.float64(), "model": pa.string(), "weights_fingerprint": pa.string(),
+    "precision": pa.string(), "attention": pa.string(), "fallbacks": pa.list_(pa.string()),
+    "attempts": pa.int32(), "error_type": pa.string(), "error": pa.string(),
+    "worker": pa.string(), "device": pa.string(), "queue_s": pa.float64(), "encode_s": pa.float64(), "sample_s": pa.float64(),
+    "decode_s": pa.float64(), "publish_s": pa.float64(), "peak_memory_bytes": pa.int64(),
+    "finished_at": pa.timestamp("us", tz="UTC"),
+})
+NO_COLUMNS = pa.schema([])
+
+
+class Ledger:
+    """The writer. Rows wait in memory for `flush_rows` of them or for `flush_s`; `close` writes the rest."""
+
+    def __init__(self, store: Store, schema: pa.Schema, keys: pa.Table, *, flush_rows: int, flush_s: float):
+        self.store, self.schema, self.keys = store, schema, keys
+        self.flush_rows, self.flush_s = flush_rows, flush_s
+        self.counts = Counter(keys["status"].to_pylist())
+        self.waiting: list[pa.Table] = []
+        self.waiting_since = 0.0
+        self.epoch, self.seq = next_epoch(store), 0
+
+    @classmethod
+    def open(cls, store: Store, extra: pa.Schema = NO_COLUMNS, *, flush_rows: int = 1000,
+             flush_s: float = 30.0) -> "Ledger":
+        """Reads what is done so far; writes nothing before there are rows.
+
+        extra: further columns of this run, all named user.NAME or quality.NAME; their times are kept in microseconds.
+        Raises ValueError for other names.
+        """
+        strange = [name for name in extra.names if not name.startswith(("user.", "quality."))]
+        if strange:
+            raise ValueError(f"further columns of the ledger must be named user.NAME or quality.NAME; got {strange}")
+        quality_first = sorted(extra, key=lambda field: field.name.startswith("user."))
+        fields = [pa.field(field.name, stored_type(field.type)) for field in quality_first]
+        keys = read(store, ["id", "seed", "status"])
+        return cls(store, pa.schema([*COLUMNS, *fields]), keys, flush_rows=flush_rows, flush_s=flush_s)
+
+    def pending(self, keys: pa.Table) -> pa.Table:
+        """The rows of `keys` that had no row here when this ledger was opened, in their order.  keys: id, seed and more."""
+        def comparable(table: pa.Table) -> pa.Table:
+            # in a join null would not equal null; a seed is never negative
+            seeds = table["seed"].cast(pa.int64()).fill_null(-1)
+            return pa.table({"id": table["id"].cast(pa.string()), "seed": seeds})
+
+        if not self.keys.num_rows:
+            return keys
+        wanted = comparable(keys).append_column("at", pa.array(np.arange(keys.num_rows)))
+        left = wanted.join(comparable(self.keys), ["id", "seed"], join_type="left anti")
+        mask = np.zeros(keys.num_rows, bool)
+        mask[left["at"].to_numpy()] = True
+        return keys.filter(pa.array(mask))
+
+    def append(self, rows: Sequence[Mapping[str, Any]], extra: pa.Table | None = None) -> None:
+        """Take rows, by column name; a column that a row does not name is null in it.
+
+        extra: further columns, one row for each of `rows`.  Raises ValueError for rows that do not fit the columns.
+        """
+        further = extra.column_names if extra is not None else []
+        for row in rows:
+            unknown = sorted({*row, *further} - set(self.schema.names))
+            if unknown or not row.get("id") or row.get("status") not in ("done", "failed"):
+                raise ValueError("a ledger row needs an id, the status done or failed and columns of this ledger; got "
+                                 f"{row.get('id')!r}, {row.get('status')!r}, unknown columns {unknown}")
+        try:
+            table = pa.Table.from_pylist([dict(row) for row in rows], schema=self.schema)
+            for name in further:
+                field = self.schema.field(name)
+                values = extra[name].cast(field.type, safe=False)      # parts of a microsecond are cut off
+                table = table.set_column(self.schema.get_field_index(name), field, values)
+        except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, UnicodeError) as error:
+            raise ValueError(f"a row does not fit the ledger's columns: {error}") from error
+        if not self.waiting:
+            self.waiting_since = time.monotonic()
+        self.waiting.append(table)
+        self.counts.update(row["status"] for row in rows)
+        self.tick()
+
+    def tick(self) -> None:
+        """Write what has waited long enough; to be called now and then where rows come slowly."""
+        rows = sum(map(len, self.waiting))
+        if rows >= self.flush_rows or rows and time.monotonic() - self.waiting_since >= self.flush_s:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what waits as one part.  Raises StoreError, and the rows wait on."""
+        if not self.waiting:
+            return
+        data = parquet_bytes(pa.concat_tables(self.waiting))
+        while not self.store.create(part_key(self.epoch, self.seq), data):
+            self.epoch, self.seq = next_epoch(self.store), 0       # another writer has this epoch
+        self.seq += 1
+        self.waiting = []
+
+    def close(self) -> None:
+        self.flush()
+
+    def __enter__(self) -> "Ledger":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def row_of(name: str, value: "Clip | Failure", outcome: "Outcome | None" = None) -> dict[str, Any]:
+    """The ledger row of manifest row `name` for what became of its request.
+
+    outcome: None for a clip that was found published, whose times nobody knows.
+    """
+    request = value.request
+    row: dict[str, Any] = {
+        "id": name, "clip_id": request.clip_id, "seed": request.seed, "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt, "width": request.shape.width, "height": request.shape.height,
+        "frames": request.shape.frames, "fps": request.fps, "steps": request.num_steps, "guidance": request.guidance,
+        "model": request.model, "weights_fingerprint": request.weights_fingerprint, "precision": request.precision,
+        "attention": request.attention, "finished_at": datetime.now(UTC),
+    }
+    if hasattr(value, "error_type"):
+        row |= {"status": "failed", "error_type": value.error_type, "error": said(value.error), "fallbacks": []}
+    else:
+        row |= {"status": "done", "uri": value.uri, "sha256": value.sha256, "bytes": value.num_bytes,
+                "duration_s": value.duration_s, "has_audio": value.has_audio, "fallbacks": list(value.fallbacks)}
+    if outcome is not None:
+        row |= {"attempts": outcome.attempts, "queue_s": outcome.queue_s, "worker": outcome.worker,
+                "device": outcome.device, "peak_memory_bytes": outcome.peak_memory_bytes}
+        row |= {f"{step}_s": outcome.seconds.get(step) for step in ("encode", "sample", "decode", "publish")}
+    return row
+
+
+def invalid_row(name: str, prompt: str | None, error: str) -> dict[str, Any]:
+    """The ledger row of a manifest row that was set aside: it has no seed, because it has no request."""
+    return {"id": name, "status": "failed", "error_type": "invalid", "error": said(error), "prompt": prompt,
+            "fallbacks": [], "finished_at": datetime.now(UTC)}
+
+
+def read(store: Store, columns: Sequence[str] | None = None) -> pa.Table:
+    """The ledger as it stands: one row per key, in the order of the parts.  columns: None for all that there are."""
+    wanted = None if columns is None else list(dict.fromkeys([*columns, "id", "seed"]))
+    tables = [table for _, table in parts(store, wanted) if table is not None]
+    empty = COLUMNS if wanted is None else pa.schema([field for field in COLUMNS if field.name in wanted])
+    table = latest(pa.concat_tables([empty.empty_table(), *tables], promote_options="permissive"))
+    asked = table.column_names if columns is None else dict.fromkeys(columns)
+    return table.select([name for name in asked if name in table.column_names])
+
+
+def retry(store: Store, where: Mapping[str, str] | None = None) -> int:
+    """Take failed rows out of the ledger, so that they are pending again; returns how many.
+
+    where: column -> value as text; all must hold.  Raises ValueError for a column that the ledger does not have.
+    Call it while no run is writing. Killed half-way, it has put some of the rows back; the same call does the rest.
+    """
+    where = dict(where or {})
+    ledger = read(store, ["id", "seed", "status", *where])
+    mask = pc.equal(ledger["status"], "failed")
+    for column, value in where.items():
+        if column not in ledger.column_names or pa.types.is_nested(ledger.schema.field(column).type):
+            known = [field.name for field in read(store).schema if not pa.types.is_nested(field.type)]
+            raise ValueError(f"the ledger has no column {column} to choose rows by; it has {', '.join(known)}")
+        mask = pc.and_(mask, pc.fill_null(pc.equal(ledger[column].cast(pa.string()), value), False))
+    chosen = set(keys_of(ledger.filter(mask)))
+    if not chosen:
+        return 0
+    store.delete(SUCCESS)                               # there is something to do again
+    for key, table in parts(store, None):               # the oldest first: a row that is left counts as before
+        if table is None or "failed" not in table["status"].to_pylist():
+            continue
+        stays = [status != "failed" or of_row not in chosen
+                 for of_row, status in zip(keys_of(table), table["status"].to_pylist(), strict=True)]
+        if not any(stays):
+            store.delete(key)
+        elif not all(stays):
+            store.put(key, parquet_bytes(table.filter(pa.array(stays))))
+    return len(chosen)
+
+
+def write_success(store: Store) -> dict[str, Any]:
+    """_SUCCESS.json: counts and digest of a ledger that has a row for everything; returns what it says."""
+    ledger = read(store, ["id", "seed", "clip_id", "status", "sha256"])
+    counts = Counter(ledger["status"].to_pylist())
+    said = {"rows": ledger.num_rows, "done": counts["done"], "failed": counts["failed"],
+            "ledger_digest": digest(ledger), "finished_at": datetime.now(UTC).isoformat(timespec="seconds")}
+    store.put(SUCCESS, json.dumps(said, indent=2).encode() + b"\n")
+    return said
+
+
+def digest(ledger: pa.Table) -> str:
+    """SHA-256 over id, seed, clip_id, status and sha256 of each row, by id and seed: not over when and where it ran."""
+    columns = ["id", "seed", "clip_id", "status", "sha256"]
+    ordered = ledger.select(columns).sort_by([("id", "ascending"), ("seed", "ascending")])
+    hasher = hashlib.sha256()
+    for batch in ordered.to_batches(max_chunksize=10_000):
+        for row in zip(*(batch[column].to_pylist() for column in columns), strict=True):
+            hasher.update(json.dumps(row).encode() + b"\n")
+    return hasher.hexdigest()
+
+
+def parts(store: Store, columns: Sequence[str] | None) -> Iterator[tuple[str, pa.Table | None]]:
+    """Every part and its rows, the oldest first; None for one that vanished since it was listed."""
+    keys = [info.key for info in store.list(FOLDER) if info.key.endswith(".parquet")]
+
+    def part(key: str) -> pa.Table | None:
+        try:
+            file = pq.ParquetFile(pa.BufferReader(store.get(key)))
+            names = file.schema_arrow.names
+            return file.read([name for name in (names if columns is None else columns) if name in names])
+        except NotFound:
+            return None
+        except pa.ArrowException as error:
+            raise StoreError(f"{store.uri_of(key)} cannot be read: {error}. Move it away and render again: "
+                             "its clips are found and get new rows") from error
+
+    with ThreadPoolExecutor(READERS) as pool:
+        for start in range(0, len(keys), 4 * READERS):          # not all of a large ledger at once
+            block = keys[start: start + 4 * READERS]
+            yield from zip(block, pool.map(part, block), strict=True)
+
+
+def latest(table: pa.Table) -> pa.Table:
+    """Of the rows with one key only the last, all in their order."""
+    numbered = pa.table({"id": table["id"], "seed": table["seed"], "at": np.arange(table.num_rows)})
+    last = numbered.group_by(["id", "seed"]).aggregate([("at", "max")])
+    if last.num_rows == table.num_rows:
+        return table
+    mask = np.zeros(table.num_rows, bool)
+    mask[last["at_max"].to_numpy()] = True
+    return table.filter(pa.array(mask))
+
+
+def next_epoch(store: Store) -> int:
+    names = (info.key.removeprefix(FOLDER).partition("-")[0] for info in store.list(FOLDER))
+    return max((int(name) for name in names if name.isdecimal()), default=0) + 1
+
+
+def part_key(epoch: int, seq: int) -> str:
+    return f"{FOLDER}{epoch:06d}-{seq:06d}.parquet"
+
+
+def parquet_bytes(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table.combine_chunks(), sink, compression="zstd")
+    return sink.getvalue().to_pybytes()
+
+
+def keys_of(table: pa.Table) -> Iterator[tuple[str, int | None]]:
+    return zip(table["id"].to_pylist(), table["seed"].to_pylist(), strict=True)
+
+
+def stored_type(given: pa.DataType) -> pa.DataType:
+    """A type that every reader knows: Spark has no null columns and no nanoseconds, and an encoding is no type."""
+    if pa.types.is_null(given):
+        return pa.string()
+    if pa.types.is_timestamp(given) and given.unit == "ns":
+        return pa.timestamp("us", tz=given.tz)
+    if pa.types.is_dictionary(given) or pa.types.is_run_end_encoded(given):
+        return stored_type(given.value_type)
+    return given
+
+
+def said(text: str) -> str:
+    """An error's text as it can be stored: valid UTF-8, and not a whole log."""
+    text = text.encode("utf-8", "replace").decode()
+    return text if len(text) <= MAX_ERROR_CHARACTERS else text[:MAX_ERROR_CHARACTERS - 1] + "…"
