@@ -1,0 +1,56 @@
+"""`dailies bench [WHAT]`: what things cost and how good they are, measured here and now, with device, versions and commit."""
+
+import json as jsonlib
+import os
+import platform
+from collections.abc import Callable, Iterator
+from typing import Any
+
+Rows = Iterator[tuple[str, dict[str, Any]]]
+
+
+def bench(what: str | None, *, json: bool) -> int:
+    """Run one part or all; prints a line of figures per case.  Raises UsageError for a part that does not exist."""
+    from jobs.settings import UsageError
+    if what is not None and what not in PARTS:
+        raise UsageError(f"bench has no part {what!r}. There are: {', '.join(PARTS)}")
+    about = machine()
+    if not json:
+        print(", ".join(f"{name} {value}" for name, value in about.items()))
+    for part in [what] if what else PARTS:
+        for case, figures in PARTS[part]():
+            if json:
+                print(jsonlib.dumps({"part": part, "case": case, **figures, **about}), flush=True)
+            else:
+                print(f"{part}: {case}: " + ", ".join(f"{name} {shown(value)}" for name, value in figures.items()), flush=True)
+    return 0
+
+
+def demo() -> Rows:
+    """200 unseen prompts through the demo model, read back by the checker."""
+    from jobs.demo.evaluate import evaluate
+    figures = evaluate(200)
+    figures["wrong"] = len(figures["wrong"])
+    by_attribute = figures.pop("by_attribute")
+    yield "attributes shown of those said", figures | by_attribute
+
+
+def pipeline() -> Rows:
+    """The driver with stages that only sleep; the peer is the ideal, with no driver at all."""
+    from jobs.bench_pipeline import rows
+    yield from rows("all")
+
+
+PARTS: dict[str, Callable[[], Rows]] = {"demo": demo, "pipeline": pipeline}
+
+
+def machine() -> dict[str, str]:
+    import torch
+
+    from jobs.bench_pipeline import commit
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
+    return {"device": f"{device} ({platform.machine()})", "torch": torch.__version__, "python": platform.python_version(), "commit": commit()}
+
+
+def shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
