@@ -21,6 +21,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Protocol, TextIO
@@ -28,6 +29,7 @@ from urllib.parse import urlsplit
 
 from jobs.settings import UsageError
 
+HOME = Path(__file__).resolve().parent.parent
 PACKAGES = ("kernels", "model", "actors", "pipeline", "jobs")
 MAX_BYTES = 100_000_000         # Ray's dashboard takes no larger upload
 CONNECT_TIMEOUT_S = 10.0
@@ -37,8 +39,8 @@ PATIENCE_S = 120.0              # how long --wait tries to get back to a head th
 EXIT_UNUSABLE, EXIT_INTERRUPTED = 5, 130
 
 
-class ClusterError(RuntimeError):
-    """The cluster does not answer, or does not let us in."""
+class HeadError(RuntimeError):
+    """The cluster's head does not answer, or does not let us in; the message says what to do."""
 
 
 class JobClient(Protocol):
@@ -66,12 +68,13 @@ def submit(manifest: str, out: str, address: str, render_args: list[str], wait: 
     """
     try:
         refuse_secrets([manifest, out, address, *render_args])
-        refuse_lost_output(out)
+        refuse_local("--out", out)
+        refuse_local("--weights", value_of("--weights", render_args))
         with tempfile.TemporaryDirectory(prefix="dailies-submit-") as folder:
             render = ["render", *pack(Path(folder), manifest, render_args), "--out", out, "--ray", "auto"]
             client = connect(address)
             job_id = start(client, address, shlex.join(["python", "-m", "jobs.cli", *render]), folder)
-    except ClusterError as error:
+    except HeadError as error:
         return stop(EXIT_UNUSABLE, str(error), json=json, address=address, out=out)
 
     if not wait:
@@ -84,7 +87,7 @@ def submit(manifest: str, out: str, address: str, render_args: list[str], wait: 
     except KeyboardInterrupt:
         return stop(EXIT_INTERRUPTED, f"No longer following {job_id}; the job goes on. Stop it with: "
                     f"ray job stop {job_id} --address {address}", json=json, job_id=job_id, address=address, out=out)
-    except ClusterError as error:
+    except HeadError as error:
         return stop(EXIT_UNUSABLE, f"{error} The job may still run: dailies status {out}",
                     json=json, job_id=job_id, address=address, out=out)
     if message:
@@ -98,62 +101,57 @@ def pack(folder: Path, manifest: str, render_args: list[str]) -> list[str]:
     """Fill `folder` with what the cluster needs: our packages, the manifest, the --config file.
 
     Returns manifest and arguments as the job, whose working folder this is, has to name them.
-    Raises UsageError for a manifest or config that is not there, or more than MAX_BYTES.
+    Raises UsageError for a manifest or config that is not there, or more than MAX_BYTES; nothing is copied then.
     """
-    home = Path(__file__).resolve().parent.parent
-    for package in PACKAGES:
-        shutil.copytree(home / package, folder / package, ignore=shutil.ignore_patterns("__pycache__", "*.pyc", ".*"))
-    arguments = [pack_manifest(folder, manifest), *pack_config(folder, render_args)]
-    sizes = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    files = {f"{package}/{name}": file for package in PACKAGES for name, file in files_under(HOME / package)}
+    named = manifest
+    if "://" not in manifest:
+        named, found = local_manifest(Path(manifest).expanduser())
+        files |= found
+    args = list(render_args)
+    if (config := value_of("--config", args)) is not None:
+        if not Path(config).is_file():
+            raise UsageError(f"no such config file: {config}")
+        files["config.toml"] = Path(config)
+        args[args.index(config)] = "config.toml"
+    sizes = {name: file.stat().st_size for name, file in files.items()}
     if sum(sizes.values()) > MAX_BYTES:
         largest = max(sizes, key=sizes.__getitem__)
         raise UsageError(
-            f"what would be shipped to the cluster must be at most {MAX_BYTES / 1e6:.0f} MB; it has "
-            f"{sum(sizes.values()) / 1e6:.0f} MB, most of it {largest.relative_to(folder)} "
-            f"({sizes[largest] / 1e6:.0f} MB). Put the manifest into the bucket and submit s3://BUCKET/PATH instead")
-    return arguments
-
-
-def pack_manifest(folder: Path, manifest: str) -> str:
-    """Copy a local manifest under folder/manifest; returns its path in the job's working folder."""
-    if "://" in manifest:
-        return manifest
-    target = folder / "manifest"
-    source = Path(manifest).expanduser()
-    if source.is_dir():
-        shutil.copytree(source, target / source.resolve().name)
-        return f"manifest/{source.resolve().name}"
-    if source.is_file():
-        target.mkdir()
-        shutil.copy2(source, target / source.name)
-        return f"manifest/{source.name}"
-    files = [Path(name) for name in glob.glob(str(source), recursive=True) if Path(name).is_file()]
-    if not files:
-        raise UsageError(f"no such manifest: {manifest}. Give a file, a folder, a glob or an s3:// URI")
-    fixed = Path(*takewhile(lambda part: not glob.has_magic(part), source.parts))
-    for file in files:
-        copy = target / file.relative_to(fixed)
+            f"what is shipped to the cluster must be at most {MAX_BYTES / 1e6:.0f} MB; this is "
+            f"{sum(sizes.values()) / 1e6:.0f} MB, most of it {largest} ({sizes[largest] / 1e6:.0f} MB). "
+            "Put the manifest into the bucket and submit s3://BUCKET/PATH instead")
+    for name, file in files.items():
+        copy = folder / name
         copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(file, copy)
-    return f"manifest/{source.relative_to(fixed)}"
+        shutil.copyfile(file, copy)
+    return [named, *args]
 
 
-def pack_config(folder: Path, render_args: list[str]) -> list[str]:
-    """The same arguments, with a local `--config FILE` copied into `folder` and named as the job finds it there."""
-    args = list(render_args)
-    for index, arg in enumerate(args):
-        inline = arg.startswith("--config=")
-        if not inline and not (arg == "--config" and index + 1 < len(args)):
-            continue
-        path = Path(arg.removeprefix("--config=") if inline else args[index + 1]).expanduser()
-        if not path.is_file():
-            raise UsageError(f"no such config file: {path}")
-        shutil.copy2(path, folder / "config.toml")
-        if inline:
-            args[index] = "--config=config.toml"
-        else:
-            args[index + 1] = "config.toml"
-    return args
+def local_manifest(source: Path) -> tuple[str, dict[str, Path]]:
+    """What a file, folder or glob is called in the job's working folder, and its files by their name there."""
+    if source.is_file():
+        return f"manifest/{source.name}", {f"manifest/{source.name}": source}
+    if source.is_dir():
+        name = f"manifest/{source.resolve().name}"
+        return name, {f"{name}/{inner}": file for inner, file in files_under(source)}
+    found = [Path(match) for match in glob.glob(str(source), recursive=True) if Path(match).is_file()]
+    if not found:
+        raise UsageError(f"no such manifest: {source}. Give a file, a folder, a glob or an s3:// URI")
+    fixed = Path(*takewhile(lambda part: not glob.has_magic(part), source.parts))
+    return f"manifest/{source.relative_to(fixed)}", {f"manifest/{file.relative_to(fixed)}": file for file in found}
+
+
+def files_under(folder: Path) -> list[tuple[str, Path]]:
+    """A folder's files with their names in it; hidden ones and compiled Python are left out."""
+    files = [(path.relative_to(folder), path) for path in sorted(folder.rglob("*")) if path.is_file()]
+    return [(name.as_posix(), path) for name, path in files
+            if not any(part.startswith(".") or part == "__pycache__" for part in name.parts)]
+
+
+def value_of(option: str, args: list[str]) -> str | None:
+    """The value behind an option of a command line that is written in words, `--option value`."""
+    return args[args.index(option) + 1] if option in args[:-1] else None
 
 
 def refuse_secrets(values: list[str]) -> None:
@@ -165,16 +163,16 @@ def refuse_secrets(values: list[str]) -> None:
                              "Give the plain URI and let the workers find their credentials in their own environment")
 
 
-def refuse_lost_output(out: str) -> None:
+def refuse_local(name: str, value: str | None) -> None:
     """Raises UsageError for a relative folder: on the cluster that would be the job's own folder, which is deleted."""
-    if "://" not in out and not Path(out).is_absolute():
-        raise UsageError(f"--out must be s3://BUCKET/PREFIX or an absolute path that every node shares; got {out!r}")
+    if value is not None and "://" not in value and not Path(value).is_absolute():
+        raise UsageError(f"{name} must be s3://BUCKET/PREFIX or an absolute path that every node has; got {value!r}")
 
 
 def connect(address: str) -> JobClient:
     """A client of the job server at `address`, with the token of this environment.
 
-    Raises UsageError for an address that is none, ClusterError for a head that is away or refuses us.
+    Raises UsageError for an address that is none, HeadError for a head that is away or refuses us.
     """
     parts = urlsplit(address)
     if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -187,7 +185,7 @@ def connect(address: str) -> JobClient:
             port = parts.port or (443 if parts.scheme == "https" else 80)
             socket.create_connection((parts.hostname, port), CONNECT_TIMEOUT_S).close()
         except OSError as error:
-            raise ClusterError(f"{unreachable}: {error}") from error
+            raise HeadError(f"{unreachable}: {error}") from error
 
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
@@ -200,10 +198,10 @@ def connect(address: str) -> JobClient:
         return JobSubmissionClient(address, headers={"Authorization": f"Bearer {token}"} if token else None)
     except AuthenticationError as error:
         given = "it refused the token of this environment" if token else "no token was found in this environment"
-        raise ClusterError(f"the Ray head at {address} asks for a token, and {given}. Set RAY_AUTH_TOKEN_PATH to a "
-                           "file with the cluster's token, or RAY_AUTH_TOKEN") from error
+        raise HeadError(f"the Ray head at {address} asks for a token, and {given}. Set RAY_AUTH_TOKEN_PATH to a "
+                        "file with the cluster's token, or RAY_AUTH_TOKEN") from error
     except (OSError, RuntimeError, ValueError, KeyError) as error:      # KeyError: it answers, but is no Ray head
-        raise ClusterError(f"{unreachable}: {error}") from error
+        raise HeadError(f"{unreachable}: {error}") from error
     finally:
         os.environ.update(overrides)
 
@@ -212,7 +210,7 @@ def find_token() -> str | None:
     """The cluster's token, from where Ray looks for it: RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH, ~/.ray/auth_token.
 
     Unlike Ray's own client, an unset RAY_AUTH_MODE is no reason to leave a token unused.
-    Raises ClusterError where a token is demanded or named, but missing.
+    Raises HeadError where a token is demanded or named, but missing.
     """
     mode = os.environ.get("RAY_AUTH_MODE", "").lower()
     if mode == "disabled":
@@ -231,26 +229,26 @@ def find_token() -> str | None:
     if token:
         return token
     if named or mode == "token":
-        raise ClusterError(f"a token is needed, and {path} gives none: {reason}. Set RAY_AUTH_TOKEN_PATH to a file "
-                           "with the cluster's token, or RAY_AUTH_TOKEN")
+        raise HeadError(f"a token is needed, and {path} gives none: {reason}. Set RAY_AUTH_TOKEN_PATH to a file "
+                        "with the cluster's token, or RAY_AUTH_TOKEN")
     return None
 
 
 def start(client: JobClient, address: str, entrypoint: str, folder: str) -> str:
-    """Upload `folder` and start `entrypoint` in it; returns the job id.  Raises ClusterError."""
+    """Upload `folder` and start `entrypoint` in it; returns the job id.  Raises HeadError."""
     job_id = f"dailies-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
     try:
         return client.submit_job(entrypoint=entrypoint, submission_id=job_id, runtime_env={"working_dir": folder},
                                  metadata={"submitted_by": "dailies"})
     except (OSError, RuntimeError, ValueError) as error:
-        raise ClusterError(f"the Ray head at {address} did not take the job: {error}") from error
+        raise HeadError(f"the Ray head at {address} did not take the job: {error}") from error
 
 
 async def follow(client: JobClient, job_id: str, log: TextIO) -> tuple[str, int, str]:
     """Copy the job's log to `log` until it ends: its status, exit code, and a message if there is something to say.
 
     The job is asked for its state besides, because a dead connection can look like a quiet log. A connection that
-    breaks is made again, without repeating what was shown; ClusterError after PATIENCE_S without an answer.
+    breaks is made again, without repeating what was shown; HeadError after PATIENCE_S without an answer.
     """
     shown = 0
 
@@ -272,20 +270,22 @@ async def follow(client: JobClient, job_id: str, log: TextIO) -> tuple[str, int,
                 info = await asyncio.to_thread(client.get_job_info, job_id)
             except (OSError, RuntimeError, ValueError) as error:
                 if time.monotonic() - last_answer > PATIENCE_S:
-                    raise ClusterError(f"the head has not answered for {PATIENCE_S:.0f} s: {error}.") from error
+                    raise HeadError(f"the head has not answered for {PATIENCE_S:.0f} s: {error}.") from error
             else:
                 last_answer = time.monotonic()
                 if info.status.is_terminal():
                     await asyncio.wait({copying}, timeout=POLL_S)
-                    if not copying.done() or copying.exception():
-                        log.write((await asyncio.to_thread(client.get_job_logs, job_id))[shown:])
-                    return outcome(info)
+                    break
             if copying.done():
                 copying.exception()                             # seen; the job itself has just been asked
                 await asyncio.sleep(1.0)
                 copying = asyncio.create_task(copy_log())
     finally:
         copying.cancel()
+    await asyncio.wait({copying})
+    with suppress(OSError, RuntimeError, ValueError):           # lines that the copy did not live to see
+        log.write((await asyncio.to_thread(client.get_job_logs, job_id))[shown:])
+    return outcome(info)
 
 
 def outcome(info: Any) -> tuple[str, int, str]:

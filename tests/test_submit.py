@@ -4,7 +4,6 @@ import asyncio
 import io
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import tomllib
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,17 +91,12 @@ def wait_until_ready(process: subprocess.Popen, address: str, log: Path) -> None
 
 
 def stop_session(process: subprocess.Popen) -> None:
-    for number, patience_s in ((signal.SIGTERM, 10), (signal.SIGKILL, 10)):
-        members = [each for each in psutil.process_iter() if session_of(each.pid) == process.pid]
-        for each in members:
-            try:
-                each.send_signal(number)
-            except psutil.NoSuchProcess:
-                pass
-        _, alive = psutil.wait_procs(members, timeout=patience_s)
-        process.poll()
-        if not alive:
-            return
+    members = [each for each in psutil.process_iter() if session_of(each.pid) == process.pid]
+    for each in members:
+        with suppress(psutil.NoSuchProcess):
+            each.kill()
+    psutil.wait_procs(members, timeout=10)
+    process.wait(timeout=10)
 
 
 def session_of(pid: int) -> int | None:
@@ -221,7 +216,7 @@ def test_the_token_is_also_found_in_a_file(head: Head, tmp_path: Path, monkeypat
 def test_a_named_token_file_that_is_missing_is_said(tmp_path: Path, monkeypatch):
     monkeypatch.delenv("RAY_AUTH_TOKEN")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "nothing"))
-    with pytest.raises(job.ClusterError, match="nothing gives none: No such file"):
+    with pytest.raises(job.HeadError, match="nothing gives none: No such file"):
         job.find_token()
 
 
@@ -289,31 +284,33 @@ def test_folders_and_globs_keep_their_files_in_order(tmp_path: Path):
             ("night", "manifest/night", ["night/a.csv", "night/notes.txt", "night/sub/b.csv"]),
             ("night/**/*.csv", "manifest/**/*.csv", ["a.csv", "sub/b.csv"])]):
         folder = tmp_path / f"shipped{number}"
-        folder.mkdir()
-        assert job.pack_manifest(folder, str(tmp_path / given)) == named
+        assert job.pack(folder, str(tmp_path / given), []) == [named]
         found = sorted(path for path in (folder / "manifest").rglob("*") if path.is_file())
         assert [str(path.relative_to(folder / "manifest")) for path in found] == held
 
 
 def test_a_manifest_in_the_bucket_stays_there(tmp_path: Path):
-    assert job.pack_manifest(tmp_path, "s3://bucket/prompts/*.parquet") == "s3://bucket/prompts/*.parquet"
-    assert not list(tmp_path.iterdir())
+    assert job.pack(tmp_path, "s3://bucket/prompts/*.parquet", []) == ["s3://bucket/prompts/*.parquet"]
+    assert not (tmp_path / "manifest").exists()
 
 
-@pytest.mark.parametrize("form", [["--config", "{}"], ["--config={}"]])
-def test_a_config_file_travels_with_the_job(form, tmp_path: Path):
-    config, folder = tmp_path / "night.toml", tmp_path / "shipped"
+def test_a_config_file_travels_with_the_job(manifest: Path, tmp_path: Path):
+    config = tmp_path / "night.toml"
     config.write_text('model = "demo"\n')
-    folder.mkdir()
-    args = job.pack_config(folder, ["--steps", "4", *(part.format(config) for part in form)])
-    assert args == ["--steps", "4", *(part.format("config.toml") for part in form)]
-    assert tomllib.loads((folder / "config.toml").read_text()) == {"model": "demo"}
+    args = job.pack(tmp_path / "shipped", str(manifest), ["--steps", "4", "--config", str(config), "--strict"])
+    assert args == ["manifest/prompts.csv", "--steps", "4", "--config", "config.toml", "--strict"]
+    assert tomllib.loads((tmp_path / "shipped/config.toml").read_text()) == {"model": "demo"}
 
 
-def test_more_than_the_head_takes_is_refused_with_a_way_out(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(job, "MAX_BYTES", 2_000_000)
+def test_weights_of_this_machine_are_refused(manifest: Path, capsys):
+    assert dailies_submit(manifest, "http://127.0.0.1:9", "--weights", "weights/mine") == 2
+    assert "--weights must be" in capsys.readouterr().err
+
+
+def test_more_than_the_head_takes_is_refused_with_a_way_out(tmp_path: Path):
     big = tmp_path / "prompts.parquet"
     with open(big, "wb") as file:
         file.truncate(200_000_000)
     with pytest.raises(job.UsageError, match="manifest/prompts.parquet .200 MB.*s3://"):
         job.pack(tmp_path / "shipped", str(big), [])
+    assert not (tmp_path / "shipped").exists()
