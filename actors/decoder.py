@@ -16,8 +16,12 @@ class NonFiniteFrames(ArithmeticError):
 class Decoder:
     """Latents in, Frames out; one VAE on one device. Making it loads; calling it only computes."""
 
-    def __init__(self, card: ModelCard, weights: Path, device: str = "cpu", *, precision: str | None = None, threads: int = 1):
-        """threads: torch's, for the whole process; fixed, since the last bits of a result may depend on it."""
+    def __init__(self, card: ModelCard, weights: Path, device: str = "cpu", *, precision: str | None = None,
+                 threads: int = 1):
+        """threads: torch's, for the whole process; fixed, since the last bits of a result may depend on it.
+
+        Raises CheckpointError.
+        """
         torch.set_num_threads(threads)
         self.card, self.device = card, device
         self.vae = card.vae(weights, device, precision)
@@ -31,13 +35,14 @@ class Decoder:
     def decode(self, latent: Latent) -> Tensor:
         """uint8 [frames, height, width, 3] on the CPU, filled piece by piece: the clip is never whole in floats."""
         shape = latent.request.shape
-        video = (latent.streams[0].to(self.device) - self.bias) / self.scale                   # fp32, before the VAE rounds it
+        video = (latent.streams[0].to(self.device) - self.bias) / self.scale        # fp32, before the VAE rounds it
         video = video[None].to(self.vae.from_latent.weight.dtype)
         rgb = torch.empty(shape.frames, shape.height, shape.width, 3, dtype=torch.uint8)
         at = 0
         for piece in self.vae.decode_chunks(video, chunk=self.card.decode_chunk):
             if not piece.isfinite().all():
-                raise NonFiniteFrames(f"decoding gave NaN or infinity in frames {at} to {at + piece.shape[2] - 1}; try precision fp32")
+                raise NonFiniteFrames(f"decoding gave NaN or infinity in frames {at} to {at + piece.shape[2] - 1}; "
+                                      "try precision fp32")
             rgb[at:at + piece.shape[2]] = to_uint8(piece[0]).permute(1, 2, 3, 0)
             at += piece.shape[2]
         return rgb

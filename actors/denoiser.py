@@ -21,11 +21,11 @@ class NonFiniteLatent(ArithmeticError):
 
 
 def noise(request: Request, grid: LatentGrid) -> Tensor:
-    """Standard normal [C, T, H, W] in fp32 on the CPU, decided by the request's seed alone: any worker, batch and device.
+    """Standard normal [C, T, H, W] in fp32 on the CPU, decided by shape and seed alone: any worker, batch and device.
 
-    Philox counts and never looks back, and its bits are fixed by its definition. Torch's CPU generator would not do: it
-    takes 32 bits of the seed, and its normals depend on the processor's vector width. Values are rounded to bf16, as the
-    Linum release draws them; so the last bits of a machine's logarithm and cosine do not matter.
+    Philox counts and never looks back, and its bits are fixed by its definition. Torch's CPU generator would not do:
+    it takes 32 bits of the seed, and its normals depend on the processor's vector width. Values are rounded to bf16,
+    as the Linum release draws them; so the last bits of a machine's logarithm and cosine do not matter.
     """
     shape = grid.of(request.shape)
     pairs = -(-math.prod(shape) // 2)
@@ -40,7 +40,11 @@ class Denoiser:
 
     def __init__(self, card: ModelCard, weights: Path, device: str = "cpu", *, precision: str | None = None,
                  threads: int = 1, noise: Callable[[Request, LatentGrid], Tensor] = noise):
-        """threads: torch's, for the whole process; fixed, since the last bits of a result may depend on it.  noise: where a clip starts."""
+        """threads: torch's, for the whole process; fixed, since the last bits of a result may depend on it.
+        noise: where a clip starts.
+
+        Raises CheckpointError.
+        """
         torch.set_num_threads(threads)
         self.card, self.device, self.noise = card, device, noise
         self.precision = precision or card.precision_on(device)
@@ -58,11 +62,12 @@ class Denoiser:
         start = torch.stack([self.noise(request, self.card.grid) for request in requests]).to(self.device)
         sigmas = flow_match_sigmas(requests[0].num_steps, self.card.shift).tolist()
         video, = euler(velocity, (start,), sigmas)
-        broken = [request.clip_id for request, latent in zip(requests, video, strict=True) if not latent.isfinite().all()]
+        made = list(zip(requests, video.cpu(), strict=True))
+        broken = [request.clip_id for request, latent in made if not latent.isfinite().all()]
         if broken:
-            raise NonFiniteLatent(f"sampling ended in NaN or infinity for {', '.join(broken)}; try another seed, a lower "
-                                  f"guidance than {requests[0].guidance:g}, or precision fp32")
-        return [Latent(request=request, streams=(latent.clone(),)) for request, latent in zip(requests, video.cpu(), strict=True)]
+            raise NonFiniteLatent(f"sampling ended in NaN or infinity for {', '.join(broken)}; try another seed, "
+                                  f"a lower guidance than {requests[0].guidance:g}, or precision fp32")
+        return [Latent(request=request, streams=(latent.clone(),)) for request, latent in made]
 
     def velocity(self, batch: list[Embedding], scale: float) -> Velocity:
         """The guided velocity of a batch of clips, for a sampler. Their texts' keys and values are made here, once."""
@@ -98,7 +103,9 @@ class Denoiser:
         for request in requests:
             if request.bucket != first.bucket:
                 raise ValueError(f"a batch must be of one bucket; got {first.bucket} and {request.bucket}")
-            if request.model != self.card.name or request.precision != self.precision or request.attention not in self.card.attentions:
-                raise ValueError(f"this actor runs {self.card.name} in {self.precision} with {' or '.join(self.card.attentions)} "
-                                 f"attention; clip {request.clip_id} asks for {request.model} in {request.precision} with "
-                                 f"{request.attention}. Plan and actors must be made from the same settings")
+            asked = (request.model, request.precision, request.attention)
+            if asked not in [(self.card.name, self.precision, attention) for attention in self.card.attentions]:
+                raise ValueError(f"this actor runs {self.card.name} in {self.precision} with "
+                                 f"{' or '.join(self.card.attentions)} attention; clip {request.clip_id} asks for "
+                                 f"{request.model} in {request.precision} with {request.attention}. "
+                                 "Plan and actors must be made from the same settings")

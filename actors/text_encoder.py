@@ -16,15 +16,19 @@ class TextEncoder:
 
     def __init__(self, card: ModelCard, weights: Path, device: str = "cpu", *, precision: str | None = None,
                  threads: int = 1, remember: int = 32):
-        """threads: torch's, for the whole process; fixed, since the last bits of a result may depend on it.  remember: texts kept encoded."""
+        """threads: torch's, for the whole process; fixed, since the last bits of a result may depend on it.
+        remember: texts kept encoded.
+
+        Raises CheckpointError.
+        """
         torch.set_num_threads(threads)
         self.model = card.text_encoder(weights, device, precision)
         self.remember = remember
         self.recent: OrderedDict[str, Tensor] = OrderedDict()          # the negative prompt is mostly the same
 
     def __call__(self, batch: list[Request]) -> list[Embedding]:
-        return [Embedding(request=request, prompt=(self.encode(request.prompt),), negative=(self.encode(request.negative_prompt),))
-                for request in batch]
+        return [Embedding(request=request, prompt=(self.encode(request.prompt),),
+                          negative=(self.encode(request.negative_prompt),)) for request in batch]
 
     def encode(self, text: str) -> Tensor:
         """[L, E] on the CPU."""

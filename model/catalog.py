@@ -63,7 +63,8 @@ class ModelCard:
     dit_fields: Mapping[str, Any] = field(default_factory=dict)
     vae_fields: Mapping[str, Any] = field(default_factory=dict)
 
-    memory_gb: Mapping[str, float] = field(default_factory=dict)   # stage -> peak on a GPU in bf16, at max_pixels and 5 s: estimates
+    # stage -> peak on a GPU in bf16 at max_pixels and 5 s; estimates
+    memory_gb: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def dit_config(self) -> "LinumConfig":
@@ -120,7 +121,8 @@ class ModelCard:
     def frames_for(self, duration_s: float | None = None, frames: int | None = None) -> tuple[int, str | None]:
         """Frame count and a note when it was rounded.  Raises ValueError, saying what is allowed.
 
-        A duration goes down to whole seconds, as in the release, and gives fps * seconds + 1 frames; frames go down to 4n + 1.
+        A duration goes down to whole seconds, as in the release, and gives fps * seconds + 1 frames; a frame count goes
+        down to 4n + 1.
         """
         most = int(self.fps * self.max_duration_s) + 1
         if frames is not None and duration_s is not None:
@@ -135,7 +137,9 @@ class ModelCard:
             raise ValueError(f"duration_s must be 1 to {self.max_duration_s:g} for {self.name}; got {duration_s:g}")
         seconds = int(self.fps * duration_s) // int(self.fps)
         frames = int(self.fps) * seconds + 1
-        return frames, None if seconds == duration_s else f"{duration_s:g} s rounded down to {seconds} s ({frames} frames)"
+        if seconds == duration_s:
+            return frames, None
+        return frames, f"{duration_s:g} s rounded down to {seconds} s ({frames} frames)"
 
     def text_encoder(self, weights: Path, device: str, precision: str | None = None) -> "T5TextEncoder":
         """The text encoder, loaded.  Raises CheckpointError."""
@@ -155,7 +159,8 @@ class ModelCard:
         """The VAE, loaded, in eval mode; either published key layout.  Raises CheckpointError."""
         from model import checkpoint, keys
         from model.wan_vae import WanVAE, channels_last
-        vae = checkpoint.build(lambda: WanVAE(self.vae_config), weights / self.vae_file, keys.WAN_VAE, keys.WAN_VAE_DIFFUSERS,
+        vae = checkpoint.build(lambda: WanVAE(self.vae_config), weights / self.vae_file,
+                               keys.WAN_VAE, keys.WAN_VAE_DIFFUSERS,
                                name=self.name, device=device, precision=precision or self.precision_on(device))
         return channels_last(vae) if device.startswith("cpu") else vae
 

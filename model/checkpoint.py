@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from model.keys import KeyTable
+from model.layers import takes_low_precision
 from model.weights import PICKLES, CheckpointError, first_line, listed, weight_map
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -52,7 +53,7 @@ def build(make: Callable[[], Model], path: Path, *tables: KeyTable, name: str, d
         model = make()
     dtypes = {}
     for prefix, module in model.named_modules():
-        low = precision == "bf16" and isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d))
+        low = precision == "bf16" and takes_low_precision(module)
         for leaf, _ in module.named_parameters(prefix=prefix, recurse=False):
             dtypes[leaf] = torch.bfloat16 if low else torch.float32
     load(model, path, *tables, name=name, device=device, dtypes=dtypes)
@@ -61,8 +62,9 @@ def build(make: Callable[[], Model], path: Path, *tables: KeyTable, name: str, d
 
 def load(model: nn.Module, path: Path, *tables: KeyTable, name: str, device: str,
          dtypes: Mapping[str, torch.dtype] | torch.dtype = torch.float32) -> None:
-    """Replace every parameter and buffer of `model` (meta tensors, usually) by what is stored; dtypes: one for all, or by name.
+    """Replace every parameter and buffer of `model` (meta tensors, usually) by what is stored.
 
+    dtypes: one for all, or by name, fp32 where none is named.
     Raises CheckpointError for tensors missing, unexpected, or of another shape or kind.
     """
     stored = stored_tensors(path)
@@ -81,9 +83,9 @@ def match(stored: Mapping[str, StoredTensor], wanted: Mapping[str, tuple[int, ..
     found: dict[str, StoredTensor] = {}
     for released, tensor in stored.items():
         ours = table.ours(released)
-        if released not in table.dropped and ours in wanted:
+        if not table.drops(released) and ours in wanted:
             found.setdefault(ours, tensor)              # a tied tensor may be stored under both its names
-    unexpected = [key for key in stored if key not in table.dropped and table.ours(key) not in wanted]
+    unexpected = [key for key in stored if not table.drops(key) and table.ours(key) not in wanted]
     missing = [f"{key} (there: {table.released(key)})" for key in wanted if key not in found]
     next_step = f"Is it another model's file? If the release has changed, name them in {table.name}, model/keys.py"
     if missing:
@@ -94,7 +96,8 @@ def match(stored: Mapping[str, StoredTensor], wanted: Mapping[str, tuple[int, ..
     misshapen = [f"{tensor.name} must be {list(wanted[key])}, got {list(tensor.shape)}"
                  for key, tensor in found.items() if tensor.shape != wanted[key]]
     if misshapen:
-        raise CheckpointError(f"{where}: {count(misshapen)} of another shape: {listed(misshapen)}. Is it another model's file?")
+        raise CheckpointError(f"{where}: {count(misshapen)} of another shape: {listed(misshapen)}. "
+                              "Is it another model's file?")
     foreign = [f"{tensor.name} ({tensor.dtype})" for tensor in found.values() if tensor.dtype not in FLOATS]
     if foreign:
         raise CheckpointError(f"{where}: {count(foreign)} that must be floating point: {listed(foreign)}")
@@ -123,14 +126,15 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
         files = sorted(path.glob("*.safetensors"))
         if len(files) == 1:
             return read_header(files[0])[0]
-        raise CheckpointError(f"{path} must hold one .safetensors file, or shards and their index; it has {len(files)} and no index"
-                              + pickle_advice(path))
+        raise CheckpointError(f"{path} must hold one .safetensors file, or shards and their index; "
+                              f"it has {len(files)} and no index" + pickle_advice(path))
     index = weight_map(indexes[0])
     stored: dict[str, StoredTensor] = {}
     for file in sorted(set(index.values())):
         for name, tensor in read_header(path / file)[0].items():
             if index.get(name) != file:
-                raise CheckpointError(f"{indexes[0]} does not say that {name} is in {file}; are the shards of two downloads mixed?")
+                raise CheckpointError(f"{indexes[0]} does not say that {name} is in {file}; "
+                                      "are the shards of two downloads mixed?")
             stored[name] = tensor
     absent = [name for name in index if name not in stored]
     if absent:
@@ -147,8 +151,8 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
         return CheckpointError(f"{path} is not a whole safetensors file: {why}. Fetch it again")
 
     if not path.is_file():
-        raise CheckpointError(f"{path} is {'a folder' if path.is_dir() else 'missing'}; a .safetensors file is needed there"
-                              + pickle_advice(path.parent))
+        raise CheckpointError(f"{path} is {'a folder' if path.is_dir() else 'missing'}; a .safetensors file is needed "
+                              "there" + pickle_advice(path.parent))
     try:
         with path.open("rb") as file:
             file_bytes = path.stat().st_size
@@ -163,8 +167,10 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
             said = json.loads(file.read(header_bytes), object_pairs_hook=once)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    except CheckpointError:
+        raise
     except (ValueError, RecursionError) as error:
-        raise error if isinstance(error, CheckpointError) else bad("its header is not JSON with one entry per name") from error
+        raise bad("its header is not JSON with one entry per name") from error
     if not isinstance(said, dict):
         raise bad("its header is not a table")
     metadata = said.pop("__metadata__", {})
@@ -216,10 +222,10 @@ def place(module: nn.Module, leaf: str, tensor: Tensor) -> None:
 
 
 def released_state(model: nn.Module, table: KeyTable) -> dict[str, Tensor]:
-    """The model's tensors under the names of the release, ready to save.  Raises CheckpointError for a tensor without one."""
+    """The model's tensors under the names of the release, ready to save.  Raises CheckpointError where one has none."""
     state = {table.released(key): tensor.detach() for key, tensor in model.state_dict().items()}
     if None in state:
-        raise CheckpointError(f"no rule of {table.name}, model/keys.py, gives a released name to every tensor of {type(model).__name__}")
+        raise CheckpointError(f"{table.name}, model/keys.py, does not name every tensor of {type(model).__name__}")
     return state
 
 
@@ -238,7 +244,7 @@ def pack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = Non
 
 
 def pieces(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
-    """The format, written here because the library puts metadata in an order of its own that changes from run to run."""
+    """The format, written here because the library's order of the metadata changes from run to run."""
     names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))         # so that all stay aligned
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     at = 0
@@ -276,7 +282,8 @@ def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 def pickle_advice(folder: Path) -> str:
     pickles = sorted(p.name for p in folder.glob("*") if p.suffix in PICKLES) if folder.is_dir() else []
-    return f". There is {listed(pickles)}: convert once with dailies convert {folder} --model NAME --to FOLDER" if pickles else ""
+    advice = f". There is {listed(pickles)}: convert once with dailies convert {folder} --model NAME --to FOLDER"
+    return advice if pickles else ""
 
 
 def count(names: list[str]) -> str:

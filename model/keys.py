@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 class KeyTable:
     name: str                                           # of the table, for messages
     rules: Mapping[str, str]                            # start of a released name -> start of our name
-    dropped: Mapping[str, str] = field(default_factory=dict)   # released name -> why it is not loaded
+    dropped: Mapping[str, str] = field(default_factory=dict)   # start of a released name -> why it is not loaded
 
     def ours(self, released: str) -> str | None:
         """Our name, or None where no rule fits."""
@@ -23,7 +23,15 @@ class KeyTable:
         return rewrite(ours, ((new, old) for old, new in self.rules.items()))
 
     def unknown(self, released: Iterable[str]) -> list[str]:
-        return [name for name in released if name not in self.dropped and self.ours(name) is None]
+        return [name for name in released if not self.drops(name) and self.ours(name) is None]
+
+    def drops(self, released: str) -> bool:
+        return rewrite(released, ((old, "") for old in self.dropped)) is not None
+
+    def prefixed(self, prefix: str) -> "KeyTable":
+        """The table of the same release, repacked with something in front of every name."""
+        return KeyTable(name=self.name, rules={prefix + old: new for old, new in self.rules.items()},
+                        dropped={prefix + old: why for old, why in self.dropped.items()})
 
 
 def rewrite(name: str, rules: Iterable[tuple[str, str]]) -> str | None:
@@ -47,8 +55,8 @@ LINUM = KeyTable(
         "model.text_embedding.2.": "text_out.",
         "model.blocks.{}.modulation": "blocks.{}.modulation",
         "model.blocks.{}.norm1.": "blocks.{}.norm_attn.",
-        "model.blocks.{}.norm3.": "blocks.{}.norm_cross.",      # the release numbers them in the order they were written,
-        "model.blocks.{}.norm2.": "blocks.{}.norm_ffn.",        # not in the order they run
+        "model.blocks.{}.norm3.": "blocks.{}.norm_cross.",      # norm3 runs second
+        "model.blocks.{}.norm2.": "blocks.{}.norm_ffn.",
         "model.blocks.{}.self_attn.": "blocks.{}.attn.",
         "model.blocks.{}.cross_attn.": "blocks.{}.cross.",
         "model.blocks.{}.ffn.0.": "blocks.{}.ffn_in.",
@@ -80,7 +88,8 @@ WAN_VAE = KeyTable(
         "conv2.": "from_latent.",
         **{f"{side}.{old}": f"{side}.{new}" for side in ("encoder", "decoder")
            for old, new in {"conv1.": "conv_in.", "head.0.": "norm_out.", "head.2.": "conv_out."}.items()},
-        **nested({"encoder.middle.{}.": "encoder.mid.{}.", "decoder.middle.{}.": "decoder.mid.{}."}, RES_BLOCK | ATTENTION),
+        **nested({"encoder.middle.{}.": "encoder.mid.{}.", "decoder.middle.{}.": "decoder.mid.{}."},
+                 RES_BLOCK | ATTENTION),
         **nested({"encoder.downsamples.{}.": "encoder.down.{}.", "decoder.upsamples.{}.": "decoder.up.{}."},
                  RES_BLOCK | RESAMPLE | {"shortcut.": "shortcut."}),
     },
@@ -93,21 +102,25 @@ WAN_VAE_DIFFUSERS = KeyTable(
     rules={
         "quant_conv.": "to_moments.",
         "post_quant_conv.": "from_latent.",
-        **{f"{side}.{part}": f"{side}.{part}" for side in ("encoder", "decoder") for part in ("conv_in.", "norm_out.", "conv_out.")},
-        **nested({f"{side}.mid_block.resnets.{i}.": f"{side}.mid.{2 * i}." for side in ("encoder", "decoder") for i in (0, 1)},
-                 DIFFUSERS_RES_BLOCK),
+        **{f"{side}.{part}": f"{side}.{part}" for side in ("encoder", "decoder")
+           for part in ("conv_in.", "norm_out.", "conv_out.")},
+        **nested({f"{side}.mid_block.resnets.{i}.": f"{side}.mid.{2 * i}."
+                  for side in ("encoder", "decoder") for i in (0, 1)}, DIFFUSERS_RES_BLOCK),
         **nested({f"{side}.mid_block.attentions.0.": f"{side}.mid.1." for side in ("encoder", "decoder")}, ATTENTION),
-        **nested({"encoder.down_blocks.{}.": "encoder.down.{}."}, DIFFUSERS_RES_BLOCK | RESAMPLE | {"conv_shortcut.": "shortcut."}),
-        # the decoder's layers are numbered within their stage: three residual blocks and, but for the last stage, an upsampler
-        **nested({f"decoder.up_blocks.{stage}.resnets.{i}.": f"decoder.up.{4 * stage + i}." for stage in range(4) for i in range(3)},
-                 DIFFUSERS_RES_BLOCK),
+        **nested({"encoder.down_blocks.{}.": "encoder.down.{}."},
+                 DIFFUSERS_RES_BLOCK | RESAMPLE | {"conv_shortcut.": "shortcut."}),
+        # the decoder's layers are numbered within their stage: three residual blocks, and an upsampler but for the last
+        **nested({f"decoder.up_blocks.{stage}.resnets.{i}.": f"decoder.up.{4 * stage + i}."
+                  for stage in range(4) for i in range(3)}, DIFFUSERS_RES_BLOCK),
         "decoder.up_blocks.1.resnets.0.conv_shortcut.": "decoder.up.4.shortcut.",           # the one stage that widens
-        **{f"decoder.up_blocks.{stage}.upsamplers.0.resample.1.": f"decoder.up.{4 * stage + 3}.conv." for stage in range(3)},
-        **{f"decoder.up_blocks.{stage}.upsamplers.0.time_conv.": f"decoder.up.{4 * stage + 3}.time_conv." for stage in range(2)},
+        **{f"decoder.up_blocks.{stage}.upsamplers.0.{old}": f"decoder.up.{4 * stage + 3}.{new}"
+           for old, new, stages in (("resample.1.", "conv.", 3), ("time_conv.", "time_conv.", 2))
+           for stage in range(stages)},
     },
 )
 
-# transformers builds this model, so our names are its names. The embedding is one tensor under two names, and files have either or both.
+# transformers builds this model, so our names are its names. The embedding is one tensor of two names; files have
+# either or both.
 T5 = KeyTable(
     name="T5",
     rules={
@@ -117,4 +130,63 @@ T5 = KeyTable(
         "encoder.block.{}.layer.1.": "encoder.block.{}.layer.1.",
         "encoder.final_layer_norm.": "encoder.final_layer_norm.",
     },
+)
+
+WAN = KeyTable(
+    name="WAN",
+    rules={
+        "patch_embedding.": "patch_embed.",
+        "time_embedding.0.": "time_in.",
+        "time_embedding.2.": "time_out.",
+        "time_projection.1.": "time_modulation.",
+        "text_embedding.0.": "text_in.",
+        "text_embedding.2.": "text_out.",
+        "img_emb.proj.0.": "image_embed.norm_in.",
+        "img_emb.proj.1.": "image_embed.linear_in.",
+        "img_emb.proj.3.": "image_embed.linear_out.",
+        "img_emb.proj.4.": "image_embed.norm_out.",
+        "blocks.{}.modulation": "blocks.{}.modulation",
+        "blocks.{}.norm3.": "blocks.{}.norm_cross.",            # the only norm of a block that has tensors
+        "blocks.{}.self_attn.": "blocks.{}.attn.",
+        "blocks.{}.cross_attn.k_img.": "blocks.{}.cross.k_image.",
+        "blocks.{}.cross_attn.v_img.": "blocks.{}.cross.v_image.",
+        "blocks.{}.cross_attn.norm_k_img.": "blocks.{}.cross.norm_k_image.",
+        "blocks.{}.cross_attn.": "blocks.{}.cross.",
+        "blocks.{}.ffn.0.": "blocks.{}.ffn_in.",
+        "blocks.{}.ffn.2.": "blocks.{}.ffn_out.",
+        "head.modulation": "head.modulation",
+        "head.head.": "head.linear.",
+    },
+)
+
+WAN_REPACKED = WAN.prefixed("model.diffusion_model.")          # as some tools store it
+
+DIFFUSERS_ATTENTION = {"to_q.": "q.", "to_k.": "k.", "to_v.": "v.", "to_out.0.": "o.", "norm_q.": "norm_q.", "norm_k.": "norm_k."}
+
+WAN_DIFFUSERS = KeyTable(
+    name="WAN_DIFFUSERS",
+    rules={
+        "patch_embedding.": "patch_embed.",
+        **nested({"condition_embedder.": ""}, {
+            "time_embedder.linear_1.": "time_in.",
+            "time_embedder.linear_2.": "time_out.",
+            "time_proj.": "time_modulation.",
+            "text_embedder.linear_1.": "text_in.",
+            "text_embedder.linear_2.": "text_out.",
+            "image_embedder.norm1.": "image_embed.norm_in.",
+            "image_embedder.ff.net.0.proj.": "image_embed.linear_in.",
+            "image_embedder.ff.net.2.": "image_embed.linear_out.",
+            "image_embedder.norm2.": "image_embed.norm_out.",
+        }),
+        "blocks.{}.scale_shift_table": "blocks.{}.modulation",
+        "blocks.{}.norm2.": "blocks.{}.norm_cross.",            # norm3 in the original files
+        **nested({"blocks.{}.attn1.": "blocks.{}.attn."}, DIFFUSERS_ATTENTION),
+        **nested({"blocks.{}.attn2.": "blocks.{}.cross."}, DIFFUSERS_ATTENTION | {
+            "add_k_proj.": "k_image.", "add_v_proj.": "v_image.", "norm_added_k.": "norm_k_image."}),
+        "blocks.{}.ffn.net.0.proj.": "blocks.{}.ffn_in.",
+        "blocks.{}.ffn.net.2.": "blocks.{}.ffn_out.",
+        "scale_shift_table": "head.modulation",
+        "proj_out.": "head.linear.",
+    },
+    dropped={"blocks.{}.attn2.norm_added_q.": "made by diffusers' attention, used by nothing"},
 )

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.layers import Linear, RMSNorm, attention, rotary_table, rotate, timestep_features
+from model.layers import Linear, RMSNorm, SelfAttention, attention, rotary_table, timestep_features
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,8 @@ class LinumDiT(nn.Module):
         """
         lengths = [len(text) for text in texts]
         if min(lengths) < 1 or max(lengths) > self.config.text_len:
-            raise ValueError(f"a text needs 1 to {self.config.text_len} rows; got {lengths}. Truncate the prompt's tokens")
+            raise ValueError(f"a text needs 1 to {self.config.text_len} rows; got {lengths}. "
+                             "Truncate the prompt's tokens")
         rows = torch.stack([F.pad(text, (0, 0, 0, self.config.text_len - len(text))) for text in texts])
         rows = self.text_out(F.gelu(self.text_in(rows), approximate="tanh"))
         keys, values = zip(*(block.cross.keys_values(rows) for block in self.blocks), strict=True)
@@ -85,7 +86,7 @@ class LinumDiT(nn.Module):
         return self.time_out(F.silu(self.time_in(timestep_features(timestep, self.config.time_features))))
 
     def patchify(self, latent: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Tokens [B, N, D] in T, H, W order and the rotary table of their grid; odd sides get zeros below and to the right."""
+        """Tokens [B, N, D] in T, H, W order and the rotary table of their grid; odd sides get zeros below and right."""
         _, ph, pw = self.config.patch
         height, width = latent.shape[3:]
         latent = F.pad(latent, (0, -width % pw, 0, -height % ph))
@@ -114,25 +115,12 @@ class Block(nn.Module):
         self.ffn_out = Linear(config.ffn, width)
 
     def forward(self, x: Tensor, modulation: Tensor, key: Tensor, value: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = (self.modulation + modulation).split(1, dim=1)
+        modulation = self.modulation + modulation
+        shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = modulation.split(1, dim=1)
         x = x + gate_attn * self.attn(self.norm_attn(x) * (1 + scale_attn) + shift_attn, rope)
         x = x + self.cross(self.norm_cross(x), key, value)                      # neither modulated nor gated
         h = F.gelu(self.ffn_in(self.norm_ffn(x) * (1 + scale_ffn) + shift_ffn), approximate="tanh")
         return x + gate_ffn * self.ffn_out(h)
-
-
-class SelfAttention(nn.Module):
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.q, self.k, self.v, self.o = (Linear(width, width) for _ in range(4))
-        self.norm_q, self.norm_k = RMSNorm(width), RMSNorm(width)               # over all heads together
-
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        x = x.to(self.q.weight.dtype)
-        q = rotate(self.norm_q(self.q(x)).unflatten(-1, (self.heads, -1)), rope)
-        k = rotate(self.norm_k(self.k(x)).unflatten(-1, (self.heads, -1)), rope)
-        return self.o(attention(q, k, self.v(x).unflatten(-1, (self.heads, -1))))
 
 
 class CrossAttention(nn.Module):

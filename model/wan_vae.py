@@ -18,7 +18,7 @@ from torch import Tensor, nn
 @dataclass(frozen=True, kw_only=True)
 class WanVAEConfig:
     width: int = 96                                    # channels at full resolution
-    multipliers: tuple[int, ...] = (1, 2, 4, 4)        # channels per stage, in units of width; a stage halves the picture
+    multipliers: tuple[int, ...] = (1, 2, 4, 4)        # channels per stage, in widths; a stage halves the picture
     res_blocks: int = 2                                # per encoder stage; the decoder has one more
     latent_channels: int = 16
     halve_time: tuple[bool, ...] = (False, True, True)  # which of the encoder's three downsamplings also halve time
@@ -81,11 +81,14 @@ class WanVAE(nn.Module):
         return mean, log_variance
 
     def decode(self, latent: Tensor, *, chunk: int | None = None) -> Tensor:
-        """Pixels [B, 3, F, 8H, 8W], about [-1, 1], not clamped.  latent [B, C, T, H, W], not normalised; chunk as in encode."""
+        """Pixels [B, 3, F, 8H, 8W], about [-1, 1], not clamped.
+
+        latent [B, C, T, H, W], not normalised; chunk as in encode.
+        """
         return torch.cat(list(self.decode_chunks(latent, chunk=chunk)), dim=2)
 
     def decode_chunks(self, latent: Tensor, *, chunk: int | None = 1) -> Iterator[Tensor]:
-        """decode(), a few frames at a time: [B, 3, f, 8H, 8W] pieces in order, so that a long clip never lies in memory whole."""
+        """decode(), a few frames at a time: [B, 3, f, 8H, 8W] pieces in order: a long clip is never whole in memory."""
         memory = Memory()
         for start, stop in chunk_bounds(latent.shape[2], chunk):
             yield self.decoder(self.from_latent(latent[:, :, start:stop]), memory)
@@ -202,7 +205,7 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
         if self.time_conv is not None:
             first, rest = x.split_with_sizes([1, x.shape[2] - 1], dim=2) if memory.first_chunk else (x[:, :, :0], x)
-            if rest.shape[2]:                                                   # the first frame never enters this convolution
+            if rest.shape[2]:                           # the first frame never enters this convolution
                 even, odd = self.time_conv(rest, memory).chunk(2, dim=1)
                 rest = torch.stack((even, odd), dim=3).flatten(2, 3)
             x = torch.cat((first, rest), dim=2)

@@ -1,4 +1,4 @@
-"""Where a model's weights are: a folder in the published layout, found or fetched, checked for completeness, fingerprinted."""
+"""Where a model's weights are: a folder in the published layout, found or fetched, complete, fingerprinted."""
 
 import hashlib
 import json
@@ -22,7 +22,8 @@ def locate(weights: str | Path | None, card: ModelCard, fetch: Callable[[str, Pa
     """The folder that holds the card's weights, complete.
 
     weights: a folder, `s3://bucket/prefix`, or None for the weights that come with dailies or, for a published model,
-    the Hugging Face cache, or the hub itself.  fetch: brings what is at a URI into a cache folder (pipeline.store.bring).
+    the Hugging Face cache, or the hub itself.
+    fetch: brings what is at a URI into a cache folder (pipeline.store.bring).
     Raises CheckpointError, naming what is missing and where it was looked for; and what fetch raises.
     """
     if weights is None:
@@ -61,8 +62,8 @@ def missing_files(card: ModelCard, folder: Path) -> list[str]:
                if not (folder / name).is_file()]
     encoder = folder / card.text_encoder_folder
     if (encoder / TEXT_ENCODER_SHARDS).is_file():
-        missing += [f"{card.text_encoder_folder}/{shard}" for shard in sorted(set(weight_map(encoder / TEXT_ENCODER_SHARDS).values()))
-                    if not (encoder / shard).is_file()]
+        shards = sorted(set(weight_map(encoder / TEXT_ENCODER_SHARDS).values()))
+        missing += [f"{card.text_encoder_folder}/{shard}" for shard in shards if not (encoder / shard).is_file()]
     elif not any(encoder.glob("*.safetensors")):
         missing.append(f"{card.text_encoder_folder}/model.safetensors")
     tokenizer = folder / card.tokenizer_folder
@@ -80,7 +81,7 @@ def weights_files(card: ModelCard, folder: Path) -> dict[str, Path]:
 
 
 def fingerprint(files: Mapping[str, Path]) -> str:
-    """SHA-256 over the sorted (name, SHA-256 of content); contents are read again only when size or time has changed."""
+    """SHA-256 over the sorted (name, SHA-256 of content); a file is read again only when size or time has changed."""
     cache = cache_folder() / "sha256.json"
     known: dict[str, str] = {}
     with suppress(OSError, ValueError, TypeError):      # no cache yet, or not one: everything is read
@@ -119,10 +120,10 @@ def from_hub(card: ModelCard) -> Path:
     disable_progress_bars()
     try:
         return Path(snapshot_download(**ask))
-    except Exception as error:                          # the hub's client raises many kinds: offline, gated, gone, disk full
+    except Exception as error:                          # the client raises many kinds: offline, gated, gone, disk full
         raise CheckpointError(
-            f"{card.name}: the weights ({', '.join(wanted)}) are neither in the Hugging Face cache {HF_HUB_CACHE} nor could "
-            f"{card.repo_id} be downloaded ({type(error).__name__}: {first_line(error)}). "
+            f"{card.name}: the weights ({', '.join(wanted)}) are neither in the Hugging Face cache {HF_HUB_CACHE} "
+            f"nor could {card.repo_id} be downloaded ({type(error).__name__}: {first_line(error)}). "
             f"Download the repository and name its folder with --weights") from error
 
 
@@ -135,7 +136,7 @@ def weight_map(index: Path) -> dict[str, str]:
             return said
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
-    raise CheckpointError(f"{index} is not a checkpoint index: it needs a weight_map of tensor names to files beside it")
+    raise CheckpointError(f"{index} is not a checkpoint index: it needs a weight_map, tensor names to files beside it")
 
 
 def cache_folder() -> Path:

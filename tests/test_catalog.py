@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from model.catalog import CATALOG, DEMO, LINUM_V2_360P, LINUM_V2_720P
-from model.shapes import VideoShape
+from model.shapes import LatentGrid, VideoShape
 
 
 def test_importing_the_catalogue_imports_nothing_heavy():
@@ -58,8 +58,10 @@ def test_frames_go_down_to_4n_plus_1_and_say_so():
     (dict(frames=122), "frames must be 1 to 121 for linum-v2-720p; got 122"),
     (dict(frames=25, duration_s=1), "give duration_s or frames, not both"),
     (dict(resolution="7x7"), "width must be a multiple of 8 and at least 128 for linum-v2-720p; got 7 (nearest: 128)"),
-    (dict(resolution="640x365"), "height must be a multiple of 8 and at least 128 for linum-v2-720p; got 365 (nearest: 368)"),
-    (dict(resolution="1280x728"), "width x height must be at most 921600 pixels for linum-v2-720p; got 1280x728 = 931840"),
+    (dict(resolution="640x365"),
+     "height must be a multiple of 8 and at least 128 for linum-v2-720p; got 365 (nearest: 368)"),
+    (dict(resolution="1280x728"),
+     "width x height must be at most 921600 pixels for linum-v2-720p; got 1280x728 = 931840"),
     (dict(resolution="480p"), "resolution must be 720p or WIDTHxHEIGHT for linum-v2-720p; got '480p'"),
     (dict(resolution="x"), "resolution must be"),
     (dict(resolution="-640x360"), "resolution must be"),
@@ -91,8 +93,9 @@ def test_defaults_of_the_published_models_are_the_releases():
 def test_the_latent_grid_of_every_card_is_its_vaes():
     for card in CATALOG.values():
         vae, dit = card.vae_config, card.dit_config
-        assert (card.grid.channels, card.grid.time_stride, card.grid.space_stride) == (vae.latent_channels, vae.time_stride, vae.space_stride)
-        assert dit.latent_channels == vae.latent_channels and dit.width % dit.heads == 0 and dit.width // dit.heads % 2 == 0
+        assert card.grid == LatentGrid(channels=vae.latent_channels, time_stride=vae.time_stride,
+                                       space_stride=vae.space_stride)
+        assert dit.latent_channels == vae.latent_channels and dit.width % (2 * dit.heads) == 0
 
 
 def test_precision_is_exact_on_a_cpu_and_the_releases_on_a_gpu():
@@ -106,7 +109,8 @@ def test_the_full_text_encoder_has_the_published_parameters():
     from transformers import T5Config, T5EncoderModel
 
     from model import keys
-    config = T5Config(vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu")
+    config = T5Config(vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64,
+                      feed_forward_proj="gated-gelu")
     with torch.device("meta"):
         model = T5EncoderModel(config)
     names = [name for name, _ in model.named_parameters()]

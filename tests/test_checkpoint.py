@@ -1,5 +1,6 @@
 """Weights that are whole load; any that are not are refused with a message that names the place and the next step."""
 
+import dataclasses
 import json
 import random
 import shutil
@@ -93,7 +94,8 @@ def test_statistics_of_images_are_known_and_dropped(folder):
     (lambda t: t.pop("model.blocks.0.self_attn.q.weight"),
      "1 tensor missing: blocks.0.attn.q.weight (there: model.blocks.0.self_attn.q.weight). "),
     (lambda t: t.update(extra=torch.ones(2)), "1 tensor unexpected: extra. "),
-    (lambda t: t.update({"model.blocks.2.norm1.weight": torch.ones(48)}), "1 tensor unexpected: model.blocks.2.norm1.weight. "),
+    (lambda t: t.update({"model.blocks.2.norm1.weight": torch.ones(48)}),
+     "1 tensor unexpected: model.blocks.2.norm1.weight. "),
     (lambda t: t.update({"model.head.head.weight": torch.ones(64, 47)}),
      "1 tensor of another shape: model.head.head.weight must be [64, 48], got [64, 47]"),
     (lambda t: t.update({"model.head.head.bias": torch.ones(64, dtype=torch.int32)}),
@@ -109,7 +111,8 @@ def test_names_shapes_and_kinds_are_strict_in_both_directions(folder, change, sa
 
 def test_weights_of_another_size_are_refused_from_the_header_alone(folder, monkeypatch):
     monkeypatch.setattr(checkpoint, "views", lambda stored: pytest.fail("weights were read"))
-    assert "of another shape" in refusal(lambda: DEMO.vae(folder, "cpu")) or "missing" in refusal(lambda: DEMO.vae(folder, "cpu"))
+    wider = dataclasses.replace(E2E_CARD, vae_fields=dict(width=4))
+    assert "of another shape: " in refusal(lambda: wider.vae(folder, "cpu"))
 
 
 @pytest.mark.parametrize("part", ["dit/360p.safetensors", "vae/vae.safetensors"])
@@ -158,7 +161,7 @@ def test_a_file_with_flipped_bits_in_its_header_is_refused_or_loads_but_never_cr
     ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, "a has 4 bytes, not those of its shape"),
     ({"a": {"dtype": "F32", "shape": [2 ** 40], "data_offsets": [0, 2 ** 42]}}, "its tensors take"),
     ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}, "its tensors overlap or leave gaps"),
-    ({name: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for name in "ab"}, "its tensors overlap or leave gaps"),
+    ({name: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for name in "ab"}, "its tensors overlap"),
 ])
 def test_a_header_that_lies_is_refused(tmp_path, said, why):
     assert why in refusal(lambda: checkpoint.read_header(write(tmp_path / "a.safetensors", said, b"\0" * 4)))
@@ -207,7 +210,8 @@ def test_shards_load_as_one(folder):
 
 @pytest.mark.parametrize("damage, why", [
     (lambda index: index.popitem(), "are the shards of two downloads mixed?"),
-    (lambda index: index.update(ghost="model-00001-of-00003.safetensors"), "1 tensor missing that model.safetensors.index.json"),
+    (lambda index: index.update(ghost="model-00001-of-00003.safetensors"),
+     "1 tensor missing that model.safetensors.index.json"),
     (lambda index: index.update(ghost="../model.safetensors"), "is not a checkpoint index"),
     (lambda index: index.update(ghost=3), "is not a checkpoint index"),
     (lambda index: index.update(ghost="gone.safetensors"), "gone.safetensors is missing"),
@@ -267,15 +271,16 @@ except CheckpointError as error:
 
 
 def offline(tmp_path):
-    out = subprocess.run([sys.executable, "-c", OFFLINE, "linum-v2-360p"], capture_output=True, text=True, timeout=60, check=True,
-                         env={"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub"), "PATH": "", "HOME": str(tmp_path)})
+    env = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub"), "PATH": "", "HOME": str(tmp_path)}
+    out = subprocess.run([sys.executable, "-c", OFFLINE, "linum-v2-360p"], env=env, capture_output=True, text=True,
+                         timeout=60, check=True)
     assert out.stderr == ""
     return out.stdout.strip()
 
 
 def test_weights_on_the_hub_are_taken_from_its_cache_and_offline_what_was_looked_for_is_named(tmp_path):
     said = offline(tmp_path)
-    assert said.startswith("refused: linum-v2-360p: the weights (dit/360p.safetensors, vae/vae.safetensors, t5/text_encoder/*, ")
+    assert said.startswith("refused: linum-v2-360p: the weights (dit/360p.safetensors, vae/vae.safetensors, t5/text_")
     assert f"Hugging Face cache {tmp_path / 'hub'}" in said and "Linum-AI/linum-v2-360p" in said and "--weights" in said
     repo = tmp_path / "hub/models--Linum-AI--linum-v2-360p"
     shutil.copytree(E2E, repo / "snapshots/0123abc")
@@ -287,8 +292,8 @@ def test_weights_on_the_hub_are_taken_from_its_cache_and_offline_what_was_looked
 def test_the_fingerprint_is_of_names_and_contents_and_contents_are_read_once(folder, cache, monkeypatch):
     files = weights.weights_files(E2E_CARD, folder)
     assert list(files) == ["dit/360p.safetensors", "t5/text_encoder/config.json", "t5/text_encoder/model.safetensors",
-                           "t5/tokenizer/spiece.model", "t5/tokenizer/tokenizer.json", "t5/tokenizer/tokenizer_config.json",
-                           "vae/vae.safetensors"]
+                           "t5/tokenizer/spiece.model", "t5/tokenizer/tokenizer.json",
+                           "t5/tokenizer/tokenizer_config.json", "vae/vae.safetensors"]
     first = weights.fingerprint(files)
     assert len(first) == 64 and first == weights.fingerprint(weights.weights_files(E2E_CARD, E2E))
     with monkeypatch.context() as patch:
@@ -297,7 +302,8 @@ def test_the_fingerprint_is_of_names_and_contents_and_contents_are_read_once(fol
     edit(folder / DIT, lambda t: t["video_data_scale"].add_(1))
     changed = weights.fingerprint(files)
     assert changed != first
-    assert weights.fingerprint({name.replace("360p", "720p"): path for name, path in files.items()}) not in (first, changed)
+    renamed = {name.replace("360p", "720p"): path for name, path in files.items()}
+    assert weights.fingerprint(renamed) not in (first, changed)
 
 
 @pytest.mark.parametrize("cached", ["", "[]", "[1]", '{"a"', "null"])
@@ -309,18 +315,19 @@ def test_a_spoilt_fingerprint_cache_costs_time_only(cached, cache):
 
 
 def test_packed_tensors_come_back_as_they_were():
-    tensors = {"prompt.0": torch.randn(3, 5).bfloat16(), "empty": torch.zeros(0, 4), "turned": torch.arange(6).reshape(2, 3).T,
-               "one": torch.tensor(2.5), "yes": torch.tensor([True, False, True])}
+    tensors = {"prompt.0": torch.randn(3, 5).bfloat16(), "empty": torch.zeros(0, 4), "one": torch.tensor(2.5),
+               "turned": torch.arange(6).reshape(2, 3).T, "yes": torch.tensor([True, False, True])}
     said = {"prompt": "ein Fuchs 🦊 \"im\" Schnee\n", **{str(i): str(i) for i in range(9)}}
     data = checkpoint.pack(tensors, said)
     again, metadata = checkpoint.unpack(data)
     assert metadata == said and again.keys() == tensors.keys()
-    assert all(torch.equal(again[name], tensor) and again[name].dtype == tensor.dtype for name, tensor in tensors.items())
+    for name, tensor in tensors.items():
+        assert torch.equal(again[name], tensor) and again[name].dtype == tensor.dtype
     assert checkpoint.pack(dict(reversed(tensors.items())), dict(reversed(said.items()))) == data
     assert checkpoint.unpack(checkpoint.pack({}))[0] == {}
 
 
-@pytest.mark.parametrize("data", [b"", b"12345678", b"\x02" + b"\0" * 7 + b"{}x", b"\xff" * 20, b"\x02" + b"\0" * 7 + b"[]"])
+@pytest.mark.parametrize("data", [b"", b"12345678", b"\2\0\0\0\0\0\0\0{}x", b"\2\0\0\0\0\0\0\0[]", b"\xff" * 20])
 def test_bytes_that_are_not_packed_tensors_are_refused(data):
     assert "are not packed tensors" in refusal(lambda: checkpoint.unpack(data))
 
@@ -331,12 +338,13 @@ def published(table):
         with torch.device("meta"):
             dit = LinumDiT(LINUM_V2_720P.dit_config)
         return {keys.LINUM.released(name) for name in dit.state_dict()}
-    file = {"WAN_VAE": "wan_vae_a/weights", "WAN_VAE_DIFFUSERS": "wan_vae_b_diffusers/weights_diffusers", "T5": "t5_encoder_a/weights"}
+    file = {"WAN_VAE": "wan_vae_a/weights", "WAN_VAE_DIFFUSERS": "wan_vae_b_diffusers/weights_diffusers",
+            "T5": "t5_encoder_a/weights"}
     names = set(checkpoint.stored_tensors(GOLDENS / f"{file[table.name]}.safetensors"))
     return names | {"encoder.embed_tokens.weight"} if table is keys.T5 else names
 
 
-@pytest.mark.parametrize("table", [keys.LINUM, keys.WAN_VAE, keys.WAN_VAE_DIFFUSERS, keys.T5], ids=lambda table: table.name)
+@pytest.mark.parametrize("table", [keys.LINUM, keys.WAN_VAE, keys.WAN_VAE_DIFFUSERS, keys.T5], ids=lambda t: t.name)
 def test_every_rule_of_a_key_table_is_used_and_leads_back(table):
     names = published(table)
     assert table.unknown(names) == []

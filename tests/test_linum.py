@@ -20,9 +20,9 @@ SMALL = LinumConfig(width=48, heads=2, layers=1, ffn=64, time_features=32, text_
 
 def build(golden, precision="fp32"):
     said = golden.config
-    config = LinumConfig(patch=tuple(said["patch_size"]), latent_channels=said["in_dim"], width=said["dim"], heads=said["num_heads"],
-                         layers=said["num_layers"], ffn=said["ffn_dim"], time_features=said["freq_dim"], text_dim=said["text_dim"],
-                         text_len=said["text_len"])
+    config = LinumConfig(patch=tuple(said["patch_size"]), latent_channels=said["in_dim"], width=said["dim"],
+                         heads=said["num_heads"], layers=said["num_layers"], ffn=said["ffn_dim"],
+                         time_features=said["freq_dim"], text_dim=said["text_dim"], text_len=said["text_len"])
     return checkpoint.build(lambda: LinumDiT(config), golden.folder / "weights.safetensors", keys.LINUM, name="golden",
                             device="cpu", precision=precision)
 
@@ -45,9 +45,10 @@ def test_the_velocity_and_the_way_to_it_equal_the_release(case):
     golden = Golden(case)
     dit, seen = build(golden), {}
     block = dit.blocks[0]
-    for name, module in {"block0_self_attn": block.attn, "block0_cross_attn": block.cross, "block0": block,
-                         "block_last": dit.blocks[-1], "head": dit.head, "time_projection": dit.time_modulation,
-                         "time_embedding": dit.time_out, "text_embedding": dit.text_out, "patch_embedding": dit.patch_embed}.items():
+    modules = {"block0_self_attn": block.attn, "block0_cross_attn": block.cross, "block0": block,
+               "block_last": dit.blocks[-1], "head": dit.head, "time_projection": dit.time_modulation,
+               "time_embedding": dit.time_out, "text_embedding": dit.text_out, "patch_embedding": dit.patch_embed}
+    for name, module in modules.items():
         module.register_forward_hook(lambda _, inputs, output, name=name: seen.update({name: output}))
     seen["velocity"] = dit(golden.inputs["x"], golden.inputs["t"], dit.embed_text(texts(golden)))
     assert seen.keys() == golden.outputs.keys()
@@ -60,7 +61,8 @@ def test_bf16_weights_keep_gains_and_residual_stream_in_fp32_and_stay_near(case)
     golden = Golden(case)
     dit, streams = build(golden, "bf16"), []
     assert dit.blocks[0].attn.q.weight.dtype == dit.patch_embed.weight.dtype == torch.bfloat16
-    assert dit.blocks[0].modulation.dtype == dit.blocks[0].norm_attn.weight.dtype == dit.latent_scale.dtype == torch.float32
+    for gain in (dit.blocks[0].modulation, dit.blocks[0].norm_attn.weight, dit.latent_scale):
+        assert gain.dtype == torch.float32
     for block in dit.blocks:
         block.register_forward_hook(lambda _, inputs, output: streams.append(output.dtype))
     got, want = dit(golden.inputs["x"], golden.inputs["t"], dit.embed_text(texts(golden))), golden.outputs["velocity"]
@@ -74,7 +76,8 @@ def test_padded_text_is_a_sink_of_weight_zero_rows_and_value_zero():
     context, cross = dit.embed_text([text]), dit.blocks[0].cross
     got = cross(x, context.keys[0], context.values[0])
     key, value = cross.keys_values(dit.text_out(F.gelu(dit.text_in(text[None]), approximate="tanh")))
-    logits = torch.einsum("bnhd,blhd->bhnl", cross.norm_q(cross.q(x)).unflatten(-1, (2, -1)), key).double() / math.sqrt(24)
+    query = cross.norm_q(cross.q(x)).unflatten(-1, (2, -1))
+    logits = torch.einsum("bnhd,blhd->bhnl", query, key).double() / math.sqrt(24)
     weights = logits.exp() / (logits.exp().sum(-1, keepdim=True) + 12 - 5)
     want = cross.o(torch.einsum("bhnl,blhd->bnhd", weights, value.double()).flatten(2).float())
     assert error(got, want) < 1e-5
@@ -118,7 +121,7 @@ def test_rotation_of_a_128_wide_head_gives_time_44_channels_and_height_and_width
         start, step = (1, 1, 1), [0, 0, 0]
         step[axis] = 2
         there = tuple(s + d for s, d in zip(start, step, strict=True))
-        for other in (0, 1, 2):                         # moving both along any axis changes nothing; what counts is the distance
+        for other in (0, 1, 2):                         # moving both along any axis changes nothing
             shift = tuple(int(i == other) for i in range(3))
             moved = [tuple(s + d for s, d in zip(p, shift, strict=True)) for p in (start, there)]
             assert dot(start, there, channels) == pytest.approx(dot(*moved, channels), rel=1e-5)
@@ -137,7 +140,8 @@ def test_layer_norm_has_the_default_eps():
 def test_projected_guidance_equals_the_release_over_several_steps(case):
     golden = Golden(case)
     said = golden.config
-    guide = AdaptiveProjectedGuidance(said["guidance_scale"], momentum=said["momentum"], max_norm=said["rescale"], parallel=said["eta"])
+    guide = AdaptiveProjectedGuidance(said["guidance_scale"], momentum=said["momentum"], max_norm=said["rescale"],
+                                      parallel=said["eta"])
     for step in range(said["steps"]):
         guided = guide(golden.inputs[f"pred_cond.{step}"], golden.inputs[f"pred_other.{step}"])
         assert error(guided, golden.outputs[f"guided.{step}"]) < golden.tolerance["value"]
@@ -171,18 +175,20 @@ def test_the_schedule_and_the_steps_equal_the_release():
 def test_the_schedule_is_the_documented_one():
     assert flow_match_sigmas(4).tolist() == pytest.approx([1, 0.85769230, 0.60215056, 0.00892857, 0], abs=1e-7)
     fifty = flow_match_sigmas(50).tolist()
-    assert fifty[:4] + fifty[-4:] == pytest.approx([1, 0.99312437, 0.98605704, 0.97878981, 0.12053271, 0.06690018, 0.00892857, 0], abs=1e-7)
+    ends = [1, 0.99312437, 0.98605704, 0.97878981, 0.12053271, 0.06690018, 0.00892857, 0]
+    assert fifty[:4] + fifty[-4:] == pytest.approx(ends, abs=1e-7)
 
 
 def published_names():
     """The names in the documents of the release, written out."""
     block = ["modulation", *(f"norm{i}.{part}" for i in (1, 2, 3) for part in ("weight", "bias")),
              *(f"self_attn.{proj}.{part}" for proj in "qkvo" for part in ("weight", "bias")),
-             *(f"cross_attn.{proj}.{part}" for proj in "qo" for part in ("weight", "bias")), "cross_attn.k.weight", "cross_attn.v.weight",
+             *(f"cross_attn.{proj}.{part}" for proj in "qo" for part in ("weight", "bias")),
+             *(f"cross_attn.{proj}.weight" for proj in "kv"),
              *(f"{attn}.norm_{of}.weight" for attn in ("self_attn", "cross_attn") for of in "qk"),
              *(f"ffn.{i}.{part}" for i in (0, 2) for part in ("weight", "bias"))]
-    outside = [*(f"{layer}.{part}" for layer in ("patch_embedding", "time_embedding.0", "time_embedding.2", "time_projection.1",
-                                                 "head.norm", "head.head") for part in ("weight", "bias")),
+    layers = ("patch_embedding", "head.norm", "head.head", "time_embedding.0", "time_embedding.2", "time_projection.1")
+    outside = [*(f"{layer}.{part}" for part in ("weight", "bias") for layer in layers),
                "text_embedding.0.weight", "text_embedding.2.weight", "head.modulation"]
     return {"video_data_scale", "video_data_bias", *(f"model.{name}" for name in outside),
             *(f"model.blocks.{i}.{name}" for i in range(40) for name in block)}
