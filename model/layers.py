@@ -1,4 +1,4 @@
-"""What the transformer families share: RMS norm, rotary positions in three axes, timestep features, dense attention.
+"""What the transformer families share: RMS norm, rotary positions in three axes, timestep features, dense self-attention.
 
 Precision, for every family: linear and convolution weights may be bf16, and such a layer casts what it is given; norm
 gains and modulation stay fp32, so the residual stream is fp32 by promotion (specification: Linum v2 release, under autocast).
@@ -14,6 +14,10 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.to(self.weight.dtype))
+
+
+class FullPrecisionLinear(Linear):
+    """A linear layer that stays in fp32 when the others go to bf16."""
 
 
 class RMSNorm(nn.Module):
@@ -33,9 +37,13 @@ class RMSNorm(nn.Module):
 def compute_in(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Set the dtype of linear and convolution weights, in place; all else stays as it is."""
     for module in model.modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)):
+        if takes_low_precision(module):
             module.to(dtype)
     return model
+
+
+def takes_low_precision(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)) and not isinstance(module, FullPrecisionLinear)
 
 
 def timestep_features(timestep: Tensor, width: int) -> Tensor:
@@ -72,3 +80,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Te
     q, k, v = (x.transpose(1, 2) for x in (q.to(v.dtype), k.to(v.dtype), v))
     bias = None if bias is None else bias.to(v.dtype)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v, self.o = (Linear(width, width) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(width), RMSNorm(width)               # over all heads together
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        x = x.to(self.q.weight.dtype)
+        q = rotate(self.norm_q(self.q(x)).unflatten(-1, (self.heads, -1)), rope)
+        k = rotate(self.norm_k(self.k(x)).unflatten(-1, (self.heads, -1)), rope)
+        return self.o(attention(q, k, self.v(x).unflatten(-1, (self.heads, -1))))
