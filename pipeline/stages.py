@@ -3,12 +3,15 @@
 `run_local` is the definition. `cluster.run` yields the same outcomes in any order, on many machines.
 """
 
+import resource
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from actors.messages import Clip, Failure, Request
+from pipeline.store import NotFound, StoreError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +20,7 @@ class Step:
 
     actor: Callable[..., Callable[[list], list]]
     args: dict[str, Any] = field(default_factory=dict)
+    name: str | None = None                             # names its seconds in the ledger; None: the stage's name
 
     def make(self) -> Callable[[list], list]:
         return self.actor(**self.args)
@@ -28,9 +32,138 @@ class Stage:
 
     name: str                                           # "encode", "sample", "publish": names the seconds in the ledger
     steps: tuple[Step, ...]                             # in one process, so what passes between them never travels
-    gpus: float = 0.0                                   # of one copy
-    cpus: float = 1.0
+    gpus: float = 0.0                                   # of one copy: a share of one GPU, or whole GPUs
+    cpus: float = 1.0                                   # of one copy; whole cores are its torch threads, at least one
     copies: int | None = None                           # None: as many as fit (placement.py)
     batch: int = 1                                      # values per call, all of one bucket
     key: Callable[[Request], str] | None = None         # work shared by requests of one key is done once (the encoder's)
-    window: int | None = None                           # keys done ahead of the next stage; when they are, the resources go back
+    window: int | None = None                           # clips made ready ahead of the next stage; then the resources go back
+
+    def __post_init__(self) -> None:
+        if self.gpus < 0 or self.gpus > 1 and self.gpus % 1:
+            raise ValueError(f"stage {self.name}: gpus must be a share of one GPU or a whole number; got {self.gpus:g}")
+
+    @property
+    def threads(self) -> int:
+        """Fixed by the stage and not by the machine: results may depend on it in the last bit."""
+        return max(1, int(self.cpus))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What one call of a worker cost."""
+
+    seconds: dict[str, float]                           # per value, by step name
+    worker: str
+    device: str
+    peak_memory_bytes: int                              # of the GPU during the call, or of the process since it started
+    broken: bool = False                                # the GPU's context is lost: this process will fail whatever it gets
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What became of one request, and what it cost."""
+
+    value: Clip | Failure
+    attempts: int = 1
+    queue_s: float = 0.0                                # nobody worked on it
+    seconds: dict[str, float] = field(default_factory=dict)    # by step name; shared work counts for the clip that asked first
+    worker: str | None = None                           # where it spent the most seconds
+    device: str | None = None
+    peak_memory_bytes: int | None = None                # the largest of the stages'
+
+
+class Worker:
+    """One copy of a stage. Making it loads; calling it never raises for a value's sake.
+
+    StoreError and NotFound pass through: an unusable store or a lost input is not the value's fault.
+    """
+
+    def __init__(self, stage: str, steps: Iterable[Step], threads: int, name: str = "local"):
+        self.stage, self.threads, self.name = stage, threads, name
+        self.broken = False
+        self.steps = [(step.name or stage, step.make()) for step in steps]
+        self.torch = sys.modules.get("torch")           # there if a step computes with it; seconds to import if none does
+        devices = [str(device) for _, step in self.steps if (device := getattr(step, "device", None))]
+        self.gpu = next((device for device in devices if device.startswith("cuda")), None)
+        self.device = self.torch.cuda.get_device_name(self.gpu) if self.gpu else "cpu"
+
+    def __call__(self, values: list) -> tuple[list, Report]:
+        """What the steps make of the values, in order; a Failure passes untouched, and takes the place of what failed."""
+        if self.torch:
+            self.torch.set_num_threads(self.threads)    # each time: in run_local, stages share one process
+        if self.gpu:
+            self.torch.cuda.reset_peak_memory_stats(self.gpu)
+        values, seconds = list(values), {}
+        for name, step in self.steps:
+            began = time.perf_counter()
+            places = [place for place, value in enumerate(values) if not isinstance(value, Failure)]
+            for place, made in zip(places, self.run(step, [values[place] for place in places]), strict=True):
+                values[place] = made
+            seconds[name] = seconds.get(name, 0.0) + (time.perf_counter() - began) / max(1, len(values))
+        return values, Report(seconds=seconds, worker=self.name, device=self.device, broken=self.broken,
+                              peak_memory_bytes=0 if self.broken else self.peak_memory())
+
+    def run(self, step: Callable[[list], list], values: list) -> list:
+        if not values:
+            return []
+        try:
+            made = step(values)
+            if len(made) != len(values):
+                raise ValueError(f"{type(step).__name__} must return a value for each it gets; got {len(values)}, gave {len(made)}")
+            return list(made)
+        except (StoreError, NotFound):
+            raise
+        except Exception as error:
+            if type(error).__name__ == "OutOfMemoryError" and self.gpu:
+                self.torch.cuda.empty_cache()
+            elif type(error).__name__ == "AcceleratorError" or "CUDA error" in str(error):
+                self.broken = True
+            if len(values) > 1:                         # one bad value must not cost its neighbours
+                return [made for value in values for made in self.run(step, [value])]
+            return [Failure(request=request_of(values[0]), stage=self.stage, error_type=type(error).__name__, error=str(error))]
+
+    def peak_memory(self) -> int:
+        if self.gpu:
+            return self.torch.cuda.max_memory_allocated(self.gpu)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def request_of(value: Any) -> Request:
+    return value if isinstance(value, Request) else value.request
+
+
+def readdress(value: Any, request: Request) -> Any:
+    """A value made for another request of the same key, as this request's."""
+    return value if isinstance(value, Request) or value.request is request else replace(value, request=request)
+
+
+def run_local(stages: Iterable[Stage], requests: Iterable[Request]) -> Iterator[Outcome]:
+    """Each request through all stages, one after the other, in this process. The definition of a pipeline."""
+    workers = [(stage, Worker(stage.name, stage.steps, stage.threads)) for stage in stages]
+    shared: dict[str, tuple[str, Any]] = {}             # stage -> the last key and what it made
+    for request in requests:
+        value, reports = request, []
+        for stage, worker in workers:
+            key = stage.key and stage.key(request)
+            if key and shared.get(stage.name, ("",))[0] == key and not isinstance(value, Failure):
+                value = readdress(shared[stage.name][1], request)
+                continue
+            (value,), report = worker([value])
+            reports.append(report)
+            if key and not isinstance(value, Failure):
+                shared[stage.name] = key, value
+        yield outcome(value, reports)
+
+
+def outcome(value: Clip | Failure, reports: list[Report], *, attempts: int = 1, waited_s: float | None = None) -> Outcome:
+    """waited_s: seconds from the request's arrival until now; None: it never waited."""
+    seconds: dict[str, float] = {}
+    for report in reports:
+        for name, spent in report.seconds.items():
+            seconds[name] = seconds.get(name, 0.0) + spent
+    longest = max(reports, key=lambda report: sum(report.seconds.values()), default=None)
+    return Outcome(value=value, attempts=attempts, seconds=seconds,
+                   queue_s=0.0 if waited_s is None else max(0.0, waited_s - sum(seconds.values())),
+                   worker=longest.worker if longest else None, device=longest.device if longest else None,
+                   peak_memory_bytes=max((report.peak_memory_bytes for report in reports), default=None))

@@ -1,0 +1,241 @@
+"""The pipeline on many machines, and on this one: Ray starts the processes, driver.py decides what they do.
+
+    with cluster.connect("local"):
+        for outcome in cluster.run(stages, requests):
+            ...
+
+Every death is answered by the driver and none by Ray (max_restarts=0), so that each has a cause and a count. Ray moves
+references only: with a shelf in the pipeline they are small and live in the driver, and no lost machine takes them along.
+Without one, embeddings and latents lie in Ray's object store; what is lost with a machine is made again.
+"""
+
+import logging
+import math
+import os
+import socket
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import exceptions as rex
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from actors.messages import Failure, Request
+from pipeline.crew import Alive, Answer, Broken, Call, Copy, Done, Hello
+from pipeline.driver import ClusterError, Driver, Progress, Stop
+from pipeline.placement import Node
+from pipeline.stages import Outcome, Report, Stage, Step, Worker, readdress
+from pipeline.store import NotFound, StoreError
+
+__all__ = ["ClusterError", "Progress", "Stop", "connect", "nodes", "run"]
+
+OBJECT_STORE_BYTES = 512 * 2**20    # of a local cluster; what does not fit goes to its disk
+
+
+def run(stages: Sequence[Stage], requests: Iterable[Request], *, max_attempts: int = 3, row_timeout_s: float | None = 4 * 3600.0,
+        on_progress: Callable[[Progress], None] | None = None, progress_every_s: float = 0.5,
+        stop: Stop | None = None) -> Iterator[Outcome]:
+    """What `run_local` yields, in any order, from all machines of the connected cluster.
+
+    requests: taken as the first stage has room, so there may be any number.  row_timeout_s: for one clip in one stage.
+    All processes are ended when the iterator is exhausted or closed.
+    Raises ClusterError when the machines cannot run the stages, StoreError when the store cannot be used.
+    """
+    if not ray.is_initialized():
+        raise ClusterError("no cluster is connected; use `with cluster.connect(address):` around cluster.run")
+    driver = Driver(RayCrew(), stages, requests, max_attempts=max_attempts, row_timeout_s=row_timeout_s,
+                    on_progress=on_progress, progress_every_s=progress_every_s, stop=stop)
+    return driver.outcomes()
+
+
+@contextmanager
+def connect(address: str = "local", *, cpus: int | None = None, gpus: int | None = None) -> Iterator[None]:
+    """A cluster for the time of the block: "local" starts one on this machine, "auto" finds the one around this process
+    (RAY_ADDRESS, or `ray start` on this machine), HOST:PORT names one that this machine belongs to.
+
+    cpus, gpus: what a local one says it has; None: what the machine has.
+    Call it in the main thread: Ray's own processes end with the thread that started them, however that ends.
+    Raises ClusterError with the next step when there is no such cluster.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    local = address == "local"
+    token = guard_token(create=local)
+    if not local:
+        address = reachable(address)
+    ray._private.worker._worker_logs_enabled = False    # deaths are in Progress.notes, not across the terminal
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL, namespace="dailies",
+                 **(dict(include_dashboard=False, num_cpus=cpus, num_gpus=gpus, object_store_memory=OBJECT_STORE_BYTES) if local else {}))
+    except (rex.RayError, OSError, RuntimeError, ValueError) as error:
+        raise ClusterError(f"Ray at {address!r} cannot be used: {error}. "
+                           + ("Is the disk under /tmp full, or the machine out of memory?" if local else
+                              f"It needs Ray {ray.__version__}, as here, and the cluster's token in {token}")) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def guard_token(*, create: bool) -> Path:
+    """Ray writes its token readable for everyone; here it is made, and kept, for its owner only. Returns its path."""
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    with suppress(OSError):                             # not ours, or no home: Ray will say what it misses
+        if create and not path.exists() and "RAY_AUTH_TOKEN" not in os.environ:
+            from ray._private.authentication.authentication_token_generator import generate_new_authentication_token
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+                file.write(generate_new_authentication_token())
+        elif path.stat().st_uid == os.getuid() and path.stat().st_mode & 0o077:
+            path.chmod(0o600)
+    return path
+
+
+def reachable(address: str) -> str:
+    """The cluster's HOST:PORT, once something answers there: Ray itself would try for minutes."""
+    if address.startswith("ray://"):
+        raise ClusterError(f"{address}: a Ray Client address cannot carry a render; use `dailies submit` with the cluster's "
+                           "http://HEAD:8265, or run on a machine of the cluster with --ray auto")
+    try:
+        found = ray._private.services.canonicalize_bootstrap_address_or_die(address)
+        host, _, port = found.rpartition(":")
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except (OSError, ValueError) as error:
+        raise ClusterError(f"no Ray cluster answers at {address!r}: {error}. Start one with `ray start --head`, name another "
+                           "with --ray HOST:6379, or use --ray local") from None
+    return found
+
+
+def nodes() -> list[Node]:
+    """The machines of the connected cluster that are alive."""
+    return [Node(id=node["NodeID"], host=node["NodeManagerHostname"], cpus=node["Resources"].get("CPU", 0.0),
+                 gpus=node["Resources"].get("GPU", 0.0)) for node in ray.nodes() if node["Alive"]]
+
+
+class Process:
+    """What runs in a process of its own: one stage's Worker. Making it is quick, so that a broken model speaks up in load."""
+
+    def __init__(self, threads: int):
+        os.environ["OMP_NUM_THREADS"] = str(threads)    # before the steps arrive, and torch with them
+
+    def hello(self) -> tuple[str, ...]:
+        return tuple(ray.get_runtime_context().get_accelerator_ids().get("GPU", ()))
+
+    def load(self, stage: str, steps: tuple[Step, ...], threads: int, name: str) -> None:
+        self.worker = Worker(stage, steps, threads, name=f"{name}@{socket.gethostname()}")
+
+    def ping(self) -> None:
+        pass
+
+    def work(self, requests: list[Request], last: bool, *values: Any) -> Any:
+        """An answer, and unless `last` a value per request, to be left in the object store."""
+        values = [readdress(value, request) for value, request in zip(values, requests, strict=True)] if values else requests
+        made: list = [None] * len(requests)
+        try:
+            made, report = self.worker(values)
+            told = made if last else [value if isinstance(value, Failure) else None for value in made]
+            answer: Answer = Done(made=told, report=report)
+        except StoreError as error:
+            answer = Broken(how="store", reason=str(error))
+        except NotFound as error:
+            answer = Broken(how="input", reason=str(error))
+        return answer if last else [answer, *made]
+
+
+class RayCrew:
+    """Ray actors as the driver's crew."""
+
+    def __init__(self) -> None:
+        self.nodes_now: dict[str, Node] = {}
+        self.pending: dict[ray.ObjectRef, Call] = {}
+
+    def now(self) -> float:
+        return time.monotonic()
+
+    def nodes(self) -> list[Node]:
+        self.nodes_now = {node.id: node for node in nodes()}
+        return list(self.nodes_now.values())
+
+    def start(self, copy: Copy) -> None:
+        post = copy.post
+        cpus = math.floor(post.cpus * self.nodes_now[post.node].cpu_share * 1e4) / 1e4      # Ray counts in ten thousandths
+        copy.handle = ray.remote(Process).options(
+            num_cpus=cpus, num_gpus=post.gpus, max_restarts=0, max_task_retries=0,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(post.node, soft=False)).remote(copy.stage.threads)
+
+    def end(self, copy: Copy) -> None:
+        for call in copy.calls:
+            self.pending.pop(call.handle, None)
+        ray.kill(copy.handle)
+
+    def submit(self, call: Call) -> None:
+        actor, stage = call.copy.handle, call.copy.stage
+        if call.kind == "work":
+            method = actor.work.options(num_returns=1 if call.last else 1 + len(call.rows))
+            values = [row.value for row in call.rows] if call.copy.place else []
+            returned = method.remote([row.request for row in call.rows], call.last, *values)
+            call.handle, *call.values = [returned] if call.last else returned
+        elif call.kind == "load":
+            call.handle = actor.load.remote(stage.name, stage.steps, stage.threads, call.copy.name)
+        else:
+            call.handle = getattr(actor, call.kind).remote()
+        self.pending[call.handle] = call
+
+    def cancel(self, call: Call) -> None:
+        ray.cancel(call.handle)
+
+    def wait(self, timeout_s: float) -> Iterator[tuple[Call, Answer]]:
+        if not self.pending:
+            time.sleep(timeout_s)
+            return
+        refs = list(self.pending)
+        ready, _ = ray.wait(refs, num_returns=1, timeout=timeout_s)
+        if ready and len(refs) > 1:
+            ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
+        for call in sorted((self.pending[ref] for ref in ready), key=lambda call: call.serial):
+            if self.pending.pop(call.handle, None) is None:
+                continue                                # its process has been ended since
+            answer = self.answer(call)
+            if isinstance(answer, Broken) and answer.how in ("died", "node"):
+                yield from self.before(call)
+            yield call, answer
+
+    def before(self, call: Call) -> Iterator[tuple[Call, Answer]]:
+        """A death answers all calls at once; one before this that was done first must be told first, or it is blamed."""
+        for earlier in [other for other in call.copy.calls if other.serial < call.serial]:
+            ready, _ = ray.wait([earlier.handle], timeout=5)
+            if ready and self.pending.pop(earlier.handle, None):
+                yield earlier, self.answer(earlier)
+
+    def answer(self, call: Call) -> Answer:
+        try:
+            answer = ray.get(call.handle)
+        except rex.ActorUnavailableError as error:
+            return Broken(how="node", reason=one_line(error))
+        except rex.ActorDiedError as error:
+            return Broken(how="node" if self.machine_lost(call.copy, error) else "died", reason=one_line(error))
+        except (rex.ActorUnschedulableError, rex.TaskUnschedulableError, rex.NodeDiedError) as error:
+            return Broken(how="node", reason=one_line(error))
+        except rex.TaskCancelledError:
+            return Broken(how="cancelled", reason="it had not begun")
+        except rex.ObjectLostError as error:
+            return Broken(how="input", reason=one_line(error))
+        except rex.RayTaskError as error:
+            if isinstance(error.cause, rex.ObjectLostError):
+                return Broken(how="input", reason=one_line(error.cause))
+            if call.kind == "load":
+                return Broken(how="load", reason=f"{type(error.cause).__name__}: {error.cause}")
+            raise
+        if call.kind == "hello":
+            return Hello(devices=answer)
+        return answer if call.kind == "work" else Alive()
+
+    def machine_lost(self, copy: Copy, error: rex.ActorDiedError) -> bool:
+        return error.preempted or "node has died" in str(error) or copy.post.node not in {node.id for node in nodes()}
+
+
+def one_line(error: BaseException) -> str:
+    """The cause, of Ray's page-long messages."""
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,100 @@
+"""What the driver and the machines say to each other: rows, calls, copies of a stage, and the answers.
+
+`Driver` (driver.py) decides, a `Crew` does: cluster.py has the one that runs on Ray.
+"""
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from actors.messages import Request
+from pipeline.placement import Node, Post
+from pipeline.stages import Report, Stage
+
+
+@dataclass(eq=False, kw_only=True, slots=True)
+class Row:
+    """A request on its way."""
+
+    request: Request
+    arrived: float
+    place: int = 0                      # of the stage that it waits for or is in
+    value: Any = None                   # what the stage before made: a reference that only the crew understands
+    failures: int = 0                   # attempts charged
+    losses: int = 0                     # machines lost under it, and inputs lost
+    alone: bool = False                 # a suspect shares no batch
+    avoid: "Copy | None" = None         # where it failed last
+    key: str | None = None              # whose work it shares in the first stage
+    reports: list[Report] = field(default_factory=list)
+
+
+@dataclass(eq=False, kw_only=True, slots=True)
+class Copy:
+    """One process of a stage."""
+
+    name: str
+    stage: Stage
+    place: int                          # of the stage in the pipeline
+    post: Post
+    state: str = "planned"              # planned, starting, loading, ready, leaving, ended
+    calls: "deque[Call]" = field(default_factory=deque)
+    since: float = 0.0                  # when it was started, or its last call ended
+    handle: Any = None                  # the crew's own
+
+
+@dataclass(eq=False, kw_only=True, slots=True)
+class Call:
+    copy: Copy
+    kind: str                           # hello, load, ping, work
+    serial: int
+    rows: list[Row] = field(default_factory=list)
+    values: list = field(default_factory=list)      # references to what it will make, one per row; set by the crew
+    last: bool = False                  # what it makes comes back in the answer, and `values` stays empty
+    began: float = 0.0                  # when it was submitted, or the call before it ended
+    handle: Any = None                  # the crew's own
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hello:
+    """The process runs; `devices` are the node's names of its GPUs."""
+
+    devices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alive:
+    """The process has loaded, or still answers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Done:
+    made: list                          # per row: a Failure, or, of the last stage, its value; else None
+    report: Report
+
+
+@dataclass(frozen=True, kw_only=True)
+class Broken:
+    """The call gave nothing.
+
+    died: the process ended.  node: its machine was lost or cannot be reached.  load: its steps could not be made.
+    input: a value from an earlier stage is gone.  store: the store cannot be used.  cancelled: it had not begun.
+    """
+
+    how: str
+    reason: str
+
+
+Answer = Hello | Alive | Done | Broken
+
+
+class Crew(Protocol):
+    """Processes on machines. A copy does its calls in the order they were submitted, and they are answered in that order."""
+
+    def now(self) -> float: ...
+    def nodes(self) -> list[Node]: ...
+    def start(self, copy: Copy) -> None: ...
+    def end(self, copy: Copy) -> None: ...
+    def submit(self, call: Call) -> None: ...
+    def cancel(self, call: Call) -> None: ...
+    def wait(self, timeout_s: float) -> Iterable[tuple[Call, Answer]]: ...

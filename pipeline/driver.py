@@ -1,0 +1,570 @@
+"""The driver's book: which row waits where, who works on it, what comes next, and what a death costs.
+
+It knows no Ray: a `Crew` starts processes, hands them calls and brings back answers (cluster.py has the real one). It holds
+a window of rows, never the whole night: with the rows it holds, its memory is bounded.
+
+What a row is charged for: an exception of its own, and the death of a process while that row was being worked on. A row
+that only waited there, or whose machine was lost, goes back to the queue free of charge.
+"""
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import count, islice
+from typing import Any
+
+from actors.messages import Clip, Failure, Request
+from pipeline import placement
+from pipeline.crew import Answer, Broken, Call, Copy, Crew, Done, Hello, Row
+from pipeline.placement import Node
+from pipeline.stages import Outcome, Stage, outcome
+
+LOOK_S = 2.0                # between two looks at the machines
+IDLE_S = 2.0                # after which a process is asked whether it lives before it gets a row
+PATIENCE_S = 600.0          # nothing runs and nothing can be started: then the run ends
+MOST_LOSSES = 10            # of machines under one row, before the row is suspected after all
+MOST_TROUBLE = 5            # answers of one kind in a row (store unusable, process dies while loading) that end the run
+
+
+class ClusterError(RuntimeError):
+    """The cluster cannot run this pipeline; the message says what to do."""
+
+
+class Stop:
+    """Asks a run to end early; may be used from a signal handler or another thread."""
+
+    def __init__(self) -> None:
+        self.draining = self.at_once = False
+
+    def drain(self) -> None:
+        """Begin nothing new; what is being sampled is still published."""
+        self.draining = True
+
+    def now(self) -> None:
+        self.draining = self.at_once = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageProgress:
+    name: str
+    copies: int                 # ready to work
+    starting: int
+    queued: int
+    in_flight: int
+    done: int
+    seconds: float | None       # per value, lately
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    stages: tuple[StageProgress, ...]
+    done: int                   # requests that ended as a Clip
+    failed: int
+    notes: tuple[str, ...]      # what happened since the last Progress: hand-overs, deaths, retries
+
+
+@dataclass(eq=False, kw_only=True, slots=True)
+class Shared:
+    """Work that all rows of one key share."""
+
+    users: int = 0
+    ready: bool = False
+    value: Any = None
+    leader: Row | None = None           # the one that works for all
+    waiting: list[Row] = field(default_factory=list)
+
+
+class Line:
+    """One stage's queue and its copies."""
+
+    def __init__(self, stage: Stage, index: int):
+        self.stage, self.index = stage, index
+        self.queue: deque[Row] = deque()
+        self.shared: dict[str, Shared] = {}
+        self.sharing = 0                    # rows that wait for another row of their key
+        self.copies: list[Copy] = []
+        self.open = True                    # False: it gave its resources back
+        self.done = self.in_flight = 0
+        self.trouble = 0                    # starts or stores that failed, with no success since
+        self.not_before = 0.0
+        self.seconds: float | None = None
+
+    @property
+    def ready(self) -> list[Copy]:
+        return [copy for copy in self.copies if copy.state == "ready"]
+
+    @property
+    def rows(self) -> int:
+        return len(self.queue) + self.in_flight + self.sharing
+
+
+class Driver:
+    def __init__(self, crew: Crew, stages: Sequence[Stage], requests: Iterable[Request], *, max_attempts: int = 3,
+                 row_timeout_s: float | None = None, on_progress: Callable[[Progress], None] | None = None,
+                 progress_every_s: float = 0.5, stop: Stop | None = None):
+        self.crew, self.max_attempts, self.row_timeout_s = crew, max_attempts, row_timeout_s
+        self.on_progress, self.progress_every_s, self.stop = on_progress, progress_every_s, stop or Stop()
+        self.lines = [Line(stage, index) for index, stage in enumerate(stages)]
+        self.requests = iter(requests)
+        self.coming: Request | None = None              # the next request: None when there is none
+        self.held = 0                                   # rows between the source and their outcome
+        self.results: list[Outcome] = []
+        self.done = self.failed = 0
+        self.notes: list[str] = []
+        self.nodes: list[Node] = []
+        self.serials = count(1)
+        self.names = count(1)
+        self.look_at = self.tell_at = -math.inf
+        self.busy_at = crew.now()                       # when something last ran
+        self.changed, self.drained = True, False
+
+    def outcomes(self) -> Iterator[Outcome]:
+        try:
+            self.coming = next(self.requests, None)
+            if self.coming is not None:
+                self.nodes = self.crew.nodes()
+                try:
+                    placement.check([line.stage for line in self.lines], self.nodes)
+                except placement.NoRoom as error:
+                    raise ClusterError(str(error)) from None
+            while not self.stop.at_once:
+                if self.stop.draining:
+                    self.drain()
+                self.fill()
+                self.tend_windows()
+                self.look()
+                for line in reversed(self.lines):       # what is nearly done first
+                    self.dispatch(line)
+                self.tell()
+                yield from self.results
+                self.results.clear()
+                if self.finished():
+                    break
+                for call, answer in self.crew.wait(self.timeout_s()):
+                    self.settle(call, answer)
+        finally:
+            for line in self.lines:
+                for copy in list(line.copies):
+                    self.end(copy)
+            self.tell(last=True)
+
+    def finished(self) -> bool:
+        if self.stop.draining:
+            working = any(call.kind == "work" for line in self.lines for copy in line.copies for call in copy.calls)
+            return not working and not (len(self.lines) > 1 and self.lines[-1].queue)
+        return self.held == 0 and self.coming is None
+
+    def drain(self) -> None:
+        """Forget the rows that no stage has begun; those that only the last stage waits for are still served."""
+        for line in self.lines[:-1]:
+            line.queue.clear()
+            for copy in line.copies:
+                if len(copy.calls) > 1 and not self.drained:
+                    self.crew.cancel(copy.calls[-1])
+        self.drained = True
+
+    def timeout_s(self) -> float:
+        return max(0.0, min(0.5, self.look_at - self.crew.now()))
+
+    # Rows in and out.
+
+    def fill(self) -> None:
+        """Take requests until the first queue is long enough."""
+        first = self.lines[0]
+        while self.coming is not None and not self.stop.draining and self.has_room(first):
+            row = Row(request=self.coming, arrived=self.crew.now())
+            self.coming = next(self.requests, None)
+            self.held += 1
+            self.enter(row)
+
+    def has_room(self, line: Line) -> bool:
+        """May the line's queue take another row?"""
+        if line.stage.window is None:
+            return len(line.queue) < max(4, 2 * line.stage.batch * len(line.copies), self.feeders(line))
+        return line.open and line.rows + self.ahead(line) < self.window(line)
+
+    def feeders(self, line: Line) -> int:
+        return len(self.lines[line.index - 1].copies) if line.index else 0
+
+    def ahead(self, line: Line) -> int:
+        """Rows that this line has made ready and the next has not begun."""
+        return len(self.lines[line.index + 1].queue) if line.index + 1 < len(self.lines) else 0
+
+    def window(self, line: Line) -> int:
+        follower = self.lines[min(line.index + 1, len(self.lines) - 1)]
+        return max(line.stage.window or 0, 4 * follower.stage.batch * max(1, len(follower.copies)))
+
+    def enter(self, row: Row) -> None:
+        """Put a row into its line; of the rows of one key, the first works and the others wait for it."""
+        line = self.lines[row.place]
+        if line.stage.key is None:
+            line.queue.append(row)
+            return
+        first_time = row.key is None
+        row.key = row.key or line.stage.key(row.request)
+        shared = line.shared.setdefault(row.key, Shared())
+        shared.users += first_time
+        if shared.ready:
+            row.value = shared.value
+            self.advance(row)
+        elif shared.leader in (None, row):
+            shared.leader = row
+            line.queue.append(row)
+        else:
+            shared.waiting.append(row)
+            line.sharing += 1
+
+    def advance(self, row: Row) -> None:
+        row.place += 1
+        row.alone, row.avoid = False, None
+        self.enter(row)
+
+    def share(self, line: Line, row: Row) -> None:
+        """Give what a row's key made to all rows that wait for it."""
+        shared = line.shared[row.key]
+        shared.ready, shared.value, shared.leader = True, row.value, None
+        line.sharing -= len(shared.waiting)
+        waiting, shared.waiting = shared.waiting, []
+        for other in waiting:
+            other.value = shared.value
+            self.advance(other)
+
+    def finish(self, row: Row, value: Clip | Failure) -> None:
+        self.held -= 1
+        failed = isinstance(value, Failure)
+        self.failed += failed
+        self.done += not failed
+        self.results.append(outcome(value, row.reports, attempts=row.failures + (not failed),
+                                    waited_s=self.crew.now() - row.arrived))
+        if row.key is not None:
+            self.release(self.lines[0], row)
+
+    def release(self, line: Line, row: Row) -> None:
+        shared = line.shared[row.key]
+        shared.users -= 1
+        if not shared.users:
+            del line.shared[row.key]
+        elif shared.leader is row:              # it failed; the next of its key tries for itself
+            shared.leader = None
+            line.sharing -= 1
+            self.enter(shared.waiting.pop(0))
+
+    def restart(self, row: Row) -> None:
+        """Its input is gone: back to the first stage, where what its key made may be gone too."""
+        if row.key is not None and (shared := self.lines[0].shared[row.key]).value is row.value:
+            shared.ready, shared.value = False, None
+        row.place, row.value, row.alone, row.avoid = 0, None, False, None
+        self.enter(row)
+
+    # Work.
+
+    def dispatch(self, line: Line) -> None:
+        """One call at work in every copy, and one more waiting there, unless the rows are so few that some copy will idle."""
+        last = line.index == len(self.lines) - 1
+        if not line.queue or self.stop.draining and not (last and line.index):
+            return
+        if not last and line.stage.window is None and not self.has_room(self.lines[line.index + 1]):
+            return
+        ready = line.ready
+        for depth in (1, 2):
+            if depth == 2 and self.unbegun(line) <= len(ready):
+                return
+            for copy in ready:
+                if len(copy.calls) >= depth:
+                    continue
+                rows = self.take(line, copy, len(ready) > 1)
+                if not rows:
+                    continue
+                if not copy.calls and self.crew.now() - copy.since > IDLE_S:
+                    self.call(copy, "ping")
+                line.in_flight += len(rows)
+                self.call(copy, "work", rows, last)
+
+    def unbegun(self, line: Line) -> float:
+        """Rows that this stage has still to begin."""
+        if self.coming is not None and not self.stop.draining:
+            return math.inf
+        return len(line.queue) + sum(before.rows for before in self.lines[:line.index])
+
+    def take(self, line: Line, copy: Copy, choosy: bool) -> list[Row]:
+        """The next rows for a copy: all of one bucket; none that failed in this very copy while there are others."""
+        queue = line.queue
+        place = next((place for place, row in enumerate(islice(queue, 8)) if not choosy or row.avoid is not copy), None)
+        if place is None:
+            return []
+        rows = [queue[place]]
+        del queue[place]
+        while len(rows) < line.stage.batch and not rows[0].alone and place < len(queue):
+            row = queue[place]
+            if row.alone or row.request.bucket != rows[0].request.bucket:
+                break
+            rows.append(row)
+            del queue[place]
+        return rows
+
+    def call(self, copy: Copy, kind: str, rows: Sequence[Row] = (), last: bool = False) -> None:
+        call = Call(copy=copy, kind=kind, serial=next(self.serials), rows=list(rows), last=last, began=self.crew.now())
+        copy.calls.append(call)
+        self.crew.submit(call)
+
+    def settle(self, call: Call, answer: Answer) -> None:
+        copy = call.copy
+        if call not in copy.calls:                      # its copy has ended meanwhile
+            return
+        line = self.lines[copy.place]
+        if isinstance(answer, Broken) and answer.how in ("died", "node", "load"):
+            self.died(copy, answer)
+            return
+        copy.calls.remove(call)
+        copy.since = self.crew.now()
+        if copy.calls:
+            copy.calls[0].began = copy.since
+        if isinstance(answer, Hello):
+            copy.post = replace(copy.post, devices=answer.devices)
+            copy.state = "loading"
+            self.start_planned()
+        elif call.kind == "load":
+            copy.state = "ready"
+            line.trouble = 0
+        elif call.kind == "work":
+            line.in_flight -= len(call.rows)
+            if isinstance(answer, Done):
+                self.made(line, copy, call, answer)
+            else:
+                self.gave_nothing(line, copy, call, answer)
+        if copy.state == "leaving" and not copy.calls:
+            self.end(copy)
+
+    def made(self, line: Line, copy: Copy, call: Call, answer: Done) -> None:
+        spent = sum(answer.report.seconds.values())
+        line.seconds = spent if line.seconds is None else 0.9 * line.seconds + 0.1 * spent
+        line.trouble = 0
+        for row, made, value in zip(call.rows, answer.made, call.values or answer.made, strict=True):
+            if isinstance(made, Failure):
+                self.charge(row, made, copy)
+                continue
+            line.done += 1
+            row.reports.append(answer.report)
+            row.value = value
+            if line.stage.key is not None:
+                self.share(line, row)
+            if call.last:
+                self.finish(row, value)
+            else:
+                self.advance(row)
+        if answer.report.broken:
+            self.died(copy, Broken(how="gpu", reason="its GPU's context is lost"))
+
+    def gave_nothing(self, line: Line, copy: Copy, call: Call, answer: Broken) -> None:
+        if answer.how == "store":
+            line.trouble += 1
+            if line.trouble > MOST_TROUBLE + len(line.copies):
+                raise ClusterError(f"stage {line.stage.name}: {answer.reason}")
+        for row in reversed(call.rows):
+            if answer.how == "input":
+                self.note(f"{line.stage.name}: the input of clip {row.request.clip_id[:12]} is lost ({answer.reason}); made again")
+                if self.lost(row, line, answer.reason):
+                    self.restart(row)
+            else:
+                line.queue.appendleft(row)
+
+    def charge(self, row: Row, failure: Failure, copy: Copy) -> None:
+        """An attempt is used up: again, alone and elsewhere, or never again."""
+        row.failures += 1
+        if row.failures >= self.max_attempts:
+            self.finish(row, failure)
+            return
+        self.note(f"{failure.stage}: attempt {row.failures} at clip {row.request.clip_id[:12]} failed in {copy.name}: "
+                  f"{failure.error_type}: {failure.error}")
+        row.alone, row.avoid = True, copy
+        self.lines[row.place].queue.appendleft(row)
+
+    def lost(self, row: Row, line: Line, reason: str) -> bool:
+        """Count a loss that is not the row's fault; False, and the row is finished, once there are too many to believe it."""
+        row.losses += 1
+        if row.losses <= MOST_LOSSES:
+            return True
+        self.finish(row, Failure(request=row.request, stage=line.stage.name, error_type="WorkerDied",
+                                 error=f"{row.losses} machines or inputs were lost under it, lately: {reason}"))
+        return False
+
+    # Processes.
+
+    def died(self, copy: Copy, answer: Broken) -> None:
+        """A process is gone: rows that only waited there go back free of charge."""
+        line, calls, state = self.lines[copy.place], list(copy.calls), copy.state
+        self.end(copy)
+        what = {"node": "its machine was lost", "load": "it could not start", "gpu": "restarted"}.get(answer.how, "it died")
+        self.note(f"{copy.name}: {what}: {answer.reason}")
+        for place, call in reversed(list(enumerate(calls))):
+            for row in reversed(call.rows):
+                line.in_flight -= 1
+                if place == 0 and answer.how == "died":
+                    self.charge(row, Failure(request=row.request, stage=line.stage.name, error_type="WorkerDied",
+                                             error=f"its process ended while it was worked on: {answer.reason}"), copy)
+                elif place or answer.how != "node" or self.lost(row, line, answer.reason):
+                    line.queue.appendleft(row)
+        if state in ("starting", "loading") and answer.how != "node":
+            self.start_failed(line, answer)
+
+    def start_failed(self, line: Line, answer: Broken) -> None:
+        """Another copy lives: try again later. None does: the run ends, at once if the steps themselves cannot be made."""
+        line.trouble += 1
+        if not line.ready and (answer.how == "load" or line.trouble >= MOST_TROUBLE):
+            raise ClusterError(f"stage {line.stage.name} cannot start: {answer.reason}")
+        line.not_before = self.crew.now() + min(600.0, 2.0 ** line.trouble)
+
+    def end(self, copy: Copy) -> None:
+        self.lines[copy.place].copies.remove(copy)
+        if copy.state != "planned":
+            self.crew.end(copy)
+        copy.calls.clear()
+        copy.state, self.changed = "ended", True
+
+    def leave(self, copy: Copy) -> None:
+        """End a copy between two calls: what has not begun there goes elsewhere."""
+        if copy.state != "ready" or not copy.calls:
+            rows = [row for call in copy.calls for row in call.rows]
+            line = self.lines[copy.place]
+            line.in_flight -= len(rows)
+            line.queue.extendleft(reversed(rows))
+            self.end(copy)
+            return
+        copy.state = "leaving"
+        for call in list(copy.calls)[1:]:
+            self.crew.cancel(call)
+
+    def tend_windows(self) -> None:
+        """The stage that works ahead gives its resources back when enough is ready, and returns when that runs low."""
+        line = self.lines[0]
+        if line.stage.window is None:
+            return
+        more = self.coming is not None and not self.stop.draining
+        busy = line.in_flight if self.stop.draining else line.rows
+        if line.open and not busy and (not more or not self.has_room(line) and self.someone_gains(line)):
+            line.open = False
+            if line.copies:
+                self.note(f"{line.stage.name}: {'all' if not more else self.ahead(line)} clips are ready, resources go back")
+            for copy in list(line.copies):
+                self.leave(copy)
+        elif not line.open and (line.rows or more) and self.ahead(line) <= self.window(line) // 4 and not self.stop.draining:
+            line.open = True
+            self.note(f"{line.stage.name}: {self.ahead(line)} clips are ready, it returns")
+            self.changed = True
+
+    def someone_gains(self, line: Line) -> bool:
+        posts = [copy.post for other in self.lines if other is not line for copy in other.copies]
+        return bool(placement.hires([other.stage for other in self.lines], self.nodes, posts,
+                                    limits=self.limits() | {line.stage.name: 0}, seconds=self.seconds()))
+
+    def limits(self) -> dict[str, int]:
+        """The most copies of each stage that would have work."""
+        limits = {}
+        for line in self.lines:
+            if not line.open or self.stop.draining and line is not self.lines[-1]:
+                limits[line.stage.name] = 0
+            elif self.crew.now() < line.not_before:
+                limits[line.stage.name] = len(line.copies)
+            elif self.coming is not None and not self.stop.draining:
+                limits[line.stage.name] = 10**9
+            else:
+                limits[line.stage.name] = math.ceil((self.unbegun(line) + line.in_flight) / line.stage.batch)
+        return limits
+
+    def seconds(self) -> dict[str, float]:
+        return {line.stage.name: line.seconds for line in self.lines if line.seconds is not None}
+
+    def look(self) -> None:
+        """See to the machines: now and then, and whenever a copy came or went."""
+        now = self.crew.now()
+        if now >= self.look_at:
+            self.look_at, self.changed = now + LOOK_S, True
+            self.nodes = self.crew.nodes()
+            alive = {node.id for node in self.nodes}
+            for copy in self.copies():
+                if copy.post.node not in alive:
+                    self.died(copy, Broken(how="node", reason=f"node {copy.post.node[:12]} is gone"))
+                elif overdue := self.overdue(copy, now):
+                    self.died(copy, overdue)
+            if any(copy.calls for copy in self.copies()):
+                self.busy_at = now
+            elif now - self.busy_at > PATIENCE_S:
+                waiting = ", ".join(f"{line.stage.name} {line.rows}" for line in self.lines if line.rows)
+                raise ClusterError(f"no machine could run a stage for {PATIENCE_S:.0f} s; clips that wait: {waiting}. "
+                                   "Add the machines that are gone, then run the same command again")
+        if self.changed:
+            self.changed = False
+            self.place()
+
+    def overdue(self, copy: Copy, now: float) -> Broken | None:
+        """What is to be said of a copy that has taken too long."""
+        if copy.state == "starting" and now - copy.since > PATIENCE_S:
+            return Broken(how="load", reason=f"its machine gave it no room for {PATIENCE_S:.0f} s; something else may hold "
+                                             f"{copy.post.gpus:g} GPU, {copy.post.cpus:g} CPU there (`ray status` shows what)")
+        head = copy.calls[0] if copy.calls else None
+        if self.row_timeout_s and head and head.kind == "work" and now - head.began > self.row_timeout_s * len(head.rows):
+            return Broken(how="died", reason=f"no answer after {now - head.began:.0f} s, so it was ended")
+        return None
+
+    def place(self) -> None:
+        copies = self.copies()
+        for post in placement.hires([line.stage for line in self.lines], self.nodes, [copy.post for copy in copies],
+                                    limits=self.limits(), seconds=self.seconds()):
+            line = next(line for line in self.lines if line.stage.name == post.stage)
+            line.copies.append(Copy(name=f"{post.stage}-{next(self.names)}", stage=line.stage, place=line.index, post=post))
+        self.start_planned()
+        for line in self.lines:
+            if line.queue and not line.copies and self.limits()[line.stage.name]:
+                self.make_room(line)
+
+    def make_room(self, line: Line) -> None:
+        """A stage with rows has no copy and no place: others leave. The one that works ahead may take any, others none's last."""
+        if line.index and self.lines[0].open and self.lines[0].copies and self.lines[0].stage.window is not None:
+            return                                      # it will give its place back by itself
+        staying = sorted((copy for copy in self.copies() if copy.state != "leaving"), key=lambda copy: copy.state == "ready")
+        posts = [copy.post for copy in staying]
+        if placement.Room(self.nodes, posts).node_for(line.stage) is not None:
+            return                                      # it has: who leaves is on the way
+        last = [] if line.index == 0 else [other.copies[-1].post for other in self.lines if other.copies and other.rows]
+        leaving = placement.make_room(line.stage, self.nodes, posts, keep=last)
+        for copy in staying:
+            if any(copy.post is post for post in leaving):
+                self.note(f"{copy.name}: makes room for {line.stage.name}")
+                self.leave(copy)
+
+    def start_planned(self) -> None:
+        """Start copies, on each node the larger shares of a GPU first: the node puts them on GPUs in the order they come."""
+        largest: dict[str, float] = {}
+        for copy in self.copies():
+            if copy.state in ("planned", "starting"):
+                largest[copy.post.node] = max(copy.post.gpus, largest.get(copy.post.node, 0.0))
+        for copy in self.copies():
+            if copy.state == "planned" and (not copy.post.gpus or copy.post.gpus >= largest[copy.post.node]):
+                copy.state, copy.since = "starting", self.crew.now()
+                self.crew.start(copy)
+                self.call(copy, "hello")
+                self.call(copy, "load")
+
+    def copies(self) -> list[Copy]:
+        return [copy for line in self.lines for copy in line.copies]
+
+    # What a person sees.
+
+    def note(self, text: str) -> None:
+        if self.on_progress:
+            self.notes.append(text)
+
+    def tell(self, last: bool = False) -> None:
+        now = self.crew.now()
+        if not self.on_progress or now < self.tell_at and not last:
+            return
+        self.tell_at = now + self.progress_every_s
+        notes, self.notes = tuple(self.notes), []
+        self.on_progress(Progress(stages=tuple(self.stage_progress(line) for line in self.lines), done=self.done,
+                                  failed=self.failed, notes=notes))
+
+    def stage_progress(self, line: Line) -> StageProgress:
+        ready = len(line.ready)
+        return StageProgress(name=line.stage.name, copies=ready, starting=len(line.copies) - ready, done=line.done,
+                             queued=len(line.queue) + line.sharing, in_flight=line.in_flight, seconds=line.seconds)

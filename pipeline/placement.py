@@ -1,0 +1,202 @@
+"""Which copies of which stage to start, where, and who makes room. Pure functions: resources in, decisions out.
+
+GPUs are hard: a copy's share lies on one GPU (or on whole GPUs), and shares of one GPU never exceed it. CPU cores are
+soft: a node may promise half a core more than it has, since light stages mostly wait.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from pipeline.stages import Stage
+
+SPARE_CPUS = 0.5            # promised beyond a node's cores: on 2 cores 2 samplers and the publisher run side by side
+EPSILON = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """One machine that is alive, with all it has (not what is free)."""
+
+    id: str
+    cpus: float
+    gpus: float = 0.0
+    host: str = ""
+
+    @property
+    def cpu_share(self) -> float:
+        """What to ask the node's own scheduler for, per core that a stage needs."""
+        return self.cpus / (self.cpus + SPARE_CPUS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Post:
+    """One copy of a stage on a node, and what it takes there."""
+
+    stage: str
+    node: str
+    gpus: float
+    cpus: float
+    devices: tuple[str, ...] = ()       # the node's names of the GPUs that it got; empty: not known yet
+
+
+class NoRoom(ValueError):
+    """The machines cannot run the pipeline, however they are divided."""
+
+
+class Room:
+    """What is free: per node its cores, and each GPU by itself, because a share cannot be put together from two."""
+
+    def __init__(self, nodes: Sequence[Node], posts: Sequence[Post]):
+        self.nodes = {node.id: node for node in nodes}
+        self.cpus = {node.id: node.cpus + SPARE_CPUS if node.cpus else 0.0 for node in nodes}
+        self.gpus = {node.id: [1.0] * int(node.gpus) for node in nodes}
+        self.slots: dict[str, dict[str, int]] = defaultdict(dict)      # node -> the GPU's name there -> place in the list
+        self.held: list[tuple[Post, list[int]]] = []
+        for post in sorted(posts, key=lambda post: not post.devices):  # known places first, guesses fill the rest
+            if post.node in self.nodes:
+                self.take(post)
+
+    def take(self, post: Post) -> None:
+        self.cpus[post.node] -= post.cpus
+        gpus, names = self.gpus[post.node], self.slots[post.node]
+        if post.devices:
+            for device in post.devices:
+                names.setdefault(device, len(names))
+            places = [names[device] for device in post.devices if names[device] < len(gpus)]
+        else:
+            places = self.places(post.node, post.gpus) or []
+        for place in places:
+            gpus[place] -= min(1.0, post.gpus)
+        self.held.append((post, places))
+
+    def places(self, node: str, gpus: float) -> list[int] | None:
+        """The GPUs of a node that such a copy would get, the fullest that fit first; None: it does not fit."""
+        need = min(1.0, gpus)
+        fitting = [place for place, free in enumerate(self.gpus[node]) if free >= need - EPSILON]
+        fitting.sort(key=lambda place: self.gpus[node][place])
+        count = round(max(1.0, gpus)) if gpus else 0
+        return fitting[:count] if len(fitting) >= count else None
+
+    def node_for(self, stage: Stage) -> str | None:
+        """The node where a copy fits and leaves the fewest GPUs free; None where it fits nowhere."""
+        fitting = [node for node in self.nodes if self.nodes[node].cpus and self.cpus[node] >= stage.cpus - EPSILON
+                   and self.places(node, stage.gpus) is not None]
+        return min(fitting, key=lambda node: (sum(self.gpus[node]), -self.cpus[node]), default=None)
+
+    def post(self, stage: Stage, node: str) -> Post:
+        return Post(stage=stage.name, node=node, gpus=stage.gpus, cpus=stage.cpus)
+
+
+def check(stages: Sequence[Stage], nodes: Sequence[Node]) -> None:
+    """Raise NoRoom unless the stages that stay fit side by side, and each that gives its resources back fits alone."""
+    stay = [stage for stage in stages if stage.window is None]
+    for group in (stay, *([stage] for stage in stages if stage.window is not None)):
+        room = Room(nodes, [])
+        for stage in by_size(group):
+            node = room.node_for(stage)
+            if node is None:
+                need = ", ".join(f"{stage.name} {stage.gpus:g} GPU {stage.cpus:g} CPU" for stage in group)
+                have = ", ".join(f"{node.host or node.id[:8]} {node.gpus:g} GPU {node.cpus:g} CPU" for node in nodes)
+                raise NoRoom(f"stage {stage.name} fits on no machine. Needed at once: {need}. There is: {have or 'nothing'}. "
+                             "Add a machine, or use a smaller share per stage")
+            room.take(room.post(stage, node))
+
+
+def hires(stages: Sequence[Stage], nodes: Sequence[Node], posts: Sequence[Post], *, limits: Mapping[str, int],
+          seconds: Mapping[str, float]) -> list[Post]:
+    """The copies to start now, in order.
+
+    limits: the most copies of a stage that have work; 0 for a stage that gave its resources back.
+    seconds: measured per value, for the stages that have been measured.
+    First one copy of each stage (`Stage.copies` of them where that is set), those that give back first and nobody else
+    until they have their place. Then every next copy goes to the stage that holds the others back, until it fits nowhere.
+    """
+    room = Room(nodes, posts)
+    count = {stage.name: sum(post.stage == stage.name for post in posts) for stage in stages}
+    new: list[Post] = []
+
+    def hire(stage: Stage) -> bool:
+        node = room.node_for(stage)
+        if node is None:
+            return False
+        new.append(room.post(stage, node))
+        room.take(new[-1])
+        count[stage.name] += 1
+        return True
+
+    def wanted(stage: Stage) -> int:
+        return min(limits[stage.name], stage.copies or limits[stage.name])
+
+    for stage in sorted(by_size(stages), key=lambda stage: stage.window is None):
+        while count[stage.name] < min(wanted(stage), stage.copies or 1):
+            if not hire(stage):
+                if stage.window is not None and not count[stage.name]:
+                    return new
+                break
+    cost = value_seconds(stages, seconds)
+    while open_stages := [stage for stage in stages if wanted(stage)]:
+        slowest = min(open_stages, key=lambda stage: count[stage.name] / cost[stage.name])
+        if count[slowest.name] >= wanted(slowest) or not hire(slowest):
+            break
+    return new
+
+
+def make_room(stage: Stage, nodes: Sequence[Node], posts: Sequence[Post], keep: Sequence[Post] = ()) -> list[Post]:
+    """The fewest posts, all on one node and none of `keep`, that must end so that a copy of the stage fits; empty: there are none."""
+    room = Room(nodes, posts)
+    copies = defaultdict(int)
+    for post in posts:
+        copies[post.stage] += 1
+    best: list[Post] = []
+    for node in nodes:
+        here = [(post, places) for post, places in room.held
+                if post.node == node.id and not any(post is kept for kept in keep)]
+        # the stage with the most copies misses one least; the larger copy makes more room
+        here.sort(key=lambda held: (-copies[held[0].stage], -held[0].gpus, -held[0].cpus))
+        ended = room_on(node, stage, room, here)
+        if ended and (not best or len(ended) < len(best)):
+            best = ended
+    return best
+
+
+def room_on(node: Node, stage: Stage, room: Room, here: list[tuple[Post, list[int]]]) -> list[Post]:
+    """The fewest of `here`, posts with the places of their GPUs, whose end makes room for the stage on this node."""
+    need, count = min(1.0, stage.gpus), round(max(1.0, stage.gpus)) if stage.gpus else 0
+    options: list[tuple[int, list[Post]]] = []
+    for place, free in enumerate(room.gpus[node.id]):
+        leaving: list[Post] = []
+        for post, places in here:
+            if free >= need - EPSILON:
+                break
+            if place in places:
+                leaving.append(post)
+                free += min(1.0, post.gpus)
+        if free >= need - EPSILON:
+            options.append((len(leaving), leaving))
+    options.sort(key=lambda option: option[0])
+    if len(options) < count:
+        return []
+    ended: list[Post] = []
+    for _, leaving in options[:count]:
+        ended += [post for post in leaving if not any(post is other for other in ended)]
+    free_cpus = room.cpus[node.id] + sum(post.cpus for post in ended)
+    for post, _ in here:
+        if free_cpus >= stage.cpus - EPSILON:
+            break
+        if not any(post is other for other in ended):
+            ended.append(post)
+            free_cpus += post.cpus
+    return ended if free_cpus >= stage.cpus - EPSILON else []
+
+
+def by_size(stages: Sequence[Stage]) -> list[Stage]:
+    return sorted(stages, key=lambda stage: (-stage.gpus, -stage.cpus))
+
+
+def value_seconds(stages: Sequence[Stage], measured: Mapping[str, float]) -> dict[str, float]:
+    """Seconds per value of every stage: measured, or a guess: the largest stage takes ten times as long as any other."""
+    main = max(stages, key=lambda stage: (stage.key is None, stage.gpus, stage.cpus))
+    others = [measured[stage.name] for stage in stages if stage is not main and stage.name in measured]
+    largest = measured.get(main.name, 10 * max(others, default=0.1))
+    return {stage.name: max(EPSILON, measured.get(stage.name, largest if stage is main else largest / 10)) for stage in stages}

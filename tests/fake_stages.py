@@ -1,0 +1,88 @@
+"""Stages that misbehave on purpose, for the tests of the pipeline. Importable in the processes that Ray starts."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from actors.messages import Request
+from jobs.bench_pipeline import pretend_value
+from pipeline.stages import Stage, Step
+from pipeline.store import NotFound, StoreError
+
+MAKES = {"encode": "embedding", "sample": "latent", "publish": "clip"}
+
+
+@dataclass(kw_only=True)
+class Fake:
+    """Makes the next value and writes each call into `folder`/calls.jsonl.
+
+    faults: seed -> "raise", "die", "hang", "store" or "not-found"; "die once" and the like do it in one process only.
+    """
+
+    stage: str
+    folder: Path
+    sleep_s: float = 0.0
+    faults: dict[int, str] = field(default_factory=dict)
+    load: str | None = None             # "raise" or "die" while being made
+
+    def __post_init__(self) -> None:
+        if self.load == "raise":
+            raise ValueError("weights are broken: blocks.0.attn.q.weight is missing")
+        if self.load == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def __call__(self, batch: list) -> list:
+        requests = [value if isinstance(value, Request) else value.request for value in batch]
+        self.write(began=time.time(), seeds=[request.seed for request in requests])
+        for request in requests:
+            self.misbehave(request.seed)
+        time.sleep(self.sleep_s * len(batch))
+        self.write(ended=time.time(), seeds=[request.seed for request in requests])
+        return [pretend_value(MAKES[self.stage], request) for request in requests]
+
+    def misbehave(self, seed: int) -> None:
+        fault = self.faults.get(seed, "")
+        if fault.endswith(" once"):
+            try:
+                (self.folder / f"{self.stage}-{seed}").touch(exist_ok=False)
+            except FileExistsError:
+                return
+        match fault.removesuffix(" once"):
+            case "raise":
+                raise RuntimeError(f"seed {seed} is poison")
+            case "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "hang":
+                time.sleep(3600)
+            case "store":
+                raise StoreError("s3://night: access denied")
+            case "not-found":
+                raise NotFound(f"no embedding for seed {seed}")
+
+    def write(self, **entry: Any) -> None:
+        with open(self.folder / "calls.jsonl", "a") as file:
+            file.write(json.dumps({"stage": self.stage, "pid": os.getpid(), **entry}) + "\n")
+
+
+def fake_stages(folder: Path, *, faults: dict[str, dict[int, str]] | None = None, sleeps_s: dict[str, float] | None = None,
+                gpus: dict[str, float] | None = None, load: dict[str, str] | None = None, cpus: float = 0.1, window: int | None = 100,
+                batch: int = 1, copies: dict[str, int] | None = None, names: Iterable[str] = MAKES) -> list[Stage]:
+    return [Stage(name=name, cpus=cpus, gpus=(gpus or {}).get(name, 0.0), batch=batch, copies=(copies or {}).get(name),
+                  key=key_of if name == "encode" else None, window=window if name == "encode" else None,
+                  steps=(Step(actor=Fake, args=dict(stage=name, folder=folder, faults=(faults or {}).get(name, {}),
+                                                    sleep_s=(sleeps_s or {}).get(name, 0.0), load=(load or {}).get(name))),))
+            for name in names]
+
+
+key_of: Callable[[Request], str] = Request.embedding_key.fget
+
+
+def calls(folder: Path, stage: str | None = None, mark: str = "began") -> list[dict]:
+    """What the fakes wrote, in order; mark: "began" or "ended"."""
+    entries = [json.loads(line) for line in (folder / "calls.jsonl").read_text().splitlines()]
+    return [entry for entry in entries if mark in entry and stage in (None, entry["stage"])]

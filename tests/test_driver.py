@@ -1,0 +1,396 @@
+"""The driver's decisions, on simulated machines in simulated time: a night passes in a second, and so does a thousand GPUs."""
+
+import heapq
+import itertools
+import random
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from actors.messages import Clip, Failure
+from jobs.bench_pipeline import SHARED, SLEEPS_S, WHOLE, pretend_request, pretend_stages, pretend_value
+from pipeline.crew import Alive, Answer, Broken, Call, Copy, Done, Hello
+from pipeline.driver import ClusterError, Driver, Stop
+from pipeline.placement import Node
+from pipeline.stages import Report
+
+
+class SimulatedCrew:
+    """Machines that only keep time. `fault` may answer a call in place of the work."""
+
+    def __init__(self, nodes: list[Node], seconds: dict[str, float], *, load_s: float = 2.0,
+                 fault: Callable[[Call], Answer | None] = lambda call: None):
+        self.clock, self.machines, self.seconds, self.load_s, self.fault = 0.0, nodes, seconds, load_s, fault
+        self.events: list[tuple[float, int, Call]] = []
+        self.order = itertools.count()
+        self.free_at: dict[Copy, float] = {}
+        self.started: list[Copy] = []
+        self.worked: dict[str, list[tuple[float, float, Call]]] = defaultdict(list)
+
+    def now(self) -> float:
+        return self.clock
+
+    def nodes(self) -> list[Node]:
+        return self.machines
+
+    def start(self, copy: Copy) -> None:
+        self.started.append(copy)
+        self.free_at[copy] = self.clock
+
+    def end(self, copy: Copy) -> None:
+        del self.free_at[copy]
+
+    def cancel(self, call: Call) -> None:
+        for place, (_, order, other) in enumerate(self.events):
+            if other is call:
+                self.events[place] = (self.clock, order, call)
+                call.kind = "cancelled"
+        heapq.heapify(self.events)
+
+    def submit(self, call: Call) -> None:
+        stage = call.copy.stage.name
+        takes = {"hello": 0.5, "load": self.load_s, "ping": 0.0}.get(call.kind, self.seconds[stage] * len(call.rows))
+        began = max(self.clock, self.free_at[call.copy])
+        self.free_at[call.copy] = began + takes
+        if call.kind == "work":
+            call.values = [] if call.last else [(stage, row.request) for row in call.rows]
+            self.worked[stage].append((began, began + takes, call))
+        heapq.heappush(self.events, (began + takes, next(self.order), call))
+
+    def wait(self, timeout_s: float) -> Iterator[tuple[Call, Answer]]:
+        until = self.clock + max(timeout_s, 1e-3)
+        if not self.events or self.events[0][0] > until:
+            self.clock = until
+            return
+        self.clock = max(self.clock, self.events[0][0])
+        while self.events and self.events[0][0] <= self.clock:
+            call = heapq.heappop(self.events)[2]
+            if call.copy in self.free_at:
+                yield call, self.fault(call) or self.answer(call)
+
+    def answer(self, call: Call) -> Answer:
+        if call.kind == "cancelled":
+            call.kind = "work"
+            return Broken(how="cancelled", reason="")
+        if call.kind != "work":
+            return Hello() if call.kind == "hello" else Alive()
+        name = call.copy.stage.name
+        return Done(made=values(call),
+                    report=Report(seconds={name: self.seconds[name]}, worker=call.copy.name, device="none", peak_memory_bytes=0))
+
+    def encoded(self) -> list[str]:
+        return [row.request.prompt for _, _, call in self.worked["encode"] for row in call.rows]
+
+
+def values(call: Call) -> list:
+    return [pretend_value("clip", row.request) if call.last else None for row in call.rows]
+
+
+def drive(crew: SimulatedCrew, stages, requests, **options) -> tuple[Driver, list]:
+    driver = Driver(crew, stages, requests, **options)
+    outcomes = []
+    for outcome in driver.outcomes():
+        outcomes.append(outcome)
+        assert crew.clock < 10**7, "the driver waits for something that will not come"
+    assert not crew.free_at, "processes were left behind"
+    return driver, outcomes
+
+
+def requests(count: int, **options) -> Iterator:
+    return (pretend_request(number, **options) for number in range(count))
+
+
+def box(gpus: int, cpus: int = 16) -> list[Node]:
+    return [Node(id="box", cpus=cpus, gpus=gpus)]
+
+
+@pytest.mark.parametrize("gpus, limit_s", [(SHARED, 25.2), (WHOLE, 26.7)], ids=["shared", "whole"])
+def test_samplers_are_kept_busy(gpus, limit_s):
+    crew = SimulatedCrew(box(4), SLEEPS_S, load_s=1.0)
+    _, outcomes = drive(crew, pretend_stages(gpus=gpus), requests(200))
+    assert len(outcomes) == 200 and all(isinstance(outcome.value, Clip) for outcome in outcomes)
+    began, ended = zip(*[(began, ended) for began, ended, _ in crew.worked["sample"]], strict=True)
+    assert max(ended) - min(began) <= limit_s           # ideal 25.0
+
+
+def test_the_encoder_gives_its_gpu_to_a_sampler_when_all_is_encoded():
+    crew = SimulatedCrew(box(4), SLEEPS_S)
+    drive(crew, pretend_stages(gpus=WHOLE), requests(200))
+    assert Counter(copy.stage.name for copy in crew.started) == {"encode": 1, "sample": 4, "publish": 1}
+
+
+@pytest.mark.parametrize("gpus", [1, 4])
+def test_the_encoder_works_in_windows(gpus):
+    crew, notes = SimulatedCrew(box(gpus), SLEEPS_S), []
+    driver, outcomes = drive(crew, pretend_stages(gpus=WHOLE, window=100), requests(400),
+                             on_progress=lambda progress: notes.extend(progress.notes))
+    assert len(outcomes) == 400 and len(crew.encoded()) == len(set(crew.encoded())) == 400
+    assert sum("it returns" in note for note in notes) >= 3
+    assert sum("makes room for encode" in note for note in notes) >= 3
+
+
+def test_each_key_is_encoded_once_while_its_clips_are_pending():
+    crew = SimulatedCrew(box(4), SLEEPS_S)
+    pairs = (pretend_request(number, prompt=f"prompt {number // 5}") for number in range(300))
+    _, outcomes = drive(crew, pretend_stages(gpus=SHARED), pairs)
+    assert len(outcomes) == 300
+    assert len(crew.encoded()) == len(set(crew.encoded())) == 60
+    assert sum("encode" in outcome.seconds for outcome in outcomes) == 60
+
+
+def test_what_is_held_does_not_grow_with_the_night():
+    crew, held = SimulatedCrew(box(8), {"encode": 0.001, "sample": 0.01, "publish": 0.001}), []
+    driver = Driver(crew, pretend_stages(gpus=WHOLE, window=200), requests(5000))
+    for _ in driver.outcomes():
+        held.append(driver.held)
+    assert len(held) == 5000 and max(held) <= 300
+    assert not driver.lines[0].shared and driver.held == 0
+
+
+def test_a_thousand_gpus_are_all_used():
+    nodes = [Node(id=f"node {number}", cpus=32, gpus=8) for number in range(125)]
+    crew = SimulatedCrew(nodes, {"encode": 0.05, "sample": 60.0, "publish": 2.0}, load_s=60.0)
+    _, outcomes = drive(crew, pretend_stages(gpus=WHOLE, window=4000, cpus=1), requests(3000))
+    assert len(outcomes) == 3000
+    assert crew.clock < 1.25 * (3 * 60 + 60)            # three rounds and one start
+
+
+def test_a_slow_publisher_holds_the_samplers_back_and_gets_copies():
+    crew = SimulatedCrew([Node(id="box", cpus=4, gpus=4)], {"encode": 0.01, "sample": 0.5, "publish": 2.0})
+    driver = Driver(crew, pretend_stages(gpus=WHOLE, cpus=0.5), requests(300))
+    queued = [len(driver.lines[2].queue) for _ in driver.outcomes()]
+    assert max(queued) <= 16
+    assert Counter(copy.stage.name for copy in crew.started)["publish"] > 1
+
+
+def test_a_batch_is_of_one_bucket():
+    crew = SimulatedCrew(box(2), SLEEPS_S)
+    mixed = (pretend_request(number, frames=1 + 4 * (number // 3 % 2)) for number in range(60))
+    drive(crew, pretend_stages(gpus=WHOLE, batch=4), mixed)
+    batches = [{row.request.bucket for row in call.rows} for _, _, call in crew.worked["sample"]]
+    assert all(len(buckets) == 1 for buckets in batches)
+    assert max(len(call.rows) for _, _, call in crew.worked["sample"]) > 1
+
+
+def failing(stage: str, seeds: set[int], answer: Callable[[Call], Answer]) -> Callable[[Call], Answer | None]:
+    def fault(call: Call) -> Answer | None:
+        hit = call.kind == "work" and call.copy.stage.name == stage and any(row.request.seed in seeds for row in call.rows)
+        return answer(call) if hit else None
+    return fault
+
+
+def poisoned(seeds: set[int]) -> Callable[[Call], Answer]:
+    def answer(call: Call) -> Answer:
+        return Done(made=[Failure(request=row.request, stage=call.copy.stage.name, error_type="ValueError", error="poison")
+                          if row.request.seed in seeds else made for row, made in zip(call.rows, values(call), strict=True)],
+                    report=Report(seconds={}, worker=call.copy.name, device="none", peak_memory_bytes=0))
+    return answer
+
+
+def test_an_exception_is_tried_again_elsewhere_and_then_fails_the_row():
+    crew = SimulatedCrew(box(4), SLEEPS_S, fault=failing("sample", {7}, poisoned({7})))
+    _, outcomes = drive(crew, pretend_stages(gpus=WHOLE), requests(40))
+    failed, = [outcome for outcome in outcomes if isinstance(outcome.value, Failure)]
+    assert failed.value.error_type == "ValueError" and failed.attempts == 3
+    assert len(outcomes) == 40
+    where = [call.copy.name for _, _, call in crew.worked["sample"] if call.rows[0].request.seed == 7]
+    assert len(where) == 3 and where[0] != where[1] != where[2]
+
+
+def test_a_row_that_kills_its_process_is_charged_and_its_neighbours_are_not():
+    crew = SimulatedCrew(box(4), SLEEPS_S, fault=failing("sample", {7}, lambda call: Broken(how="died", reason="signal 9")))
+    _, outcomes = drive(crew, pretend_stages(gpus=WHOLE), requests(40))
+    attempts = {outcome.value.request.seed: outcome.attempts for outcome in outcomes}
+    failed, = [outcome.value for outcome in outcomes if isinstance(outcome.value, Failure)]
+    assert failed.request.seed == 7 and failed.error_type == "WorkerDied" and "signal 9" in failed.error
+    assert attempts == {seed: 3 if seed == 7 else 1 for seed in range(40)}
+
+
+def test_a_suspect_shares_no_batch_so_one_poison_costs_one_row():
+    crew = SimulatedCrew(box(2), SLEEPS_S, fault=failing("sample", {7}, lambda call: Broken(how="died", reason="")))
+    _, outcomes = drive(crew, pretend_stages(gpus=WHOLE, batch=4), requests(40))
+    assert [outcome.value.request.seed for outcome in outcomes if isinstance(outcome.value, Failure)] == [7]
+
+
+def test_a_failed_encoding_does_not_take_its_key_along():
+    fault = failing("encode", {0}, poisoned({0}))
+    crew = SimulatedCrew(box(4), SLEEPS_S, fault=fault)
+    same = (pretend_request(number, prompt="one") for number in range(10))
+    _, outcomes = drive(crew, pretend_stages(gpus=SHARED), same)
+    assert [outcome.value.request.seed for outcome in outcomes if isinstance(outcome.value, Failure)] == [0]
+    assert len(outcomes) == 10 and len(crew.encoded()) == 4
+
+
+def test_inputs_lost_after_the_encoder_left_are_made_again():
+    lost = iter(range(30))
+
+    def fault(call: Call) -> Answer | None:
+        if call.kind == "work" and call.copy.stage.name == "sample" and crew.clock > 12 and next(lost, None) is not None:
+            return Broken(how="input", reason="its node is gone")
+        return None
+
+    crew = SimulatedCrew(box(2), SLEEPS_S, fault=fault)
+    _, outcomes = drive(crew, pretend_stages(gpus=WHOLE), requests(80))
+    assert len(outcomes) == 80 and all(isinstance(outcome.value, Clip) and outcome.attempts == 1 for outcome in outcomes)
+    assert 80 < len(crew.encoded()) <= 80 + 30
+
+
+def test_a_lost_machine_charges_nobody_and_a_new_one_is_used():
+    crew = SimulatedCrew([Node(id="a", cpus=8, gpus=2), Node(id="b", cpus=8, gpus=2)], SLEEPS_S)
+    driver = Driver(crew, pretend_stages(gpus=WHOLE), requests(200))
+    outcomes = []
+    for outcome in driver.outcomes():
+        outcomes.append(outcome)
+        if len(outcomes) == 40:
+            crew.machines = crew.machines[:1]
+        if len(outcomes) == 100:
+            crew.machines = [*crew.machines, Node(id="c", cpus=8, gpus=2)]
+    assert len(outcomes) == 200 and all(outcome.attempts == 1 for outcome in outcomes)
+    assert {copy.post.node for copy in crew.started} == {"a", "b", "c"}
+
+
+def test_a_machine_that_is_lost_under_one_row_again_and_again_is_the_rows_doing():
+    crew = SimulatedCrew(box(4), SLEEPS_S, fault=failing("sample", {3}, lambda call: Broken(how="node", reason="unreachable")))
+    _, outcomes = drive(crew, pretend_stages(gpus=WHOLE), requests(20))
+    failed, = [outcome.value for outcome in outcomes if isinstance(outcome.value, Failure)]
+    assert failed.request.seed == 3 and "11 machines" in failed.error
+
+
+@pytest.mark.parametrize("stage", ["encode", "sample", "publish"])
+def test_steps_that_cannot_be_made_end_the_run(stage):
+    def fault(call: Call) -> Answer | None:
+        return Broken(how="load", reason="ValueError: weights") if (call.kind, call.copy.stage.name) == ("load", stage) else None
+
+    crew = SimulatedCrew(box(4), SLEEPS_S, fault=fault)
+    with pytest.raises(ClusterError, match=f"stage {stage} cannot start: ValueError: weights"):
+        drive(crew, pretend_stages(gpus=WHOLE), requests(20))
+    assert not crew.free_at and len([copy for copy in crew.started if copy.stage.name == stage]) <= 3
+
+
+def test_one_bad_machine_does_not_end_the_run():
+    def fault(call: Call) -> Answer | None:
+        return Broken(how="load", reason="no CUDA device") if call.kind == "load" and call.copy.post.node == "bad" and crew.clock > 5 else None
+
+    crew = SimulatedCrew([Node(id="good", cpus=8, gpus=2)], SLEEPS_S, fault=fault)
+    driver = Driver(crew, pretend_stages(gpus=WHOLE), requests(200))
+    outcomes = []
+    for outcome in driver.outcomes():
+        outcomes.append(outcome)
+        if len(outcomes) == 20:
+            crew.machines = [*crew.machines, Node(id="bad", cpus=8, gpus=1)]
+    assert len(outcomes) == 200
+    assert 1 <= sum(copy.post.node == "bad" for copy in crew.started) <= 8      # tried again at growing distances
+
+
+def test_processes_that_die_while_loading_end_the_run():
+    crew = SimulatedCrew(box(4), SLEEPS_S, fault=lambda call: Broken(how="died", reason="out of memory") if call.kind == "load" else None)
+    with pytest.raises(ClusterError, match="cannot start: out of memory"):
+        drive(crew, pretend_stages(gpus=WHOLE), requests(20))
+
+
+def test_an_unusable_store_ends_the_run_and_a_short_trouble_charges_nobody():
+    trouble = iter(range(4))
+    short = failing("publish", set(range(100)),
+                    lambda call: Broken(how="store", reason="503") if next(trouble, None) is not None else None)
+    _, outcomes = drive(SimulatedCrew(box(4), SLEEPS_S, fault=short), pretend_stages(gpus=WHOLE), requests(20))
+    assert len(outcomes) == 20 and all(outcome.attempts == 1 for outcome in outcomes)
+    lasting = failing("publish", set(range(100)), lambda call: Broken(how="store", reason="access denied"))
+    with pytest.raises(ClusterError, match="access denied"):
+        drive(SimulatedCrew(box(4), SLEEPS_S, fault=lasting), pretend_stages(gpus=WHOLE), requests(20))
+
+
+def test_a_call_that_never_ends_costs_its_row_an_attempt():
+    crew = SimulatedCrew(box(2), SLEEPS_S)
+    plain = crew.submit
+
+    def submit(call: Call) -> None:
+        plain(call)
+        if call.kind == "work" and call.copy.stage.name == "sample" and call.rows[0].request.seed == 5:
+            crew.events = [event for event in crew.events if event[2] is not call]
+            crew.free_at[call.copy] = 10**6
+
+    crew.submit = submit
+    _, outcomes = drive(crew, pretend_stages(gpus=WHOLE), requests(30), row_timeout_s=60.0)
+    failed, = [outcome for outcome in outcomes if isinstance(outcome.value, Failure)]
+    assert failed.value.request.seed == 5 and "no answer" in failed.value.error and failed.attempts == 3
+    assert len(outcomes) == 30
+
+
+def test_draining_publishes_what_is_being_sampled_and_begins_nothing():
+    crew, stop = SimulatedCrew(box(4), SLEEPS_S), Stop()
+    outcomes = []
+    for outcome in Driver(crew, pretend_stages(gpus=SHARED), requests(10_000), stop=stop).outcomes():
+        outcomes.append(outcome)
+        if len(outcomes) == 50:
+            stop.drain()
+            sampled = len([1 for _, ended, _ in crew.worked["sample"] if ended <= crew.clock])
+            stopped_at = crew.clock
+    assert sampled <= len(outcomes) <= sampled + 5
+    assert crew.clock - stopped_at <= 2.0 and not crew.free_at
+
+
+def test_stopping_at_once_leaves_no_process():
+    crew, stop = SimulatedCrew(box(4), SLEEPS_S), Stop()
+    outcomes = []
+    for outcome in Driver(crew, pretend_stages(gpus=SHARED), requests(10_000), stop=stop).outcomes():
+        outcomes.append(outcome)
+        stop.now()
+    assert 1 <= len(outcomes) <= 5 and not crew.free_at
+
+
+def test_a_closed_iterator_leaves_no_process():
+    crew = SimulatedCrew(box(4), SLEEPS_S)
+    outcomes = Driver(crew, pretend_stages(gpus=SHARED), requests(100)).outcomes()
+    next(outcomes)
+    outcomes.close()
+    assert not crew.free_at
+
+
+def test_no_requests_start_nothing():
+    crew = SimulatedCrew([], SLEEPS_S)
+    assert drive(crew, pretend_stages(gpus=WHOLE), []) [1] == []
+    assert not crew.started
+
+
+def test_progress_adds_up():
+    seen = []
+    crew = SimulatedCrew(box(4), SLEEPS_S, fault=failing("sample", {7}, poisoned({7})))
+    drive(crew, pretend_stages(gpus=WHOLE), requests(40), on_progress=seen.append)
+    last = seen[-1]
+    assert (last.done, last.failed) == (39, 1)
+    assert [(stage.name, stage.done, stage.queued, stage.in_flight) for stage in last.stages] == [
+        ("encode", 40, 0, 0), ("sample", 39, 0, 0), ("publish", 39, 0, 0)]
+    assert any("seed" not in note and "poison" in note for progress in seen for note in progress.notes)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_every_request_ends_once_whatever_breaks(seed):
+    """Random machines, pipelines and faults; calls die, machines vanish and return, inputs are lost, stores stall."""
+    chance = random.Random(seed)
+    full = [Node(id=f"node {number}", cpus=chance.choice([2, 8]), gpus=chance.choice([1, 2, 4])) for number in range(chance.choice([1, 2, 3]))]
+    breaks = chance.choice([0.0, 0.02, 0.1])
+
+    def fault(call: Call) -> Answer | None:
+        if len(full) > 1 and chance.random() < breaks / 5:
+            crew.machines = chance.sample(full, len(full) - 1)
+        elif chance.random() < 0.2:
+            crew.machines = full
+        if chance.random() >= breaks:
+            return None
+        how = chance.choice(["died", "node", "gpu"] if call.kind != "work" else ["died", "node", "input", "store", "cancelled", "failure"])
+        if how == "failure":
+            return poisoned({chance.choice(call.rows).request.seed})(call)
+        return Broken(how="node" if how == "gpu" else how, reason="chance")
+
+    crew = SimulatedCrew(full, {"encode": 0.02, "sample": chance.choice([0.05, 0.5]), "publish": chance.choice([0.01, 0.3])}, fault=fault)
+    gpus = chance.choice([SHARED, WHOLE, {"encode": 1.0, "sample": 0.5, "publish": 0.5}])
+    room = gpus is SHARED and full[0].gpus > 1
+    stages = pretend_stages(gpus=gpus, window=chance.choice([None if room else 20, 20, 1000]), batch=chance.choice([1, 3]))
+    wanted = [pretend_request(number, prompt=f"prompt {number // chance.choice([1, 4])}") for number in range(150)]
+    driver, outcomes = drive(crew, stages, iter(wanted), max_attempts=3)
+    assert Counter(outcome.value.request.seed for outcome in outcomes) == Counter(range(150))
+    assert all(1 <= outcome.attempts <= 3 for outcome in outcomes)
+    assert driver.held == 0 and not driver.lines[0].shared and not any(line.rows for line in driver.lines)
+    if not breaks:
+        assert all(isinstance(outcome.value, Clip) and outcome.attempts == 1 for outcome in outcomes)

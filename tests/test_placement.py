@@ -1,0 +1,126 @@
+"""Which copies start where."""
+
+from collections import Counter
+
+import pytest
+
+from pipeline.placement import Node, NoRoom, Post, Room, check, hires, make_room
+from pipeline.stages import Stage
+
+MANY = 10**9
+
+
+def stages(encode=0.0, sample=0.0, publish=0.0, *, cpus=(1.0, 1.0, 1.0), copies=None) -> list[Stage]:
+    return [Stage(name="encode", steps=(), gpus=encode, cpus=cpus[0], key=lambda request: request.embedding_key, window=64),
+            Stage(name="sample", steps=(), gpus=sample, cpus=cpus[1], copies=copies),
+            Stage(name="publish", steps=(), gpus=publish, cpus=cpus[2])]
+
+
+def hired(pipeline, nodes, posts=(), *, closed=(), limits=None, seconds=None) -> Counter:
+    limits = {stage.name: 0 if stage.name in closed else MANY for stage in pipeline} | (limits or {})
+    return Counter(post.stage for post in hires(pipeline, nodes, posts, limits=limits, seconds=seconds or {}))
+
+
+def posts(nodes, pipeline, counts) -> list[Post]:
+    room, made = Room(nodes, []), []
+    for stage in pipeline:
+        for _ in range(counts.get(stage.name, 0)):
+            made.append(room.post(stage, room.node_for(stage)))
+            room.take(made[-1])
+    return made
+
+
+ONE_GPU, FOUR_GPUS = [Node(id="a", cpus=8, gpus=1)], [Node(id="a", cpus=8, gpus=4)]
+
+
+def test_shares_of_a_gpu_live_together():
+    pipeline = stages(0.25, 0.75, 0.25)
+    assert hired(pipeline, FOUR_GPUS) == {"encode": 1, "sample": 4, "publish": 1}
+
+
+def test_the_encoder_holds_a_gpu_and_a_sampler_gets_it():
+    pipeline = stages(1, 1, 0)
+    first = hired(pipeline, FOUR_GPUS)
+    assert first == {"encode": 1, "sample": 3, "publish": 1}
+    staying = posts(FOUR_GPUS, pipeline, {"sample": 3, "publish": 1})
+    assert hired(pipeline, FOUR_GPUS, staying, closed=["encode"]) == {"sample": 1}
+
+
+def test_on_one_gpu_encoder_and_sampler_take_turns():
+    pipeline = stages(1, 1, 0)
+    assert hired(pipeline, ONE_GPU) == {"encode": 1, "publish": 1}
+    assert hired(pipeline, ONE_GPU, closed=["encode"]) == {"sample": 1, "publish": 1}
+
+
+def test_nobody_takes_the_place_that_the_encoder_waits_for():
+    pipeline = stages(1, 1, 0)
+    staying = posts(FOUR_GPUS, pipeline, {"sample": 4, "publish": 1})
+    assert hired(pipeline, [*FOUR_GPUS, Node(id="b", cpus=0.2, gpus=4)], staying) == {}
+    leaving = make_room(pipeline[0], FOUR_GPUS, staying)
+    assert [post.stage for post in leaving] == ["sample"]
+
+
+def test_room_is_made_where_the_fewest_leave():
+    pipeline = stages(1, 0.5, 0)
+    nodes = [Node(id="a", cpus=8, gpus=1), Node(id="b", cpus=8, gpus=2)]
+    staying = [Post(stage="sample", node="a", gpus=0.5, cpus=1), Post(stage="sample", node="a", gpus=0.5, cpus=1),
+               Post(stage="sample", node="b", gpus=0.5, cpus=1, devices=("0",)), Post(stage="sample", node="b", gpus=0.5, cpus=1, devices=("1",))]
+    assert make_room(pipeline[0], nodes, staying) == [staying[2]]
+
+
+def test_room_is_made_on_cores_too():
+    pipeline, nodes = stages(cpus=(1, 1, 0.25)), [Node(id="a", cpus=2)]
+    staying = posts(nodes, pipeline, {"sample": 2, "publish": 1})
+    assert [post.stage for post in make_room(pipeline[0], nodes, staying)] == ["sample"]
+
+
+def test_two_cores_run_two_samplers_and_the_publisher():
+    pipeline, nodes = stages(cpus=(1, 1, 0.25)), [Node(id="a", cpus=2)]
+    assert hired(pipeline, nodes) == {"encode": 1, "sample": 1, "publish": 1}
+    staying = posts(nodes, pipeline, {"sample": 1, "publish": 1})
+    assert hired(pipeline, nodes, staying, closed=["encode"]) == {"sample": 1}
+    asked = (nodes[0].cpu_share * (2 + 0.25))
+    assert asked <= 2
+
+
+def test_no_more_copies_than_there_is_work_for():
+    pipeline = stages(0, 1, 0)
+    assert hired(pipeline, FOUR_GPUS, limits={"encode": 1, "sample": 2, "publish": 2}) == {"encode": 1, "sample": 2, "publish": 1}
+
+
+def test_the_next_copy_goes_to_the_stage_that_holds_the_others_back():
+    pipeline = stages(0, 1, 0)
+    slow_publisher = {"encode": 0.01, "sample": 1.0, "publish": 0.6}
+    assert hired(pipeline, [Node(id="a", cpus=32, gpus=4)], seconds=slow_publisher) == {"encode": 1, "sample": 4, "publish": 3}
+
+
+def test_a_fixed_number_of_copies_is_kept():
+    assert hired(stages(0, 1, 0, copies=2), FOUR_GPUS)["sample"] == 2
+
+
+def test_a_gpu_share_is_not_put_together_from_two_gpus():
+    pipeline = stages(0.5, 0.75, 0)
+    nodes = [Node(id="a", cpus=8, gpus=2)]
+    taken = [Post(stage="sample", node="a", gpus=0.75, cpus=1, devices=("3",)), Post(stage="sample", node="a", gpus=0.75, cpus=1, devices=("7",))]
+    assert Room(nodes, taken).node_for(pipeline[0]) is None
+
+
+def test_lost_machines_hold_nothing():
+    pipeline = stages(0, 1, 0)
+    gone = [Post(stage="sample", node="gone", gpus=1, cpus=1)]
+    assert hired(pipeline, ONE_GPU, gone)["publish"] == 1
+
+
+@pytest.mark.parametrize("pipeline, nodes, word", [
+    (stages(1, 1, 0), [], "nothing"),
+    (stages(1, 1, 0), [Node(id="a", cpus=4)], "fits on no machine"),
+    (stages(0, 2, 0), FOUR_GPUS[:0] + [Node(id="a", cpus=4, gpus=1, host="box")], "box 1 GPU 4 CPU"),
+    (stages(0, 1, 0.5), ONE_GPU, "publish"),
+], ids=["no machines", "no GPU", "two GPUs", "side by side"])
+def test_what_can_never_run_is_said_at_once(pipeline, nodes, word):
+    with pytest.raises(NoRoom, match=word):
+        check(pipeline, nodes)
+
+
+def test_what_takes_turns_need_not_fit_side_by_side():
+    check(stages(1, 0.75, 0.25), ONE_GPU)
