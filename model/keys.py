@@ -161,7 +161,8 @@ WAN = KeyTable(
 
 WAN_REPACKED = WAN.prefixed("model.diffusion_model.")          # as some tools store it
 
-DIFFUSERS_ATTENTION = {"to_q.": "q.", "to_k.": "k.", "to_v.": "v.", "to_out.0.": "o.", "norm_q.": "norm_q.", "norm_k.": "norm_k."}
+DIFFUSERS_ATTENTION = {"to_q.": "q.", "to_k.": "k.", "to_v.": "v.", "to_out.0.": "o.",
+                       "norm_q.": "norm_q.", "norm_k.": "norm_k."}
 
 WAN_DIFFUSERS = KeyTable(
     name="WAN_DIFFUSERS",

@@ -1,5 +1,6 @@
 """Samplers: pure functions of a velocity over streams, (video,) or (video, audio); they know no model and no prompt."""
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
@@ -14,3 +15,84 @@ def euler(velocity: Velocity, streams: Streams, sigmas: Sequence[float]) -> Stre
     for sigma, next_sigma in pairwise(sigmas):
         streams = tuple(x + (next_sigma - sigma) * v for x, v in zip(streams, velocity(streams, sigma), strict=True))
     return streams
+
+
+def unipc(velocity: Velocity, streams: Streams, sigmas: Sequence[float]) -> Streams:
+    """UniPC of second order (bh2, predicting the clean streams), from noise at sigmas[0] to sigmas[-1] = 0.
+
+    One velocity per step. It serves twice: to correct the step that led to it, and to predict the next.
+    Source   Zhao et al. 2023 (arXiv 2302.04867), as the Wan releases apply it to flow matching.
+    """
+    steps = len(sigmas) - 1
+    clean: list[Streams] = []                           # predictions, one per step so far
+    corrected = streams
+    for i in range(steps):
+        clean.append(clean_streams(velocity, streams, sigmas[i]))
+        if i > 0:
+            corrected = correct(corrected, clean, sigmas[: i + 1], order=min(2, i))     # each step's own order
+        order = min(2, i + 1, steps - i)                # the last step is of first order
+        streams = extrapolate(corrected, clean, sigmas[: i + 2], order)
+    return streams
+
+
+def dpm_solver(velocity: Velocity, streams: Streams, sigmas: Sequence[float]) -> Streams:
+    """DPM-Solver++ (2M, midpoint), from noise at sigmas[0] to sigmas[-1] = 0.
+
+    Source   Lu et al. 2022 (arXiv 2211.01095), as the Wan releases apply it to flow matching.
+    """
+    steps = len(sigmas) - 1
+    clean: list[Streams] = []
+    for i in range(steps):
+        clean.append(clean_streams(velocity, streams, sigmas[i]))
+        streams = extrapolate(streams, clean, sigmas[: i + 2], order=min(2, i + 1, steps - i))
+    return streams
+
+
+def clean_streams(velocity: Velocity, streams: Streams, sigma: float) -> Streams:
+    """What the streams would be without noise, if the velocity stayed as it is."""
+    return tuple(x - sigma * v for x, v in zip(streams, velocity(streams, sigma), strict=True))
+
+
+def extrapolate(streams: Streams, clean: Sequence[Streams], sigmas: Sequence[float], order: int) -> Streams:
+    """One step of the exponential integrator, from sigmas[-2] to sigmas[-1].
+
+    clean: predictions at sigmas[:-1].  order 1 takes the last one as constant, 2 draws a line through the last two.
+    """
+    *_, here, there = sigmas
+    step = log_snr(there) - log_snr(here)               # infinite to sigma 0
+    gain = (there - 1) * math.expm1(-step)              # the share of the clean prediction
+    slope = 0.0
+    if order == 2:                                      # 0 where the step before came from pure noise, at sigma 1
+        slope = 0.5 * gain * step / (log_snr(here) - log_snr(sigmas[-3]))
+    before = clean[-2] if order == 2 else clean[-1]
+    return tuple(there / here * x + gain * m + slope * (m - m_before)
+                 for x, m, m_before in zip(streams, clean[-1], before, strict=True))
+
+
+def correct(streams: Streams, clean: Sequence[Streams], sigmas: Sequence[float], order: int) -> Streams:
+    """The step from sigmas[-2] to sigmas[-1] once more, now that the prediction at its end is known.
+
+    streams: those at sigmas[-2], corrected.  clean: predictions at all of sigmas.
+    """
+    *_, here, there = sigmas
+    step = log_snr(there) - log_snr(here)
+    gain = (there - 1) * math.expm1(-step)
+    weight, weight_before = 0.5, 0.0                    # of the change to the end, and of the one from the step before
+    before = clean[-2]
+    if order == 2:
+        ratio = (log_snr(sigmas[-3]) - log_snr(here)) / step
+        first = math.expm1(-step) / -step - 1
+        b_first, b_second = first / math.expm1(-step), 2 * (first / -step - 0.5) / math.expm1(-step)
+        weight_before = (b_first - b_second) / (1 - ratio)
+        weight = b_first - weight_before
+        weight_before /= ratio
+        before = clean[-3]
+    return tuple(there / here * x + gain * (m + weight * (m_end - m) + weight_before * (m_before - m))
+                 for x, m_end, m, m_before in zip(streams, clean[-1], clean[-2], before, strict=True))
+
+
+def log_snr(sigma: float) -> float:
+    """ln((1 - sigma) / sigma): -inf at noise, inf without."""
+    if sigma in (0.0, 1.0):
+        return math.inf if sigma == 0.0 else -math.inf
+    return math.log1p(-sigma) - math.log(sigma)

@@ -21,3 +21,26 @@ def flow_match_sigmas(num_steps: int, shift: float = 3.0) -> Tensor:
     smallest = shifted(torch.tensor(1 / 1000, dtype=torch.float32), shift).double().item()
     grid = torch.linspace(1000.0, 1000 * smallest, num_steps, dtype=torch.float64) / 1000
     return torch.cat((shifted(grid, shift).float(), torch.zeros(1)))
+
+
+def wan_sigmas(num_steps: int, shift: float, solver: str = "unipc") -> Tensor:
+    """The num_steps + 1 sigmas of the Wan releases, float64 on the CPU; the last is 0.
+
+    The first is 1 for dpm++, and just below 1 for unipc, which takes 0.999 of its training sigmas for the start.
+    Raises ValueError for less than one step or another solver.
+    """
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be at least 1; got {num_steps}")
+    # the release keeps its 1000 training sigmas in fp32, and 0.999 is not a number there
+    starts = {"unipc": torch.tensor(0.999, dtype=torch.float32).item(), "dpm++": 1.0}
+    if solver not in starts:
+        raise ValueError(f"solver must be {' or '.join(starts)}; got {solver!r}")
+    start = starts[solver]
+    # summed as the release does it: another last bit can make timestep 249 of 250
+    grid = torch.arange(num_steps, dtype=torch.float64) * (-start / num_steps) + start
+    return torch.cat((shifted(grid, shift), torch.zeros(1, dtype=torch.float64)))
+
+
+def whole_timestep(sigma: float) -> int:
+    """The timestep that Wan's transformer is given: 1000 * sigma, cut and not rounded to a whole number."""
+    return int(1000 * sigma)

@@ -1,4 +1,4 @@
-"""Wan 2.1 and 2.2 diffusion transformer: a noisy video latent in, its flow velocity out; from text, or from text and an image.
+"""Wan 2.1 and 2.2 diffusion transformer: a noisy video latent in, its flow velocity out; from text, or text and image.
 
 Letters  B clips  C channels  T H W latent grid  N tokens (T*H*W / prod(patch))  D width  L text rows  I image rows
 Source   Wan 2.1 and Wan 2.2 releases, WanModel.forward. Tensor names: model/keys.py.

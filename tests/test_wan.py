@@ -9,8 +9,11 @@ import torch.nn.functional as F
 from golden import Golden, error, names
 from model import checkpoint, keys
 from model.layers import attention
+from model.samplers import dpm_solver, euler, unipc
+from model.schedules import wan_sigmas, whole_timestep
 from model.wan import WanConfig, WanDiT
 
+SOLVERS = {"unipc": unipc, "dpm++": dpm_solver}
 SMALL = WanConfig(width=48, heads=2, layers=1, ffn=64, time_features=32, text_dim=20, text_len=12)
 TABLES = (keys.WAN, keys.WAN_DIFFUSERS, keys.WAN_REPACKED)
 DIT_CASES = [(case, weights) for case in [*names("wan_dit"), *names("wan_i2v21"), *names("wan_i2v22")]
@@ -128,3 +131,79 @@ def test_norms_have_the_releases_eps_and_gains():
     eps = {name: (m.eps, m.elementwise_affine) for name, m in dit.named_modules() if isinstance(m, torch.nn.LayerNorm)}
     assert eps == {"blocks.0.norm_attn": (1e-6, False), "blocks.0.norm_ffn": (1e-6, False), "blocks.0.norm_cross": (1e-6, True),
                    "head.norm": (1e-6, False), "image_embed.norm_in": (1e-5, True), "image_embed.norm_out": (1e-5, True)}
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_sigmas_and_whole_timesteps_equal_the_release(solver):
+    golden, checked = Golden("wan_schedule_a"), 0
+    for shift in golden.config["shifts"]:
+        for steps in golden.config["steps"]:
+            sigmas, name = wan_sigmas(steps, shift, solver), f"{solver}.shift{shift:g}.steps{steps}"
+            assert (sigmas - golden.outputs[f"sigmas.{name}"]).abs().max() <= golden.tolerance["sigmas"]
+            assert [whole_timestep(sigma) for sigma in sigmas[:-1].tolist()] == golden.outputs[f"timesteps.{name}"].tolist()
+            checked += 1
+    assert checked == 16
+
+
+@pytest.mark.parametrize("solver, shift, steps", [tuple(run) for run in Golden("wan_schedule_a").config["runs"]])
+def test_every_step_of_a_run_equals_the_release(solver, shift, steps):
+    golden, seen = Golden("wan_schedule_a"), []
+
+    def velocity(streams, sigma):
+        seen.append(streams[0])
+        mixed = torch.einsum("dc,bcfhw->bdfhw", golden.inputs["A"], streams[0])
+        return mixed + whole_timestep(sigma) / 1000 * golden.inputs["b"].view(1, -1, 1, 1, 1),
+
+    end, = SOLVERS[solver](velocity, (golden.inputs["x_init"],), wan_sigmas(steps, shift, solver).tolist())
+    assert len(seen) == steps
+    for step, x in enumerate([*seen[1:], end]):
+        assert error(x, golden.outputs[f"x.{solver}.shift{shift:g}.steps{steps}.{step}"]) < golden.tolerance["x"]
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_a_constant_velocity_is_followed_exactly_in_any_number_of_steps(solver, steps):
+    """The path is a straight line, and both solvers know it; the last step returns the clean prediction itself."""
+    start, noise = torch.randn(2, 3, 4, 5, 6, dtype=torch.float64)
+    end, = SOLVERS[solver](lambda streams, sigma: (noise,), (start,), wan_sigmas(steps, 5.0, solver).tolist())
+    assert error(end, start - wan_sigmas(steps, 5.0, solver)[0] * noise) < 1e-12
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_solvers_are_of_second_order(solver):
+    """Halving the steps' length quarters the error, where Euler's is halved."""
+    def velocity(streams, sigma):
+        return 3 * streams[0].cos() * sigma,
+
+    start = torch.linspace(-1, 1, 9, dtype=torch.float64)
+
+    def run(solve, steps):
+        # away from sigma 0, where the last step is of first order whatever the count
+        sigmas = torch.linspace(0.9, 0.4, steps + 1, dtype=torch.float64).tolist()
+        return solve(velocity, (start,), sigmas)[0]
+
+    truth = run(euler, 50_000)
+    errors = [(run(SOLVERS[solver], steps) - truth).abs().max().item() for steps in (40, 80, 160)]
+    assert errors[0] / errors[1] > 3 and errors[1] / errors[2] > 3
+
+
+def test_two_streams_are_solved_as_one():
+    a, b = torch.randn(2, 5)
+    sigmas = wan_sigmas(6, 5.0).tolist()
+    both = unipc(lambda streams, sigma: tuple(x.sin() for x in streams), (a, b), sigmas)
+    alone = [unipc(lambda streams, sigma: (streams[0].sin(),), (x,), sigmas)[0] for x in (a, b)]
+    assert all(torch.equal(x, y) for x, y in zip(both, alone, strict=True))
+
+
+def test_a_schedule_needs_a_step_and_a_known_solver():
+    with pytest.raises(ValueError, match="at least 1; got 0"):
+        wan_sigmas(0, 5.0)
+    with pytest.raises(ValueError, match="unipc or dpm\\+\\+; got 'heun'"):
+        wan_sigmas(4, 5.0, "heun")
+
+
+def test_timesteps_at_the_defaults_are_the_documented_ones():
+    """What decides which expert runs: 26 of 40 steps at shift 12, 15 of 40 at shift 5."""
+    for shift, boundary, high in ((12.0, 875, 26), (5.0, 900, 15)):
+        timesteps = [whole_timestep(sigma) for sigma in wan_sigmas(40, shift)[:-1].tolist()]
+        assert timesteps[0] == 999 and sum(t >= boundary for t in timesteps) == high
