@@ -126,6 +126,28 @@ def test_a_job_ends_with_its_own_exit_code_and_its_log_is_copied(head: Head):
     assert log.count("line one\nline two\n") == 1
 
 
+def test_a_render_runs_on_the_cluster_and_its_job_tells_no_secret(head: Head, tmp_path: Path, capsys, monkeypatch):
+    manifest, out = tmp_path / "two.csv", tmp_path / "out"
+    manifest.write_text("id,prompt,frames,steps\none,a red circle moves left,5,1\ntwo,a blue square,5,1\n")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "stays-at-home")
+    assert dailies_submit(manifest, head.address, "--wait", "--json", out=str(out)) == 0
+    said = capsys.readouterr()
+    answer = json.loads(said.out)
+    assert (answer["status"], answer["exit_code"]) == ("SUCCEEDED", 0)
+    assert "2 rows done" in said.err
+    assert len(list(out.glob("clips/*/*.mp4"))) == 2 and (out / "_SUCCESS.json").is_file()
+    told = job.connect(head.address).get_job_info(answer["job_id"]).model_dump_json()
+    assert "two.csv" in told and TOKEN not in told and "stays-at-home" not in told
+
+
+def test_what_the_render_refuses_there_is_refused_here(head: Head, tmp_path: Path, capsys):
+    manifest = tmp_path / "bad.csv"
+    manifest.write_text("id,prompt\nsame,a red circle\nsame,a blue square\n")
+    assert dailies_submit(manifest, head.address, "--wait", out=str(tmp_path / "out")) == 2
+    assert "same" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_killed_driver_reads_as_in_a_shell(head: Head):
     (status, code, message), _ = run_job(head.address, "import os; os.kill(os.getpid(), 9)")
     assert (status, code) == ("FAILED", 137)
