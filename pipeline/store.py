@@ -30,7 +30,7 @@ def open_store(uri: str | Path) -> Store:
     """The store at a local folder or at s3://bucket/prefix; touches nothing.  Raises StoreError for any other URI."""
     text = str(uri)
     scheme, colon, rest = text.partition("://")
-    if not colon and not text.lower().startswith("s3:"):
+    if text and not colon and not text.lower().startswith("s3:"):
         return FolderStore(Path(text))
     if scheme.lower() == "file" and rest.startswith("/"):
         return FolderStore(Path(rest))
@@ -38,7 +38,10 @@ def open_store(uri: str | Path) -> Store:
     if scheme.lower() != "s3" or not bucket or "@" in bucket:
         shown = text if "@" not in text else f"{scheme}://..."         # what stands before an @ may be a password
         raise StoreError(f"{shown}: expected a local folder or s3://bucket/prefix")
-    return S3Store.open(bucket, prefix.strip("/"))
+    prefix = prefix.rstrip("/")
+    if {"", ".", ".."} & set(prefix.split("/")) and prefix:
+        raise StoreError(f"{text}: a prefix must not have empty parts, '.' or '..'; expected s3://bucket/prefix")
+    return S3Store.open(bucket, prefix)
 
 
 def bring(uri: str | Path, cache: Path) -> Path:
@@ -102,7 +105,8 @@ class S3Store(Store):
 
         uri = f"s3://{bucket}/{prefix}"
         try:
-            client = boto3.session.Session().client("s3")
+            session = boto3.session.Session()
+            client = session.client("s3")
         except (BotoCoreError, ValueError) as error:
             raise StoreError(f"{uri}: the AWS settings of this machine are not usable: {error}") from error
         address = urlsplit(client.meta.endpoint_url)
@@ -110,26 +114,31 @@ class S3Store(Store):
             raise StoreError(f"{uri}: AWS_ENDPOINT_URL holds a user name or password. Put credentials into "
                              "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and only the address into the URL")
         amazon = (address.hostname or "").endswith((".amazonaws.com", ".amazonaws.com.cn"))
-        return cls(bucket, prefix, None if amazon else client.meta.endpoint_url, client.meta.region_name)
+        store = cls(bucket, prefix, None if amazon else client.meta.endpoint_url, client.meta.region_name)
+        store.session = session         # it has read botocore's description of S3, which takes a while
+        return store
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "client"}
+        return {name: value for name, value in vars(self).items() if name not in ("session", "client")}
+
+    @cached_property
+    def session(self):
+        import boto3
+        return boto3.session.Session()
 
     @cached_property
     def client(self):
-        import boto3
         from botocore.config import Config
 
         common = dict(retries={"mode": "standard", "total_max_attempts": self.ATTEMPTS}, max_pool_connections=32,
                       connect_timeout=10, read_timeout=60)
         if self.endpoint_url is None:
-            return boto3.session.Session().client("s3", region_name=self.region, config=Config(**common))
+            return self.session.client("s3", region_name=self.region, config=Config(**common))
         # other stores than Amazon's may reject boto3's checksums, or never return them; the signature covers the body
         config = Config(**common, request_checksum_calculation="when_required",
                         response_checksum_validation="when_required",
                         s3={"addressing_style": "path", "payload_signing_enabled": True})
-        return boto3.session.Session().client("s3", endpoint_url=self.endpoint_url, region_name=self.region,
-                                              config=config)
+        return self.session.client("s3", endpoint_url=self.endpoint_url, region_name=self.region, config=config)
 
     def create(self, key: str, data: bytes | Path, *, metadata: dict[str, str] | None = None) -> bool:
         attempt = secrets.token_hex(16)

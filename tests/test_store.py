@@ -252,11 +252,17 @@ def test_a_full_disk_is_explained(tmp_path):
             full.write(b"x")
 
 
-@pytest.mark.parametrize("uri", ["gs://bucket/x", "s3:/bucket", "s3://", "http://host/x", "s3://key:hunter2@bucket/x"])
+@pytest.mark.parametrize("uri", ["gs://bucket/x", "s3:/bucket", "s3://", "", "http://host/x", "s3://key:hunter2@bucket/x"])
 def test_other_places_are_refused(uri):
     with pytest.raises(StoreError, match="expected a local folder or s3://bucket/prefix") as caught:
         open_store(uri)
     assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("uri", ["s3://bucket/../x", "s3://bucket/a/../../x", "s3://bucket/a//b", "s3://bucket//a"])
+def test_a_prefix_that_would_lead_elsewhere_is_refused(uri):
+    with pytest.raises(StoreError, match="must not have empty parts"):
+        open_store(uri)
 
 
 def test_opening_a_folder_makes_nothing_and_a_relative_one_stays_where_it_was(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ TIMEOUT_S = 600
 
 
 class CannotInstall(RuntimeError):
-    """The test server is not to be had on this machine; the message says why."""
+    """The test server cannot be had on this machine; the message says why."""
 
 
 def install() -> Path:
@@ -51,4 +51,4 @@ if __name__ == "__main__":
     try:
         install()
     except CannotInstall as error:
-        sys.exit(f"{error}. The tests that need it will be skipped.")
+        print(f"{error}\nThe tests that need it will be skipped.", file=sys.stderr)
