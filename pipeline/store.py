@@ -108,7 +108,8 @@ class S3Store(Store):
             session = boto3.session.Session()
             client = session.client("s3")
         except (BotoCoreError, ValueError) as error:
-            raise StoreError(f"{uri}: the AWS settings of this machine are not usable: {error}") from error
+            why = error if "@" not in str(error) else type(error).__name__      # an address may hold a password
+            raise StoreError(f"{uri}: the AWS settings of this machine are not usable: {why}") from None
         address = urlsplit(client.meta.endpoint_url)
         if address.username or address.password:
             raise StoreError(f"{uri}: AWS_ENDPOINT_URL holds a user name or password. Put credentials into "

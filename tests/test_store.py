@@ -206,6 +206,7 @@ def test_a_store_without_conditional_writes_is_refused(bucket, s3_server):
     ({"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None}, "no S3 credentials were found. Set AWS_ACCESS_KEY_ID"),
     ({"AWS_ENDPOINT_URL": "http://127.0.0.1:1"}, "127.0.0.1:1 does not answer .* Check the network and AWS_ENDPOINT"),
     ({"AWS_ENDPOINT_URL": "http://me:hunter2@127.0.0.1:1"}, "AWS_ENDPOINT_URL holds a user name or password"),
+    ({"AWS_ENDPOINT_URL": "http://me:hunter2@bad host"}, "settings of this machine are not usable|AWS_ENDPOINT_URL holds"),
     ({"AWS_PROFILE": "nightly"}, "settings of this machine are not usable: .*nightly"),
 ], ids=lambda value: "-".join(value) if isinstance(value, dict) else "")
 def test_wrong_settings_are_explained(s3_bucket, monkeypatch, setting, message):
