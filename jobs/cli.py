@@ -1,0 +1,239 @@
+"""The program `dailies`: what can be typed, and which function answers.
+
+Nothing heavy is imported here: `dailies --help` must be instant, and torch, ray and pyarrow take seconds.
+"""
+
+import inspect
+import json as jsonlib
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+HELP = """Render tonight, look tomorrow: large text-to-video batches, from a manifest of prompts to clips in a folder or bucket.
+
+Exit codes: 0 every row has a clip; 2 bad usage or bad manifest, nothing was started; 3 finished, some rows failed;
+5 the store or the cluster is not usable; 130 interrupted. After 3, 5 and 130 the same command continues.
+
+\b
+Example:  dailies render examples/prompts.parquet --out out/
+"""
+
+# typer's own base of what is wrong with a command line; the module that it lives in moved between versions
+CommandLineError = typer.BadParameter.__mro__[1]
+
+app = typer.Typer(help=HELP, no_args_is_help=True, add_completion=False, rich_markup_mode=None,
+                  pretty_exceptions_enable=False)
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, and nothing else there.")]
+RunUri = Annotated[str, typer.Argument(metavar="URI", help="The run folder: a local folder or s3://bucket/prefix.")]
+
+
+def render_options(
+    manifest: Annotated[str | None, typer.Argument(
+        metavar="MANIFEST", help="Parquet, CSV or JSON lines; a file, a folder or a glob; local or s3://.")] = None,
+    out: Annotated[str | None, typer.Option(metavar="URI", help="The run folder: local or s3://bucket/prefix.")] = None,
+    config: Annotated[Path | None, typer.Option(
+        metavar="FILE", help="TOML with any of these options as keys; flags win.")] = None,
+    model: Annotated[str | None, typer.Option(metavar="NAME", help="See `dailies models`.  [default: demo]")] = None,
+    weights: Annotated[str | None, typer.Option(
+        metavar="URI", help="Folder or s3:// in the published layout.  [default: the model's own]")] = None,
+    ray: Annotated[str | None, typer.Option(
+        metavar="local|auto|ADDRESS", help="Where the work runs: this machine, the cluster this machine belongs to, "
+        "or the cluster at ADDRESS.  [default: local]")] = None,
+    device: Annotated[str | None, typer.Option(metavar="cpu|cuda", help="[default: cuda where there is a GPU]")] = None,
+    resolution: Annotated[str | None, typer.Option(
+        metavar="NAME|WIDTHxHEIGHT", help="For rows that do not say.  [default: the model's]")] = None,
+    duration: Annotated[float | None, typer.Option(
+        metavar="SECONDS", help="For rows that do not say.  [default: the model's]")] = None,
+    steps: Annotated[int | None, typer.Option(
+        metavar="N", help="For rows that do not say.  [default: the model's]")] = None,
+    guidance: Annotated[float | None, typer.Option(
+        metavar="X", help="For rows that do not say.  [default: the model's]")] = None,
+    precision: Annotated[str | None, typer.Option(
+        metavar="fp32|bf16", help="[default: bf16 on a GPU, fp32 on a CPU]")] = None,
+    batch: Annotated[int | None, typer.Option(
+        metavar="N", help="Clips sampled at once; above 1 the last bits may differ.  [default: 1]")] = None,
+    samplers: Annotated[int | None, typer.Option(
+        metavar="N", help="Copies of the diffusion model.  [default: as many as fit]")] = None,
+    threads_per_sampler: Annotated[int | None, typer.Option(
+        metavar="N", help="CPU threads of each copy.")] = None,
+    limit: Annotated[int | None, typer.Option(metavar="N", help="Only the first N clips of the plan.")] = None,
+    max_attempts: Annotated[int | None, typer.Option(
+        metavar="N", help="Tries for a row whose worker died.  [default: 3]")] = None,
+    skip_invalid: Annotated[bool | None, typer.Option(
+        "--skip-invalid/--no-skip-invalid", help="Record bad rows as failed and render the rest.")] = None,
+    strict: Annotated[bool | None, typer.Option(
+        "--strict/--no-strict", help="Refuse whatever would be rendered other than asked, instead of noting it.")] = None,
+    keep_latents: Annotated[bool | None, typer.Option(
+        "--keep-latents/--no-keep-latents", help="Keep latents/ after publishing.")] = None,
+) -> None:
+    """The options that render, plan and submit share; see with_render_options."""
+
+
+def with_render_options(command: Callable[..., int]) -> Callable[..., int]:
+    """`command(options, **own)` as a function whose signature typer can read: the shared options, then its own."""
+    shared = inspect.signature(render_options, eval_str=True).parameters
+    own = [parameter for name, parameter in inspect.signature(command, eval_str=True).parameters.items()
+           if name != "options"]
+
+    def typed(**given: Any) -> int:
+        return command({name: given.pop(name) for name in shared}, **given)
+
+    parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in [*shared.values(), *own]]
+    typed.__signature__ = inspect.Signature(parameters)
+    typed.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    typed.__name__, typed.__doc__ = command.__name__, command.__doc__
+    return typed
+
+
+@app.command()
+@with_render_options
+def render(options: dict[str, Any], json: Json = False) -> int:
+    """Plan, render and publish every row that is not done yet; running it again continues.
+
+    \b
+    Examples:
+      dailies render examples/prompts.parquet --out out/
+      dailies render s3://b/night.parquet --out s3://b/runs/0412 --model linum-v2-720p --ray auto
+      dailies render --config night.toml --limit 20
+    """
+    from jobs.render import render
+    from jobs.settings import RenderJob
+    return render(RenderJob.read(options, options.pop("config")), json=json)
+
+
+@app.command()
+@with_render_options
+def plan(options: dict[str, Any], json: Json = False) -> int:
+    """The same checks and the same plan as render, without rendering or writing anything.
+
+    \b
+    Example:  dailies plan examples/prompts.parquet --out out/
+    """
+    from jobs.render import show_plan
+    from jobs.settings import RenderJob
+    return show_plan(RenderJob.read(options, options.pop("config")), json=json)
+
+
+@app.command()
+@with_render_options
+def submit(options: dict[str, Any],
+           address: Annotated[str, typer.Option(metavar="URL", help="The Ray head's dashboard: http://HEAD:8265.")],
+           wait: Annotated[bool, typer.Option(help="Follow the log and return render's exit code.")] = False,
+           json: Json = False) -> int:
+    """The same render as a job on a Ray cluster.
+
+    \b
+    Example:  dailies submit night.parquet --out s3://b/runs/0412 --address http://head:8265 --wait
+    """
+    from jobs.settings import RenderJob
+    from jobs.submit import submit
+    job = RenderJob.read(options, options["config"])
+    if "ray" in options and options["ray"] is not None:
+        raise typer.BadParameter("submit runs on the cluster at --address; leave --ray out")
+    arguments = []
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        if name in ("manifest", "out", "ray") or value is None:
+            continue
+        if isinstance(value, bool):
+            arguments.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            arguments += [f"--{flag}", str(value)]
+    return submit(job.manifest, job.out, address, arguments, wait, json)
+
+
+@app.command()
+def status(uri: RunUri, json: Json = False) -> int:
+    """Done, failed and pending rows, clips per hour, ETA, by bucket; from the run folder alone.
+
+    \b
+    Example:  dailies status s3://b/runs/0412
+    """
+    from jobs.runs import status
+    return status(uri, json=json)
+
+
+@app.command()
+def verify(uri: RunUri, json: Json = False) -> int:
+    """Re-read every clip and check its hash, that it decodes, and its size, against the ledger; exit 3 if any is wrong.
+
+    \b
+    Example:  dailies verify out/
+    """
+    from jobs.runs import verify
+    return verify(uri, json=json)
+
+
+@app.command()
+def retry(uri: RunUri,
+          where: Annotated[list[str] | None, typer.Option(
+              metavar="COLUMN=VALUE", help="Only failed rows with this value in the ledger; may be repeated.")] = None,
+          json: Json = False) -> int:
+    """Put failed rows back to pending; the next render tries them again.
+
+    \b
+    Example:  dailies retry out/ --where error_type=WorkerDied
+    """
+    from jobs.runs import retry
+    return retry(uri, where or [], json=json)
+
+
+@app.command()
+def models(name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One model, in full.")] = None,
+           weights: Annotated[str | None, typer.Option(metavar="FOLDER", help="Where to look for its weights.")] = None,
+           json: Json = False) -> int:
+    """The catalogue: what each model is, needs and defaults to, and which of its weights files are missing.
+
+    \b
+    Example:  dailies models linum-v2-720p --weights /data/linum-v2-720p
+    """
+    from jobs.runs import models
+    return models(name, weights, json=json)
+
+
+@app.command()
+def bench(what: Annotated[str | None, typer.Argument(metavar="[WHAT]", help="What to time.  [default: all]")] = None,
+          json: Json = False) -> int:
+    """Time a part of dailies against a named peer in the same run.
+
+    \b
+    Example:  dailies bench pipeline
+    """
+    from jobs.bench import bench
+    return bench(what, json=json)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; whatever goes wrong becomes one message and an exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        return app(arguments, prog_name="dailies", standalone_mode=False) or 0
+    except CommandLineError as error:
+        hint = f"\nSee: {error.ctx.command_path} --help" if error.ctx and error.ctx.command_path not in error.message else ""
+        return fail(2, error.format_message() + hint, arguments)
+    except (KeyboardInterrupt, typer.Abort):
+        return fail(130, "Interrupted; the same command continues.", arguments)
+    except BrokenPipeError:                             # `dailies status URI | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        from jobs.settings import exit_code_of
+        if (code := exit_code_of(error)) is None:
+            raise                                       # our own mistake: the traceback is what helps
+        return fail(code, str(error), arguments, getattr(error, "complaints", None))
+
+
+def fail(code: int, message: str, arguments: list[str], complaints: Any = None) -> int:
+    if "--json" in arguments:
+        print(jsonlib.dumps({"error": message, "exit_code": code} | ({"complaints": complaints.as_json()} if complaints else {})))
+    print(message, file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,165 @@
+"""What a person sees while a run goes on: a live table on a terminal, one line every ten seconds elsewhere."""
+
+import sys
+import threading
+import time
+from collections import defaultdict, deque
+from typing import TYPE_CHECKING, Literal, Self, TextIO
+
+if TYPE_CHECKING:
+    from pipeline.driver import Progress, StageProgress
+
+LINE_EVERY_S = 10.0
+RATE_OVER_S = 300.0                     # a rate is what was done in the last minutes, not since the start
+RATE_OVER_COUNT = 20
+SAMPLE_EVERY_S = 1.0
+
+View = Literal["live", "lines", "silent"]
+
+
+def printable(text: str) -> str:
+    """Text from a manifest or an error as a terminal may have it: nothing in it moves the cursor or changes a colour."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def counted(number: int, noun: str) -> str:
+    """1 row, 2,000 rows"""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def duration_text(seconds: float) -> str:
+    """45 s, 12 min, 3 h 20 min, 2 d 4 h"""
+    seconds = round(seconds)
+    if seconds < 100:
+        return f"{seconds} s"
+    minutes = round(seconds / 60)
+    if minutes < 100:
+        return f"{minutes} min"
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes // 1440} d {minutes % 1440 // 60} h"
+
+
+def rate_text(per_s: float | None) -> str:
+    """Per second, minute or hour, whichever gives a number that can be read."""
+    if per_s is None:
+        return "-"
+    for unit, seconds in (("s", 1), ("min", 60)):
+        if per_s * seconds >= 1:
+            return f"{per_s * seconds:.3g}/{unit}"
+    return f"{per_s * 3600:.3g}/h"
+
+
+class Rate:
+    """How fast a count grows: over the last RATE_OVER_S, or longer where that saw less than RATE_OVER_COUNT."""
+
+    def __init__(self):
+        self.samples: deque[tuple[float, int]] = deque()
+
+    def add(self, now: float, count: int) -> None:
+        if self.samples and (count <= self.samples[-1][1] or now - self.samples[-1][0] < SAMPLE_EVERY_S):
+            return
+        self.samples.append((now, count))
+        if self.samples[0][1] == 0 and len(self.samples) > 2:
+            self.samples.popleft()                      # machines start and models load before the first
+        while len(self.samples) > 2 and now - self.samples[0][0] > RATE_OVER_S \
+                and count - self.samples[1][1] >= RATE_OVER_COUNT:
+            self.samples.popleft()
+
+    def per_s(self, now: float) -> float | None:
+        """None until something was done."""
+        if len(self.samples) < 2:
+            return None
+        return (self.samples[-1][1] - self.samples[0][1]) / max(now - self.samples[0][0], 1e-3)
+
+
+class Display:
+    """Shown from a thread of its own, so that a driver which waits for the cluster does not look dead."""
+
+    def __init__(self, *, total: int, view: View, stream: TextIO | None = None):
+        """total: clips to make when the run starts."""
+        self.total, self.view, self.stream = total, view, stream or sys.stderr
+        self.done = self.failed = 0
+        self.stages: tuple[StageProgress, ...] = ()
+        self.rates: dict[str, Rate] = defaultdict(Rate)     # by stage; "" is the whole
+        self.rates[""].add(time.monotonic(), 0)
+        self.lock, self.over = threading.Lock(), threading.Event()
+        self.began = time.monotonic()
+        self.live = None
+
+    @classmethod
+    def view_for(cls, json: bool, stream: TextIO | None = None) -> View:
+        if json:
+            return "silent"
+        return "live" if (stream or sys.stderr).isatty() else "lines"
+
+    def __enter__(self) -> Self:
+        if self.view == "live":
+            from rich.console import Console
+            from rich.live import Live
+            # what other libraries print goes above the table, not through it
+            self.live = Live(get_renderable=self.table, console=Console(file=self.stream), refresh_per_second=4)
+            self.live.start()
+        elif self.view == "lines":
+            threading.Thread(target=self.print_lines, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+        if self.live:
+            self.live.stop()
+
+    def update(self, progress: "Progress") -> None:
+        now = time.monotonic()
+        with self.lock:
+            self.done, self.failed, self.stages = progress.done, progress.failed, progress.stages
+            self.rates[""].add(now, progress.done + progress.failed)
+            for stage in progress.stages:
+                self.rates[stage.name].add(now, stage.done)
+        for note in progress.notes:
+            self.note(note)
+
+    def note(self, text: str) -> None:
+        """Something the person should know, printed at once and kept."""
+        if self.view == "silent":
+            return
+        if self.live:
+            self.live.console.print(printable(text), markup=False, highlight=False)
+        else:
+            print(printable(text), file=self.stream, flush=True)
+
+    def headline(self) -> str:
+        ended, per_s = self.done + self.failed, self.rates[""].per_s(time.monotonic())
+        failed = f", {self.failed:,} failed" if self.failed else ""
+        if ended >= self.total:
+            left = "finishing"
+        elif per_s is None:
+            left = f"for {duration_text(time.monotonic() - self.began)}"
+        else:
+            eta_s = (self.total - ended) / per_s
+            left = f"ETA {duration_text(eta_s)} ({time.strftime('%H:%M', time.localtime(time.time() + eta_s))})"
+        return f"{ended:,}/{self.total:,} clips{failed}  {rate_text(per_s)}  {left}"
+
+    def line(self) -> str:
+        with self.lock:
+            stages = "  ".join(f"{stage.name} {stage.done:,} done, {stage.in_flight:,} in flight" for stage in self.stages)
+            return f"{time.strftime('%H:%M:%S')}  {self.headline()}" + (f"  | {stages}" if stages else "")
+
+    def print_lines(self) -> None:
+        while not self.over.wait(LINE_EVERY_S):
+            print(self.line(), file=self.stream, flush=True)
+
+    def table(self):
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        with self.lock:
+            table = Table(box=None, pad_edge=False, title=self.headline(), title_justify="left", title_style="bold")
+            for name in ("stage", "copies", "queued", "in flight", "done", "rate"):
+                table.add_column(name, justify="left" if name == "stage" else "right", header_style="dim")
+            table.add_column("", width=30)
+            for stage in self.stages:
+                starting = f"+{stage.starting}" if stage.starting else ""
+                table.add_row(stage.name, f"{stage.copies}{starting}", f"{stage.queued:,}", f"{stage.in_flight:,}",
+                              f"{stage.done:,}", rate_text(self.rates[stage.name].per_s(time.monotonic())),
+                              ProgressBar(total=max(1, self.total), completed=stage.done, width=30))
+            return table

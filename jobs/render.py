@@ -1,0 +1,354 @@
+"""One run, there and back: settings in; clips, a ledger and an exit code out."""
+
+import json as jsonlib
+import platform
+import signal
+import sys
+import time
+from collections.abc import Container, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from itertools import islice
+from typing import Any
+
+from actors.clip_writer import clip_key
+from actors.messages import Clip, Request
+from actors.shelf import EMBEDDINGS, LATENTS, clear
+from jobs.progress import Display, View, counted, duration_text, printable
+from jobs.runs import bucket_text, card_named, clip_of
+from jobs.settings import RenderJob, UsageError
+from model.catalog import ModelCard
+from model.weights import fingerprint, locate, weights_files
+from pipeline.ledger import SUCCESS, Ledger, invalid_row, keys_of, read, row_of, write_success
+from pipeline.manifest import Manifest
+from pipeline.plan import Defaults, Plan, PlannedRow
+from pipeline.runfile import check_run, claim_run, read_run
+from pipeline.stages import Outcome
+from pipeline.store import FolderStore, Store, StoreError, bring, open_store
+from pipeline.text_to_video import text_to_video
+
+PACKAGES = ("dailies", "torch", "transformers", "ray", "av", "pyarrow")      # whose versions run.json tells
+SHOWN_FAILURES = 20
+ADOPTERS = 16                                           # published clips asked for their hash at a time
+
+
+def render(job: RenderJob, *, json: bool) -> int:
+    """Plan, render and publish what is not done yet; 0 all done, 3 some rows failed, 130 stopped.
+
+    Nothing is written before everything that can be wrong with the job has been checked.
+    Raises UsageError, ManifestError, CheckpointError; StoreError, ClusterError.
+    """
+    night = prepare(job)
+    book = Book(night)
+    if book.open_clips or not night.has_begun:
+        check_weights(night)
+        begin(night)
+    show = Display.view_for(json)
+    tell(notes_of(night.plan), show)
+    with book:
+        todo, num_clips = book.todo()
+        stop = work(night, book, todo, num_clips, show) if num_clips else None
+    return finish(night, book, stop, json)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Night:
+    """A job with everything resolved and checked, and nothing written."""
+
+    job: RenderJob
+    card: ModelCard
+    device: str
+    store: Store
+    plan: Plan
+    has_begun: bool                                     # the folder holds this run already
+    began: float                                        # monotonic
+
+    def identity(self) -> dict[str, Any]:
+        """What decides which clips this run has: a run folder holds one such run."""
+        plan = self.plan
+        return {"manifest_digest": plan.manifest.digest, "model": plan.card.name,
+                "weights_fingerprint": plan.weights_fingerprint, "precision": plan.precision,
+                "attention": plan.attention, **plan.defaults.model_dump()}
+
+
+def prepare(job: RenderJob) -> Night:
+    """Every complaint comes from here.  Raises UsageError, ManifestError, CheckpointError, OtherRun, StoreError."""
+    began = time.monotonic()
+    card = card_named(job.model)
+    try:
+        store = open_store(job.out)
+    except StoreError as error:
+        raise UsageError(f"--out {error}") from None
+    manifest = Manifest.read(job.manifest)
+    weights = locate(job.weights, card, fetch=bring)
+    defaults = Defaults(resolution=job.resolution, duration_s=job.duration, steps=job.steps, guidance=job.guidance)
+    try:
+        defaults.resolved(card)
+    except ValueError as error:
+        raise UsageError(f"{error}. This is the default for rows that do not say") from None
+    found = read_run(store)
+    device = job.device or (found or {}).get("device") or device_of(job.ray)
+    precision = job.precision or (found or {}).get("identity", {}).get("precision") or card.precision_on(device)
+    if precision not in card.precisions:
+        raise UsageError(f"--precision must be {' or '.join(card.precisions)} for {card.name}; got {precision}")
+    plan = Plan.make(manifest, card, defaults, weights_fingerprint=fingerprint(weights_files(card, weights)),
+                     precision=precision, skip_invalid=job.skip_invalid)
+    if job.strict and plan.roundings:
+        said = "; ".join(f"{counted(rows, 'row')}: {note}" for note, rows in plan.roundings[:10])
+        raise UsageError(f"--strict, and not every row can be rendered as asked: {said}")
+    night = Night(job=job, card=card, device=device, store=store, plan=plan, has_begun=found is not None, began=began)
+    if found is not None:
+        check_run(store, found, night.identity())
+    return night
+
+
+def device_of(ray: str) -> str:
+    """What the machines that will do the work compute on."""
+    if ray == "local":
+        import torch
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    from pipeline import cluster
+    with cluster.connect(ray):
+        return "cuda" if any(node.gpus for node in cluster.nodes()) else "cpu"
+
+
+def check_weights(night: Night) -> None:
+    """Names, shapes and dtypes of every weight, from the files' headers.  Raises CheckpointError."""
+    weights = locate(night.job.weights, night.card, fetch=bring)
+    for build in night.card.builders():
+        build(weights, "meta", night.plan.precision)
+
+
+def begin(night: Night) -> None:
+    """The store does what a run needs, and the folder is this run's.  Raises UsageError, OtherRun, StoreError."""
+    try:
+        night.store.probe()
+    except StoreError as error:
+        if isinstance(night.store, FolderStore):        # a path that cannot be written was typed; a bucket may come back
+            raise UsageError(f"--out {error}") from error
+        raise
+    summary = night.plan.summary()
+    claim_run(night.store, night.identity(), {
+        "device": night.device, "rows": summary["rows"], "invalid_rows": summary["invalid_rows"],
+        "planned_rows": summary["planned_rows"], "clips": summary["clips"], "duplicates": summary["duplicates"],
+        "settings": summary["settings"], "buckets": summary["buckets"], "more_buckets": summary["more_buckets"],
+        "roundings": summary["roundings"], "job": night.job.model_dump(),
+        "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "began_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    })
+
+
+class Book:
+    """What of the plan is done, and the ledger that says so."""
+
+    def __init__(self, night: Night):
+        self.store, self.plan, self.limit = night.store, night.plan, night.job.limit
+        self.ledger = Ledger.open(self.store, self.plan.manifest.user.schema)
+        keys = self.plan.keys()
+        left = self.ledger.pending(keys)
+        self.num_rows = keys.num_rows + self.plan.num_invalid_rows
+        self.open_clips = set(left["clip_id"].to_pylist())
+        # rows that are written although another row of their clip is not: they must not be written again
+        written = keys.join(left.select(["id", "seed"]), ["id", "seed"], join_type="left anti")
+        self.written = {key for key, clip_id in zip(keys_of(written), written["clip_id"].to_pylist(), strict=True)
+                        if clip_id in self.open_clips}
+        self.num_adopted = self.num_rendered = 0
+        self.failures: list[dict[str, Any]] = []
+
+    def __enter__(self) -> "Book":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ledger.close()
+
+    def todo(self) -> tuple[Iterator[Request], int]:
+        """The requests to render, in order, and how many. Before that, invalid rows and published clips get their rows."""
+        self.record_invalid()
+        if not self.open_clips:
+            return iter(()), 0
+        self.store.delete(SUCCESS)
+        wanted = self.open_clips
+        if self.limit is not None:
+            wanted = wanted & {request.clip_id for request in islice(self.plan.requests(), self.limit)}
+        published = {clip_id for clip_id in (clip_of(info.key) for info in self.store.list("clips/")) if clip_id in self.open_clips}
+        self.adopt(self.plan.requests(skip=Except(published)))
+        wanted = wanted - published
+        return self.plan.requests(skip=Except(wanted)), len(wanted)
+
+    def record_invalid(self) -> None:
+        if not self.plan.num_invalid_rows:
+            return
+        known = {name for name, seed in keys_of(self.ledger.keys) if seed is None}
+        for row in self.plan.invalid_rows():
+            if row.id not in known:
+                self.ledger.append([invalid_row(row.id, row.prompt, row.error)], self.plan.user_columns([row.row]))
+
+    def adopt(self, requests: Iterable[Request]) -> None:
+        """Write the rows of clips that were published by a run which was killed before it could."""
+        with ThreadPoolExecutor(ADOPTERS) as pool:
+            for clip in pool.map(self.published_clip, requests):
+                self.append(clip, None)
+                self.num_adopted += 1
+
+    def published_clip(self, request: Request) -> Clip:
+        key = clip_key(request.clip_id)
+        info = self.store.head(key)
+        if info is None:
+            raise StoreError(f"{self.store.uri_of(key)} was listed a moment ago and is gone; the same command continues")
+        return Clip(request=request, uri=self.store.uri_of(key), sha256=info.sha256, num_bytes=info.num_bytes,
+                    duration_s=request.shape.frames / request.fps)
+
+    def record(self, outcome: Outcome) -> None:
+        rows = self.append(outcome.value, outcome)
+        if isinstance(outcome.value, Clip):
+            self.num_rendered += 1
+        elif len(self.failures) < SHOWN_FAILURES:
+            self.failures += [{"id": row.id, "seed": row.seed, "stage": outcome.value.stage,
+                               "error_type": outcome.value.error_type, "error": outcome.value.error} for row in rows]
+
+    def append(self, value: Any, outcome: Outcome | None) -> list[PlannedRow]:
+        rows = [row for row in self.plan.rows_of(value.request.clip_id) if (row.id, row.seed) not in self.written]
+        self.ledger.append([row_of(row.id, value, outcome) for row in rows],
+                           self.plan.user_columns([row.row for row in rows]))
+        return rows
+
+    def counts(self) -> dict[str, int]:
+        done, failed = self.ledger.counts["done"], self.ledger.counts["failed"]
+        return {"rows": self.num_rows, "done": done, "failed": failed, "pending": self.num_rows - done - failed}
+
+
+class Except(Container[str]):
+    """Everything but what is in `wanted`."""
+
+    def __init__(self, wanted: set[str]):
+        self.wanted = wanted
+
+    def __contains__(self, item: object) -> bool:
+        return item not in self.wanted
+
+
+def work(night: Night, book: Book, todo: Iterator[Request], num_clips: int, view: View) -> Any:
+    """Render until all is done or somebody stops it; returns the Stop."""
+    from pipeline import cluster                        # Ray is wanted only where there is something to do
+    job, stop = night.job, cluster.Stop()
+    stages = text_to_video(night.card, job.weights, night.store, device=night.device, precision=night.plan.precision,
+                           batch=job.batch, samplers=job.samplers, threads=job.threads_per_sampler or 1,
+                           keep_latents=job.keep_latents)
+    with Display(total=num_clips, view=view) as display:
+        def on_progress(progress: cluster.Progress) -> None:
+            display.update(progress)
+            book.ledger.tick()
+
+        # in this order: Ray takes SIGTERM for itself when it connects
+        with cluster.connect(job.ray), interruptible(stop, display):
+            for outcome in cluster.run(stages, todo, max_attempts=job.max_attempts, on_progress=on_progress, stop=stop):
+                book.record(outcome)
+                for fallback in outcome.value.fallbacks if isinstance(outcome.value, Clip) else ():
+                    display.note(f"clip {outcome.value.request.clip_id[:12]}: {fallback}")
+    return stop
+
+
+@contextmanager
+def interruptible(stop: Any, display: Display) -> Iterator[None]:
+    """The first Ctrl-C (or SIGTERM) ends the run in order, the second at once."""
+    def interrupted(number: int, frame: Any) -> None:
+        if stop.draining:
+            stop.now()
+        else:
+            stop.drain()
+            display.note("Stopping: clips that are being made are finished first. Once more stops at once.")
+
+    before = {number: signal.signal(number, interrupted) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def finish(night: Night, book: Book, stop: Any, json: bool) -> int:
+    """Clear up, mark a run that has a row for everything, say what was done, and return the exit code."""
+    counts, store = book.counts(), night.store
+    if not counts["pending"]:
+        clear_shelf(night)
+        if store.head(SUCCESS) is None:
+            write_success(store)
+    interrupted = stop is not None and stop.draining and counts["pending"] > 0
+    code = 130 if interrupted else 3 if counts["failed"] else 0
+    seconds = time.monotonic() - night.began
+    if json:
+        print(jsonlib.dumps({"exit_code": code, "out": store.uri, **counts, "clips": night.plan.num_clips,
+                             "rendered": book.num_rendered, "adopted": book.num_adopted, "seconds": round(seconds, 3),
+                             "notes": notes_of(night.plan), "failures": book.failures}))
+        return code
+    print(f"{store.uri}: {counted(counts['done'], 'row')} done, {counts['failed']:,} failed, {counts['pending']:,} pending; "
+          f"{counted(book.num_rendered, 'clip')} rendered in {duration_text(seconds)}"
+          + (f", {book.num_adopted:,} found published" if book.num_adopted else ""))
+    for failure in book.failures:
+        print(printable(f"  {failure['id']}: {failure['error_type']} in {failure['stage']}: {failure['error']}"[:300]))
+    if counts["failed"]:
+        print(f"Try the failed rows again with: dailies retry {store.uri}, then the same command")
+    if interrupted:
+        print("Interrupted; the same command continues.")
+    return code
+
+
+def clear_shelf(night: Night) -> None:
+    """Remove what only a run under way needs. A failed clip's latent stays: a retry need not sample again."""
+    store = night.store
+    clear(store, [info.key for info in store.list(f"{EMBEDDINGS}/")])
+    if night.job.keep_latents:
+        return
+    latents = {info.key: info.key.rpartition("/")[2].removesuffix(".safetensors") for info in store.list(f"{LATENTS}/")}
+    if latents:
+        rows = read(store, ["clip_id", "status"])
+        failed = {clip_id for clip_id, status in zip(rows["clip_id"].to_pylist(), rows["status"].to_pylist(), strict=True)
+                  if status == "failed"}
+        clear(store, [key for key, clip_id in latents.items() if clip_id not in failed])
+
+
+def tell(notes: list[str], view: View) -> None:
+    if view != "silent":
+        for note in notes:
+            print(printable(note), file=sys.stderr)
+
+
+def notes_of(plan: Plan) -> list[str]:
+    """What will not be quite as the manifest says, for a person."""
+    summary = plan.summary()
+    notes = [f"{counted(said['rows'], 'row')}: {said['note']}" for said in summary["roundings"]]
+    if summary["more_roundings"]:
+        notes.append(f"and {summary['more_roundings']:,} more kinds of rounding")
+    if summary["duplicates"]:
+        ask = "asks" if summary["duplicates"] == 1 else "ask"
+        notes.append(f"{counted(summary['duplicates'], 'row')} {ask} for a clip that another row asks for too: rendered once")
+    if summary["invalid_rows"]:
+        notes.append(f"{counted(summary['invalid_rows'], 'invalid row')} set aside as failed:")
+        notes += [f"  {complaint}" for complaint in plan.complaints.first()]
+        notes += [f"  {count:,} more: {rule}" for count, rule in plan.complaints.rest()]
+    return notes
+
+
+def show_plan(job: RenderJob, *, json: bool) -> int:
+    """Print what `render` would do; writes nothing."""
+    night = prepare(job)
+    check_weights(night)
+    summary = night.plan.summary()
+    if json:
+        print(jsonlib.dumps(summary | {"out": night.store.uri, "device": night.device, "exit_code": 0}))
+        return 0
+    settings = summary["settings"]
+    print(f"{printable(summary['manifest'])}: {counted(summary['rows'], 'row')}, {counted(summary['clips'], 'clip')} "
+          f"with {summary['model']} in {settings['precision']} on {night.device}")
+    print("for rows that do not say: " + ", ".join(f"{name} {value}" for name, value in settings.items()
+                                                   if value is not None and value != ""))
+    for bucket in summary["buckets"]:
+        print(f"{bucket['clips']:>9,} x {bucket_text(bucket)}")
+    if summary["more_buckets"]:
+        print(f"          and {summary['more_buckets']:,} more buckets")
+    for note in notes_of(night.plan):
+        print(printable(note))
+    return 0

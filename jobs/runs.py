@@ -1,0 +1,268 @@
+"""What can be asked of a run folder from any machine, and of the catalogue: status, verify, retry, models."""
+
+import hashlib
+import json as jsonlib
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from jobs.progress import counted, duration_text, printable
+from jobs.settings import UsageError, suggestion
+from model.catalog import CATALOG, ModelCard
+from model.weights import CheckpointError, locate, missing_files, weights_files
+from pipeline import ledger
+from pipeline.runfile import read_run
+from pipeline.store import NotFound, Store, open_store
+
+RATE_OVER = timedelta(hours=1)                          # clips per hour is what was made in the last hour of work
+STALE = timedelta(minutes=15)                           # without a row for so long, nobody promises an ETA
+READERS = 4
+LINE_EVERY_S = 10.0
+
+
+def open_run(uri: str) -> tuple[Store, dict[str, Any]]:
+    """The run folder and its run.json.  Raises UsageError where there is none; OtherRun, StoreError."""
+    store = open_store(uri)
+    run = read_run(store)
+    if run is None:
+        raise UsageError(f"{store.uri} is no run folder: it has no run.json. A run begins with: "
+                         f"dailies render MANIFEST --out {uri}")
+    return store, run
+
+
+def status(uri: str, *, json: bool) -> int:
+    """Print how far a run is; from the folder alone."""
+    store, run = open_run(uri)
+    said = {"out": store.uri, "model": run["identity"].get("model")} | progress_of(store, run)
+    if json:
+        print(jsonlib.dumps(said))
+        return 0
+    print(f"{store.uri}: {said['done']:,} of {counted(said['rows'], 'row')} done, {said['failed']:,} failed, "
+          f"{said['pending']:,} pending" + ("; finished" if said["finished"] else ""))
+    if said["clips_per_hour"] is not None:
+        eta = f", ETA {duration_text(said['eta_s'])}" if said["eta_s"] is not None else ""
+        print(f"{said['clips_per_hour']:,.1f} clips per hour{eta}; last row "
+              f"{duration_text(said['last_row_s_ago'])} ago")
+    for bucket in said["buckets"]:
+        print(f"  {bucket['done']:>9,} done {bucket['failed']:>7,} failed {bucket['pending']:>9,} pending  {bucket['bucket']}")
+    for error_type, count in said["failed_by_type"].items():
+        print(f"  {count:,} failed with {printable(error_type)}")
+    return 0
+
+
+def progress_of(store: Store, run: dict[str, Any]) -> dict[str, Any]:
+    """Rows done, failed and pending, in all and clips by bucket; clips per hour and the seconds that are left."""
+    shape = ["width", "height", "frames", "steps", "guidance"]
+    table = ledger.read(store, ["status", "error_type", "clip_id", "finished_at", "worker", *shape])
+    columns = {name: table[name].to_pylist() for name in ("status", "error_type", "clip_id", "finished_at", "worker")}
+    counts = Counter(columns["status"])
+    rows = run["planned_rows"] + run["invalid_rows"]
+    per_hour, last = pace(columns)
+    now = datetime.now(UTC)
+    clips = dict(zip(columns["clip_id"], columns["status"], strict=True))
+    clips.pop(None, None)                               # of invalid rows
+    pending_clips = run["clips"] - len(clips)
+    running = per_hour and last and now - last < STALE
+    return {
+        "rows": rows, "done": counts["done"], "failed": counts["failed"],
+        "pending": rows - counts["done"] - counts["failed"], "clips": run["clips"], "pending_clips": pending_clips,
+        "finished": store.head(ledger.SUCCESS) is not None,
+        "clips_per_hour": per_hour, "eta_s": 3600 * pending_clips / per_hour if running and pending_clips else None,
+        "last_row_s_ago": (now - last).total_seconds() if last else None,
+        "buckets": buckets_of(run, zip(columns["clip_id"], columns["status"],
+                                       zip(*(table[name].to_pylist() for name in shape), strict=True), strict=True)),
+        "more_buckets": run["more_buckets"],
+        "failed_by_type": dict(Counter(error_type for error_type, status in
+                                       zip(columns["error_type"], columns["status"], strict=True)
+                                       if status == "failed").most_common()),
+    }
+
+
+def pace(columns: dict[str, list]) -> tuple[float | None, datetime | None]:
+    """Clips per hour over the last hour of work, and when the last row was written. Adopted clips do not count."""
+    made: dict[str, datetime] = {}
+    for clip_id, finished_at, worker in zip(columns["clip_id"], columns["finished_at"], columns["worker"], strict=True):
+        if worker is not None:
+            made[clip_id] = finished_at
+    last = max((at for at in columns["finished_at"] if at), default=None)
+    if not made:
+        return None, last
+    latest = max(made.values())
+    recent = sorted(at for at in made.values() if latest - at <= RATE_OVER)
+    seconds = (latest - recent[0]).total_seconds()
+    return ((len(recent) - 1) * 3600 / seconds if seconds > 0 else None), last
+
+
+def buckets_of(run: dict[str, Any], rows: Iterator[tuple[str | None, str, tuple]]) -> list[dict[str, Any]]:
+    """Clips by bucket, in the order of rendering; rows: clip_id, status and shape of each row."""
+    seen: dict[str, tuple[str, tuple]] = {clip_id: (status, shape) for clip_id, status, shape in rows if clip_id}
+    counts = Counter(seen.values())
+    said = []
+    for bucket in run["buckets"]:
+        shape = tuple(bucket[name] for name in ("width", "height", "frames", "steps", "guidance"))
+        done, failed = counts["done", shape], counts["failed", shape]
+        said.append({"bucket": bucket_text(bucket), **bucket, "done": done, "failed": failed,
+                     "pending": bucket["clips"] - done - failed})
+    return said
+
+
+def bucket_text(bucket: dict[str, Any]) -> str:
+    return (f"{bucket['width']}x{bucket['height']}, {bucket['frames']} frames, {bucket['steps']} steps, "
+            f"guidance {bucket['guidance']:g}")
+
+
+def verify(uri: str, *, json: bool) -> int:
+    """Re-read every clip of the ledger: its hash, that it decodes, its frames, size and rate; 3 if any is wrong."""
+    store, _ = open_run(uri)
+    columns = ["clip_id", "status", "id", "sha256", "bytes", "width", "height", "frames", "fps"]
+    rows = [row for row in ledger.read(store, columns).to_pylist() if row["status"] == "done"]
+    clips = {row["clip_id"]: row for row in rows}
+    wrong: list[dict[str, Any]] = []
+    told = time.monotonic()
+    with ThreadPoolExecutor(READERS) as pool:
+        for checked, (row, problem) in enumerate(pool.map(lambda row: (row, check(store, row)), clips.values()), start=1):
+            if problem:
+                wrong.append({"clip_id": row["clip_id"], "id": row["id"], "problem": problem})
+            if not json and time.monotonic() - told > LINE_EVERY_S:
+                told = time.monotonic()
+                print(f"{checked:,} of {counted(len(clips), 'clip')} read, {len(wrong):,} wrong", file=sys.stderr)
+    recorded = set(clips)
+    strays = sum(1 for info in store.list("clips/") if clip_of(info.key) not in recorded)
+    code = 3 if wrong else 0
+    if json:
+        print(jsonlib.dumps({"exit_code": code, "out": store.uri, "clips": len(clips), "wrong": wrong, "unrecorded": strays}))
+        return code
+    print(f"{store.uri}: {counted(len(clips), 'clip')} read, {len(wrong):,} wrong")
+    for found in wrong:
+        print(f"  {found['clip_id']} ({printable(found['id'])}): {found['problem']}")
+    if strays:
+        print(f"  {counted(strays, 'object')} under clips/ without a ledger row; the next render records those it plans")
+    return code
+
+
+def check(store: Store, row: dict[str, Any]) -> str | None:
+    """What is wrong with the clip of a ledger row, None for nothing."""
+    from actors.clip_writer import clip_key, coded_size, read_clip
+    try:
+        data = store.get(clip_key(row["clip_id"]))
+    except NotFound:
+        return "missing"
+    if hashlib.sha256(data).hexdigest() != row["sha256"]:
+        return f"changed: {len(data):,} bytes whose SHA-256 is not the ledger's ({row['bytes']:,} bytes)"
+    try:
+        found = read_clip(data)
+    except ValueError as error:
+        return f"undecodable: {error}"
+    width, height = coded_size(row["width"], row["height"])
+    wanted, got = (width, height, row["frames"]), (found.width, found.height, found.frames)
+    if wanted != got or abs(found.fps - row["fps"]) > 0.01:
+        return (f"not what the ledger says: {got[0]}x{got[1]}, {got[2]} frames at {found.fps:g} fps; wanted "
+                f"{wanted[0]}x{wanted[1]}, {wanted[2]} frames at {row['fps']:g} fps")
+    return None
+
+
+def clip_of(key: str) -> str:
+    """The clip_id in clips/ab/<clip_id>.mp4"""
+    return key.rpartition("/")[2].removesuffix(".mp4")
+
+
+def retry(uri: str, where: list[str], *, json: bool) -> int:
+    """Put failed rows back to pending."""
+    conditions = {}
+    for condition in where:
+        column, equals, value = condition.partition("=")
+        if not column or not equals:
+            raise UsageError(f"--where must be COLUMN=VALUE; got {condition!r}")
+        conditions[column] = value
+    store, _ = open_run(uri)
+    try:
+        count = ledger.retry(store, conditions)
+    except ValueError as error:
+        raise UsageError(f"--where: {error}") from None
+    if json:
+        print(jsonlib.dumps({"exit_code": 0, "out": store.uri, "pending_again": count}))
+    elif count:
+        print(f"{counted(count, 'failed row')} pending again; the same render command tries them")
+    else:
+        print("No failed row" + (" of these" if conditions else "") + "; nothing was changed")
+    return 0
+
+
+def card_named(name: str) -> ModelCard:
+    if name not in CATALOG:
+        raise UsageError(f"no model is called {name!r}.{suggestion(name, list(CATALOG))} There are: {', '.join(CATALOG)}")
+    return CATALOG[name]
+
+
+def models(name: str | None, weights: str | None, *, json: bool) -> int:
+    """Print the catalogue, or one card in full with what is missing of its weights; downloads nothing."""
+    # read by the hub's client when it is imported: to look must not fetch 20 GB
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    cards = [card_named(name)] if name else list(CATALOG.values())
+    found = [describe(card, weights if name else None) for card in cards]
+    if json:
+        print(jsonlib.dumps(found[0] if name else {"models": found}))
+    elif name:
+        print_model(found[0])
+    else:
+        for model in found:
+            state = "weights found" if model["weights"]["complete"] else "weights missing"
+            print(f"{model['name']:<16} {state:<16} {model['description']}")
+    return 0
+
+
+def describe(card: ModelCard, weights: str | None) -> dict[str, Any]:
+    """A card for JSON: what a row gets when it does not say, what it may ask for, where the weights are."""
+    return {
+        "name": card.name, "description": card.description, "fps": card.fps,
+        "defaults": {"resolution": card.resolution, "duration_s": card.duration_s, "steps": card.num_steps,
+                     "guidance": card.guidance, "negative_prompt": card.negative_prompt},
+        "resolutions": {name: f"{width}x{height}" for name, (height, width) in card.resolutions.items()},
+        "limits": {"min_side": card.min_side, "side_step": card.side_step, "max_pixels": card.max_pixels, "max_duration_s": card.max_duration_s,
+                   "max_steps": card.max_steps, "max_guidance": card.max_guidance},
+        "precisions": list(card.precisions), "attentions": list(card.attentions),
+        "memory_gb": dict(card.memory_gb), "weights": look_for_weights(card, weights),
+    }
+
+
+def look_for_weights(card: ModelCard, weights: str | None) -> dict[str, Any]:
+    """Where they are, their size, and what is missing there."""
+    try:
+        folder = locate(weights, card)
+    except CheckpointError as error:
+        near = Path(weights).expanduser() if weights else card.folder
+        if near is None:                                # nothing complete in the hub's cache
+            layout = card.layouts[0]
+            needs = [part if part.endswith(".safetensors") else f"{part}/" for part in (*layout.parts, layout.tokenizer)]
+            return {"complete": False, "folder": None, "missing": needs,
+                    "problem": f"not in the Hugging Face cache; the first render fetches {card.repo_id}"}
+        missing = missing_files(card, near) if near.is_dir() else []
+        return {"complete": False, "folder": str(near), "missing": missing, "problem": str(error)}
+    num_bytes = sum(path.stat().st_size for path in weights_files(card, folder).values())
+    return {"complete": True, "folder": str(folder), "missing": [], "num_bytes": num_bytes}
+
+
+def print_model(model: dict[str, Any]) -> None:
+    defaults, limits, weights = model["defaults"], model["limits"], model["weights"]
+    sizes = ", ".join(f"{name} {size}" for name, size in model["resolutions"].items())
+    memory = ", ".join(f"{stage} {gb} GB" for stage, gb in model["memory_gb"].items())
+    print(f"{model['name']}: {model['description']}")
+    print(f"  defaults    {', '.join(f'{name} {value}' for name, value in defaults.items() if value != '')}")
+    print(f"  sizes       {sizes}; WIDTHxHEIGHT in steps of {limits['side_step']} from {limits['min_side']}, "
+          f"at most {limits['max_pixels']:,} pixels")
+    print(f"  length      1 to {limits['max_duration_s']:g} s at {model['fps']:g} frames per second")
+    print(f"  precision   {', '.join(model['precisions'])}")
+    if memory:
+        print(f"  GPU memory  {memory}")
+    if weights["complete"]:
+        print(f"  weights     {weights['folder']} ({weights['num_bytes'] / 1e6:,.1f} MB)")
+    else:
+        print(f"  weights     {weights['problem']}")
+        for name in weights["missing"]:
+            print(f"              missing: {name}")

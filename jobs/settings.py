@@ -1,0 +1,106 @@
+"""What a person can say about a render, from flags and from a TOML file, checked before anything heavy is imported."""
+
+import difflib
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pipeline.complaints import shown
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class UsageError(Exception):
+    """The command cannot work as it was given; nothing was started or written."""
+
+
+class RenderJob(BaseModel):
+    """One `dailies render`. None is: let the model, the machine or the cluster decide."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    manifest: str                                       # file, folder or glob; local or s3://
+    out: str                                            # the run folder
+    model: str = "demo"
+    weights: str | None = None                          # folder or s3://
+    ray: str = "local"                                  # local, auto (the cluster this machine belongs to) or an address
+    device: Literal["cpu", "cuda"] | None = None
+
+    # for rows that do not say
+    resolution: str | None = None
+    duration: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None      # seconds
+    steps: Count | None = None
+    guidance: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+
+    precision: Literal["fp32", "bf16"] | None = None
+    batch: Count = 1                                    # clips sampled at once, of one shape and course
+    samplers: Count | None = None                       # copies of the diffusion model
+    threads_per_sampler: Count | None = None
+
+    limit: Count | None = None                          # only the first clips of the plan
+    max_attempts: Count = 3                             # of one row whose worker died
+    skip_invalid: bool = False
+    strict: bool = False                                # a fallback is an error
+    keep_latents: bool = False
+
+    @classmethod
+    def read(cls, flags: Mapping[str, Any], config: Path | None = None) -> Self:
+        """Flags that were given (not None) over the keys of the file, over the defaults.  Raises UsageError."""
+        said = read_config(config, known=list(cls.model_fields)) if config else {}
+        given = {name: value for name, value in flags.items() if value is not None}
+        for name, what in (("manifest", "A manifest"), ("out", "An output folder")):
+            if name not in said | given:
+                raise UsageError(f"{what} is needed: dailies render MANIFEST --out URI" +
+                                 (f", or {name} = \"...\" in {config}" if config else ""))
+        try:
+            return cls(**(said | given))
+        except ValidationError as error:
+            problems = [problem(detail, set(given), config) for detail in error.errors()]
+            raise UsageError("\n".join(problems)) from None
+
+
+def read_config(path: Path, known: list[str]) -> dict[str, Any]:
+    """A TOML file's keys, `max-attempts` as `max_attempts`.  Raises UsageError for what is no TOML or no setting."""
+    try:
+        said = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"--config {path}: {error.strerror}") from None
+    except ValueError as error:                         # bad TOML, and bytes that are no UTF-8
+        raise UsageError(f"--config {path} must be TOML: {error}") from None
+    settings: dict[str, Any] = {}
+    for key, value in said.items():
+        name = key.replace("-", "_")
+        if name not in known:
+            raise UsageError(f"{path}: unknown key {shown(key)}.{suggestion(name, known)} Known: {', '.join(known)}")
+        if name in settings:
+            raise UsageError(f"{path}: {name} is given twice")
+        settings[name] = value
+    return settings
+
+
+def suggestion(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f" Did you mean {close[0]}?" if close else ""
+
+
+def problem(detail: Mapping[str, Any], flags: set[str], config: Path | None) -> str:
+    """One pydantic complaint as a sentence that names the flag or the key."""
+    name = str(detail["loc"][0])
+    where = f"--{name.replace('_', '-')}" if name in flags else f"{config}: {name}"
+    allowed = detail["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+    return f"{where} must be {allowed}; got {shown(detail['input'])}"
+
+
+def exit_code_of(error: Exception) -> int | None:
+    """2 for what the person has to put right, 5 for a store or cluster that is not usable, None for our own mistakes."""
+    from model.weights import CheckpointError
+    from pipeline.complaints import ManifestError
+    from pipeline.driver import ClusterError
+    from pipeline.runfile import OtherRun
+    from pipeline.store import NotFound, StoreError
+    if isinstance(error, (UsageError, ManifestError, CheckpointError, OtherRun)):
+        return 2
+    return 5 if isinstance(error, (StoreError, NotFound, ClusterError)) else None

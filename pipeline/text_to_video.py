@@ -1,0 +1,49 @@
+"""Text to video: which actors, in what order, and what one copy of each needs."""
+
+from collections.abc import Callable
+from operator import attrgetter
+from typing import Any
+
+from actors.clip_writer import ClipWriter
+from actors.decoder import Decoder
+from actors.denoiser import Denoiser
+from actors.shelf import EMBEDDINGS, LATENTS, Drop, Fetch, Keep
+from actors.text_encoder import TextEncoder
+from model.catalog import ModelCard
+from model.weights import locate
+from pipeline.stages import Stage, Step
+from pipeline.store import Store, bring
+
+ENCODED_AHEAD = 1000                    # clips whose prompts are encoded before the encoder makes room for a sampler
+
+
+def text_to_video(card: ModelCard, weights: str | None, store: Store, *, device: str, precision: str, batch: int = 1,
+                  samplers: int | None = None, threads: int = 1, keep_latents: bool = False) -> list[Stage]:
+    """weights: as `locate` takes them; each machine finds or fetches its own.  threads: of a sampler, and fixed, because
+    the last bits of a latent may depend on it.  keep_latents: leave them in the run folder after publishing.
+    """
+    def model(actor: Callable[..., Any], threads: int = 1, **options: Any) -> Step:
+        return Step(actor=with_weights, args=dict(actor=actor, card=card, weights=weights, device=device,
+                                                  precision=precision, threads=threads), **options)
+
+    def kept(step: Step, folder: str) -> Step:
+        return Step(actor=Keep, args=dict(step=step, store=store, folder=folder))
+
+    on_gpu = device.startswith("cuda")
+    fetch = Step(actor=Fetch, args=dict(store=store))
+    publish = [fetch, model(Decoder, name="decode"), Step(actor=ClipWriter, args=dict(store=store))]
+    if not keep_latents:
+        publish.append(Step(actor=Drop, args=dict(store=store)))
+    return [
+        Stage(name="encode", steps=(kept(model(TextEncoder), EMBEDDINGS),), gpus=0.25 if on_gpu else 0.0,
+              key=attrgetter("embedding_key"), window=ENCODED_AHEAD),
+        Stage(name="sample", steps=(fetch, kept(model(Denoiser, threads), LATENTS)), gpus=0.75 if on_gpu else 0.0,
+              cpus=float(threads), copies=samplers, batch=batch),
+        # one process, so frames never travel; on a CPU it needs a fraction of what sampling needs
+        Stage(name="publish", steps=tuple(publish), gpus=0.25 if on_gpu else 0.0, cpus=2.0 if on_gpu else 0.5),
+    ]
+
+
+def with_weights(actor: Callable[..., Any], card: ModelCard, weights: str | None, **options: Any) -> Any:
+    """The actor, with the weights where this machine has them."""
+    return actor(card=card, weights=locate(weights, card, fetch=bring), **options)

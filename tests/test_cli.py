@@ -1,0 +1,272 @@
+"""What can be typed: every command explains itself, and whatever is wrong is one message, exit 2 and nothing written."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from jobs.cli import main
+from jobs.settings import RenderJob
+from tiny import TINY
+
+COMMANDS = ["render", "plan", "submit", "status", "verify", "retry", "models", "bench"]
+GOOD = {"prompt": ["a red fox", "a blue fox"], "id": ["x", "y"], "frames": [5, 5]}
+
+
+def said(capsys, *arguments):
+    """Exit code, stdout and stderr of one command."""
+    code = main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.fixture
+def manifest(tmp_path):
+    def write(columns=GOOD, name="night.parquet"):
+        path = tmp_path / name
+        pq.write_table(pa.table(columns), path)
+        return path
+    return write
+
+
+def test_the_program_without_arguments_and_each_command_explain_themselves(capsys):
+    code, out, err = said(capsys)
+    assert code == 2 and all(command in out + err for command in COMMANDS)
+    for command in COMMANDS:
+        code, out, _ = said(capsys, command, "--help")
+        assert code == 0 and "Example" in out and f"dailies {command} " in out and "--json" in out
+
+
+def test_help_imports_nothing_heavy():
+    """Seconds each: torch, ray, pyarrow, transformers, boto3. (No time is measured here; it depends on the machine.)"""
+    code = ("import sys; from jobs.cli import main; main(['render', '--help']); "
+            "print(sorted({'torch', 'ray', 'pyarrow', 'transformers', 'boto3', 'numpy', 'av'} & sys.modules.keys()))")
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert answer.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--zap"], "No such option: --zap"),
+    (["zap"], "No such command 'zap'"),
+    (["render", "--zap"], "No such option: --zap"),
+    (["render"], "A manifest is needed: dailies render MANIFEST --out URI"),
+    (["render", "m.csv"], "An output folder is needed: dailies render MANIFEST --out URI"),
+    (["render", "m.csv", "extra", "--out", "o"], "unexpected extra argument"),
+    (["plan", "m.csv", "--out", "o", "--steps", "many"], "'--steps'"),
+    (["plan", "m.csv", "--out", "o", "--steps", "0"], "--steps must be greater than or equal to 1; got 0"),
+    (["plan", "m.csv", "--out", "o", "--guidance", "nan"], "--guidance must be a finite number; got nan"),
+    (["plan", "m.csv", "--out", "o", "--duration", "-1"], "--duration must be greater than 0; got -1.0"),
+    (["plan", "m.csv", "--out", "o", "--precision", "int8"], "--precision must be 'fp32' or 'bf16'; got 'int8'"),
+    (["plan", "m.csv", "--out", "o", "--model", "dem"], "no model is called 'dem'. Did you mean demo?"),
+    (["plan", "m.csv", "--out", "ftp://x"], "--out ftp://x: expected a local folder or s3://bucket/prefix"),
+    (["submit", "m.csv", "--out", "s3://b/x"], "Missing option '--address'"),
+    (["submit", "m.csv", "--out", "s3://b/x", "--address", "http://h:1", "--zap"], "No such option: --zap"),
+    (["submit", "m.csv", "--out", "s3://b/x", "--address", "http://h:1", "--ray", "auto"], "leave --ray out"),
+    (["retry", "o", "--where", "x"], "--where must be COLUMN=VALUE; got 'x'"),
+    (["models", "dem"], "no model is called 'dem'"),
+], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_bad_usage_is_one_message_and_exit_2(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = said(capsys, *arguments)
+    assert code == 2 and message in err and "Traceback" not in err and out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_with_json_an_error_is_json_too(capsys, tmp_path):
+    code, out, err = said(capsys, "plan", tmp_path / "none.csv", "--out", tmp_path / "out", "--json")
+    answer = json.loads(out)
+    assert code == answer["exit_code"] == 2 and "no such file" in answer["error"] and "no such file" in err
+    assert answer["complaints"]["count"] == 1
+
+
+# The configuration file.
+
+def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
+    config = tmp_path / "night.toml"
+    config.write_text('manifest = "m.csv"\nout = "o"\nsteps = 7\nguidance = 2\nmax-attempts = 5\nskip_invalid = true\n')
+    job = RenderJob.read({"steps": 9, "guidance": None, "skip_invalid": False}, config)
+    assert (job.steps, job.guidance, job.max_attempts, job.skip_invalid, job.model) == (9, 2.0, 5, False, "demo")
+
+
+@pytest.mark.parametrize("text, message", [
+    ("stepz = 3", "unknown key 'stepz'. Did you mean steps?"),
+    ("steps = 0", "steps must be greater than or equal to 1; got 0"),
+    ("steps = '3'", "steps must be integer; got '3'"),
+    ("skip_invalid = 1", "skip_invalid must be boolean; got 1"),
+    ("max-attempts = 2\nmax_attempts = 3", "max_attempts is given twice"),
+    ("[render]\nsteps = 3", "unknown key 'render'"),
+    ("until = '07:00'", "unknown key 'until'"),
+    ("steps =", "must be TOML"),
+    ("\"\\u001b[31mred\" = 1", r"unknown key '\x1b[31mred'"),
+])
+def test_a_bad_configuration_file_is_one_message_and_exit_2(text, message, capsys, tmp_path):
+    config = tmp_path / "night.toml"
+    config.write_text(text)
+    code, _, err = said(capsys, "plan", "m.csv", "--out", tmp_path / "out", "--config", config)
+    assert code == 2 and message in err and str(config) in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_configuration_file_that_is_not_there_or_no_text_is_said(capsys, tmp_path):
+    (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe\x00")
+    for name, message in (("none.toml", "No such file"), ("bytes.toml", "must be TOML"), (".", "Is a directory")):
+        code, _, err = said(capsys, "plan", "m.csv", "--out", "o", "--config", tmp_path / name)
+        assert code == 2 and message in err
+
+
+# Bad manifests, weights and folders: render and plan refuse them alike, and nothing is written.
+
+def column(**changes):
+    return {**GOOD, **changes}
+
+
+BAD_ROWS = {
+    "missing prompt": ({"text": ["a"]}, "prompt"),
+    "wrong type of prompt": (column(prompt=[1, 2]), "prompt"),
+    "wrong type of seed": (column(seed=["one", "two"]), "seed"),
+    "NULL prompt": (column(prompt=["a", None]), "row 1, prompt: got nothing"),
+    "1 MB prompt": (column(prompt=["a", "x" * 2**20]), "(1,048,576 bytes)"),
+    "duplicate ids": (column(id=["x", "x"]), "row 1, id: got 'x'"),
+    "negative duration": ({**GOOD, "frames": [None, 5], "duration_s": [-1.0, None]}, "row 0, duration_s: got -1.0"),
+    "7x7 resolution": (column(resolution=["7x7", "24p"]), "row 0, resolution: got '7x7'"),
+    "steps 0": (column(steps=[0, 2]), "row 0, steps: got 0"),
+    "seed out of range": (column(seed=[-1, 2]), "row 0, seed: got -1"),
+    "an id that climbs": (column(id=["../../x", "y"]), "row 0, id: got '../../x'"),
+}
+
+
+@pytest.mark.parametrize("command", ["render", "plan"])
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_a_bad_manifest_is_refused_and_nothing_is_written(command, name, manifest, capsys, tmp_path):
+    columns, message = BAD_ROWS[name]
+    code, out, err = said(capsys, command, manifest(columns), "--out", tmp_path / "out", "--model", "tiny")
+    assert code == 2 and message in err and out == "" and len(err) < 5000
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("none.parquet", None, "no such file"),
+    ("empty.parquet", b"", "an empty file"),
+    ("no.parquet", b"this is no Parquet", "none.parquet"),
+    ("half.parquet", b"PAR1" + b"\0" * 50, "half.parquet"),
+    ("night.txt", b"a red fox", "night.txt"),
+    ("header.csv", b"prompt\n", "at least one row"),
+])
+def test_a_manifest_that_cannot_be_read_is_refused(name, content, message, capsys, tmp_path):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    for command in ("render", "plan"):
+        code, _, err = said(capsys, command, tmp_path / name, "--out", tmp_path / "out", "--model", "tiny")
+        assert code == 2 and (message if message != "none.parquet" else name) in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def weights(tmp_path):
+    return Path(shutil.copytree(TINY.folder, tmp_path / "weights"))
+
+
+def drop_a_file(weights):
+    (weights / "vae/vae.safetensors").unlink()
+    return "lacks vae/vae.safetensors"
+
+
+def misshape_a_tensor(weights):
+    path = weights / TINY.dit_file
+    tensors = load_file(path)
+    tensors["model.patch_embedding.bias"] = torch.zeros(47)
+    save_file(tensors, path)
+    return "model.patch_embedding.bias must be [48], got [47]"
+
+
+def leave_a_pickle(weights):
+    (weights / TINY.dit_file).rename(weights / "dit/360p.pth")
+    return "only safetensors are read at run time"
+
+
+def truncate(weights):
+    path = weights / "vae/vae.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    return "vae.safetensors"
+
+
+def break_the_tokenizer(weights):
+    for path in (weights / "t5/tokenizer").iterdir():
+        path.write_text("{")
+    return "does not hold a tokenizer"
+
+
+@pytest.mark.parametrize("spoil", [drop_a_file, misshape_a_tensor, leave_a_pickle, truncate, break_the_tokenizer])
+def test_bad_weights_are_refused_and_nothing_is_written(spoil, weights, manifest, capsys, tmp_path):
+    message = spoil(weights)
+    for command in ("render", "plan"):
+        code, _, err = said(capsys, command, manifest(), "--out", tmp_path / "out", "--model", "tiny", "--weights", weights)
+        assert code == 2 and message in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_refused(manifest, capsys, tmp_path):
+    (tmp_path / "file").write_text("here is no room for a folder")
+    code, _, err = said(capsys, "render", manifest(), "--out", tmp_path / "file" / "out", "--model", "tiny")
+    assert code == 2 and str(tmp_path / "file" / "out") in err
+    assert (tmp_path / "file").read_text() == "here is no room for a folder"
+
+
+def test_all_complaints_come_together_and_many_are_summarised(manifest, capsys, tmp_path):
+    columns = {"prompt": ["a"] * 1000, "frames": [5] * 1000, "seed": [-1] * 1000, "steps": [0] * 1000}
+    code, _, err = said(capsys, "plan", manifest(columns), "--out", tmp_path / "out", "--model", "tiny")
+    assert code == 2 and "2,000 complaints" in err and len(err.splitlines()) < 40
+    assert "--skip-invalid" in err
+
+
+# The plan.
+
+def test_the_plan_says_what_will_be_rendered_and_writes_nothing(manifest, capsys, tmp_path):
+    columns = {"prompt": ["a", "a", "b\x1b[31m"], "id": ["1", "2", "3"], "seed": [5, 5, 6], "frames": [10, 10, 9],
+               "samples": [1, 1, 3]}
+    code, out, _ = said(capsys, "plan", manifest(columns), "--out", tmp_path / "out", "--model", "tiny", "--steps", "3")
+    assert code == 0 and "3 rows, 4 clips with tiny in fp32 on cpu" in out
+    assert "4 x 40x24, 9 frames, 3 steps, guidance 3" in out
+    assert "2 rows: 10 frames rounded down to 9" in out and "1 row asks for a clip" in out
+    assert "\x1b" not in out
+    code, out, _ = said(capsys, "plan", manifest(columns), "--out", tmp_path / "out", "--model", "tiny", "--json")
+    plan = json.loads(out)
+    assert (plan["rows"], plan["clips"], plan["duplicates"], plan["settings"]["steps"]) == (3, 4, 1, 2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_strict_refuses_what_would_be_rounded(manifest, capsys, tmp_path):
+    code, _, err = said(capsys, "plan", manifest(column(frames=[10, 9])), "--out", tmp_path / "out", "--model", "tiny",
+                        "--strict")
+    assert code == 2 and "1 row: 10 frames rounded down to 9" in err
+
+
+def test_skip_invalid_plans_the_other_rows(manifest, capsys, tmp_path):
+    code, out, _ = said(capsys, "plan", manifest(column(steps=[0, 2])), "--out", tmp_path / "out", "--model", "tiny",
+                        "--skip-invalid")
+    assert code == 0 and "2 rows, 1 clip " in out and "row 0, steps: got 0" in out
+
+
+# The catalogue.
+
+def test_models_lists_the_catalogue_and_says_what_is_missing(weights, capsys):
+    code, out, _ = said(capsys, "models", "--json")
+    assert code == 0 and {"demo", "linum-v2-360p", "linum-v2-720p", "tiny"} <= {model["name"] for model in json.loads(out)["models"]}
+    code, out, _ = said(capsys, "models", "tiny")
+    assert code == 0 and "random weights, for tests" in out and "24p 40x24" in out
+    drop_a_file(weights)
+    code, out, _ = said(capsys, "models", "tiny", "--weights", weights)
+    assert code == 0 and "missing: vae/vae.safetensors" in out
+
+
+def test_models_downloads_nothing(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    code, out, _ = said(capsys, "models", "linum-v2-720p", "--json")
+    assert code == 0 and json.loads(out)["weights"]["missing"][0] == "dit/720p.safetensors"
