@@ -3,52 +3,34 @@
 Importing this costs nothing heavy; torch and transformers come in when a card builds a model.
 """
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from model.shapes import LatentGrid, VideoShape
+from model.card import Layout, ModelCard
+from model.shapes import VideoShape
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from model.clip import ClipVision, ClipVisionConfig
     from model.linum import LinumConfig, LinumDiT
-    from model.text import T5TextEncoder
-    from model.wan_vae import WanVAE, WanVAEConfig
+    from model.text import T5TextEncoder, UMT5TextEncoder
+    from model.wan import WanConfig, WanDiT
+    from model.wan_vae import WanVAE
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelCard:
-    """One model of the Linum v2 family: T5 text encoder, LinumDiT, Wan VAE; plain values, so a card can be pickled."""
+class LinumCard(ModelCard):
+    """A model of the Linum v2 family: T5 text encoder, LinumDiT, Wan VAE. Its latent statistics lie beside the DiT."""
 
-    name: str
-    description: str
-
-    # where the weights are: under a folder in the published layout
     dit_file: str
     vae_file: str = "vae/vae.safetensors"
     text_encoder_folder: str = "t5/text_encoder"
     tokenizer_folder: str = "t5/tokenizer"
-    repo_id: str | None = None                          # on the Hugging Face hub
-    folder: Path | None = None                          # weights that come with dailies
-
-    # what a row may ask for, and what it gets when it does not say
-    fps: float = 24.0
-    resolutions: Mapping[str, tuple[int, int]]          # name -> (height, width)
-    resolution: str
-    duration_s: float = 2.0
-    num_steps: int = 50
+    frame_step: int = 24                                # whole seconds, as in the release
     guidance: float = 10.0
-    negative_prompt: str = ""
-    min_side: int = 128                                 # pixels
-    max_pixels: int                                     # height * width
-    max_duration_s: float = 5.0
-    max_steps: int = 1000
-    max_guidance: float = 100.0
-    precisions: tuple[str, ...] = ("bf16", "fp32")
-    attentions: tuple[str, ...] = ("dense",)
 
     # the course of sampling
     guider: str = "apg"                                 # apg, or cfg for plain classifier-free guidance
@@ -57,89 +39,19 @@ class ModelCard:
     apg_parallel: float = 0.0
     shift: float = 3.0
     pair_guidance: bool = False                         # run prompt and negative prompt as one batch of two
-    decode_chunk: int | None = 1                        # latent steps decoded at a time; None is the whole clip
 
-    # fields that differ from the released sizes
-    dit_fields: Mapping[str, Any] = field(default_factory=dict)
-    vae_fields: Mapping[str, Any] = field(default_factory=dict)
-
-    # stage -> peak on a GPU in bf16 at max_pixels and 5 s; estimates
-    memory_gb: Mapping[str, float] = field(default_factory=dict)
+    @property
+    def layouts(self) -> tuple[Layout, ...]:
+        return Layout(dits=(self.dit_file,), vae=self.vae_file, text_encoder=self.text_encoder_folder,
+                      tokenizer=self.tokenizer_folder),
 
     @property
     def dit_config(self) -> "LinumConfig":
         from model.linum import LinumConfig
         return LinumConfig(**self.dit_fields)
 
-    @property
-    def vae_config(self) -> "WanVAEConfig":
-        from model.wan_vae import WanVAEConfig
-        return WanVAEConfig(**self.vae_fields)
-
-    @property
-    def grid(self) -> LatentGrid:
-        return LatentGrid()
-
-    def precision_on(self, device: str) -> str:
-        """What runs when nobody says: fp32 on a CPU, where it is exact; bf16 on a GPU, as the release runs."""
-        return "fp32" if device.startswith("cpu") else "bf16"
-
-    def shape_for(self, resolution: str | tuple[int, int] | None = None, duration_s: float | None = None,
-                  frames: int | None = None) -> tuple[VideoShape, str | None]:
-        """The shape to render, and a note when it is not quite what was asked for.
-
-        resolution: a name in `resolutions`, "WIDTHxHEIGHT" or (width, height).  Give duration_s or frames or neither.
-        Raises ValueError, saying what is allowed.
-        """
-        height, width = self.size_for(resolution if resolution is not None else self.resolution)
-        frames, note = self.frames_for(duration_s, frames)
-        return VideoShape(frames=frames, height=height, width=width), note
-
-    def size_for(self, resolution: str | tuple[int, int]) -> tuple[int, int]:
-        """(height, width) in pixels.  Raises ValueError, saying what is allowed."""
-        if isinstance(resolution, str):
-            if resolution in self.resolutions:
-                return self.resolutions[resolution]
-            width, _, height = resolution.lower().partition("x")
-            # isdecimal alone would let other scripts' digits and very long numbers through
-            if not all(side.isascii() and side.isdecimal() and len(side) <= 5 for side in (width, height)):
-                raise ValueError(f"resolution must be {', '.join(self.resolutions)} or WIDTHxHEIGHT for {self.name}; "
-                                 f"got {resolution!r}")
-            resolution = int(width), int(height)
-        width, height = resolution
-        stride = self.grid.space_stride
-        for side, name in ((width, "width"), (height, "height")):
-            if side < self.min_side or side % stride:
-                nearest = max(math.ceil(self.min_side / stride), round(side / stride)) * stride
-                raise ValueError(f"{name} must be a multiple of {stride} and at least {self.min_side} for {self.name}; "
-                                 f"got {side} (nearest: {nearest})")
-        if width * height > self.max_pixels:
-            raise ValueError(f"width x height must be at most {self.max_pixels} pixels for {self.name}; "
-                             f"got {width}x{height} = {width * height}")
-        return height, width
-
-    def frames_for(self, duration_s: float | None = None, frames: int | None = None) -> tuple[int, str | None]:
-        """Frame count and a note when it was rounded.  Raises ValueError, saying what is allowed.
-
-        A duration goes down to whole seconds, as in the release, and gives fps * seconds + 1 frames; a frame count goes
-        down to 4n + 1.
-        """
-        most = int(self.fps * self.max_duration_s) + 1
-        if frames is not None and duration_s is not None:
-            raise ValueError(f"give duration_s or frames, not both; got {duration_s} and {frames}")
-        if frames is not None:
-            if not 1 <= frames <= most:
-                raise ValueError(f"frames must be 1 to {most} for {self.name}; got {frames}")
-            whole = self.grid.nearest_frames(frames)
-            return whole, None if whole == frames else f"{frames} frames rounded down to {whole}"
-        duration_s = self.duration_s if duration_s is None else duration_s
-        if not 1 <= duration_s <= self.max_duration_s:                  # false for NaN too
-            raise ValueError(f"duration_s must be 1 to {self.max_duration_s:g} for {self.name}; got {duration_s:g}")
-        seconds = int(self.fps * duration_s) // int(self.fps)
-        frames = int(self.fps) * seconds + 1
-        if seconds == duration_s:
-            return frames, None
-        return frames, f"{duration_s:g} s rounded down to {seconds} s ({frames} frames)"
+    def builders(self) -> list[Callable[[Path, str, str | None], Any]]:
+        return [self.text_encoder, self.dit, self.vae]
 
     def text_encoder(self, weights: Path, device: str, precision: str | None = None) -> "T5TextEncoder":
         """The text encoder, loaded.  Raises CheckpointError."""
@@ -155,15 +67,6 @@ class ModelCard:
         return checkpoint.build(lambda: LinumDiT(self.dit_config), weights / self.dit_file, keys.LINUM,
                                 name=self.name, device=device, precision=precision or self.precision_on(device))
 
-    def vae(self, weights: Path, device: str, precision: str | None = None) -> "WanVAE":
-        """The VAE, loaded, in eval mode; either published key layout.  Raises CheckpointError."""
-        from model import checkpoint, keys
-        from model.wan_vae import WanVAE, channels_last
-        vae = checkpoint.build(lambda: WanVAE(self.vae_config), weights / self.vae_file,
-                               keys.WAN_VAE, keys.WAN_VAE_DIFFUSERS,
-                               name=self.name, device=device, precision=precision or self.precision_on(device))
-        return channels_last(vae) if device.startswith("cpu") else vae
-
     def latent_statistics(self, weights: Path) -> tuple["Tensor", "Tensor"]:
         """scale and bias, each [C] fp32: normalised latent = latent * scale + bias.  Raises CheckpointError."""
         from model import checkpoint
@@ -171,7 +74,131 @@ class ModelCard:
         return scale.float(), bias.float()
 
 
-LINUM_V2_360P = ModelCard(
+WAN_NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，"
+    "画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走")
+
+# as transformers names the fields; the original file says nothing of itself
+UMT5_XXL = dict(model_type="umt5", vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64,
+                relative_attention_num_buckets=32, relative_attention_max_distance=128, layer_norm_epsilon=1e-6,
+                feed_forward_proj="gated-gelu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WanCard(ModelCard):
+    """A model of the Wan 2.1 and 2.2 family: umT5 text encoder, one or two WanDiT, Wan VAE, CLIP for 2.1's images.
+
+    The VAE is Linum's: pixels in and out are in [-1, 1], cut off there. Only the statistics of its latents differ, and
+    here they are constants of the family.
+    """
+
+    fps: float = 16.0
+    duration_s: float = 5.0
+    side_step: int = 16                                 # the transformer pads nothing
+    frame_step: int = 4                                 # quarters of a second
+    guidance: float = 5.0                               # of the high-noise expert, where there are two
+    negative_prompt: str = WAN_NEGATIVE_PROMPT
+
+    # the course of sampling
+    solver: str = "unipc"                               # or dpm++
+    shift: float = 5.0
+    small_shift: tuple[int, float] | None = None        # a clip of at most so many pixels: its shift
+    boundary: int | None = None                         # timestep from which on the high-noise expert runs, of two
+    low_noise_guidance: float = 1.0                     # of the low-noise expert, as a share of guidance
+
+    text_encoder_fields: Mapping[str, Any] = field(default_factory=lambda: UMT5_XXL)
+    clip_fields: Mapping[str, Any] | None = None        # of the image encoder; None: this model has none
+
+    # of the normalised latents, (latent - mean) / std; mean and log-variance as the VAE gives them
+    latent_mean: tuple[float, ...] = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+                                      0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
+    latent_std: tuple[float, ...] = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+                                     3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)
+
+    @property
+    def layouts(self) -> tuple[Layout, ...]:
+        """Diffusers', and the original one, whose .pth files `dailies convert` has made safetensors."""
+        two, clip = self.boundary is not None, self.clip_fields is not None
+        weights = "diffusion_pytorch_model.safetensors"
+        return (
+            Layout(dits=tuple(f"{folder}/{weights}" for folder in ("transformer", "transformer_2")[:1 + two]),
+                   vae=f"vae/{weights}", text_encoder="text_encoder", tokenizer="tokenizer",
+                   image_encoder="image_encoder/model.safetensors" if clip else None),
+            Layout(dits=(f"high_noise_model/{weights}", f"low_noise_model/{weights}") if two else (weights,),
+                   vae="Wan2.1_VAE.safetensors", text_encoder="models_t5_umt5-xxl-enc-bf16.safetensors",
+                   tokenizer="google/umt5-xxl",
+                   image_encoder="models_clip_open-clip-xlm-roberta-large-vit-huge-14.safetensors" if clip else None),
+        )
+
+    @property
+    def dit_config(self) -> "WanConfig":
+        from model.wan import WanConfig
+        return WanConfig(**self.dit_fields)
+
+    @property
+    def clip_config(self) -> "ClipVisionConfig":
+        from model.clip import ClipVisionConfig
+        return ClipVisionConfig(**(self.clip_fields or {}))
+
+    @property
+    def num_experts(self) -> int:
+        return 1 if self.boundary is None else 2
+
+    def expert_at(self, timestep: int) -> int:
+        """Which expert runs: 0, the only one or that for high noise, or 1."""
+        return 0 if self.boundary is None or timestep >= self.boundary else 1
+
+    def shift_for(self, shape: VideoShape) -> float:
+        if self.small_shift is not None and shape.height * shape.width <= self.small_shift[0]:
+            return self.small_shift[1]
+        return self.shift
+
+    def builders(self) -> list[Callable[[Path, str, str | None], Any]]:
+        def dit(expert: int) -> Callable[[Path, str, str | None], "WanDiT"]:
+            return lambda weights, device, precision: self.dit(weights, device, precision, expert=expert)
+        return [self.text_encoder, *map(dit, range(self.num_experts)), self.vae,
+                *([self.image_encoder] if self.clip_fields is not None else [])]
+
+    def text_encoder(self, weights: Path, device: str, precision: str | None = None) -> "UMT5TextEncoder":
+        """The text encoder, loaded.  Raises CheckpointError."""
+        from model.text import UMT5TextEncoder
+        from model.weights import layout_in, stored_at
+        layout = layout_in(self, weights)
+        encoder = stored_at(weights, layout.text_encoder)
+        return UMT5TextEncoder(encoder, weights / layout.tokenizer, device, name=self.name,
+                               precision=precision or self.precision_on(device), max_tokens=self.dit_config.text_len,
+                               width=self.dit_config.text_dim, config=None if encoder.is_dir() else self.text_encoder_fields)
+
+    def dit(self, weights: Path, device: str, precision: str | None = None, expert: int = 0) -> "WanDiT":
+        """A diffusion transformer, loaded, in eval mode; 0 is the only one or that for high noise.  Raises CheckpointError."""
+        from model import checkpoint, keys
+        from model.wan import WanDiT
+        from model.weights import layout_in, stored_at
+        return checkpoint.build(lambda: WanDiT(self.dit_config), stored_at(weights, layout_in(self, weights).dits[expert]),
+                                keys.WAN, keys.WAN_DIFFUSERS, keys.WAN_REPACKED, name=self.name, device=device,
+                                precision=precision or self.precision_on(device))
+
+    def image_encoder(self, weights: Path, device: str, precision: str | None = None) -> "ClipVision":
+        """CLIP's picture tower, loaded, for the models that attend to it.  Raises CheckpointError."""
+        from model import checkpoint, keys
+        from model.clip import ClipVision
+        from model.weights import layout_in, stored_at
+        return checkpoint.build(lambda: ClipVision(self.clip_config),
+                                stored_at(weights, layout_in(self, weights).image_encoder), keys.CLIP_VISION,
+                                name=self.name, device=device, precision=precision or self.precision_on(device))
+
+    def vae(self, weights: Path, device: str, precision: str | None = None) -> "WanVAE":
+        """The VAE, in fp32 whatever the precision of the rest, as the releases run it.  Raises CheckpointError."""
+        return super().vae(weights, device, "fp32")
+
+    def latent_statistics(self, weights: Path) -> tuple["Tensor", "Tensor"]:
+        """scale and bias, each [C] fp32: normalised latent = latent * scale + bias."""
+        import torch
+        std = torch.tensor(self.latent_std, dtype=torch.float64)
+        return (1 / std).float(), (-torch.tensor(self.latent_mean, dtype=torch.float64) / std).float()
+
+
+LINUM_V2_360P = LinumCard(
     name="linum-v2-360p",
     description="Linum v2, 2 billion parameters, text to video at 640x360, 1 to 5 s",
     repo_id="Linum-AI/linum-v2-360p",
@@ -182,7 +209,7 @@ LINUM_V2_360P = ModelCard(
     memory_gb={"encode": 11, "sample": 12, "publish": 8},
 )
 
-LINUM_V2_720P = ModelCard(
+LINUM_V2_720P = LinumCard(
     name="linum-v2-720p",
     description="Linum v2, 2 billion parameters, text to video at 1280x720, 1 to 5 s",
     repo_id="Linum-AI/linum-v2-720p",
@@ -193,7 +220,7 @@ LINUM_V2_720P = ModelCard(
     memory_gb={"encode": 11, "sample": 24, "publish": 20},
 )
 
-DEMO = ModelCard(
+DEMO = LinumCard(
     name="demo",
     description="the Linum v2 architecture, small, trained on drawn clips of moving shapes; runs on a CPU",
     folder=Path(__file__).parent / "demo",
@@ -212,4 +239,70 @@ DEMO = ModelCard(
     memory_gb={"encode": 1, "sample": 1, "publish": 1},
 )
 
-CATALOG: dict[str, ModelCard] = {card.name: card for card in (DEMO, LINUM_V2_360P, LINUM_V2_720P)}
+WAN_14B = dict(width=5120, heads=40, layers=40, ffn=13824)
+WAN_SIZES = {"480p": (480, 832), "720p": (720, 1280)}
+
+WAN21_T2V_1_3B = WanCard(
+    name="wan2.1-t2v-1.3b",
+    description="Wan 2.1, 1.4 billion parameters, text to video at 832x480, up to 5 s",
+    repo_id="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+    resolutions={"480p": (480, 832)},
+    resolution="480p",
+    max_pixels=480 * 832,
+    memory_gb={"encode": 13, "sample": 8, "publish": 10},
+)
+
+WAN21_T2V_14B = WanCard(
+    name="wan2.1-t2v-14b",
+    description="Wan 2.1, 14 billion parameters, text to video at 832x480 or 1280x720, up to 5 s",
+    repo_id="Wan-AI/Wan2.1-T2V-14B-Diffusers",
+    resolutions=WAN_SIZES,
+    resolution="720p",
+    max_pixels=720 * 1280,
+    dit_fields=WAN_14B,
+    memory_gb={"encode": 13, "sample": 42, "publish": 16},
+)
+
+WAN21_I2V_14B = replace(
+    WAN21_T2V_14B,
+    name="wan2.1-i2v-14b",
+    description="Wan 2.1, 16 billion parameters, image to video at 832x480, up to 5 s (its 720p weights: --weights)",
+    repo_id="Wan-AI/Wan2.1-I2V-14B-480P-Diffusers",
+    resolution="480p",
+    takes_image=True,
+    negative_prompt="镜头晃动，" + WAN_NEGATIVE_PROMPT,
+    num_steps=40,
+    small_shift=(480 * 832, 3.0),
+    dit_fields=WAN_14B | dict(condition_channels=20, image_dim=1280),
+    clip_fields={},
+    memory_gb={"encode": 24, "sample": 46, "publish": 16},
+)
+
+WAN22_T2V_A14B = replace(
+    WAN21_T2V_14B,
+    name="wan2.2-t2v-a14b",
+    description="Wan 2.2, two experts of 14 billion parameters, text to video at 832x480 or 1280x720, up to 5 s",
+    repo_id="Wan-AI/Wan2.2-T2V-A14B-Diffusers",
+    num_steps=40,
+    shift=12.0,
+    guidance=4.0,
+    low_noise_guidance=0.75,                            # 3.0
+    boundary=875,
+)
+
+WAN22_I2V_A14B = replace(
+    WAN22_T2V_A14B,
+    name="wan2.2-i2v-a14b",
+    description="Wan 2.2, two experts of 14 billion parameters, image to video at 832x480 or 1280x720, up to 5 s",
+    repo_id="Wan-AI/Wan2.2-I2V-A14B-Diffusers",
+    takes_image=True,
+    shift=5.0,
+    guidance=3.5,
+    low_noise_guidance=1.0,
+    boundary=900,
+    dit_fields=WAN_14B | dict(condition_channels=20),
+    memory_gb={"encode": 22, "sample": 42, "publish": 16},
+)
+
+CATALOG: dict[str, ModelCard] = {card.name: card for card in (
+    DEMO, LINUM_V2_360P, LINUM_V2_720P, WAN21_T2V_1_3B, WAN21_T2V_14B, WAN21_I2V_14B, WAN22_T2V_A14B, WAN22_I2V_A14B)}

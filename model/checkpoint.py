@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from model.keys import KeyTable
 from model.layers import takes_low_precision
-from model.weights import PICKLES, CheckpointError, first_line, listed, weight_map
+from model.weights import INDEX, PICKLES, CheckpointError, first_line, listed, weight_map
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -115,13 +115,14 @@ def read(path: Path, names: Iterable[str], *, name: str) -> list[Tensor]:
 
 
 def stored_tensors(path: Path) -> dict[str, StoredTensor]:
-    """What a .safetensors file, or a folder with one file or with shards and their index, says it holds.
+    """What a .safetensors file, shards by their index, or a folder with either, says it holds.
 
     Raises CheckpointError for a file that is missing, of another format, truncated or inconsistent.
     """
-    if not path.is_dir():
+    indexes = [path] if path.name.endswith(INDEX) else []
+    if not indexes and not path.is_dir():
         return read_header(path)[0]
-    indexes = sorted(path.glob("*.safetensors.index.json"))
+    indexes = indexes or sorted(path.glob(f"*.safetensors{INDEX}"))
     if not indexes:
         files = sorted(path.glob("*.safetensors"))
         if len(files) == 1:
@@ -131,7 +132,7 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
     index = weight_map(indexes[0])
     stored: dict[str, StoredTensor] = {}
     for file in sorted(set(index.values())):
-        for name, tensor in read_header(path / file)[0].items():
+        for name, tensor in read_header(indexes[0].parent / file)[0].items():
             if index.get(name) != file:
                 raise CheckpointError(f"{indexes[0]} does not say that {name} is in {file}; "
                                       "are the shards of two downloads mixed?")

@@ -191,3 +191,47 @@ WAN_DIFFUSERS = KeyTable(
     },
     dropped={"blocks.{}.attn2.norm_added_q.": "made by diffusers' attention, used by nothing"},
 )
+
+UMT5 = KeyTable(name="UMT5", rules=T5.rules)            # every block brings its relative positions; the names are T5's
+
+UMT5_WAN = KeyTable(
+    name="UMT5_WAN",
+    rules={
+        "token_embedding.": "shared.",
+        **nested({"blocks.{}.": "encoder.block.{}."}, {
+            "norm1.": "layer.0.layer_norm.",
+            "attn.": "layer.0.SelfAttention.",
+            "pos_embedding.embedding.": "layer.0.SelfAttention.relative_attention_bias.",
+            "norm2.": "layer.1.layer_norm.",
+            "ffn.gate.0.": "layer.1.DenseReluDense.wi_0.",      # through GELU
+            "ffn.fc1.": "layer.1.DenseReluDense.wi_1.",
+            "ffn.fc2.": "layer.1.DenseReluDense.wo.",
+        }),
+        "norm.": "encoder.final_layer_norm.",
+    },
+)
+
+# Wan's image encoder as transformers names it. In the original file query, key and value are one tensor, and the text
+# tower is there too: `dailies convert` takes both apart (jobs/convert.py).
+CLIP_VISION = KeyTable(
+    name="CLIP_VISION",
+    rules=nested({"vision_model.": ""}, {
+        "embeddings.class_embedding": "class_row",
+        "embeddings.position_embedding.weight": "positions",
+        "embeddings.patch_embedding.": "patch_embed.",
+        "pre_layrnorm.": "norm_in.",                    # spelt so
+        "encoder.layers.{}.layer_norm1.": "blocks.{}.norm_attn.",
+        "encoder.layers.{}.self_attn.q_proj.": "blocks.{}.q.",
+        "encoder.layers.{}.self_attn.k_proj.": "blocks.{}.k.",
+        "encoder.layers.{}.self_attn.v_proj.": "blocks.{}.v.",
+        "encoder.layers.{}.self_attn.out_proj.": "blocks.{}.o.",
+        "encoder.layers.{}.layer_norm2.": "blocks.{}.norm_mlp.",
+        "encoder.layers.{}.mlp.fc1.": "blocks.{}.mlp_in.",
+        "encoder.layers.{}.mlp.fc2.": "blocks.{}.mlp_out.",
+    }),
+    dropped={
+        "vision_model.encoder.layers.31.": "Wan takes the rows before the last block",
+        "vision_model.post_layernorm.": "as that block",
+        "vision_model.embeddings.position_ids": "0, 1, 2 and so on",
+    },
+)

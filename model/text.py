@@ -1,8 +1,12 @@
-"""The T5 text encoder: a prompt in, one row of numbers per token out; through transformers, from local folders only."""
+"""T5 and umT5 text encoders: a prompt in, a row of numbers per token out; through transformers, from local files only."""
 
+import html
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import ftfy
 import torch
 import transformers                                     # loads its parts when they are asked for, so not in annotations
 from torch import Tensor
@@ -15,13 +19,16 @@ class T5TextEncoder:
     """A T5 v1.1 encoder and its tokenizer, loaded; calling it only computes.
 
     Prompts are taken as they are, one at a time and unpadded: a batch would change the last bits of its rows.
-    In bf16 the whole module is bf16, residual stream and norms too, as the Linum v2 release runs it.
+    In bf16 the whole module is bf16, residual stream and norms too, as the Linum v2 and Wan releases run it.
     """
 
+    family = "T5"
+    tables = (keys.T5,)
+
     def __init__(self, encoder: Path, tokenizer: Path, device: str, *, name: str, precision: str, max_tokens: int,
-                 width: int):
+                 width: int, config: Mapping[str, Any] | None = None):
         """encoder, tokenizer: folders as transformers saves them.  name: of the model, for messages.
-        width: of the rows that the DiT takes.
+        width: of the rows that the DiT takes.  config: of an encoder that is one file and says nothing of itself.
 
         Raises CheckpointError for folders that do not hold such a model.
         """
@@ -30,14 +37,21 @@ class T5TextEncoder:
         self.device, self.max_tokens = device, max_tokens
         self.tokenizer = load_tokenizer(tokenizer, name)
         with torch.device("meta"):
-            self.model = transformers.T5EncoderModel(read_config(encoder, name))
+            self.model = self.describe(encoder, config, name)
         self.model.encoder.embed_tokens = self.model.shared             # one tensor, whatever the config says of tying
         if self.model.config.d_model != width:
             raise CheckpointError(f"{name}: {encoder} gives rows of {self.model.config.d_model} numbers; "
                                   f"the model takes {width}")
-        checkpoint.load(self.model, encoder, keys.T5, name=name, device=device,
+        checkpoint.load(self.model, encoder, *self.tables, name=name, device=device,
                         dtypes=torch.bfloat16 if precision == "bf16" else torch.float32)
         self.model.requires_grad_(False).eval()
+
+    def describe(self, encoder: Path, config: Mapping[str, Any] | None, name: str) -> "transformers.PreTrainedModel":
+        try:
+            return new_encoder(self.family, config or json.loads((encoder / "config.json").read_text()))
+        except Exception as error:                      # the config class checks its own values, with its own errors
+            raise CheckpointError(f"{name}: {encoder / 'config.json'} is not the config of a {self.family} encoder "
+                                  f"({type(error).__name__}: {first_line(error)})") from error
 
     def tokens(self, text: str) -> list[int]:
         """Token ids, the end mark last, which is all there is of an empty text.
@@ -56,6 +70,22 @@ class T5TextEncoder:
         return self.model(input_ids=torch.tensor([tokens], device=self.device)).last_hidden_state[0].cpu()
 
 
+class UMT5TextEncoder(T5TextEncoder):
+    """umT5: as T5, but every block has a table of relative positions of its own; texts are cleaned first, as for Wan."""
+
+    family = "umT5"
+    tables = (keys.UMT5, keys.UMT5_WAN)
+
+    def tokens(self, text: str) -> list[int]:
+        """Token ids of the cleaned text, the end mark last; cut to max_tokens."""
+        return super().tokens(cleaned(text))
+
+
+def cleaned(text: str) -> str:
+    """Broken encodings mended, HTML entities resolved twice, every run of white space made one space."""
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
+
+
 def load_tokenizer(folder: Path, name: str) -> "transformers.PreTrainedTokenizerBase":
     try:
         return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
@@ -64,17 +94,15 @@ def load_tokenizer(folder: Path, name: str) -> "transformers.PreTrainedTokenizer
                               f"({type(error).__name__}: {first_line(error)})") from error
 
 
-def read_config(folder: Path, name: str) -> "transformers.T5Config":
-    try:
-        said = json.loads((folder / "config.json").read_text())
-        if said["model_type"] != "t5":
-            raise ValueError(f"model_type is {said['model_type']!r}")
-        config = transformers.T5Config(**said)
-    except Exception as error:                          # the config class checks its own values, with its own errors
-        raise CheckpointError(f"{name}: {folder / 'config.json'} is not the config of a T5 encoder "
-                              f"({type(error).__name__}: {first_line(error)})") from error
-    config._attn_implementation = "eager"               # softmax in fp32, as the release runs it
-    return config
+def new_encoder(family: str, said: Mapping[str, Any]) -> "transformers.PreTrainedModel":
+    """A T5 or umT5 encoder of these fields of transformers' config.  Raises what the config class raises, and KeyError."""
+    if said["model_type"] != family.lower():
+        raise ValueError(f"model_type is {said['model_type']!r}")
+    make_config, make_model = {"T5": (transformers.T5Config, transformers.T5EncoderModel),
+                               "umT5": (transformers.UMT5Config, transformers.UMT5EncoderModel)}[family]
+    config = make_config(**said)
+    config._attn_implementation = "eager"               # softmax in fp32, as the releases run it
+    return make_model(config)
 
 
 def new_t5(**config: int) -> "transformers.T5EncoderModel":

@@ -6,12 +6,13 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-from model.catalog import ModelCard
+from model.card import Layout, ModelCard
 
 PICKLES = (".pth", ".pt", ".bin", ".ckpt")
-TEXT_ENCODER_SHARDS = "model.safetensors.index.json"
+INDEX = ".index.json"                                   # of a file's shards, behind the file's name
+TEXT_ENCODER_SHARDS = "model.safetensors" + INDEX
 
 
 class CheckpointError(ValueError):
@@ -56,28 +57,65 @@ def complain_about_missing(card: ModelCard, folder: Path) -> None:
     raise CheckpointError(f"{card.name}: {folder} lacks {listed(missing)}")
 
 
+def layout_in(card: ModelCard, folder: Path) -> Layout:
+    """How the weights lie in the folder: of the card's layouts, the one of which the least is missing."""
+    return min(card.layouts, key=lambda layout: len(missing_of(layout, folder)))
+
+
 def missing_files(card: ModelCard, folder: Path) -> list[str]:
-    """Names, relative to the folder, of the files the card needs and the folder lacks."""
-    missing = [name for name in (card.dit_file, card.vae_file, f"{card.text_encoder_folder}/config.json")
-               if not (folder / name).is_file()]
-    encoder = folder / card.text_encoder_folder
-    if (encoder / TEXT_ENCODER_SHARDS).is_file():
-        shards = sorted(set(weight_map(encoder / TEXT_ENCODER_SHARDS).values()))
-        missing += [f"{card.text_encoder_folder}/{shard}" for shard in shards if not (encoder / shard).is_file()]
-    elif not any(encoder.glob("*.safetensors")):
-        missing.append(f"{card.text_encoder_folder}/model.safetensors")
-    tokenizer = folder / card.tokenizer_folder
+    """Names, relative to the folder, of the files the card needs and the folder lacks, in the layout that it has most of."""
+    return missing_of(layout_in(card, folder), folder)
+
+
+def missing_of(layout: Layout, folder: Path) -> list[str]:
+    missing = []
+    for part in layout.parts:
+        if is_file(part):
+            missing += missing_shards(folder, part)
+            continue
+        if not (folder / part / "config.json").is_file():
+            missing.append(f"{part}/config.json")
+        if (folder / part / TEXT_ENCODER_SHARDS).is_file() or not any((folder / part).glob("*.safetensors")):
+            missing += missing_shards(folder, f"{part}/model.safetensors")
+    tokenizer = folder / layout.tokenizer
     if not any((tokenizer / name).is_file() for name in ("tokenizer.json", "spiece.model")):
-        missing.append(f"{card.tokenizer_folder}/tokenizer.json")
+        missing.append(f"{layout.tokenizer}/tokenizer.json")
     return missing
+
+
+def missing_shards(folder: Path, part: str) -> list[str]:
+    """What is missing of a file, or of its shards if there is an index of them."""
+    index = folder / (part + INDEX)
+    if not index.is_file():
+        return [] if (folder / part).is_file() else [part]
+    beside = PurePosixPath(part).parent
+    return [(beside / shard).as_posix() for shard in sorted(set(weight_map(index).values()))
+            if not (index.parent / shard).is_file()]
 
 
 def weights_files(card: ModelCard, folder: Path) -> dict[str, Path]:
     """Every file that decides what the model computes, by its name relative to the folder."""
-    files = [folder / card.dit_file, folder / card.vae_file]
-    files += [p for p in (folder / card.text_encoder_folder).glob("*") if p.suffix in (".safetensors", ".json")]
-    files += [p for p in (folder / card.tokenizer_folder).glob("*") if p.suffix in (".json", ".model")]
+    layout, files = layout_in(card, folder), []
+    for part in layout.parts:
+        stored = stored_at(folder, part)
+        if stored.is_dir():
+            files += [p for p in stored.glob("*") if p.suffix in (".safetensors", ".json")]
+        elif stored.name.endswith(INDEX):
+            files += [stored, *(stored.parent / shard for shard in set(weight_map(stored).values()))]
+        else:
+            files.append(stored)
+    files += [p for p in (folder / layout.tokenizer).glob("*") if p.suffix in (".json", ".model")]
     return {p.relative_to(folder).as_posix(): p for p in sorted(files)}
+
+
+def stored_at(folder: Path, part: str) -> Path:
+    """The file or folder of a part of a layout, or the index of its shards where it is in shards."""
+    index = folder / (part + INDEX)
+    return index if is_file(part) and index.is_file() else folder / part
+
+
+def is_file(part: str) -> bool:
+    return part.endswith(".safetensors")
 
 
 def fingerprint(files: Mapping[str, Path]) -> str:
@@ -109,8 +147,11 @@ def from_hub(card: ModelCard) -> Path:
 
     if card.repo_id is None:
         raise CheckpointError(f"{card.name}: no weights come with it; name their folder with --weights")
-    wanted = [card.dit_file, card.vae_file, f"{card.text_encoder_folder}/*", f"{card.tokenizer_folder}/*"]
-    ask = dict(repo_id=card.repo_id, allow_patterns=wanted, ignore_patterns=[f"*{suffix}" for suffix in PICKLES])
+    layout = card.layouts[0]
+    wanted = [part if is_file(part) else f"{part}/*" for part in (*layout.parts, layout.tokenizer)]
+    shards = [form for part in layout.parts if is_file(part)
+              for form in (part + INDEX, part.removesuffix(".safetensors") + "-*-of-*.safetensors")]
+    ask = dict(repo_id=card.repo_id, allow_patterns=wanted + shards, ignore_patterns=[f"*{suffix}" for suffix in PICKLES])
     try:
         folder = Path(snapshot_download(**ask, local_files_only=True))
         if not missing_files(card, folder):

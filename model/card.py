@@ -1,0 +1,164 @@
+"""What every model says of itself: what a row may ask for and gets, which files it is made of, how its parts are built."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from model.shapes import LatentGrid, VideoShape
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from model.text import T5TextEncoder
+    from model.wan_vae import WanVAE, WanVAEConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Where the parts of a model lie in a folder. A file that ends in .safetensors may also be shards and their index."""
+
+    dits: tuple[str, ...]
+    vae: str
+    text_encoder: str                                   # a file, or a folder as transformers saves it
+    tokenizer: str                                      # a folder
+    image_encoder: str | None = None                    # as text_encoder
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return tuple(part for part in (*self.dits, self.vae, self.text_encoder, self.image_encoder) if part)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCard:
+    """One model, in plain values, so a card can be pickled. A family's card adds how its parts are built."""
+
+    name: str
+    description: str
+
+    # where the weights are, under a folder in one of the layouts
+    repo_id: str | None = None                          # on the Hugging Face hub
+    folder: Path | None = None                          # weights that come with dailies
+
+    # what a row may ask for, and what it gets when it does not say
+    fps: float = 24.0
+    resolutions: Mapping[str, tuple[int, int]]          # name -> (height, width)
+    resolution: str
+    duration_s: float = 2.0
+    num_steps: int = 50
+    guidance: float
+    negative_prompt: str = ""
+    takes_image: bool = False                           # every row needs one, which becomes the first frame
+    min_side: int = 128                                 # pixels
+    side_step: int = 8                                  # sides are multiples of it
+    max_pixels: int                                     # height * width
+    frame_step: int                                     # a duration is rounded down to this many frames, and one
+    max_duration_s: float = 5.0
+    max_steps: int = 1000
+    max_guidance: float = 100.0
+    precisions: tuple[str, ...] = ("bf16", "fp32")
+    attentions: tuple[str, ...] = ("dense",)
+
+    decode_chunk: int | None = 1                        # latent steps decoded at a time; None is the whole clip
+
+    # fields that differ from the released sizes
+    dit_fields: Mapping[str, Any] = field(default_factory=dict)
+    vae_fields: Mapping[str, Any] = field(default_factory=dict)
+
+    memory_gb: Mapping[str, float] = field(default_factory=dict)   # stage -> GPU peak, bf16, largest clip: estimates
+
+    @property
+    def layouts(self) -> tuple[Layout, ...]:
+        """How the weights may lie; the first is that of the hub's repository."""
+        raise NotImplementedError
+
+    @property
+    def vae_config(self) -> "WanVAEConfig":
+        from model.wan_vae import WanVAEConfig
+        return WanVAEConfig(**self.vae_fields)
+
+    @property
+    def grid(self) -> LatentGrid:
+        return LatentGrid()
+
+    def text_encoder(self, weights: Path, device: str, precision: str | None = None) -> "T5TextEncoder":
+        """The text encoder, loaded.  Raises CheckpointError."""
+        raise NotImplementedError
+
+    def vae(self, weights: Path, device: str, precision: str | None = None) -> "WanVAE":
+        """The VAE, loaded, in eval mode; either published key layout.  Raises CheckpointError."""
+        from model import checkpoint, keys
+        from model.wan_vae import WanVAE, channels_last
+        from model.weights import layout_in, stored_at
+        vae = checkpoint.build(lambda: WanVAE(self.vae_config), stored_at(weights, layout_in(self, weights).vae),
+                               keys.WAN_VAE, keys.WAN_VAE_DIFFUSERS, name=self.name, device=device,
+                               precision=precision or self.precision_on(device))
+        return channels_last(vae) if device.startswith("cpu") else vae
+
+    def latent_statistics(self, weights: Path) -> tuple["Tensor", "Tensor"]:
+        """scale and bias, each [C] fp32: normalised latent = latent * scale + bias.  Raises CheckpointError."""
+        raise NotImplementedError
+
+    def builders(self) -> list[Callable[[Path, str, str | None], Any]]:
+        """What loads each part: weights, device, precision in. With device "meta" the files are checked and no more."""
+        raise NotImplementedError
+
+    def precision_on(self, device: str) -> str:
+        """What runs when nobody says: fp32 on a CPU, where it is exact; bf16 on a GPU, as the releases run."""
+        return "fp32" if device.startswith("cpu") else "bf16"
+
+    def shape_for(self, resolution: str | tuple[int, int] | None = None, duration_s: float | None = None,
+                  frames: int | None = None) -> tuple[VideoShape, str | None]:
+        """The shape to render, and a note when it is not quite what was asked for.
+
+        resolution: a name in `resolutions`, "WIDTHxHEIGHT" or (width, height).  Give duration_s or frames or neither.
+        Raises ValueError, saying what is allowed.
+        """
+        height, width = self.size_for(resolution if resolution is not None else self.resolution)
+        frames, note = self.frames_for(duration_s, frames)
+        return VideoShape(frames=frames, height=height, width=width), note
+
+    def size_for(self, resolution: str | tuple[int, int]) -> tuple[int, int]:
+        """(height, width) in pixels.  Raises ValueError, saying what is allowed."""
+        if isinstance(resolution, str):
+            if resolution in self.resolutions:
+                return self.resolutions[resolution]
+            width, _, height = resolution.lower().partition("x")
+            # isdecimal alone would let other scripts' digits and very long numbers through
+            if not all(side.isascii() and side.isdecimal() and len(side) <= 5 for side in (width, height)):
+                raise ValueError(f"resolution must be {', '.join(self.resolutions)} or WIDTHxHEIGHT for {self.name}; "
+                                 f"got {resolution!r}")
+            resolution = int(width), int(height)
+        width, height = resolution
+        step = self.side_step
+        for side, name in ((width, "width"), (height, "height")):
+            if side < self.min_side or side % step:
+                nearest = max(math.ceil(self.min_side / step), round(side / step)) * step
+                raise ValueError(f"{name} must be a multiple of {step} and at least {self.min_side} for {self.name}; "
+                                 f"got {side} (nearest: {nearest})")
+        if width * height > self.max_pixels:
+            raise ValueError(f"width x height must be at most {self.max_pixels} pixels for {self.name}; "
+                             f"got {width}x{height} = {width * height}")
+        return height, width
+
+    def frames_for(self, duration_s: float | None = None, frames: int | None = None) -> tuple[int, str | None]:
+        """Frame count and a note when it was rounded.  Raises ValueError, saying what is allowed.
+
+        A duration goes down to a multiple of frame_step frames, to which one is added; a frame count goes down to 4n + 1.
+        """
+        most = int(self.fps * self.max_duration_s) + 1
+        if frames is not None and duration_s is not None:
+            raise ValueError(f"give duration_s or frames, not both; got {duration_s} and {frames}")
+        if frames is not None:
+            if not 1 <= frames <= most:
+                raise ValueError(f"frames must be 1 to {most} for {self.name}; got {frames}")
+            whole = self.grid.nearest_frames(frames)
+            return whole, None if whole == frames else f"{frames} frames rounded down to {whole}"
+        duration_s = self.duration_s if duration_s is None else duration_s
+        if not 1 <= duration_s <= self.max_duration_s:                  # false for NaN too
+            raise ValueError(f"duration_s must be 1 to {self.max_duration_s:g} for {self.name}; got {duration_s:g}")
+        frames = int(self.fps * duration_s) // self.frame_step * self.frame_step
+        if frames == self.fps * duration_s:
+            return frames + 1, None
+        return frames + 1, f"{duration_s:g} s rounded down to {frames / self.fps:g} s ({frames + 1} frames)"
