@@ -139,8 +139,9 @@ def fit(phase: Phase, model: nn.Module, loss_of: Callable[[int], tuple[Tensor, d
 
 # The VAE: images first, then images and clips.
 
-VAE_PHASE = Phase(name="vae", steps=2000, lr=2.5e-3)
-IMAGES_FIRST = 500                                     # steps before the first clip
+VAE_PHASE = Phase(name="vae", steps=2700, lr=2.5e-3, ema=0.995)
+IMAGES_FIRST, SHORT_UNTIL = 500, 1400                   # steps before the first clip, and before the first long one
+# The convolutions in time reach about 18 latent steps back: after short clips alone, frames beyond their length fall apart.
 REFERENCE_ELEMENTS = 4 * 3 * 9 * SIZE * SIZE            # what every summed loss is divided by, image or clip
 IMAGE_WEIGHT, KL_WEIGHT, SHAPE_WEIGHT = 1.5, 5e-4, 6.0
 
@@ -154,10 +155,9 @@ def train_vae(work: Path, device: str) -> WanVAE:
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = rng_of("vae", step)
-        still = step < IMAGES_FIRST or step % 3 == 0
-        long = not still and step > 0.9 * VAE_PHASE.steps          # the last clips are long: history reaches further back
-        clips, frames = (16, 1) if still else (2, 25) if long else (5, 9)
-        drawn = [Scene.draw(rng).render(frames, start=rng.randrange(FRAMES - frames), total=FRAMES) for _ in range(clips)]
+        still = step < IMAGES_FIRST or step % 4 == 0
+        clips, frames = (16, 1) if still else (5, 9) if step < SHORT_UNTIL else (1, 49) if step % 4 == 2 else (2, 25)
+        drawn = [Scene.draw(rng).render(frames, start=rng.randint(0, FRAMES - frames), total=FRAMES) for _ in range(clips)]
         video = torch.stack([v for v, _ in drawn]).to(device, memory_format=torch.channels_last_3d)
         coverage = torch.stack([c for _, c in drawn])[:, None].to(device)
         noise = torch.randn(clips, VAE.latent_channels, (frames - 1) // 4 + 1, SIZE // 8, SIZE // 8,
@@ -251,7 +251,7 @@ def is_said(name: str, scene: Scene, sentence: str, still: bool) -> bool:
 # and its first step that of a single image, so images and clips train together.
 
 DIT_PHASE = Phase(name="dit", steps=4000, lr=2e-3, ema=0.999)
-DIT_CLIPS, DIT_BATCH, UNPROMPTED = 2400, 32, 0.1
+DIT_CLIPS, DIT_BATCH, UNPROMPTED = 2000, 32, 0.1
 
 
 @torch.no_grad()
