@@ -197,6 +197,20 @@ def models(name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="On
 
 
 @app.command()
+def convert(source: Annotated[str, typer.Argument(metavar="SRC", help="A published repository's folder, or one file of it.")],
+            model: Annotated[str, typer.Option(metavar="NAME", help="See `dailies models`.")],
+            to: Annotated[str, typer.Option(metavar="URI", help="Where the safetensors go: a folder or s3://.")],
+            json: Json = False) -> int:
+    """Published weights (.pth, read with weights_only, or .safetensors) to checked safetensors that render can load.
+
+    \b
+    Example:  dailies convert Wan2.1-T2V-1.3B/ --model wan2.1-t2v-1.3b --to s3://b/weights/wan2.1-t2v-1.3b
+    """
+    from jobs.convert import convert
+    return convert(source, model, to, json=json)
+
+
+@app.command()
 def bench(what: Annotated[str | None, typer.Argument(metavar="[WHAT]", help="What to time.  [default: all]")] = None,
           json: Json = False) -> int:
     """Time a part of dailies against a named peer in the same run.

@@ -235,3 +235,9 @@ CLIP_VISION = KeyTable(
         "vision_model.embeddings.position_ids": "0, 1, 2 and so on",
     },
 )
+
+CLIP_ORIGINAL = KeyTable(
+    name="CLIP_ORIGINAL",
+    rules={"visual.": "visual."},                       # model/clip.py, from_open_clip
+    dropped={"textual.": "the text tower, which Wan does not use", "log_scale": "as the text tower"},
+)

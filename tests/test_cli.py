@@ -16,7 +16,7 @@ from jobs.cli import main
 from jobs.settings import RenderJob
 from tiny import TINY
 
-COMMANDS = ["render", "plan", "submit", "status", "verify", "retry", "models", "bench"]
+COMMANDS = ["render", "plan", "submit", "status", "verify", "retry", "models", "convert", "bench"]
 GOOD = {"prompt": ["a red fox", "a blue fox"], "id": ["x", "y"], "frames": [5, 5]}
 
 

@@ -1,0 +1,241 @@
+"""Published weights, pickles among them, to checked safetensors in a layout that the catalogue loads.
+
+A pickle is read with weights_only, so nothing in it can run. Every tensor keeps its name and its bits, but for CLIP's,
+whose query, key and value come apart. Nothing is published before names, shapes and kinds have been checked.
+"""
+
+import json as jsonlib
+import pickle
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jobs.render import card_named
+from jobs.settings import UsageError
+from model import checkpoint, keys
+from model.card import Layout, ModelCard
+from model.catalog import LinumCard
+from model.clip import from_open_clip
+from model.text import new_encoder
+from model.weights import INDEX, PICKLES, CheckpointError, first_line, listed
+from pipeline.store import Store, bring, open_store
+
+SHARD_BYTES = 4_000_000_000                             # a bucket takes 5 GB in one request
+NESTED_UNDER = ("state_dict", "model", "module")        # where some tools put the tensors in a pickle
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One model of several: what it is, where a layout wants it, and where it was found."""
+
+    kind: str                                           # dit, vae, text_encoder, image_encoder
+    place: int                                          # of several dits
+    target: str                                         # a .safetensors file, below the output
+    source: Path
+
+
+def convert(source: str, model: str, to: str, *, json: bool) -> int:
+    """Convert a folder, or one file of it.  Raises UsageError, CheckpointError, StoreError."""
+    card, store = card_named(model), open_store(to)
+    path = bring(source, Path(tempfile.gettempdir()) / "dailies-convert") if "://" in source else Path(source).expanduser()
+    layout, parts = found_parts(card, path)
+    written = []
+    for part in parts:
+        tensors = dict(read(part.source))
+        if part.kind == "image_encoder":
+            tensors = split_clip(card, tensors, part.source)
+        with tempfile.TemporaryDirectory(prefix=".dailies-convert-", dir=room_beside(store)) as folder:
+            files = write(Path(folder), part.target, tensors)
+            check(card, part, Path(folder))
+            for name, file in files.items():
+                publish(store, name, file)
+                written.append({"file": name, "num_bytes": file.stat().st_size, "from": str(part.source)})
+                if not json:
+                    print(f"{store.uri_of(name)}  {file.stat().st_size / 1e6:,.1f} MB  from {part.source}", flush=True)
+    if path.is_dir():
+        written += copy_small_files(layout, path, store)
+    if json:
+        print(jsonlib.dumps({"model": card.name, "to": store.uri, "files": written}))
+    return 0
+
+
+def found_parts(card: ModelCard, path: Path) -> tuple[Layout, list[Part]]:
+    """What there is to convert, in the layout of which the most is there.  Raises UsageError."""
+    if not path.exists():
+        raise UsageError(f"SRC must be a file or a folder of published weights; {path} is not there")
+    if path.is_file():
+        return one_part(card, path)
+    found = []
+    for layout in card.layouts:
+        parts = [Part(kind=kind, place=place, target=target, source=source) for kind, place, target in wanted(layout)
+                 if (source := source_of(path, target))]
+        found.append((layout, parts))
+    layout, parts = max(found, key=lambda option: len(option[1]))
+    if not parts:
+        names = [target for _, _, target in wanted(layout)]
+        raise UsageError(f"{path} has no weights of {card.name}: looked for {listed(names)}, also as {', '.join(PICKLES)}")
+    return layout, parts
+
+
+def one_part(card: ModelCard, path: Path) -> tuple[Layout, list[Part]]:
+    """A single file: known by its name, or else by the names of its tensors."""
+    layout = card.layouts[-1]                           # the original one; it is what single files come from
+    options = [Part(kind=kind, place=place, target=target, source=path) for kind, place, target in wanted(layout)]
+    stem = path.name.removesuffix(path.suffix)
+    named = [part for part in options
+             if PurePosixPath(part.target).stem == stem and PurePosixPath(part.target).parent.name in ("", path.parent.name)]
+    if len(named) != 1:
+        names = [name for name, _ in read(path)]
+        named = [part for part in options if any(not table.unknown(names) for table in tables_of(card, part.kind))]
+    if len(named) != 1:
+        raise UsageError(f"{path} is " + ("none" if not named else "one of several") + f" of the parts of {card.name}: "
+                         f"{listed(part.target for part in named or options)}. Name the folder that it belongs to")
+    return layout, named
+
+
+def wanted(layout: Layout) -> Iterator[tuple[str, int, str]]:
+    """kind, place and file of every part."""
+    for place, target in enumerate(layout.dits):
+        yield "dit", place, target
+    for kind in ("vae", "text_encoder", "image_encoder"):
+        if target := getattr(layout, kind):
+            yield kind, 0, target if target.endswith(".safetensors") else f"{target}/model.safetensors"
+
+
+def source_of(folder: Path, target: str) -> Path | None:
+    """The file that will become `target`: itself, its index of shards, or a pickle of its name."""
+    stem = target.removesuffix(".safetensors")
+    names = [target, target + INDEX, *(stem + suffix for suffix in PICKLES)]
+    if PurePosixPath(target).name == "model.safetensors":                   # transformers calls its pickles so
+        names.append(str(PurePosixPath(target).with_name("pytorch_model.bin")))
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def read(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors, which stay in the mapped file until they are used.  Raises CheckpointError."""
+    if path.suffix not in PICKLES:
+        yield from checkpoint.views(checkpoint.stored_tensors(path))
+        return
+    try:
+        said = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError, KeyError) as error:
+        raise CheckpointError(f"{path} cannot be read as tensors and nothing else, and what else it holds could run code "
+                              f"({type(error).__name__}: {first_line(error)[:200]}). Fetch it again, from its publisher"
+                              ) from error
+    for name in NESTED_UNDER:
+        if isinstance(said, Mapping) and isinstance(said.get(name), Mapping):
+            said = said[name]
+    if not isinstance(said, Mapping) or not said:
+        raise CheckpointError(f"{path} must hold a table of tensors; it holds {type(said).__name__}")
+    strange = [str(name) for name, value in said.items() if not isinstance(name, str) or not isinstance(value, Tensor)]
+    if strange:
+        raise CheckpointError(f"{path} must hold tensors alone; these are none: {listed(strange)}")
+    yield from said.items()
+
+
+def split_clip(card: ModelCard, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """CLIP's picture tower as transformers names it; a file that has those names already stays as it is."""
+    if not keys.CLIP_VISION.unknown(tensors):
+        return dict(tensors)
+    try:
+        ours = from_open_clip(tensors, card.clip_config.blocks)
+    except KeyError as error:
+        raise CheckpointError(f"{path} is not {card.name}'s image encoder: {error.args[0]} is missing") from error
+    return {keys.CLIP_VISION.released(name): tensor for name, tensor in ours.items()}
+
+
+def write(folder: Path, target: str, tensors: Mapping[str, Tensor]) -> dict[str, Path]:
+    """The tensors as one file, or as shards with their index; what was written, by its name below the output.
+
+    Raises CheckpointError for NaN and infinity.
+    """
+    broken = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if broken:
+        raise CheckpointError(f"{target}: NaN or infinity in {listed(broken)}; is the file damaged?")
+    shards: list[dict[str, Tensor]] = [{}]
+    for name, tensor in tensors.items():
+        if shards[-1] and sum(map(num_bytes, shards[-1].values())) + num_bytes(tensor) > SHARD_BYTES:
+            shards.append({})
+        shards[-1][name] = tensor
+    stem = target.removesuffix(".safetensors")
+    names = [target] if len(shards) == 1 else [f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors"
+                                               for i in range(1, len(shards) + 1)]
+    for name, shard in zip(names, shards, strict=True):
+        checkpoint.save(folder / name, shard)
+    files = {name: folder / name for name in names}
+    if len(shards) > 1:
+        where = {tensor: PurePosixPath(name).name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        index = folder / (target + INDEX)
+        index.write_text(jsonlib.dumps({"metadata": {}, "weight_map": where}, indent=1))
+        files[target + INDEX] = index
+    return files
+
+
+def num_bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.itemsize
+
+
+def check(card: ModelCard, part: Part, folder: Path) -> None:
+    """That the model which the card describes can be loaded from what was written.  Raises CheckpointError."""
+    path = folder / part.target
+    path = path if path.is_file() else folder / (part.target + INDEX)
+    if part.kind == "text_encoder":
+        config = part.source.with_name("config.json")
+        said = jsonlib.loads(config.read_text()) if config.is_file() else getattr(card, "text_encoder_fields", {})
+        with torch.device("meta"):
+            model = new_encoder("T5" if isinstance(card, LinumCard) else "umT5", said)
+        model.encoder.embed_tokens = model.shared
+    else:
+        model = described(card, part.kind)
+    checkpoint.load(model, path, *tables_of(card, part.kind), name=card.name, device="meta")
+
+
+def described(card: ModelCard, kind: str) -> torch.nn.Module:
+    from model.clip import ClipVision
+    from model.linum import LinumDiT
+    from model.wan import WanDiT
+    from model.wan_vae import WanVAE
+    with torch.device("meta"):
+        if kind == "dit":
+            return (LinumDiT if isinstance(card, LinumCard) else WanDiT)(card.dit_config)
+        return WanVAE(card.vae_config) if kind == "vae" else ClipVision(card.clip_config)
+
+
+def tables_of(card: ModelCard, kind: str) -> tuple[keys.KeyTable, ...]:
+    if kind == "vae":
+        return keys.WAN_VAE, keys.WAN_VAE_DIFFUSERS
+    if isinstance(card, LinumCard):
+        return (keys.LINUM,) if kind == "dit" else (keys.T5,)
+    return {"dit": (keys.WAN, keys.WAN_DIFFUSERS, keys.WAN_REPACKED), "text_encoder": (keys.UMT5, keys.UMT5_WAN),
+            "image_encoder": (keys.CLIP_VISION, keys.CLIP_ORIGINAL)}[kind]
+
+
+def copy_small_files(layout: Layout, folder: Path, store: Store) -> list[dict[str, Any]]:
+    """The tokenizer, and the config of a text encoder that is a folder."""
+    copied = []
+    for part in (layout.tokenizer, *(part for part in layout.parts if not part.endswith(".safetensors"))):
+        for file in sorted((folder / part).glob("*")):
+            if file.suffix in (".json", ".model") and not file.name.endswith(INDEX):
+                publish(store, f"{part}/{file.name}", file)
+                copied.append({"file": f"{part}/{file.name}", "num_bytes": file.stat().st_size, "from": str(file)})
+    return copied
+
+
+def room_beside(store: Store) -> Path | None:
+    """A folder on the disk that the weights go to; None, which is the one for temporary files, where they go to a bucket."""
+    root = getattr(store, "root", None)
+    return next((folder for folder in (root, *root.parents) if folder.is_dir()), None) if root is not None else None
+
+
+def publish(store: Store, name: str, file: Path) -> None:
+    """What is there already is replaced, unless it is the source itself."""
+    target = getattr(store, "root", None)
+    if target is not None and (Path(target) / name).exists() and (Path(target) / name).samefile(file):
+        return
+    store.put(name, file)

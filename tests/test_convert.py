@@ -1,0 +1,195 @@
+"""`dailies convert`: pickles read without running anything, everything checked, and what comes out can be rendered."""
+
+import json
+import pickle
+import shutil
+
+import pytest
+import torch
+
+from golden import E2E, E2E_CARD, Golden, error
+from jobs import convert as converting
+from jobs.cli import main
+from model import checkpoint
+from model.catalog import CATALOG
+from model.weights import locate
+from wan_tiny import WAN_TINY, WAN_TINY_A14B, WAN_TINY_I2V, write_weights
+
+
+@pytest.fixture(autouse=True)
+def tiny_models(monkeypatch):
+    for card in (WAN_TINY, WAN_TINY_A14B, WAN_TINY_I2V):
+        monkeypatch.setitem(CATALOG, card.name, card)
+
+
+def published(folder, card):
+    """A repository in the original layout: pickles but for the transformer."""
+    write_weights(folder, card, "original")
+    for part in card.layouts[1].parts:
+        if "diffusion" in part:
+            continue
+        tensors, _ = checkpoint.unpack((folder / part).read_bytes())
+        if "clip" in part:
+            tensors = open_clip(tensors)
+        (folder / part).unlink()
+        torch.save(tensors, (folder / part).with_suffix(".pth"))
+    return folder
+
+
+def open_clip(tensors):
+    """Transformers' names to the original ones, with the text tower and the last block that Wan does not use."""
+    found = {"visual.cls_embedding": tensors["vision_model.embeddings.class_embedding"].view(1, 1, -1),
+             "visual.pos_embedding": tensors["vision_model.embeddings.position_embedding.weight"][None],
+             "visual.patch_embedding.weight": tensors["vision_model.embeddings.patch_embedding.weight"],
+             "textual.token_embedding.weight": torch.ones(3, 4), "log_scale": torch.ones(())}
+    for part in ("weight", "bias"):
+        found[f"visual.pre_norm.{part}"] = tensors[f"vision_model.pre_layrnorm.{part}"]
+        for i in range(2):
+            layer = f"vision_model.encoder.layers.{i}."
+            found[f"visual.transformer.{i}.attn.to_qkv.{part}"] = torch.cat([tensors[f"{layer}self_attn.{of}_proj.{part}"] for of in "qkv"])
+            for old, new in {"attn.proj": "self_attn.out_proj", "norm1": "layer_norm1", "norm2": "layer_norm2", "mlp.0": "mlp.fc1",
+                             "mlp.2": "mlp.fc2"}.items():
+                found[f"visual.transformer.{i}.{old}.{part}"] = tensors[f"{layer}{new}.{part}"]
+        found[f"visual.transformer.2.norm1.{part}"] = torch.ones(24)
+    return found
+
+
+@pytest.mark.parametrize("card", [WAN_TINY, WAN_TINY_A14B, WAN_TINY_I2V], ids=lambda card: card.name)
+def test_a_published_folder_becomes_weights_that_load(card, tmp_path, capsys):
+    write_weights(tmp_path / "wanted", card, "original")
+    source = published(tmp_path / "src", card)
+    assert main(["convert", str(source), "--model", card.name, "--to", str(tmp_path / "out"), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    folder = locate(tmp_path / "out", card)
+    for part in card.layouts[1].parts:
+        got, _ = checkpoint.unpack((folder / part).read_bytes())
+        want, _ = checkpoint.unpack((tmp_path / "wanted" / part).read_bytes())
+        assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want), part
+    assert {file["file"] for file in said["files"]} == {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    assert [build(folder, "cpu", "fp32") for build in card.builders()]
+
+
+def test_a_folder_can_be_converted_in_place(tmp_path, capsys):
+    source = published(tmp_path, WAN_TINY)
+    assert main(["convert", str(source), "--model", "wan-tiny", "--to", str(source)]) == 0
+    assert locate(source, WAN_TINY) == source
+    assert not list(source.glob(".dailies*"))
+
+
+@pytest.mark.parametrize("name, kind", [("Wan2.1_VAE.pth", "vae"), ("anything.pth", "vae"), ("models_t5_umt5-xxl-enc-bf16.pth", "text_encoder")])
+def test_a_single_file_is_known_by_its_name_or_its_tensors(name, kind, tmp_path):
+    source = published(tmp_path / "src", WAN_TINY)
+    file = "Wan2.1_VAE.pth" if kind == "vae" else name
+    shutil.copy(source / file, tmp_path / name)
+    assert main(["convert", str(tmp_path / name), "--model", "wan-tiny", "--to", str(tmp_path / "out")]) == 0
+    assert [p.name for p in (tmp_path / "out").glob("*.*") if p.is_file()] == [file.replace(".pth", ".safetensors")]
+
+
+def test_large_parts_become_shards_with_an_index(tmp_path, monkeypatch):
+    monkeypatch.setattr(converting, "SHARD_BYTES", 20_000)
+    source = published(tmp_path / "src", WAN_TINY)
+    assert main(["convert", str(source), "--model", "wan-tiny", "--to", str(tmp_path / "out")]) == 0
+    assert len(list((tmp_path / "out").glob("diffusion_pytorch_model-*-of-*.safetensors"))) > 2
+    folder = locate(tmp_path / "out", WAN_TINY)
+    dit, text = WAN_TINY.dit(folder, "cpu"), WAN_TINY.text_encoder(folder, "cpu")
+    whole, _ = checkpoint.unpack((source / "diffusion_pytorch_model.safetensors").read_bytes())
+    assert torch.equal(dit.blocks[1].attn.q.weight, whole["blocks.1.self_attn.q.weight"])
+    assert text("a red fox").shape[1] == 32
+
+
+def test_a_golden_passes_through_the_conversion_of_its_pickle(tmp_path, monkeypatch):
+    """The VAE's, under a name of its own and inside a state_dict, as some tools save it."""
+    from dataclasses import replace
+    golden = Golden("wan_vae_a")
+    monkeypatch.setitem(CATALOG, "wan-tiny", replace(WAN_TINY, vae_fields=dict(width=golden.config["dim"])))
+    tensors, _ = checkpoint.unpack((golden.folder / "weights.safetensors").read_bytes())
+    torch.save({"state_dict": tensors}, tmp_path / "vae.ckpt")
+    assert main(["convert", str(tmp_path / "vae.ckpt"), "--model", "wan-tiny", "--to", str(tmp_path / "out")]) == 0
+    vae = CATALOG["wan-tiny"].vae(tmp_path / "out", "cpu")
+    mean, std = (torch.tensor(golden.config[f"latents_{name}"]).view(1, -1, 1, 1, 1) for name in ("mean", "std"))
+    assert error(vae.decode(golden.inputs["z.5"] * std + mean), golden.outputs["decoded.5"]) < golden.tolerance["value"]
+
+
+def test_linum_pickles_are_converted_too(tmp_path, monkeypatch):
+    monkeypatch.setitem(CATALOG, E2E_CARD.name, E2E_CARD)
+    shutil.copytree(E2E, tmp_path / "src")
+    for part in (E2E_CARD.dit_file, E2E_CARD.vae_file, "t5/text_encoder/model.safetensors"):
+        tensors, _ = checkpoint.unpack((tmp_path / "src" / part).read_bytes())
+        (tmp_path / "src" / part).unlink()
+        target = (tmp_path / "src" / part).with_suffix(".pth")
+        torch.save(tensors, target.with_name("pytorch_model.bin") if "t5" in part else target)
+    assert main(["convert", str(tmp_path / "src"), "--model", E2E_CARD.name, "--to", str(tmp_path / "out")]) == 0
+    for build in E2E_CARD.builders():
+        build(locate(tmp_path / "out", E2E_CARD), "cpu", "fp32")
+
+
+class Bomb:
+    def __reduce__(self):
+        return print, ("boom",)
+
+
+def broken(change):
+    def write(folder):
+        path = folder / "Wan2.1_VAE.pth"
+        tensors = torch.load(path, weights_only=True)
+        torch.save(change(tensors), path)
+    return write
+
+
+@pytest.mark.parametrize("damage, said", [
+    (lambda folder: (folder / "Wan2.1_VAE.pth").write_bytes(pickle.dumps({"a": Bomb()})), "could run code"),
+    (broken(lambda tensors: tensors | {"extra": Bomb()}), "could run code"),
+    (lambda folder: (folder / "Wan2.1_VAE.pth").write_bytes((folder / "Wan2.1_VAE.pth").read_bytes()[:900]), "cannot be read as tensors"),
+    (lambda folder: (folder / "Wan2.1_VAE.pth").write_text("<html>"), "cannot be read as tensors"),
+    (broken(lambda tensors: [1, 2]), "must hold a table of tensors; it holds list"),
+    (broken(lambda tensors: tensors | {"epoch": 3}), "must hold tensors alone; these are none: epoch"),
+    (broken(lambda tensors: {n: t for n, t in tensors.items() if n != "conv1.bias"}), "1 tensor missing: to_moments.bias"),
+    (broken(lambda tensors: tensors | {"another.weight": torch.ones(1)}), "1 tensor unexpected: another.weight"),
+    (broken(lambda tensors: tensors | {"conv1.bias": torch.ones(3)}), "conv1.bias must be \\[32\\], got \\[3\\]"),
+    (broken(lambda tensors: tensors | {"conv1.bias": torch.ones(32, dtype=torch.int64)}), "must be floating point"),
+    (broken(lambda tensors: tensors | {"conv1.bias": torch.full((32,), torch.nan)}), "NaN or infinity in conv1.bias"),
+])
+def test_a_broken_pickle_is_refused_runs_nothing_and_leaves_nothing(damage, said, tmp_path, capsys):
+    import re
+    source = published(tmp_path / "src", WAN_TINY)
+    (source / "diffusion_pytorch_model.safetensors").unlink()
+    (source / "models_t5_umt5-xxl-enc-bf16.pth").unlink()
+    damage(source)
+    assert main(["convert", str(source), "--model", "wan-tiny", "--to", str(tmp_path / "out")]) == 2
+    out, err = capsys.readouterr()
+    assert re.search(said, err) and "boom" not in out + err
+    assert not list(tmp_path.glob("out/**/*.safetensors"))
+
+
+@pytest.mark.parametrize("source, said", [("nowhere", "is not there"), ("empty", "has no weights of wan-tiny"),
+                                          ("other.pth", "is none of the parts of wan-tiny")])
+def test_a_source_without_weights_is_refused(source, said, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    torch.save({"x": torch.ones(1)}, tmp_path / "other.pth")
+    assert main(["convert", str(tmp_path / source), "--model", "wan-tiny", "--to", str(tmp_path / "out")]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_one_expert_of_two_needs_its_folder(tmp_path, capsys):
+    source = published(tmp_path / "src", WAN_TINY_A14B)
+    file = source / "low_noise_model/diffusion_pytorch_model.safetensors"
+    assert main(["convert", str(file), "--model", "wan-tiny-a14b", "--to", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out/low_noise_model/diffusion_pytorch_model.safetensors").read_bytes() == file.read_bytes()
+    shutil.copy(file, tmp_path / "some.safetensors")
+    assert main(["convert", str(tmp_path / "some.safetensors"), "--model", "wan-tiny-a14b", "--to", str(tmp_path / "out2")]) == 2
+    assert "is one of several of the parts" in capsys.readouterr().err
+
+
+def test_the_clip_golden_passes_through_the_conversion(tmp_path, monkeypatch):
+    from dataclasses import replace
+    golden = Golden("wan_clip_vision_a")
+    said = golden.config
+    card = replace(WAN_TINY_I2V, clip_fields=dict(picture=said["image_size"], patch=said["patch_size"], width=said["dim"],
+                                                  heads=said["num_heads"], blocks=said["num_layers"] - 1, mlp=4 * said["dim"]))
+    monkeypatch.setitem(CATALOG, card.name, card)
+    tensors, _ = checkpoint.unpack((golden.folder / "weights.safetensors").read_bytes())
+    file = "models_clip_open-clip-xlm-roberta-large-vit-huge-14"
+    torch.save(tensors, tmp_path / f"{file}.pth")
+    assert main(["convert", str(tmp_path / f"{file}.pth"), "--model", card.name, "--to", str(tmp_path / "out")]) == 0
+    tower = card.image_encoder(tmp_path / "out", "cpu")
+    assert error(tower(golden.inputs["image"].transpose(0, 1)), golden.outputs["features"]) < golden.tolerance["value"]
