@@ -142,7 +142,8 @@ class Display:
 
     def line(self) -> str:
         with self.lock:
-            stages = "  ".join(f"{stage.name} {stage.done:,} done, {stage.in_flight:,} in flight" for stage in self.stages)
+            stages = "  ".join(f"{stage.name} {stage.done:,} done, {stage.in_flight:,} in flight"
+                               if stage.copies or not stage.starting else f"{stage.name} starting" for stage in self.stages)
             return f"{time.strftime('%H:%M:%S')}  {self.headline()}" + (f"  | {stages}" if stages else "")
 
     def print_lines(self) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from actors.clip_writer import clip_key
@@ -234,7 +235,10 @@ def work(night: Night, book: Book, todo: Iterator[Request], num_clips: int, view
     """Render until all is done or somebody stops it; returns the Stop."""
     from pipeline import cluster                        # Ray is wanted only where there is something to do
     job, stop = night.job, cluster.Stop()
-    stages = text_to_video(night.card, job.weights, night.store, device=night.device, precision=night.plan.precision,
+    weights = job.weights
+    if weights and "://" not in weights:                # the processes that read it may run in another folder
+        weights = str(Path(weights).expanduser().absolute())
+    stages = text_to_video(night.card, weights, night.store, device=night.device, precision=night.plan.precision,
                            batch=job.batch, samplers=job.samplers, threads=job.threads_per_sampler or 1,
                            keep_latents=job.keep_latents)
     with Display(total=num_clips, view=view) as display:

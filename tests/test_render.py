@@ -1,0 +1,407 @@
+"""A whole run with a tiny model: what it leaves, and that it can be stopped, continued and repeated anywhere.
+
+Most tests run the pipeline's definition in this process (`run_local`), where seconds count; those that start Ray say so.
+"""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from contextlib import nullcontext
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from actors import clip_writer
+from actors.clip_writer import read_clip
+from jobs.cli import main
+from pipeline import cluster, ledger, stages
+from pipeline.store import open_store
+import tiny  # noqa: F401: adds the model to the catalogue
+
+ROOT = Path(__file__).resolve().parent.parent
+PROGRAM = [sys.executable, str(ROOT / "tests/tiny.py")]
+PROMPTS = ["a red fox", "日本の猫 🦊", "مرحبا", "e\u0301 combining", "tab\tand\nnewline", "a \x1b[31mred\x1b[0m fox"]
+ROWS = [
+    *({"id": f"row-{number}", "prompt": prompt, "frames": 5, "mood": "calm"} for number, prompt in enumerate(PROMPTS)),
+    {"id": "twin-a", "prompt": "a twin", "seed": 7, "frames": 5, "mood": "glad"},
+    {"id": "twin-b", "prompt": "a twin", "seed": 7, "frames": 5, "mood": "sad"},
+    {"id": "three", "prompt": "three samples", "seed": 2**62, "samples": 3, "frames": 9},
+]
+NUM_CLIPS, NUM_ROWS = 10, 11
+
+
+def write_manifest(path, rows=ROWS):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def one_process(monkeypatch):
+    """Stages run one after the other in this process, without Ray."""
+    monkeypatch.setattr(cluster, "connect", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(cluster, "run", lambda steps, requests, **_: stages.run_local(steps, requests))
+
+
+@pytest.fixture
+def no_work(monkeypatch):
+    """Any attempt to reach Ray fails the test."""
+    def refuse(*_, **__):
+        raise AssertionError("there was nothing to do, and Ray was asked for")
+    monkeypatch.setattr(cluster, "connect", refuse)
+
+
+def render(capsys, manifest, out, *options):
+    """Exit code and the JSON answer of one render in this process."""
+    code = main(["render", str(manifest), "--out", str(out), "--model", "tiny", "--device", "cpu", "--json",
+                 *map(str, options)])
+    captured = capsys.readouterr()
+    assert captured.out, captured.err
+    answer = json.loads(captured.out)
+    assert answer["exit_code"] == code
+    return code, answer
+
+
+def rows_of(out):
+    return {(row["id"], row["seed"]): row for row in ledger.read(open_store(out)).to_pylist()}
+
+
+def clips_of(out):
+    """Key -> SHA-256 of every object under clips/."""
+    store = open_store(out)
+    return {info.key: hashlib.sha256(store.get(info.key)).hexdigest() for info in store.list("clips/")}
+
+
+def assert_whole(out, num_rows=NUM_ROWS, num_clips=NUM_CLIPS):
+    """One object per clip, one ledger row per manifest row and sample, every hash right, nothing left over."""
+    rows, clips = rows_of(out), clips_of(out)
+    assert len(rows) == num_rows and len(clips) == num_clips
+    assert {row["status"] for row in rows.values()} == {"done"}
+    for row in rows.values():
+        assert clips[clip_writer.clip_key(row["clip_id"])] == row["sha256"]
+    store = open_store(out)
+    assert {info.key.split("/")[0] for info in store.list()} == {"run.json", "_SUCCESS.json", "clips", "ledger"}
+    said = json.loads(store.get("_SUCCESS.json"))
+    assert (said["rows"], said["done"], said["failed"]) == (num_rows, num_rows, 0)
+    parts = [pq.read_table(Path(out) / info.key) for info in store.list("ledger/")] if "://" not in str(out) else []
+    assert sum(part.num_rows for part in parts) in (0, num_rows)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of ROWS, rendered once for this file by Ray with one sampler; not to be changed."""
+    folder = tmp_path_factory.mktemp("finished")
+    manifest = write_manifest(folder / "night.jsonl")
+    program = subprocess.run([*PROGRAM, "render", manifest, "--out", folder / "out", "--model", "tiny", "--samplers", "1"],
+                             capture_output=True, text=True, timeout=600, cwd=folder)
+    assert program.returncode == 0, program.stderr
+    return folder, program
+
+
+@pytest.fixture
+def again(finished, tmp_path):
+    """A copy of the finished run, and its manifest."""
+    shutil.copytree(finished[0] / "out", tmp_path / "out")
+    return finished[0] / "night.jsonl", tmp_path / "out"
+
+
+# What a run leaves.
+
+def test_a_run_leaves_one_object_per_clip_and_one_row_per_manifest_row(finished):
+    assert_whole(finished[0] / "out")
+    rows = rows_of(finished[0] / "out")
+    assert sorted(seed - 2**62 for name, seed in rows if name == "three") == [0, 1, 2]
+    assert rows["twin-a", 7]["clip_id"] == rows["twin-b", 7]["clip_id"]
+    assert (rows["twin-a", 7]["user.mood"], rows["twin-b", 7]["user.mood"]) == ("glad", "sad")
+    for row in rows.values():
+        assert row["attempts"] == 1 and row["worker"] and row["device"] == "cpu" and row["fallbacks"] == []
+        assert all(row[f"{step}_s"] > 0 for step in ("sample", "decode", "publish")) and row["peak_memory_bytes"] > 0
+
+
+def test_every_clip_is_a_video_that_says_what_it_was_made_from(finished):
+    out = finished[0] / "out"
+    for (name, seed), row in rows_of(out).items():
+        found = read_clip((out / clip_writer.clip_key(row["clip_id"])).read_bytes())
+        assert (found.width, found.height, found.frames, found.fps) == (40, 24, row["frames"], 24.0)
+        assert (found.metadata["seed"], found.metadata["clip_id"]) == (str(seed), row["clip_id"])
+        assert found.metadata["prompt"] == row["prompt"].replace("\x1b", "\u241b")
+    assert {row["prompt"] for row in rows_of(out).values()} == {row["prompt"] for row in ROWS}
+
+
+def test_the_summary_names_what_a_person_wants_to_know_and_no_prompt_reaches_the_terminal(finished):
+    folder, program = finished
+    assert f"{folder}/out: 11 rows done, 0 failed, 0 pending; 10 clips rendered in" in program.stdout
+    assert "1 row asks for a clip that another row asks for too: rendered once" in program.stderr
+    assert "\x1b" not in program.stdout + program.stderr and "Traceback" not in program.stderr
+
+
+def test_run_json_says_what_was_rendered_and_holds_no_secret(finished):
+    run = json.loads((finished[0] / "out/run.json").read_text())
+    assert (run["rows"], run["planned_rows"], run["clips"], run["duplicates"]) == (9, 11, 10, 1)
+    assert run["identity"]["model"] == "tiny" and run["identity"]["precision"] == "fp32"
+    assert run["versions"]["torch"] and run["job"]["samplers"] == 1
+
+
+def test_status_and_verify_need_the_run_folder_alone(finished, capsys):
+    out = str(finished[0] / "out")
+    assert main(["status", out, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["done"], said["failed"], said["pending"], said["finished"]) == (11, 0, 0, True)
+    assert [bucket["done"] for bucket in said["buckets"]] == [7, 3]
+    assert main(["status", out]) == 0 and "11 of 11 rows done" in capsys.readouterr().out
+    assert main(["verify", out, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["clips"], said["wrong"], said["unrecorded"]) == (10, [], 0)
+
+
+# Doing it again.
+
+def test_a_second_run_does_nothing(again, capsys, no_work):
+    manifest, out = again
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    code, answer = render(capsys, manifest, out)
+    assert code == 0 and (answer["rendered"], answer["adopted"], answer["done"]) == (0, 0, 11)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+def forget(out, names):
+    """Remove these rows from the ledger; returns their clips."""
+    forgotten = set()
+    for path in (out / "ledger").iterdir():
+        table = pq.read_table(path)
+        keep = [name not in names for name in table["id"].to_pylist()]
+        forgotten |= {clip_id for clip_id, stays in zip(table["clip_id"].to_pylist(), keep) if not stays}
+        pq.write_table(table.filter(keep), path)
+    return forgotten
+
+
+def test_three_clips_and_rows_that_were_deleted_are_rendered_again_and_no_other(again, capsys, one_process):
+    manifest, out = again
+    before = clips_of(out)
+    for clip_id in forget(out, {"row-0", "row-2", "row-4"}):
+        (out / clip_writer.clip_key(clip_id)).unlink()
+    assert len(clips_of(out)) == 7
+    others = {path: path.stat().st_mtime_ns for path in (out / "clips").rglob("*.mp4")}
+    code, answer = render(capsys, manifest, out)
+    assert code == 0 and (answer["rendered"], answer["adopted"]) == (3, 0)
+    assert clips_of(out) == before                      # by another process, without Ray: the same bytes
+    assert {path: path.stat().st_mtime_ns for path in others} == others
+    assert_whole(out)
+
+
+def test_rows_that_were_lost_are_written_again_without_rendering(again, capsys, no_work):
+    manifest, out = again
+    forget(out, {"row-1", "twin-b", "three"})
+    kept = rows_of(out)
+    code, answer = render(capsys, manifest, out)
+    assert code == 0 and (answer["rendered"], answer["adopted"]) == (0, 5)
+    rows = rows_of(out)
+    assert_whole(out)
+    assert rows["twin-a", 7] == kept["twin-a", 7]       # its twin's row is new, its own is not
+    assert rows["twin-b", 7]["worker"] is None and rows["twin-b", 7]["user.mood"] == "sad"
+
+
+def test_another_run_is_refused_and_named(again, capsys, no_work, tmp_path):
+    manifest, out = again
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    other = write_manifest(tmp_path / "other.jsonl", ROWS[:3])
+    for arguments, message in (((manifest, out, "--steps", 3), "steps was 2, is 3"),
+                               ((other, out), "manifest_digest was"),
+                               ((manifest, out, "--precision", "bf16"), "precision was fp32, is bf16")):
+        code, answer = render(capsys, *arguments)
+        assert code == 2 and message in answer["error"] and "holds another run" in answer["error"]
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_a_folder_with_a_foreign_run_json_is_left_alone(capsys, no_work, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/run.json").write_text('{"mine": 1}')
+    code, answer = render(capsys, write_manifest(tmp_path / "m.jsonl"), tmp_path / "out")
+    assert code == 2 and "not one that dailies wrote" in answer["error"]
+
+
+def test_limit_renders_the_first_clips_and_the_run_goes_on_later(capsys, one_process, tmp_path):
+    manifest, out = write_manifest(tmp_path / "night.jsonl"), tmp_path / "out"
+    code, answer = render(capsys, manifest, out, "--limit", 2)
+    assert code == 0 and (answer["rendered"], answer["pending"]) == (2, 9)
+    assert not (out / "_SUCCESS.json").exists()
+    assert render(capsys, manifest, out, "--limit", 2)[1]["rendered"] == 0
+    assert main(["status", str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["pending_clips"] == 8
+    assert render(capsys, manifest, out)[1]["rendered"] == 8
+    assert_whole(out)
+
+
+def test_keep_latents_keeps_one_per_clip(capsys, one_process, tmp_path):
+    manifest, out = write_manifest(tmp_path / "night.jsonl", ROWS[:2]), tmp_path / "out"
+    assert render(capsys, manifest, out, "--keep-latents")[0] == 0
+    assert len(list((out / "latents").rglob("*.safetensors"))) == 2
+    assert not list((out / "embeddings").rglob("*.safetensors"))
+
+
+# When rows fail.
+
+BAD = [*ROWS[:2], {"id": "bad", "prompt": "a", "steps": 0, "mood": "wild"}, {"id": "worse", "prompt": ""}]
+
+
+def test_invalid_rows_end_as_failed_rows_and_cost_nobody_else(capsys, one_process, tmp_path):
+    manifest, out = write_manifest(tmp_path / "night.jsonl", BAD), tmp_path / "out"
+    assert render(capsys, manifest, out)[0] == 2 and not out.exists()
+    for rendered in (2, 0):
+        code, answer = render(capsys, manifest, out, "--skip-invalid")
+        assert code == 3 and (answer["rendered"], answer["done"], answer["failed"]) == (rendered, 2, 2)
+    rows = rows_of(out)
+    assert rows["bad", None]["error_type"] == "invalid" and "steps: got 0" in rows["bad", None]["error"]
+    assert rows["bad", None]["user.mood"] == "wild" and len(rows) == 4
+    assert json.loads((out / "_SUCCESS.json").read_text())["failed"] == 2
+
+
+def test_a_failed_row_stays_failed_until_it_is_put_back(capsys, one_process, tmp_path, monkeypatch):
+    manifest, out = write_manifest(tmp_path / "night.jsonl", ROWS[:4]), tmp_path / "out"
+    whole = clip_writer.write_mp4
+
+    def broken(path, frames, rate):
+        if frames.request.prompt == PROMPTS[1]:
+            raise OSError("no space \x1b[31m left")
+        whole(path, frames, rate)
+
+    monkeypatch.setattr(clip_writer, "write_mp4", broken)
+    code, answer = render(capsys, manifest, out)
+    assert code == 3 and (answer["done"], answer["failed"]) == (3, 1)
+    assert answer["failures"][0]["error_type"] == "OSError" and answer["failures"][0]["stage"] == "publish"
+    assert len(list((out / "latents").rglob("*.safetensors"))) == 1     # of the clip that failed: not to be sampled again
+    monkeypatch.setattr(clip_writer, "write_mp4", whole)
+    assert render(capsys, manifest, out)[1]["rendered"] == 0
+
+    assert main(["retry", str(out), "--where", "error_type=Other", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["pending_again"] == 0
+    assert main(["retry", str(out), "--where", "error_type=OSError", "--where", "id=row-1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["pending_again"] == 1
+    assert not (out / "_SUCCESS.json").exists()
+    code, answer = render(capsys, manifest, out)
+    assert code == 0 and answer["rendered"] == 1
+    assert_whole(out, 4, 4)
+
+
+def test_what_a_person_reads_of_a_failure_has_no_control_characters(capsys, one_process, tmp_path, monkeypatch):
+    manifest = write_manifest(tmp_path / "night.jsonl", ROWS[:1])
+
+    def broken(path, frames, rate):
+        raise OSError("no space \x1b[31m left")
+
+    monkeypatch.setattr(clip_writer, "write_mp4", broken)
+    assert main(["render", str(manifest), "--out", str(tmp_path / "out"), "--model", "tiny"]) == 3
+    captured = capsys.readouterr()
+    assert r"row-0: OSError in publish: no space \x1b[31m left" in captured.out
+    assert f"dailies retry {tmp_path}/out" in captured.out and "\x1b" not in captured.out + captured.err
+
+
+def test_verify_lists_what_is_missing_changed_and_undecodable(again, capsys):
+    _, out = again
+    rows = list(rows_of(out).values())
+    clips = [out / clip_writer.clip_key(row["clip_id"]) for row in rows[:3]]
+    clips[0].unlink()
+    clips[1].write_bytes(clips[1].read_bytes() + b"x")
+    clips[2].write_bytes(b"no video")
+    for path in (out / "ledger").iterdir():             # its hash is right, its content is not
+        table = pq.read_table(path).to_pylist()
+        for row in table:
+            if row["clip_id"] == rows[2]["clip_id"]:
+                row["sha256"] = hashlib.sha256(b"no video").hexdigest()
+        pq.write_table(pq.read_table(path).from_pylist(table), path)
+    (out / "clips/zz").mkdir()
+    (out / "clips/zz/stray.mp4").write_bytes(b"")
+    assert main(["verify", str(out), "--json"]) == 3
+    said = json.loads(capsys.readouterr().out)
+    problems = {found["clip_id"]: found["problem"] for found in said["wrong"]}
+    assert problems[rows[0]["clip_id"]] == "missing"
+    assert problems[rows[1]["clip_id"]].startswith("changed")
+    assert problems[rows[2]["clip_id"]].startswith("undecodable")
+    assert len(problems) == 3 and said["unrecorded"] == 1
+
+
+# The store.
+
+def test_the_same_bytes_come_out_in_a_bucket(finished, capsys, one_process, s3_bucket):
+    code, answer = render(capsys, finished[0] / "night.jsonl", f"{s3_bucket}/night")
+    assert code == 0 and answer["rendered"] == NUM_CLIPS
+    assert clips_of(f"{s3_bucket}/night") == clips_of(finished[0] / "out")
+    assert_whole(f"{s3_bucket}/night")
+    assert main(["verify", f"{s3_bucket}/night", "--json"]) == 0
+    assert b"testing" not in open_store(f"{s3_bucket}/night").get("run.json")
+
+
+def test_a_bucket_that_is_not_there_is_exit_5_and_named(capsys, no_work, s3_bucket, tmp_path):
+    code, answer = render(capsys, write_manifest(tmp_path / "m.jsonl"), "s3://no-such-bucket-here/x")
+    assert code == 5 and "no-such-bucket-here" in answer["error"]
+
+
+# With Ray, in a process of its own.
+
+def start(manifest, out, *options):
+    return subprocess.Popen([*PROGRAM, "render", manifest, "--out", out, "--model", "tiny", *options],
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_two_samplers_make_the_bytes_that_one_makes(finished, tmp_path):
+    program = start(finished[0] / "night.jsonl", tmp_path / "out", "--samplers", "2", "--json")
+    stdout, stderr = program.communicate(timeout=600)
+    assert program.returncode == 0, stderr
+    assert json.loads(stdout)["rendered"] == NUM_CLIPS
+    assert clips_of(tmp_path / "out") == clips_of(finished[0] / "out")
+    assert_whole(tmp_path / "out")
+
+
+def wait_for(condition, program, timeout_s=300):
+    ends = time.monotonic() + timeout_s
+    while not condition():
+        assert program.poll() is None, program.communicate()
+        assert time.monotonic() < ends
+        time.sleep(0.05)
+
+
+def published(out):
+    return len(list((out / "clips").rglob("*.mp4"))) if out.exists() else 0
+
+
+def test_control_c_finishes_what_was_begun_and_the_same_command_continues(tmp_path):
+    rows = [{"prompt": f"fox {number}", "frames": 97} for number in range(30)]
+    manifest, out = write_manifest(tmp_path / "night.jsonl", rows), tmp_path / "out"
+    program = start(manifest, out, "--samplers", "1")
+    wait_for(lambda: published(out) >= 2, program)
+    program.send_signal(signal.SIGINT)
+    _, stderr = program.communicate(timeout=300)
+    assert program.returncode == 130 and "Stopping" in stderr and "Traceback" not in stderr
+    done = published(out)
+    assert 2 <= done < 30 and len(rows_of(out)) == done and not (out / "_SUCCESS.json").exists()
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
+def test_a_driver_that_is_killed_at_any_moment_loses_and_repeats_nothing(kills, tmp_path, capsys, one_process):
+    num = 12 if kills == 2 else 60
+    rows = [{"id": str(number), "prompt": f"fox {number}", "frames": 25} for number in range(num)]
+    manifest, out = write_manifest(tmp_path / "night.jsonl", rows), tmp_path / "out"
+    rng = random.Random(kills)
+    seen: dict[str, int] = {}
+    for kill in range(kills):
+        program = start(manifest, out)
+        until = min(num - 1, published(out) + rng.randint(0, max(1, 2 * num // kills // 2)))
+        wait_for(lambda: (out / "run.json").exists() and published(out) >= until or program.poll() is not None, program)
+        time.sleep(rng.random())
+        program.send_signal(signal.SIGKILL)
+        program.communicate(timeout=60)
+        for path in (out / "clips").rglob("*.mp4"):
+            assert seen.setdefault(path.name, path.stat().st_ino) == path.stat().st_ino     # never published again
+    code, answer = render(capsys, manifest, out)
+    assert code == 0 and answer["done"] == num
+    for path in (out / "clips").rglob("*.mp4"):
+        assert seen.get(path.name, path.stat().st_ino) == path.stat().st_ino
+    assert_whole(out, num, num)
+    assert Counter(row["clip_id"] for row in rows_of(out).values()).most_common(1)[0][1] == 1
