@@ -36,7 +36,10 @@ def noise(request: Request, grid: LatentGrid) -> Tensor:
 
 
 class Denoiser:
-    """Embeddings in, Latents out; one diffusion model on one device. Making it loads; calling it only computes."""
+    """Embeddings in, Latents out; one diffusion model on one device. Making it loads; calling it only computes.
+
+    This is Linum's course from noise to video; another family has its own `load` and `sample`.
+    """
 
     def __init__(self, card: ModelCard, weights: Path, device: str = "cpu", *, precision: str | None = None,
                  threads: int = 1, noise: Callable[[Request, LatentGrid], Tensor] = noise):
@@ -48,7 +51,10 @@ class Denoiser:
         torch.set_num_threads(threads)
         self.card, self.device, self.noise = card, device, noise
         self.precision = precision or card.precision_on(device)
-        self.dit = card.dit(weights, device, self.precision)
+        self.load(weights)
+
+    def load(self, weights: Path) -> None:
+        self.dit = self.card.dit(weights, self.device, self.precision)
 
     @torch.inference_mode()
     def __call__(self, batch: list[Embedding]) -> list[Latent]:
@@ -58,16 +64,21 @@ class Denoiser:
         """
         requests = [embedding.request for embedding in batch]
         self.check(requests)
-        velocity = self.velocity(batch, requests[0].guidance)
         start = torch.stack([self.noise(request, self.card.grid) for request in requests]).to(self.device)
-        sigmas = flow_match_sigmas(requests[0].num_steps, self.card.shift).tolist()
-        video, = euler(velocity, (start,), sigmas)
+        video = self.sample(batch, start)
         made = list(zip(requests, video.cpu(), strict=True))
         broken = [request.clip_id for request, latent in made if not latent.isfinite().all()]
         if broken:
             raise NonFiniteLatent(f"sampling ended in NaN or infinity for {', '.join(broken)}; try another seed, "
                                   f"a lower guidance than {requests[0].guidance:g}, or precision fp32")
         return [Latent(request=request, streams=(latent.clone(),)) for request, latent in made]
+
+    def sample(self, batch: list[Embedding], start: Tensor) -> Tensor:
+        """From noise to latents, [B, C, T, H, W] fp32."""
+        request = batch[0].request
+        sigmas = flow_match_sigmas(request.num_steps, self.card.shift).tolist()
+        video, = euler(self.velocity(batch, request.guidance), (start,), sigmas)
+        return video
 
     def velocity(self, batch: list[Embedding], scale: float) -> Velocity:
         """The guided velocity of a batch of clips, for a sampler. Their texts' keys and values are made here, once."""

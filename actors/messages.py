@@ -47,6 +47,7 @@ class Embedding:
     request: Request
     prompt: tuple[Tensor, ...]      # one [L, E] per stream of the model, trimmed to the prompt's real length
     negative: tuple[Tensor, ...]
+    image: tuple[Tensor, ...] = ()  # of the first frame: what the model sees beside its latent [C, T, H, W], then CLIP's rows
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -136,7 +136,8 @@ def request_of(value: Request | Shelved | Embedding) -> Request:
 def packed(value: Embedding | Latent, key: str) -> bytes:
     """A safetensors file that names the key it belongs to and holds a hash of all its content."""
     if isinstance(value, Embedding):
-        tensors, fallbacks = numbered("prompt", value.prompt) | numbered("negative", value.negative), ()
+        tensors = numbered("prompt", value.prompt) | numbered("negative", value.negative) | numbered("image", value.image)
+        fallbacks = ()
     else:
         tensors, fallbacks = numbered("stream", value.streams), value.fallbacks
     metadata = {"key": key, "kind": type(value).__name__, "fallbacks": json.dumps(fallbacks)}
@@ -154,7 +155,7 @@ def opened(data: bytes, shelved: Shelved) -> Embedding | Latent:
         raise Damaged(f"{shelved.key} does not hold what was put there")
     if metadata["kind"] == "Embedding":
         return Embedding(request=shelved.request, prompt=counted("prompt", tensors),
-                         negative=counted("negative", tensors))
+                         negative=counted("negative", tensors), image=counted("image", tensors))
     return Latent(request=shelved.request, streams=counted("stream", tensors),
                   fallbacks=tuple(json.loads(metadata["fallbacks"])))
 

@@ -60,6 +60,7 @@ class ModelCard:
     precisions: tuple[str, ...] = ("bf16", "fp32")
     attentions: tuple[str, ...] = ("dense",)
 
+    clips_per_turn: int = 1                             # sampled together, where that changes no bit and saves work
     decode_chunk: int | None = 1                        # latent steps decoded at a time; None is the whole clip
 
     # fields that differ from the released sizes

@@ -288,6 +288,7 @@ WAN22_T2V_A14B = replace(
     guidance=4.0,
     low_noise_guidance=0.75,                            # 3.0
     boundary=875,
+    clips_per_turn=4,
 )
 
 WAN22_I2V_A14B = replace(

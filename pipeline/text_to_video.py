@@ -9,11 +9,13 @@ from actors.decoder import Decoder
 from actors.denoiser import Denoiser
 from actors.shelf import EMBEDDINGS, LATENTS, Drop, Fetch, Keep
 from actors.text_encoder import TextEncoder
-from model.catalog import ModelCard
+from actors.wan_denoiser import WanDenoiser
+from model.catalog import LinumCard, ModelCard, WanCard
 from model.weights import locate
 from pipeline.stages import Stage, Step
 from pipeline.store import Store, bring
 
+DENOISERS = {LinumCard: Denoiser, WanCard: WanDenoiser}
 ENCODED_AHEAD = 1000                    # clips whose prompts are encoded before the encoder makes room for a sampler
 
 
@@ -37,8 +39,8 @@ def text_to_video(card: ModelCard, weights: str | None, store: Store, *, device:
     return [
         Stage(name="encode", steps=(kept(model(TextEncoder), EMBEDDINGS),), gpus=0.25 if on_gpu else 0.0,
               key=attrgetter("embedding_key"), window=ENCODED_AHEAD),
-        Stage(name="sample", steps=(fetch, kept(model(Denoiser, threads), LATENTS)), gpus=0.75 if on_gpu else 0.0,
-              cpus=float(threads), copies=samplers, batch=batch),
+        Stage(name="sample", steps=(fetch, kept(model(DENOISERS[type(card)], threads), LATENTS)), gpus=0.75 if on_gpu else 0.0,
+              cpus=float(threads), copies=samplers, batch=max(batch, card.clips_per_turn)),
         # one process, so frames never travel; on a CPU it needs a fraction of what sampling needs
         Stage(name="publish", steps=tuple(publish), gpus=0.25 if on_gpu else 0.0, cpus=2.0 if on_gpu else 0.5),
     ]

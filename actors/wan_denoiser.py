@@ -1,0 +1,87 @@
+"""The actor that turns embeddings into latents with a Wan model: one transformer, or two experts that take turns."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from actors.denoiser import Denoiser
+from actors.messages import Embedding
+from model.guidance import classifier_free
+from model.samplers import Streams, Velocity, dpm_solver, unipc
+from model.schedules import wan_sigmas, whole_timestep
+from model.wan import Context, WanDiT
+
+SOLVERS = {"unipc": unipc, "dpm++": dpm_solver}
+SAMPLERS_SHARE = 0.75                                   # of a GPU's memory: the others' are the decoder's and the encoder's
+
+
+class WanDenoiser(Denoiser):
+    """Embeddings in, Latents out. The clips of a batch are computed one by one, so a batch changes no bit of them.
+
+    What they share is the turn of an expert: where two do not fit on the GPU, they change places once per batch.
+    """
+
+    def load(self, weights: Path) -> None:
+        first = self.card.dit(weights, self.device, self.precision)
+        self.experts, self.running = [first], 0
+        for expert in range(1, self.card.num_experts):
+            home = self.device if self.fits_twice(first) else "cpu"
+            self.experts.append(self.card.dit(weights, home, self.precision, expert=expert))
+
+    def fits_twice(self, dit: WanDiT) -> bool:
+        """Whether a second one leaves the room that sampling takes."""
+        if not self.device.startswith("cuda"):
+            return True
+        total = torch.cuda.get_device_properties(self.device).total_memory
+        return SAMPLERS_SHARE * total > num_bytes(dit) + 1e9 * self.card.memory_gb.get("sample", 0)
+
+    def sample(self, batch: list[Embedding], start: Tensor) -> Tensor:
+        request = batch[0].request
+        sigmas = wan_sigmas(request.num_steps, self.card.shift_for(request.shape), self.card.solver).tolist()
+        clips = SOLVERS[self.card.solver](self.velocity(batch, request.guidance), start.split(1), sigmas)
+        return torch.cat(clips)
+
+    def velocity(self, batch: list[Embedding], scale: float) -> Velocity:
+        """The guided velocity of clips, each a stream of its own. Keys and values of text and image are made once per
+        clip and expert."""
+        conditions = [self.condition(embedding) for embedding in batch]
+        contexts: dict[int, list[tuple[Context, Context]]] = {}
+
+        def velocity(streams: Streams, sigma: float) -> Streams:
+            timestep = whole_timestep(sigma)
+            expert = self.card.expert_at(timestep)
+            dit = self.turn(expert)
+            if expert not in contexts:
+                contexts.clear()                        # the other's turn is over
+                contexts[expert] = [self.contexts(dit, embedding) for embedding in batch]
+            guidance = scale * (1.0, self.card.low_noise_guidance)[expert]
+            time = torch.tensor([timestep], device=self.device)
+            return tuple(classifier_free(dit(video, time, prompt, condition), dit(video, time, negative, condition), guidance)
+                         for video, (prompt, negative), condition in zip(streams, contexts[expert], conditions, strict=True))
+        return velocity
+
+    def turn(self, expert: int) -> WanDiT:
+        """This expert on the device; if it waited elsewhere, the other waits there now."""
+        if self.running != expert:
+            home = next(self.experts[expert].parameters()).device
+            self.experts[self.running].to(home)
+            self.experts[expert].to(self.device)
+            self.running = expert
+        return self.experts[expert]
+
+    def contexts(self, dit: WanDiT, embedding: Embedding) -> tuple[Context, Context]:
+        """Of the prompt and of the negative prompt; both see the same picture."""
+        rows = [embedding.image[1].to(self.device)] if len(embedding.image) > 1 else None
+        return tuple(dit.embed([text[0].to(self.device)], rows) for text in (embedding.prompt, embedding.negative))
+
+    def condition(self, embedding: Embedding) -> Tensor | None:
+        """[1, C, T, H, W]: the picture's mask and latent, which the model sees beside its own; None without a picture."""
+        if bool(embedding.image) != self.card.takes_image:
+            raise ValueError(f"{self.card.name} makes video from {'an image' if self.card.takes_image else 'text alone'}; clip "
+                             f"{embedding.request.clip_id} comes {'with' if embedding.image else 'without'} one")
+        return embedding.image[0][None].to(self.device) if embedding.image else None
+
+
+def num_bytes(dit: WanDiT) -> int:
+    return sum(parameter.numel() * parameter.itemsize for parameter in dit.parameters())

@@ -1,0 +1,165 @@
+"""Wan prompts to frames through the actors: two experts as the release runs them, and clips decided by their requests alone."""
+
+import dataclasses
+from dataclasses import replace
+
+import pytest
+import torch
+
+from actors.decoder import Decoder
+from actors.denoiser import noise
+from actors.messages import Embedding, Latent, Request
+from actors.text_encoder import TextEncoder
+from actors.wan_denoiser import WanDenoiser
+from golden import Golden, error
+from model.shapes import VideoShape
+from wan_tiny import WAN_TINY, WAN_TINY_A14B, WAN_TINY_I2V_A14B, write_weights
+
+
+def request_for(card, **changes):
+    said = dict(clip_id="c" * 64, model=card.name, weights_fingerprint="f", prompt="a red fox runs over the snow", negative_prompt="",
+                seed=20, shape=VideoShape(frames=9, height=32, width=48), fps=16.0, num_steps=4, guidance=card.guidance,
+                precision="fp32", attention="dense")
+    return Request(**said | changes)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Folders with the tiny models' weights, by name."""
+    folders = {}
+    for card in (WAN_TINY, WAN_TINY_A14B):
+        folders[card.name] = tmp_path_factory.mktemp(card.name)
+        write_weights(folders[card.name], card)
+    return folders
+
+
+@pytest.fixture(scope="module")
+def a14b(tmp_path_factory):
+    """The golden's two experts in the published layout, its card and its embedding."""
+    golden, folder = Golden("wan_a14b_i2v_a"), tmp_path_factory.mktemp("a14b")
+    for expert in ("high_noise_model", "low_noise_model"):
+        (folder / expert).mkdir()
+        (folder / expert / "diffusion_pytorch_model.safetensors").write_bytes((golden.folder / f"weights_{expert}.safetensors").read_bytes())
+    said = golden.config["model"]
+    card = replace(WAN_TINY_I2V_A14B, guidance=golden.config["guide_scale"][1], shift=golden.config["shift"],
+                   boundary=int(1000 * golden.config["boundary"]),
+                   dit_fields=dict(width=said["dim"], heads=said["num_heads"], layers=said["num_layers"], ffn=said["ffn_dim"],
+                                   time_features=said["freq_dim"], text_dim=said["text_dim"], text_len=said["text_len"],
+                                   condition_channels=20))
+    request = request_for(card, num_steps=golden.config["sampling_steps"], shape=VideoShape(frames=5, height=32, width=48))
+    embedding = Embedding(request=request, prompt=(golden.inputs["context"],), negative=(golden.inputs["context_null"],),
+                          image=(golden.inputs["y"],))
+    return golden, folder, card, embedding
+
+
+def denoiser_of(golden, folder, card, **options):
+    return WanDenoiser(card, folder, noise=lambda request, grid: golden.inputs["noise"], **options)
+
+
+def test_two_experts_sample_as_the_release(a14b):
+    golden, folder, card, embedding = a14b
+    denoiser, seen, used = denoiser_of(golden, folder, card), [], []
+    for place, expert in enumerate(denoiser.experts):
+        expert.register_forward_pre_hook(lambda _, inputs, place=place: seen.append(inputs[0][0]))
+        expert.register_forward_pre_hook(lambda _, inputs, place=place: used.append((place, inputs[1].item())))
+    latent, = denoiser([embedding])
+    allowed = golden.tolerance["value"]
+    for step, x in enumerate([*seen[2::2], latent.streams[0]]):             # a prompt and a negative prompt per step
+        assert error(x, golden.outputs[f"latent.{step}"]) < allowed
+    assert [timestep for _, timestep in used[::2]] == golden.outputs["timesteps"].tolist()
+    assert [1 - place for place, _ in used[::2]] == golden.outputs["used_high_noise"].tolist()
+
+
+def test_every_velocity_equals_the_release(a14b):
+    golden, folder, card, embedding = a14b
+    denoiser = denoiser_of(golden, folder, card)
+    x = golden.inputs["noise"][None]
+    for step, timestep in enumerate(golden.outputs["timesteps"].tolist()):
+        dit = denoiser.turn(card.expert_at(timestep))
+        prompt, negative = denoiser.contexts(dit, embedding)
+        for context, name in ((prompt, "v_cond"), (negative, "v_null")):
+            got = dit(x, torch.tensor([timestep]), context, denoiser.condition(embedding))
+            assert error(got[0], golden.outputs[f"{name}.{step}"]) < golden.tolerance["value"]
+        x = golden.outputs[f"latent.{step}"][None]
+
+
+def test_experts_that_do_not_fit_together_take_turns_once_per_batch_and_give_the_same_clips(a14b, monkeypatch):
+    golden, folder, card, embedding = a14b
+    want, = denoiser_of(golden, folder, card)([embedding])
+    denoiser = denoiser_of(golden, folder, card)
+    moves = []
+    for place, expert in enumerate(denoiser.experts):
+        monkeypatch.setattr(expert, "to", lambda device, place=place: moves.append((place, str(device))))
+    got = denoiser([embedding] * 3)
+    assert moves == [(0, "cpu"), (1, "cpu")]            # from the first to the second, for all three clips
+    assert all(torch.equal(latent.streams[0], want.streams[0]) for latent in got)
+    denoiser([embedding] * 2)
+    assert [place for place, _ in moves] == [0, 1, 1, 0, 0, 1]
+
+
+def test_guidance_of_the_low_noise_expert_is_a_share_of_the_rows(weights, monkeypatch):
+    denoiser = WanDenoiser(WAN_TINY_A14B, weights["wan-tiny-a14b"])
+    asked = []
+    monkeypatch.setattr("actors.wan_denoiser.classifier_free", lambda cond, uncond, scale: asked.append(scale) or cond)
+    encoder = TextEncoder(WAN_TINY_A14B, weights["wan-tiny-a14b"])
+    denoiser(encoder([request_for(WAN_TINY_A14B, num_steps=8, guidance=4.0)]))
+    assert asked == sorted(asked, reverse=True) and set(asked) == {4.0, 3.0}
+
+
+def test_a_batch_changes_no_bit_of_a_clip(weights):
+    folder = weights["wan-tiny"]
+    encoder, denoiser, decoder = TextEncoder(WAN_TINY, folder), WanDenoiser(WAN_TINY, folder), Decoder(WAN_TINY, folder)
+    embeddings = encoder([request_for(WAN_TINY, clip_id=str(i), prompt=prompt, seed=i) for i, prompt in enumerate(("a red fox", "snow", ""))])
+    together = decoder(denoiser(embeddings))
+    alone = [decoder(denoiser([embedding]))[0] for embedding in reversed(embeddings)][::-1]
+    assert all(torch.equal(one.rgb, other.rgb) for one, other in zip(together, alone, strict=True))
+    assert together[0].rgb.shape == (9, 32, 48, 3) and not torch.equal(together[0].rgb, together[1].rgb)
+
+
+def test_both_layouts_give_the_same_clip(weights, tmp_path):
+    write_weights(tmp_path, WAN_TINY, "original")
+    clips = []
+    for folder in (weights["wan-tiny"], tmp_path):
+        embeddings = TextEncoder(WAN_TINY, folder)([request_for(WAN_TINY)])
+        clips += Decoder(WAN_TINY, folder)(WanDenoiser(WAN_TINY, folder)(embeddings))
+    assert torch.equal(clips[0].rgb, clips[1].rgb)
+
+
+@pytest.mark.parametrize("solver", ["unipc", "dpm++"])
+def test_solver_and_shift_are_the_cards(solver, weights):
+    card = replace(WAN_TINY, solver=solver)
+    embeddings = TextEncoder(card, weights["wan-tiny"])([request_for(card)])
+    latents = [WanDenoiser(replace(card, shift=shift), weights["wan-tiny"])(embeddings)[0].streams[0] for shift in (5.0, 3.0)]
+    assert all(latent.isfinite().all() for latent in latents) and not torch.equal(*latents)
+
+
+def test_latents_are_decoded_with_wans_statistics(weights):
+    decoder = Decoder(WAN_TINY, weights["wan-tiny"])
+    request = request_for(WAN_TINY)
+    latent = noise(request, WAN_TINY.grid)
+    frames, = decoder([Latent(request=request, streams=(latent,))])
+    mean, std = (torch.tensor(said).view(16, 1, 1, 1) for said in (WAN_TINY.latent_mean, WAN_TINY.latent_std))
+    pixels = (decoder.vae.decode((latent * std + mean)[None]).clamp(-1, 1) + 1) * 127.5
+    want = pixels[0].permute(1, 2, 3, 0)
+    assert (frames.rgb.float() - want).abs().max() < 1.01
+
+
+def test_bf16_runs_the_same_path_and_stays_near(weights):
+    folder = weights["wan-tiny"]
+    request = request_for(WAN_TINY, precision="bf16")
+    embeddings = TextEncoder(WAN_TINY, folder, precision="bf16")([request])
+    assert embeddings[0].prompt[0].dtype == torch.bfloat16
+    latent, = WanDenoiser(WAN_TINY, folder, precision="bf16")(embeddings)
+    want, = WanDenoiser(WAN_TINY, folder)(TextEncoder(WAN_TINY, folder)([request_for(WAN_TINY)]))
+    assert ((latent.streams[0] - want.streams[0]).norm() / want.streams[0].norm()).item() < 0.1
+    assert Decoder(WAN_TINY, folder, precision="bf16").vae.decoder.conv_in.weight.dtype == torch.float32
+
+
+def test_a_model_of_images_needs_one_and_a_model_of_text_takes_none(a14b, weights):
+    golden, folder, card, embedding = a14b
+    with pytest.raises(ValueError, match="makes video from an image; clip c+ comes without one"):
+        denoiser_of(golden, folder, card)([dataclasses.replace(embedding, image=())])
+    encoder, denoiser = (actor(WAN_TINY, weights["wan-tiny"]) for actor in (TextEncoder, WanDenoiser))
+    embedding, = encoder([request_for(WAN_TINY)])
+    with pytest.raises(ValueError, match="makes video from text alone; clip c+ comes with one"):
+        denoiser([dataclasses.replace(embedding, image=(torch.zeros(20, 3, 4, 6),))])
