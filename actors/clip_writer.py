@@ -1,7 +1,7 @@
 """Frames in, Clip out: an MP4 that every browser plays, published once.
 
-The bytes of a clip come from its frames and its request alone: no clock, host, worker or row id goes in, and the encoder's
-thread count is fixed, because x264 makes other bytes with another count.
+The bytes of a clip come from its frames and its request alone: no clock, host, worker or row id goes in, and the
+encoder's thread count is fixed, because x264 makes other bytes with another count.
 """
 
 import hashlib
@@ -20,8 +20,8 @@ from torch import Tensor
 
 from actors.messages import Clip, Frames, Request
 
-# mbtree off: for pictures under some 100 pixels, x264's macroblock tree reads memory that nobody wrote, and equal frames
-# give unequal bytes.
+# mbtree off: for pictures under some 100 pixels, x264's macroblock tree reads memory that nobody wrote, and equal
+# frames give unequal bytes.
 VIDEO_OPTIONS = {"crf": "18", "preset": "medium", "mbtree": "0"}
 VIDEO_THREADS = 4
 AUDIO_BITS_PER_S = 192_000
@@ -110,7 +110,7 @@ def write_mp4(path: Path, frames: Frames, audio_rate: int) -> None:
 
 
 def yuv_frames(rgb: Tensor, rate: Fraction, width: int, height: int) -> Iterator[av.VideoFrame]:
-    """rgb uint8 [frames, height, width, 3] on any device, as yuv420p frames; an odd side gets its edge repeated once."""
+    """rgb uint8 [frames, height, width, 3] on any device, as yuv420p frames; an odd side gets its edge once more."""
     reformat = VideoReformatter().reformat
     for index, picture in enumerate(rgb):
         pixels = picture.cpu().numpy()

@@ -13,7 +13,8 @@ from typing import Annotated, Any
 
 import typer
 
-HELP = """Render tonight, look tomorrow: large text-to-video batches, from a manifest of prompts to clips in a folder or bucket.
+HELP = """Render tonight, look tomorrow: large text-to-video batches, from a manifest of prompts to clips in a folder
+or bucket.
 
 Exit codes: 0 every row has a clip; 2 bad usage or bad manifest, nothing was started; 3 finished, some rows failed;
 5 the store or the cluster is not usable; 130 interrupted. After 3, 5 and 130 the same command continues.
@@ -67,7 +68,7 @@ def render_options(
     skip_invalid: Annotated[bool | None, typer.Option(
         "--skip-invalid/--no-skip-invalid", help="Record bad rows as failed and render the rest.")] = None,
     strict: Annotated[bool | None, typer.Option(
-        "--strict/--no-strict", help="Refuse whatever would be rendered other than asked, instead of noting it.")] = None,
+        "--strict/--no-strict", help="Refuse rows that would not be rendered as asked, instead of noting it.")] = None,
     keep_latents: Annotated[bool | None, typer.Option(
         "--keep-latents/--no-keep-latents", help="Keep latents/ after publishing.")] = None,
 ) -> None:
@@ -228,7 +229,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return app(arguments, prog_name="dailies", standalone_mode=False) or 0
     except CommandLineError as error:
-        hint = f"\nSee: {error.ctx.command_path} --help" if error.ctx and error.ctx.command_path not in error.message else ""
+        hint = f"\nSee: {error.ctx.command_path} --help" if error.ctx else ""
         return fail(2, error.format_message() + hint, arguments)
     except (KeyboardInterrupt, typer.Abort):
         return fail(130, "Interrupted; the same command continues.", arguments)
@@ -244,7 +245,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def fail(code: int, message: str, arguments: list[str], complaints: Any = None) -> int:
     if "--json" in arguments:
-        print(jsonlib.dumps({"error": message, "exit_code": code} | ({"complaints": complaints.as_json()} if complaints else {})))
+        details = {"complaints": complaints.as_json()} if complaints else {}
+        print(jsonlib.dumps({"error": message, "exit_code": code} | details))
     print(message, file=sys.stderr)
     return code
 

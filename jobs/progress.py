@@ -18,7 +18,7 @@ View = Literal["live", "lines", "silent"]
 
 
 def printable(text: str) -> str:
-    """Text from a manifest or an error as a terminal may have it: nothing in it moves the cursor or changes a colour."""
+    """Text from a manifest or an error for a terminal: nothing in it moves the cursor or changes a colour."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
@@ -142,8 +142,9 @@ class Display:
 
     def line(self) -> str:
         with self.lock:
-            stages = "  ".join(f"{stage.name} {stage.done:,} done, {stage.in_flight:,} in flight"
-                               if stage.copies or not stage.starting else f"{stage.name} starting" for stage in self.stages)
+            stages = "  ".join(f"{stage.name} starting" if stage.starting and not stage.copies else
+                               f"{stage.name} {stage.done:,} done, {stage.in_flight:,} in flight"
+                               for stage in self.stages)
             return f"{time.strftime('%H:%M:%S')}  {self.headline()}" + (f"  | {stages}" if stages else "")
 
     def print_lines(self) -> None:
@@ -160,7 +161,8 @@ class Display:
             table.add_column("", width=30)
             for stage in self.stages:
                 starting = f"+{stage.starting}" if stage.starting else ""
+                rate = rate_text(self.rates[stage.name].per_s(time.monotonic())) if stage.copies else "-"
                 table.add_row(stage.name, f"{stage.copies}{starting}", f"{stage.queued:,}", f"{stage.in_flight:,}",
-                              f"{stage.done:,}", rate_text(self.rates[stage.name].per_s(time.monotonic())),
+                              f"{stage.done:,}", rate,
                               ProgressBar(total=max(1, self.total), completed=stage.done, width=30))
             return table

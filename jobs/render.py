@@ -128,7 +128,7 @@ def begin(night: Night) -> None:
     try:
         night.store.probe()
     except StoreError as error:
-        if isinstance(night.store, FolderStore):        # a path that cannot be written was typed; a bucket may come back
+        if isinstance(night.store, FolderStore):        # a path was typed wrong; a bucket may come back
             raise UsageError(f"--out {error}") from error
         raise
     summary = night.plan.summary()
@@ -166,7 +166,7 @@ class Book:
         self.ledger.close()
 
     def todo(self) -> tuple[Iterator[Request], int]:
-        """The requests to render, in order, and how many. Before that, invalid rows and published clips get their rows."""
+        """The requests to render, in order, and how many. Invalid rows and published clips get their rows first."""
         self.record_invalid()
         if not self.open_clips:
             return iter(()), 0
@@ -174,7 +174,7 @@ class Book:
         wanted = self.open_clips
         if self.limit is not None:
             wanted = wanted & {request.clip_id for request in islice(self.plan.requests(), self.limit)}
-        published = {clip_id for clip_id in (clip_of(info.key) for info in self.store.list("clips/")) if clip_id in self.open_clips}
+        published = self.open_clips.intersection(clip_of(info.key) for info in self.store.list("clips/"))
         self.adopt(self.plan.requests(skip=Except(published)))
         wanted = wanted - published
         return self.plan.requests(skip=Except(wanted)), len(wanted)
@@ -198,7 +198,7 @@ class Book:
         key = clip_key(request.clip_id)
         info = self.store.head(key)
         if info is None:
-            raise StoreError(f"{self.store.uri_of(key)} was listed a moment ago and is gone; the same command continues")
+            raise StoreError(f"{self.store.uri_of(key)} was there a moment ago and is gone; the same command continues")
         return Clip(request=request, uri=self.store.uri_of(key), sha256=info.sha256, num_bytes=info.num_bytes,
                     duration_s=request.shape.frames / request.fps)
 
@@ -288,8 +288,8 @@ def finish(night: Night, book: Book, stop: Any, json: bool) -> int:
                              "rendered": book.num_rendered, "adopted": book.num_adopted, "seconds": round(seconds, 3),
                              "notes": notes_of(night.plan), "failures": book.failures}))
         return code
-    print(f"{store.uri}: {counted(counts['done'], 'row')} done, {counts['failed']:,} failed, {counts['pending']:,} pending; "
-          f"{counted(book.num_rendered, 'clip')} rendered in {duration_text(seconds)}"
+    print(f"{store.uri}: {counted(counts['done'], 'row')} done, {counts['failed']:,} failed, {counts['pending']:,} "
+          f"pending; {counted(book.num_rendered, 'clip')} rendered in {duration_text(seconds)}"
           + (f", {book.num_adopted:,} found published" if book.num_adopted else ""))
     for failure in book.failures:
         print(printable(f"  {failure['id']}: {failure['error_type']} in {failure['stage']}: {failure['error']}"[:300]))
@@ -309,8 +309,8 @@ def clear_shelf(night: Night) -> None:
     latents = {info.key: info.key.rpartition("/")[2].removesuffix(".safetensors") for info in store.list(f"{LATENTS}/")}
     if latents:
         rows = read(store, ["clip_id", "status"])
-        failed = {clip_id for clip_id, status in zip(rows["clip_id"].to_pylist(), rows["status"].to_pylist(), strict=True)
-                  if status == "failed"}
+        statuses = zip(rows["clip_id"].to_pylist(), rows["status"].to_pylist(), strict=True)
+        failed = {clip_id for clip_id, status in statuses if status == "failed"}
         clear(store, [key for key, clip_id in latents.items() if clip_id not in failed])
 
 
@@ -328,7 +328,8 @@ def notes_of(plan: Plan) -> list[str]:
         notes.append(f"and {summary['more_roundings']:,} more kinds of rounding")
     if summary["duplicates"]:
         ask = "asks" if summary["duplicates"] == 1 else "ask"
-        notes.append(f"{counted(summary['duplicates'], 'row')} {ask} for a clip that another row asks for too: rendered once")
+        notes.append(f"{counted(summary['duplicates'], 'row')} {ask} for a clip that another row asks for too: "
+                     "rendered once")
     if summary["invalid_rows"]:
         notes.append(f"{counted(summary['invalid_rows'], 'invalid row')} set aside as failed:")
         notes += [f"  {complaint}" for complaint in plan.complaints.first()]

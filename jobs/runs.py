@@ -50,7 +50,8 @@ def status(uri: str, *, json: bool) -> int:
         print(f"{said['clips_per_hour']:,.1f} clips per hour{eta}; last row "
               f"{duration_text(said['last_row_s_ago'])} ago")
     for bucket in said["buckets"]:
-        print(f"  {bucket['done']:>9,} done {bucket['failed']:>7,} failed {bucket['pending']:>9,} pending  {bucket['bucket']}")
+        print(f"  {bucket['done']:>9,} done {bucket['failed']:>7,} failed {bucket['pending']:>9,} pending  "
+              f"{bucket['bucket']}")
     for error_type, count in said["failed_by_type"].items():
         print(f"  {count:,} failed with {printable(error_type)}")
     return 0
@@ -126,7 +127,8 @@ def verify(uri: str, *, json: bool) -> int:
     wrong: list[dict[str, Any]] = []
     told = time.monotonic()
     with ThreadPoolExecutor(READERS) as pool:
-        for checked, (row, problem) in enumerate(pool.map(lambda row: (row, check(store, row)), clips.values()), start=1):
+        problems = pool.map(lambda row: check(store, row), clips.values())
+        for checked, (row, problem) in enumerate(zip(clips.values(), problems, strict=True), start=1):
             if problem:
                 wrong.append({"clip_id": row["clip_id"], "id": row["id"], "problem": problem})
             if not json and time.monotonic() - told > LINE_EVERY_S:
@@ -136,13 +138,14 @@ def verify(uri: str, *, json: bool) -> int:
     strays = sum(1 for info in store.list("clips/") if clip_of(info.key) not in recorded)
     code = 3 if wrong else 0
     if json:
-        print(jsonlib.dumps({"exit_code": code, "out": store.uri, "clips": len(clips), "wrong": wrong, "unrecorded": strays}))
+        print(jsonlib.dumps({"exit_code": code, "out": store.uri, "clips": len(clips), "wrong": wrong,
+                             "unrecorded": strays}))
         return code
     print(f"{store.uri}: {counted(len(clips), 'clip')} read, {len(wrong):,} wrong")
     for found in wrong:
         print(f"  {found['clip_id']} ({printable(found['id'])}): {found['problem']}")
     if strays:
-        print(f"  {counted(strays, 'object')} under clips/ without a ledger row; the next render records those it plans")
+        print(f"  {counted(strays, 'object')} under clips/ without a ledger row; the next render records what it plans")
     return code
 
 
@@ -196,7 +199,8 @@ def retry(uri: str, where: list[str], *, json: bool) -> int:
 
 def card_named(name: str) -> ModelCard:
     if name not in CATALOG:
-        raise UsageError(f"no model is called {name!r}.{suggestion(name, list(CATALOG))} There are: {', '.join(CATALOG)}")
+        raise UsageError(f"no model is called {name!r}.{suggestion(name, list(CATALOG))} "
+                         f"There are: {', '.join(CATALOG)}")
     return CATALOG[name]
 
 
@@ -224,7 +228,8 @@ def describe(card: ModelCard, weights: str | None) -> dict[str, Any]:
         "defaults": {"resolution": card.resolution, "duration_s": card.duration_s, "steps": card.num_steps,
                      "guidance": card.guidance, "negative_prompt": card.negative_prompt},
         "resolutions": {name: f"{width}x{height}" for name, (height, width) in card.resolutions.items()},
-        "limits": {"min_side": card.min_side, "side_step": card.side_step, "max_pixels": card.max_pixels, "max_duration_s": card.max_duration_s,
+        "limits": {"min_side": card.min_side, "side_step": card.side_step, "max_pixels": card.max_pixels,
+                   "max_duration_s": card.max_duration_s,
                    "max_steps": card.max_steps, "max_guidance": card.max_guidance},
         "precisions": list(card.precisions), "attentions": list(card.attentions),
         "memory_gb": dict(card.memory_gb), "weights": look_for_weights(card, weights),

@@ -26,7 +26,7 @@ class RenderJob(BaseModel):
     out: str                                            # the run folder
     model: str = "demo"
     weights: str | None = None                          # folder or s3://
-    ray: str = "local"                                  # local, auto (the cluster this machine belongs to) or an address
+    ray: str = "local"                                  # local, auto (the cluster around this machine) or an address
     device: Literal["cpu", "cuda"] | None = None
 
     # for rows that do not say
@@ -95,7 +95,7 @@ def problem(detail: Mapping[str, Any], flags: set[str], config: Path | None) -> 
 
 
 def exit_code_of(error: Exception) -> int | None:
-    """2 for what the person has to put right, 5 for a store or cluster that is not usable, None for our own mistakes."""
+    """2 for what the person has to put right, 5 for an unusable store or cluster, None for our own mistakes."""
     from model.weights import CheckpointError
     from pipeline.complaints import ManifestError
     from pipeline.driver import ClusterError

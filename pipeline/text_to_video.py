@@ -21,8 +21,8 @@ ENCODED_AHEAD = 1000                    # clips whose prompts are encoded before
 
 def text_to_video(card: ModelCard, weights: str | None, store: Store, *, device: str, precision: str, batch: int = 1,
                   samplers: int | None = None, threads: int = 1, keep_latents: bool = False) -> list[Stage]:
-    """weights: as `locate` takes them; each machine finds or fetches its own.  threads: of a sampler, and fixed, because
-    the last bits of a latent may depend on it.  keep_latents: leave them in the run folder after publishing.
+    """weights: as `locate` takes them; each machine finds or fetches its own.  threads: of a sampler, and fixed,
+    because the last bits of a latent may depend on it.  keep_latents: leave them in the run folder after publishing.
     """
     def model(actor: Callable[..., Any], threads: int = 1, **options: Any) -> Step:
         return Step(actor=with_weights, args=dict(actor=actor, card=card, weights=weights, device=device,

@@ -1,4 +1,4 @@
-"""What can be typed: every command explains itself, and whatever is wrong is one message, exit 2 and nothing written."""
+"""What can be typed: every command explains itself; whatever is wrong is one message, exit 2 and nothing written."""
 
 import json
 import shutil
@@ -207,7 +207,8 @@ def break_the_tokenizer(weights):
 def test_bad_weights_are_refused_and_nothing_is_written(spoil, weights, manifest, capsys, tmp_path):
     message = spoil(weights)
     for command in ("render", "plan"):
-        code, _, err = said(capsys, command, manifest(), "--out", tmp_path / "out", "--model", "tiny", "--weights", weights)
+        code, _, err = said(capsys, command, manifest(), "--out", tmp_path / "out", "--model", "tiny",
+                            "--weights", weights)
         assert code == 2 and message in err
     assert not (tmp_path / "out").exists()
 
@@ -258,7 +259,8 @@ def test_skip_invalid_plans_the_other_rows(manifest, capsys, tmp_path):
 
 def test_models_lists_the_catalogue_and_says_what_is_missing(weights, capsys):
     code, out, _ = said(capsys, "models", "--json")
-    assert code == 0 and {"demo", "linum-v2-360p", "linum-v2-720p", "tiny"} <= {model["name"] for model in json.loads(out)["models"]}
+    names = {model["name"] for model in json.loads(out)["models"]}
+    assert code == 0 and {"demo", "linum-v2-360p", "linum-v2-720p", "tiny"} <= names
     code, out, _ = said(capsys, "models", "tiny")
     assert code == 0 and "random weights, for tests" in out and "24p 40x24" in out
     drop_a_file(weights)

@@ -1,6 +1,6 @@
 """A whole run with a tiny model: what it leaves, and that it can be stopped, continued and repeated anywhere.
 
-Most tests run the pipeline's definition in this process (`run_local`), where seconds count; those that start Ray say so.
+Most tests run the pipeline's definition in this process (`run_local`), where seconds count; some start Ray.
 """
 
 import hashlib
@@ -60,11 +60,13 @@ def no_work(monkeypatch):
 
 def render(capsys, manifest, out, *options):
     """Exit code and the JSON answer of one render in this process."""
+    capsys.readouterr()
     code = main(["render", str(manifest), "--out", str(out), "--model", "tiny", "--device", "cpu", "--json",
                  *map(str, options)])
     captured = capsys.readouterr()
     assert captured.out, captured.err
     answer = json.loads(captured.out)
+    print(answer)                                       # seen when the test fails
     assert answer["exit_code"] == code
     return code, answer
 
@@ -99,8 +101,8 @@ def finished(tmp_path_factory):
     """A run of ROWS, rendered once for this file by Ray with one sampler; not to be changed."""
     folder = tmp_path_factory.mktemp("finished")
     manifest = write_manifest(folder / "night.jsonl")
-    program = subprocess.run([*PROGRAM, "render", manifest, "--out", folder / "out", "--model", "tiny", "--samplers", "1"],
-                             capture_output=True, text=True, timeout=600, cwd=folder)
+    program = subprocess.run([*PROGRAM, "render", manifest, "--out", folder / "out", "--model", "tiny",
+                              "--samplers", "1"], capture_output=True, text=True, timeout=600, cwd=folder)
     assert program.returncode == 0, program.stderr
     return folder, program
 
@@ -276,7 +278,7 @@ def test_a_failed_row_stays_failed_until_it_is_put_back(capsys, one_process, tmp
     code, answer = render(capsys, manifest, out)
     assert code == 3 and (answer["done"], answer["failed"]) == (3, 1)
     assert answer["failures"][0]["error_type"] == "OSError" and answer["failures"][0]["stage"] == "publish"
-    assert len(list((out / "latents").rglob("*.safetensors"))) == 1     # of the clip that failed: not to be sampled again
+    assert len(list((out / "latents").rglob("*.safetensors"))) == 1     # of the failed clip: not to be sampled again
     monkeypatch.setattr(clip_writer, "write_mp4", whole)
     assert render(capsys, manifest, out)[1]["rendered"] == 0
 
