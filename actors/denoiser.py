@@ -66,12 +66,13 @@ class Denoiser:
         self.check(requests)
         start = torch.stack([self.noise(request, self.card.grid) for request in requests]).to(self.device)
         video = self.sample(batch, start)
-        made = list(zip(requests, video.cpu(), strict=True))
-        broken = [request.clip_id for request, latent in made if not latent.isfinite().all()]
+        made = list(zip(batch, video.cpu(), strict=True))
+        broken = [embedding.request.clip_id for embedding, latent in made if not latent.isfinite().all()]
         if broken:
             raise NonFiniteLatent(f"sampling ended in NaN or infinity for {', '.join(broken)}; try another seed, "
                                   f"a lower guidance than {requests[0].guidance:g}, or precision fp32")
-        return [Latent(request=request, streams=(latent.clone(),)) for request, latent in made]
+        return [Latent(request=embedding.request, streams=(latent.clone(),), fallbacks=embedding.fallbacks)
+                for embedding, latent in made]
 
     def sample(self, batch: list[Embedding], start: Tensor) -> Tensor:
         """From noise to latents, [B, C, T, H, W] fp32."""

@@ -48,13 +48,14 @@ class Embedding:
     prompt: tuple[Tensor, ...]      # one [L, E] per stream of the model, trimmed to the prompt's real length
     negative: tuple[Tensor, ...]
     image: tuple[Tensor, ...] = ()  # of the first frame: what the model sees beside its latent [C, T, H, W], then CLIP's rows
+    fallbacks: tuple[str, ...] = ()  # what was done instead of what was asked for; later values carry it on
 
 
 @dataclass(frozen=True, kw_only=True)
 class Latent:
     request: Request
     streams: tuple[Tensor, ...]     # video [C, T, H, W] as the DiT has it (normalised), then audio [C, A, M]
-    fallbacks: tuple[str, ...] = ()  # what ran instead of what was asked for
+    fallbacks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

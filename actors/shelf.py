@@ -137,10 +137,9 @@ def packed(value: Embedding | Latent, key: str) -> bytes:
     """A safetensors file that names the key it belongs to and holds a hash of all its content."""
     if isinstance(value, Embedding):
         tensors = numbered("prompt", value.prompt) | numbered("negative", value.negative) | numbered("image", value.image)
-        fallbacks = ()
     else:
-        tensors, fallbacks = numbered("stream", value.streams), value.fallbacks
-    metadata = {"key": key, "kind": type(value).__name__, "fallbacks": json.dumps(fallbacks)}
+        tensors = numbered("stream", value.streams)
+    metadata = {"key": key, "kind": type(value).__name__, "fallbacks": json.dumps(value.fallbacks)}
     return pack(tensors, metadata | {"sha256": content_hash(tensors, metadata)})
 
 
@@ -153,11 +152,11 @@ def opened(data: bytes, shelved: Shelved) -> Embedding | Latent:
     said = metadata.pop("sha256", None)
     if said != content_hash(tensors, metadata) or metadata.get("key") != shelved.key:
         raise Damaged(f"{shelved.key} does not hold what was put there")
+    fallbacks = tuple(json.loads(metadata["fallbacks"]))
     if metadata["kind"] == "Embedding":
-        return Embedding(request=shelved.request, prompt=counted("prompt", tensors),
-                         negative=counted("negative", tensors), image=counted("image", tensors))
-    return Latent(request=shelved.request, streams=counted("stream", tensors),
-                  fallbacks=tuple(json.loads(metadata["fallbacks"])))
+        return Embedding(request=shelved.request, prompt=counted("prompt", tensors), negative=counted("negative", tensors),
+                         image=counted("image", tensors), fallbacks=fallbacks)
+    return Latent(request=shelved.request, streams=counted("stream", tensors), fallbacks=fallbacks)
 
 
 def numbered(name: str, tensors: tuple[Tensor, ...]) -> dict[str, Tensor]:

@@ -28,7 +28,12 @@ class TextEncoder:
 
     def __call__(self, batch: list[Request]) -> list[Embedding]:
         return [Embedding(request=request, prompt=(self.encode(request.prompt),),
-                          negative=(self.encode(request.negative_prompt),)) for request in batch]
+                          negative=(self.encode(request.negative_prompt),), fallbacks=self.cuts(request)) for request in batch]
+
+    def cuts(self, request: Request) -> tuple[str, ...]:
+        """What of the request's texts the model does not read."""
+        cuts = {"prompt": self.model.cut(request.prompt), "negative prompt": self.model.cut(request.negative_prompt)}
+        return tuple(f"{name} cut to {self.model.max_tokens} tokens, {tokens} left out" for name, tokens in cuts.items() if tokens)
 
     def encode(self, text: str) -> Tensor:
         """[L, E] on the CPU."""

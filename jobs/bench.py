@@ -41,7 +41,13 @@ def pipeline() -> Rows:
     yield from rows("all")
 
 
-PARTS: dict[str, Callable[[], Rows]] = {"demo": demo, "pipeline": pipeline}
+def memory() -> Rows:
+    """Resident memory of every process over 500 tiny clips."""
+    from jobs.bench_memory import memory
+    yield "500 tiny clips", memory()
+
+
+PARTS: dict[str, Callable[[], Rows]] = {"demo": demo, "pipeline": pipeline, "memory": memory}
 
 
 def machine() -> dict[str, str]:

@@ -250,23 +250,28 @@ def is_said(name: str, scene: Scene, sentence: str, still: bool) -> bool:
 # The DiT: velocity of flow matching on the VAE's latents; the latent of a clip's start is the latent of a shorter clip,
 # and its first step that of a single image, so images and clips train together.
 
-DIT_PHASE = Phase(name="dit", steps=4000, lr=2e-3, ema=0.999)
-DIT_CLIPS, DIT_BATCH, UNPROMPTED = 2000, 32, 0.1
+DIT_PHASE = Phase(name="dit", steps=3000, lr=2e-3, ema=0.995)
+DIT_CLIPS, DIT_IMAGES, UNPROMPTED = 2000, 8000, 0.1
+# What a step trains on: latent steps per sample -> samples, about as many tokens each.  A thing's shape is learnt from
+# images, a thirteenth of a clip's tokens; its motion from clips.
+BATCHES = {1: 192, 5: 40, 7: 28, 13: 16}
+IMAGES_MOSTLY, CLIPS_MOSTLY = (1, 1, 13, 1, 1, 7, 1, 5), (13, 7, 13, 1, 13, 7, 13, 5)
+CLIPS_FROM = 1700                                       # the step at which clips become most of the work
 
 
 @torch.no_grad()
-def encode_clips(vae: WanVAE, work: Path, device: str) -> tuple[list[Scene], Tensor]:
-    """DIT_CLIPS scenes and their latents [N, C, T, H, W], not normalised; kept in `work`."""
-    rng = rng_of("clips", 0)
-    scenes = [Scene.draw(rng) for _ in range(DIT_CLIPS)]
-    path = work / "latents.pt"
+def encode_scenes(vae: WanVAE, work: Path, device: str, name: str, count: int, frames: int) -> tuple[list[Scene], Tensor]:
+    """`count` scenes and the latents [N, C, T, H, W] of their first `frames` frames, not normalised; kept in `work`."""
+    rng = rng_of(name, 0)
+    scenes = [Scene.draw(rng) for _ in range(count)]
+    path, batch = work / f"{name}.pt", 8 * FRAMES // frames
     if not path.exists():
         latents = []
-        for start in range(0, DIT_CLIPS, 8):
-            video = torch.stack([scene.render(FRAMES)[0] for scene in scenes[start:start + 8]]).to(device)
+        for start in range(0, count, batch):
+            video = torch.stack([scene.render(frames, total=FRAMES)[0] for scene in scenes[start:start + batch]]).to(device)
             with torch.autocast(device, torch.bfloat16):
                 latents.append(vae.encode(video)[0].float().cpu())
-            print(f"\rencoded {start + 8} of {DIT_CLIPS} clips", end="", flush=True)
+            print(f"\rencoded {min(start + batch, count)} of {count} {name}", end="", flush=True)
         print()
         torch.save(torch.cat(latents), path)
     return scenes, torch.load(path, weights_only=True)
@@ -274,12 +279,14 @@ def encode_clips(vae: WanVAE, work: Path, device: str) -> tuple[list[Scene], Ten
 
 def train_dit(work: Path, device: str, vae: WanVAE, encoder: nn.Module, tokenizer) -> LinumDiT:
     torch.manual_seed(SEED)
-    scenes, latents = encode_clips(vae, work, device)
+    scenes, latents = encode_scenes(vae, work, device, "clips", DIT_CLIPS, FRAMES)
+    pictured, images = encode_scenes(vae, work, device, "images", DIT_IMAGES, 1)
     mean, std = latents.mean(dim=(0, 2, 3, 4)), latents.std(dim=(0, 2, 3, 4))
     dit = LinumDiT(CARD.dit_config).to(device)
     dit.latent_scale.copy_(0.5 / std)                   # mean 0 and standard deviation 0.5, as Linum's latents
     dit.latent_bias.copy_(-mean * 0.5 / std)
-    latents = latents * dit.latent_scale.cpu().view(-1, 1, 1, 1) + dit.latent_bias.cpu().view(-1, 1, 1, 1)
+    latents, images = (x * dit.latent_scale.cpu().view(-1, 1, 1, 1) + dit.latent_bias.cpu().view(-1, 1, 1, 1)
+                       for x in (latents, images))
     with torch.no_grad():                               # each block starts as the identity
         for block in dit.blocks:
             for layer in (block.attn.o, block.cross.o, block.ffn_out):
@@ -296,11 +303,12 @@ def train_dit(work: Path, device: str, vae: WanVAE, encoder: nn.Module, tokenize
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = rng_of("dit", step)
-        still, short = step % 8 == 7, step % 8 == 3
-        clips = 4 * DIT_BATCH if still else DIT_BATCH
-        picked = [rng.randrange(DIT_CLIPS) for _ in range(clips)]
-        sentences = ["" if rng.random() < UNPROMPTED else describe(scenes[i], rng, still=still, complete=False) for i in picked]
-        data = latents[picked, :, :1 if still else 7 if short else None].to(device)
+        length = (IMAGES_MOSTLY if step < CLIPS_FROM else CLIPS_MOSTLY)[step % 8]
+        clips, still = BATCHES[length], length == 1
+        known, coded = (pictured, images) if still else (scenes, latents)
+        picked = [rng.randrange(len(known)) for _ in range(clips)]
+        sentences = ["" if rng.random() < UNPROMPTED else describe(known[i], rng, still=still, complete=False) for i in picked]
+        data = coded[picked, :, :length].to(device)
         generator = torch.Generator().manual_seed(rng.getrandbits(62))
         noise = torch.randn(data.shape, generator=generator).to(device)
         sigma = torch.sigmoid(torch.randn(clips, generator=generator) * 1.2 + 0.4).to(device)
@@ -308,7 +316,7 @@ def train_dit(work: Path, device: str, vae: WanVAE, encoder: nn.Module, tokenize
         with torch.autocast(device, torch.bfloat16):
             velocity = dit(noisy, 1000 * sigma, dit.embed_text(embed(sentences)))
         loss = F.mse_loss(velocity.float(), noise - data)
-        return loss, dict(steps=data.shape[2])
+        return loss, dict(length=length)
 
     fit(DIT_PHASE, dit, loss_of, work)
     return dit

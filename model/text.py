@@ -58,7 +58,15 @@ class T5TextEncoder:
 
         A long text is cut to max_tokens, and keeps the end mark.
         """
-        return self.tokenizer(text, truncation=True, max_length=self.max_tokens)["input_ids"]
+        return self.tokenizer(self.prepared(text), truncation=True, max_length=self.max_tokens)["input_ids"]
+
+    def cut(self, text: str) -> int:
+        """How many tokens of the text do not fit."""
+        return max(0, len(self.tokenizer(self.prepared(text), verbose=False)["input_ids"]) - self.max_tokens)
+
+    def prepared(self, text: str) -> str:
+        """The text as the tokenizer gets it."""
+        return text
 
     def __call__(self, text: str) -> Tensor:
         """[L, E] on the CPU, 1 <= L <= max_tokens, in the precision it was computed in."""
@@ -76,9 +84,8 @@ class UMT5TextEncoder(T5TextEncoder):
     family = "umT5"
     tables = (keys.UMT5, keys.UMT5_WAN)
 
-    def tokens(self, text: str) -> list[int]:
-        """Token ids of the cleaned text, the end mark last; cut to max_tokens."""
-        return super().tokens(cleaned(text))
+    def prepared(self, text: str) -> str:
+        return cleaned(text)
 
 
 def cleaned(text: str) -> str:

@@ -57,6 +57,17 @@ def test_a_prompt_becomes_the_frames_of_the_release(encoder, pair_guidance):
     assert (frames.rgb == golden.outputs["frames_uint8"][0].permute(1, 2, 3, 0)).float().mean() > 0.999
 
 
+def test_a_prompt_that_does_not_fit_is_cut_and_the_clip_says_so(encoder, denoiser, decoder):
+    request = dataclasses.replace(e2e_request(), prompt="a red fox runs over the snow " * 20)
+    embedding, = encoder([request])
+    left_out = len(encoder.model.tokenizer(request.prompt)["input_ids"]) - E2E_CARD.dit_config.text_len
+    said = (f"prompt cut to {E2E_CARD.dit_config.text_len} tokens, {left_out} left out",)
+    assert left_out > 0 and embedding.fallbacks == said
+    frames, = decoder(denoiser([embedding]))
+    assert frames.fallbacks == said
+    assert encoder([e2e_request()])[0].fallbacks == ()
+
+
 def test_every_step_of_the_course_equals_the_release(encoder, denoiser):
     golden = Golden("linum_e2e_a")
     embedding, = encoder([e2e_request()])
@@ -139,10 +150,9 @@ def test_a_chunk_of_latent_steps_does_not_show_in_the_frames(decoder):
     assert psnr(decoder([latent])[0].rgb, whole.rgb) > 60
 
 
-def test_a_text_is_encoded_once_while_it_is_remembered():
-    encoder = TextEncoder(E2E_CARD, E2E, remember=2)
-    model, asked = encoder.model, []
-    encoder.model = lambda text: asked.append(text) or model(text)
+def test_a_text_is_encoded_once_while_it_is_remembered(monkeypatch):
+    encoder, asked = TextEncoder(E2E_CARD, E2E, remember=2), []
+    monkeypatch.setattr(encoder.model, "tokens", lambda text: asked.append(text) or [1])
     encoder([e2e_request(prompt="a"), e2e_request(prompt="fox"), e2e_request(prompt="snow"), e2e_request(prompt="a")])
     assert asked == ["a", "", "fox", "snow", "a"]
     assert len(encoder.recent) == 2
