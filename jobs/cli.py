@@ -133,13 +133,14 @@ def submit(options: dict[str, Any],
     """
     from jobs.settings import RenderJob
     from jobs.submit import submit
-    job = RenderJob.read(options, options["config"])
-    if "ray" in options and options["ray"] is not None:
+    if options.pop("ray") is not None:
         raise typer.BadParameter("submit runs on the cluster at --address; leave --ray out")
-    arguments = []
+    config = options.pop("config")
+    job = RenderJob.read(options, config)
+    arguments = ["--config", str(config)] if config else []
     for name, value in options.items():
         flag = name.replace("_", "-")
-        if name in ("manifest", "out", "ray") or value is None:
+        if name in ("manifest", "out") or value is None:
             continue
         if isinstance(value, bool):
             arguments.append(f"--{flag}" if value else f"--no-{flag}")

@@ -121,6 +121,17 @@ def test_a_configuration_file_that_is_not_there_or_no_text_is_said(capsys, tmp_p
         assert code == 2 and message in err
 
 
+def test_submit_hands_the_options_of_render_on(monkeypatch, tmp_path):
+    config = tmp_path / "night.toml"
+    config.write_text('manifest = "m.csv"\nguidance = 4\n')
+    calls = []
+    monkeypatch.setattr("jobs.submit.submit", lambda *arguments: calls.append(arguments) or 3)
+    assert main(["submit", "--config", str(config), "--out", "s3://b/x", "--address", "http://h:1", "--steps", "7",
+                 "--no-skip-invalid", "--strict", "--wait"]) == 3
+    assert calls == [("m.csv", "s3://b/x", "http://h:1",
+                      ["--config", str(config), "--steps", "7", "--no-skip-invalid", "--strict"], True, False)]
+
+
 # Bad manifests, weights and folders: render and plan refuse them alike, and nothing is written.
 
 def column(**changes):
