@@ -57,8 +57,9 @@ class WanDenoiser(Denoiser):
                 contexts[expert] = [self.contexts(dit, embedding) for embedding in batch]
             guidance = scale * (1.0, self.card.low_noise_guidance)[expert]
             time = torch.tensor([timestep], device=self.device)
-            return tuple(classifier_free(dit(video, time, prompt, condition), dit(video, time, negative, condition), guidance)
-                         for video, (prompt, negative), condition in zip(streams, contexts[expert], conditions, strict=True))
+            return tuple(
+                classifier_free(dit(video, time, prompt, condition), dit(video, time, negative, condition), guidance)
+                for video, (prompt, negative), condition in zip(streams, contexts[expert], conditions, strict=True))
         return velocity
 
     def turn(self, expert: int) -> WanDiT:
@@ -78,8 +79,8 @@ class WanDenoiser(Denoiser):
     def condition(self, embedding: Embedding) -> Tensor | None:
         """[1, C, T, H, W]: the picture's mask and latent, which the model sees beside its own; None without a picture."""
         if bool(embedding.image) != self.card.takes_image:
-            raise ValueError(f"{self.card.name} makes video from {'an image' if self.card.takes_image else 'text alone'}; clip "
-                             f"{embedding.request.clip_id} comes {'with' if embedding.image else 'without'} one")
+            raise ValueError(f"{self.card.name} makes video from {'an image' if self.card.takes_image else 'text alone'}; "
+                             f"clip {embedding.request.clip_id} comes {'with' if embedding.image else 'without'} one")
         return embedding.image[0][None].to(self.device) if embedding.image else None
 
 

@@ -47,7 +47,13 @@ def memory() -> Rows:
     yield "500 tiny clips", memory()
 
 
-PARTS: dict[str, Callable[[], Rows]] = {"demo": demo, "pipeline": pipeline, "memory": memory}
+def model() -> Rows:
+    """The Wan VAE's decoder; the peer is diffusers', with the same weights."""
+    from jobs.bench_model import rows
+    yield from rows()
+
+
+PARTS: dict[str, Callable[[], Rows]] = {"demo": demo, "pipeline": pipeline, "memory": memory, "model": model}
 
 
 def machine() -> dict[str, str]:

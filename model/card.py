@@ -1,4 +1,4 @@
-"""What every model says of itself: what a row may ask for and gets, which files it is made of, how its parts are built."""
+"""What every model says of itself: what a row may ask for and gets, its files, and how its parts are built."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Where the parts of a model lie in a folder. A file that ends in .safetensors may also be shards and their index."""
+    """Where the parts of a model lie in a folder. A .safetensors file may also be shards and their index."""
 
     dits: tuple[str, ...]
     vae: str
@@ -146,7 +146,7 @@ class ModelCard:
     def frames_for(self, duration_s: float | None = None, frames: int | None = None) -> tuple[int, str | None]:
         """Frame count and a note when it was rounded.  Raises ValueError, saying what is allowed.
 
-        A duration goes down to a multiple of frame_step frames, to which one is added; a frame count goes down to 4n + 1.
+        A duration goes down to a multiple of frame_step frames, to which one is added; a frame count to 4n + 1.
         """
         most = int(self.fps * self.max_duration_s) + 1
         if frames is not None and duration_s is not None:

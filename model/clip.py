@@ -1,4 +1,4 @@
-"""CLIP's image encoder: a picture in, one row of numbers per patch out, as Wan 2.1's image-to-video models attend to it.
+"""CLIP's image encoder: a picture in, a row of numbers per patch out; Wan 2.1's image-to-video models attend to it.
 
 Letters  B pictures  P patches  I rows = 1 + P  D width
 Source   Wan 2.1 release, CLIPModel.visual (Open-CLIP ViT-H/14). Tensor names: model/keys.py.
@@ -22,7 +22,7 @@ class ClipVisionConfig:
     patch: int = 14
     width: int = 1280
     heads: int = 16
-    blocks: int = 31                                   # of 32: Wan takes the rows before the last, and no norm after them
+    blocks: int = 31                                   # of 32: Wan takes the rows before the last
     mlp: int = 5120
 
 
@@ -47,7 +47,8 @@ class ClipVision(nn.Module):
 
     def prepare(self, pictures: Tensor) -> Tensor:
         """Squeezed into a square, whatever the aspect, without smoothing first, and normalised: as the release does it."""
-        square = F.interpolate(pictures.float(), size=2 * (self.config.picture,), mode="bicubic", align_corners=False)
+        size = (self.config.picture, self.config.picture)
+        square = F.interpolate(pictures.float(), size=size, mode="bicubic", align_corners=False)
         mean, std = (torch.tensor(said, device=square.device).view(3, 1, 1) for said in (MEAN, STD))
         return (square * 0.5 + 0.5 - mean) / std
 

@@ -63,7 +63,7 @@ def layout_in(card: ModelCard, folder: Path) -> Layout:
 
 
 def missing_files(card: ModelCard, folder: Path) -> list[str]:
-    """Names, relative to the folder, of the files the card needs and the folder lacks, in the layout that it has most of."""
+    """Names, relative to the folder, of the files that it lacks of the layout that it has most of."""
     return missing_of(layout_in(card, folder), folder)
 
 

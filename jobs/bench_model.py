@@ -1,0 +1,101 @@
+"""The VAE's decoder against diffusers': the same weights, latent, dtype and threads, each in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from jobs.settings import UsageError
+from model import checkpoint, keys
+from model.wan_vae import WanVAE, WanVAEConfig, channels_last
+
+FRAMES, HEIGHT, WIDTH = 9, 160, 256
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+REPEATS = 2                                             # the best counts
+
+
+def rows() -> Iterator[tuple[str, dict[str, Any]]]:
+    """One case per dtype.  Raises UsageError where diffusers is not installed."""
+    if subprocess.run([sys.executable, "-c", "import diffusers"], capture_output=True).returncode:
+        raise UsageError("bench model compares with diffusers, which is not installed: pip install 'dailies[dev]'")
+    with tempfile.TemporaryDirectory() as folder:
+        write_inputs(Path(folder))
+        for dtype in DTYPES:
+            ours, theirs = (measured(peer, dtype, folder) for peer in ("dailies", "diffusers"))
+            a, b = (torch.load(Path(folder) / f"{peer}-{dtype}.pt") for peer in ("dailies", "diffusers"))
+            yield f"Wan VAE decode, {FRAMES} frames {WIDTH}x{HEIGHT}, {dtype}", {
+                "seconds": ours["seconds"], "diffusers_seconds": theirs["seconds"],
+                "time_ratio": ours["seconds"] / theirs["seconds"],
+                "peak_mb": ours["peak_bytes"] / 1e6, "diffusers_peak_mb": theirs["peak_bytes"] / 1e6,
+                "memory_ratio": ours["peak_bytes"] / theirs["peak_bytes"],
+                "relative_difference": ((a - b).norm() / b.norm()).item(), "threads": ours["threads"]}
+
+
+def write_inputs(folder: Path) -> None:
+    """Random weights of the full size, under the names of both, and a latent."""
+    torch.manual_seed(0)
+    vae = WanVAE(WanVAEConfig())
+    checkpoint.save(folder / "dailies.safetensors", checkpoint.released_state(vae, keys.WAN_VAE))
+    checkpoint.save(folder / "diffusers.safetensors", checkpoint.released_state(vae, keys.WAN_VAE_DIFFUSERS))
+    latent = torch.randn(1, 16, (FRAMES - 1) // 4 + 1, HEIGHT // 8, WIDTH // 8)
+    checkpoint.save(folder / "latent.safetensors", {"latent": latent})
+
+
+def measured(peer: str, dtype: str, folder: str) -> dict[str, Any]:
+    done = subprocess.run([sys.executable, "-m", "jobs.bench_model", peer, dtype, folder], capture_output=True,
+                          text=True, check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@torch.inference_mode()
+def measure(peer: str, dtype: str, folder: Path) -> dict[str, Any]:
+    """Seconds of the best run, and bytes above those of the loaded model at the worst moment of a run."""
+    latent, = checkpoint.read(folder / "latent.safetensors", ["latent"], name="bench")
+    latent = latent.to(DTYPES[dtype])
+    if peer == "dailies":
+        vae = channels_last(checkpoint.build(lambda: WanVAE(WanVAEConfig()), folder / "dailies.safetensors",
+                                             keys.WAN_VAE, name="bench", device="cpu", precision=dtype))
+
+        def decode() -> torch.Tensor:
+            return vae.decode(latent, chunk=1).clamp(-1, 1)
+    else:
+        from diffusers import AutoencoderKLWan
+        with torch.device("meta"):
+            other = AutoencoderKLWan()
+        stored = dict(checkpoint.views(checkpoint.stored_tensors(folder / "diffusers.safetensors")))
+        other.load_state_dict({name: tensor.clone() for name, tensor in stored.items()}, assign=True)
+        other.to(DTYPES[dtype]).eval()
+
+        def decode() -> torch.Tensor:
+            return other.decode(latent, return_dict=False)[0]
+    seconds, peaks = [], []
+    for _ in range(REPEATS):
+        before = reset_peak()
+        began = time.perf_counter()
+        pixels = decode()
+        seconds.append(time.perf_counter() - began)
+        peaks.append(memory("VmHWM") - before)
+    torch.save(pixels.float(), folder / f"{peer}-{dtype}.pt")
+    return {"seconds": min(seconds), "peak_bytes": max(peaks), "threads": torch.get_num_threads()}
+
+
+def reset_peak() -> int:
+    """Make the process's peak what it holds now, and tell that.  Linux only."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return memory("VmRSS")
+
+
+def memory(field: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(sys.argv[1], sys.argv[2], Path(sys.argv[3]))))
