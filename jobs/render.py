@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -61,11 +62,14 @@ class Night:
 
     job: RenderJob
     card: ModelCard
-    device: str
     store: Store
     plan: Plan
     has_begun: bool                                     # the folder holds this run already
     began: float                                        # monotonic
+
+    @property
+    def device(self) -> str:
+        return self.job.device or device_of(self.job.ray)
 
     def identity(self) -> dict[str, Any]:
         """What decides which clips this run has: a run folder holds one such run."""
@@ -91,8 +95,8 @@ def prepare(job: RenderJob) -> Night:
     except ValueError as error:
         raise UsageError(f"{error}. This is the default for rows that do not say") from None
     found = read_run(store)
-    device = job.device or (found or {}).get("device") or device_of(job.ray)
-    precision = job.precision or (found or {}).get("identity", {}).get("precision") or card.precision_on(device)
+    before = found["identity"].get("precision") if found else None      # a run keeps it, wherever it is continued
+    precision = job.precision or before or card.precision_on(job.device or device_of(job.ray))
     if precision not in card.precisions:
         raise UsageError(f"--precision must be {' or '.join(card.precisions)} for {card.name}; got {precision}")
     plan = Plan.make(manifest, card, defaults, weights_fingerprint=fingerprint(weights_files(card, weights)),
@@ -100,12 +104,13 @@ def prepare(job: RenderJob) -> Night:
     if job.strict and plan.roundings:
         said = "; ".join(f"{counted(rows, 'row')}: {note}" for note, rows in plan.roundings[:10])
         raise UsageError(f"--strict, and not every row can be rendered as asked: {said}")
-    night = Night(job=job, card=card, device=device, store=store, plan=plan, has_begun=found is not None, began=began)
+    night = Night(job=job, card=card, store=store, plan=plan, has_begun=found is not None, began=began)
     if found is not None:
         check_run(store, found, night.identity())
     return night
 
 
+@cache
 def device_of(ray: str) -> str:
     """What the machines that will do the work compute on."""
     if ray == "local":

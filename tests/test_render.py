@@ -58,15 +58,17 @@ def no_work(monkeypatch):
     monkeypatch.setattr(cluster, "connect", refuse)
 
 
-def render(capsys, manifest, out, *options):
-    """Exit code and the JSON answer of one render in this process."""
+def ask(capsys, *arguments):
+    """Exit code and the JSON answer of one command in this process."""
     capsys.readouterr()
-    code = main(["render", str(manifest), "--out", str(out), "--model", "tiny", "--device", "cpu", "--json",
-                 *map(str, options)])
+    code = main([*map(str, arguments), "--json"])
     captured = capsys.readouterr()
-    assert captured.out, captured.err
-    answer = json.loads(captured.out)
-    print(answer)                                       # seen when the test fails
+    print(captured.out, captured.err)                   # seen when the test fails
+    return code, json.loads(captured.out)
+
+
+def render(capsys, manifest, out, *options):
+    code, answer = ask(capsys, "render", manifest, "--out", out, "--model", "tiny", "--device", "cpu", *options)
     assert answer["exit_code"] == code
     return code, answer
 
@@ -153,13 +155,13 @@ def test_run_json_says_what_was_rendered_and_holds_no_secret(finished):
 
 def test_status_and_verify_need_the_run_folder_alone(finished, capsys):
     out = str(finished[0] / "out")
-    assert main(["status", out, "--json"]) == 0
-    said = json.loads(capsys.readouterr().out)
+    code, said = ask(capsys, "status", out)
+    assert code == 0
     assert (said["done"], said["failed"], said["pending"], said["finished"]) == (11, 0, 0, True)
     assert [bucket["done"] for bucket in said["buckets"]] == [7, 3]
     assert main(["status", out]) == 0 and "11 of 11 rows done" in capsys.readouterr().out
-    assert main(["verify", out, "--json"]) == 0
-    said = json.loads(capsys.readouterr().out)
+    code, said = ask(capsys, "verify", out)
+    assert code == 0
     assert (said["clips"], said["wrong"], said["unrecorded"]) == (10, [], 0)
 
 
@@ -235,8 +237,7 @@ def test_limit_renders_the_first_clips_and_the_run_goes_on_later(capsys, one_pro
     assert code == 0 and (answer["rendered"], answer["pending"]) == (2, 9)
     assert not (out / "_SUCCESS.json").exists()
     assert render(capsys, manifest, out, "--limit", 2)[1]["rendered"] == 0
-    assert main(["status", str(out), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["pending_clips"] == 8
+    assert ask(capsys, "status", str(out))[1]["pending_clips"] == 8
     assert render(capsys, manifest, out)[1]["rendered"] == 8
     assert_whole(out)
 
@@ -282,10 +283,8 @@ def test_a_failed_row_stays_failed_until_it_is_put_back(capsys, one_process, tmp
     monkeypatch.setattr(clip_writer, "write_mp4", whole)
     assert render(capsys, manifest, out)[1]["rendered"] == 0
 
-    assert main(["retry", str(out), "--where", "error_type=Other", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["pending_again"] == 0
-    assert main(["retry", str(out), "--where", "error_type=OSError", "--where", "id=row-1", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["pending_again"] == 1
+    assert ask(capsys, "retry", out, "--where", "error_type=Other")[1]["pending_again"] == 0
+    assert ask(capsys, "retry", out, "--where", "error_type=OSError", "--where", "id=row-1")[1]["pending_again"] == 1
     assert not (out / "_SUCCESS.json").exists()
     code, answer = render(capsys, manifest, out)
     assert code == 0 and answer["rendered"] == 1
@@ -320,8 +319,8 @@ def test_verify_lists_what_is_missing_changed_and_undecodable(again, capsys):
         pq.write_table(pq.read_table(path).from_pylist(table), path)
     (out / "clips/zz").mkdir()
     (out / "clips/zz/stray.mp4").write_bytes(b"")
-    assert main(["verify", str(out), "--json"]) == 3
-    said = json.loads(capsys.readouterr().out)
+    code, said = ask(capsys, "verify", str(out))
+    assert code == 3
     problems = {found["clip_id"]: found["problem"] for found in said["wrong"]}
     assert problems[rows[0]["clip_id"]] == "missing"
     assert problems[rows[1]["clip_id"]].startswith("changed")
@@ -336,7 +335,7 @@ def test_the_same_bytes_come_out_in_a_bucket(finished, capsys, one_process, s3_b
     assert code == 0 and answer["rendered"] == NUM_CLIPS
     assert clips_of(f"{s3_bucket}/night") == clips_of(finished[0] / "out")
     assert_whole(f"{s3_bucket}/night")
-    assert main(["verify", f"{s3_bucket}/night", "--json"]) == 0
+    assert ask(capsys, "verify", f"{s3_bucket}/night")[0] == 0
     assert b"testing" not in open_store(f"{s3_bucket}/night").get("run.json")
 
 
