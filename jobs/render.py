@@ -83,6 +83,8 @@ def prepare(job: RenderJob) -> Night:
     """Every complaint comes from here.  Raises UsageError, ManifestError, CheckpointError, OtherRun, StoreError."""
     began = time.monotonic()
     card = card_named(job.model)
+    if card.takes_image:                                # said before its weights are fetched
+        raise UsageError(f"{card.name} makes video from an image, and images in rows are not read yet")
     try:
         store = open_store(job.out)
     except StoreError as error:

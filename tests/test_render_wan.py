@@ -77,3 +77,9 @@ def test_the_plan_of_a_wan_model_tells_its_defaults(in_process, tmp_path, capsys
     assert said["settings"]["fps"] == 16.0 and said["settings"]["steps"] == 3 and said["settings"]["guidance"] == 5.0
     assert [bucket["frames"] for bucket in said["buckets"]] == [17, 33]
     assert said["roundings"] == [{"note": "2.1 s rounded down to 2 s (33 frames)", "rows": 1}]
+
+
+def test_a_model_of_images_is_refused_before_anything_is_fetched(in_process, tmp_path, capsys):
+    assert main(["render", str(manifest(tmp_path)), "--out", str(tmp_path / "out"), "--model", "wan2.1-i2v-14b"]) == 2
+    assert "makes video from an image, and images in rows are not read yet" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
