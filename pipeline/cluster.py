@@ -57,7 +57,8 @@ def connect(address: str = "local", *, cpus: int | None = None, gpus: int | None
     (RAY_ADDRESS, or `ray start` on this machine), HOST:PORT names one that this machine belongs to.
 
     cpus, gpus: what a local one says it has; None: what the machine has.
-    Call it in the main thread: Ray's own processes end with the thread that started them, however that ends.
+    A local one ends with this process, even when that is killed: raylet, GCS and workers within seconds, Ray's two agents
+    (which keep its standard output open) after a minute. They end with the thread that started them: call it in the main one.
     Raises ClusterError with the next step when there is no such cluster.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -150,6 +151,7 @@ class RayCrew:
     def __init__(self) -> None:
         self.nodes_now: dict[str, Node] = {}
         self.pending: dict[ray.ObjectRef, Call] = {}
+        self.process = ray.remote(Process)              # once: exporting a class takes Ray long
 
     def now(self) -> float:
         return time.monotonic()
@@ -161,7 +163,7 @@ class RayCrew:
     def start(self, copy: Copy) -> None:
         post = copy.post
         cpus = math.floor(post.cpus * self.nodes_now[post.node].cpu_share * 1e4) / 1e4      # Ray counts in ten thousandths
-        copy.handle = ray.remote(Process).options(
+        copy.handle = self.process.options(
             num_cpus=cpus, num_gpus=post.gpus, max_restarts=0, max_task_retries=0,
             scheduling_strategy=NodeAffinitySchedulingStrategy(post.node, soft=False)).remote(copy.stage.threads)
 
@@ -184,7 +186,9 @@ class RayCrew:
         self.pending[call.handle] = call
 
     def cancel(self, call: Call) -> None:
-        ray.cancel(call.handle)
+        done, _ = ray.wait([call.copy.calls[0].handle], timeout=0)
+        if not done:                                    # else this one has begun, and is let finish
+            ray.cancel(call.handle)
 
     def wait(self, timeout_s: float) -> Iterator[tuple[Call, Answer]]:
         if not self.pending:

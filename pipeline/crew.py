@@ -23,7 +23,7 @@ class Row:
     value: Any = None                   # what the stage before made: a reference that only the crew understands
     failures: int = 0                   # attempts charged
     losses: int = 0                     # machines lost under it, and inputs lost
-    alone: bool = False                 # a suspect shares no batch
+    alone: bool = False                 # a suspect: a process died while it was there, and shares none now
     avoid: "Copy | None" = None         # where it failed last
     key: str | None = None              # whose work it shares in the first stage
     reports: list[Report] = field(default_factory=list)

@@ -19,12 +19,15 @@ from pipeline import placement
 from pipeline.crew import Answer, Broken, Call, Copy, Crew, Done, Hello, Row
 from pipeline.placement import Node
 from pipeline.stages import Outcome, Stage, outcome
+from pipeline.store import StoreError
 
 LOOK_S = 2.0                # between two looks at the machines
 IDLE_S = 2.0                # after which a process is asked whether it lives before it gets a row
+ANSWER_S = 1.0              # within which the answer to a call that is done has arrived
 PATIENCE_S = 600.0          # nothing runs and nothing can be started: then the run ends
 MOST_LOSSES = 10            # of machines under one row, before the row is suspected after all
-MOST_TROUBLE = 5            # answers of one kind in a row (store unusable, process dies while loading) that end the run
+MOST_DEAD_STARTS = 3        # and one for each copy, of a stage that has none alive; then the run ends
+MOST_STORE_TROUBLE = 5      # answers in a row, and one for each copy, that the store is unusable; then the run ends
 
 
 class ClusterError(RuntimeError):
@@ -86,7 +89,7 @@ class Line:
         self.copies: list[Copy] = []
         self.open = True                    # False: it gave its resources back
         self.done = self.in_flight = 0
-        self.trouble = 0                    # starts or stores that failed, with no success since
+        self.failed_starts = self.store_trouble = 0         # with no success since
         self.not_before = 0.0
         self.seconds: float | None = None
 
@@ -271,7 +274,7 @@ class Driver:
             if depth == 2 and self.unbegun(line) <= len(ready):
                 return
             for copy in ready:
-                if len(copy.calls) >= depth:
+                if len(copy.calls) >= depth or copy.calls and any(row.alone for row in copy.calls[-1].rows):
                     continue
                 rows = self.take(line, copy, len(ready) > 1)
                 if not rows:
@@ -288,10 +291,13 @@ class Driver:
         return len(line.queue) + sum(before.rows for before in self.lines[:line.index])
 
     def take(self, line: Line, copy: Copy, choosy: bool) -> list[Row]:
-        """The next rows for a copy: all of one bucket; none that failed in this very copy while there are others."""
+        """The next rows for a copy: all of one bucket; none that failed in this very copy while there are others.
+
+        A suspect works alone: no other row in its batch, none before or behind it in the process.
+        """
         queue = line.queue
         place = next((place for place, row in enumerate(islice(queue, 8)) if not choosy or row.avoid is not copy), None)
-        if place is None:
+        if place is None or queue[place].alone and copy.calls:
             return []
         rows = [queue[place]]
         del queue[place]
@@ -326,7 +332,7 @@ class Driver:
             self.start_planned()
         elif call.kind == "load":
             copy.state = "ready"
-            line.trouble = 0
+            line.failed_starts = 0
         elif call.kind == "work":
             line.in_flight -= len(call.rows)
             if isinstance(answer, Done):
@@ -339,7 +345,7 @@ class Driver:
     def made(self, line: Line, copy: Copy, call: Call, answer: Done) -> None:
         spent = sum(answer.report.seconds.values())
         line.seconds = spent if line.seconds is None else 0.9 * line.seconds + 0.1 * spent
-        line.trouble = 0
+        line.store_trouble = 0
         for row, made, value in zip(call.rows, answer.made, call.values or answer.made, strict=True):
             if isinstance(made, Failure):
                 self.charge(row, made, copy)
@@ -358,9 +364,9 @@ class Driver:
 
     def gave_nothing(self, line: Line, copy: Copy, call: Call, answer: Broken) -> None:
         if answer.how == "store":
-            line.trouble += 1
-            if line.trouble > MOST_TROUBLE + len(line.copies):
-                raise ClusterError(f"stage {line.stage.name}: {answer.reason}")
+            line.store_trouble += 1
+            if line.store_trouble > MOST_STORE_TROUBLE + len(line.copies):
+                raise StoreError(answer.reason)
         for row in reversed(call.rows):
             if answer.how == "input":
                 self.note(f"{line.stage.name}: the input of clip {row.request.clip_id[:12]} is lost ({answer.reason}); made again")
@@ -377,7 +383,7 @@ class Driver:
             return
         self.note(f"{failure.stage}: attempt {row.failures} at clip {row.request.clip_id[:12]} failed in {copy.name}: "
                   f"{failure.error_type}: {failure.error}")
-        row.alone, row.avoid = True, copy
+        row.avoid = copy
         self.lines[row.place].queue.appendleft(row)
 
     def lost(self, row: Row, line: Line, reason: str) -> bool:
@@ -392,28 +398,32 @@ class Driver:
     # Processes.
 
     def died(self, copy: Copy, answer: Broken) -> None:
-        """A process is gone: rows that only waited there go back free of charge."""
+        """A process is gone. Its first call pays; if it may have been the second, nobody pays and both become suspects."""
         line, calls, state = self.lines[copy.place], list(copy.calls), copy.state
+        at_work_s = self.crew.now() - calls[0].began if calls else 0.0
         self.end(copy)
         what = {"node": "its machine was lost", "load": "it could not start", "gpu": "restarted"}.get(answer.how, "it died")
         self.note(f"{copy.name}: {what}: {answer.reason}")
+        certain = len(calls) == 1 or at_work_s > ANSWER_S
         for place, call in reversed(list(enumerate(calls))):
             for row in reversed(call.rows):
                 line.in_flight -= 1
-                if place == 0 and answer.how == "died":
+                if answer.how == "died":
+                    row.alone = row.alone or place == 0 or not certain
+                if place == 0 and answer.how == "died" and certain:
                     self.charge(row, Failure(request=row.request, stage=line.stage.name, error_type="WorkerDied",
                                              error=f"its process ended while it was worked on: {answer.reason}"), copy)
-                elif place or answer.how != "node" or self.lost(row, line, answer.reason):
+                elif place or answer.how not in ("died", "node") or self.lost(row, line, answer.reason):
                     line.queue.appendleft(row)
         if state in ("starting", "loading") and answer.how != "node":
             self.start_failed(line, answer)
 
     def start_failed(self, line: Line, answer: Broken) -> None:
         """Another copy lives: try again later. None does: the run ends, at once if the steps themselves cannot be made."""
-        line.trouble += 1
-        if not line.ready and (answer.how == "load" or line.trouble >= MOST_TROUBLE):
+        line.failed_starts += 1
+        if not line.ready and (answer.how == "load" or line.failed_starts >= MOST_DEAD_STARTS + len(line.copies)):
             raise ClusterError(f"stage {line.stage.name} cannot start: {answer.reason}")
-        line.not_before = self.crew.now() + min(600.0, 2.0 ** line.trouble)
+        line.not_before = self.crew.now() + min(600.0, 0.25 * 2.0 ** line.failed_starts)
 
     def end(self, copy: Copy) -> None:
         self.lines[copy.place].copies.remove(copy)

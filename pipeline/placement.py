@@ -195,8 +195,9 @@ def by_size(stages: Sequence[Stage]) -> list[Stage]:
 
 
 def value_seconds(stages: Sequence[Stage], measured: Mapping[str, float]) -> dict[str, float]:
-    """Seconds per value of every stage: measured, or a guess: the largest stage takes ten times as long as any other."""
+    """Seconds per value of every stage: measured, or a guess: ten times as many in the largest as in any other, and a
+    hundred times as many as in one whose work is shared."""
     main = max(stages, key=lambda stage: (stage.key is None, stage.gpus, stage.cpus))
-    others = [measured[stage.name] for stage in stages if stage is not main and stage.name in measured]
-    largest = measured.get(main.name, 10 * max(others, default=0.1))
-    return {stage.name: max(EPSILON, measured.get(stage.name, largest if stage is main else largest / 10)) for stage in stages}
+    ratio = {stage.name: 1 if stage is main else 10 if stage.key is None else 100 for stage in stages}
+    largest = measured.get(main.name) or max((ratio[name] * seconds for name, seconds in measured.items()), default=1.0)
+    return {name: max(EPSILON, measured.get(name, largest / ratio[name])) for name in ratio}
