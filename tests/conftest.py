@@ -6,6 +6,22 @@ import secrets
 import pytest
 
 
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the tests that take minutes too")
+
+
+def pytest_configure(config):
+    import torch
+    torch.set_num_threads(1)                            # results are made with one; more only wait for each other on two cores
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="takes minutes; run it with: make test ARGS=--slow"))
+
+
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory):
     """The running server (s3/server.py). Tests that set faults ask for `s3_bucket` too, which heals it afterwards."""
