@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,12 @@ SLEEPS_S = {"encode": 0.02, "sample": 0.5, "publish": 0.1}
 
 # GPUs per copy of each stage, and what the machine is told to have
 SHARED = {"encode": 0.25, "sample": 0.75, "publish": 0.25}         # the encoder lives beside a sampler
-WHOLE = {"encode": 1.0, "sample": 1.0, "publish": 0.0}             # the encoder takes a sampler's GPU, and gives it back
+WHOLE = {"encode": 1.0, "sample": 1.0, "publish": 0.0}             # the encoder has a sampler's GPU, and gives it back
 
 
 @dataclass(kw_only=True)
 class Pretend:
-    """An actor that sleeps and then makes the next value, empty.  began: file to which each call's start and end are added."""
+    """An actor that sleeps, then makes the next value, empty.  trace: a file that gets each call's start and end."""
 
     makes: str
     sleep_s: float = 0.0
@@ -49,28 +50,29 @@ def pretend_value(kind: str, request: Request) -> Embedding | Latent | Clip:
         return Embedding(request=request, prompt=(), negative=())
     if kind == "latent":
         return Latent(request=request, streams=())
-    return Clip(request=request, uri=f"none://{request.clip_id}", sha256=request.clip_id, num_bytes=0, duration_s=1 / request.fps)
+    return Clip(request=request, uri=f"none://{request.clip_id}", sha256=request.clip_id, num_bytes=0,
+                duration_s=request.shape.frames / request.fps)
 
 
 def pretend_request(number: int, *, prompt: str | None = None, frames: int = 1) -> Request:
-    return Request(clip_id=f"{number:064x}", model="pretend", weights_fingerprint="0" * 64, prompt=prompt or f"prompt {number}",
-                   negative_prompt="", seed=number, shape=VideoShape(frames=frames, height=8, width=8), fps=24.0, num_steps=1,
-                   guidance=1.0, precision="fp32", attention="dense")
+    return Request(clip_id=f"{number:064x}", model="pretend", weights_fingerprint="0" * 64,
+                   prompt=prompt or f"prompt {number}", negative_prompt="", seed=number,
+                   shape=VideoShape(frames=frames, height=8, width=8), fps=24.0, num_steps=1, guidance=1.0,
+                   precision="fp32", attention="dense")
 
 
-def pretend_stages(*, sleeps_s: dict[str, float] | None = None, gpus: dict[str, float] | None = None, cpus: float = 0.25,
-                   window: int | None = 1000, trace: str | None = None, **options: Any) -> list[Stage]:
+def pretend_stages(*, sleeps_s: dict[str, float] | None = None, gpus: dict[str, float] | None = None,
+                   cpus: float = 0.25, window: int | None = 1000, trace: str | None = None,
+                   **options: Any) -> list[Stage]:
     """encode, sample and publish, as text_to_video has them; options: of every Stage."""
     sleeps_s, gpus = sleeps_s or {}, gpus or {}
     makes = {"encode": "embedding", "sample": "latent", "publish": "clip"}
-    return [Stage(name=name, gpus=gpus.get(name, 0.0), cpus=cpus,
-                  steps=(Step(actor=Pretend, args=dict(makes=made, sleep_s=sleeps_s.get(name, 0.0), trace=trace)),),
-                  key=key_of if name == "encode" else None, window=window if name == "encode" else None, **options)
-            for name, made in makes.items()]
-
-
-def key_of(request: Request) -> str:
-    return request.embedding_key
+    steps = {name: Step(actor=Pretend, args=dict(makes=made, sleep_s=sleeps_s.get(name, 0.0), trace=trace))
+             for name, made in makes.items()}
+    first = dict(key=attrgetter("embedding_key"), window=window)
+    return [Stage(name=name, steps=(step,), gpus=gpus.get(name, 0.0), cpus=cpus,
+                  **(first if name == "encode" else {}), **options)
+            for name, step in steps.items()]
 
 
 def overhead(clips: int = 2000) -> dict[str, float]:
@@ -79,17 +81,19 @@ def overhead(clips: int = 2000) -> dict[str, float]:
 
     with cluster.connect("local", cpus=4, gpus=0):
         marks: list[tuple[int, float, float, int]] = []
-        for done, _ in enumerate(cluster.run(pretend_stages(copies=1, window=None), map(pretend_request, range(clips))), start=1):
+        outcomes = cluster.run(pretend_stages(copies=1, window=None), map(pretend_request, range(clips)))
+        for done, _ in enumerate(outcomes, start=1):
             if done % (clips // 10) == 0:
                 marks.append((done, time.perf_counter(), time.process_time(), rss_bytes()))
-    first, last = marks[0], marks[-1]                   # past the start of the processes
+    first, middle, last = marks[0], marks[len(marks) // 2], marks[-1]   # the first is past the processes' start
     counted = last[0] - first[0]
     return {"clips": clips, "wall_ms_per_clip": 1e3 * (last[1] - first[1]) / counted,
             "driver_cpu_ms_per_clip": 1e3 * (last[2] - first[2]) / counted, "driver_rss_mb": last[3] / 2**20,
-            "driver_rss_growth_bytes_per_clip": (last[3] - marks[len(marks) // 2][3]) / (last[0] - marks[len(marks) // 2][0])}
+            "driver_rss_growth_bytes_per_clip": (last[3] - middle[3]) / (last[0] - middle[0])}
 
 
-def overlap(clips: int = 200, gpus: int = 4, shares: dict[str, float] | None = None, *, window: int = 1000) -> dict[str, float]:
+def overlap(clips: int = 200, gpus: int = 4, shares: dict[str, float] | None = None, *,
+            window: int = 1000) -> dict[str, float]:
     """The span from the first sample's start to the last one's end, against clips * seconds / gpus."""
     import tempfile
 
@@ -113,7 +117,8 @@ def rss_bytes() -> int:
 
 
 def commit() -> str:
-    done = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"], capture_output=True, text=True)
+    done = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
+                          capture_output=True, text=True)
     return done.stdout.strip() or "unknown"
 
 

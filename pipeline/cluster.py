@@ -4,9 +4,9 @@
         for outcome in cluster.run(stages, requests):
             ...
 
-Every death is answered by the driver and none by Ray (max_restarts=0), so that each has a cause and a count. Ray moves
-references only: with a shelf in the pipeline they are small and live in the driver, and no lost machine takes them along.
-Without one, embeddings and latents lie in Ray's object store; what is lost with a machine is made again.
+Every death is answered by the driver and none by Ray (max_restarts=0), so that each has a cause and a count. With a
+shelf in the pipeline only small references cross Ray; they live in the driver, and no lost machine takes them along.
+Without one, embeddings and latents lie in Ray's object store, and what is lost with a machine is made again.
 """
 
 import logging
@@ -35,12 +35,12 @@ __all__ = ["ClusterError", "Progress", "Stop", "connect", "nodes", "run"]
 OBJECT_STORE_BYTES = 512 * 2**20    # of a local cluster; what does not fit goes to its disk
 
 
-def run(stages: Sequence[Stage], requests: Iterable[Request], *, max_attempts: int = 3, row_timeout_s: float | None = 4 * 3600.0,
-        on_progress: Callable[[Progress], None] | None = None, progress_every_s: float = 0.5,
-        stop: Stop | None = None) -> Iterator[Outcome]:
+def run(stages: Sequence[Stage], requests: Iterable[Request], *, max_attempts: int = 3,
+        row_timeout_s: float | None = 4 * 3600.0, on_progress: Callable[[Progress], None] | None = None,
+        progress_every_s: float = 0.5, stop: Stop | None = None) -> Iterator[Outcome]:
     """What `run_local` yields, in any order, from all machines of the connected cluster.
 
-    requests: taken as the first stage has room, so there may be any number.  row_timeout_s: for one clip in one stage.
+    requests: taken as the first stage has room, so there may be any number.  row_timeout_s: of one clip in one stage.
     All processes are ended when the iterator is exhausted or closed.
     Raises ClusterError when the machines cannot run the stages, StoreError when the store cannot be used.
     """
@@ -57,8 +57,9 @@ def connect(address: str = "local", *, cpus: int | None = None, gpus: int | None
     (RAY_ADDRESS, or `ray start` on this machine), HOST:PORT names one that this machine belongs to.
 
     cpus, gpus: what a local one says it has; None: what the machine has.
-    A local one ends with this process, even when that is killed: raylet, GCS and workers within seconds, Ray's two agents
-    (which keep its standard output open) after a minute. They end with the thread that started them: call it in the main one.
+    A local one ends with this process, even when that is killed: raylet, GCS and workers within seconds, Ray's two
+    agents, which keep its standard output open, after a minute or two. Call it in the main thread: they end with the
+    thread that started them.
     Raises ClusterError with the next step when there is no such cluster.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -67,13 +68,20 @@ def connect(address: str = "local", *, cpus: int | None = None, gpus: int | None
     if not local:
         address = reachable(address)
     ray._private.worker._worker_logs_enabled = False    # deaths are in Progress.notes, not across the terminal
-    try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL, namespace="dailies",
-                 **(dict(include_dashboard=False, num_cpus=cpus, num_gpus=gpus, object_store_memory=OBJECT_STORE_BYTES) if local else {}))
-    except (rex.RayError, OSError, RuntimeError, ValueError) as error:
-        raise ClusterError(f"Ray at {address!r} cannot be used: {error}. "
-                           + ("Is the disk under /tmp full, or the machine out of memory?" if local else
-                              f"It needs Ray {ray.__version__}, as here, and the cluster's token in {token}")) from error
+    options: dict[str, Any] = dict(address=address, namespace="dailies", log_to_driver=False,
+                                   logging_level=logging.CRITICAL)
+    if local:
+        options |= dict(include_dashboard=False, num_cpus=cpus, num_gpus=gpus, object_store_memory=OBJECT_STORE_BYTES)
+    for last in (False, True) if local else (True,):    # on a busy machine Ray may not come up within its own 30 s
+        try:
+            ray.init(**options)
+            break
+        except Exception as error:                      # Ray raises bare Exceptions too
+            ray.shutdown()
+            if last:
+                next_step = ("Is the disk under /tmp full, or the machine out of memory?" if local else
+                             f"It needs Ray {ray.__version__}, as here, and the cluster's token in {token}")
+                raise ClusterError(f"Ray at {address!r} cannot be used: {error}. {next_step}") from error
     try:
         yield
     finally:
@@ -97,15 +105,15 @@ def guard_token(*, create: bool) -> Path:
 def reachable(address: str) -> str:
     """The cluster's HOST:PORT, once something answers there: Ray itself would try for minutes."""
     if address.startswith("ray://"):
-        raise ClusterError(f"{address}: a Ray Client address cannot carry a render; use `dailies submit` with the cluster's "
-                           "http://HEAD:8265, or run on a machine of the cluster with --ray auto")
+        raise ClusterError(f"{address}: a Ray Client address cannot carry a render; use `dailies submit` with the "
+                           "cluster's http://HEAD:8265, or run on a machine of the cluster with --ray auto")
     try:
         found = ray._private.services.canonicalize_bootstrap_address_or_die(address)
         host, _, port = found.rpartition(":")
         socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
     except (OSError, ValueError) as error:
-        raise ClusterError(f"no Ray cluster answers at {address!r}: {error}. Start one with `ray start --head`, name another "
-                           "with --ray HOST:6379, or use --ray local") from None
+        raise ClusterError(f"no Ray cluster answers at {address!r}: {error}. Start one with `ray start --head`, "
+                           "name another with --ray HOST:6379, or use --ray local") from None
     return found
 
 
@@ -116,7 +124,7 @@ def nodes() -> list[Node]:
 
 
 class Process:
-    """What runs in a process of its own: one stage's Worker. Making it is quick, so that a broken model speaks up in load."""
+    """One stage's Worker in a process of its own. Making it is quick, so that a broken model speaks up in load."""
 
     def __init__(self, threads: int):
         os.environ["OMP_NUM_THREADS"] = str(threads)    # before the steps arrive, and torch with them
@@ -132,10 +140,13 @@ class Process:
 
     def work(self, requests: list[Request], last: bool, *values: Any) -> Any:
         """An answer, and unless `last` a value per request, to be left in the object store."""
-        values = [readdress(value, request) for value, request in zip(values, requests, strict=True)] if values else requests
+        if values:
+            given = [readdress(value, request) for value, request in zip(values, requests, strict=True)]
+        else:
+            given = requests
         made: list = [None] * len(requests)
         try:
-            made, report = self.worker(values)
+            made, report = self.worker(given)
             told = made if last else [value if isinstance(value, Failure) else None for value in made]
             answer: Answer = Done(made=told, report=report)
         except StoreError as error:
@@ -162,7 +173,7 @@ class RayCrew:
 
     def start(self, copy: Copy) -> None:
         post = copy.post
-        cpus = math.floor(post.cpus * self.nodes_now[post.node].cpu_share * 1e4) / 1e4      # Ray counts in ten thousandths
+        cpus = math.floor(post.cpus * self.nodes_now[post.node].cpu_share * 1e4) / 1e4      # Ray's unit is 0.0001
         copy.handle = self.process.options(
             num_cpus=cpus, num_gpus=post.gpus, max_restarts=0, max_task_retries=0,
             scheduling_strategy=NodeAffinitySchedulingStrategy(post.node, soft=False)).remote(copy.stage.threads)
@@ -207,7 +218,7 @@ class RayCrew:
             yield call, answer
 
     def before(self, call: Call) -> Iterator[tuple[Call, Answer]]:
-        """A death answers all calls at once; one before this that was done first must be told first, or it is blamed."""
+        """A death answers all calls at once; one that was done before it must be told first, or it is blamed."""
         for earlier in [other for other in call.copy.calls if other.serial < call.serial]:
             ready, _ = ray.wait([earlier.handle], timeout=5)
             if ready and self.pending.pop(earlier.handle, None):

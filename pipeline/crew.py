@@ -89,7 +89,7 @@ Answer = Hello | Alive | Done | Broken
 
 
 class Crew(Protocol):
-    """Processes on machines. A copy does its calls in the order they were submitted, and they are answered in that order."""
+    """Processes on machines. A copy does its calls, and answers them, in the order they were submitted."""
 
     def now(self) -> float: ...
     def nodes(self) -> list[Node]: ...

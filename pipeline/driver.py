@@ -1,22 +1,21 @@
 """The driver's book: which row waits where, who works on it, what comes next, and what a death costs.
 
-It knows no Ray: a `Crew` starts processes, hands them calls and brings back answers (cluster.py has the real one). It holds
-a window of rows, never the whole night: with the rows it holds, its memory is bounded.
+It knows no Ray: a `Crew` starts processes, hands them calls and brings back answers (cluster.py has the real one).
+It holds a window of rows, never the whole night, so its memory is bounded.
 
-What a row is charged for: an exception of its own, and the death of a process while that row was being worked on. A row
-that only waited there, or whose machine was lost, goes back to the queue free of charge.
+A row is charged an attempt for an exception of its own, and for the death of a process that was working on it. One
+that only waited there, or whose machine was lost, goes back to its line free of charge.
 """
 
 import math
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import count, islice
-from typing import Any
+from dataclasses import dataclass, replace
+from itertools import count
 
 from actors.messages import Clip, Failure, Request
 from pipeline import placement
 from pipeline.crew import Answer, Broken, Call, Copy, Crew, Done, Hello, Row
+from pipeline.lines import Line, Lines
 from pipeline.placement import Node
 from pipeline.stages import Outcome, Stage, outcome
 from pipeline.store import StoreError
@@ -67,51 +66,15 @@ class Progress:
     notes: tuple[str, ...]      # what happened since the last Progress: hand-overs, deaths, retries
 
 
-@dataclass(eq=False, kw_only=True, slots=True)
-class Shared:
-    """Work that all rows of one key share."""
-
-    users: int = 0
-    ready: bool = False
-    value: Any = None
-    leader: Row | None = None           # the one that works for all
-    waiting: list[Row] = field(default_factory=list)
-
-
-class Line:
-    """One stage's queue and its copies."""
-
-    def __init__(self, stage: Stage, index: int):
-        self.stage, self.index = stage, index
-        self.queue: deque[Row] = deque()
-        self.shared: dict[str, Shared] = {}
-        self.sharing = 0                    # rows that wait for another row of their key
-        self.copies: list[Copy] = []
-        self.open = True                    # False: it gave its resources back
-        self.done = self.in_flight = 0
-        self.failed_starts = self.store_trouble = 0         # with no success since
-        self.not_before = 0.0
-        self.seconds: float | None = None
-
-    @property
-    def ready(self) -> list[Copy]:
-        return [copy for copy in self.copies if copy.state == "ready"]
-
-    @property
-    def rows(self) -> int:
-        return len(self.queue) + self.in_flight + self.sharing
-
-
 class Driver:
     def __init__(self, crew: Crew, stages: Sequence[Stage], requests: Iterable[Request], *, max_attempts: int = 3,
                  row_timeout_s: float | None = None, on_progress: Callable[[Progress], None] | None = None,
                  progress_every_s: float = 0.5, stop: Stop | None = None):
         self.crew, self.max_attempts, self.row_timeout_s = crew, max_attempts, row_timeout_s
         self.on_progress, self.progress_every_s, self.stop = on_progress, progress_every_s, stop or Stop()
-        self.lines = [Line(stage, index) for index, stage in enumerate(stages)]
+        self.stages, self.lines = list(stages), Lines(stages)
         self.requests = iter(requests)
         self.coming: Request | None = None              # the next request: None when there is none
-        self.held = 0                                   # rows between the source and their outcome
         self.results: list[Outcome] = []
         self.done = self.failed = 0
         self.notes: list[str] = []
@@ -128,7 +91,7 @@ class Driver:
             if self.coming is not None:
                 self.nodes = self.crew.nodes()
                 try:
-                    placement.check([line.stage for line in self.lines], self.nodes)
+                    placement.check(self.stages, self.nodes)
                 except placement.NoRoom as error:
                     raise ClusterError(str(error)) from None
             while not self.stop.at_once:
@@ -156,7 +119,7 @@ class Driver:
         if self.stop.draining:
             working = any(call.kind == "work" for line in self.lines for copy in line.copies for call in copy.calls)
             return not working and not (len(self.lines) > 1 and self.lines[-1].queue)
-        return self.held == 0 and self.coming is None
+        return self.lines.held == 0 and self.coming is None
 
     def drain(self) -> None:
         """Forget the rows that no stage has begun; those that only the last stage waits for are still served."""
@@ -175,99 +138,27 @@ class Driver:
     def fill(self) -> None:
         """Take requests until the first queue is long enough."""
         first = self.lines[0]
-        while self.coming is not None and not self.stop.draining and self.has_room(first):
+        while self.coming is not None and not self.stop.draining and self.lines.has_room(first):
             row = Row(request=self.coming, arrived=self.crew.now())
             self.coming = next(self.requests, None)
-            self.held += 1
-            self.enter(row)
-
-    def has_room(self, line: Line) -> bool:
-        """May the line's queue take another row?"""
-        if line.stage.window is None:
-            return len(line.queue) < max(4, 2 * line.stage.batch * len(line.copies), self.feeders(line))
-        return line.open and line.rows + self.ahead(line) < self.window(line)
-
-    def feeders(self, line: Line) -> int:
-        return len(self.lines[line.index - 1].copies) if line.index else 0
-
-    def ahead(self, line: Line) -> int:
-        """Rows that this line has made ready and the next has not begun."""
-        return len(self.lines[line.index + 1].queue) if line.index + 1 < len(self.lines) else 0
-
-    def window(self, line: Line) -> int:
-        follower = self.lines[min(line.index + 1, len(self.lines) - 1)]
-        return max(line.stage.window or 0, 4 * follower.stage.batch * max(1, len(follower.copies)))
-
-    def enter(self, row: Row) -> None:
-        """Put a row into its line; of the rows of one key, the first works and the others wait for it."""
-        line = self.lines[row.place]
-        if line.stage.key is None:
-            line.queue.append(row)
-            return
-        first_time = row.key is None
-        row.key = row.key or line.stage.key(row.request)
-        shared = line.shared.setdefault(row.key, Shared())
-        shared.users += first_time
-        if shared.ready:
-            row.value = shared.value
-            self.advance(row)
-        elif shared.leader in (None, row):
-            shared.leader = row
-            line.queue.append(row)
-        else:
-            shared.waiting.append(row)
-            line.sharing += 1
-
-    def advance(self, row: Row) -> None:
-        row.place += 1
-        row.alone, row.avoid = False, None
-        self.enter(row)
-
-    def share(self, line: Line, row: Row) -> None:
-        """Give what a row's key made to all rows that wait for it."""
-        shared = line.shared[row.key]
-        shared.ready, shared.value, shared.leader = True, row.value, None
-        line.sharing -= len(shared.waiting)
-        waiting, shared.waiting = shared.waiting, []
-        for other in waiting:
-            other.value = shared.value
-            self.advance(other)
+            self.lines.add(row)
 
     def finish(self, row: Row, value: Clip | Failure) -> None:
-        self.held -= 1
         failed = isinstance(value, Failure)
         self.failed += failed
         self.done += not failed
         self.results.append(outcome(value, row.reports, attempts=row.failures + (not failed),
                                     waited_s=self.crew.now() - row.arrived))
-        if row.key is not None:
-            self.release(self.lines[0], row)
-
-    def release(self, line: Line, row: Row) -> None:
-        shared = line.shared[row.key]
-        shared.users -= 1
-        if not shared.users:
-            del line.shared[row.key]
-        elif shared.leader is row:              # it failed; the next of its key tries for itself
-            shared.leader = None
-            line.sharing -= 1
-            self.enter(shared.waiting.pop(0))
-
-    def restart(self, row: Row) -> None:
-        """Its input is gone: back to the first stage, where what its key made may be gone too."""
-        if row.key is not None and (shared := self.lines[0].shared[row.key]).value is row.value:
-            shared.ready, shared.value = False, None
-        row.place, row.value, row.alone, row.avoid = 0, None, False, None
-        self.enter(row)
+        self.lines.remove(row)
 
     # Work.
 
     def dispatch(self, line: Line) -> None:
-        """One call at work in every copy, and one more waiting there, unless the rows are so few that some copy will idle."""
+        """One call at work in each copy, and one more waiting there, unless so few rows are left that one would idle."""
         last = line.index == len(self.lines) - 1
         if not line.queue or self.stop.draining and not (last and line.index):
             return
-        if not last and line.stage.window is None and not self.has_room(self.lines[line.index + 1]):
+        if not last and line.stage.window is None and not self.lines.has_room(self.lines[line.index + 1]):
             return
         ready = line.ready
         for depth in (1, 2):
@@ -276,7 +167,7 @@ class Driver:
             for copy in ready:
                 if len(copy.calls) >= depth or copy.calls and any(row.alone for row in copy.calls[-1].rows):
                     continue
-                rows = self.take(line, copy, len(ready) > 1)
+                rows = line.take(copy)
                 if not rows:
                     continue
                 if not copy.calls and self.crew.now() - copy.since > IDLE_S:
@@ -286,31 +177,11 @@ class Driver:
 
     def unbegun(self, line: Line) -> float:
         """Rows that this stage has still to begin."""
-        if self.coming is not None and not self.stop.draining:
-            return math.inf
-        return len(line.queue) + sum(before.rows for before in self.lines[:line.index])
-
-    def take(self, line: Line, copy: Copy, choosy: bool) -> list[Row]:
-        """The next rows for a copy: all of one bucket; none that failed in this very copy while there are others.
-
-        A suspect works alone: no other row in its batch, none before or behind it in the process.
-        """
-        queue = line.queue
-        place = next((place for place, row in enumerate(islice(queue, 8)) if not choosy or row.avoid is not copy), None)
-        if place is None or queue[place].alone and copy.calls:
-            return []
-        rows = [queue[place]]
-        del queue[place]
-        while len(rows) < line.stage.batch and not rows[0].alone and place < len(queue):
-            row = queue[place]
-            if row.alone or row.request.bucket != rows[0].request.bucket:
-                break
-            rows.append(row)
-            del queue[place]
-        return rows
+        return self.lines.unbegun(line) if self.coming is None or self.stop.draining else math.inf
 
     def call(self, copy: Copy, kind: str, rows: Sequence[Row] = (), last: bool = False) -> None:
-        call = Call(copy=copy, kind=kind, serial=next(self.serials), rows=list(rows), last=last, began=self.crew.now())
+        call = Call(copy=copy, kind=kind, serial=next(self.serials), rows=list(rows), last=last,
+                    began=self.crew.now())
         copy.calls.append(call)
         self.crew.submit(call)
 
@@ -353,12 +224,10 @@ class Driver:
             line.done += 1
             row.reports.append(answer.report)
             row.value = value
-            if line.stage.key is not None:
-                self.share(line, row)
             if call.last:
                 self.finish(row, value)
             else:
-                self.advance(row)
+                self.lines.advance(row)
         if answer.report.broken:
             self.died(copy, Broken(how="gpu", reason="its GPU's context is lost"))
 
@@ -369,41 +238,42 @@ class Driver:
                 raise StoreError(answer.reason)
         for row in reversed(call.rows):
             if answer.how == "input":
-                self.note(f"{line.stage.name}: the input of clip {row.request.clip_id[:12]} is lost ({answer.reason}); made again")
+                self.note(f"{line.stage.name}: the input of clip {row.request.clip_id[:12]} is lost and made again: "
+                          f"{answer.reason}")
                 if self.lost(row, line, answer.reason):
-                    self.restart(row)
+                    self.lines.restart(row)
             else:
                 line.queue.appendleft(row)
 
     def charge(self, row: Row, failure: Failure, copy: Copy) -> None:
-        """An attempt is used up: again, alone and elsewhere, or never again."""
+        """An attempt is used up: again, elsewhere if there is another copy, or never again."""
         row.failures += 1
         if row.failures >= self.max_attempts:
             self.finish(row, failure)
             return
-        self.note(f"{failure.stage}: attempt {row.failures} at clip {row.request.clip_id[:12]} failed in {copy.name}: "
+        self.note(f"{copy.name}: attempt {row.failures} at clip {row.request.clip_id[:12]} failed: "
                   f"{failure.error_type}: {failure.error}")
         row.avoid = copy
         self.lines[row.place].queue.appendleft(row)
 
     def lost(self, row: Row, line: Line, reason: str) -> bool:
-        """Count a loss that is not the row's fault; False, and the row is finished, once there are too many to believe it."""
+        """Count a loss that is not the row's fault. False, and it has failed, once there are too many to believe it."""
         row.losses += 1
         if row.losses <= MOST_LOSSES:
             return True
-        self.finish(row, Failure(request=row.request, stage=line.stage.name, error_type="WorkerDied",
-                                 error=f"{row.losses} machines or inputs were lost under it, lately: {reason}"))
+        error = f"{row.losses} machines or inputs were lost under it, lately: {reason}"
+        self.finish(row, worker_died(row, line, error))
         return False
 
     # Processes.
 
     def died(self, copy: Copy, answer: Broken) -> None:
-        """A process is gone. Its first call pays; if it may have been the second, nobody pays and both become suspects."""
+        """A process is gone, and its first call pays. If the second may have done it, both are suspects and none pays."""
         line, calls, state = self.lines[copy.place], list(copy.calls), copy.state
         at_work_s = self.crew.now() - calls[0].began if calls else 0.0
         self.end(copy)
-        what = {"node": "its machine was lost", "load": "it could not start", "gpu": "restarted"}.get(answer.how, "it died")
-        self.note(f"{copy.name}: {what}: {answer.reason}")
+        what = {"died": "it died", "node": "its machine was lost", "load": "it could not start", "gpu": "replaced"}
+        self.note(f"{copy.name}: {what[answer.how]}: {answer.reason}")
         certain = len(calls) == 1 or at_work_s > ANSWER_S
         for place, call in reversed(list(enumerate(calls))):
             for row in reversed(call.rows):
@@ -411,15 +281,14 @@ class Driver:
                 if answer.how == "died":
                     row.alone = row.alone or place == 0 or not certain
                 if place == 0 and answer.how == "died" and certain:
-                    self.charge(row, Failure(request=row.request, stage=line.stage.name, error_type="WorkerDied",
-                                             error=f"its process ended while it was worked on: {answer.reason}"), copy)
+                    self.charge(row, worker_died(row, line, f"its process ended at work: {answer.reason}"), copy)
                 elif place or answer.how not in ("died", "node") or self.lost(row, line, answer.reason):
                     line.queue.appendleft(row)
         if state in ("starting", "loading") and answer.how != "node":
             self.start_failed(line, answer)
 
     def start_failed(self, line: Line, answer: Broken) -> None:
-        """Another copy lives: try again later. None does: the run ends, at once if the steps themselves cannot be made."""
+        """If another copy lives, try again later. If none does, the run ends: at once where steps cannot be made."""
         line.failed_starts += 1
         if not line.ready and (answer.how == "load" or line.failed_starts >= MOST_DEAD_STARTS + len(line.copies)):
             raise ClusterError(f"stage {line.stage.name} cannot start: {answer.reason}")
@@ -450,22 +319,23 @@ class Driver:
         line = self.lines[0]
         if line.stage.window is None:
             return
-        more = self.coming is not None and not self.stop.draining
-        busy = line.in_flight if self.stop.draining else line.rows
-        if line.open and not busy and (not more or not self.has_room(line) and self.someone_gains(line)):
-            line.open = False
-            if line.copies:
-                self.note(f"{line.stage.name}: {'all' if not more else self.ahead(line)} clips are ready, resources go back")
-            for copy in list(line.copies):
-                self.leave(copy)
-        elif not line.open and (line.rows or more) and self.ahead(line) <= self.window(line) // 4 and not self.stop.draining:
-            line.open = True
-            self.note(f"{line.stage.name}: {self.ahead(line)} clips are ready, it returns")
-            self.changed = True
+        draining, ahead = self.stop.draining, self.lines.ahead(line)
+        more = self.coming is not None and not draining
+        if line.open:
+            idle = not (line.in_flight if draining else line.rows)
+            if idle and (not more or not self.lines.has_room(line) and self.someone_gains(line)):
+                line.open = False
+                if line.copies:
+                    self.note(f"{line.stage.name}: {ahead if more else 'all'} clips are ready, resources go back")
+                for copy in list(line.copies):
+                    self.leave(copy)
+        elif (line.rows or more) and ahead <= self.lines.window(line) // 4 and not draining:
+            line.open = self.changed = True
+            self.note(f"{line.stage.name}: {ahead} clips are ready, it returns")
 
     def someone_gains(self, line: Line) -> bool:
         posts = [copy.post for other in self.lines if other is not line for copy in other.copies]
-        return bool(placement.hires([other.stage for other in self.lines], self.nodes, posts,
+        return bool(placement.hires(self.stages, self.nodes, posts,
                                     limits=self.limits() | {line.stage.name: 0}, seconds=self.seconds()))
 
     def limits(self) -> dict[str, int]:
@@ -501,8 +371,8 @@ class Driver:
                 self.busy_at = now
             elif now - self.busy_at > PATIENCE_S:
                 waiting = ", ".join(f"{line.stage.name} {line.rows}" for line in self.lines if line.rows)
-                raise ClusterError(f"no machine could run a stage for {PATIENCE_S:.0f} s; clips that wait: {waiting}. "
-                                   "Add the machines that are gone, then run the same command again")
+                raise ClusterError(f"no machine could run a stage for {PATIENCE_S:.0f} s; clips that wait: "
+                                   f"{waiting}. Add the machines that are gone, then run the same command again")
         if self.changed:
             self.changed = False
             self.place()
@@ -510,41 +380,46 @@ class Driver:
     def overdue(self, copy: Copy, now: float) -> Broken | None:
         """What is to be said of a copy that has taken too long."""
         if copy.state == "starting" and now - copy.since > PATIENCE_S:
-            return Broken(how="load", reason=f"its machine gave it no room for {PATIENCE_S:.0f} s; something else may hold "
-                                             f"{copy.post.gpus:g} GPU, {copy.post.cpus:g} CPU there (`ray status` shows what)")
+            need = f"{copy.post.gpus:g} GPU, {copy.post.cpus:g} CPU"
+            return Broken(how="load", reason=f"its machine gave it no room for {PATIENCE_S:.0f} s; something else may "
+                                             f"hold its {need} there (`ray status` shows what)")
         head = copy.calls[0] if copy.calls else None
-        if self.row_timeout_s and head and head.kind == "work" and now - head.began > self.row_timeout_s * len(head.rows):
-            return Broken(how="died", reason=f"no answer after {now - head.began:.0f} s, so it was ended")
+        if self.row_timeout_s and head and head.kind == "work":
+            at_work_s = now - head.began
+            if at_work_s > self.row_timeout_s * len(head.rows):
+                return Broken(how="died", reason=f"no answer after {at_work_s:.0f} s, so it was ended")
         return None
 
     def place(self) -> None:
-        copies = self.copies()
-        for post in placement.hires([line.stage for line in self.lines], self.nodes, [copy.post for copy in copies],
+        for post in placement.hires(self.stages, self.nodes, [copy.post for copy in self.copies()],
                                     limits=self.limits(), seconds=self.seconds()):
             line = next(line for line in self.lines if line.stage.name == post.stage)
-            line.copies.append(Copy(name=f"{post.stage}-{next(self.names)}", stage=line.stage, place=line.index, post=post))
+            name = f"{post.stage}-{next(self.names)}"
+            line.copies.append(Copy(name=name, stage=line.stage, place=line.index, post=post))
         self.start_planned()
         for line in self.lines:
             if line.queue and not line.copies and self.limits()[line.stage.name]:
                 self.make_room(line)
 
     def make_room(self, line: Line) -> None:
-        """A stage with rows has no copy and no place: others leave. The one that works ahead may take any, others none's last."""
-        if line.index and self.lines[0].open and self.lines[0].copies and self.lines[0].stage.window is not None:
+        """A stage with rows has no copy and no place: others leave, but the last of a stage only for the first stage."""
+        first = self.lines[0]
+        if line is not first and first.stage.window is not None and first.open and first.copies:
             return                                      # it will give its place back by itself
-        staying = sorted((copy for copy in self.copies() if copy.state != "leaving"), key=lambda copy: copy.state == "ready")
+        staying = [copy for copy in self.copies() if copy.state != "leaving"]
+        staying.sort(key=lambda copy: copy.state == "ready")
         posts = [copy.post for copy in staying]
         if placement.Room(self.nodes, posts).node_for(line.stage) is not None:
             return                                      # it has: who leaves is on the way
-        last = [] if line.index == 0 else [other.copies[-1].post for other in self.lines if other.copies and other.rows]
-        leaving = placement.make_room(line.stage, self.nodes, posts, keep=last)
+        keep = [] if line is first else [other.copies[-1].post for other in self.lines if other.copies and other.rows]
+        leaving = placement.make_room(line.stage, self.nodes, posts, keep)
         for copy in staying:
             if any(copy.post is post for post in leaving):
                 self.note(f"{copy.name}: makes room for {line.stage.name}")
                 self.leave(copy)
 
     def start_planned(self) -> None:
-        """Start copies, on each node the larger shares of a GPU first: the node puts them on GPUs in the order they come."""
+        """Start copies, on each node the larger shares of a GPU first: the node fills its GPUs in the order they come."""
         largest: dict[str, float] = {}
         for copy in self.copies():
             if copy.state in ("planned", "starting"):
@@ -578,3 +453,7 @@ class Driver:
         ready = len(line.ready)
         return StageProgress(name=line.stage.name, copies=ready, starting=len(line.copies) - ready, done=line.done,
                              queued=len(line.queue) + line.sharing, in_flight=line.in_flight, seconds=line.seconds)
+
+
+def worker_died(row: Row, line: Line, error: str) -> Failure:
+    return Failure(request=row.request, stage=line.stage.name, error_type="WorkerDied", error=error)

@@ -51,7 +51,7 @@ class Room:
         self.nodes = {node.id: node for node in nodes}
         self.cpus = {node.id: node.cpus + SPARE_CPUS if node.cpus else 0.0 for node in nodes}
         self.gpus = {node.id: [1.0] * int(node.gpus) for node in nodes}
-        self.slots: dict[str, dict[str, int]] = defaultdict(dict)      # node -> the GPU's name there -> place in the list
+        self.slots: dict[str, dict[str, int]] = defaultdict(dict)      # node -> a GPU's name there -> its place
         self.held: list[tuple[Post, list[int]]] = []
         for post in sorted(posts, key=lambda post: not post.devices):  # known places first, guesses fill the rest
             if post.node in self.nodes:
@@ -98,8 +98,8 @@ def check(stages: Sequence[Stage], nodes: Sequence[Node]) -> None:
             if node is None:
                 need = ", ".join(f"{stage.name} {stage.gpus:g} GPU {stage.cpus:g} CPU" for stage in group)
                 have = ", ".join(f"{node.host or node.id[:8]} {node.gpus:g} GPU {node.cpus:g} CPU" for node in nodes)
-                raise NoRoom(f"stage {stage.name} fits on no machine. Needed at once: {need}. There is: {have or 'nothing'}. "
-                             "Add a machine, or use a smaller share per stage")
+                raise NoRoom(f"stage {stage.name} fits on no machine. Needed at once: {need}. "
+                             f"There is: {have or 'nothing'}. Add a machine, or use a smaller share per stage")
             room.take(room.post(stage, node))
 
 
@@ -109,8 +109,9 @@ def hires(stages: Sequence[Stage], nodes: Sequence[Node], posts: Sequence[Post],
 
     limits: the most copies of a stage that have work; 0 for a stage that gave its resources back.
     seconds: measured per value, for the stages that have been measured.
-    First one copy of each stage (`Stage.copies` of them where that is set), those that give back first and nobody else
-    until they have their place. Then every next copy goes to the stage that holds the others back, until it fits nowhere.
+    First one copy of each stage (`Stage.copies` of them where that is set), those that give back before all others,
+    and nobody else until they have their place. Then each next copy goes to the stage that holds the others back, until
+    it fits nowhere.
     """
     room = Room(nodes, posts)
     count = {stage.name: sum(post.stage == stage.name for post in posts) for stage in stages}
@@ -143,7 +144,7 @@ def hires(stages: Sequence[Stage], nodes: Sequence[Node], posts: Sequence[Post],
 
 
 def make_room(stage: Stage, nodes: Sequence[Node], posts: Sequence[Post], keep: Sequence[Post] = ()) -> list[Post]:
-    """The fewest posts, all on one node and none of `keep`, that must end so that a copy of the stage fits; empty: there are none."""
+    """The fewest posts, on one node and none of `keep`, that must end so that a copy of the stage fits; else none."""
     room = Room(nodes, posts)
     copies = defaultdict(int)
     for post in posts:
@@ -199,5 +200,6 @@ def value_seconds(stages: Sequence[Stage], measured: Mapping[str, float]) -> dic
     hundred times as many as in one whose work is shared."""
     main = max(stages, key=lambda stage: (stage.key is None, stage.gpus, stage.cpus))
     ratio = {stage.name: 1 if stage is main else 10 if stage.key is None else 100 for stage in stages}
-    largest = measured.get(main.name) or max((ratio[name] * seconds for name, seconds in measured.items()), default=1.0)
+    guesses = [ratio[name] * seconds for name, seconds in measured.items()]
+    largest = measured.get(main.name) or max(guesses, default=1.0)
     return {name: max(EPSILON, measured.get(name, largest / ratio[name])) for name in ratio}

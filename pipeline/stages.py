@@ -16,7 +16,7 @@ from pipeline.store import NotFound, StoreError
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """How to make one actor: `actor(**args)` gives a callable from a list of values to a list of values of the same length."""
+    """How to make one actor: `actor(**args)` gives a callable from a list of values to a list as long."""
 
     actor: Callable[..., Callable[[list], list]]
     args: dict[str, Any] = field(default_factory=dict)
@@ -30,18 +30,19 @@ class Step:
 class Stage:
     """One kind of worker: what it runs, and what one copy of it needs."""
 
-    name: str                                           # "encode", "sample", "publish": names the seconds in the ledger
+    name: str                                           # encode, sample, publish: names its seconds in the ledger
     steps: tuple[Step, ...]                             # in one process, so what passes between them never travels
     gpus: float = 0.0                                   # of one copy: a share of one GPU, or whole GPUs
     cpus: float = 1.0                                   # of one copy; whole cores are its torch threads, at least one
     copies: int | None = None                           # None: as many as fit (placement.py)
     batch: int = 1                                      # values per call, all of one bucket
-    key: Callable[[Request], str] | None = None         # work shared by requests of one key is done once (the encoder's)
-    window: int | None = None                           # clips made ready ahead of the next stage; then the resources go back
+    key: Callable[[Request], str] | None = None         # requests of one key share the work; the first stage only
+    window: int | None = None                           # clips made ready ahead, then its resources go back; likewise
 
     def __post_init__(self) -> None:
         if self.gpus < 0 or self.gpus > 1 and self.gpus % 1:
-            raise ValueError(f"stage {self.name}: gpus must be a share of one GPU or a whole number; got {self.gpus:g}")
+            raise ValueError(f"stage {self.name}: gpus must be a share of one GPU or a whole number; "
+                             f"got {self.gpus:g}")
 
     @property
     def threads(self) -> int:
@@ -56,8 +57,8 @@ class Report:
     seconds: dict[str, float]                           # per value, by step name
     worker: str
     device: str
-    peak_memory_bytes: int                              # of the GPU during the call, or of the process since it started
-    broken: bool = False                                # the GPU's context is lost: this process will fail whatever it gets
+    peak_memory_bytes: int                              # of the GPU in this call, or of the process since its start
+    broken: bool = False                                # the GPU's context is lost, and every later call would fail
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +68,9 @@ class Outcome:
     value: Clip | Failure
     attempts: int = 1
     queue_s: float = 0.0                                # nobody worked on it
-    seconds: dict[str, float] = field(default_factory=dict)    # by step name; shared work counts for the clip that asked first
+    seconds: dict[str, float] = field(default_factory=dict)    # by step name; shared work counts for one of the clips
     worker: str | None = None                           # where it spent the most seconds
-    device: str | None = None
+    device: str | None = None                           # of that worker
     peak_memory_bytes: int | None = None                # the largest of the stages'
 
 
@@ -83,13 +84,13 @@ class Worker:
         self.stage, self.threads, self.name = stage, threads, name
         self.broken = False
         self.steps = [(step.name or stage, step.make()) for step in steps]
-        self.torch = sys.modules.get("torch")           # there if a step computes with it; seconds to import if none does
+        self.torch = sys.modules.get("torch")           # there if a step computes with it; slow to import for nothing
         devices = [str(device) for _, step in self.steps if (device := getattr(step, "device", None))]
         self.gpu = next((device for device in devices if device.startswith("cuda")), None)
         self.device = self.torch.cuda.get_device_name(self.gpu) if self.gpu else "cpu"
 
     def __call__(self, values: list) -> tuple[list, Report]:
-        """What the steps make of the values, in order; a Failure passes untouched, and takes the place of what failed."""
+        """What the steps make of the values, in order. A Failure passes untouched, or stands for what failed here."""
         if self.torch:
             self.torch.set_num_threads(self.threads)    # each time: in run_local, stages share one process
         if self.gpu:
@@ -110,7 +111,8 @@ class Worker:
         try:
             made = step(values)
             if len(made) != len(values):
-                raise ValueError(f"{type(step).__name__} must return a value for each it gets; got {len(values)}, gave {len(made)}")
+                raise ValueError(f"{type(step).__name__} must return a value for each that it gets; "
+                                 f"it got {len(values)} and returned {len(made)}")
             return list(made)
         except (StoreError, NotFound):
             raise
@@ -121,7 +123,8 @@ class Worker:
                 self.broken = True
             if len(values) > 1:                         # one bad value must not cost its neighbours
                 return [made for value in values for made in self.run(step, [value])]
-            return [Failure(request=request_of(values[0]), stage=self.stage, error_type=type(error).__name__, error=str(error))]
+            return [Failure(request=request_of(values[0]), stage=self.stage, error_type=type(error).__name__,
+                            error=str(error))]
 
     def peak_memory(self) -> int:
         if self.gpu:
@@ -156,7 +159,8 @@ def run_local(stages: Iterable[Stage], requests: Iterable[Request]) -> Iterator[
         yield outcome(value, reports)
 
 
-def outcome(value: Clip | Failure, reports: list[Report], *, attempts: int = 1, waited_s: float | None = None) -> Outcome:
+def outcome(value: Clip | Failure, reports: list[Report], *, attempts: int = 1,
+            waited_s: float | None = None) -> Outcome:
     """waited_s: seconds from the request's arrival until now; None: it never waited."""
     seconds: dict[str, float] = {}
     for report in reports:

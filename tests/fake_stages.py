@@ -4,8 +4,9 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ class Fake:
 
     def __call__(self, batch: list) -> list:
         requests = [value if isinstance(value, Request) else value.request for value in batch]
-        self.write(began=time.time(), seeds=[request.seed for request in requests])
+        self.write(began=time.time(), seeds=[request.seed for request in requests], threads=threads())
         for request in requests:
             self.misbehave(request.seed)
         time.sleep(self.sleep_s * len(batch))
@@ -69,17 +70,27 @@ class Fake:
             file.write(json.dumps({"stage": self.stage, "pid": os.getpid(), **entry}) + "\n")
 
 
-def fake_stages(folder: Path, *, faults: dict[str, dict[int, str]] | None = None, sleeps_s: dict[str, float] | None = None,
-                gpus: dict[str, float] | None = None, load: dict[str, str] | None = None, cpus: float = 0.1, window: int | None = 100,
-                batch: int = 1, copies: dict[str, int] | None = None, names: Iterable[str] = MAKES) -> list[Stage]:
-    return [Stage(name=name, cpus=cpus, gpus=(gpus or {}).get(name, 0.0), batch=batch, copies=(copies or {}).get(name),
-                  key=key_of if name == "encode" else None, window=window if name == "encode" else None,
-                  steps=(Step(actor=Fake, args=dict(stage=name, folder=folder, faults=(faults or {}).get(name, {}),
-                                                    sleep_s=(sleeps_s or {}).get(name, 0.0), load=(load or {}).get(name))),))
-            for name in names]
+def threads() -> int:
+    """What this process computes with."""
+    import torch
+    assert os.environ.get("OMP_NUM_THREADS", str(torch.get_num_threads())) == str(torch.get_num_threads())
+    return torch.get_num_threads()
 
 
-key_of: Callable[[Request], str] = Request.embedding_key.fget
+def fake_stages(folder: Path, *, faults: dict[str, dict[int, str]] | None = None,
+                sleeps_s: dict[str, float] | None = None, gpus: dict[str, float] | None = None,
+                load: dict[str, str] | None = None, copies: dict[str, int] | None = None, cpus: float = 0.1,
+                window: int = 100, names: Iterable[str] = MAKES) -> list[Stage]:
+    """Dictionaries by stage; cpus of every stage."""
+    faults, sleeps_s, gpus, load, copies = faults or {}, sleeps_s or {}, gpus or {}, load or {}, copies or {}
+    first = dict(key=attrgetter("embedding_key"), window=window)
+    stages = []
+    for name in names:
+        args = dict(stage=name, folder=folder, faults=faults.get(name, {}), sleep_s=sleeps_s.get(name, 0.0),
+                    load=load.get(name))
+        stages.append(Stage(name=name, steps=(Step(actor=Fake, args=args),), gpus=gpus.get(name, 0.0), cpus=cpus,
+                            copies=copies.get(name), **(first if name == "encode" else {})))
+    return stages
 
 
 def calls(folder: Path, stage: str | None = None, mark: str = "began") -> list[dict]:

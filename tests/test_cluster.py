@@ -46,20 +46,23 @@ def test_outcomes_are_those_of_run_local(four_gpus, tmp_path):
     faults = {"sample": {5: "raise"}}
     wanted = by_seed(run_local(fake_stages(local, faults=faults), requests(12)))
     seen = []
-    stages = fake_stages(spread, faults=faults, gpus={"encode": 0.25, "sample": 0.75, "publish": 0.25},
-                         copies={"encode": 1, "sample": 2, "publish": 1})
+    stages = fake_stages(spread, faults=faults, gpus={"encode": 0.25, "sample": 0.75, "publish": 0.25}, cpus=2.0,
+                         copies={"encode": 1, "sample": 1, "publish": 1})
     got = by_seed(cluster.run(stages, requests(12), on_progress=seen.append))
-    assert {seed: outcome.value for seed, outcome in got.items()} == {seed: outcome.value for seed, outcome in wanted.items()}
-    assert [seed for seed, outcome in got.items() if isinstance(outcome.value, Failure)] == [5] and got[5].attempts == 3
+    assert got.keys() == wanted.keys()
+    assert all(got[seed].value == wanted[seed].value for seed in wanted)
+    assert [seed for seed in got if isinstance(got[seed].value, Failure)] == [5] and got[5].attempts == 3
     outcome = got[0]
     assert outcome.seconds.keys() == {"encode", "sample", "publish"} and outcome.queue_s > 0
-    assert outcome.worker.endswith(socket.gethostname()) and outcome.device == "cpu" and outcome.peak_memory_bytes > 2**20
+    assert outcome.worker.endswith(socket.gethostname()) and outcome.device == "cpu"
+    assert outcome.peak_memory_bytes > 2**20
     assert (seen[-1].done, seen[-1].failed) == (11, 1)
+    assert {call["threads"] for call in calls(spread)} == {2}
 
 
 def test_the_encoder_encodes_each_prompt_once_and_its_gpu_goes_to_a_sampler(four_gpus, tmp_path):
-    stages = fake_stages(tmp_path, gpus={"encode": 2, "sample": 2}, sleeps_s={"encode": 0.05, "sample": 0.2}, window=200,
-                         copies={"publish": 1})
+    stages = fake_stages(tmp_path, gpus={"encode": 2, "sample": 2}, sleeps_s={"encode": 0.05, "sample": 0.2},
+                         window=200, copies={"publish": 1})
     rows = [pretend_request(number, prompt=f"prompt {number // 4}") for number in range(100)]
     notes = []
     outcomes = by_seed(cluster.run(stages, rows, on_progress=lambda progress: notes.extend(progress.notes)))
@@ -75,24 +78,28 @@ def test_the_encoder_encodes_each_prompt_once_and_its_gpu_goes_to_a_sampler(four
 def test_a_death_reruns_only_what_that_process_held(four_gpus, tmp_path):
     """One process of each kind dies under one clip, and every process that samples seed 20 dies."""
     faults = {"encode": {7: "die once"}, "sample": {8: "die once", 20: "die"}, "publish": {9: "die once"}}
-    stages = fake_stages(tmp_path, faults=faults, sleeps_s={"sample": 0.05}, copies={"encode": 1, "sample": 2, "publish": 1})
+    stages = fake_stages(tmp_path, faults=faults, sleeps_s={"sample": 0.05},
+                         copies={"encode": 1, "sample": 2, "publish": 1})
     notes = []
-    outcomes = by_seed(cluster.run(stages, requests(40), on_progress=lambda progress: notes.extend(progress.notes)))
+    outcomes = by_seed(cluster.run(stages, requests(40), max_attempts=2,
+                                   on_progress=lambda progress: notes.extend(progress.notes)))
     poison = outcomes[20].value
-    assert (poison.stage, poison.error_type) == ("sample", "WorkerDied") and outcomes[20].attempts == 3
-    assert all(isinstance(outcome.value, Clip) for seed, outcome in outcomes.items() if seed != 20)
-    assert all(outcome.attempts <= (2 if seed in (7, 8, 9) else 1) for seed, outcome in outcomes.items() if seed != 20)
+    assert (poison.stage, poison.error_type) == ("sample", "WorkerDied") and outcomes[20].attempts == 2
+    for seed in set(range(40)) - {20}:
+        assert isinstance(outcomes[seed].value, Clip)
+        assert outcomes[seed].attempts <= (2 if seed in (7, 8, 9) else 1)
     for stage in ("encode", "sample", "publish"):
         ended = Counter(seed for call in calls(tmp_path, stage, "ended") for seed in call["seeds"])
         again = [seed for seed, times in ended.items() if times > 1]
         assert len(again) <= 4, (stage, again)              # done, and its answer died with the process
-    assert 6 <= sum("it died" in note for note in notes) <= 7      # the poison's first may be nobody's for certain
+    assert 5 <= sum("it died" in note for note in notes) <= 6      # the poison's first may be nobody's for certain
 
 
 @pytest.mark.parametrize("how, word", [("raise", "ValueError: weights are broken"), ("die", "cannot start")])
 def test_steps_that_cannot_be_made_end_the_run_with_a_clear_error(four_gpus, tmp_path, how, word):
     with pytest.raises(ClusterError, match=word):
-        list(cluster.run(fake_stages(tmp_path, load={"sample": how}, names=["sample"], copies={"sample": 1}), requests(4)))
+        stages = fake_stages(tmp_path, load={"sample": how}, names=["sample"], copies={"sample": 1})
+        list(cluster.run(stages, requests(4)))
 
 
 def test_what_the_machines_can_never_hold_is_said_at_once(four_gpus, tmp_path):
@@ -136,7 +143,8 @@ def test_the_drivers_memory_does_not_grow_with_the_night(four_gpus):
 
 def test_a_lost_machine_loses_no_row(tmp_path):
     """Two machines; the one that holds most processes and their values goes after the encoder has left."""
-    done = subprocess.run([sys.executable, str(HERE / "lose_a_machine.py"), str(tmp_path)], capture_output=True, text=True, timeout=170)
+    done = subprocess.run([sys.executable, str(HERE / "lose_a_machine.py"), str(tmp_path)],
+                          capture_output=True, text=True, timeout=170)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert "40 clips, attempts {1}" in done.stdout, done.stdout
 
@@ -180,11 +188,12 @@ def test_a_killed_driver_leaves_no_process(tmp_path):
               "with cluster.connect('local', cpus=2, gpus=0):\n"
               "    stages = fake_stages(folder, names=['sample'], copies={'sample': 1})\n"
               "    for _ in cluster.run(stages, map(pretend_request, range(1000))):\n"
-              "        (folder / 'session').write_text(cluster.ray._private.worker._global_node.get_session_dir_path())\n"
+              "        node = cluster.ray._private.worker._global_node\n"
+              "        (folder / 'session').write_text(node.get_session_dir_path())\n"
               "        os.kill(os.getpid(), 9)\n")
     with open(tmp_path / "output", "w") as output:      # no pipe: Ray's two agents hold it for a minute more
-        done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], stdout=output, stderr=output, timeout=120,
-                              env={**os.environ, "PYTHONPATH": str(HERE)})
+        done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], stdout=output, stderr=output,
+                              timeout=120, env={**os.environ, "PYTHONPATH": str(HERE)})
     assert done.returncode == -9, (tmp_path / "output").read_text()
     session, pids = (tmp_path / "session").read_text(), {call["pid"] for call in calls(tmp_path)}
     deadline = time.monotonic() + 60

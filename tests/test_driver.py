@@ -1,4 +1,4 @@
-"""The driver's decisions, on simulated machines in simulated time: a night passes in a second, and so does a thousand GPUs."""
+"""The driver's decisions, on simulated machines in simulated time: a night on a thousand GPUs passes in seconds."""
 
 import heapq
 import itertools
@@ -78,7 +78,8 @@ class SimulatedCrew:
             return Hello() if call.kind == "hello" else Alive()
         name = call.copy.stage.name
         return Done(made=values(call),
-                    report=Report(seconds={name: self.seconds[name]}, worker=call.copy.name, device="none", peak_memory_bytes=0))
+                    report=Report(seconds={name: self.seconds[name]}, worker=call.copy.name, device="none",
+                                  peak_memory_bytes=0))
 
     def encoded(self) -> list[str]:
         return [row.request.prompt for _, _, call in self.worked["encode"] for row in call.rows]
@@ -144,9 +145,9 @@ def test_what_is_held_does_not_grow_with_the_night():
     crew, held = SimulatedCrew(box(8), {"encode": 0.001, "sample": 0.01, "publish": 0.001}), []
     driver = Driver(crew, pretend_stages(gpus=WHOLE, window=200), requests(5000))
     for _ in driver.outcomes():
-        held.append(driver.held)
+        held.append(driver.lines.held)
     assert len(held) == 5000 and max(held) <= 300
-    assert not driver.lines[0].shared and driver.held == 0
+    assert not driver.lines[0].shared and driver.lines.held == 0
 
 
 def test_a_thousand_gpus_are_all_used():
@@ -176,16 +177,25 @@ def test_a_batch_is_of_one_bucket():
 
 def failing(stage: str, seeds: set[int], answer: Callable[[Call], Answer]) -> Callable[[Call], Answer | None]:
     def fault(call: Call) -> Answer | None:
-        hit = call.kind == "work" and call.copy.stage.name == stage and any(row.request.seed in seeds for row in call.rows)
-        return answer(call) if hit else None
+        if call.kind == "work" and call.copy.stage.name == stage and {row.request.seed for row in call.rows} & seeds:
+            return answer(call)
+        return None
     return fault
+
+
+def failing_load(reason: str, where: Callable[[Copy], bool], how: str = "load") -> Callable[[Call], Answer | None]:
+    return lambda call: Broken(how=how, reason=reason) if call.kind == "load" and where(call.copy) else None
+
+
+def dying(reason: str, how: str = "died") -> Callable[[Call], Answer]:
+    return lambda call: Broken(how=how, reason=reason)
 
 
 def poisoned(seeds: set[int]) -> Callable[[Call], Answer]:
     def answer(call: Call) -> Answer:
-        return Done(made=[Failure(request=row.request, stage=call.copy.stage.name, error_type="ValueError", error="poison")
-                          if row.request.seed in seeds else made for row, made in zip(call.rows, values(call), strict=True)],
-                    report=Report(seconds={}, worker=call.copy.name, device="none", peak_memory_bytes=0))
+        made = [Failure(request=row.request, stage=call.copy.stage.name, error_type="ValueError", error="poison")
+                if row.request.seed in seeds else value for row, value in zip(call.rows, values(call), strict=True)]
+        return Done(made=made, report=Report(seconds={}, worker=call.copy.name, device="none", peak_memory_bytes=0))
     return answer
 
 
@@ -200,7 +210,7 @@ def test_an_exception_is_tried_again_elsewhere_and_then_fails_the_row():
 
 
 def test_a_row_that_kills_its_process_is_charged_and_its_neighbours_are_not():
-    crew = SimulatedCrew(box(4), SLEEPS_S, fault=failing("sample", {7}, lambda call: Broken(how="died", reason="signal 9")))
+    crew = SimulatedCrew(box(4), SLEEPS_S, fault=failing("sample", {7}, dying("signal 9")))
     _, outcomes = drive(crew, pretend_stages(gpus=WHOLE), requests(40))
     attempts = {outcome.value.request.seed: outcome.attempts for outcome in outcomes}
     failed, = [outcome.value for outcome in outcomes if isinstance(outcome.value, Failure)]
@@ -209,7 +219,7 @@ def test_a_row_that_kills_its_process_is_charged_and_its_neighbours_are_not():
 
 
 def test_a_suspect_shares_no_batch_so_one_poison_costs_one_row():
-    crew = SimulatedCrew(box(2), SLEEPS_S, fault=failing("sample", {7}, lambda call: Broken(how="died", reason="")))
+    crew = SimulatedCrew(box(2), SLEEPS_S, fault=failing("sample", {7}, dying("")))
     _, outcomes = drive(crew, pretend_stages(gpus=WHOLE, batch=4), requests(40))
     assert [outcome.value.request.seed for outcome in outcomes if isinstance(outcome.value, Failure)] == [7]
 
@@ -227,13 +237,13 @@ def test_inputs_lost_after_the_encoder_left_are_made_again():
     lost = iter(range(30))
 
     def fault(call: Call) -> Answer | None:
-        if call.kind == "work" and call.copy.stage.name == "sample" and crew.clock > 12 and next(lost, None) is not None:
-            return Broken(how="input", reason="its node is gone")
-        return None
+        sampling = call.kind == "work" and call.copy.stage.name == "sample" and crew.clock > 12
+        return Broken(how="input", reason="its node is gone") if sampling and next(lost, None) is not None else None
 
     crew = SimulatedCrew(box(2), SLEEPS_S, fault=fault)
     _, outcomes = drive(crew, pretend_stages(gpus=WHOLE), requests(80))
-    assert len(outcomes) == 80 and all(isinstance(outcome.value, Clip) and outcome.attempts == 1 for outcome in outcomes)
+    assert len(outcomes) == 80
+    assert all(isinstance(outcome.value, Clip) and outcome.attempts == 1 for outcome in outcomes)
     assert 80 < len(crew.encoded()) <= 80 + 30
 
 
@@ -252,7 +262,7 @@ def test_a_lost_machine_charges_nobody_and_a_new_one_is_used():
 
 
 def test_a_machine_that_is_lost_under_one_row_again_and_again_is_the_rows_doing():
-    crew = SimulatedCrew(box(4), SLEEPS_S, fault=failing("sample", {3}, lambda call: Broken(how="node", reason="unreachable")))
+    crew = SimulatedCrew(box(4), SLEEPS_S, fault=failing("sample", {3}, dying("unreachable", how="node")))
     _, outcomes = drive(crew, pretend_stages(gpus=WHOLE), requests(20))
     failed, = [outcome.value for outcome in outcomes if isinstance(outcome.value, Failure)]
     assert failed.request.seed == 3 and "11 machines" in failed.error
@@ -260,9 +270,7 @@ def test_a_machine_that_is_lost_under_one_row_again_and_again_is_the_rows_doing(
 
 @pytest.mark.parametrize("stage", ["encode", "sample", "publish"])
 def test_steps_that_cannot_be_made_end_the_run(stage):
-    def fault(call: Call) -> Answer | None:
-        return Broken(how="load", reason="ValueError: weights") if (call.kind, call.copy.stage.name) == ("load", stage) else None
-
+    fault = failing_load("ValueError: weights", lambda copy: copy.stage.name == stage)
     crew = SimulatedCrew(box(4), SLEEPS_S, fault=fault)
     with pytest.raises(ClusterError, match=f"stage {stage} cannot start: ValueError: weights"):
         drive(crew, pretend_stages(gpus=WHOLE), requests(20))
@@ -270,9 +278,7 @@ def test_steps_that_cannot_be_made_end_the_run(stage):
 
 
 def test_one_bad_machine_does_not_end_the_run():
-    def fault(call: Call) -> Answer | None:
-        return Broken(how="load", reason="no CUDA device") if call.kind == "load" and call.copy.post.node == "bad" and crew.clock > 5 else None
-
+    fault = failing_load("no CUDA device", lambda copy: copy.post.node == "bad")
     crew = SimulatedCrew([Node(id="good", cpus=8, gpus=2)], SLEEPS_S, fault=fault)
     driver = Driver(crew, pretend_stages(gpus=WHOLE), requests(200))
     outcomes = []
@@ -285,7 +291,7 @@ def test_one_bad_machine_does_not_end_the_run():
 
 
 def test_processes_that_die_while_loading_end_the_run():
-    crew = SimulatedCrew(box(4), SLEEPS_S, fault=lambda call: Broken(how="died", reason="out of memory") if call.kind == "load" else None)
+    crew = SimulatedCrew(box(4), SLEEPS_S, fault=failing_load("out of memory", lambda copy: True, how="died"))
     with pytest.raises(ClusterError, match="cannot start: out of memory"):
         drive(crew, pretend_stages(gpus=WHOLE), requests(20))
 
@@ -296,7 +302,7 @@ def test_an_unusable_store_ends_the_run_and_a_short_trouble_charges_nobody():
                     lambda call: Broken(how="store", reason="503") if next(trouble, None) is not None else None)
     _, outcomes = drive(SimulatedCrew(box(4), SLEEPS_S, fault=short), pretend_stages(gpus=WHOLE), requests(20))
     assert len(outcomes) == 20 and all(outcome.attempts == 1 for outcome in outcomes)
-    lasting = failing("publish", set(range(100)), lambda call: Broken(how="store", reason="access denied"))
+    lasting = failing("publish", set(range(100)), dying("access denied", how="store"))
     with pytest.raises(StoreError, match="access denied"):
         drive(SimulatedCrew(box(4), SLEEPS_S, fault=lasting), pretend_stages(gpus=WHOLE), requests(20))
 
@@ -350,7 +356,7 @@ def test_a_closed_iterator_leaves_no_process():
 
 def test_no_requests_start_nothing():
     crew = SimulatedCrew([], SLEEPS_S)
-    assert drive(crew, pretend_stages(gpus=WHOLE), []) [1] == []
+    assert drive(crew, pretend_stages(gpus=WHOLE), [])[1] == []
     assert not crew.started
 
 
@@ -369,7 +375,8 @@ def test_progress_adds_up():
 def test_every_request_ends_once_whatever_breaks(seed):
     """Random machines, pipelines and faults; calls die, machines vanish and return, inputs are lost, stores stall."""
     chance = random.Random(seed)
-    full = [Node(id=f"node {number}", cpus=chance.choice([2, 8]), gpus=chance.choice([1, 2, 4])) for number in range(chance.choice([1, 2, 3]))]
+    full = [Node(id=f"node {number}", cpus=chance.choice([2, 8]), gpus=chance.choice([1, 2, 4]))
+            for number in range(chance.choice([1, 2, 3]))]
     breaks = chance.choice([0.0, 0.02, 0.1])
 
     def fault(call: Call) -> Answer | None:
@@ -379,19 +386,21 @@ def test_every_request_ends_once_whatever_breaks(seed):
             crew.machines = full
         if chance.random() >= breaks:
             return None
-        how = chance.choice(["died", "node", "gpu"] if call.kind != "work" else ["died", "node", "input", "store", "cancelled", "failure"])
+        how = chance.choice(["died", "node", *(["input", "store", "cancelled", "failure"] if call.kind == "work" else [])])
         if how == "failure":
             return poisoned({chance.choice(call.rows).request.seed})(call)
-        return Broken(how="node" if how == "gpu" else how, reason="chance")
+        return Broken(how=how, reason="chance")
 
-    crew = SimulatedCrew(full, {"encode": 0.02, "sample": chance.choice([0.05, 0.5]), "publish": chance.choice([0.01, 0.3])}, fault=fault)
+    seconds = {"encode": 0.02, "sample": chance.choice([0.05, 0.5]), "publish": chance.choice([0.01, 0.3])}
+    crew = SimulatedCrew(full, seconds, fault=fault)
     gpus = chance.choice([SHARED, WHOLE, {"encode": 1.0, "sample": 0.5, "publish": 0.5}])
     room = gpus is SHARED and full[0].gpus > 1
-    stages = pretend_stages(gpus=gpus, window=chance.choice([None if room else 20, 20, 1000]), batch=chance.choice([1, 3]))
+    stages = pretend_stages(gpus=gpus, window=chance.choice([None if room else 20, 20, 1000]),
+                            batch=chance.choice([1, 3]))
     wanted = [pretend_request(number, prompt=f"prompt {number // chance.choice([1, 4])}") for number in range(150)]
     driver, outcomes = drive(crew, stages, iter(wanted), max_attempts=3)
     assert Counter(outcome.value.request.seed for outcome in outcomes) == Counter(range(150))
     assert all(1 <= outcome.attempts <= 3 for outcome in outcomes)
-    assert driver.held == 0 and not driver.lines[0].shared and not any(line.rows for line in driver.lines)
+    assert driver.lines.held == 0 and not driver.lines[0].shared and not any(line.rows for line in driver.lines)
     if not breaks:
         assert all(isinstance(outcome.value, Clip) and outcome.attempts == 1 for outcome in outcomes)

@@ -1,6 +1,7 @@
 """Which copies start where."""
 
 from collections import Counter
+from operator import attrgetter
 
 import pytest
 
@@ -11,7 +12,7 @@ MANY = 10**9
 
 
 def stages(encode=0.0, sample=0.0, publish=0.0, *, cpus=(1.0, 1.0, 1.0), copies=None) -> list[Stage]:
-    return [Stage(name="encode", steps=(), gpus=encode, cpus=cpus[0], key=lambda request: request.embedding_key, window=64),
+    return [Stage(name="encode", steps=(), gpus=encode, cpus=cpus[0], key=attrgetter("embedding_key"), window=64),
             Stage(name="sample", steps=(), gpus=sample, cpus=cpus[1], copies=copies),
             Stage(name="publish", steps=(), gpus=publish, cpus=cpus[2])]
 
@@ -63,8 +64,8 @@ def test_nobody_takes_the_place_that_the_encoder_waits_for():
 def test_room_is_made_where_the_fewest_leave():
     pipeline = stages(1, 0.5, 0)
     nodes = [Node(id="a", cpus=8, gpus=1), Node(id="b", cpus=8, gpus=2)]
-    staying = [Post(stage="sample", node="a", gpus=0.5, cpus=1), Post(stage="sample", node="a", gpus=0.5, cpus=1),
-               Post(stage="sample", node="b", gpus=0.5, cpus=1, devices=("0",)), Post(stage="sample", node="b", gpus=0.5, cpus=1, devices=("1",))]
+    staying = [Post(stage="sample", node=node, gpus=0.5, cpus=1, devices=(device,))
+               for node, device in (("a", "0"), ("a", "0"), ("b", "0"), ("b", "1"))]
     assert make_room(pipeline[0], nodes, staying) == [staying[2]]
 
 
@@ -85,13 +86,15 @@ def test_two_cores_run_two_samplers_and_the_publisher():
 
 def test_no_more_copies_than_there_is_work_for():
     pipeline = stages(0, 1, 0)
-    assert hired(pipeline, FOUR_GPUS, limits={"encode": 1, "sample": 2, "publish": 2}) == {"encode": 1, "sample": 2, "publish": 1}
+    limits = {"encode": 1, "sample": 2, "publish": 2}
+    assert hired(pipeline, FOUR_GPUS, limits=limits) == {"encode": 1, "sample": 2, "publish": 1}
 
 
 def test_the_next_copy_goes_to_the_stage_that_holds_the_others_back():
     pipeline = stages(0, 1, 0)
     slow_publisher = {"encode": 0.01, "sample": 1.0, "publish": 0.6}
-    assert hired(pipeline, [Node(id="a", cpus=32, gpus=4)], seconds=slow_publisher) == {"encode": 1, "sample": 4, "publish": 3}
+    found = hired(pipeline, [Node(id="a", cpus=32, gpus=4)], seconds=slow_publisher)
+    assert found == {"encode": 1, "sample": 4, "publish": 3}
 
 
 def test_a_fixed_number_of_copies_is_kept():
@@ -101,7 +104,7 @@ def test_a_fixed_number_of_copies_is_kept():
 def test_a_gpu_share_is_not_put_together_from_two_gpus():
     pipeline = stages(0.5, 0.75, 0)
     nodes = [Node(id="a", cpus=8, gpus=2)]
-    taken = [Post(stage="sample", node="a", gpus=0.75, cpus=1, devices=("3",)), Post(stage="sample", node="a", gpus=0.75, cpus=1, devices=("7",))]
+    taken = [Post(stage="sample", node="a", gpus=0.75, cpus=1, devices=(device,)) for device in ("3", "7")]
     assert Room(nodes, taken).node_for(pipeline[0]) is None
 
 

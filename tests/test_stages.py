@@ -119,7 +119,8 @@ def test_threads_belong_to_the_stage_and_not_to_the_machine():
     before = torch.get_num_threads()
     try:
         seen = []
-        threaded = Worker("sample", [Step(actor=lambda: lambda batch: seen.append(torch.get_num_threads()) or batch)], threads=2)
+        look = Step(actor=lambda: lambda batch: seen.append(torch.get_num_threads()) or batch)
+        threaded = Worker("sample", [look], threads=2)
         torch.set_num_threads(1)
         threaded([1])
         assert seen == [2]
@@ -134,5 +135,6 @@ def test_a_share_of_several_gpus_is_refused():
 
 def test_run_local_needs_no_ray():
     script = ("import sys\nfrom jobs.bench_pipeline import *\nfrom pipeline.stages import run_local\n"
-              "assert len(list(run_local(pretend_stages(), [pretend_request(1)]))) == 1\nassert 'ray' not in sys.modules")
+              "assert len(list(run_local(pretend_stages(), [pretend_request(1)]))) == 1\n"
+              "assert 'ray' not in sys.modules")
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
