@@ -235,13 +235,20 @@ def find_token() -> str | None:
 
 
 def start(client: JobClient, address: str, entrypoint: str, folder: str) -> str:
-    """Upload `folder` and start `entrypoint` in it; returns the job id.  Raises HeadError."""
+    """Upload `folder` and start `entrypoint` in it; returns the job id.
+
+    A head that has just started answers before its job agent does: it is given PATIENCE_S.  Raises HeadError.
+    """
     job_id = f"dailies-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
-    try:
-        return client.submit_job(entrypoint=entrypoint, submission_id=job_id, runtime_env={"working_dir": folder},
-                                 metadata={"submitted_by": "dailies"})
-    except (OSError, RuntimeError, ValueError) as error:
-        raise HeadError(f"the Ray head at {address} did not take the job: {error}") from error
+    until = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            return client.submit_job(entrypoint=entrypoint, submission_id=job_id, runtime_env={"working_dir": folder},
+                                     metadata={"submitted_by": "dailies"})
+        except (OSError, RuntimeError, ValueError) as error:
+            if "No available agent" not in str(error) or time.monotonic() > until:
+                raise HeadError(f"the Ray head at {address} did not take the job: {error}") from error
+            time.sleep(POLL_S)
 
 
 async def follow(client: JobClient, job_id: str, log: TextIO) -> tuple[str, int, str]:
