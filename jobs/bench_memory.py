@@ -33,7 +33,7 @@ def memory(clips: int = CLIPS) -> dict[str, float]:
             raise RuntimeError(f"render ended with {render.returncode}: {log.read()[-2000:]}")
     figures: dict[str, float] = {"clips": clips}
     for name, points in sorted(seen.items()):
-        late = [(done, mb) for done, mb in points if done >= clips / 2]
+        late = [(done, mb) for done, mb in points if done >= clips / 2 and mb > 0]     # 0: it was ending
         if len(late) >= 5:
             figures[f"{name}_mb"] = late[-1][1]
             figures[f"{name}_mb_per_100_clips"] = 100 * slope(late)
