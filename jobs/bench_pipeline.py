@@ -75,7 +75,7 @@ def pretend_stages(*, sleeps_s: dict[str, float] | None = None, gpus: dict[str, 
             for name, step in steps.items()]
 
 
-def overhead(clips: int = 2000) -> dict[str, float]:
+def overhead(clips: int = 5000) -> dict[str, float]:
     """Wall and driver-CPU milliseconds per clip with stages that do nothing, and how the driver's memory grew."""
     from pipeline import cluster
 

@@ -235,11 +235,11 @@ class RayCrew:
             return Broken(how="node", reason=one_line(error))
         except rex.TaskCancelledError:
             return Broken(how="cancelled", reason="it had not begun")
-        except rex.ObjectLostError as error:
-            return Broken(how="input", reason=one_line(error))
+        except rex.ObjectLostError:
+            return Broken(how="input", reason="Ray has lost the object")
         except rex.RayTaskError as error:
             if isinstance(error.cause, rex.ObjectLostError):
-                return Broken(how="input", reason=one_line(error.cause))
+                return Broken(how="input", reason="Ray has lost the object")
             if call.kind == "load":
                 return Broken(how="load", reason=f"{type(error.cause).__name__}: {error.cause}")
             raise
@@ -252,5 +252,7 @@ class RayCrew:
 
 
 def one_line(error: BaseException) -> str:
-    """The cause, of Ray's page-long messages."""
-    return " ".join(str(error).split())[:300]
+    """The cause, of Ray's page-long messages: without the list of ids, and without what else it might have been."""
+    lines = [line for line in str(error).splitlines() if not line.startswith("\t")]
+    said = " ".join(" ".join(lines).removeprefix(rex.ActorDiedError.BASE_ERROR_MSG).split())
+    return said.partition(" Some common causes")[0][:300]

@@ -21,6 +21,7 @@ from pipeline.stages import Outcome, Stage, outcome
 from pipeline.store import StoreError
 
 LOOK_S = 2.0                # between two looks at the machines
+SHUN_S = 10.0               # a machine that was lost gets nothing, though the cluster may still list it
 IDLE_S = 2.0                # after which a process is asked whether it lives before it gets a row
 ANSWER_S = 1.0              # within which the answer to a call that is done has arrived
 PATIENCE_S = 600.0          # nothing runs and nothing can be started: then the run ends
@@ -78,7 +79,9 @@ class Driver:
         self.results: list[Outcome] = []
         self.done = self.failed = 0
         self.notes: list[str] = []
+        self.lost_inputs = 0                            # since the last Progress
         self.nodes: list[Node] = []
+        self.shunned_until: dict[str, float] = {}       # by node
         self.serials = count(1)
         self.names = count(1)
         self.look_at = self.tell_at = -math.inf
@@ -238,8 +241,7 @@ class Driver:
                 raise StoreError(answer.reason)
         for row in reversed(call.rows):
             if answer.how == "input":
-                self.note(f"{line.stage.name}: the input of clip {row.request.clip_id[:12]} is lost and made again: "
-                          f"{answer.reason}")
+                self.lost_inputs += 1
                 if self.lost(row, line, answer.reason):
                     self.lines.restart(row)
             else:
@@ -270,6 +272,8 @@ class Driver:
     def died(self, copy: Copy, answer: Broken) -> None:
         """A process is gone, and its first call pays. If the second may have done it, both are suspects and none pays."""
         line, calls, state = self.lines[copy.place], list(copy.calls), copy.state
+        if answer.how == "node":
+            self.shunned_until[copy.post.node] = self.crew.now() + SHUN_S
         at_work_s = self.crew.now() - calls[0].began if calls else 0.0
         self.end(copy)
         what = {"died": "it died", "node": "its machine was lost", "load": "it could not start", "gpu": "replaced"}
@@ -335,7 +339,7 @@ class Driver:
 
     def someone_gains(self, line: Line) -> bool:
         posts = [copy.post for other in self.lines if other is not line for copy in other.copies]
-        return bool(placement.hires(self.stages, self.nodes, posts,
+        return bool(placement.hires(self.stages, self.usable(), posts,
                                     limits=self.limits() | {line.stage.name: 0}, seconds=self.seconds()))
 
     def limits(self) -> dict[str, int]:
@@ -351,6 +355,9 @@ class Driver:
             else:
                 limits[line.stage.name] = math.ceil((self.unbegun(line) + line.in_flight) / line.stage.batch)
         return limits
+
+    def usable(self) -> list[Node]:
+        return [node for node in self.nodes if self.shunned_until.get(node.id, 0.0) <= self.crew.now()]
 
     def seconds(self) -> dict[str, float]:
         return {line.stage.name: line.seconds for line in self.lines if line.seconds is not None}
@@ -391,7 +398,7 @@ class Driver:
         return None
 
     def place(self) -> None:
-        for post in placement.hires(self.stages, self.nodes, [copy.post for copy in self.copies()],
+        for post in placement.hires(self.stages, self.usable(), [copy.post for copy in self.copies()],
                                     limits=self.limits(), seconds=self.seconds()):
             line = next(line for line in self.lines if line.stage.name == post.stage)
             name = f"{post.stage}-{next(self.names)}"
@@ -409,10 +416,10 @@ class Driver:
         staying = [copy for copy in self.copies() if copy.state != "leaving"]
         staying.sort(key=lambda copy: copy.state == "ready")
         posts = [copy.post for copy in staying]
-        if placement.Room(self.nodes, posts).node_for(line.stage) is not None:
+        if placement.Room(self.usable(), posts).node_for(line.stage) is not None:
             return                                      # it has: who leaves is on the way
         keep = [] if line is first else [other.copies[-1].post for other in self.lines if other.copies and other.rows]
-        leaving = placement.make_room(line.stage, self.nodes, posts, keep)
+        leaving = placement.make_room(line.stage, self.usable(), posts, keep)
         for copy in staying:
             if any(copy.post is post for post in leaving):
                 self.note(f"{copy.name}: makes room for {line.stage.name}")
@@ -445,6 +452,9 @@ class Driver:
         if not self.on_progress or now < self.tell_at and not last:
             return
         self.tell_at = now + self.progress_every_s
+        if self.lost_inputs:
+            self.note(f"what an earlier stage made is gone for {self.lost_inputs} clips, and is made again")
+            self.lost_inputs = 0
         notes, self.notes = tuple(self.notes), []
         self.on_progress(Progress(stages=tuple(self.stage_progress(line) for line in self.lines), done=self.done,
                                   failed=self.failed, notes=notes))

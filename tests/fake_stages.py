@@ -5,7 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ class Fake:
     sleep_s: float = 0.0
     faults: dict[int, str] = field(default_factory=dict)
     load: str | None = None             # "raise" or "die" while being made
+    embedding_bytes: int = 0            # above 100 kB a value lies in the object store of the node that made it
 
     def __post_init__(self) -> None:
         if self.load == "raise":
@@ -44,7 +45,11 @@ class Fake:
             self.misbehave(request.seed)
         time.sleep(self.sleep_s * len(batch))
         self.write(ended=time.time(), seeds=[request.seed for request in requests])
-        return [pretend_value(MAKES[self.stage], request) for request in requests]
+        values = [pretend_value(MAKES[self.stage], request) for request in requests]
+        if self.stage == "encode" and self.embedding_bytes:
+            import torch
+            return [replace(value, prompt=(torch.zeros(self.embedding_bytes, dtype=torch.uint8),)) for value in values]
+        return values
 
     def misbehave(self, seed: int) -> None:
         fault = self.faults.get(seed, "")
@@ -80,14 +85,14 @@ def threads() -> int:
 def fake_stages(folder: Path, *, faults: dict[str, dict[int, str]] | None = None,
                 sleeps_s: dict[str, float] | None = None, gpus: dict[str, float] | None = None,
                 load: dict[str, str] | None = None, copies: dict[str, int] | None = None, cpus: float = 0.1,
-                window: int = 100, names: Iterable[str] = MAKES) -> list[Stage]:
+                window: int = 100, embedding_bytes: int = 0, names: Iterable[str] = MAKES) -> list[Stage]:
     """Dictionaries by stage; cpus of every stage."""
     faults, sleeps_s, gpus, load, copies = faults or {}, sleeps_s or {}, gpus or {}, load or {}, copies or {}
     first = dict(key=attrgetter("embedding_key"), window=window)
     stages = []
     for name in names:
         args = dict(stage=name, folder=folder, faults=faults.get(name, {}), sleep_s=sleeps_s.get(name, 0.0),
-                    load=load.get(name))
+                    load=load.get(name), embedding_bytes=embedding_bytes)
         stages.append(Stage(name=name, steps=(Step(actor=Fake, args=args),), gpus=gpus.get(name, 0.0), cpus=cpus,
                             copies=copies.get(name), **(first if name == "encode" else {})))
     return stages

@@ -1,4 +1,7 @@
-"""Run by test_cluster.py in a process of its own: a cluster of two machines, of which one is lost during a run."""
+"""Run by test_cluster.py in a process of its own: a cluster of two machines, of which one is lost during a run.
+
+The one that is lost holds a sampler and, in its object store, all embeddings; the encoder has left, and every GPU is taken.
+"""
 
 import sys
 from pathlib import Path
@@ -12,12 +15,13 @@ from pipeline import cluster
 
 
 def main(folder: Path) -> None:
-    head = {"num_cpus": 1, "num_gpus": 1, "include_dashboard": False}
+    head = {"num_cpus": 4, "num_gpus": 2, "include_dashboard": False}
     machines = Cluster(initialize_head=True, connect=False, head_node_args=head)
-    other = machines.add_node(num_cpus=4, num_gpus=3)
+    other = machines.add_node(num_cpus=1, num_gpus=1)       # the encoder goes where the fewest GPUs are
     try:
         with cluster.connect(machines.address):
-            stages = fake_stages(folder, gpus={"encode": 1, "sample": 1}, sleeps_s={"sample": 0.3})
+            stages = fake_stages(folder, gpus={"encode": 1, "sample": 1}, sleeps_s={"sample": 0.3}, copies={"publish": 1},
+                                 embedding_bytes=1_000_000)
             seeds, attempts, notes = set(), set(), []
             for outcome in cluster.run(stages, map(pretend_request, range(40)),
                                        on_progress=lambda progress: notes.extend(progress.notes)):

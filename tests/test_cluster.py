@@ -142,11 +142,12 @@ def test_the_drivers_memory_does_not_grow_with_the_night(four_gpus):
 
 
 def test_a_lost_machine_loses_no_row(tmp_path):
-    """Two machines; the one that holds most processes and their values goes after the encoder has left."""
+    """All embeddings are lost while samplers hold every GPU: one of them makes room, and the encoder returns."""
     done = subprocess.run([sys.executable, str(HERE / "lose_a_machine.py"), str(tmp_path)],
                           capture_output=True, text=True, timeout=170)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert "40 clips, attempts {1}" in done.stdout, done.stdout
+    assert "makes room for encode" in done.stdout and "and is made again" in done.stdout, done.stdout
 
 
 def test_no_cluster_at_the_address_is_said_within_seconds():
