@@ -17,12 +17,15 @@ def bench(what: str | None, *, json: bool) -> int:
     about = machine()
     if not json:
         print(", ".join(f"{name} {value}" for name, value in about.items()))
+    cases = []
     for part in [what] if what else PARTS:
         for case, figures in PARTS[part]():
-            if json:
-                print(jsonlib.dumps({"part": part, "case": case, **figures, **about}), flush=True)
-            else:
-                print(f"{part}: {case}: " + ", ".join(f"{name} {shown(value)}" for name, value in figures.items()), flush=True)
+            cases.append({"part": part, "case": case, **figures})
+            if not json:
+                said = ", ".join(f"{name} {shown(value)}" for name, value in figures.items())
+                print(f"{part}: {case}: {said}", flush=True)
+    if json:
+        print(jsonlib.dumps({**about, "cases": cases}))
     return 0
 
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -144,9 +144,16 @@ def begin(night: Night) -> None:
         "planned_rows": summary["planned_rows"], "clips": summary["clips"], "duplicates": summary["duplicates"],
         "settings": summary["settings"], "buckets": summary["buckets"], "more_buckets": summary["more_buckets"],
         "roundings": summary["roundings"], "job": night.job.model_dump(),
-        "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "versions": {name: version_of(name) for name in PACKAGES} | {"python": platform.python_version()},
         "began_at": datetime.now(UTC).isoformat(timespec="seconds"),
     })
+
+
+def version_of(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:                        # a submitted job brings dailies as a folder, not installed
+        return "not installed"
 
 
 class Book:
