@@ -29,8 +29,8 @@ lint: $(VENV)/.installed-dev            ## the house rules only: imports, doors,
 
 freeze: $(VENV)/.installed-dev          ## write the installed versions into constraints.txt
 	@{ sed -n '/^#/p' constraints.txt; \
-	   { $(VENV)/bin/python -m pip list --format=freeze --exclude-editable | sed 's/+[a-z0-9.]*$$//'; \
-	     grep '^triton==' constraints.txt; } | grep -v -E '^(pip|setuptools|wheel)==' | sort -f -u; \
+	   $(VENV)/bin/python -m pip list --format=freeze --exclude-editable | sed 's/+[a-z0-9.]*$$//' \
+	   | grep -v -E '^(pip|setuptools|wheel)==' | sort -f -u; \
 	 } > constraints.new && mv constraints.new constraints.txt
 
 clean:                                  ## remove what make made: .venv, .cache, out

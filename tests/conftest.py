@@ -1,4 +1,4 @@
-"""What tests share: a real S3 server, started when the first test asks for it, and stores in it or in a folder."""
+"""What tests share: a real S3 server, started when the first test asks for it, stores in it or in a folder, and Triton."""
 
 import os
 import secrets
@@ -13,13 +13,25 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     import torch
     torch.set_num_threads(1)                            # results are made with one; more only wait for each other on two cores
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"            # asked when Triton is imported and when a kernel is defined: before both
 
 
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--slow"):
-        for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="takes minutes; run it with: make test ARGS=--slow"))
+    import torch
+    for item in items:
+        if "slow" in item.keywords and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="takes minutes; run it with: make test ARGS=--slow"))
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device; run it there with: make test-gpu"))
+
+
+@pytest.fixture(scope="session")
+def triton_device():
+    """Where Triton kernels run here: "cuda", or "cpu" in Triton's interpreter (no bf16: its tl.dot is wrong there)."""
+    import torch
+    pytest.importorskip("triton", reason="needs Triton: pip install 'dailies[dev]'")
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture(scope="session")
