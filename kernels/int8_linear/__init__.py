@@ -1,0 +1,160 @@
+"""INT8 linear layers, y = x W^T with 8-bit operands: two schemes, with the work that follows in the epilogue.
+
+rows    a scale per token of x and per output channel of W, s = max(amax, 1e-8) / 127. Sums stay in int32 over all of K, so
+        the scales are applied once: the faster scheme, and the slightly more exact one.
+blocks  a scale per 128 x 128 tile of x and of W, s = max(amax, 1e-8) / 128: how TurboDiffusion publishes its weights. Sums
+        are int32 within 128 of K and fp32 across. README.md says where we leave the published code, and what is measured.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.int8_linear import reference
+
+BLOCK = reference.BLOCK
+Impl = Literal["auto", "torch", "int_mm", "triton"]
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+MAX_SUM = 2 ** 31 // 128 ** 2                          # terms of 128 * 128 that an int32 is sure to hold
+
+
+class Quantized(NamedTuple):
+    """An int8 tensor and what to multiply it by.  values [..., N, K]; scales fp32, [..., N] in rows or one per tile in blocks."""
+
+    values: Tensor
+    scales: Tensor
+
+
+def quantize_rows(x: Tensor, *, impl: Impl = "auto") -> Quantized:
+    """One scale per row: of activations x [..., K] per token, of a weight [N, K] per output channel.
+
+    values like x, round_half_even(x * (127 / amax)); scales x.shape[:-1] = amax / 127 with amax = max(1e-8, max|row|).
+    Raises ValueError for x that is not floating point.
+    """
+    return Quantized(*torch.ops.dailies.quantize_rows(check_float(x), chosen(impl, x)))
+
+
+def quantize_blocks(x: Tensor, *, impl: Impl = "auto") -> Quantized:
+    """One scale per tile of 128 x 128, of a weight [N, K] or of activations [M, K] or [B, M, K].
+
+    values like x, round_half_even(x * (128 / amax)) cut to [-128, 127]: the largest positive value becomes 127.
+    scales [..., ceil(M / 128), ceil(K / 128)] = amax / 128 with amax = max(1e-8, max|tile|). A tile never spans two samples, so
+    a clip does not depend on its batch; the published code lays all samples end to end, for which give it [B * M, K].
+    Raises ValueError for x that is not floating point, or has not 2 or 3 axes.
+    """
+    if check_float(x).ndim not in (2, 3):
+        raise ValueError(f"quantize_blocks needs [M, K] or [B, M, K]; got {list(x.shape)}. Reshape it to rows of K")
+    return Quantized(*torch.ops.dailies.quantize_blocks(x, chosen(impl, x)))
+
+
+def dequantize(x: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
+    """values * scales, multiplied in fp32; for a layer that is to run as an ordinary one."""
+    scales = x.scales[..., None] if x.scales.shape == x.values.shape[:-1] else reference.spread(x.scales, x.values.shape)
+    return (x.values.float() * scales).to(dtype)
+
+
+def int8_linear(x: Tensor | Quantized, weight: Quantized, bias: Tensor | None = None, *, gelu: bool = False,
+                gate: Tensor | None = None, residual: Tensor | None = None, dtype: torch.dtype | None = None,
+                impl: Impl = "auto") -> Tensor:
+    """residual + gate * gelu(x W^T + bias), the parts that are given, in that order, with one rounding at the end.
+
+    x [..., K], floating (it is quantised as the weight is) or Quantized.  weight [N, K], of quantize_rows or quantize_blocks.
+    bias [N].  gelu: the tanh form.  gate [B, 1, N] for x [B, M, K].  residual [..., N].
+    Returns [..., N] in `dtype`; by default residual's, or x's, or bf16 for a Quantized x.
+    Deterministic: each output is one sum in one order.  Raises ValueError for shapes that do not fit.
+    """
+    values, scales = x if isinstance(x, Quantized) else (check_float(x), None)
+    check_linear(values, scales, weight, bias, gate, residual)
+    if dtype is None:
+        dtype = residual.dtype if residual is not None else values.dtype if scales is None else torch.bfloat16
+    if impl == "auto":
+        if values.is_cuda:
+            impl = "triton"
+        else:
+            impl = "int_mm" if weight.scales.ndim == 1 else "torch"
+    if impl == "int_mm" and weight.scales.ndim == 2:
+        raise ValueError("int_mm sums over all of K, which scales per block do not allow; quantise the weight in rows")
+    return torch.ops.dailies.int8_linear(values, scales, *weight, bias, gelu, gate, residual, dtype, impl)
+
+
+def chosen(impl: Impl, x: Tensor) -> str:
+    """Of a quantiser: the kernel on a GPU, torch on a CPU."""
+    if impl == "auto":
+        return "triton" if x.is_cuda else "torch"
+    return impl
+
+
+def check_float(x: Tensor) -> Tensor:
+    if x.dtype not in FLOATS:
+        raise ValueError(f"a tensor of fp32, bf16 or fp16 is needed; got {x.dtype}. What is quantised already is given as Quantized")
+    return x
+
+
+def check_linear(x: Tensor, scales: Tensor | None, weight: Quantized, bias: Tensor | None, gate: Tensor | None,
+                 residual: Tensor | None) -> None:
+    (out_features, in_features), blocks = weight.values.shape, weight.scales.ndim == 2
+    wanted = {"x": (x, (*x.shape[:-1], in_features))}
+    if blocks:
+        wanted["weight.scales"] = (weight.scales, (-(-out_features // BLOCK), -(-in_features // BLOCK)))
+        tiles = (*x.shape[:-2], -(-x.shape[-2] // BLOCK), -(-in_features // BLOCK)) if x.ndim in (2, 3) else "of 2 or 3 axes"
+        wanted["x.scales"] = (scales, tiles)
+    else:
+        wanted["weight.scales"] = (weight.scales, (out_features,))
+        wanted["x.scales"] = (scales, tuple(x.shape[:-1]))
+    wanted["bias"] = (bias, (out_features,))
+    wanted["gate"] = (gate, (x.shape[0], 1, out_features) if x.ndim == 3 else "only for x [B, M, K]")
+    wanted["residual"] = (residual, (*x.shape[:-1], out_features))
+    for name, (tensor, shape) in wanted.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"int8_linear needs {name} {shape} for x {list(x.shape)} and a weight [{out_features}, {in_features}]; "
+                             f"got {list(tensor.shape)}")
+    if weight.values.dtype != torch.int8 or scales is not None and x.dtype != torch.int8:
+        raise ValueError(f"int8_linear needs int8 values; got a weight of {weight.values.dtype}, x of {x.dtype}")
+    if in_features > MAX_SUM:
+        raise ValueError(f"int8_linear sums at most {MAX_SUM} products in int32; got {in_features}. Split the layer")
+
+
+@torch.library.custom_op("dailies::quantize_rows", mutates_args=())
+def quantize_rows_op(x: Tensor, impl: str) -> tuple[Tensor, Tensor]:
+    if impl == "torch":
+        return reference.quantize_rows(x)
+    from kernels.int8_linear import kernel             # Triton is imported only where it runs
+    return kernel.quantize_rows(x)
+
+
+@quantize_rows_op.register_fake
+def _(x: Tensor, impl: str) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+@torch.library.custom_op("dailies::quantize_blocks", mutates_args=())
+def quantize_blocks_op(x: Tensor, impl: str) -> tuple[Tensor, Tensor]:
+    if impl == "torch":
+        return reference.quantize_blocks(x)
+    from kernels.int8_linear import kernel
+    return kernel.quantize_blocks(x)
+
+
+@quantize_blocks_op.register_fake
+def _(x: Tensor, impl: str) -> tuple[Tensor, Tensor]:
+    tiles = (*x.shape[:-2], -(-x.shape[-2] // BLOCK), -(-x.shape[-1] // BLOCK))
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(tiles, dtype=torch.float32)
+
+
+@torch.library.custom_op("dailies::int8_linear", mutates_args=())
+def int8_linear_op(x: Tensor, x_scales: Tensor | None, weight: Tensor, weight_scales: Tensor, bias: Tensor | None, gelu: bool,
+                   gate: Tensor | None, residual: Tensor | None, dtype: torch.dtype, impl: str) -> Tensor:
+    if impl == "torch":
+        return reference.int8_linear(x, x_scales, weight, weight_scales, bias, gelu, gate, residual, dtype)
+    if impl == "int_mm":
+        from kernels.int8_linear import int_mm
+        return int_mm.int8_linear(x, x_scales, weight, weight_scales, bias, gelu, gate, residual, dtype)
+    from kernels.int8_linear import kernel
+    return kernel.int8_linear(x, x_scales, weight, weight_scales, bias, gelu, gate, residual, dtype)
+
+
+@int8_linear_op.register_fake
+def _(x: Tensor, x_scales: Tensor | None, weight: Tensor, weight_scales: Tensor, bias: Tensor | None, gelu: bool,
+      gate: Tensor | None, residual: Tensor | None, dtype: torch.dtype, impl: str) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype)

@@ -1,0 +1,137 @@
+"""The norms of a transformer block with what stands around them, in one pass over memory.
+
+A block is a chain of  x = x + gate * update;  y = layer_norm(x) * gain + bias, then y * (1 + scale) + shift;  y into a linear
+layer.  Each such link is one call here, and can leave y in int8 for kernels/int8_linear. The other norm is that of queries
+and keys: RMS over the full width, then rotary positions per head.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kernels.int8_linear import BLOCK, FLOATS, Quantized
+from kernels.norm import reference
+
+Impl = Literal["auto", "torch", "triton"]
+Rope = tuple[Tensor, Tensor]
+
+
+def modulated_norm(x: Tensor, *, update: Tensor | None = None, gate: Tensor | None = None, gain: Tensor | None = None,
+                   bias: Tensor | None = None, scale: Tensor | None = None, shift: Tensor | None = None, eps: float = 1e-6,
+                   dtype: torch.dtype | None = None, impl: Impl = "auto") -> tuple[Tensor, Tensor]:
+    """The stream x + gate * update, in x's dtype, and its layer norm, modulated, in `dtype` (by default x's).
+
+    x, update [B, N, D] contiguous, fp32, bf16 or fp16.  gate, scale, shift [B, 1, D]; gain, bias [D].  What is not given is
+    left out: without update the stream is x itself. Arithmetic is fp32; the norm is that of the stream as it is returned.
+    Raises ValueError for any other shape or dtype.
+    """
+    stream, values = _modulated_norm(x, update, gate, gain, bias, scale, shift, eps, DTYPE_NAMES[dtype or x.dtype], impl)
+    return stream, values[0]
+
+
+def quantized_modulated_norm(x: Tensor, scheme: Literal["rows", "blocks"], *, update: Tensor | None = None,
+                             gate: Tensor | None = None, gain: Tensor | None = None, bias: Tensor | None = None,
+                             scale: Tensor | None = None, shift: Tensor | None = None, eps: float = 1e-6,
+                             impl: Impl = "auto") -> tuple[Tensor, Quantized]:
+    """modulated_norm whose second result is int8: as quantize_rows or quantize_blocks of the fp32 norm, which is not rounded before."""
+    stream, values = _modulated_norm(x, update, gate, gain, bias, scale, shift, eps, scheme, impl)
+    return stream, Quantized(*values)
+
+
+def rms_rope(q: Tensor, k: Tensor, q_gain: Tensor, k_gain: Tensor, rope: Rope, *, heads: int, eps: float = 1e-6,
+             dtype: torch.dtype | None = None, impl: Impl = "auto") -> tuple[Tensor, Tensor]:
+    """Queries and keys ready for attention: x / rms(x) * gain over all heads together, then adjacent channel pairs turned.
+
+    q, k [B, N, D], last axis contiguous (parts of one fused projection will do).  gains [D].  rope: cos and sin, each
+    [N, 1, D / heads / 2] in fp32.  Returns both as [B, N, heads, D / heads] in `dtype` (by default q's). fp32 inside, no rounding between.
+    Raises ValueError for any other shape or dtype.
+    """
+    check_rms_rope(q, k, q_gain, k_gain, rope, heads)
+    if impl == "auto":
+        impl = "triton" if q.is_cuda else "torch"
+    return torch.ops.dailies.rms_rope(q, k, q_gain, k_gain, *rope, heads, eps, dtype or q.dtype, impl)
+
+
+DTYPE_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in FLOATS}
+
+
+def _modulated_norm(x: Tensor, update: Tensor | None, gate: Tensor | None, gain: Tensor | None, bias: Tensor | None,
+                    scale: Tensor | None, shift: Tensor | None, eps: float, output: str, impl: Impl) -> tuple[Tensor, list[Tensor]]:
+    check_modulated_norm(x, update, gate, gain, bias, scale, shift)
+    if impl == "auto":
+        impl = "triton" if x.is_cuda else "torch"
+    results = torch.ops.dailies.modulated_norm(x, update, gate, gain, bias, scale, shift, eps, output, impl)
+    return (x, results) if update is None else (results[0], results[1:])
+
+
+def check_modulated_norm(x: Tensor, update: Tensor | None, gate: Tensor | None, gain: Tensor | None, bias: Tensor | None,
+                         scale: Tensor | None, shift: Tensor | None) -> None:
+    if x.ndim != 3 or not x.is_contiguous():
+        raise ValueError(f"modulated_norm needs x [B, N, D], contiguous; got {list(x.shape)}, strides {x.stride()}")
+    batch, tokens, width = x.shape
+    check("modulated_norm", x, {
+        "x": (x, (batch, tokens, width)), "update": (update, (batch, tokens, width)),
+        "gate": (gate, (batch, 1, width)), "scale": (scale, (batch, 1, width)), "shift": (shift, (batch, 1, width)),
+        "gain": (gain, (width,)), "bias": (bias, (width,))})
+    if gate is not None and update is None:
+        raise ValueError("modulated_norm gates an update; got a gate alone")
+
+
+def check_rms_rope(q: Tensor, k: Tensor, q_gain: Tensor, k_gain: Tensor, rope: Rope, heads: int) -> None:
+    if q.ndim != 3 or q.shape[-1] % (2 * heads):
+        raise ValueError(f"rms_rope needs q [B, N, D] with D a multiple of 2 * heads = {2 * heads}; got {list(q.shape)}")
+    if q.stride(-1) != 1 or k.stride(-1) != 1:
+        raise ValueError(f"rms_rope needs a contiguous last axis; got strides {q.stride()}, {k.stride()}")
+    batch, tokens, width = q.shape
+    table = (tokens, 1, width // heads // 2)
+    check("rms_rope", q, {"q": (q, (batch, tokens, width)), "k": (k, (batch, tokens, width)), "q_gain": (q_gain, (width,)),
+                          "k_gain": (k_gain, (width,)), "cos": (rope[0], table), "sin": (rope[1], table)})
+
+
+def check(name: str, x: Tensor, wanted: dict[str, tuple[Tensor | None, tuple[int, ...]]]) -> None:
+    """Raises ValueError for the first tensor of another shape, a dtype that is no float, or another device than x's."""
+    for part, (tensor, shape) in wanted.items():
+        if tensor is not None and (tuple(tensor.shape) != shape or tensor.dtype not in FLOATS or tensor.device != x.device):
+            raise ValueError(f"{name} needs {part} {list(shape)}, fp32, bf16 or fp16, on {x.device}; "
+                             f"got {list(tensor.shape)}, {tensor.dtype}, on {tensor.device}")
+
+
+@torch.library.custom_op("dailies::modulated_norm", mutates_args=())
+def modulated_norm_op(x: Tensor, update: Tensor | None, gate: Tensor | None, gain: Tensor | None, bias: Tensor | None,
+                      scale: Tensor | None, shift: Tensor | None, eps: float, output: str, impl: str) -> list[Tensor]:
+    """The stream, if there is an update, then y; `output` names y's dtype or the scheme that makes it int8 values and scales."""
+    if impl == "torch":
+        return reference.modulated_norm(x, update, gate, gain, bias, scale, shift, eps, output)
+    from kernels.norm import kernel                    # Triton is imported only where it runs
+    return kernel.modulated_norm(x, update, gate, gain, bias, scale, shift, eps, output)
+
+
+@modulated_norm_op.register_fake
+def _(x: Tensor, update: Tensor | None, gate: Tensor | None, gain: Tensor | None, bias: Tensor | None,
+      scale: Tensor | None, shift: Tensor | None, eps: float, output: str, impl: str) -> list[Tensor]:
+    stream = [] if update is None else [torch.empty_like(x)]
+    batch, tokens, width = x.shape
+    if output == "rows":
+        return [*stream, torch.empty_like(x, dtype=torch.int8), x.new_empty((batch, tokens), dtype=torch.float32)]
+    if output == "blocks":
+        tiles = (batch, -(-tokens // BLOCK), -(-width // BLOCK))
+        return [*stream, torch.empty_like(x, dtype=torch.int8), x.new_empty(tiles, dtype=torch.float32)]
+    return [*stream, torch.empty_like(x, dtype=getattr(torch, output))]
+
+
+@torch.library.custom_op("dailies::rms_rope", mutates_args=())
+def rms_rope_op(q: Tensor, k: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float,
+                dtype: torch.dtype, impl: str) -> tuple[Tensor, Tensor]:
+    if impl == "torch":
+        return (reference.rms_rope(q, q_gain, cos, sin, heads, eps, dtype),
+                reference.rms_rope(k, k_gain, cos, sin, heads, eps, dtype))
+    from kernels.norm import kernel
+    return kernel.rms_rope(q, k, q_gain, k_gain, cos, sin, heads, eps, dtype)
+
+
+@rms_rope_op.register_fake
+def _(q: Tensor, k: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float,
+      dtype: torch.dtype, impl: str) -> tuple[Tensor, Tensor]:
+    shape = (*q.shape[:-1], heads, q.shape[-1] // heads)
+    return q.new_empty(shape, dtype=dtype), k.new_empty(shape, dtype=dtype)
