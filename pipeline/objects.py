@@ -26,6 +26,14 @@ class StoreError(RuntimeError):
     """The store cannot be used; the message tells a person why and what to do."""
 
 
+class NoAccess(StoreError):
+    """This bucket is not there, or closed to these credentials; the store itself answers."""
+
+
+class TooLarge(ValueError):
+    """An object is larger than its reader takes."""
+
+
 class NotFound(KeyError):
     """No object has this key."""
 
@@ -64,8 +72,8 @@ class Store(ABC):
         """Store an object in place of any other; readers see the old or the new one, whole."""
 
     @abstractmethod
-    def get(self, key: str) -> bytes:
-        """The object's content.  Raises NotFound."""
+    def get(self, key: str, *, at_most: int | None = None) -> bytes:
+        """The object's content.  Raises NotFound, and TooLarge before it reads more than `at_most` bytes."""
 
     @abstractmethod
     def download(self, key: str, path: Path) -> None:
@@ -127,9 +135,10 @@ class FolderStore(Store):
             os.replace(temporary, path)
             sync_folder(path.parent)
 
-    def get(self, key: str) -> bytes:
-        with self.explained("read", key):
-            return self.path(key).read_bytes()
+    def get(self, key: str, *, at_most: int | None = None) -> bytes:
+        with self.explained("read", key), open(self.path(key), "rb") as file:
+            check_size(os.fstat(file.fileno()).st_size, at_most)
+            return file.read()
 
     def download(self, key: str, path: Path) -> None:
         with self.explained("read", key), arriving(path) as temporary:
@@ -220,6 +229,11 @@ def checked(key: str) -> str:
     if not key or "\0" in key or "\\" in key or any(part in ("", ".", "..") for part in key.split("/")):
         raise ValueError(f"a key must be a relative path without '..'; got {key!r}")
     return key
+
+
+def check_size(num_bytes: int, at_most: int | None) -> None:
+    if at_most is not None and num_bytes > at_most:
+        raise TooLarge(f"{num_bytes:,} bytes")
 
 
 def sha256_of(data: bytes | Path) -> str:

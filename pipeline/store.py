@@ -8,16 +8,17 @@ import random
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from pipeline.objects import (FolderStore, NotFound, ObjectInfo, Store, StoreError, arriving, checked, opened,
-                              sha256_of)
+from pipeline.objects import (FolderStore, NoAccess, NotFound, ObjectInfo, Store, StoreError, TooLarge, arriving,
+                              check_size, checked, opened, sha256_of)
 
-__all__ = ["FolderStore", "NotFound", "ObjectInfo", "S3Store", "Store", "StoreError", "bring", "open_store"]
+__all__ = ["FolderStore", "NoAccess", "NotFound", "ObjectInfo", "S3Store", "Store", "StoreError", "TooLarge", "bring",
+           "open_store"]
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -157,8 +158,13 @@ class S3Store(Store):
     def put(self, key: str, data: bytes | Path, *, metadata: dict[str, str] | None = None) -> None:
         self.write(key, data, metadata or {})
 
-    def get(self, key: str) -> bytes:
-        return self.patiently("read", key, lambda place: self.client.get_object(**place)["Body"].read())
+    def get(self, key: str, *, at_most: int | None = None) -> bytes:
+        def read(place: dict[str, str]) -> bytes:
+            answer = self.client.get_object(**place)
+            with closing(answer["Body"]) as body:       # a connection that was not read to its end is of no more use
+                check_size(answer["ContentLength"], at_most)
+                return body.read()
+        return self.patiently("read", key, read)
 
     def download(self, key: str, path: Path) -> None:
         with arriving(path) as temporary:
@@ -227,7 +233,8 @@ class S3Store(Store):
                 why = f"{status} {code}"
                 if not (status in BUSY or code in BUSY) or time.monotonic() - began > self.PATIENCE_S:
                     said = f"cannot {action}: {why} {error.response['Error'].get('Message', '')}"
-                    raise StoreError(f"{self.uri}: {self.advice(action, status, code) or said}") from error
+                    kind = NoAccess if code in CLOSED else StoreError
+                    raise kind(f"{self.uri}: {self.advice(action, status, code) or said}") from error
             except (BotoCoreError, RetriesExceededError) as error:
                 why = type(error).__name__
                 if not is_away(error):
@@ -266,6 +273,8 @@ class S3Store(Store):
 
 # Statuses and codes of a store that asks to be left alone for a while; 409 is a write of the same key at the same time.
 BUSY = {408, 409, 429, 500, 502, 503, 504, "RequestTimeout", "SlowDown", "Throttling", "ThrottlingException"}
+
+CLOSED = {"NoSuchBucket", "AccessDenied", "AllAccessDisabled"}         # of this bucket; the store is well
 
 
 class Refused(Exception):
