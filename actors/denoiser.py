@@ -20,8 +20,11 @@ class NonFiniteLatent(ArithmeticError):
     """Sampling ended in NaN or infinity."""
 
 
-def noise(request: Request, grid: LatentGrid) -> Tensor:
+def noise(request: Request, grid: LatentGrid, draw: int = 0) -> Tensor:
     """Standard normal [C, T, H, W] in fp32 on the CPU, decided by shape and seed alone: any worker, batch and device.
+
+    draw: 0 is where the clip starts, n the noise that a few-step sampler puts back after its n-th step. The seed is
+    Philox's key; draw n counts from n * 2^192, so no draw reaches another's numbers and none needs the one before.
 
     Philox counts and never looks back, and its bits are fixed by its definition. Torch's CPU generator would not do:
     it takes 32 bits of the seed, and its normals depend on the processor's vector width. Values are rounded to bf16,
@@ -29,7 +32,7 @@ def noise(request: Request, grid: LatentGrid) -> Tensor:
     """
     shape = grid.of(request.shape)
     pairs = -(-math.prod(shape) // 2)
-    uniform = (np.random.Philox(key=request.seed).random_raw(2 * pairs) >> np.uint64(11)) * 2.0 ** -53      # [0, 1)
+    uniform = (np.random.Philox(key=request.seed, counter=draw << 192).random_raw(2 * pairs) >> np.uint64(11)) * 2.0 ** -53      # [0, 1)
     radius, angle = np.sqrt(-2 * np.log1p(-uniform[:pairs])), 2 * np.pi * uniform[pairs:]
     normal = np.concatenate((radius * np.cos(angle), radius * np.sin(angle)))[:math.prod(shape)]
     return torch.from_numpy(normal).reshape(shape).bfloat16().float()
@@ -42,9 +45,9 @@ class Denoiser:
     """
 
     def __init__(self, card: ModelCard, weights: Path, device: str = "cpu", *, precision: str | None = None,
-                 threads: int = 1, noise: Callable[[Request, LatentGrid], Tensor] = noise):
+                 threads: int = 1, noise: Callable[..., Tensor] = noise):
         """threads: torch's, for the whole process; fixed, since the last bits of a result may depend on it.
-        noise: where a clip starts.
+        noise: where a clip starts, and what is put back on its way.
 
         Raises CheckpointError.
         """

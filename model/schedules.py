@@ -1,5 +1,7 @@
 """Noise schedules: how many steps -> the sigmas to stop at, from noise (near 1) down to 0."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -39,6 +41,28 @@ def wan_sigmas(num_steps: int, shift: float, solver: str = "unipc") -> Tensor:
     # summed as the release does it: another last bit can make timestep 249 of 250
     grid = torch.arange(num_steps, dtype=torch.float64) * (-start / num_steps) + start
     return torch.cat((shifted(grid, shift), torch.zeros(1, dtype=torch.float64)))
+
+
+RCM_ANGLES = (1.5, 1.4, 1.0)                            # where the second, third and fourth step begin: tan is noise to signal
+
+
+def rcm_sigmas(num_steps: int, sigma_max: float) -> Tensor:
+    """The num_steps + 1 sigmas of the TurboDiffusion release, float64 on the CPU; the last is 0.
+
+    sigma_max: noise to signal where the first step begins; more of it gives less variety. There is no shift: the places
+    are those that the student was trained at.
+    Raises ValueError for less than one step or more than four.
+    """
+    if not 1 <= num_steps <= 1 + len(RCM_ANGLES):
+        raise ValueError(f"num_steps must be 1 to {1 + len(RCM_ANGLES)} for a distilled model; got {num_steps}")
+    angles = torch.tensor((math.atan(sigma_max), *RCM_ANGLES[:num_steps - 1], 0.0), dtype=torch.float64)
+    return angles.sin() / (angles.sin() + angles.cos())
+
+
+def rcm_timestep(sigma: float) -> float:
+    """The timestep that a distilled Wan model is given: 1000 * sigma in fp32, rounded to bf16 (932 for 933.78), as in
+    its training."""
+    return (1000 * torch.tensor(sigma, dtype=torch.float32)).bfloat16().item()
 
 
 def whole_timestep(sigma: float) -> int:
