@@ -1,0 +1,60 @@
+"""Sparse-linear attention in plain torch, all logits with a mask: to be believed, not to be fast."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.int8_attention.reference import dequantized_logits, quantize_blocks, smooth
+
+LINEAR_EPS = 1e-5                                      # on the linear branch's denominator, as released
+INT8_EPS = 1e-7                                        # on the scales, as SpargeAttn released them
+
+
+def sparse_attention(q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None, bias: Tensor | None, keep_ratio: float,
+                     int8: bool, block_q: int, block_k: int) -> Tensor:
+    kept = kept_blocks(pool(q, block_q), pool(k, block_k), k.float().mean(1), keep_ratio)
+    out = attend(q, k, v, kept, int8, block_q, block_k)
+    if weight is not None:
+        out = out + F.linear(linear_attention(q, k, v), weight.float(), bias.float())
+    return out.to(v.dtype).contiguous()
+
+
+def pool(x: Tensor, block: int) -> Tensor:
+    """Mean of every block of rows, the last over the rows it has.  [B, N, heads, d] -> [B, heads, ceil(N / block), d] in fp32."""
+    rows = F.pad(x.float(), (0, 0, 0, 0, 0, -x.shape[1] % block)).unflatten(1, (-1, block)).sum(2)
+    counts = torch.full((rows.shape[1],), block, device=x.device)
+    counts[-1] -= -x.shape[1] % block
+    return (rows / counts[:, None, None]).transpose(1, 2)
+
+
+def kept_blocks(pooled_q: Tensor, pooled_k: Tensor, mean_k: Tensor, keep_ratio: float) -> Tensor:
+    """int32 [B, heads, q blocks, kept], ascending, so that only the last of a row can be the ragged block.
+
+    mean_k [B, heads, d] changes all scores of a row alike; without it they would differ by little at a large mean.
+    """
+    keep = max(1, int(keep_ratio * pooled_k.shape[2]))
+    scores = pooled_q @ (pooled_k - mean_k[:, :, None]).mT
+    return scores.topk(keep, dim=-1).indices.sort(dim=-1).values.int()
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, int8: bool, block_q: int, block_k: int) -> Tensor:
+    """Softmax attention of each q block to its kept key blocks alone.  -> [B, N, heads, d] in fp32."""
+    if int8:
+        q_int8, q_scale = quantize_blocks(q, block_q, INT8_EPS)
+        k_int8, k_scale = quantize_blocks(smooth(k), block_k, INT8_EPS)
+        logits = dequantized_logits(q_int8, q_scale, block_q, k_int8, k_scale, block_k)
+    else:
+        logits = torch.einsum("bnhd,bmhd->bhnm", q.to(v.dtype).float(), k.to(v.dtype).float())
+    logits = logits * q.shape[-1] ** -0.5
+    blocks = -(-logits.shape[-1] // block_k)
+    keep = F.one_hot(kept.long(), blocks).sum(-2)                               # [B, heads, q blocks, key blocks]
+    keep = keep.repeat_interleave(block_q, 2).repeat_interleave(block_k, 3)[:, :, :logits.shape[2], :logits.shape[3]]
+    return (logits.masked_fill(keep == 0, -torch.inf).softmax(-1) @ v.float().transpose(1, 2)).transpose(1, 2)
+
+
+def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """phi(q) (phi(k)^T v) / (phi(q) . sum phi(k)), phi = softmax over channels.  -> [B, N, heads, d] in fp32."""
+    phi_q, phi_k = (x.float().softmax(-1) for x in (q, k))
+    keys_values = torch.einsum("bmhd,bmhe->bhde", phi_k, v.float())
+    denominator = torch.einsum("bnhd,bhd->bnh", phi_q, phi_k.sum(1)) + LINEAR_EPS
+    return torch.einsum("bnhd,bhde->bnhe", phi_q, keys_values) / denominator[..., None]
