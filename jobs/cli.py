@@ -71,6 +71,9 @@ def render_options(
         "--strict/--no-strict", help="Refuse rows that would not be rendered as asked, instead of noting it.")] = None,
     keep_latents: Annotated[bool | None, typer.Option(
         "--keep-latents/--no-keep-latents", help="Keep latents/ after publishing.")] = None,
+    take_over: Annotated[bool | None, typer.Option(
+        "--take-over/--no-take-over", help="Where another driver has the run folder: watch it for a minute and go on in "
+        "its place if it is silent. One that works is never disturbed.")] = None,
 ) -> None:
     """The options that render, plan and submit share; see with_render_options."""
 

@@ -24,6 +24,7 @@ from jobs.runs import bucket_text, card_named, clip_of
 from jobs.settings import RenderJob, UsageError
 from model.catalog import ModelCard
 from model.weights import fingerprint, locate, weights_files
+from pipeline.lease import Lease
 from pipeline.ledger import SUCCESS, Ledger, invalid_row, keys_of, read, row_of, write_success
 from pipeline.manifest import Manifest
 from pipeline.plan import Defaults, Plan, PlannedRow
@@ -41,19 +42,20 @@ def render(job: RenderJob, *, json: bool) -> int:
     """Plan, render and publish what is not done yet; 0 all done, 3 some rows failed, 130 stopped.
 
     Nothing is written before everything that can be wrong with the job has been checked.
-    Raises UsageError, ManifestError, CheckpointError; StoreError, ClusterError.
+    Raises UsageError, ManifestError, CheckpointError; StoreError, ClusterError, LeaseError.
     """
-    night = prepare(job)
-    book = Book(night)
-    if book.open_clips or not night.has_begun:
-        check_weights(night)
-        begin(night)
-    show = Display.view_for(json)
+    night, show = prepare(job), Display.view_for(json)
+    if night.has_begun and night.store.head(SUCCESS) is not None and not (book := Book(night)).open_clips:
+        tell(notes_of(night.plan), show)
+        return finish(night, book, None, json)          # all is done: nothing is written, and no driver disturbed
+    check_weights(night)
+    begin(night)
     tell(notes_of(night.plan), show)
-    with book:
-        todo, num_clips = book.todo()
-        stop = work(night, book, todo, num_clips, show) if num_clips else None
-    return finish(night, book, stop, json)
+    with Lease.take(night.store, wait=job.take_over, tell=lambda text: tell([text], show)) as lease:
+        with Book(night, lease) as book:                # read now, since the driver before may just have written
+            todo, num_clips = book.todo()
+            stop = work(night, book, todo, num_clips, show) if num_clips else None
+        return finish(night, book, stop, json)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,8 +161,9 @@ def version_of(package: str) -> str:
 class Book:
     """What of the plan is done, and the ledger that says so."""
 
-    def __init__(self, night: Night):
-        self.store, self.plan, self.limit = night.store, night.plan, night.job.limit
+    def __init__(self, night: Night, lease: Lease | None = None):
+        """lease: needed to write."""
+        self.store, self.plan, self.limit, self.lease = night.store, night.plan, night.job.limit, lease
         self.ledger = Ledger.open(self.store, self.plan.manifest.user.schema)
         keys = self.plan.keys()
         left = self.ledger.pending(keys)
@@ -176,8 +179,14 @@ class Book:
     def __enter__(self) -> "Book":
         return self
 
+        self.lease.check()                              # another driver writes the rows of what it finds published
     def __exit__(self, *_: object) -> None:
         self.ledger.close()
+    def tick(self) -> None:
+        """To be called now and then.  Raises LeaseError."""
+        self.lease.check()
+        self.ledger.tick()
+
 
     def todo(self) -> tuple[Iterator[Request], int]:
         """The requests to render, in order, and how many. Invalid rows and published clips get their rows first."""
@@ -224,6 +233,7 @@ class Book:
             self.failures += [{"id": row.id, "seed": row.seed, "stage": outcome.value.stage,
                                "error_type": outcome.value.error_type, "error": outcome.value.error} for row in rows]
 
+        self.lease.check()
     def append(self, value: Any, outcome: Outcome | None) -> list[PlannedRow]:
         rows = [row for row in self.plan.rows_of(value.request.clip_id) if (row.id, row.seed) not in self.written]
         self.ledger.append([row_of(row.id, value, outcome) for row in rows],
@@ -248,6 +258,7 @@ class Except(Container[str]):
 def work(night: Night, book: Book, todo: Iterator[Request], num_clips: int, view: View) -> Any:
     """Render until all is done or somebody stops it; returns the Stop."""
     from pipeline import cluster                        # Ray is wanted only where there is something to do
+    book.lease.on_lost = stop.now
     job, stop = night.job, cluster.Stop()
     weights = job.weights
     if weights and "://" not in weights:                # the processes that read it may run in another folder
@@ -258,7 +269,7 @@ def work(night: Night, book: Book, todo: Iterator[Request], num_clips: int, view
     with Display(total=num_clips, view=view) as display:
         def on_progress(progress: cluster.Progress) -> None:
             display.update(progress)
-            book.ledger.tick()
+            book.tick()
 
         # in this order: Ray takes SIGTERM for itself when it connects
         with cluster.connect(job.ray), interruptible(stop, display):

@@ -17,6 +17,7 @@ from jobs.settings import UsageError, suggestion
 from model.catalog import CATALOG, ModelCard
 from model.weights import CheckpointError, locate, missing_files, weights_files
 from pipeline import ledger
+from pipeline.lease import Lease
 from pipeline.runfile import read_run
 from pipeline.store import NotFound, Store, open_store
 
@@ -185,7 +186,8 @@ def retry(uri: str, where: list[str], *, json: bool) -> int:
         conditions[column] = value
     store, _ = open_run(uri)
     try:
-        count = ledger.retry(store, conditions)
+        with Lease.take(store, tell=lambda text: print(printable(text), file=sys.stderr)):     # no run may be writing
+            count = ledger.retry(store, conditions)
     except ValueError as error:
         raise UsageError(f"--where: {error}") from None
     if json:

@@ -45,6 +45,7 @@ class RenderJob(BaseModel):
     skip_invalid: bool = False
     strict: bool = False                                # a fallback is an error
     keep_latents: bool = False
+    take_over: bool = False                             # wait whether another driver stays silent, instead of refusing
 
     @classmethod
     def read(cls, flags: Mapping[str, Any], config: Path | None = None) -> Self:
@@ -99,8 +100,10 @@ def exit_code_of(error: Exception) -> int | None:
     from model.weights import CheckpointError
     from pipeline.complaints import ManifestError
     from pipeline.driver import ClusterError
+    from pipeline.lease import LeaseError
     from pipeline.runfile import OtherRun
     from pipeline.store import NotFound, StoreError
     if isinstance(error, (UsageError, ManifestError, CheckpointError, OtherRun)):
         return 2
-    return 5 if isinstance(error, (StoreError, NotFound, ClusterError)) else None
+    # LeaseError is 5: nothing is wrong with the command, and it continues the run once the folder is free
+    return 5 if isinstance(error, (StoreError, NotFound, ClusterError, LeaseError)) else None

@@ -5,6 +5,7 @@ an object. A folder keeps it with link(), a bucket with `If-None-Match: *`. `pro
 """
 
 import errno
+import fcntl
 import hashlib
 import io
 import os
@@ -72,6 +73,18 @@ class Store(ABC):
         """Store an object in place of any other; readers see the old or the new one, whole."""
 
     @abstractmethod
+    def swap(self, key: str, old: bytes, new: bytes, *, atomic: bool = True) -> bool:
+        """Replace the object if its content is `old`. True: this call did. Contents must never come a second time.
+
+        atomic: of all who swap at once exactly one is told True. A store that cannot promise it (`can_swap`) must be
+        asked without; then the last of several may win though all are told True.
+        """
+
+    @abstractmethod
+    def can_swap(self) -> bool:
+        """Whether this store swaps atomically; tried out on an object of its own."""
+
+    @abstractmethod
     def get(self, key: str, *, at_most: int | None = None) -> bytes:
         """The object's content.  Raises NotFound, and TooLarge before it reads more than `at_most` bytes."""
 
@@ -134,6 +147,35 @@ class FolderStore(Store):
             make_folder(path.parent)
             os.replace(temporary, path)
             sync_folder(path.parent)
+
+    def swap(self, key: str, old: bytes, new: bytes, *, atomic: bool = True) -> bool:
+        path = self.path(key)
+        with self.explained("write"), self.written(new) as temporary:
+            while True:
+                try:
+                    file = open(path, "r+b")            # network file systems lock only what may be written
+                except FileNotFoundError:
+                    return False
+                with file:
+                    if atomic:                          # the system lets go of it when a process is killed
+                        fcntl.flock(file, fcntl.LOCK_EX)
+                    if not is_still(file, path):
+                        continue                        # somebody swapped while we waited
+                    if file.read() != old:
+                        return False
+                    os.replace(temporary, path)
+                    sync_folder(path.parent)
+                    return True
+
+    def can_swap(self) -> bool:
+        with self.explained("write"), self.written(b"") as temporary, open(temporary, "r+b") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError as error:
+                if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+                    return False
+                raise
+        return True
 
     def get(self, key: str, *, at_most: int | None = None) -> bytes:
         with self.explained("read", key), open(self.path(key), "rb") as file:
@@ -234,6 +276,14 @@ def checked(key: str) -> str:
 def check_size(num_bytes: int, at_most: int | None) -> None:
     if at_most is not None and num_bytes > at_most:
         raise TooLarge(f"{num_bytes:,} bytes")
+
+
+def is_still(file: BinaryIO, path: Path) -> bool:
+    """Whether the open file is the one that has this name now."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def sha256_of(data: bytes | Path) -> str:

@@ -158,6 +158,37 @@ class S3Store(Store):
     def put(self, key: str, data: bytes | Path, *, metadata: dict[str, str] | None = None) -> None:
         self.write(key, data, metadata or {})
 
+    def swap(self, key: str, old: bytes, new: bytes, *, atomic: bool = True) -> bool:
+        def read(place: dict[str, str]) -> tuple[bytes, str]:
+            answer = self.client.get_object(**place)
+            return answer["Body"].read(), answer["ETag"]
+
+        try:
+            found, etag = self.patiently("read", key, read)
+            if found != old:
+                return False
+            self.write(key, new, {}, **({"IfMatch": etag} if atomic else {}))
+        except NotFound:
+            return False
+        except Refused:                                 # maybe by what our own first attempt has stored
+            with suppress(NotFound):
+                return self.get(key) == new
+            return False
+        return True
+
+    def can_swap(self) -> bool:
+        key = f"probe-{secrets.token_hex(8)}"
+        self.put(key, b"first")
+        try:
+            self.write(key, b"second", {}, IfMatch=f'"{"0" * 32}"')
+        except Refused:
+            return self.swap(key, b"first", b"third") and self.get(key) == b"third"
+        except Unsupported:
+            pass
+        finally:
+            self.delete(key)
+        return False
+
     def get(self, key: str, *, at_most: int | None = None) -> bytes:
         def read(place: dict[str, str]) -> bytes:
             answer = self.client.get_object(**place)
@@ -230,6 +261,9 @@ class S3Store(Store):
                     raise Refused from None
                 if status == 404 and code != "NoSuchBucket":
                     raise NotFound(f"{self.uri_of(key)}: no such object") from None
+                if status == 501:
+                    raise Unsupported(f"{self.uri}: this store does not know conditional writes ({code}). Use one that "
+                                      "does, or a local folder") from error
                 why = f"{status} {code}"
                 if not (status in BUSY or code in BUSY) or time.monotonic() - began > self.PATIENCE_S:
                     said = f"cannot {action}: {why} {error.response['Error'].get('Message', '')}"
@@ -266,8 +300,6 @@ class S3Store(Store):
                     "and s3:DeleteObject here")
         if status == 301 or code in ("AuthorizationHeaderMalformed", "IllegalLocationConstraintException"):
             return f"the bucket is in another region than {self.region} ({code}). Set AWS_REGION"
-        if status == 501:
-            return f"this store does not know conditional writes ({code}). Use one that does, or a local folder"
         return None
 
 
@@ -278,7 +310,11 @@ CLOSED = {"NoSuchBucket", "AccessDenied", "AllAccessDisabled"}         # of this
 
 
 class Refused(Exception):
-    """The condition of a write does not hold: the object exists."""
+    """The condition of a write does not hold: the object exists, or is not what it was."""
+
+
+class Unsupported(StoreError):
+    """The store says that it has no such request."""
 
 
 def is_away(error: Exception) -> bool:

@@ -22,6 +22,7 @@ from actors import clip_writer
 from actors.clip_writer import read_clip
 from jobs.cli import main
 from pipeline import cluster, ledger, stages
+from pipeline.lease import Lease
 from pipeline.store import open_store
 import tiny  # noqa: F401: adds the model to the catalogue
 
@@ -90,7 +91,9 @@ def assert_whole(out, num_rows=NUM_ROWS, num_clips=NUM_CLIPS):
     for row in rows.values():
         assert clips[clip_writer.clip_key(row["clip_id"])] == row["sha256"]
     store = open_store(out)
-    assert {info.key.split("/")[0] for info in store.list()} == {"run.json", "_SUCCESS.json", "clips", "ledger"}
+    assert {info.key.split("/")[0] for info in store.list()} == {"run.json", "lease.json", "_SUCCESS.json", "clips",
+                                                                 "ledger"}
+    assert json.loads(store.get("lease.json"))["released"]
     said = json.loads(store.get("_SUCCESS.json"))
     assert (said["rows"], said["done"], said["failed"]) == (num_rows, num_rows, 0)
     parts = [pq.read_table(Path(out) / info.key) for info in store.list("ledger/")] if "://" not in str(out) else []
@@ -246,6 +249,41 @@ def test_keep_latents_keeps_one_per_clip(capsys, one_process, tmp_path):
     assert render(capsys, manifest, out, "--keep-latents")[0] == 0
     assert len(list((out / "latents").rglob("*.safetensors"))) == 2
     assert not list((out / "embeddings").rglob("*.safetensors"))
+
+
+# One driver.
+
+def test_a_second_driver_is_refused_and_nothing_is_touched(again, capsys, no_work):
+    manifest, out = again
+    forget(out, {"row-0"})
+    (out / "_SUCCESS.json").unlink()
+    with Lease.take(open_store(out)):
+        before = {path: path.stat().st_mtime_ns for path in (out / "ledger").iterdir()}
+        for command in (["render", manifest, "--out", out, "--model", "tiny"], ["retry", out]):
+            code, answer = ask(capsys, *command)
+            assert code == 5 and "another driver works on this run: pid" in answer["error"]
+        assert {path: path.stat().st_mtime_ns for path in (out / "ledger").iterdir()} == before
+    assert render(capsys, manifest, out)[1]["adopted"] == 1
+    assert_whole(out)
+
+
+def test_a_driver_that_lost_the_run_folder_writes_no_row_and_stops(capsys, one_process, tmp_path, monkeypatch):
+    manifest, out = write_manifest(tmp_path / "night.jsonl"), tmp_path / "out"
+    whole = clip_writer.write_mp4
+
+    def robbed(path, frames, rate):
+        whole(path, frames, rate)
+        monkeypatch.setattr(clip_writer, "write_mp4", whole)
+        (out / "lease.json").write_text('{"id": "other"}')
+        monkeypatch.setattr(Lease, "LEASE_S", 0.0)      # so that this driver looks before it writes
+
+    monkeypatch.setattr(clip_writer, "write_mp4", robbed)
+    code, answer = ask(capsys, "render", manifest, "--out", out, "--model", "tiny")
+    assert code == 5 and "no longer this driver's" in answer["error"]
+    assert published(out) == 1 and rows_of(out) == {}
+    code, answer = render(capsys, manifest, out, "--take-over")
+    assert code == 0 and (answer["rendered"], answer["adopted"]) == (NUM_CLIPS - 1, 1)
+    assert_whole(out)
 
 
 # When rows fail.

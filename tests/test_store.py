@@ -50,6 +50,41 @@ def test_of_eight_racing_writers_exactly_one_wins(store):
             assert store.get(f"race/{round_}") == b"%d" % won.index(True) * 1000
 
 
+def test_of_eight_racing_swaps_exactly_one_wins(store):
+    assert store.can_swap() and keys(store) == []
+    copies = [pickle.loads(pickle.dumps(store)) for _ in range(8)]
+    barrier = threading.Barrier(8)
+    store.create("lease.json", b"0")
+
+    def swap(writer, round_):
+        old = store.get("lease.json")
+        barrier.wait(30)
+        return copies[writer].swap("lease.json", old, b"%d by %d" % (round_, writer))
+
+    with ThreadPoolExecutor(8) as pool:
+        for round_ in range(5):
+            won = list(pool.map(swap, range(8), [round_] * 8))
+            assert sum(won) == 1
+            assert store.get("lease.json") == b"%d by %d" % (round_, won.index(True))
+    assert not store.swap("lease.json", b"0", b"late") and not store.swap("nothing", b"0", b"late")
+    assert keys(store) == ["lease.json"]
+
+
+def test_a_swap_that_is_stored_and_then_answered_with_an_error_is_ours(bucket, s3_server):
+    bucket.create("lease.json", b"0")
+    s3_server.fault(method="PUT", match="lease.json", status=500, after=True)
+    assert bucket.swap("lease.json", b"0", b"1") and bucket.get("lease.json") == b"1"
+
+
+def test_a_bucket_without_compare_and_swap_is_found_out(bucket, s3_server):
+    s3_server.fault(method="PUT", match="probe-", header="If-Match", status=501)
+    assert not bucket.can_swap() and keys(bucket) == []
+    s3_server.fault(method="PUT", match="probe-", header="If-Match", strip="If-Match")
+    assert not bucket.can_swap() and keys(bucket) == []
+    bucket.create("lease.json", b"0")
+    assert bucket.swap("lease.json", b"0", b"1", atomic=False)
+
+
 def test_put_replaces_get_reads_and_delete_forgets(store):
     store.put("run.json", b"old")
     store.put("run.json", b"new")

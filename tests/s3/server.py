@@ -81,10 +81,11 @@ class S3Server:
         """The next `times` requests of `method` with `match` in their path fail; rules add up.
 
         what: status=503 (code="SlowDown"), drop=True, stall_s=1.5 or strip="If-None-Match"; with after=True a status or
-        a drop comes after the request was served.
+        a drop comes after the request was served; header="If-Match": only requests that carry it.
         """
         if "status" in what:
-            what.setdefault("code", {500: "InternalError", 503: "SlowDown", 409: "ConditionalRequestConflict"}
+            what.setdefault("code", {500: "InternalError", 501: "NotImplemented", 503: "SlowDown",
+                                     409: "ConditionalRequestConflict"}
                             .get(what["status"], "ByRule"))
         rules = [*self.faults(), {"method": method, "match": match, "times": times, **what}]
         self.ask("POST", "/.faults", json.dumps(rules).encode()).close()

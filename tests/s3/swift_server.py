@@ -40,10 +40,11 @@ OPTIONS = {
 
 
 class Faults:
-    """Stands before Swift: makes its conditional create atomic, and fails requests by rule.
+    """Stands before Swift: makes its conditional create atomic, adds If-Match, and fails requests by rule.
 
     Swift looks at If-None-Match only when a request starts, so writers of one key take turns here, as they do in S3.
-    A rule has `method`, `match` (part of the path), `times`, and one of
+    A write with If-Match is answered with 501 by Swift; here its turn compares it with the ETag that was told last.
+    A rule has `method`, `match` (part of the path), `times`, perhaps `header` (only requests that carry it), and one of
         status   answer with this status and `code`; with after = true the request is served first
         drop     close the connection without an answer; `after` as above
         stall_s  wait this long, then serve
@@ -51,7 +52,7 @@ class Faults:
     """
 
     def __init__(self, app):
-        self.app, self.rules = app, []
+        self.app, self.rules, self.etags = app, [], {}
         self.turns = defaultdict(lambda: [0, Semaphore(1)])
 
     def __call__(self, env, start_response):
@@ -66,16 +67,20 @@ class Faults:
         if strikes and not rule.get("after"):
             return self.strike(rule, env, start_response)
         if env["REQUEST_METHOD"] in ("GET", "HEAD"):
-            return self.app(env, start_response)
+            return self.app(env, lambda *said: self.remember(env, said[1]) or start_response(*said))
         turn = self.turns[env["PATH_INFO"]]
         turn[0] += 1
         try:
             with turn[1]:
+                wanted = env.pop("HTTP_IF_MATCH", None)
+                if wanted is not None and wanted != self.etags.get(env["PATH_INFO"]):
+                    return self.strike({"status": 412, "code": "PreconditionFailed"}, env, start_response)
                 said = []
                 body = self.app(env, lambda status, headers, exc_info=None: said.append((status, headers)))
                 answer = b"".join(body)
                 if hasattr(body, "close"):
                     body.close()
+                self.remember(env, said[-1][1])
         finally:
             turn[0] -= 1
             if not turn[0]:
@@ -85,9 +90,14 @@ class Faults:
         start_response(*said[-1])
         return [answer]
 
+    def remember(self, env, headers) -> None:
+        """The object's ETag as this answer tells it; none after a DELETE."""
+        self.etags[env["PATH_INFO"]] = next((value for name, value in headers if name.lower() == "etag"), None)
+
     def rule_for(self, env) -> dict:
         for rule in self.rules:
-            if rule["times"] > 0 and rule["method"] == env["REQUEST_METHOD"] and rule["match"] in env["PATH_INFO"]:
+            if rule["times"] > 0 and rule["method"] == env["REQUEST_METHOD"] and rule["match"] in env["PATH_INFO"] \
+                    and "HTTP_" + rule.get("header", "Host").upper().replace("-", "_") in env:
                 rule["times"] -= 1
                 return rule
         return {}
