@@ -179,8 +179,8 @@ class Book:
     def __enter__(self) -> "Book":
         return self
 
-        self.lease.check()                              # another driver writes the rows of what it finds published
     def __exit__(self, *_: object) -> None:
+        self.lease.check()                              # another driver writes the rows of what it finds published
         self.ledger.close()
     def tick(self) -> None:
         """To be called now and then.  Raises LeaseError."""
@@ -233,8 +233,8 @@ class Book:
             self.failures += [{"id": row.id, "seed": row.seed, "stage": outcome.value.stage,
                                "error_type": outcome.value.error_type, "error": outcome.value.error} for row in rows]
 
-        self.lease.check()
     def append(self, value: Any, outcome: Outcome | None) -> list[PlannedRow]:
+        self.lease.check()
         rows = [row for row in self.plan.rows_of(value.request.clip_id) if (row.id, row.seed) not in self.written]
         self.ledger.append([row_of(row.id, value, outcome) for row in rows],
                            self.plan.user_columns([row.row for row in rows]))
@@ -258,8 +258,8 @@ class Except(Container[str]):
 def work(night: Night, book: Book, todo: Iterator[Request], num_clips: int, view: View) -> Any:
     """Render until all is done or somebody stops it; returns the Stop."""
     from pipeline import cluster                        # Ray is wanted only where there is something to do
-    book.lease.on_lost = stop.now
     job, stop = night.job, cluster.Stop()
+    book.lease.on_lost = stop.now
     weights = job.weights
     if weights and "://" not in weights:                # the processes that read it may run in another folder
         weights = str(Path(weights).expanduser().absolute())
