@@ -153,6 +153,8 @@ def provenance(request: Request) -> dict[str, str]:
             "steps": str(request.num_steps), "guidance": f"{request.guidance:g}", "model": request.model,
             "weights_fingerprint": request.weights_fingerprint, "precision": request.precision,
             "attention": request.attention, "clip_id": request.clip_id}
+    if request.image is not None:
+        said["image_sha256"] = request.image.sha256
     return {key: readable(value) for key, value in said.items()}
 
 

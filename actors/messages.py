@@ -14,10 +14,18 @@ from model.shapes import VideoShape
 
 
 @dataclass(frozen=True, kw_only=True)
+class FirstFrame:
+    """The image that a clip begins with."""
+
+    sha256: str                     # of the file's bytes
+    uri: str                        # where every worker can read them: an absolute path, or s3://; decides no pixels
+
+
+@dataclass(frozen=True, kw_only=True)
 class Request:
     """All that decides the pixels of one clip; the plan has resolved every default."""
 
-    clip_id: str                    # SHA-256 of every other field but fps
+    clip_id: str                    # SHA-256 of every other field but fps and where the image lies
     model: str                      # name in the catalogue
     weights_fingerprint: str
     prompt: str
@@ -29,11 +37,14 @@ class Request:
     guidance: float
     precision: str                  # fp32, bf16, int8
     attention: str                  # dense, sage, sparse
+    image: FirstFrame | None = None     # for a model that takes one
 
     @property
     def embedding_key(self) -> str:
         """Requests with one key share one Embedding."""
         said = [self.model, self.weights_fingerprint, self.precision, self.prompt, self.negative_prompt]
+        if self.image is not None:
+            said += [self.image.sha256, str(self.shape)]    # it is encoded at the clip's size
         return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
     @property

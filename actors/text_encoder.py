@@ -27,8 +27,11 @@ class TextEncoder:
         self.recent: OrderedDict[str, Tensor] = OrderedDict()          # the negative prompt is mostly the same
 
     def __call__(self, batch: list[Request]) -> list[Embedding]:
-        return [Embedding(request=request, prompt=(self.encode(request.prompt),),
-                          negative=(self.encode(request.negative_prompt),), fallbacks=self.cuts(request)) for request in batch]
+        return [self.embed(request) for request in batch]
+
+    def embed(self, request: Request) -> Embedding:
+        return Embedding(request=request, prompt=(self.encode(request.prompt),),
+                         negative=(self.encode(request.negative_prompt),), fallbacks=self.cuts(request))
 
     def cuts(self, request: Request) -> tuple[str, ...]:
         """What of the request's texts the model does not read."""

@@ -76,7 +76,8 @@ class Night:
     def identity(self) -> dict[str, Any]:
         """What decides which clips this run has: a run folder holds one such run."""
         plan = self.plan
-        return {"manifest_digest": plan.manifest.digest, "model": plan.card.name,
+        images = {"images_digest": plan.images_digest} if plan.images_digest else {}
+        return images | {"manifest_digest": plan.manifest.digest, "model": plan.card.name,
                 "weights_fingerprint": plan.weights_fingerprint, "precision": plan.precision,
                 "attention": plan.attention, **plan.defaults.model_dump()}
 
@@ -85,8 +86,6 @@ def prepare(job: RenderJob) -> Night:
     """Every complaint comes from here.  Raises UsageError, ManifestError, CheckpointError, OtherRun, StoreError."""
     began = time.monotonic()
     card = card_named(job.model)
-    if card.takes_image:                                # said before its weights are fetched
-        raise UsageError(f"{card.name} makes video from an image, and images in rows are not read yet")
     try:
         store = open_store(job.out)
     except StoreError as error:
@@ -182,11 +181,11 @@ class Book:
     def __exit__(self, *_: object) -> None:
         self.lease.check()                              # another driver writes the rows of what it finds published
         self.ledger.close()
+
     def tick(self) -> None:
         """To be called now and then.  Raises LeaseError."""
         self.lease.check()
         self.ledger.tick()
-
 
     def todo(self) -> tuple[Iterator[Request], int]:
         """The requests to render, in order, and how many. Invalid rows and published clips get their rows first."""
@@ -371,7 +370,8 @@ def show_plan(job: RenderJob, *, json: bool) -> int:
         print(jsonlib.dumps(summary | {"out": night.store.uri, "device": night.device, "exit_code": 0}))
         return 0
     settings = summary["settings"]
-    print(f"{printable(summary['manifest'])}: {counted(summary['rows'], 'row')}, {counted(summary['clips'], 'clip')} "
+    images = f", {counted(summary['images'], 'image')}" if summary["images"] else ""
+    print(f"{printable(summary['manifest'])}: {counted(summary['rows'], 'row')}{images}, {counted(summary['clips'], 'clip')} "
           f"with {summary['model']} in {settings['precision']} on {night.device}")
     print("for rows that do not say: " + ", ".join(f"{name} {value}" for name, value in settings.items()
                                                    if value is not None and value != ""))

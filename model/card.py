@@ -143,6 +143,21 @@ class ModelCard:
                              f"got {width}x{height} = {width * height}")
         return height, width
 
+    def size_for_image(self, resolution: str, height: int, width: int) -> tuple[int, int]:
+        """(height, width) of a clip that begins with an image of this size.  Raises ValueError, saying what is allowed.
+
+        A name in `resolutions` is an area: the clip has as many pixels at most, in the image's aspect. WIDTHxHEIGHT is
+        what it says. The release computes the sides in floats and so makes 832x464 of an 832x480 image at 480p.
+        """
+        if resolution not in self.resolutions:
+            return self.size_for(resolution)
+        area, step = math.prod(self.resolutions[resolution]), self.side_step
+        sides = [math.isqrt(area * side // other) // step * step for side, other in ((height, width), (width, height))]
+        if min(sides) < self.min_side:
+            raise ValueError(f"the clip's sides must be at least {self.min_side} for {self.name}; got {sides[1]}x{sides[0]} "
+                             f"at {resolution} for an image of {width}x{height}")
+        return sides[0], sides[1]
+
     def frames_for(self, duration_s: float | None = None, frames: int | None = None) -> tuple[int, str | None]:
         """Frame count and a note when it was rounded.  Raises ValueError, saying what is allowed.
 

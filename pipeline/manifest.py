@@ -82,6 +82,7 @@ class Manifest:
 
     name: str                       # as given
     digest: str                     # SHA-256 over the bytes of the files, in order
+    files: list[tuple[str, int]]    # name and first row of each
     table: pa.Table                 # every column of COLUMNS, in its type; `id` has no null in a good row
     user: pa.Table                  # the other columns, as user.NAME
     complaints: Complaints = field(repr=False)
@@ -123,7 +124,8 @@ class Manifest:
                 complaints.about(uri, None, str(error), "files that agree on the type of each column")
         if complaints.whole:
             raise ManifestError(uri, complaints)
-        return cls(name=uri, digest=digest.hexdigest(), table=table, user=user, complaints=complaints)
+        return cls(name=uri, digest=digest.hexdigest(), files=complaints.files, table=table, user=user,
+                   complaints=complaints)
 
     def invalid_rows(self, complaints: Complaints) -> Iterator[InvalidRow]:
         """The rows that `complaints` names, in order, with ids that no other row has."""
@@ -389,7 +391,7 @@ def _checked(table: pa.Table, complaints: Complaints) -> pa.Table:
         columns[name] = _kept(name, values, fits, 0, complaints)
 
     if not complaints.whole:                           # where the column is missing, one complaint is enough
-        rows = _empty(columns["prompt"], "prompt", complaints)
+        rows = rows_without(columns["prompt"], "prompt", complaints)
         complaints.add(rows, "prompt", ["nothing"] * len(rows), COLUMNS["prompt"].allowed)
 
     both = np.flatnonzero(pc.and_(columns["duration_s"].is_valid(), columns["frames"].is_valid()))
@@ -406,7 +408,7 @@ def _checked(table: pa.Table, complaints: Complaints) -> pa.Table:
     return pa.table(columns)
 
 
-def _empty(values: pa.ChunkedArray, column: str, complaints: Complaints) -> np.ndarray:
+def rows_without(values: pa.ChunkedArray, column: str, complaints: Complaints) -> np.ndarray:
     """Rows that have no value and no complaint that says why."""
     explained = complaints.rows_of(column) | complaints.rows_of(None)
     return np.setdiff1d(np.flatnonzero(values.is_null()), np.fromiter(explained, np.int64, len(explained)))
@@ -415,7 +417,7 @@ def _empty(values: pa.ChunkedArray, column: str, complaints: Complaints) -> np.n
 def _with_ids(ids: pa.ChunkedArray, complaints: Complaints) -> pa.ChunkedArray:
     """The ids, a row's position where it was given none; one that an earlier row has is complained of."""
     positions = np.arange(len(ids))
-    missing = _empty(ids, "id", complaints)
+    missing = rows_without(ids, "id", complaints)
     if len(missing) == len(ids):
         return pa.chunked_array([pa.array(positions).cast(TEXT)])
     if len(missing):

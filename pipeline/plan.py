@@ -6,7 +6,8 @@ and rows that ask for the same clip share it. Rows stay in columns; a Request is
 
 import hashlib
 import json
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from json.encoder import encode_basestring_ascii as quoted
@@ -16,11 +17,12 @@ import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from actors.messages import Request
+from actors.messages import FirstFrame, Request
 from model.catalog import ModelCard
 from model.shapes import VideoShape
 from pipeline.complaints import Complaints, ManifestError, shown
-from pipeline.manifest import MAX_PROMPT_BYTES, InvalidRow, Manifest
+from pipeline.images import ALLOWED_IMAGE, FoundImage, find_images, folder_of
+from pipeline.manifest import MAX_PROMPT_BYTES, InvalidRow, Manifest, rows_without
 
 MAX_CLIPS = 10_000_000              # of one run; a plan of this size still fits a driver's memory
 BLOCK = 4096                        # rows that live as Python objects at a time
@@ -100,10 +102,11 @@ class Plan:
     @classmethod
     def make(cls, manifest: Manifest, card: ModelCard, defaults: Defaults = Defaults(), *, weights_fingerprint: str,
              precision: str, attention: str = "dense", skip_invalid: bool = False) -> "Plan":
-        """Resolve, check against the model, name and order every clip.
+        """Resolve, check against the model, name and order every clip. Reads the rows' images if the model takes them.
 
         skip_invalid: set bad rows aside (`invalid_rows`) and plan the others.
-        Raises ManifestError with the manifest's complaints and the model's; ValueError for impossible defaults.
+        Raises ManifestError with the manifest's complaints and the model's; ValueError for impossible defaults;
+        StoreError for images in a bucket that does not answer.
         """
         defaults = defaults.resolved(card)
         complaints = manifest.complaints.copy()
@@ -149,6 +152,13 @@ class Plan:
     def num_invalid_rows(self) -> int:
         return len(self.complaints.rows())
 
+    @property
+    def images_digest(self) -> str | None:
+        """Changes with the content of any row's image; None where no row has one."""
+        rows = self.rows
+        said = "".join(image.sha256 for image in rows.images).encode() + rows.image.astype("<i8").tobytes()
+        return hashlib.sha256(said).hexdigest() if rows.images else None
+
     def requests(self, skip: Container[str] = ()) -> Iterator[Request]:
         """One Request per clip whose clip_id is not in `skip`, in the order to render them."""
         for start in range(0, self.num_clips, BLOCK):
@@ -162,7 +172,8 @@ class Plan:
                     clip_id=self._clip_id(clip), model=self.card.name, weights_fingerprint=self.weights_fingerprint,
                     prompt=prompt, negative_prompt=negative, seed=int(self.seeds[self.first[clip]]),
                     shape=self.rows.shape_of(row), fps=self.card.fps, num_steps=int(self.rows.steps[row]),
-                    guidance=float(self.rows.guidance[row]), precision=self.precision, attention=self.attention)
+                    guidance=float(self.rows.guidance[row]), precision=self.precision, attention=self.attention,
+                    image=self.rows.first_frame_of(row))
 
     def rows_of(self, clip_id: str) -> list[PlannedRow]:
         """The ledger rows that this clip fills, in manifest order.  Raises KeyError for a clip that is not planned."""
@@ -203,6 +214,7 @@ class Plan:
             "clips": self.num_clips,
             "duplicates": self.num_planned_rows - self.num_clips,
             "prompts": len(np.unique(self.rows.prompt_pair[self.source])),
+            "images": len(np.unique(self.rows.image[self.source])) if self.card.takes_image else 0,
             "settings": self.defaults.model_dump() | {"fps": self.card.fps, "precision": self.precision,
                                                       "attention": self.attention},
             "buckets": buckets[:LISTED],
@@ -265,8 +277,10 @@ class _Rows:
     notes: list[str]                # how a duration or frame count was rounded; "" where it was not
     prompt: np.ndarray              # index into `prompts`
     negative: np.ndarray            # index into `negatives`
+    image: np.ndarray               # index into `images`; -1: none
     prompts: pa.Array
     negatives: pa.Array
+    images: list[FoundImage]        # distinct by content
 
     @classmethod
     def resolve(cls, manifest: Manifest, card: ModelCard, defaults: Defaults, complaints: Complaints) -> "_Rows":
@@ -274,6 +288,9 @@ class _Rows:
         table = manifest.table
         resolutions = table["resolution"].fill_null(defaults.resolution)
         sizes, size = _asked_of_card(resolutions, "resolution", card.size_for, complaints)
+        images, image = _images(manifest, card, complaints)
+        if images:
+            sizes, size = _sizes_for_images(resolutions, images, image, card, complaints)
         height, width = np.array([found or (0, 0) for found in sizes])[size].T
 
         lengths: list[tuple[int, str | None]] = [(0, None)]
@@ -292,9 +309,6 @@ class _Rows:
             rows = np.flatnonzero(values > most)
             given = [shown(value) for value in values[rows].tolist()]
             complaints.add(rows, name, given, f"at most {most:g} for {card.name}")
-        rows = np.flatnonzero(table["image"].is_valid())
-        complaints.add(rows, "image", [shown(path) for path in table["image"].take(rows).to_pylist()],
-                       f"nothing: {card.name} makes video from text alone")
 
         prompts, prompt = _encoded(table["prompt"])
         negatives, negative = _encoded(table["negative_prompt"].fill_null(defaults.negative_prompt))
@@ -302,10 +316,14 @@ class _Rows:
             height=height, width=width, frames=np.array([frames for frames, _ in lengths])[length],
             note=np.array([note_of[note or ""] for _, note in lengths])[length], notes=notes,
             steps=steps, guidance=guidance, priority=table["priority"].fill_null(0).to_numpy(),
-            prompt=prompt, negative=negative, prompts=prompts, negatives=negatives)
+            prompt=prompt, negative=negative, image=image, prompts=prompts, negatives=negatives, images=images)
 
     def shape_of(self, row: int) -> VideoShape:
         return VideoShape(frames=int(self.frames[row]), height=int(self.height[row]), width=int(self.width[row]))
+
+    def first_frame_of(self, row: int) -> FirstFrame | None:
+        found = self.images[self.image[row]] if self.image[row] >= 0 else None
+        return FirstFrame(sha256=found.sha256, uri=found.uri) if found else None
 
     def prompts_of(self, rows: np.ndarray) -> list[str]:
         return self.prompts.take(pa.array(self.prompt[rows])).to_pylist()
@@ -315,7 +333,7 @@ class _Rows:
 
     @cached_property
     def prompt_pair(self) -> np.ndarray:
-        """One number per pair of prompt and negative prompt: rows that share an Embedding."""
+        """One number per pair of prompt and negative prompt."""
         return _folded(self.prompt, self.negative)
 
     @cached_property
@@ -344,17 +362,80 @@ def _asked_of_card(values: pa.ChunkedArray, column: str, ask: Callable[[Any], An
         try:
             answers.append(ask(value))
         except ValueError as error:
-            rule = str(error).partition("; got ")[0].removeprefix(f"{column} must be ")    # said by the complaint
-            refused[len(answers)] = value, rule
+            refused[len(answers)] = shown(value), _rule(error, column)
             answers.append(None)
-    if refused:
-        rows = np.flatnonzero(np.isin(code, list(refused)))
-        by_rule: dict[str, list[int]] = {}
-        for row in rows.tolist():
-            by_rule.setdefault(refused[int(code[row])][1], []).append(row)
-        for rule, broken in by_rule.items():
-            complaints.add(broken, column, [shown(refused[int(code[row])][0]) for row in broken], rule)
+    _complain(refused, code, column, complaints)
     return answers, code
+
+
+def _rule(error: ValueError, column: str) -> str:
+    """What is allowed, of a refusal; what came is said by the complaint."""
+    return str(error).partition("; got ")[0].removeprefix(f"{column} must be ")
+
+
+def _complain(refused: Mapping[int, tuple[str, str]], code: np.ndarray, column: str, complaints: Complaints) -> None:
+    """Of every row whose code is in `refused`: what was given, what is allowed."""
+    by_rule: dict[str, list[int]] = {}
+    for row in np.flatnonzero(np.isin(code, list(refused))).tolist() if refused else ():
+        by_rule.setdefault(refused[int(code[row])][1], []).append(row)
+    for rule, rows in by_rule.items():
+        complaints.add(rows, column, [refused[int(code[row])][0] for row in rows], rule)
+
+
+def _images(manifest: Manifest, card: ModelCard, complaints: Complaints) -> tuple[list[FoundImage], np.ndarray]:
+    """The images, distinct by content, and which of them each row has, -1 for none or one that was refused."""
+    names, name = _encoded(manifest.table["image"])
+    if not card.takes_image:
+        rule = f"nothing: {card.name} makes video from text alone"
+        _complain({code: (shown(given), rule) for code, given in enumerate(names.to_pylist())}, name, "image", complaints)
+        return [], np.full(len(name), -1)
+    rows = rows_without(manifest.table["image"], "image", complaints)
+    complaints.add(rows, "image", ["nothing"] * len(rows), f"{ALLOWED_IMAGE}: {card.name} makes video from an image")
+
+    folders = [folder_of(file) for file, _ in manifest.files]
+    number_of = {folder: number for number, folder in enumerate(folders)}
+    file = np.searchsorted([first for _, first in manifest.files], np.arange(len(name)), side="right") - 1
+    place = _folded(np.array([number_of[folder] for folder in folders])[file], name)
+    place[name < 0] = -1
+    places, at = np.unique(place[place >= 0], return_index=True)
+    rows = np.flatnonzero(place >= 0)[at]
+    given = names.take(pa.array(name[rows])).to_pylist()
+    found = find_images([(folders[file[row]], said) for row, said in zip(rows, given, strict=True)])
+
+    images: dict[str, FoundImage] = {}
+    refused: dict[int, tuple[str, str]] = {}
+    for code, said, image in zip(places.tolist(), given, found, strict=True):
+        if isinstance(image, FoundImage):
+            images.setdefault(image.sha256, image)
+        else:
+            refused[code] = f"{shown(said)}: {image}", ALLOWED_IMAGE
+    _complain(refused, place, "image", complaints)
+    number_of = {sha256: number for number, sha256 in enumerate(images)}
+    number = np.full(len(name) + 1, -1)                # of each place; the last is for none
+    number[places] = [number_of[image.sha256] if isinstance(image, FoundImage) else -1 for image in found]
+    return list(images.values()), number[place]
+
+
+def _sizes_for_images(resolutions: pa.ChunkedArray, images: list[FoundImage], image: np.ndarray, card: ModelCard,
+                      complaints: Complaints) -> tuple[list[tuple[int, int] | None], np.ndarray]:
+    """Sizes (height, width), and which of them each row has; None for a bad row. What a clip cannot be is complained of."""
+    names, name = _encoded(resolutions)
+    pair = _folded(name, image)
+    sizes: list[tuple[int, int] | None] = []
+    refused: dict[int, tuple[str, str]] = {}
+    for code, row in enumerate(np.unique(pair, return_index=True)[1].tolist()):
+        sizes.append(None)
+        if image[row] < 0:
+            continue
+        resolution, size = names[int(name[row])].as_py(), images[image[row]].size
+        with suppress(ValueError):
+            card.size_for(resolution)                  # if not, that was said of the resolution
+            try:
+                sizes[-1] = card.size_for_image(resolution, size.height, size.width)
+            except ValueError as error:
+                refused[code] = f"{size.width}x{size.height} pixels", _rule(error, "image")
+    _complain(refused, pair, "image", complaints)
+    return sizes, pair
 
 
 def _folded(*columns: np.ndarray) -> np.ndarray:
@@ -367,14 +448,15 @@ def _folded(*columns: np.ndarray) -> np.ndarray:
 
 
 def _order(rows: _Rows, source: np.ndarray, clip_of: np.ndarray, first: np.ndarray) -> np.ndarray:
-    """Clips by priority, then one shape after the other, one bucket after the other, one prompt's clips together.
+    """Clips by priority, then one shape after the other, one bucket after the other, one image's clips together, and of
+    those one prompt's: to encode an image at a shape costs more than to encode a prompt.
 
-    Shapes, buckets and prompts come in the order in which the manifest first names them.
+    Shapes, buckets, images and prompts come in the order in which the manifest first names them.
     """
     priority = np.full(len(first), np.iinfo(np.int64).min)
     np.maximum.at(priority, clip_of, rows.priority[source])            # as urgent as the most urgent of its rows
     by_first_use = []
-    for code in (rows.prompt_pair, rows.bucket, rows.shape):
+    for code in (rows.prompt_pair, rows.image, rows.bucket, rows.shape):
         code = code[source[first]]
         _, at, number = np.unique(code, return_index=True, return_inverse=True)
         by_first_use.append(at[number])
@@ -395,7 +477,8 @@ def _seeds(table: pa.Table, good: np.ndarray) -> np.ndarray:
 def clip_id_of(*, prompt: str, seed: int, **said: Any) -> str:
     """SHA-256 of the canonical JSON (keys sorted, no blanks, ASCII) of all that decides a clip's pixels.
 
-    said: attention, frames, guidance, height, model, negative_prompt, num_steps, precision, weights_fingerprint, width.
+    said: attention, frames, guidance, height, model, negative_prompt, num_steps, precision, weights_fingerprint, width;
+    and, for a clip that begins with an image, `image`: the SHA-256 of its file.
     """
     head, tail = _json_around(said)
     return _digest(head, prompt, seed, tail).hex()
@@ -414,12 +497,13 @@ def _digest(head: str, prompt: str, seed: int, tail: str) -> bytes:
 
 def _digests(rows: _Rows, source: np.ndarray, seeds: np.ndarray, model: dict[str, str]) -> pa.Array:
     """The clip id of every planned row, 32 bytes each."""
-    combination = _folded(rows.bucket, rows.negative)
+    combination = _folded(rows.bucket, rows.negative, rows.image)
 
     @lru_cache(maxsize=4096)
     def around(number: int) -> tuple[str, str]:
         row = int(any_row[number])
-        return _json_around(model | dict(
+        image = {"image": rows.images[rows.image[row]].sha256} if rows.image[row] >= 0 else {}
+        return _json_around(model | image | dict(
             negative_prompt=rows.negatives[int(rows.negative[row])].as_py(), num_steps=int(rows.steps[row]),
             guidance=float(rows.guidance[row]), frames=int(rows.frames[row]), height=int(rows.height[row]),
             width=int(rows.width[row])))

@@ -1,4 +1,4 @@
-"""Text to video: which actors, in what order, and what one copy of each needs."""
+"""Text, or text and an image, to video: which actors, in what order, and what one copy of each needs."""
 
 from collections.abc import Callable
 from operator import attrgetter
@@ -7,11 +7,13 @@ from typing import Any
 from actors.clip_writer import ClipWriter
 from actors.decoder import Decoder
 from actors.denoiser import Denoiser
+from actors.image_encoder import ImageTextEncoder
 from actors.shelf import EMBEDDINGS, LATENTS, Drop, Fetch, Keep
 from actors.text_encoder import TextEncoder
 from actors.wan_denoiser import WanDenoiser
 from model.catalog import LinumCard, ModelCard, WanCard
 from model.weights import locate
+from pipeline.images import read_image
 from pipeline.stages import Stage, Step
 from pipeline.store import Store, bring
 
@@ -24,20 +26,21 @@ def text_to_video(card: ModelCard, weights: str | None, store: Store, *, device:
     """weights: as `locate` takes them; each machine finds or fetches its own.  threads: of a sampler, and fixed,
     because the last bits of a latent may depend on it.  keep_latents: leave them in the run folder after publishing.
     """
-    def model(actor: Callable[..., Any], threads: int = 1, **options: Any) -> Step:
-        return Step(actor=with_weights, args=dict(actor=actor, card=card, weights=weights, device=device,
-                                                  precision=precision, threads=threads), **options)
+    def model(actor: Callable[..., Any], threads: int = 1, name: str | None = None, **options: Any) -> Step:
+        return Step(actor=with_weights, name=name, args=dict(actor=actor, card=card, weights=weights, device=device,
+                                                             precision=precision, threads=threads, **options))
 
     def kept(step: Step, folder: str) -> Step:
         return Step(actor=Keep, args=dict(step=step, store=store, folder=folder))
 
     on_gpu = device.startswith("cuda")
+    encoder = model(ImageTextEncoder, read=read_image) if card.takes_image else model(TextEncoder)
     fetch = Step(actor=Fetch, args=dict(store=store))
     publish = [fetch, model(Decoder, name="decode"), Step(actor=ClipWriter, args=dict(store=store))]
     if not keep_latents:
         publish.append(Step(actor=Drop, args=dict(store=store)))
     return [
-        Stage(name="encode", steps=(kept(model(TextEncoder), EMBEDDINGS),), gpus=0.25 if on_gpu else 0.0,
+        Stage(name="encode", steps=(kept(encoder, EMBEDDINGS),), gpus=0.25 if on_gpu else 0.0,
               key=attrgetter("embedding_key"), window=ENCODED_AHEAD),
         Stage(name="sample", steps=(fetch, kept(model(DENOISERS[type(card)], threads), LATENTS)), gpus=0.75 if on_gpu else 0.0,
               cpus=float(threads), copies=samplers, batch=max(batch, card.clips_per_turn)),

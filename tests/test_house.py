@@ -24,6 +24,7 @@ DOORS = {
     "botocore": ["pipeline/store.py"],
     "ray": ["pipeline/cluster.py", "jobs/submit.py"],
     "av": ["actors/clip_writer.py"],
+    "PIL": ["actors/image_file.py"],
     "jinja2": ["pipeline/report.py"],
     "typer": ["jobs/"],
     "click": ["jobs/"],

@@ -17,12 +17,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from actors.messages import FirstFrame
+from image_files import BROKEN, jpeg, png
 from model.catalog import CATALOG
 from pipeline.complaints import ManifestError
+from pipeline.images import ALLOWED_IMAGE
 from pipeline.manifest import Manifest
 from pipeline.plan import Defaults, Plan, clip_id_of
 
 DEMO = replace(CATALOG["demo"], num_steps=20, guidance=3.0)     # whatever its tuning is: the clip_id below is for these
+I2V = CATALOG["wan2.1-i2v-14b"]
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -148,6 +152,92 @@ def test_what_decides_no_pixels_leaves_the_clip_id(tmp_path, change):
     [one] = plan_of(tmp_path, prompt=["a"], seed=[1]).requests()
     [other] = plan_of(tmp_path, prompt=["a"], seed=[1], **change).requests()
     assert one.clip_id == other.clip_id
+
+
+def test_the_image_is_part_of_the_clip_by_its_content_and_not_by_its_name(tmp_path):
+    for name, data in (("a.png", png()), ("twin.png", png()), ("b.png", png(44, 60))):
+        (tmp_path / name).write_bytes(data)
+    plan = plan_of(tmp_path, card=I2V, prompt=["x"] * 4, seed=[1] * 4, image=["a.png", "b.png", "twin.png", "./a.png"])
+    first, other = plan.requests()
+    assert [row.row for row in plan.rows_of(first.clip_id)] == [0, 2, 3] and [row.row for row in plan.rows_of(other.clip_id)] == [1]
+    assert first.image == FirstFrame(sha256=hashlib.sha256(png()).hexdigest(), uri=str(tmp_path / "a.png"))
+    for request in (first, other):
+        shape = request.shape
+        assert request.clip_id == clip_id_of(
+            prompt="x", negative_prompt=I2V.negative_prompt, seed=1, model=I2V.name, frames=shape.frames, height=shape.height, width=shape.width,
+            num_steps=40, guidance=5.0, precision="fp32", attention="dense", weights_fingerprint="w" * 64, image=request.image.sha256)
+    (tmp_path / "a.png").write_bytes(png(41, 60))
+    changed = plan_of(tmp_path, card=I2V, prompt=["x"], seed=[1], image=["a.png"])
+    assert next(changed.requests()).clip_id != first.clip_id
+    assert changed.images_digest != plan_of(tmp_path, card=I2V, prompt=["x"], seed=[1], image=["twin.png"]).images_digest
+
+
+def test_a_clip_without_an_image_has_the_name_it_always_had(tmp_path):
+    [request] = plan_of(tmp_path, prompt=["a"], seed=[1], frames=[49]).requests()
+    assert request.image is None and request.clip_id == "807b94bd41a26926acecb96ef6af0894cd3da9064289c7f441e3c2ce9f7ad1c1"
+
+
+@pytest.mark.parametrize("size, resolution, shape", [
+    ((480, 832), None, "832x480x81"), ((1080, 1920), None, "832x464x81"), ((1920, 1080), "480p", "464x832x81"), ((900, 900), "720p", "960x960x81"),
+    ((900, 900), "832x480", "832x480x81"), ((600, 1400), "480p", "960x400x81")])
+def test_a_named_resolution_is_an_area_in_the_images_aspect_and_a_size_is_a_size(tmp_path, size, resolution, shape):
+    (tmp_path / "a.png").write_bytes(png(*size))
+    plan = plan_of(tmp_path, card=I2V, prompt=["x"], image=["a.png"], resolution=pa.array([resolution], pa.string()))
+    [request] = plan.requests()
+    assert str(request.shape) == shape
+    assert plan.summary()["buckets"][0] | dict(width=request.shape.width, height=request.shape.height) == plan.summary()["buckets"][0]
+
+
+def test_the_plan_holds_an_image_upright(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(jpeg(480, 832, orientation=6))
+    [request] = plan_of(tmp_path, card=I2V, prompt=["x"], image=["a.jpg"]).requests()
+    assert str(request.shape) == "480x832x81"
+
+
+def test_every_trouble_with_an_image_joins_the_complaints_and_the_rest_is_planned(tmp_path):
+    for name, (_, data) in BROKEN.items():
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / "good.png").write_bytes(png())
+    (tmp_path / "long.png").write_bytes(png(32, 900))
+    images = [*BROKEN, "good.png", None, "../x.png", "gone.png", "long.png", "long.png", "\x1b[31m.png"]
+    resolutions = [None] * (len(images) - 2) + ["832x480", None]
+    columns = dict(prompt=["x"] * len(images), image=pa.array(images, pa.string()), resolution=pa.array(resolutions, pa.string()))
+    with pytest.raises(ManifestError) as caught:
+        plan_of(tmp_path, card=I2V, **columns)
+    found = {complaint.row: complaint for complaint in caught.value.complaints}
+    n = len(BROKEN)
+    assert sorted(found) == [*range(n), n + 1, n + 2, n + 3, n + 4, n + 6]
+    assert {complaint.column for complaint in found.values()} == {"image"}
+    for row, (name, (said, _)) in enumerate(BROKEN.items()):
+        assert found[row].given.startswith(f"'{name}': {said}") and found[row].allowed == ALLOWED_IMAGE
+    assert found[n + 1].given == "nothing" and found[n + 1].allowed.endswith("wan2.1-i2v-14b makes video from an image")
+    assert [found[row].given for row in (n + 2, n + 3)] == ["'../x.png': outside the manifest's folder", "'gone.png': no such file"]
+    assert found[n + 4].given == "900x32 pixels" and "sides must be at least 128 for wan2.1-i2v-14b" in found[n + 4].allowed
+    assert found[n + 6].given == r"'\x1b[31m.png': no such file"
+    plan = plan_of(tmp_path, card=I2V, skip_invalid=True, **columns)
+    assert [request.image.uri for request in plan.requests()] == [str(tmp_path / "good.png"), str(tmp_path / "long.png")]
+    assert (plan.num_invalid_rows, plan.summary()["images"]) == (len(found), 2)
+
+
+def test_paths_begin_at_the_folder_of_their_own_file(tmp_path):
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.png").write_bytes(png(40 if folder == "one" else 44))
+        pq.write_table(pa.table(dict(prompt=["x", "y"], image=["a.png", "a.png"], id=[f"{folder}-1", f"{folder}-2"])), tmp_path / folder / "m.parquet")
+    manifest = Manifest.read(str(tmp_path / "*/m.parquet"))
+    plan = Plan.make(manifest, I2V, weights_fingerprint="w" * 64, precision="fp32")
+    uris = {plan.rows_of(request.clip_id)[0].id: request.image.uri for request in plan.requests()}
+    assert uris == {f"{folder}-{n}": str(tmp_path / folder / "a.png") for folder in ("one", "two") for n in (1, 2)}
+
+
+def test_an_images_clips_come_together_and_it_is_read_once(tmp_path, monkeypatch):
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(png(40 if name == "a.png" else 41, 60))
+    read = []
+    monkeypatch.setattr("pipeline.images.read_image", lambda uri: read.append(uri) or Path(uri).read_bytes())
+    plan = plan_of(tmp_path, card=I2V, prompt=["x", "x", "y", "y"] * 25, image=["a.png", "b.png"] * 50, resolution=["480x480"] * 100)
+    order = [(Path(request.image.uri).name, request.prompt) for request in plan.requests()]
+    assert order == sorted(order) and len(read) == 2
 
 
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]))

@@ -1,5 +1,6 @@
 """Manifests rendered by tiny Wan models: the same commands, the same pipeline, another family."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -7,8 +8,10 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from actors.clip_writer import read_clip
+from image_files import BROKEN, deep_grey, encoded, jpeg, palette, pixels, png, see_through
 from jobs.cli import main
 from model.catalog import CATALOG
 from pipeline import cluster, ledger, stages
@@ -59,16 +62,6 @@ def test_prompts_become_clips(name, in_process, tmp_path, capsys):
     assert code == 0 and again["rendered"] == 0
 
 
-def test_prompts_become_clips_on_ray(tmp_path):
-    subprocess.run([*PROGRAM, str(tmp_path / "weights")], check=True, timeout=120)
-    done = subprocess.run([*PROGRAM, "render", str(manifest(tmp_path)), "--out", str(tmp_path / "out"), "--model", "wan-tiny",
-                           "--weights", str(tmp_path / "weights"), "--device", "cpu", "--samplers", "1", "--json"],
-                          capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads(done.stdout)["done"] == 3
-    assert {row["status"] for row in rows_of(tmp_path / "out").values()} == {"done"}
-
-
 def test_the_plan_of_a_wan_model_tells_its_defaults(in_process, tmp_path, capsys):
     write_weights(tmp_path / "weights", WAN_TINY)
     assert main(["plan", str(manifest(tmp_path, [{"prompt": "a"}, {"prompt": "b", "duration_s": 2.1}])), "--out", str(tmp_path / "out"),
@@ -79,7 +72,108 @@ def test_the_plan_of_a_wan_model_tells_its_defaults(in_process, tmp_path, capsys
     assert said["roundings"] == [{"note": "2.1 s rounded down to 2 s (33 frames)", "rows": 1}]
 
 
-def test_a_model_of_images_is_refused_before_anything_is_fetched(in_process, tmp_path, capsys):
-    assert main(["render", str(manifest(tmp_path)), "--out", str(tmp_path / "out"), "--model", "wan2.1-i2v-14b"]) == 2
-    assert "makes video from an image, and images in rows are not read yet" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+I2V_MODELS = ["wan-tiny-i2v", "wan-tiny-i2v-a14b"]     # with CLIP, and with two experts
+
+
+def write_images(folder):
+    """Rows of every good kind, and what their clips must be."""
+    files = {"a.png": png(), "deep/b.jpg": jpeg(orientation=6), "c.webp": encoded(Image.fromarray(pixels()), "webp"),
+             "grey.png": encoded(Image.fromarray(pixels()[:, :, 0])), "deep.png": deep_grey(), "clear.png": see_through(),
+             "palette.png": palette()}
+    for name, data in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(data)
+    return [{"id": name, "prompt": "it moves", "frames": 5, "seed": 1, "image": name} for name in files]
+
+
+@pytest.mark.parametrize("name", I2V_MODELS)
+def test_images_become_clips(name, in_process, tmp_path, capsys):
+    write_weights(tmp_path / "weights", CATALOG[name])
+    twin = {"id": "twin", "prompt": "it moves", "frames": 5, "seed": 1, "image": "./deep/../a.png"}
+    sized = {"id": "sized", "prompt": "it moves", "frames": 5, "seed": 1, "image": "a.png", "resolution": "32x32"}
+    path = manifest(tmp_path, [*write_images(tmp_path), twin, sized])
+    code, said = render(capsys, path, tmp_path / "out", name, tmp_path / "weights")
+    assert (code, said["done"], said["rendered"]) == (0, 9, 8)
+    rows = rows_of(tmp_path / "out")
+    for row in rows.values():
+        size = (32, 32) if row["id"] == "sized" else (32, 48) if row["id"] == "deep/b.jpg" else (48, 32)
+        assert (row["status"], (row["width"], row["height"]), row["frames"]) == ("done", size, 5)
+        assert ("image 60x40 cropped to 40x40" in row["fallbacks"]) == (row["id"] == "sized")
+    assert rows["twin"]["clip_id"] == rows["a.png"]["clip_id"] and len({row["clip_id"] for row in rows.values()}) == 8
+    clip = read_clip((tmp_path / f"out/clips/{rows['a.png']['clip_id'][:2]}/{rows['a.png']['clip_id']}.mp4").read_bytes())
+    assert clip.metadata["image_sha256"] == hashlib.sha256(png()).hexdigest()
+    assert len({row["sha256"] for row in rows.values()}) == 8
+    code, again = render(capsys, path, tmp_path / "out", name, tmp_path / "weights")
+    assert code == 0 and again["rendered"] == 0
+
+
+def test_two_experts_make_clips_of_images_on_ray(tmp_path):
+    subprocess.run([*PROGRAM, "write", "wan-tiny-i2v-a14b", str(tmp_path / "weights")], check=True, timeout=120)
+    done = subprocess.run([*PROGRAM, "render", str(manifest(tmp_path, write_images(tmp_path))), "--out", str(tmp_path / "out"), "--model",
+                           "wan-tiny-i2v-a14b", "--weights", str(tmp_path / "weights"), "--device", "cpu", "--samplers", "1", "--json"],
+                          capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout)["done"] == 7
+
+
+def test_a_bad_image_is_its_rows_failure_and_the_rest_renders(in_process, tmp_path, capsys, s3_bucket):
+    """Of every kind, in a folder and in a bucket, in one manifest."""
+    write_weights(tmp_path / "weights", CATALOG["wan-tiny-i2v"])
+    night = tmp_path / "night"
+    night.mkdir()
+    rows = write_images(night)
+    want = {}
+    for name, (said, data) in BROKEN.items():
+        (night / name).write_bytes(data)
+        want[name] = said
+    (tmp_path / "outside.png").write_bytes(png())
+    (night / "link.png").symlink_to(tmp_path / "outside.png")
+    open_store(s3_bucket).put("a.png", png())
+    want |= {"../outside.png": "outside the manifest's folder", "link.png": "outside the manifest's folder", "gone.png": "no such file",
+             f"{s3_bucket}/gone.png": "no such object", f"file://{night}/a.png": "neither a path nor s3://"}
+    rows += [{"id": str(number), "prompt": "x", "frames": 5, "image": name} for number, name in enumerate(want)]
+    rows += [{"id": "none", "prompt": "x", "frames": 5}, {"id": "s3", "prompt": "x", "frames": 5, "image": f"{s3_bucket}/a.png"}]
+    path = manifest(night, rows)
+    options = (path, tmp_path / "out", "wan-tiny-i2v", tmp_path / "weights")
+    assert main(["render", str(path), "--out", str(tmp_path / "out"), "--model", "wan-tiny-i2v", "--weights", str(tmp_path / "weights")]) == 2
+    assert f"{len(want) + 1} complaints" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    code, said = render(capsys, *options, "--skip-invalid")
+    assert (code, said["done"], said["failed"]) == (3, 8, len(want) + 1)
+    ledger = rows_of(tmp_path / "out")
+    for number, why in enumerate(want.values()):
+        assert ledger[str(number)]["error_type"] == "invalid" and why in ledger[str(number)]["error"]
+    assert "image: got nothing" in ledger["none"]["error"] and ledger["s3"]["status"] == "done"
+    assert render(capsys, *options, "--skip-invalid")[1]["rendered"] == 0
+
+
+def test_an_image_that_changes_under_a_run_is_its_rows_failure_and_another_run_afterwards(in_process, tmp_path, capsys, monkeypatch):
+    write_weights(tmp_path / "weights", CATALOG["wan-tiny-i2v"])
+    path = manifest(tmp_path, write_images(tmp_path)[:3])
+    run_local = stages.run_local
+
+    def meddle(steps, requests):
+        (tmp_path / "a.png").write_bytes(png(41, 60))
+        (tmp_path / "c.webp").unlink()
+        return run_local(steps, requests)
+
+    monkeypatch.setattr(stages, "run_local", meddle)
+    code, said = render(capsys, path, tmp_path / "out", "wan-tiny-i2v", tmp_path / "weights")
+    assert (code, said["done"], said["failed"]) == (3, 1, 2)
+    errors = {row["id"]: row["error"] for row in rows_of(tmp_path / "out").values() if row["status"] == "failed"}
+    assert "a.png has changed since this run was planned" in errors["a.png"] and "c.webp: no such file" in errors["c.webp"]
+    (tmp_path / "c.webp").write_bytes(encoded(Image.fromarray(pixels()), "webp"))
+    assert render(capsys, path, tmp_path / "out", "wan-tiny-i2v", tmp_path / "weights")[0] == 2
+    (tmp_path / "a.png").write_bytes(png())
+    assert main(["retry", str(tmp_path / "out"), "--json"]) == 0
+    capsys.readouterr()
+    monkeypatch.setattr(stages, "run_local", run_local)
+    assert render(capsys, path, tmp_path / "out", "wan-tiny-i2v", tmp_path / "weights")[1]["done"] == 3
+
+
+def test_the_plan_of_a_model_of_images_tells_them_and_their_shapes(in_process, tmp_path, capsys):
+    write_weights(tmp_path / "weights", CATALOG["wan-tiny-i2v"])
+    command = ["plan", str(manifest(tmp_path, write_images(tmp_path))), "--out", str(tmp_path / "out"), "--model", "wan-tiny-i2v", "--weights",
+               str(tmp_path / "weights"), "--device", "cpu"]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "7 rows, 7 images, 7 clips with wan-tiny-i2v" in said and "6 x 48x32, 5 frames" in said and "1 x 32x48, 5 frames" in said

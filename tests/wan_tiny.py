@@ -1,7 +1,7 @@
 """The program with tiny Wan models: random weights, a clip takes a moment. They are not shipped; this writes them.
 
-python tests/wan_tiny.py FOLDER                                   writes the weights of wan-tiny
-python tests/wan_tiny.py render prompts.csv --out out/ --model wan-tiny --weights FOLDER
+python tests/wan_tiny.py write wan-tiny-i2v FOLDER                writes a model's weights; the models are in CARDS
+python tests/wan_tiny.py render prompts.csv --out out/ --model wan-tiny-i2v --weights FOLDER
 """
 
 import json
@@ -65,9 +65,9 @@ def write_weights(folder: Path, card: WanCard = WAN_TINY, layout: str = "diffuse
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 2:
-        write_weights(Path(sys.argv[1]))
-        sys.exit()
     CATALOG.update({card.name: card for card in CARDS})
+    if sys.argv[1:2] == ["write"]:
+        write_weights(Path(sys.argv[3]), CATALOG[sys.argv[2]])
+        sys.exit()
     from jobs.cli import main
     sys.exit(main())

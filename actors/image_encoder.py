@@ -1,0 +1,97 @@
+"""The actor that turns prompts, and the images that clips begin with, into embeddings."""
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from actors.image_file import ImageError, decode
+from actors.messages import Embedding, FirstFrame, Request
+from actors.text_encoder import TextEncoder
+from model.catalog import WanCard
+from model.shapes import VideoShape
+
+
+class ImageTextEncoder(TextEncoder):
+    """Requests in, Embeddings out, for a Wan model that takes an image: text encoder, VAE and, where it has one, CLIP."""
+
+    def __init__(self, card: WanCard, weights: Path, device: str = "cpu", *, read: Callable[[str], bytes],
+                 precision: str | None = None, threads: int = 1, remember: int = 32):
+        """read: the file at a FirstFrame's uri.  The rest, and what is raised, as TextEncoder; remember: images, too."""
+        super().__init__(card, weights, device, precision=precision, threads=threads, remember=remember)
+        self.card, self.device, self.read = card, device, read
+        self.vae = card.vae(weights, device, precision)
+        self.scale, self.bias = (t.to(device).view(-1, 1, 1, 1) for t in card.latent_statistics(weights))
+        self.clip = None if card.clip_fields is None else card.image_encoder(weights, device, precision)
+        self.recent_images: OrderedDict[tuple[str, VideoShape], tuple[tuple[Tensor, ...], tuple[str, ...]]] = OrderedDict()
+
+    def embed(self, request: Request) -> Embedding:
+        """Raises ImageError for an image that is not there any more, or is another one now."""
+        embedding = super().embed(request)
+        if request.image is None:
+            raise ValueError(f"{self.card.name} makes video from an image; clip {request.clip_id} comes without one")
+        key = request.image.sha256, request.shape
+        if key not in self.recent_images:
+            self.recent_images[key] = self.encode_image(request.image, request.shape)
+            if len(self.recent_images) > self.remember:
+                self.recent_images.popitem(last=False)
+        self.recent_images.move_to_end(key)
+        image, notes = self.recent_images[key]
+        return replace(embedding, image=image, fallbacks=embedding.fallbacks + notes)
+
+    @torch.inference_mode()
+    def encode_image(self, image: FirstFrame, shape: VideoShape) -> tuple[tuple[Tensor, ...], tuple[str, ...]]:
+        """The condition [4 + C, T, H, W] and, with CLIP, its rows [I, D], fp32 on the CPU; and what is to be told."""
+        try:
+            data = self.read(image.uri)
+        except ImageError as error:
+            raise ImageError(f"{image.uri}: {error}. It was there when this run was planned; every machine that encodes "
+                             "must reach it: keep it on a shared disk, or in a bucket") from error
+        if hashlib.sha256(data).hexdigest() != image.sha256:
+            raise ImageError(f"{image.uri} has changed since this run was planned: put the old image back, or render "
+                             "the new one into another output folder")
+        whole = decode(data)
+        pixels = cropped(whole, shape, self.card.side_step)
+        made = [self.condition(pixels, shape).cpu()]
+        if self.clip is not None:
+            made.append(self.clip(pixels[None].to(self.device))[0].float().cpu())
+        return tuple(made), () if pixels.shape == whole.shape else (f"image {said(whole)} cropped to {said(pixels)}",)
+
+    def condition(self, pixels: Tensor, shape: VideoShape) -> Tensor:
+        """[4 + C, T, H, W]: a mask that is 1 at the first latent step, and the latent, normalised, of a video that is
+        the image and then mid-grey.  pixels [3, H, W] in [-1, 1], on the CPU: there the release resizes them, without
+        smoothing first.
+        """
+        video = torch.zeros(1, 3, shape.frames, shape.height, shape.width, device=self.device)
+        video[:, :, 0] = F.interpolate(pixels[None], size=(shape.height, shape.width), mode="bicubic").to(self.device)
+        latent = self.vae.encode(video)[0][0] * self.scale + self.bias
+        mask = latent.new_zeros(self.card.grid.time_stride, *latent.shape[1:])
+        mask[:, 0] = 1
+        return torch.cat((mask, latent))
+
+    def release(self) -> None:
+        del self.vae, self.clip
+        self.recent_images.clear()
+        super().release()
+
+
+def cropped(pixels: Tensor, shape: VideoShape, step: int) -> Tensor:
+    """The middle of the image in the clip's aspect. The whole image if the aspects are as near as sides that were rounded
+    down by less than `step` can be: it is then stretched that little, as the release does it.
+    """
+    height, width = pixels.shape[1:]
+    if shape.height * width < height * (shape.width + step) and height * shape.width < (shape.height + step) * width:
+        return pixels
+    high = max(1, min(height, round(width * shape.height / shape.width)))
+    wide = max(1, min(width, round(height * shape.width / shape.height)))
+    top, left = (height - high) // 2, (width - wide) // 2
+    return pixels[:, top:top + high, left:left + wide]
+
+
+def said(pixels: Tensor) -> str:
+    return f"{pixels.shape[2]}x{pixels.shape[1]}"

@@ -1,0 +1,216 @@
+"""Images that rows begin with: what is taken and how it is read, and what is the matter with the others."""
+
+import os
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from actors import image_file
+from actors.image_file import ImageError, ImageSize, decode, examine
+from image_files import BROKEN, deep_grey, encoded, jpeg, only_header, palette, pixels, png, see_through
+from pipeline.images import FoundImage, find_image, find_images, locate, read_image
+
+
+def off(got: torch.Tensor, want: np.ndarray) -> float:
+    """The largest difference of a decoded image from pixels [H, W, 3], in steps of 8 bits."""
+    assert got.dtype == torch.float32 and got.shape == (3, *want.shape[:2])
+    return ((got.permute(1, 2, 0) + 1) * 127.5 - torch.from_numpy(want.astype(np.float32))).abs().max().item()
+
+
+GREY = pixels()[:, :, :1].repeat(3, axis=2)
+
+
+@pytest.mark.parametrize("data, want, most", [
+    (png(), pixels(), 1e-4),
+    (encoded(Image.fromarray(pixels()), "webp", lossless=True), pixels(), 1e-4),
+    (jpeg(), pixels(), 8),
+    (jpeg(progressive=True), pixels(), 8),
+    (encoded(Image.fromarray(pixels()).convert("CMYK"), "jpeg", quality=95), pixels(), 12),
+    (encoded(Image.fromarray(pixels()[:, :, 0])), GREY, 1e-4),
+    (encoded(Image.fromarray(pixels()[:, :, 0]), "jpeg", quality=95), GREY, 3),
+    (deep_grey(), GREY, 1e-4),
+    (palette(), pixels(), 24),
+    (encoded(Image.fromarray(pixels()[:, :, 0] > 127)), (GREY > 127) * 255, 1e-4),
+], ids=["png", "webp", "jpeg", "progressive", "cmyk", "grey", "grey-jpeg", "16-bit", "palette", "1-bit"])
+def test_every_kind_becomes_the_pixels_that_it_shows(data, want, most):
+    assert examine(data) == ImageSize(height=40, width=60)
+    assert off(decode(data), want) <= most
+
+
+def test_pixels_are_the_releases_to_the_last_bit():
+    want = torch.from_numpy(pixels().copy()).permute(2, 0, 1).to(torch.float32).div(255).sub(0.5).div(0.5)
+    assert torch.equal(decode(png()), want)
+
+
+@pytest.mark.parametrize("orientation, upright", [
+    (1, lambda p: p), (2, lambda p: p[:, ::-1]), (3, lambda p: p[::-1, ::-1]), (4, lambda p: p[::-1]),
+    (5, lambda p: p.transpose(1, 0, 2)), (6, lambda p: np.rot90(p, -1)), (7, lambda p: np.rot90(p, 2).transpose(1, 0, 2)),
+    (8, lambda p: np.rot90(p))])
+def test_an_image_is_held_as_its_camera_was(orientation, upright):
+    data, want = jpeg(orientation=orientation), np.ascontiguousarray(upright(pixels()))
+    assert examine(data) == ImageSize(height=want.shape[0], width=want.shape[1])
+    assert off(decode(data), want) <= 8
+
+
+def test_an_orientation_is_read_from_png_and_webp_too_and_nonsense_is_none():
+    for kind in ("png", "webp"):
+        for orientation, size in ((6, ImageSize(height=60, width=40)), (77, ImageSize(height=40, width=60))):
+            exif = Image.Exif()
+            exif[0x0112] = orientation
+            data = encoded(Image.fromarray(pixels()), kind, exif=exif)
+            assert examine(data) == size and decode(data).shape == (3, size.height, size.width)
+    broken = encoded(Image.fromarray(pixels()), exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
+    assert examine(broken) == ImageSize(height=40, width=60) and decode(broken).shape == (3, 40, 60)
+
+
+def test_what_is_transparent_is_white():
+    want = pixels().copy()
+    want[:, :30] = 255
+    assert off(decode(see_through()), want) <= 1e-4
+    got = decode(palette(transparent=True))
+    assert torch.equal(got[:, 0, 0], torch.ones(3)) and (got[:, 39, 59] < 1).any()
+
+
+def test_of_an_animation_the_first_frame_is_taken():
+    frames = [Image.fromarray(pixels()), Image.new("RGB", (60, 40), "white")]
+    for kind in ("webp", "png"):
+        data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **({"lossless": True} if kind == "webp" else {}))
+        assert off(decode(data), pixels()) <= 1e-4
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_image_is_known_without_decoding_it(name, monkeypatch):
+    said, data = BROKEN[name]
+    monkeypatch.setattr(Image.Image, "load", None)
+    with pytest.raises(ImageError) as caught:
+        examine(data)
+    assert str(caught.value).startswith(said)
+
+
+def test_a_whole_image_is_examined_without_decoding_it(monkeypatch):
+    webp = encoded(Image.fromarray(pixels()), "webp")
+    files = [png(), jpeg(orientation=6), jpeg(progressive=True), webp, palette(), deep_grey()]
+    monkeypatch.setattr(Image.Image, "load", None)
+    for data in files:
+        examine(data)
+    assert examine(only_header(10_000, 10_000)) == ImageSize(height=10_000, width=10_000)
+    with pytest.raises(ImageError, match="10,001x10,000 pixels"):
+        examine(only_header(10_000, 10_001))
+
+
+def test_what_phones_append_to_a_jpeg_is_no_damage_and_a_preview_is_no_end():
+    assert examine(jpeg() + b"a film of three seconds" * 100) == ImageSize(height=40, width=60)
+    exif = Image.Exif()
+    exif[0x010E] = "preview: \xff\xd9"
+    whole = encoded(Image.fromarray(pixels()), "jpeg", exif=exif.tobytes() + b"\xff\xd9")
+    examine(whole)
+    with pytest.raises(ImageError, match="the end is missing"):
+        examine(whole[:-2])
+
+
+@pytest.mark.parametrize("data", [png(), jpeg(), encoded(Image.fromarray(pixels()), "webp")], ids=["png", "jpeg", "webp"])
+def test_damage_in_the_middle_is_an_image_error_or_an_image(data):
+    rng = np.random.default_rng(3)
+    for _ in range(60):
+        damaged = bytearray(data)
+        for at in rng.integers(0, len(data), 4):
+            damaged[at] = rng.integers(256)
+        try:
+            size = examine(bytes(damaged))
+            assert decode(bytes(damaged)).shape == (3, size.height, size.width)
+        except ImageError:
+            pass
+
+
+def test_a_file_above_the_limit_is_not_read(tmp_path, monkeypatch):
+    path = tmp_path / "large.png"
+    with open(path, "wb") as file:
+        file.truncate(image_file.MAX_BYTES + 1)         # a hole: takes no room
+    with pytest.raises(ImageError, match="67,108,865 bytes"):
+        read_image(str(path))
+    with pytest.raises(ImageError, match="67,108,865 bytes"):
+        examine(bytes(image_file.MAX_BYTES + 1))
+
+
+def test_paths_stay_under_the_manifests_folder(tmp_path):
+    folder = tmp_path / "night"
+    (folder / "deep").mkdir(parents=True)
+    for path in (tmp_path / "outside.png", folder / "a.png", folder / "deep/b.png"):
+        path.write_bytes(png())
+    (folder / "link-out.png").symlink_to(tmp_path / "outside.png")
+    (folder / "out").symlink_to(tmp_path)
+    (folder / "link-in.png").symlink_to("deep/b.png")
+    (folder / "round").symlink_to("round")
+    for name in ("a.png", "./a.png", "deep/../a.png", "deep/b.png", str(folder / "a.png"), "link-in.png"):
+        assert isinstance(find_image(str(folder), name), FoundImage), name
+    for name, said in (("../outside.png", "outside the manifest's folder"), ("link-out.png", "outside the manifest's folder"),
+                       ("out/outside.png", "outside the manifest's folder"), ("/etc/passwd", "outside the manifest's folder"),
+                       (str(tmp_path / "outside.png"), "outside the manifest's folder"), ("c.png", "no such file"),
+                       ("a.png/b", "no such file"), ("round", "no such file"), ("deep", "not a file"), ("", "not a file"),
+                       (f"file://{folder}/a.png", "neither a path nor s3://"), (f"FILE:{folder}/a.png", "neither a path nor s3://"),
+                       ("https://example.org/a.png", "neither a path nor s3://"), ("x" * 1000, "File name too long")):
+        found = find_image(str(folder), name)
+        assert isinstance(found, ImageError) and said in str(found), (name, found)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    assert str(find_image(str(tmp_path), "pipe.png")) == "not a file"
+
+
+def test_a_relative_path_in_a_manifest_of_a_bucket_stays_under_its_prefix():
+    assert locate("s3://b/nights/1", "images/a.png") == "s3://b/nights/1/images/a.png"
+    assert locate("s3://b", "a.png") == "s3://b/a.png"
+    for name in ("../a.png", "images/../../a.png", "/a.png", "./a.png", "images//a.png"):
+        with pytest.raises(ImageError, match="outside the manifest's folder"):
+            locate("s3://b/nights/1", name)
+
+
+def test_images_in_a_bucket_are_read_and_each_trouble_is_its_rows(s3_bucket):
+    from pipeline.store import open_store
+    store = open_store(s3_bucket)
+    store.put("night/a.png", png())
+    store.put("huge.png", bytes(image_file.MAX_BYTES + 1))
+    names = ["a.png", f"{s3_bucket}/night/a.png", f"{s3_bucket}/night/b.png", f"{s3_bucket}/huge.png", "s3://no-such-bucket-here/a.png",
+             "s3://user:secret@b/a.png", "s3://", s3_bucket]
+    found = find_images([(f"{s3_bucket}/night", name) for name in names])
+    assert found[0] == found[1] and found[0].uri == f"{s3_bucket}/night/a.png" and found[0].size == ImageSize(height=40, width=60)
+    for error, said in zip(found[2:], ["no such object", "67,108,865 bytes", "has no bucket no-such-bucket-here",
+                                       *["not s3://BUCKET/KEY"] * 3], strict=True):
+        assert isinstance(error, ImageError) and said in str(error)
+
+
+def test_a_store_that_does_not_answer_is_no_rows_fault(s3_bucket, monkeypatch):
+    from pipeline import images
+    from pipeline.store import StoreError
+    monkeypatch.setattr(images, "stores", {})
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    with pytest.raises(StoreError, match="does not answer"):
+        find_images([(s3_bucket, "a.png")])
+
+
+def test_a_thousand_images_are_read_by_a_few_at_a_time(tmp_path, monkeypatch):
+    from pipeline import images
+    (tmp_path / "a.png").write_bytes(png())
+    running, most = [], []
+
+    def slow(uri):
+        running.append(uri)
+        most.append(len(running))
+        time.sleep(0.001)
+        running.pop()
+        return png()
+
+    monkeypatch.setattr(images, "read_image", slow)
+    assert len(find_images([(str(tmp_path), "a.png")] * 1000)) == 1000
+    assert 1 < max(most) <= images.READERS
+
+
+def test_nothing_of_an_image_is_run_or_opened(tmp_path):
+    """Formats that can name other files or programs are not among those that Pillow is asked to try."""
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\n"
+    with pytest.raises(ImageError, match="not a PNG, JPEG or WebP"):
+        examine(eps)
