@@ -1,6 +1,6 @@
 """SageAttention: dense attention whose logits come from an INT8 product.
 
-Source   SageAttention release, sageattn_qk_int8_pv_fp16_triton: K smoothed, one scale per block of rows, softmax in base 2.
+Source   SageAttention release, sageattn_qk_int8_pv_fp16_triton: smoothed K, a scale per block of rows, softmax in base 2.
 """
 
 from typing import Literal
@@ -18,8 +18,8 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 def int8_attention(q: Tensor, k: Tensor, v: Tensor, *, impl: Impl = "auto") -> Tensor:
     """softmax(q k^T / sqrt(head_dim)) v with q and k - mean(k) rounded to INT8, one scale per 128 or 64 rows of a head.
 
-    q [B, N, heads, head_dim], k and v [B, M, heads, head_dim], any strides with channels adjacent; q and k of one dtype,
-    bf16, fp16 or fp32.  Returns [B, N, heads, head_dim] in v's dtype, in which the weights meet v; sums in fp32.
+    q [B, N, heads, head_dim], k and v [B, M, heads, head_dim], any strides with channels adjacent; q and k of one
+    dtype, bf16, fp16 or fp32.  Returns [B, N, heads, head_dim] in v's dtype, in which the weights meet v; sums in fp32.
     The mean of k over its tokens adds one number to a whole row of logits, which softmax does not see: without it a
     channel that is large for every key would use up the INT8 range. It is rounded to k's dtype, as is the difference.
     No gradient.  Raises ValueError for any other shape or dtype.
@@ -58,7 +58,8 @@ def check(q: Tensor, k: Tensor, v: Tensor) -> None:
     if q.shape[-1] not in HEAD_DIMS:
         raise ValueError(f"head_dim must be one of {HEAD_DIMS}; got {q.shape[-1]}. Pad the channels with zeros")
     if q.dtype != k.dtype or q.dtype not in FLOATS or v.dtype not in FLOATS:
-        raise ValueError(f"q and k must share a dtype, and all be bf16, fp16 or fp32; got {q.dtype}, {k.dtype}, {v.dtype}")
+        raise ValueError("q and k must share a dtype, and all be bf16, fp16 or fp32; "
+                         f"got {q.dtype}, {k.dtype}, {v.dtype}")
     if not q.device == k.device == v.device:
         raise ValueError(f"q, k and v must be on one device; got {q.device}, {k.device}, {v.device}")
     if any(x.stride(-1) != 1 for x in (q, k, v)):

@@ -6,7 +6,7 @@ from torch import Tensor
 
 BLOCK_Q, BLOCK_K = 128, 64                             # rows that share a scale, as released
 LOG2_E = 1.44269504
-EPS = 1e-12                                            # on a scale: a block of zeros is divided by something; no other sees it
+EPS = 1e-12                                            # on a scale: too small for any but that of a block of zeros
 
 
 def int8_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -18,7 +18,8 @@ def int8_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out.transpose(1, 2).to(v.dtype).contiguous()
 
 
-def dequantized_logits(q_int8: Tensor, q_scale: Tensor, block_q: int, k_int8: Tensor, k_scale: Tensor, block_k: int) -> Tensor:
+def dequantized_logits(q_int8: Tensor, q_scale: Tensor, block_q: int,
+                       k_int8: Tensor, k_scale: Tensor, block_k: int) -> Tensor:
     """[B, heads, N, M] in fp32."""
     products = q_int8.float() @ k_int8.float().mT       # exact in fp32: at most 256 * 127^2 < 2^24
     q_scale, k_scale = q_scale.repeat_interleave(block_q, -1), k_scale.repeat_interleave(block_k, -1)
@@ -31,12 +32,12 @@ def smooth(k: Tensor) -> Tensor:
 
 
 def quantize_blocks(x: Tensor, block: int, eps: float, factor: float = 1.0) -> tuple[Tensor, Tensor]:
-    """int8 [B, heads, N, head_dim] and fp32 scales [B, heads, ceil(N / block)] of x [B, N, heads, head_dim]; x * factor = int8 * scale.
+    """x * factor = int8 * scale:  x [B, N, heads, head_dim] -> int8 [B, heads, N, head_dim], fp32 scales [B, heads, blocks].
 
     scale = max|x * factor| / 127 + eps over `block` rows of a head; halves are rounded away from zero, as released.
     """
     rows = F.pad(x.transpose(1, 2).float() * factor, (0, 0, 0, -x.shape[1] % block)).unflatten(2, (-1, block))
     scale = rows.abs().amax((-2, -1)) / 127 + eps
     scaled = rows / scale[..., None, None]
-    rounded = torch.copysign((scaled.abs() + 0.5).floor(), scaled)
-    return rounded.flatten(2, 3)[:, :, :x.shape[1]].to(torch.int8).contiguous(), scale
+    rounded = (scaled + 0.5 * scaled.sign()).to(torch.int8)                     # which cuts the fraction off
+    return rounded.flatten(2, 3)[:, :, :x.shape[1]].contiguous(), scale

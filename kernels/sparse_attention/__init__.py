@@ -18,15 +18,15 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, *, keep_ratio: float, proj
                      int8: bool = False, block_q: int = 128, block_k: int = 64, impl: Impl = "auto") -> Tensor:
     """softmax over the kept blocks of keys, plus proj(linear attention over all keys).
 
-    q [B, N, heads, head_dim], k and v [B, M, heads, head_dim], any strides with channels adjacent; q and k of one dtype,
-    bf16, fp16 or fp32.  Returns [B, N, heads, head_dim] in v's dtype, in which the products are made; sums in fp32.
+    q [B, N, heads, head_dim], k and v [B, M, heads, head_dim], any strides with channels adjacent; q and k of one
+    dtype, bf16, fp16 or fp32.  Returns [B, N, heads, head_dim] in v's dtype, in which the products are made; sums in fp32.
 
-    A block of block_q queries keeps max(1, floor(keep_ratio * blocks)) blocks of block_k keys, those whose mean key, less the
-    mean of all keys, agrees best with the mean query.  keep_ratio in (0, 1]; 1 is dense attention.
+    A block of block_q queries keeps max(1, floor(keep_ratio * blocks)) blocks of block_k keys, those whose mean key,
+    less the mean of all keys, agrees best with the mean query.  keep_ratio in (0, 1]; 1 is dense attention.
     The linear branch has the feature map softmax over channels and sees every key, the kept ones too.
     proj: weight [head_dim, head_dim] and bias [head_dim], one for all heads.  None leaves the linear branch out: what a
     model does that was never tuned for it, since the release starts proj at zero.
-    int8: the logits of the kept blocks as in int8_attention, with scales per block_q and block_k rows (SageSLA).
+    int8: the logits of the kept blocks as in int8_attention, a scale per block_q or block_k rows (SageSLA).
 
     As released, but for: a keep count of 0 (the release then divides 0 by 0) is 1; block means and their agreement stay
     in fp32 where the release rounds to bf16, so near ties may fall otherwise; with int8 the weights meet v in v's dtype,
@@ -39,7 +39,7 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, *, keep_ratio: float, proj
     """
     check(q, k, v)
     if not 0 < keep_ratio <= 1:
-        raise ValueError(f"keep_ratio is the share of key blocks that are kept, above 0 and at most 1; got {keep_ratio}")
+        raise ValueError(f"keep_ratio is the share of key blocks to keep, above 0 and at most 1; got {keep_ratio}")
     if any(block not in (16, 32, 64, 128) for block in (block_q, block_k)):
         raise ValueError(f"block_q and block_k must be 16, 32, 64 or 128 rows; got {block_q} and {block_k}")
     weight, bias = proj or (None, None)

@@ -12,7 +12,7 @@ INT8_EPS = 1e-7                                        # on the scales, as Sparg
 
 def sparse_attention(q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None, bias: Tensor | None, keep_ratio: float,
                      int8: bool, block_q: int, block_k: int) -> Tensor:
-    kept = kept_blocks(pool(q, block_q), pool(k, block_k), k.float().mean(1), keep_ratio)
+    kept = kept_blocks(pool(q, block_q), pool(k, block_k), k.mean(1, dtype=torch.float32), keep_ratio)
     out = attend(q, k, v, kept, int8, block_q, block_k)
     if weight is not None:
         out = out + F.linear(linear_attention(q, k, v), weight.float(), bias.float())
@@ -20,11 +20,12 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None, bia
 
 
 def pool(x: Tensor, block: int) -> Tensor:
-    """Mean of every block of rows, the last over the rows it has.  [B, N, heads, d] -> [B, heads, ceil(N / block), d] in fp32."""
-    rows = F.pad(x.float(), (0, 0, 0, 0, 0, -x.shape[1] % block)).unflatten(1, (-1, block)).sum(2)
-    counts = torch.full((rows.shape[1],), block, device=x.device)
-    counts[-1] -= -x.shape[1] % block
-    return (rows / counts[:, None, None]).transpose(1, 2)
+    """Mean of every block of rows, of the last over the rows it has.  [B, N, heads, d] -> [B, heads, blocks, d] in fp32."""
+    whole = x.shape[1] // block
+    means = [x[:, :whole * block].unflatten(1, (whole, block)).mean(2, dtype=torch.float32)]
+    if x.shape[1] % block:
+        means.append(x[:, whole * block:].mean(1, keepdim=True, dtype=torch.float32))
+    return torch.cat(means, dim=1).transpose(1, 2)
 
 
 def kept_blocks(pooled_q: Tensor, pooled_k: Tensor, mean_k: Tensor, keep_ratio: float) -> Tensor:

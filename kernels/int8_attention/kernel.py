@@ -1,0 +1,113 @@
+"""INT8 attention in Triton: each block of rows of q and k is quantised by one program, each block of queries attended by one.
+
+All addresses are int64, all sums fp32 or int32. Nothing is summed across programs: the result is the same every time.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.int8_attention.reference import BLOCK_K, BLOCK_Q, EPS, LOG2_E
+
+
+def int8_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    batch, queries, heads, head_dim = q.shape
+    keys = k.shape[1]
+    q_int8, q_scale = quantize_blocks(q, BLOCK_Q, EPS, factor=head_dim ** -0.5 * LOG2_E)
+    k_int8, k_scale = quantize_blocks(k, BLOCK_K, EPS, mean=mean_of(k))
+    out = v.new_empty(q.shape)
+    with torch.cuda.device_of(q):
+        _attend[(triton.cdiv(queries, BLOCK_Q), batch * heads)](
+            q_int8, k_int8, v, q_scale, k_scale, out, queries, keys, heads, *v.stride()[:3],
+            HEAD_DIM=head_dim, BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K, num_warps=8, num_stages=stages_of(v))
+    return out
+
+
+def mean_of(k: Tensor) -> Tensor:
+    """[B, heads, head_dim], rounded to k's dtype as released."""
+    return k.mean(1, dtype=torch.float32).to(k.dtype)
+
+
+def quantize_blocks(x: Tensor, block: int, eps: float, factor: float = 1.0, mean: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """reference.quantize_blocks of x, or of x - mean rounded to x's dtype."""
+    batch, rows, heads, head_dim = x.shape
+    blocks = triton.cdiv(rows, block)
+    x_int8 = x.new_empty((batch, heads, rows, head_dim), dtype=torch.int8)
+    scale = x.new_empty((batch, heads, blocks), dtype=torch.float32)
+    with torch.cuda.device_of(x):
+        _quantize[(blocks, batch * heads)](
+            x, x if mean is None else mean, x_int8, scale, rows, heads, *x.stride()[:3], factor, eps,
+            HEAD_DIM=head_dim, BLOCK=block, WITH_MEAN=mean is not None, num_warps=4)
+    return x_int8, scale
+
+
+def stages_of(v: Tensor) -> int:
+    """How many blocks of keys are on their way at once: what fits shared memory, about 99 KB but on data-centre GPUs."""
+    if v.dtype == torch.float32:
+        return 1
+    roomy = v.is_cuda and torch.cuda.get_device_capability(v.device) in ((8, 0), (9, 0), (10, 0))
+    return 3 if roomy else 2
+
+
+@triton.jit
+def _quantize(x, mean, x_int8, scale, rows, heads, stride_b, stride_n, stride_h, factor, eps,
+              HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, WITH_MEAN: tl.constexpr):
+    """One block of rows of one head."""
+    block, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    row = (block * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)[:, None]
+    channel = tl.arange(0, HEAD_DIM)[None, :]
+    real = row < rows
+    values = tl.load(x + head // heads * stride_b + head % heads * stride_h + row * stride_n + channel, mask=real, other=0.0)
+    if WITH_MEAN:
+        centre = tl.load(mean + head * HEAD_DIM + channel)
+        values = (values.to(tl.float32) - centre.to(tl.float32)).to(values.dtype)
+        values = tl.where(real, values, 0.0)
+    values = values.to(tl.float32) * factor
+    divisor = tl.max(tl.max(tl.abs(values), 1), 0) / 127.0 + eps
+    values = tl.div_rn(values, tl.zeros_like(values) + divisor)
+    rounded = (values + tl.where(values >= 0, 0.5, -0.5)).to(tl.int8)           # which cuts the fraction off
+    tl.store(x_int8 + (head * rows + row) * HEAD_DIM + channel, rounded, mask=real)
+    tl.store(scale + head * tl.num_programs(0) + block, divisor)
+
+
+@triton.jit
+def _attend(q, k, v, q_scale, k_scale, out, queries, keys, heads, stride_b, stride_n, stride_h,
+            HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
+    """One block of queries of one head over all its keys.  q, k int8 [B, heads, N or M, d]; strides are those of v."""
+    block, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    row = (block * BLOCK_Q + tl.arange(0, BLOCK_Q)).to(tl.int64)[:, None]
+    channel = tl.arange(0, HEAD_DIM)[None, :]
+    v += head // heads * stride_b + head % heads * stride_h
+    key_blocks = tl.cdiv(keys, BLOCK_K)
+    query = tl.load(q + (head * queries + row) * HEAD_DIM + channel, mask=row < queries, other=0)
+    query_scale = tl.load(q_scale + head * tl.num_programs(0) + block)
+    top, total, mixed = start_softmax(BLOCK_Q, HEAD_DIM)
+    for i in range(key_blocks):
+        key_row = (i * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)
+        real = (key_row < keys)[:, None]
+        key = tl.load(k + (head * keys + key_row[:, None]) * HEAD_DIM + channel, mask=real, other=0)
+        value = tl.load(v + key_row[:, None] * stride_n + channel, mask=real, other=0.0)
+        key_scale = tl.load(k_scale + head * key_blocks + i)
+        logits = tl.dot(query, tl.trans(key)).to(tl.float32) * (query_scale * key_scale)
+        logits = tl.where((key_row < keys)[None, :], logits, -float("inf"))
+        top, total, mixed = softmax_step(logits, value, top, total, mixed)
+    place = (head // heads * queries + row) * heads + head % heads              # of out [B, N, heads]
+    tl.store(out + place * HEAD_DIM + channel, (mixed / total[:, None]).to(out.dtype.element_ty), mask=row < queries)
+
+
+@triton.jit
+def start_softmax(ROWS: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Largest logit, sum of weights and weighted sum of values, per row, before any key."""
+    return (tl.full([ROWS], -float("inf"), tl.float32), tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, HEAD_DIM], tl.float32))
+
+
+@triton.jit
+def softmax_step(logits, value, top, total, mixed):
+    """Take in one block of keys.  logits in base 2, -inf past the last key; every row has one key or more in its block."""
+    new_top = tl.maximum(top, tl.max(logits, 1))
+    weights = tl.exp2(logits - new_top[:, None])
+    shrink = tl.exp2(top - new_top)
+    total = total * shrink + tl.sum(weights, 1)
+    mixed = tl.dot(weights.to(value.dtype), value, mixed * shrink[:, None], input_precision="ieee")
+    return new_top, total, mixed
