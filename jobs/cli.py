@@ -17,7 +17,8 @@ HELP = """Render tonight, look tomorrow: large text-to-video batches, from a man
 or bucket.
 
 Exit codes: 0 every row has a clip; 2 bad usage or bad manifest, nothing was started; 3 finished, some rows failed;
-5 the store or the cluster is not usable; 130 interrupted. After 3, 5 and 130 the same command continues.
+4 stopped early on a deadline or budget; 5 the store or the cluster is not usable, or another driver has the run;
+130 interrupted. After 3, 4, 5 and 130 the same command continues.
 
 \b
 Example:  dailies render examples/prompts.parquet --out out/
@@ -62,6 +63,14 @@ def render_options(
         metavar="N", help="Copies of the diffusion model.  [default: as many as fit]")] = None,
     threads_per_sampler: Annotated[int | None, typer.Option(
         metavar="N", help="CPU threads of each copy.")] = None,
+    until: Annotated[str | None, typer.Option(
+        metavar="HH:MM", help="Begin no clip that would not be done by then: the next such local time, or an ISO date and "
+        "time.")] = None,
+    max_gpu_hours: Annotated[float | None, typer.Option(
+        metavar="X", help="Begin no clip that would need more. Counts every GPU that this command holds, whole, from its "
+        "start to its end; a run on CPUs holds none.")] = None,
+    max_cost: Annotated[float | None, typer.Option(metavar="USD", help="The same in money; needs --price.")] = None,
+    price: Annotated[float | None, typer.Option(metavar="USD", help="Of one GPU hour.")] = None,
     limit: Annotated[int | None, typer.Option(metavar="N", help="Only the first N clips of the plan.")] = None,
     max_attempts: Annotated[int | None, typer.Option(
         metavar="N", help="Tries for a row whose worker died.  [default: 3]")] = None,
@@ -103,7 +112,7 @@ def render(options: dict[str, Any], json: Json = False) -> int:
     Examples:
       dailies render examples/prompts.parquet --out out/
       dailies render s3://b/night.parquet --out s3://b/runs/0412 --model linum-v2-720p --ray auto
-      dailies render --config night.toml --limit 20
+      dailies render --config night.toml --until 07:00 --max-cost 400 --price 2.5
     """
     from jobs.render import render
     from jobs.settings import RenderJob
@@ -140,6 +149,8 @@ def submit(options: dict[str, Any],
         raise typer.BadParameter("submit runs on the cluster at --address; leave --ray out")
     config = options.pop("config")
     job = RenderJob.read(options, config)
+    if job.until is not None:                           # 07:00 here, whatever the cluster's clock shows
+        options["until"] = job.deadline().isoformat(timespec="seconds")
     arguments = ["--config", str(config)] if config else []
     for name, value in options.items():
         flag = name.replace("_", "-")

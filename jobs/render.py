@@ -24,6 +24,7 @@ from jobs.runs import bucket_text, card_named, clip_of
 from jobs.settings import RenderJob, UsageError
 from model.catalog import ModelCard
 from model.weights import fingerprint, locate, weights_files
+from pipeline.budget import Budget
 from pipeline.lease import Lease
 from pipeline.ledger import SUCCESS, Ledger, invalid_row, keys_of, read, row_of, write_success
 from pipeline.manifest import Manifest
@@ -39,23 +40,25 @@ ADOPTERS = 16                                           # published clips asked 
 
 
 def render(job: RenderJob, *, json: bool) -> int:
-    """Plan, render and publish what is not done yet; 0 all done, 3 some rows failed, 130 stopped.
+    """Plan, render and publish what is not done yet; 0 all done, 3 some rows failed, 4 out of budget, 130 stopped.
 
     Nothing is written before everything that can be wrong with the job has been checked.
     Raises UsageError, ManifestError, CheckpointError; StoreError, ClusterError, LeaseError.
     """
     night, show = prepare(job), Display.view_for(json)
+    deadline = job.deadline()
+    budget = Budget(until=deadline and deadline.timestamp(), gpu_hours=job.gpu_hours())
     if night.has_begun and night.store.head(SUCCESS) is not None and not (book := Book(night)).open_clips:
         tell(notes_of(night.plan), show)
-        return finish(night, book, None, json)          # all is done: nothing is written, and no driver disturbed
+        return finish(night, book, None, budget, json)  # all is done: nothing is written, and no driver disturbed
     check_weights(night)
     begin(night)
-    tell(notes_of(night.plan), show)
+    tell(notes_of(night.plan) + limits_of(night, deadline), show)
     with Lease.take(night.store, wait=job.take_over, tell=lambda text: tell([text], show)) as lease:
         with Book(night, lease) as book:                # read now, since the driver before may just have written
             todo, num_clips = book.todo()
-            stop = work(night, book, todo, num_clips, show) if num_clips else None
-        return finish(night, book, stop, json)
+            stop = work(night, book, todo, num_clips, budget, show) if num_clips else None
+        return finish(night, book, stop, budget, json)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,8 +257,8 @@ class Except(Container[str]):
         return item not in self.wanted
 
 
-def work(night: Night, book: Book, todo: Iterator[Request], num_clips: int, view: View) -> Any:
-    """Render until all is done or somebody stops it; returns the Stop."""
+def work(night: Night, book: Book, todo: Iterator[Request], num_clips: int, budget: Budget, view: View) -> Any:
+    """Render until all is done, the budget is used up or somebody stops it; returns the Stop."""
     from pipeline import cluster                        # Ray is wanted only where there is something to do
     job, stop = night.job, cluster.Stop()
     book.lease.on_lost = stop.now
@@ -272,7 +275,8 @@ def work(night: Night, book: Book, todo: Iterator[Request], num_clips: int, view
 
         # in this order: Ray takes SIGTERM for itself when it connects
         with cluster.connect(job.ray), interruptible(stop, display):
-            for outcome in cluster.run(stages, todo, max_attempts=job.max_attempts, on_progress=on_progress, stop=stop):
+            for outcome in cluster.run(stages, todo, max_attempts=job.max_attempts, on_progress=on_progress, stop=stop,
+                                       budget=budget):
                 book.record(outcome)
                 for fallback in outcome.value.fallbacks if isinstance(outcome.value, Clip) else ():
                     display.note(f"clip {outcome.value.request.clip_id[:12]}: {fallback}")
@@ -297,7 +301,7 @@ def interruptible(stop: Any, display: Display) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def finish(night: Night, book: Book, stop: Any, json: bool) -> int:
+def finish(night: Night, book: Book, stop: Any, budget: Budget, json: bool) -> int:
     """Clear up, mark a run that has a row for everything, say what was done, and return the exit code."""
     counts, store = book.counts(), night.store
     if not counts["pending"]:
@@ -305,22 +309,30 @@ def finish(night: Night, book: Book, stop: Any, json: bool) -> int:
         if store.head(SUCCESS) is None:
             write_success(store)
     interrupted = stop is not None and stop.draining and counts["pending"] > 0
-    code = 130 if interrupted else 3 if counts["failed"] else 0
+    out_of_budget = budget.has_stopped and counts["pending"] > 0
+    code = 130 if interrupted else 4 if out_of_budget else 3 if counts["failed"] else 0
+    price = night.job.price
+    cost = {} if price is None else {"cost": round(price * budget.gpu_hours, 2)}
     seconds = time.monotonic() - night.began
     if json:
         print(jsonlib.dumps({"exit_code": code, "out": store.uri, **counts, "clips": night.plan.num_clips,
                              "rendered": book.num_rendered, "adopted": book.num_adopted, "seconds": round(seconds, 3),
+                             "gpu_hours": round(budget.gpu_hours, 4), **cost,
                              "notes": notes_of(night.plan), "failures": book.failures}))
         return code
     print(f"{store.uri}: {counted(counts['done'], 'row')} done, {counts['failed']:,} failed, {counts['pending']:,} "
           f"pending; {counted(book.num_rendered, 'clip')} rendered in {duration_text(seconds)}"
-          + (f", {book.num_adopted:,} found published" if book.num_adopted else ""))
+          + (f", {book.num_adopted:,} found published" if book.num_adopted else "")
+          + (f", {budget.gpu_hours:,.2f} GPU hours held" if budget.gpu_hours else "")
+          + (f", {cost['cost']:,.2f} USD" if cost else ""))
     for failure in book.failures:
         print(printable(f"  {failure['id']}: {failure['error_type']} in {failure['stage']}: {failure['error']}"[:300]))
     if counts["failed"]:
         print(f"Try the failed rows again with: dailies retry {store.uri}, then the same command")
     if interrupted:
         print("Interrupted; the same command continues.")
+    elif out_of_budget:
+        print("Stopped: no further clip would be done within the deadline or budget. The same command continues.")
     return code
 
 
@@ -358,6 +370,18 @@ def notes_of(plan: Plan) -> list[str]:
         notes.append(f"{counted(summary['invalid_rows'], 'invalid row')} set aside as failed:")
         notes += [f"  {complaint}" for complaint in plan.complaints.first()]
         notes += [f"  {count:,} more: {rule}" for count, rule in plan.complaints.rest()]
+    return notes
+
+
+def limits_of(night: Night, deadline: datetime | None) -> list[str]:
+    """What ends this command early, for a person."""
+    job, hours, notes = night.job, night.job.gpu_hours(), []
+    if deadline is not None:
+        notes.append(f"No clip is begun that would not be done by {deadline:%Y-%m-%d %H:%M}")
+    if hours is not None:
+        notes.append(f"No clip is begun that would take more than {hours:,.2f} GPU hours in all" +
+                     ("" if job.max_cost is None else f", {job.price * hours:,.2f} USD") +
+                     ("; but a run on CPUs holds no GPU, so this does not limit it" if night.device == "cpu" else ""))
     return notes
 
 

@@ -3,14 +3,16 @@
 import difflib
 import tomllib
 from collections.abc import Mapping
+from datetime import datetime, time, timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from pipeline.complaints import shown
 
 Count = Annotated[int, Field(ge=1)]
+Amount = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class UsageError(Exception):
@@ -31,7 +33,7 @@ class RenderJob(BaseModel):
 
     # for rows that do not say
     resolution: str | None = None
-    duration: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None      # seconds
+    duration: Amount | None = None                      # seconds
     steps: Count | None = None
     guidance: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
 
@@ -40,12 +42,34 @@ class RenderJob(BaseModel):
     samplers: Count | None = None                       # copies of the diffusion model
     threads_per_sampler: Count | None = None
 
+    # what this command may take; the next one has a budget of its own
+    until: str | None = None                            # 07:00, the next one; or a date and time
+    max_gpu_hours: Amount | None = None                 # of GPUs that are held, each counted whole
+    max_cost: Amount | None = None                      # USD
+    price: Amount | None = None                         # USD per GPU hour
+
     limit: Count | None = None                          # only the first clips of the plan
     max_attempts: Count = 3                             # of one row whose worker died
     skip_invalid: bool = False
     strict: bool = False                                # a fallback is an error
     keep_latents: bool = False
     take_over: bool = False                             # wait whether another driver stays silent, instead of refusing
+
+    @field_validator("until")
+    @classmethod
+    def can_be_a_deadline(cls, said: str | None) -> str | None:
+        if said is not None and ((moment := time_meant(said)) is None or moment < datetime.now().astimezone()):
+            raise ValueError("a time of day such as 07:00, or a date and time to come such as 2026-02-01T07:00")
+        return said
+
+    def deadline(self) -> datetime | None:
+        """In local time; None: there is no hurry."""
+        return None if self.until is None else time_meant(self.until)
+
+    def gpu_hours(self) -> float | None:
+        """The smaller of what may be held and what can be paid."""
+        paid = None if self.max_cost is None else self.max_cost / self.price
+        return min((hours for hours in (self.max_gpu_hours, paid) if hours is not None), default=None)
 
     @classmethod
     def read(cls, flags: Mapping[str, Any], config: Path | None = None) -> Self:
@@ -57,10 +81,28 @@ class RenderJob(BaseModel):
                 raise UsageError(f"{what} is needed: dailies render MANIFEST --out URI" +
                                  (f", or {name} = \"...\" in {config}" if config else ""))
         try:
-            return cls(**(said | given))
+            job = cls(**(said | given))
         except ValidationError as error:
             problems = [problem(detail, set(given), config) for detail in error.errors()]
             raise UsageError("\n".join(problems)) from None
+        if job.max_cost is not None and job.price is None:
+            raise UsageError("--max-cost needs --price, USD per GPU hour" + (f" (price in {config})" if config else ""))
+        return job
+
+
+def time_meant(said: str) -> datetime | None:
+    """The next time that a local clock shows HH:MM, or the moment that an ISO date and time means; None for neither."""
+    now = datetime.now().astimezone()
+    try:
+        wanted = time.fromisoformat(said)
+        day = now.date() + timedelta(days=now.time() >= wanted)
+        return datetime.combine(day, wanted).astimezone()
+    except (ValueError, TypeError):                     # TypeError: a time of day with a zone
+        pass
+    try:
+        return datetime.fromisoformat(said).astimezone() if ":" in said else None
+    except (ValueError, OverflowError, OSError):
+        return None
 
 
 def read_config(path: Path, known: list[str]) -> dict[str, Any]:
@@ -78,7 +120,8 @@ def read_config(path: Path, known: list[str]) -> dict[str, Any]:
             raise UsageError(f"{path}: unknown key {shown(key)}.{suggestion(name, known)} Known: {', '.join(known)}")
         if name in settings:
             raise UsageError(f"{path}: {name} is given twice")
-        settings[name] = value
+        # TOML has times of its own: until = 07:00:00
+        settings[name] = value.isoformat() if isinstance(value, (time, datetime)) else value
     return settings
 
 
@@ -91,7 +134,7 @@ def problem(detail: Mapping[str, Any], flags: set[str], config: Path | None) -> 
     """One pydantic complaint as a sentence that names the flag or the key."""
     name = str(detail["loc"][0])
     where = f"--{name.replace('_', '-')}" if name in flags else f"{config}: {name}"
-    allowed = detail["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+    allowed = detail["msg"].removeprefix("Value error, ").removeprefix("Input should be ").removeprefix("a valid ")
     return f"{where} must be {allowed}; got {shown(detail['input'])}"
 
 

@@ -24,6 +24,7 @@ from ray import exceptions as rex
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.messages import Failure, Request
+from pipeline.budget import Budget
 from pipeline.crew import Alive, Answer, Broken, Call, Copy, Done, Hello
 from pipeline.driver import ClusterError, Driver, Progress, Stop
 from pipeline.placement import Node
@@ -37,17 +38,18 @@ OBJECT_STORE_BYTES = 512 * 2**20    # of a local cluster; what does not fit goes
 
 def run(stages: Sequence[Stage], requests: Iterable[Request], *, max_attempts: int = 3,
         row_timeout_s: float | None = 4 * 3600.0, on_progress: Callable[[Progress], None] | None = None,
-        progress_every_s: float = 0.5, stop: Stop | None = None) -> Iterator[Outcome]:
+        progress_every_s: float = 0.5, stop: Stop | None = None, budget: Budget | None = None) -> Iterator[Outcome]:
     """What `run_local` yields, in any order, from all machines of the connected cluster.
 
     requests: taken as the first stage has room, so there may be any number.  row_timeout_s: of one clip in one stage.
+    budget: what does not fit in it is not begun, and has no outcome.
     All processes are ended when the iterator is exhausted or closed.
     Raises ClusterError when the machines cannot run the stages, StoreError when the store cannot be used.
     """
     if not ray.is_initialized():
         raise ClusterError("no cluster is connected; use `with cluster.connect(address):` around cluster.run")
     driver = Driver(RayCrew(), stages, requests, max_attempts=max_attempts, row_timeout_s=row_timeout_s,
-                    on_progress=on_progress, progress_every_s=progress_every_s, stop=stop)
+                    on_progress=on_progress, progress_every_s=progress_every_s, stop=stop, budget=budget)
     return driver.outcomes()
 
 

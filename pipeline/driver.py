@@ -8,12 +8,14 @@ that only waited there, or whose machine was lost, goes back to its line free of
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 
 from actors.messages import Clip, Failure, Request
 from pipeline import placement
+from pipeline.budget import Budget
 from pipeline.crew import Answer, Broken, Call, Copy, Crew, Done, Hello, Row
 from pipeline.lines import Line, Lines
 from pipeline.placement import Node
@@ -21,6 +23,7 @@ from pipeline.stages import Outcome, Stage, outcome
 from pipeline.store import StoreError
 
 LOOK_S = 2.0                # between two looks at the machines
+COUNT_S = 1.0               # between two counts of the GPUs that are held
 SHUN_S = 10.0               # a machine that was lost gets nothing, though the cluster may still list it
 IDLE_S = 2.0                # after which a process is asked whether it lives before it gets a row
 ANSWER_S = 1.0              # within which the answer to a call that is done has arrived
@@ -70,9 +73,10 @@ class Progress:
 class Driver:
     def __init__(self, crew: Crew, stages: Sequence[Stage], requests: Iterable[Request], *, max_attempts: int = 3,
                  row_timeout_s: float | None = None, on_progress: Callable[[Progress], None] | None = None,
-                 progress_every_s: float = 0.5, stop: Stop | None = None):
+                 progress_every_s: float = 0.5, stop: Stop | None = None, budget: Budget | None = None):
         self.crew, self.max_attempts, self.row_timeout_s = crew, max_attempts, row_timeout_s
         self.on_progress, self.progress_every_s, self.stop = on_progress, progress_every_s, stop or Stop()
+        self.budget = budget or Budget()
         self.stages, self.lines = list(stages), Lines(stages)
         self.requests = iter(requests)
         self.coming: Request | None = None              # the next request: None when there is none
@@ -84,7 +88,7 @@ class Driver:
         self.shunned_until: dict[str, float] = {}       # by node
         self.serials = count(1)
         self.names = count(1)
-        self.look_at = self.tell_at = -math.inf
+        self.look_at = self.tell_at = self.count_at = -math.inf
         self.busy_at = crew.now()                       # when something last ran
         self.changed, self.drained = True, False
 
@@ -98,7 +102,8 @@ class Driver:
                 except placement.NoRoom as error:
                     raise ClusterError(str(error)) from None
             while not self.stop.at_once:
-                if self.stop.draining:
+                self.count_gpus()
+                if self.draining:
                     self.drain()
                 self.fill()
                 self.tend_windows()
@@ -113,13 +118,18 @@ class Driver:
                 for call, answer in self.crew.wait(self.timeout_s()):
                     self.settle(call, answer)
         finally:
+            self.count_gpus(last=True)
             for line in self.lines:
                 for copy in list(line.copies):
                     self.end(copy)
             self.tell(last=True)
 
+    @property
+    def draining(self) -> bool:
+        return self.stop.draining or self.budget.is_over
+
     def finished(self) -> bool:
-        if self.stop.draining:
+        if self.draining:
             working = any(call.kind == "work" for line in self.lines for copy in line.copies for call in copy.calls)
             return not working and not (len(self.lines) > 1 and self.lines[-1].queue)
         return self.lines.held == 0 and self.coming is None
@@ -141,7 +151,11 @@ class Driver:
     def fill(self) -> None:
         """Take requests until the first queue is long enough."""
         first = self.lines[0]
-        while self.coming is not None and not self.stop.draining and self.lines.has_room(first):
+        while self.coming is not None and not self.draining and self.lines.has_room(first):
+            if self.budget.has_limit and not self.budget.fits(self.path_s(first, self.coming), self.crew.now()):
+                self.budget.left_out += 1
+                self.coming = next(self.requests, None)
+                continue
             row = Row(request=self.coming, arrived=self.crew.now())
             self.coming = next(self.requests, None)
             self.lines.add(row)
@@ -159,7 +173,7 @@ class Driver:
     def dispatch(self, line: Line) -> None:
         """One call at work in each copy, and one more waiting there, unless so few rows are left that one would idle."""
         last = line.index == len(self.lines) - 1
-        if not line.queue or self.stop.draining and not (last and line.index):
+        if not line.queue or self.draining and not (last and line.index):
             return
         if not last and line.stage.window is None and not self.lines.has_room(self.lines[line.index + 1]):
             return
@@ -170,7 +184,10 @@ class Driver:
             for copy in ready:
                 if len(copy.calls) >= depth or copy.calls and any(row.alone for row in copy.calls[-1].rows):
                     continue
-                rows = line.take(copy)
+                while (rows := line.take(copy)) and not (last and line.index) and not self.fits(line, copy, rows):
+                    self.budget.left_out += len(rows)
+                    for row in rows:
+                        self.lines.remove(row)
                 if not rows:
                     continue
                 if not copy.calls and self.crew.now() - copy.since > IDLE_S:
@@ -178,9 +195,28 @@ class Driver:
                 line.in_flight += len(rows)
                 self.call(copy, "work", rows, last)
 
+    def fits(self, line: Line, copy: Copy, rows: Sequence[Row]) -> bool:
+        """Whether rows can become clips within the budget if this copy gets them now."""
+        if not self.budget.has_limit:
+            return True
+        request, name, now = rows[0].request, line.stage.name, self.crew.now()
+        seconds = self.path_s(line, request) + (len(rows) - 1) * self.budget.seconds(name, request)
+        if copy.calls and copy.calls[0].rows:
+            head = copy.calls[0]
+            takes_s = len(head.rows) * self.budget.seconds(name, head.rows[0].request)
+            seconds += max(0.0, takes_s - (now - head.began))
+        if line.stage.window is None:                   # what works ahead of a long queue is not judged by its length
+            for later in self.lines.all[line.index + 1:]:
+                seconds += len(later.queue) * (later.seconds or 0.0) / max(1, len(later.ready))
+        return self.budget.fits(seconds, now)
+
+    def path_s(self, line: Line, request: Request) -> float:
+        """Seconds of work on a request from this stage to the last."""
+        return sum(self.budget.seconds(each.stage.name, request) for each in self.lines.all[line.index:])
+
     def unbegun(self, line: Line) -> float:
         """Rows that this stage has still to begin."""
-        return self.lines.unbegun(line) if self.coming is None or self.stop.draining else math.inf
+        return self.lines.unbegun(line) if self.coming is None or self.draining else math.inf
 
     def call(self, copy: Copy, kind: str, rows: Sequence[Row] = (), last: bool = False) -> None:
         call = Call(copy=copy, kind=kind, serial=next(self.serials), rows=list(rows), last=last,
@@ -220,6 +256,7 @@ class Driver:
         spent = sum(answer.report.seconds.values())
         line.seconds = spent if line.seconds is None else 0.9 * line.seconds + 0.1 * spent
         line.store_trouble = 0
+        self.budget.measured(line.stage.name, call.rows[0].request, spent)
         for row, made, value in zip(call.rows, answer.made, call.values or answer.made, strict=True):
             if isinstance(made, Failure):
                 self.charge(row, made, copy)
@@ -323,7 +360,7 @@ class Driver:
         line = self.lines[0]
         if line.stage.window is None:
             return
-        draining, ahead = self.stop.draining, self.lines.ahead(line)
+        draining, ahead = self.draining, self.lines.ahead(line)
         more = self.coming is not None and not draining
         if line.open:
             idle = not (line.in_flight if draining else line.rows)
@@ -346,11 +383,11 @@ class Driver:
         """The most copies of each stage that would have work."""
         limits = {}
         for line in self.lines:
-            if not line.open or self.stop.draining and line is not self.lines[-1]:
+            if not line.open or self.draining and line is not self.lines[-1]:
                 limits[line.stage.name] = 0
             elif self.crew.now() < line.not_before:
                 limits[line.stage.name] = len(line.copies)
-            elif self.coming is not None and not self.stop.draining:
+            elif self.coming is not None and not self.draining:
                 limits[line.stage.name] = 10**9
             else:
                 limits[line.stage.name] = math.ceil((self.unbegun(line) + line.in_flight) / line.stage.batch)
@@ -437,6 +474,21 @@ class Driver:
                 self.crew.start(copy)
                 self.call(copy, "hello")
                 self.call(copy, "load")
+
+    def count_gpus(self, last: bool = False) -> None:
+        """Tell the budget of the GPUs that have a process of ours; each counts whole, because it is paid whole."""
+        now = self.crew.now()
+        if now < self.count_at and not last:
+            return
+        self.count_at = now + COUNT_S
+        shares: dict[str, float] = defaultdict(float)
+        devices: dict[str, set[str]] = defaultdict(set)
+        for copy in self.copies():
+            if copy.state != "planned" and copy.post.gpus:
+                shares[copy.post.node] += copy.post.gpus
+                devices[copy.post.node].update(copy.post.devices)
+        self.budget.spend(sum(max(len(devices[node]), math.ceil(share - placement.EPSILON))
+                              for node, share in shares.items()), now)
 
     def copies(self) -> list[Copy]:
         return [copy for line in self.lines for copy in line.copies]

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from jobs.cli import main
-from jobs.settings import RenderJob
+from jobs.settings import RenderJob, time_meant
 from tiny import TINY
 
 COMMANDS = ["render", "plan", "submit", "status", "verify", "retry", "models", "convert", "bench"]
@@ -63,6 +64,8 @@ def test_help_imports_nothing_heavy():
     (["plan", "m.csv", "--out", "o", "--steps", "0"], "--steps must be greater than or equal to 1; got 0"),
     (["plan", "m.csv", "--out", "o", "--guidance", "nan"], "--guidance must be a finite number; got nan"),
     (["plan", "m.csv", "--out", "o", "--duration", "-1"], "--duration must be greater than 0; got -1.0"),
+    (["plan", "m.csv", "--out", "o", "--until", "7"], "--until must be a time of day such as 07:00"),
+    (["plan", "m.csv", "--out", "o", "--max-gpu-hours", "-1"], "--max-gpu-hours must be greater than 0; got -1.0"),
     (["plan", "m.csv", "--out", "o", "--precision", "int8"], "--precision must be 'fp32' or 'bf16'; got 'int8'"),
     (["plan", "m.csv", "--out", "o", "--model", "dem"], "no model is called 'dem'. Did you mean demo?"),
     (["plan", "m.csv", "--out", "ftp://x"], "--out ftp://x: expected a local folder or s3://bucket/prefix"),
@@ -95,6 +98,40 @@ def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
     assert (job.steps, job.guidance, job.max_attempts, job.skip_invalid, job.model) == (9, 2.0, 5, False, "demo")
 
 
+@pytest.mark.parametrize("now, until, means", [
+    ("2026-01-31 22:10", "07:00", "2026-02-01 07:00"),
+    ("2026-01-31 06:59", "07:00", "2026-01-31 07:00"),
+    ("2026-01-31 07:00", "07:00", "2026-02-01 07:00"),
+    ("2026-01-31 22:10", "2026-02-03T06:30", "2026-02-03 06:30"),
+    ("2026-01-31 22:10", "2026-02-01", None),
+    ("2026-01-31 22:10", "tomorrow", None),
+    ("2026-01-31 22:10", "07:00+01:00", None),
+])
+def test_until_is_the_next_such_time(now, until, means, monkeypatch):
+    class At(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls.fromisoformat(now)
+
+    monkeypatch.setattr("jobs.settings.datetime", At)
+    found = time_meant(until)
+    assert (found and found.strftime("%Y-%m-%d %H:%M")) == means
+
+
+def test_the_smaller_of_gpu_hours_and_money_counts():
+    job = dict(manifest="m.csv", out="o")
+    assert RenderJob(**job).gpu_hours() is None
+    assert RenderJob(**job, max_gpu_hours=3.0).gpu_hours() == 3.0
+    assert RenderJob(**job, max_gpu_hours=3.0, max_cost=5.0, price=2.0).gpu_hours() == 2.5
+    assert RenderJob(**job, max_cost=50.0, price=2.0).gpu_hours() == 25.0
+
+
+def test_a_time_of_day_in_the_file_needs_no_quotes(tmp_path):
+    (tmp_path / "night.toml").write_text('manifest = "m.csv"\nout = "o"\nuntil = 07:00:00\nmax-cost = 10\nprice = 2.5\n')
+    job = RenderJob.read({}, tmp_path / "night.toml")
+    assert (job.deadline().hour, job.gpu_hours()) == (7, 4.0)
+
+
 @pytest.mark.parametrize("text, message", [
     ("stepz = 3", "unknown key 'stepz'. Did you mean steps?"),
     ("steps = 0", "steps must be greater than or equal to 1; got 0"),
@@ -102,7 +139,10 @@ def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
     ("skip_invalid = 1", "skip_invalid must be boolean; got 1"),
     ("max-attempts = 2\nmax_attempts = 3", "max_attempts is given twice"),
     ("[render]\nsteps = 3", "unknown key 'render'"),
-    ("until = '07:00'", "unknown key 'until'"),
+    ("until = '25:00'", "until must be a time of day such as 07:00, or a date and time to come"),
+    ("until = 2020-01-01T07:00:00", "to come such as 2026-02-01T07:00; got '2020-01-01T07:00:00'"),
+    ("max_cost = 3", "--max-cost needs --price"),
+    ("max_gpu_hours = 0", "max_gpu_hours must be greater than 0; got 0"),
     ("steps =", "must be TOML"),
     ("\"\\u001b[31mred\" = 1", r"unknown key '\x1b[31mred'"),
 ])
@@ -119,6 +159,16 @@ def test_a_configuration_file_that_is_not_there_or_no_text_is_said(capsys, tmp_p
     for name, message in (("none.toml", "No such file"), ("bytes.toml", "must be TOML"), (".", "Is a directory")):
         code, _, err = said(capsys, "plan", "m.csv", "--out", "o", "--config", tmp_path / name)
         assert code == 2 and message in err
+
+
+def test_submit_names_a_deadline_with_its_zone(monkeypatch, tmp_path):
+    config = tmp_path / "night.toml"
+    config.write_text('manifest = "m.csv"\nuntil = "07:00"\n')
+    calls = []
+    monkeypatch.setattr("jobs.submit.submit", lambda *arguments: calls.append(arguments) or 0)
+    assert main(["submit", "--config", str(config), "--out", "s3://b/x", "--address", "http://h:1"]) == 0
+    said = calls[0][3][calls[0][3].index("--until") + 1]
+    assert datetime.fromisoformat(said).tzinfo and datetime.fromisoformat(said) == time_meant("07:00")
 
 
 def test_submit_hands_the_options_of_render_on(monkeypatch, tmp_path):

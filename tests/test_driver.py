@@ -5,11 +5,13 @@ import itertools
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 
 from actors.messages import Clip, Failure
 from jobs.bench_pipeline import SHARED, SLEEPS_S, WHOLE, pretend_request, pretend_stages, pretend_value
+from pipeline.budget import Budget
 from pipeline.crew import Alive, Answer, Broken, Call, Copy, Done, Hello
 from pipeline.driver import ClusterError, Driver, Stop
 from pipeline.placement import Node
@@ -322,6 +324,69 @@ def test_a_call_that_never_ends_costs_its_row_an_attempt():
     failed, = [outcome for outcome in outcomes if isinstance(outcome.value, Failure)]
     assert failed.value.request.seed == 5 and "no answer" in failed.value.error and failed.attempts == 3
     assert len(outcomes) == 30
+
+
+def ends(crew: SimulatedCrew, stage: str = "publish") -> list[float]:
+    return [ended for _, ended, _ in crew.worked[stage]]
+
+
+@pytest.mark.parametrize("gpus, batch", [(SHARED, 1), (WHOLE, 1), (WHOLE, 4)])
+def test_no_clip_is_begun_that_would_not_be_published_by_the_deadline(gpus, batch):
+    crew = SimulatedCrew(box(4), SLEEPS_S)
+    budget = Budget(until=40.0, clock=crew.now)
+    _, outcomes = drive(crew, pretend_stages(gpus=gpus, batch=batch), requests(10_000), budget=budget)
+    assert len(outcomes) == len(ends(crew, "sample")) * batch == len(ends(crew)) * batch    # nothing begun in vain
+    assert max(ends(crew)) <= 40.0 and max(ends(crew)) > 40.0 - 2 * batch
+    assert budget.has_stopped
+
+
+def test_a_deadline_that_passes_while_models_load_ends_the_run():
+    crew = SimulatedCrew(box(4), SLEEPS_S, load_s=600.0)
+    budget = Budget(until=30.0, clock=crew.now)
+    assert drive(crew, pretend_stages(gpus=SHARED), requests(100), budget=budget)[1] == []
+    assert crew.clock < 32 and budget.has_stopped
+
+
+@pytest.mark.parametrize("gpus, held", [(WHOLE, 4), (SHARED, 4)])
+def test_gpu_hours_count_every_gpu_that_is_held_from_its_start_to_its_end(gpus, held):
+    crew = SimulatedCrew(box(4), SLEEPS_S)
+    budget = Budget(gpu_hours=100 / 3600)
+    _, outcomes = drive(crew, pretend_stages(gpus=gpus), requests(10_000), budget=budget)
+    assert outcomes and budget.has_stopped
+    assert 85 < 3600 * budget.gpu_hours <= 100
+    assert 3600 * budget.gpu_hours == pytest.approx(held * crew.clock, abs=8)
+
+
+def test_a_night_on_cpus_holds_no_gpu_and_is_not_limited_by_them():
+    crew, budget = SimulatedCrew([Node(id="box", cpus=8)], SLEEPS_S), Budget(gpu_hours=1e-9)
+    assert len(drive(crew, pretend_stages(), requests(50), budget=budget)[1]) == 50
+    assert budget.gpu_hours == 0.0 and not budget.has_stopped
+
+
+def test_when_a_long_clip_no_longer_fits_shorter_ones_are_still_made():
+    crew = SimulatedCrew(box(1), SLEEPS_S)
+    plain = crew.answer
+
+    def answer(call: Call) -> Answer:                   # a frame takes 0.1 s of sampling
+        done = plain(call)
+        if call.kind == "work" and call.copy.stage.name == "sample":
+            return replace(done, report=replace(done.report, seconds={"sample": 0.1 * call.rows[0].request.shape.frames}))
+        return done
+
+    crew.answer = answer
+    budget = Budget(until=30.0, clock=crew.now)
+    first = [pretend_request(number, frames=5) for number in range(10)]
+    long = [pretend_request(100 + number, frames=301) for number in range(20)]
+    last = [pretend_request(200 + number, frames=5) for number in range(10)]
+    _, outcomes = drive(crew, pretend_stages(gpus=SHARED), iter([*first, *long, *last]), budget=budget)
+    assert sorted(outcome.value.request.seed for outcome in outcomes) == [*range(10), *range(200, 210)]
+    assert budget.left_out == 20                        # judged by their frames: none of them was ever measured
+
+
+def test_a_budget_that_is_not_reached_changes_nothing():
+    crew, budget = SimulatedCrew(box(4), SLEEPS_S), Budget(until=10**6, gpu_hours=10**6, clock=lambda: 0.0)
+    assert len(drive(crew, pretend_stages(gpus=SHARED), requests(200), budget=budget)[1]) == 200
+    assert not budget.has_stopped and budget.left_out == 0
 
 
 def test_draining_publishes_what_is_being_sampled_and_begins_nothing():

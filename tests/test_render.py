@@ -13,6 +13,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import contextmanager, nullcontext
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -428,6 +429,22 @@ def test_control_c_finishes_what_was_begun_and_the_same_command_continues(tmp_pa
     code, answer = render(capsys, manifest, out)
     assert code == 0 and answer["rendered"] == 20 - done
     assert_whole(out, 20, 20)
+
+
+def test_a_run_that_reaches_its_deadline_ends_with_4_and_the_next_night_continues(tmp_path, capsys, request):
+    rows = [{"prompt": f"fox {number}", "frames": 5} for number in range(8)]
+    manifest, out = write_manifest(tmp_path / "night.jsonl", rows), tmp_path / "out"
+    until = (datetime.now() + timedelta(seconds=2)).isoformat()        # Ray and the models take longer to start
+    code = main(["render", str(manifest), "--out", str(out), "--model", "tiny", "--until", until, "--max-cost", "1",
+                 "--price", "2", "--device", "cpu"])
+    captured = capsys.readouterr()
+    assert code == 4 and "0 rows done, 0 failed, 8 pending" in captured.out and "The same command continues" in captured.out
+    assert "No clip is begun that would not be done by" in captured.err and "0.50 GPU hours" in captured.err
+    assert "a run on CPUs holds no GPU" in captured.err and not (out / "_SUCCESS.json").exists()
+    request.getfixturevalue("one_process")
+    code, answer = render(capsys, manifest, out, "--until", "03:00")
+    assert code == 0 and answer["rendered"] == 8 and answer["gpu_hours"] == 0
+    assert_whole(out, 8, 8)
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
