@@ -36,6 +36,7 @@ from pipeline.text_to_video import text_to_video
 
 PACKAGES = ("dailies", "torch", "transformers", "ray", "av", "pyarrow")      # whose versions run.json tells
 SHOWN_FAILURES = 20
+MANY_IMAGES = 1000                                      # take longer than a person waits without a word
 ADOPTERS = 16                                           # published clips asked for their hash at a time
 
 
@@ -80,7 +81,7 @@ class Night:
         """What decides which clips this run has: a run folder holds one such run."""
         plan = self.plan
         images = {"images_digest": plan.images_digest} if plan.images_digest else {}
-        return images | {"manifest_digest": plan.manifest.digest, "model": plan.card.name,
+        return {"manifest_digest": plan.manifest.digest, **images, "model": plan.card.name,
                 "weights_fingerprint": plan.weights_fingerprint, "precision": plan.precision,
                 "attention": plan.attention, **plan.defaults.model_dump()}
 
@@ -105,6 +106,8 @@ def prepare(job: RenderJob) -> Night:
     precision = job.precision or before or card.precision_on(job.device or device_of(job.ray))
     if precision not in card.precisions:
         raise UsageError(f"--precision must be {' or '.join(card.precisions)} for {card.name}; got {precision}")
+    if card.takes_image and manifest.table.num_rows >= MANY_IMAGES:
+        print(f"reading the images of {counted(manifest.table.num_rows, 'row')}", file=sys.stderr, flush=True)
     plan = Plan.make(manifest, card, defaults, weights_fingerprint=fingerprint(weights_files(card, weights)),
                      precision=precision, skip_invalid=job.skip_invalid)
     if job.strict and plan.roundings:

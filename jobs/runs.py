@@ -226,7 +226,7 @@ def models(name: str | None, weights: str | None, *, json: bool) -> int:
 def describe(card: ModelCard, weights: str | None) -> dict[str, Any]:
     """A card for JSON: what a row gets when it does not say, what it may ask for, where the weights are."""
     return {
-        "name": card.name, "description": card.description, "fps": card.fps,
+        "name": card.name, "description": card.description, "fps": card.fps, "takes_image": card.takes_image,
         "defaults": {"resolution": card.resolution, "duration_s": card.duration_s, "steps": card.num_steps,
                      "guidance": card.guidance, "negative_prompt": card.negative_prompt},
         "resolutions": {name: f"{width}x{height}" for name, (height, width) in card.resolutions.items()},
@@ -263,6 +263,8 @@ def print_model(model: dict[str, Any]) -> None:
     print(f"  defaults    {', '.join(f'{name} {value}' for name, value in defaults.items() if value != '')}")
     print(f"  sizes       {sizes}; WIDTHxHEIGHT in steps of {limits['side_step']} from {limits['min_side']}, "
           f"at most {limits['max_pixels']:,} pixels")
+    if model["takes_image"]:
+        print("  image       every row needs one; a named size is an area in the image's aspect, to WIDTHxHEIGHT it is cropped")
     print(f"  length      1 to {limits['max_duration_s']:g} s at {model['fps']:g} frames per second")
     print(f"  precision   {', '.join(model['precisions'])}")
     if memory:
