@@ -78,6 +78,13 @@ def int8_linear(x: Tensor | Quantized, weight: Quantized, bias: Tensor | None = 
     return torch.ops.dailies.int8_linear(values, scales, *weight, bias, gelu, gate, residual, dtype, impl)
 
 
+def has_int8_products(device: torch.device | str) -> bool:
+    """Whether 8-bit products are fast there: a GPU from Ampere on, a CPU with VNNI. Elsewhere dequantise a weight once, instead."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.cpu._is_vnni_supported()
+
+
 def chosen(impl: Impl, x: Tensor) -> str:
     """Of a quantiser: the kernel on a GPU, torch on a CPU."""
     if impl == "auto":

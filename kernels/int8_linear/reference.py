@@ -14,7 +14,8 @@ SMALLEST = 1e-8                                        # of an amax: nothing is 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.float()
     amax = x.abs().amax(-1).clamp_min(SMALLEST)
-    return (x * (127 / amax)[..., None]).round_().to(torch.int8), amax / 127
+    inverse = torch.full_like(amax, 127) / amax        # 127 / amax would be 127 * reciprocal(amax), rounded twice
+    return (x * inverse[..., None]).round_().to(torch.int8), amax / 127
 
 
 def quantize_blocks(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,6 +50,11 @@ def int8_linear(x: Tensor, x_scales: Tensor | None, weight: Tensor, weight_scale
             y = y + product.to(torch.int32)
     if not blocks:
         y = y.float() * (x_scales[..., None] * weight_scales)
+    return epilogue(y, bias, gelu, gate, residual, dtype)
+
+
+def epilogue(y: Tensor, bias: Tensor | None, gelu: bool, gate: Tensor | None, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """What follows the product y, in fp32, up to the one rounding."""
     if bias is not None:
         y = y + bias.float()
     if gelu:

@@ -1,0 +1,69 @@
+"""Shapes for tests and benchmarks: those that are rendered, and awkward ones, with what may fill them."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FILLS = ("normal", "constant rows", "large mean", "outlier channel", "zero tiles")
+
+
+def fill(kind: str, shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
+    """Activations [..., N, D], of one seed the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator)
+    if kind == "constant rows":                        # of whole numbers, so that their mean is exact and their norm is zero
+        x = x[..., :1].mul(8).round().expand(shape).clone()
+    elif kind == "large mean":                         # shows lanes beyond the row that count in the variance
+        x += 100
+    elif kind == "outlier channel":
+        x[..., 3] *= 100
+    elif kind == "zero tiles":
+        x[..., :128, :128] = 0
+        x[..., -1, :] = 0
+    return x.to(dtype=dtype, device=device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """Activations [batch, tokens, width] of a model with so many heads."""
+
+    batch: int = 1
+    tokens: int
+    width: int
+    heads: int
+
+    def __str__(self) -> str:
+        return f"{self.batch}x{self.tokens}x{self.width}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """A linear layer [batch, tokens, inputs] -> outputs; gelu or gated (onto a residual) says what follows it in the model."""
+
+    batch: int = 1
+    tokens: int
+    inputs: int
+    outputs: int
+    gelu: bool = False
+    gated: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.batch}x{self.tokens}x{self.inputs}->{self.outputs}" + " gelu" * self.gelu + " gated" * self.gated
+
+
+# small enough for Triton's interpreter; 128 is the tile: below one, one row over, and widths that are no multiples
+AWKWARD_TOKENS = [
+    Tokens(tokens=5, width=64, heads=1), Tokens(tokens=129, width=192, heads=2), Tokens(batch=2, tokens=70, width=200, heads=2),
+    Tokens(tokens=1, width=1536, heads=12)]
+AWKWARD_LAYERS = [
+    Layer(tokens=5, inputs=64, outputs=56), Layer(tokens=129, inputs=256, outputs=264, gelu=True),
+    Layer(batch=2, tokens=130, inputs=200, outputs=136, gated=True), Layer(tokens=1, inputs=384, outputs=128, gelu=True, gated=True)]
+
+# tokens of 81 frames: 480p of Wan 1.3B, 720p of Wan 14B; and 2,340 for two CPU cores (832 x 480, 5 frames of latent at half the sides)
+RENDERED_TOKENS = [Tokens(tokens=32760, width=1536, heads=12), Tokens(tokens=75600, width=5120, heads=40)]
+RENDERED_LAYERS = [
+    *(Layer(tokens=32760, inputs=i, outputs=o, gelu=o > i, gated=o <= i) for i, o in ((1536, 1536), (1536, 8960), (8960, 1536))),
+    *(Layer(tokens=75600, inputs=i, outputs=o, gelu=o > i, gated=o <= i) for i, o in ((5120, 5120), (5120, 13824), (13824, 5120)))]
+CPU_TOKENS = Tokens(tokens=2340, width=1536, heads=12)
+CPU_LAYERS = [Layer(tokens=2340, inputs=i, outputs=o, gelu=o > i, gated=o <= i) for i, o in ((1536, 1536), (1536, 8960), (8960, 1536))]
