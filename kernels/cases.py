@@ -60,10 +60,41 @@ AWKWARD_LAYERS = [
     Layer(tokens=5, inputs=64, outputs=56), Layer(tokens=129, inputs=256, outputs=264, gelu=True),
     Layer(batch=2, tokens=130, inputs=200, outputs=136, gated=True), Layer(tokens=1, inputs=384, outputs=128, gelu=True, gated=True)]
 
-# tokens of 81 frames: 480p of Wan 1.3B, 720p of Wan 14B; and 2,340 for two CPU cores (832 x 480, 5 frames of latent at half the sides)
+# tokens of 81 frames: 480p of Wan 1.3B, 720p of Wan 14B; and 2,340 for two CPU cores (416 x 240, 21 frames)
 RENDERED_TOKENS = [Tokens(tokens=32760, width=1536, heads=12), Tokens(tokens=75600, width=5120, heads=40)]
 RENDERED_LAYERS = [
     *(Layer(tokens=32760, inputs=i, outputs=o, gelu=o > i, gated=o <= i) for i, o in ((1536, 1536), (1536, 8960), (8960, 1536))),
     *(Layer(tokens=75600, inputs=i, outputs=o, gelu=o > i, gated=o <= i) for i, o in ((5120, 5120), (5120, 13824), (13824, 5120)))]
 CPU_TOKENS = Tokens(tokens=2340, width=1536, heads=12)
 CPU_LAYERS = [Layer(tokens=2340, inputs=i, outputs=o, gelu=o > i, gated=o <= i) for i, o in ((1536, 1536), (1536, 8960), (8960, 1536))]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attention:
+    """queries [batch, queries, heads, head_dim] and keys [batch, keys, heads, head_dim]."""
+
+    batch: int = 1
+    queries: int
+    keys: int
+    heads: int
+    head_dim: int
+
+    def __str__(self) -> str:
+        return f"{self.batch}x{self.queries}x{self.keys} {self.heads}x{self.head_dim}"
+
+    def inputs(self, kind: str, seed: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v with `kind` in the keys; zeros in the queries too."""
+        def rows(kind: str, count: int, seed: int) -> Tensor:
+            x = fill(kind, (self.batch, count, self.heads * self.head_dim), seed, dtype, device)
+            return x.unflatten(-1, (self.heads, self.head_dim))
+        return (rows(kind if kind == "zero tiles" else "normal", self.queries, seed), rows(kind, self.keys, seed + 1),
+                rows("normal", self.keys, seed + 2))
+
+
+# blocks are of 64 or 128 rows: fewer rows than one, a last block of one row, other keys than queries
+AWKWARD_ATTENTION = [
+    Attention(queries=5, keys=5, heads=1, head_dim=64), Attention(queries=129, keys=129, heads=2, head_dim=64),
+    Attention(batch=2, queries=70, keys=193, heads=1, head_dim=128), Attention(queries=200, keys=200, heads=1, head_dim=128)]
+RENDERED_ATTENTION = [Attention(queries=32760, keys=32760, heads=12, head_dim=128),
+                      Attention(queries=75600, keys=75600, heads=40, head_dim=128)]
+CPU_ATTENTION = Attention(queries=2340, keys=2340, heads=12, head_dim=128)
