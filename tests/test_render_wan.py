@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from contextlib import nullcontext
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,14 @@ from PIL import Image
 
 from actors.clip_writer import read_clip
 from image_files import BROKEN, deep_grey, encoded, jpeg, palette, pixels, png, see_through
+from jobs.bench_pipeline import SHARED, pretend_stages
 from jobs.cli import main
 from model.catalog import CATALOG
 from pipeline import cluster, ledger, stages
+from pipeline.manifest import Manifest
+from pipeline.plan import Plan
 from pipeline.store import open_store
+from test_driver import SimulatedCrew, box, drive
 from wan_tiny import CARDS, WAN_TINY, write_weights
 
 PROGRAM = [sys.executable, str(Path(__file__).parent / "wan_tiny.py")]
@@ -168,6 +173,19 @@ def test_an_image_that_changes_under_a_run_is_its_rows_failure_and_another_run_a
     capsys.readouterr()
     monkeypatch.setattr(stages, "run_local", run_local)
     assert render(capsys, path, tmp_path / "out", "wan-tiny-i2v", tmp_path / "weights")[1]["done"] == 3
+
+
+def test_rows_are_ordered_and_batched_so_that_experts_change_rarely(tmp_path):
+    """The plan and the driver on a simulated GPU; a batch is one turn of each expert (test_wan_actors.py)."""
+    rows = [{"prompt": f"prompt {number}", "resolution": ("480p", "720p")[number % 2], "steps": 40 - number // 2 % 2} for number in range(160)]
+    card = CATALOG["wan2.2-t2v-a14b"]
+    plan = Plan.make(Manifest.read(str(manifest(tmp_path, rows))), card, weights_fingerprint="w" * 64, precision="bf16")
+    crew = SimulatedCrew(box(1), {"encode": 1.0, "sample": 600.0, "publish": 20.0})
+    drive(crew, pretend_stages(gpus=SHARED, batch=card.clips_per_turn), plan.requests())
+    batches = [[row.request.bucket for row in call.rows] for _, _, call in crew.worked["sample"]]
+    assert sum(map(len, batches)) == 160 and all(len(set(batch)) == 1 for batch in batches)
+    assert len(batches) <= 160 / card.clips_per_turn + 4    # the first ones are not waited for, and each bucket has a last
+    assert sum(one[0] != other[0] for one, other in pairwise(batches)) == 3
 
 
 def test_the_plan_of_a_model_of_images_tells_them_and_their_shapes(in_process, tmp_path, capsys):
