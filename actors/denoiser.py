@@ -45,7 +45,7 @@ class Denoiser:
     """
 
     def __init__(self, card: ModelCard, weights: Path, device: str = "cpu", *, precision: str | None = None,
-                 threads: int = 1, noise: Callable[..., Tensor] = noise):
+                 attention: str | None = None, threads: int = 1, noise: Callable[..., Tensor] = noise):
         """threads: torch's, for the whole process; fixed, since the last bits of a result may depend on it.
         noise: where a clip starts, and what is put back on its way.
 
@@ -53,11 +53,12 @@ class Denoiser:
         """
         torch.set_num_threads(threads)
         self.card, self.device, self.noise = card, device, noise
-        self.precision = precision or card.precision_on(device)
+        self.precision, self.attention = precision or card.precision_on(device), attention or card.attentions[0]
+        self.fallbacks = card.fallbacks(weights, device, self.precision)
         self.load(weights)
 
     def load(self, weights: Path) -> None:
-        self.dit = self.card.dit(weights, self.device, self.precision)
+        self.dit = self.card.dit(weights, self.device, self.precision, self.attention)
 
     @torch.inference_mode()
     def __call__(self, batch: list[Embedding]) -> list[Latent]:
@@ -74,8 +75,12 @@ class Denoiser:
         if broken:
             raise NonFiniteLatent(f"sampling ended in NaN or infinity for {', '.join(broken)}; try another seed, "
                                   f"a lower guidance than {requests[0].guidance:g}, or precision fp32")
-        return [Latent(request=embedding.request, streams=(latent.clone(),), fallbacks=embedding.fallbacks)
-                for embedding, latent in made]
+        return [Latent(request=embedding.request, streams=(latent.clone(),),
+                       fallbacks=embedding.fallbacks + self.notes(embedding.request)) for embedding, latent in made]
+
+    def notes(self, request: Request) -> tuple[str, ...]:
+        """What is done here instead of what the request asks for."""
+        return self.fallbacks
 
     def sample(self, batch: list[Embedding], start: Tensor) -> Tensor:
         """From noise to latents, [B, C, T, H, W] fp32."""
@@ -118,9 +123,8 @@ class Denoiser:
         for request in requests:
             if request.bucket != first.bucket:
                 raise ValueError(f"a batch must be of one bucket; got {first.bucket} and {request.bucket}")
-            asked = (request.model, request.precision, request.attention)
-            if asked not in [(self.card.name, self.precision, attention) for attention in self.card.attentions]:
-                raise ValueError(f"this actor runs {self.card.name} in {self.precision} with "
-                                 f"{' or '.join(self.card.attentions)} attention; clip {request.clip_id} asks for "
+            if (request.model, request.precision, request.attention) != (self.card.name, self.precision, self.attention):
+                raise ValueError(f"this actor runs {self.card.name} in {self.precision} with {self.attention} attention; "
+                                 f"clip {request.clip_id} asks for "
                                  f"{request.model} in {request.precision} with {request.attention}. "
                                  "Plan and actors must be made from the same settings")

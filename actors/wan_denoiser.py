@@ -23,11 +23,13 @@ class WanDenoiser(Denoiser):
     """
 
     def load(self, weights: Path) -> None:
-        first = self.card.dit(weights, self.device, self.precision)
+        first = self.card.dit(weights, self.device, self.precision, self.attention)
         self.experts, self.running = [first], 0
         for expert in range(1, self.card.num_experts):
-            home = self.device if self.fits_twice(first) else "cpu"
-            self.experts.append(self.card.dit(weights, home, self.precision, expert=expert))
+            if not self.fits_twice(first):              # each is made where it will run: what is made of it depends on that
+                first.to("cpu")
+                self.running = expert
+            self.experts.append(self.card.dit(weights, self.device, self.precision, self.attention, expert=expert))
 
     def fits_twice(self, dit: WanDiT) -> bool:
         """Whether a second one leaves the room that sampling takes."""
@@ -73,8 +75,11 @@ class WanDenoiser(Denoiser):
 
     def contexts(self, dit: WanDiT, embedding: Embedding) -> tuple[Context, Context]:
         """Of the prompt and of the negative prompt; both see the same picture."""
+        return self.context(dit, embedding, embedding.prompt), self.context(dit, embedding, embedding.negative)
+
+    def context(self, dit: WanDiT, embedding: Embedding, text: tuple[Tensor, ...]) -> Context:
         rows = [embedding.image[1].to(self.device)] if len(embedding.image) > 1 else None
-        return tuple(dit.embed([text[0].to(self.device)], rows) for text in (embedding.prompt, embedding.negative))
+        return dit.embed([text[0].to(self.device)], rows)
 
     def condition(self, embedding: Embedding) -> Tensor | None:
         """[1, C, T, H, W]: the picture's mask and latent, which the model sees beside its own; None without a picture."""
@@ -85,4 +90,4 @@ class WanDenoiser(Denoiser):
 
 
 def num_bytes(dit: WanDiT) -> int:
-    return sum(parameter.numel() * parameter.itemsize for parameter in dit.parameters())
+    return sum(tensor.numel() * tensor.itemsize for tensor in (*dit.parameters(), *dit.buffers()))

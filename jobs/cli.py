@@ -56,7 +56,11 @@ def render_options(
     guidance: Annotated[float | None, typer.Option(
         metavar="X", help="For rows that do not say.  [default: the model's]")] = None,
     precision: Annotated[str | None, typer.Option(
-        metavar="fp32|bf16", help="[default: bf16 on a GPU, fp32 on a CPU]")] = None,
+        metavar="fp32|bf16|int8", help="int8: the transformer's linear layers, the rest bf16.  "
+        "[default: bf16 on a GPU, fp32 on a CPU, int8 of INT8 weights]")] = None,
+    attention: Annotated[str | None, typer.Option(
+        metavar="dense|sage|sparse", help="sage: INT8 logits; sparse: the best blocks of keys alone.  "
+        "[default: the model's; dense, but for models tuned for sparse]")] = None,
     batch: Annotated[int | None, typer.Option(
         metavar="N", help="Clips sampled at once; above 1 the last bits may differ.  [default: 1]")] = None,
     samplers: Annotated[int | None, typer.Option(
@@ -216,6 +220,8 @@ def models(name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="On
 def convert(source: Annotated[str, typer.Argument(metavar="SRC", help="A published repository's folder, or one file of it.")],
             model: Annotated[str, typer.Option(metavar="NAME", help="See `dailies models`.")],
             to: Annotated[str, typer.Option(metavar="URI", help="Where the safetensors go: a folder or s3://.")],
+            precision: Annotated[str | None, typer.Option(
+                metavar="int8", help="Make the transformer's layers INT8: half the bytes to load.  [default: as published]")] = None,
             json: Json = False) -> int:
     """Published weights (.pth, read with weights_only, or .safetensors) to checked safetensors that render can load.
 
@@ -223,7 +229,7 @@ def convert(source: Annotated[str, typer.Argument(metavar="SRC", help="A publish
     Example:  dailies convert Wan2.1-T2V-1.3B/ --model wan2.1-t2v-1.3b --to s3://b/weights/wan2.1-t2v-1.3b
     """
     from jobs.convert import convert
-    return convert(source, model, to, json=json)
+    return convert(source, model, to, precision=precision, json=json)
 
 
 @app.command()

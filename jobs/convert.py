@@ -1,7 +1,7 @@
 """Published weights, pickles among them, to checked safetensors in a layout that the catalogue loads.
 
 A pickle is read with weights_only, so nothing in it can run. Every tensor keeps its name and its bits, but for CLIP's,
-whose query, key and value come apart. Nothing is published before names, shapes and kinds have been checked.
+whose query, key and value come apart, and for those that are to become INT8. Nothing is published before names, shapes and kinds have been checked.
 """
 
 import json as jsonlib
@@ -18,12 +18,13 @@ from torch import Tensor
 
 from jobs.render import card_named
 from jobs.settings import UsageError
-from model import checkpoint, keys
+from kernels.int8_linear import quantize_rows
+from model import checkpoint, keys, turbo
 from model.card import Layout, ModelCard
 from model.catalog import LinumCard
 from model.clip import from_open_clip
 from model.text import new_encoder
-from model.weights import INDEX, PICKLES, CheckpointError, first_line, listed
+from model.weights import INDEX, PICKLES, CheckpointError, first_line, is_file, listed
 from pipeline.store import Store, bring, open_store
 
 SHARD_BYTES = 4_000_000_000                             # a bucket takes 5 GB in one request
@@ -40,8 +41,13 @@ class Part:
     source: Path
 
 
-def convert(source: str, model: str, to: str, *, json: bool) -> int:
-    """Convert a folder, or one file of it.  Raises UsageError, CheckpointError, StoreError."""
+def convert(source: str, model: str, to: str, *, precision: str | None = None, json: bool) -> int:
+    """Convert a folder, or one file of it.  Raises UsageError, CheckpointError, StoreError.
+
+    precision: int8 makes the transformer's layers INT8, about half the bytes of bf16; None leaves them.
+    """
+    if precision not in (None, "int8"):
+        raise UsageError(f"--precision must be int8, or not given to leave the weights as they are; got {precision}")
     card, store = card_named(model), open_store(to)
     path = bring(source, Path(tempfile.gettempdir()) / "dailies-convert") if "://" in source else Path(source).expanduser()
     layout, parts = found_parts(card, path)
@@ -50,6 +56,8 @@ def convert(source: str, model: str, to: str, *, json: bool) -> int:
         tensors = dict(read(part.source))
         if part.kind == "image_encoder":
             tensors = split_clip(card, tensors, part.source)
+        if part.kind == "dit" and precision == "int8":
+            tensors = quantized(card, tensors, part.source)
         with tempfile.TemporaryDirectory(prefix=".dailies-convert-", dir=room_beside(store)) as folder:
             files = write(Path(folder), part.target, tensors)
             check(card, part, Path(folder))
@@ -85,18 +93,21 @@ def found_parts(card: ModelCard, path: Path) -> tuple[Layout, list[Part]]:
 
 def one_part(card: ModelCard, path: Path) -> tuple[Layout, list[Part]]:
     """A single file: known by its name, or else by the names of its tensors."""
-    layout = card.layouts[-1]                           # the original one; it is what single files come from
-    options = [Part(kind=kind, place=place, target=target, source=path) for kind, place, target in wanted(layout)]
     stem = path.name.removesuffix(path.suffix)
-    named = [part for part in options
-             if PurePosixPath(part.target).stem == stem and PurePosixPath(part.target).parent.name in ("", path.parent.name)]
-    if len(named) != 1:
-        names = [name for name, _ in read(path)]
-        named = [part for part in options if any(not table.unknown(names) for table in tables_of(card, part.kind))]
-    if len(named) != 1:
-        raise UsageError(f"{path} is " + ("none" if not named else "one of several") + f" of the parts of {card.name}: "
-                         f"{listed(part.target for part in named or options)}. Name the folder that it belongs to")
-    return layout, named
+    # the original layouts first: they are what single files come from
+    layouts = sorted(card.layouts, key=lambda layout: not is_file(layout.text_encoder))
+    options = [[Part(kind=kind, place=place, target=target, source=path) for kind, place, target in wanted(layout)] for layout in layouts]
+    for layout, parts in zip(layouts, options, strict=True):
+        named = [part for part in parts if PurePosixPath(part.target).stem == stem
+                 and PurePosixPath(part.target).parent.name in ("", path.parent.name)]
+        if len(named) == 1:
+            return layout, named
+    names = [name for name, _ in read(path)]
+    known = [part for part in options[0] if any(not table.unknown(names) for table in tables_of(card, part.kind))]
+    if len(known) != 1:
+        raise UsageError(f"{path} is " + ("none" if not known else "one of several") + f" of the parts of {card.name}: "
+                         f"{listed(part.target for part in known or options[0])}. Name the folder that it belongs to")
+    return layouts[0], known
 
 
 def wanted(layout: Layout) -> Iterator[tuple[str, int, str]]:
@@ -150,6 +161,24 @@ def split_clip(card: ModelCard, tensors: Mapping[str, Tensor], path: Path) -> di
     return {keys.CLIP_VISION.released(name): tensor for name, tensor in ours.items()}
 
 
+def quantized(card: ModelCard, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """With the weights of the blocks' linear layers in INT8, a scale per row: the names are those of model/turbo.py."""
+    with torch.device("meta"):
+        wanted = {f"{place}.weight" for place, _ in turbo.linears_of_blocks(card.new_dit())}
+    table = min(card.dit_tables, key=lambda table: len(table.unknown(tensors)))
+    made: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if table.ours(name) in wanted:
+            layer = name.removesuffix("weight")
+            made[f"{layer}int8_weight"], made[f"{layer}scale"] = quantize_rows(tensor.float())
+        else:
+            made[name] = tensor
+    if len(made) != len(tensors) + len(wanted):
+        raise CheckpointError(f"{path}: {len(made) - len(tensors)} of the {len(wanted)} layers to be INT8 have a weight; "
+                              "are they INT8 already? Then leave --precision out")
+    return made
+
+
 def write(folder: Path, target: str, tensors: Mapping[str, Tensor]) -> dict[str, Path]:
     """The tensors as one file, or as shards with their index; what was written, by its name below the output.
 
@@ -185,6 +214,9 @@ def check(card: ModelCard, part: Part, folder: Path) -> None:
     """That the model which the card describes can be loaded from what was written.  Raises CheckpointError."""
     path = folder / part.target
     path = path if path.is_file() else folder / (part.target + INDEX)
+    if part.kind == "dit":
+        card.dit_from(path, "meta", "int8" if turbo.scheme_of(checkpoint.stored_tensors(path)) else "fp32")
+        return
     if part.kind == "text_encoder":
         config = part.source.with_name("config.json")
         said = jsonlib.loads(config.read_text()) if config.is_file() else getattr(card, "text_encoder_fields", {})
@@ -198,21 +230,19 @@ def check(card: ModelCard, part: Part, folder: Path) -> None:
 
 def described(card: ModelCard, kind: str) -> torch.nn.Module:
     from model.clip import ClipVision
-    from model.linum import LinumDiT
-    from model.wan import WanDiT
     from model.wan_vae import WanVAE
     with torch.device("meta"):
-        if kind == "dit":
-            return (LinumDiT if isinstance(card, LinumCard) else WanDiT)(card.dit_config)
         return WanVAE(card.vae_config) if kind == "vae" else ClipVision(card.clip_config)
 
 
 def tables_of(card: ModelCard, kind: str) -> tuple[keys.KeyTable, ...]:
+    if kind == "dit":
+        return card.dit_tables
     if kind == "vae":
         return keys.WAN_VAE, keys.WAN_VAE_DIFFUSERS
     if isinstance(card, LinumCard):
-        return (keys.LINUM,) if kind == "dit" else (keys.T5,)
-    return {"dit": (keys.WAN, keys.WAN_DIFFUSERS, keys.WAN_REPACKED), "text_encoder": (keys.UMT5, keys.UMT5_WAN),
+        return keys.T5,
+    return {"text_encoder": (keys.UMT5, keys.UMT5_WAN),
             "image_encoder": (keys.CLIP_VISION, keys.CLIP_ORIGINAL)}[kind]
 
 

@@ -50,11 +50,11 @@ def render(job: RenderJob, *, json: bool) -> int:
     deadline = job.deadline()
     budget = Budget(until=deadline and deadline.timestamp(), gpu_hours=job.gpu_hours())
     if night.has_begun and night.store.head(SUCCESS) is not None and not (book := Book(night)).open_clips:
-        tell(notes_of(night.plan), show)
+        tell(notes_of(night), show)
         return finish(night, book, None, budget, json)  # all is done: nothing is written, and no driver disturbed
     check_weights(night)
     begin(night)
-    tell(notes_of(night.plan) + limits_of(night, deadline), show)
+    tell(notes_of(night) + limits_of(night, deadline), show)
     with Lease.take(night.store, wait=job.take_over, tell=lambda text: tell([text], show)) as lease:
         with Book(night, lease) as book:                # read now, since the driver before may just have written
             todo, num_clips = book.todo()
@@ -70,6 +70,7 @@ class Night:
     card: ModelCard
     store: Store
     plan: Plan
+    fallbacks: tuple[str, ...]                          # of every clip, as far as they are known before
     has_begun: bool                                     # the folder holds this run already
     began: float                                        # monotonic
 
@@ -102,18 +103,23 @@ def prepare(job: RenderJob) -> Night:
     except ValueError as error:
         raise UsageError(f"{error}. This is the default for rows that do not say") from None
     found = read_run(store)
-    before = found["identity"].get("precision") if found else None      # a run keeps it, wherever it is continued
-    precision = job.precision or before or card.precision_on(job.device or device_of(job.ray))
-    if precision not in card.precisions:
-        raise UsageError(f"--precision must be {' or '.join(card.precisions)} for {card.name}; got {precision}")
+    before = found["identity"] if found else {}         # a run keeps its own, wherever it is continued
+    device = job.device or device_of(job.ray)
+    precision = job.precision or before.get("precision") or card.precision_in(weights, device)
+    attention = job.attention or before.get("attention") or card.attentions[0]
+    for name, value, allowed in (("precision", precision, card.precisions), ("attention", attention, card.attentions)):
+        if value not in allowed:
+            raise UsageError(f"--{name} must be {' or '.join(allowed)} for {card.name}; got {value}")
+    # of a cluster's machines it is known when they are at work
+    fallbacks = card.fallbacks(weights, device, precision) if job.ray == "local" else ()
     if card.takes_image and manifest.table.num_rows >= MANY_IMAGES:
         print(f"reading the images of {counted(manifest.table.num_rows, 'row')}", file=sys.stderr, flush=True)
     plan = Plan.make(manifest, card, defaults, weights_fingerprint=fingerprint(weights_files(card, weights)),
-                     precision=precision, skip_invalid=job.skip_invalid)
-    if job.strict and plan.roundings:
-        said = "; ".join(f"{counted(rows, 'row')}: {note}" for note, rows in plan.roundings[:10])
+                     precision=precision, attention=attention, skip_invalid=job.skip_invalid)
+    if job.strict and (fallbacks or plan.roundings):
+        said = "; ".join([*fallbacks, *(f"{counted(rows, 'row')}: {note}" for note, rows in plan.roundings[:10])])
         raise UsageError(f"--strict, and not every row can be rendered as asked: {said}")
-    night = Night(job=job, card=card, store=store, plan=plan, has_begun=found is not None, began=began)
+    night = Night(job=job, card=card, store=store, plan=plan, fallbacks=fallbacks, has_begun=found is not None, began=began)
     if found is not None:
         check_run(store, found, night.identity())
     return night
@@ -269,7 +275,7 @@ def work(night: Night, book: Book, todo: Iterator[Request], num_clips: int, budg
     if weights and "://" not in weights:                # the processes that read it may run in another folder
         weights = str(Path(weights).expanduser().absolute())
     stages = text_to_video(night.card, weights, night.store, device=night.device, precision=night.plan.precision,
-                           batch=job.batch, samplers=job.samplers, threads=job.threads_per_sampler or 1,
+                           attention=night.plan.attention, strict=job.strict, batch=job.batch, samplers=job.samplers, threads=job.threads_per_sampler or 1,
                            keep_latents=job.keep_latents)
     with Display(total=num_clips, view=view) as display:
         def on_progress(progress: cluster.Progress) -> None:
@@ -321,7 +327,7 @@ def finish(night: Night, book: Book, stop: Any, budget: Budget, json: bool) -> i
         print(jsonlib.dumps({"exit_code": code, "out": store.uri, **counts, "clips": night.plan.num_clips,
                              "rendered": book.num_rendered, "adopted": book.num_adopted, "seconds": round(seconds, 3),
                              "gpu_hours": round(budget.gpu_hours, 4), **cost,
-                             "notes": notes_of(night.plan), "failures": book.failures}))
+                             "notes": notes_of(night), "failures": book.failures}))
         return code
     print(f"{store.uri}: {counted(counts['done'], 'row')} done, {counts['failed']:,} failed, {counts['pending']:,} "
           f"pending; {counted(book.num_rendered, 'clip')} rendered in {duration_text(seconds)}"
@@ -359,10 +365,14 @@ def tell(notes: list[str], view: View) -> None:
             print(printable(note), file=sys.stderr)
 
 
-def notes_of(plan: Plan) -> list[str]:
-    """What will not be quite as the manifest says, for a person."""
-    summary = plan.summary()
-    notes = [f"{counted(said['rows'], 'row')}: {said['note']}" for said in summary["roundings"]]
+def notes_of(night: Night) -> list[str]:
+    """What will not be quite as asked, for a person."""
+    plan, summary = night.plan, night.plan.summary()
+    notes = list(night.fallbacks)
+    if plan.attention == "sparse" and not plan.card.tuned_for_sparse:
+        notes.append(f"{plan.card.name} was not tuned for sparse attention: each block of tokens sees the {plan.card.keep_ratio:.0%} "
+                     "of the others that agree with it best, and nothing makes up for the rest")
+    notes += [f"{counted(said['rows'], 'row')}: {said['note']}" for said in summary["roundings"]]
     if summary["more_roundings"]:
         notes.append(f"and {summary['more_roundings']:,} more kinds of rounding")
     if summary["duplicates"]:
@@ -406,6 +416,6 @@ def show_plan(job: RenderJob, *, json: bool) -> int:
         print(f"{bucket['clips']:>9,} x {bucket_text(bucket)}")
     if summary["more_buckets"]:
         print(f"          and {summary['more_buckets']:,} more buckets")
-    for note in notes_of(night.plan):
+    for note in notes_of(night):
         print(printable(note))
     return 0

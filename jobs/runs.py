@@ -217,9 +217,10 @@ def models(name: str | None, weights: str | None, *, json: bool) -> int:
     elif name:
         print_model(found[0])
     else:
+        width = max(len(model["name"]) for model in found)
         for model in found:
             state = "weights found" if model["weights"]["complete"] else "weights missing"
-            print(f"{model['name']:<16} {state:<16} {model['description']}")
+            print(f"{model['name']:<{width}}  {state:<15}  {model['description']}")
     return 0
 
 
@@ -234,6 +235,8 @@ def describe(card: ModelCard, weights: str | None) -> dict[str, Any]:
                    "max_duration_s": card.max_duration_s,
                    "max_steps": card.max_steps, "max_guidance": card.max_guidance},
         "precisions": list(card.precisions), "attentions": list(card.attentions),
+        "keep_ratio": card.keep_ratio, "tuned_for_sparse": card.tuned_for_sparse,
+        "sources": {repository: list(files) for repository, files in card.sources.items()},
         "memory_gb": dict(card.memory_gb), "weights": look_for_weights(card, weights),
     }
 
@@ -248,7 +251,8 @@ def look_for_weights(card: ModelCard, weights: str | None) -> dict[str, Any]:
             layout = card.layouts[0]
             needs = [part if part.endswith(".safetensors") else f"{part}/" for part in (*layout.parts, layout.tokenizer)]
             return {"complete": False, "folder": None, "missing": needs,
-                    "problem": f"not in the Hugging Face cache; the first render fetches {card.repo_id}"}
+                    "problem": f"not in the Hugging Face cache; the first render fetches {card.repo_id}" if card.repo_id
+                    else str(error).removeprefix(f"{card.name}: ")}
         missing = missing_files(card, near) if near.is_dir() else []
         return {"complete": False, "folder": str(near), "missing": missing, "problem": str(error)}
     num_bytes = sum(path.stat().st_size for path in weights_files(card, folder).values())
@@ -267,6 +271,8 @@ def print_model(model: dict[str, Any]) -> None:
         print("  image       every row needs one; a named size is an area in the image's aspect, to WIDTHxHEIGHT it is cropped")
     print(f"  length      1 to {limits['max_duration_s']:g} s at {model['fps']:g} frames per second")
     print(f"  precision   {', '.join(model['precisions'])}")
+    print(f"  attention   {', '.join(model['attentions'])}; sparse keeps {model['keep_ratio']:.0%} of the blocks of keys"
+          + (", which this model was tuned for" if model["tuned_for_sparse"] else ", which this model was not tuned for"))
     if memory:
         print(f"  GPU memory  {memory}")
     if weights["complete"]:

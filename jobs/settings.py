@@ -37,7 +37,8 @@ class RenderJob(BaseModel):
     steps: Count | None = None
     guidance: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
 
-    precision: Literal["fp32", "bf16"] | None = None
+    precision: Literal["fp32", "bf16", "int8"] | None = None
+    attention: Literal["dense", "sage", "sparse"] | None = None
     batch: Count = 1                                    # clips sampled at once, of one shape and course
     samplers: Count | None = None                       # copies of the diffusion model
     threads_per_sampler: Count | None = None

@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Any
 from model.shapes import LatentGrid, VideoShape
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
+    from model.checkpoint import StoredTensor
+    from model.keys import KeyTable
     from model.text import T5TextEncoder
+    from model.turbo import Sparsity
     from model.wan_vae import WanVAE, WanVAEConfig
 
 
@@ -39,6 +42,7 @@ class ModelCard:
 
     # where the weights are, under a folder in one of the layouts
     repo_id: str | None = None                          # on the Hugging Face hub
+    sources: Mapping[str, tuple[str, ...]] = field(default_factory=dict)   # else: repositories to convert, and their files
     folder: Path | None = None                          # weights that come with dailies
 
     # what a row may ask for, and what it gets when it does not say
@@ -49,6 +53,7 @@ class ModelCard:
     num_steps: int = 50
     guidance: float
     negative_prompt: str = ""
+    negative_unused: str = ""                           # what a row is told that gives one to a model which has no use for it
     takes_image: bool = False                           # every row needs one, which becomes the first frame
     min_side: int = 128                                 # pixels
     side_step: int = 8                                  # sides are multiples of it
@@ -57,8 +62,13 @@ class ModelCard:
     max_duration_s: float = 5.0
     max_steps: int = 1000
     max_guidance: float = 100.0
-    precisions: tuple[str, ...] = ("bf16", "fp32")
-    attentions: tuple[str, ...] = ("dense",)
+    precisions: tuple[str, ...] = ("bf16", "fp32", "int8")
+    attentions: tuple[str, ...] = ("dense", "sage", "sparse")      # the first is what runs when nobody says
+
+    # of sparse attention
+    keep_ratio: float = 0.25                            # share of the key blocks that a block of queries attends to
+    sparse_blocks: tuple[int, int] = (128, 64)          # tokens of a block of queries and of keys
+    tuned_for_sparse: bool = False                      # the weights know it, and have a projection of its linear branch
 
     clips_per_turn: int = 1                             # sampled together, where that changes no bit and saves work
     decode_chunk: int | None = 1                        # latent steps decoded at a time; None is the whole clip
@@ -96,6 +106,44 @@ class ModelCard:
                                keys.WAN_VAE, keys.WAN_VAE_DIFFUSERS, name=self.name, device=device,
                                precision=precision or self.precision_on(device))
         return channels_last(vae) if device.startswith("cpu") else vae
+
+    @property
+    def dit_tables(self) -> tuple["KeyTable", ...]:
+        """The names that a transformer's tensors may have in a file."""
+        raise NotImplementedError
+
+    def new_dit(self) -> "nn.Module":
+        """A transformer as it is described, with whatever weights torch gives it."""
+        raise NotImplementedError
+
+    def dit_from(self, path: Path, device: str, precision: str | None = None, attention: str | None = None) -> "nn.Module":
+        """A transformer, loaded from this file (or index of shards), refitted, in eval mode.  Raises CheckpointError."""
+        from model import turbo
+        return turbo.build(self.new_dit, path, *self.dit_tables, name=self.name, device=device,
+                           precision=precision or self.precision_on(device), attention=attention or self.attentions[0],
+                           sparsity=self.sparsity)
+
+    @property
+    def sparsity(self) -> "Sparsity":
+        from model.turbo import Sparsity
+        return Sparsity(keep_ratio=self.keep_ratio, block_q=self.sparse_blocks[0], block_k=self.sparse_blocks[1],
+                        tuned=self.tuned_for_sparse)
+
+    def precision_in(self, weights: Path, device: str) -> str:
+        """What runs when nobody says: as precision_on, but INT8 layers stay INT8.  Raises CheckpointError."""
+        from model import turbo
+        return "int8" if turbo.scheme_of(self.dit_tensors(weights)) else self.precision_on(device)
+
+    def fallbacks(self, weights: Path, device: str, precision: str) -> tuple[str, ...]:
+        """What the transformer does here instead of what is asked for, known from its files.  Raises CheckpointError."""
+        from model import turbo
+        return turbo.fallbacks(self.dit_tensors(weights), device, precision)
+
+    def dit_tensors(self, weights: Path) -> Mapping[str, "StoredTensor"]:
+        """What the file of the (first) transformer says it holds."""
+        from model import checkpoint
+        from model.weights import layout_in, stored_at
+        return checkpoint.stored_tensors(stored_at(weights, layout_in(self, weights).dits[0]))
 
     def latent_statistics(self, weights: Path) -> tuple["Tensor", "Tensor"]:
         """scale and bias, each [C] fp32: normalised latent = latent * scale + bias.  Raises CheckpointError."""

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from model.clip import ClipVision, ClipVisionConfig
+    from model.keys import KeyTable
     from model.linum import LinumConfig, LinumDiT
     from model.text import T5TextEncoder, UMT5TextEncoder
     from model.wan import WanConfig, WanDiT
@@ -60,12 +61,18 @@ class LinumCard(ModelCard):
                              name=self.name, precision=precision or self.precision_on(device),
                              max_tokens=self.dit_config.text_len, width=self.dit_config.text_dim)
 
-    def dit(self, weights: Path, device: str, precision: str | None = None) -> "LinumDiT":
+    def dit(self, weights: Path, device: str, precision: str | None = None, attention: str | None = None) -> "LinumDiT":
         """The diffusion transformer, loaded, in eval mode.  Raises CheckpointError."""
-        from model import checkpoint, keys
+        return self.dit_from(weights / self.dit_file, device, precision, attention)
+
+    def new_dit(self) -> "LinumDiT":
         from model.linum import LinumDiT
-        return checkpoint.build(lambda: LinumDiT(self.dit_config), weights / self.dit_file, keys.LINUM,
-                                name=self.name, device=device, precision=precision or self.precision_on(device))
+        return LinumDiT(self.dit_config)
+
+    @property
+    def dit_tables(self) -> tuple["KeyTable", ...]:
+        from model import keys
+        return keys.LINUM,
 
     def latent_statistics(self, weights: Path) -> tuple["Tensor", "Tensor"]:
         """scale and bias, each [C] fp32: normalised latent = latent * scale + bias.  Raises CheckpointError."""
@@ -141,10 +148,15 @@ class WanCard(ModelCard):
         return ClipVisionConfig(**(self.clip_fields or {}))
 
     @property
+    def dit_tables(self) -> tuple["KeyTable", ...]:
+        from model import keys
+        return keys.WAN, keys.WAN_DIFFUSERS, keys.WAN_REPACKED
+
+    @property
     def num_experts(self) -> int:
         return 1 if self.boundary is None else 2
 
-    def expert_at(self, timestep: int) -> int:
+    def expert_at(self, timestep: float) -> int:
         """Which expert runs: 0, the only one or that for high noise, or 1."""
         return 0 if self.boundary is None or timestep >= self.boundary else 1
 
@@ -169,14 +181,15 @@ class WanCard(ModelCard):
                                precision=precision or self.precision_on(device), max_tokens=self.dit_config.text_len,
                                width=self.dit_config.text_dim, config=None if encoder.is_dir() else self.text_encoder_fields)
 
-    def dit(self, weights: Path, device: str, precision: str | None = None, expert: int = 0) -> "WanDiT":
+    def dit(self, weights: Path, device: str, precision: str | None = None, attention: str | None = None,
+            expert: int = 0) -> "WanDiT":
         """A diffusion transformer, loaded, in eval mode; 0 is the only one or that for high noise.  Raises CheckpointError."""
-        from model import checkpoint, keys
-        from model.wan import WanDiT
         from model.weights import layout_in, stored_at
-        return checkpoint.build(lambda: WanDiT(self.dit_config), stored_at(weights, layout_in(self, weights).dits[expert]),
-                                keys.WAN, keys.WAN_DIFFUSERS, keys.WAN_REPACKED, name=self.name, device=device,
-                                precision=precision or self.precision_on(device))
+        return self.dit_from(stored_at(weights, layout_in(self, weights).dits[expert]), device, precision, attention)
+
+    def new_dit(self) -> "WanDiT":
+        from model.wan import WanDiT
+        return WanDiT(self.dit_config)
 
     def image_encoder(self, weights: Path, device: str, precision: str | None = None) -> "ClipVision":
         """CLIP's picture tower, loaded, for the models that attend to it.  Raises CheckpointError."""
@@ -196,6 +209,40 @@ class WanCard(ModelCard):
         import torch
         std = torch.tensor(self.latent_std, dtype=torch.float64)
         return (1 / std).float(), (-torch.tensor(self.latent_mean, dtype=torch.float64) / std).float()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TurboCard(WanCard):
+    """A Wan model that TurboDiffusion distilled to a few steps without guidance and tuned for sparse attention.
+
+    Its transformers alone were published; text encoder, tokenizer and VAE are those of Wan 2.1.
+    """
+
+    release: str                                        # of the file, {} standing for high or low where there are two
+    num_steps: int = 4
+    max_steps: int = 4
+    guidance: float = 0.0                               # distilled in: there is none to choose
+    max_guidance: float = 0.0
+    negative_prompt: str = ""
+    negative_unused: str = "negative prompt not used: guidance is distilled into this model"
+    sigma_max: float = 80.0                             # noise to signal where the first step begins
+    attentions: tuple[str, ...] = ("sparse", "sage")
+    keep_ratio: float = 0.1
+    tuned_for_sparse: bool = True
+
+    @property
+    def layouts(self) -> tuple[Layout, ...]:
+        """The released file or the -quant one, beside the parts of Wan in either of its layouts."""
+        two = self.boundary is not None
+        diffusers, original = super().layouts
+        names = [self.release.format(expert) for expert in ("high", "low")[:1 + two]]
+        return tuple(replace(base, dits=tuple(f"{name}{quant}.safetensors" for name in names))
+                     for base in (original, diffusers) for quant in ("", "-quant"))
+
+    @property
+    def dit_tables(self) -> tuple["KeyTable", ...]:
+        from model import keys
+        return keys.TURBO_WAN, keys.TURBO_WAN_TRAINED
 
 
 LINUM_V2_360P = LinumCard(
@@ -305,5 +352,61 @@ WAN22_I2V_A14B = replace(
     memory_gb={"encode": 22, "sample": 42, "publish": 16},
 )
 
+
+
+def turbo_sources(repository: str, *files: str) -> dict[str, tuple[str, ...]]:
+    """Where the transformers of a turbo model are published, and where the rest of it."""
+    return {f"TurboDiffusion/{repository}": files,
+            "Wan-AI/Wan2.1-T2V-1.3B": ("Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl/")}
+
+
+TURBO_WAN21_T2V_1_3B = TurboCard(
+    name="turbo-wan2.1-t2v-1.3b-480p",
+    description="Wan 2.1 1.3B by TurboDiffusion: 1 to 4 steps, sparse attention, text to video at 832x480, up to 5 s",
+    release="TurboWan2.1-T2V-1.3B-480P",
+    sources=turbo_sources("TurboWan2.1-T2V-1.3B-480P", "TurboWan2.1-T2V-1.3B-480P.pth or -quant.pth"),
+    resolutions={"480p": (480, 832)},
+    resolution="480p",
+    max_pixels=480 * 832,
+    memory_gb=WAN21_T2V_1_3B.memory_gb,
+)
+
+TURBO_WAN21_T2V_14B_480P = replace(
+    TURBO_WAN21_T2V_1_3B,
+    name="turbo-wan2.1-t2v-14b-480p",
+    description="Wan 2.1 14B by TurboDiffusion: 1 to 4 steps, sparse attention, text to video at 832x480, up to 5 s",
+    release="TurboWan2.1-T2V-14B-480P",
+    sources=turbo_sources("TurboWan2.1-T2V-14B-480P", "TurboWan2.1-T2V-14B-480P.pth or -quant.pth"),
+    dit_fields=WAN_14B,
+    memory_gb=WAN21_T2V_14B.memory_gb,
+)
+
+TURBO_WAN21_T2V_14B_720P = replace(
+    TURBO_WAN21_T2V_14B_480P,
+    name="turbo-wan2.1-t2v-14b-720p",
+    description="Wan 2.1 14B by TurboDiffusion: 1 to 4 steps, sparse attention, text to video at 1280x720, up to 5 s",
+    release="TurboWan2.1-T2V-14B-720P",
+    sources=turbo_sources("TurboWan2.1-T2V-14B-720P", "TurboWan2.1-T2V-14B-720P.pth or -quant.pth"),
+    resolutions=WAN_SIZES,
+    resolution="720p",
+    max_pixels=720 * 1280,
+)
+
+TURBO_WAN22_I2V_A14B = replace(
+    TURBO_WAN21_T2V_14B_720P,
+    name="turbo-wan2.2-i2v-a14b-720p",
+    description="Wan 2.2 A14B by TurboDiffusion: 1 to 4 steps, sparse attention, image to video at 1280x720, up to 5 s",
+    release="TurboWan2.2-I2V-A14B-{}-720P",
+    sources=turbo_sources("TurboWan2.2-I2V-A14B-720P", "TurboWan2.2-I2V-A14B-high-720P.pth or -quant.pth",
+                          "TurboWan2.2-I2V-A14B-low-720P.pth or -quant.pth"),
+    takes_image=True,
+    sigma_max=200.0,
+    boundary=900,
+    clips_per_turn=4,
+    dit_fields=WAN22_I2V_A14B.dit_fields,
+    memory_gb=WAN22_I2V_A14B.memory_gb,
+)
+
 CATALOG: dict[str, ModelCard] = {card.name: card for card in (
-    DEMO, LINUM_V2_360P, LINUM_V2_720P, WAN21_T2V_1_3B, WAN21_T2V_14B, WAN21_I2V_14B, WAN22_T2V_A14B, WAN22_I2V_A14B)}
+    DEMO, LINUM_V2_360P, LINUM_V2_720P, WAN21_T2V_1_3B, WAN21_T2V_14B, WAN21_I2V_14B, WAN22_T2V_A14B, WAN22_I2V_A14B,
+    TURBO_WAN21_T2V_1_3B, TURBO_WAN21_T2V_14B_480P, TURBO_WAN21_T2V_14B_720P, TURBO_WAN22_I2V_A14B)}

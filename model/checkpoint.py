@@ -5,6 +5,7 @@ Also the byte form in which tensors are kept between stages (`pack`, `unpack`).
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,44 +42,55 @@ class StoredTensor:
     shape: tuple[int, ...]
 
 
-def build(make: Callable[[], Model], path: Path, *tables: KeyTable, name: str, device: str, precision: str) -> Model:
+def build(make: Callable[[], Model], path: Path, *tables: KeyTable, name: str, device: str, precision: str,
+          settle: Callable[[str, nn.Module], nn.Module] | None = None) -> Model:
     """The model that `make` describes, with weights from `path`, on `device`, in eval mode without gradients.
 
-    It is described on the meta device, so the weights are the only copy. precision: fp32, or bf16 for the linear and
-    convolution weights alone: gains and modulation stay fp32, and with them the residual stream.
-    tables: the layouts the file may have. name: of the model, for messages.
+    It is described on the meta device, so the weights are the only copy. precision: fp32, or bf16 (or int8, of which the
+    rest is bf16) for the linear and convolution weights alone: gains and modulation stay fp32, and with them the residual
+    stream.
+    tables: the layouts the file may have. name: of the model, for messages. settle: see load.
     Raises CheckpointError, before any weight is read when names, shapes or dtypes do not fit.
     """
     with torch.device("meta"):
         model = make()
     dtypes = {}
     for prefix, module in model.named_modules():
-        low = precision == "bf16" and takes_low_precision(module)
+        low = precision != "fp32" and takes_low_precision(module)
         for leaf, _ in module.named_parameters(prefix=prefix, recurse=False):
             dtypes[leaf] = torch.bfloat16 if low else torch.float32
-    load(model, path, *tables, name=name, device=device, dtypes=dtypes)
+    load(model, path, *tables, name=name, device=device, dtypes=dtypes, settle=settle)
     return model.requires_grad_(False).eval()
 
 
 def load(model: nn.Module, path: Path, *tables: KeyTable, name: str, device: str,
-         dtypes: Mapping[str, torch.dtype] | torch.dtype = torch.float32) -> None:
+         dtypes: Mapping[str, torch.dtype] | torch.dtype = torch.float32,
+         settle: Callable[[str, nn.Module], nn.Module] | None = None) -> None:
     """Replace every parameter and buffer of `model` (meta tensors, usually) by what is stored.
 
-    dtypes: one for all, or by name, fp32 where none is named.
+    dtypes: one for all floating ones, or by name, fp32 where none is named.
+    settle: given a module's name and the module as soon as its own tensors are all there, returns what takes its place:
+    so that a model can become smaller while it is loaded.
     Raises CheckpointError for tensors missing, unexpected, or of another shape or kind.
     """
     stored = stored_tensors(path)
     table = min(tables, key=lambda t: len(t.unknown(stored)))
     wanted = dict(model.named_parameters()) | dict(model.named_buffers())
-    found = match(stored, {key: tuple(tensor.shape) for key, tensor in wanted.items()}, table, f"{name}: {path}")
+    found = match(stored, wanted, table, f"{name}: {path}")
+    left = Counter(key.rpartition(".")[0] for key in wanted)
     for key, tensor in views({key: found[key] for key in wanted}):
         dtype = dtypes if isinstance(dtypes, torch.dtype) else dtypes.get(key, torch.float32)
+        if not wanted[key].is_floating_point():
+            dtype = wanted[key].dtype
         owner, _, leaf = key.rpartition(".")
-        place(model.get_submodule(owner), leaf, tensor.to(device, dtype, copy=True))
+        module = model.get_submodule(owner)
+        place(module, leaf, tensor.to(device, dtype, copy=True).reshape(wanted[key].shape))
+        left[owner] -= 1
+        if settle is not None and not left[owner] and (settled := settle(owner, module)) is not module:
+            model.set_submodule(owner, settled)
 
 
-def match(stored: Mapping[str, StoredTensor], wanted: Mapping[str, tuple[int, ...]], table: KeyTable,
-          where: str) -> dict[str, StoredTensor]:
+def match(stored: Mapping[str, StoredTensor], wanted: Mapping[str, Tensor], table: KeyTable, where: str) -> dict[str, StoredTensor]:
     """Stored tensors by our names.  Raises CheckpointError unless they are exactly the wanted ones."""
     found: dict[str, StoredTensor] = {}
     for released, tensor in stored.items():
@@ -93,14 +105,20 @@ def match(stored: Mapping[str, StoredTensor], wanted: Mapping[str, tuple[int, ..
         raise CheckpointError(f"{where}: {count(missing)} missing: {listed(missing)}{also}. {next_step}")
     if unexpected:
         raise CheckpointError(f"{where}: {count(unexpected)} unexpected: {listed(unexpected)}. {next_step}")
-    misshapen = [f"{tensor.name} must be {list(wanted[key])}, got {list(tensor.shape)}"
-                 for key, tensor in found.items() if tensor.shape != wanted[key]]
+    def shape(key: str, stored: StoredTensor) -> tuple[int, ...]:
+        rows, *others = wanted[key].shape or (1,)
+        return (rows, math.prod(others)) if stored.name in table.flat else tuple(wanted[key].shape)
+
+    misshapen = [f"{tensor.name} must be {list(shape(key, tensor))}, got {list(tensor.shape)}"
+                 for key, tensor in found.items() if tensor.shape != shape(key, tensor)]
     if misshapen:
         raise CheckpointError(f"{where}: {count(misshapen)} of another shape: {listed(misshapen)}. "
                               "Is it another model's file?")
-    foreign = [f"{tensor.name} ({tensor.dtype})" for tensor in found.values() if tensor.dtype not in FLOATS]
-    if foreign:
-        raise CheckpointError(f"{where}: {count(foreign)} that must be floating point: {listed(foreign)}")
+    for kind, dtypes in (("floating point", FLOATS), ("int8", {torch.int8})):
+        foreign = [f"{found[key].name} ({found[key].dtype})" for key, tensor in wanted.items()
+                   if tensor.dtype in dtypes and found[key].dtype not in dtypes]
+        if foreign:
+            raise CheckpointError(f"{where}: {count(foreign)} that must be {kind}: {listed(foreign)}")
     return found
 
 

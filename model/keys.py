@@ -13,6 +13,7 @@ class KeyTable:
     name: str                                           # of the table, for messages
     rules: Mapping[str, str]                            # start of a released name -> start of our name
     dropped: Mapping[str, str] = field(default_factory=dict)   # start of a released name -> why it is not loaded
+    flat: tuple[str, ...] = ()                          # released names of weights stored as [rows, all other axes in one]
 
     def ours(self, released: str) -> str | None:
         """Our name, or None where no rule fits."""
@@ -31,7 +32,8 @@ class KeyTable:
     def prefixed(self, prefix: str) -> "KeyTable":
         """The table of the same release, repacked with something in front of every name."""
         return KeyTable(name=self.name, rules={prefix + old: new for old, new in self.rules.items()},
-                        dropped={prefix + old: why for old, why in self.dropped.items()})
+                        dropped={prefix + old: why for old, why in self.dropped.items()},
+                        flat=tuple(prefix + name for name in self.flat))
 
 
 def rewrite(name: str, rules: Iterable[tuple[str, str]]) -> str | None:
@@ -160,6 +162,16 @@ WAN = KeyTable(
 )
 
 WAN_REPACKED = WAN.prefixed("model.diffusion_model.")          # as some tools store it
+
+# Distilled and tuned for sparse attention. In the -quant files a layer has int8_weight and scale for its weight: the names
+# are ours too (model/turbo.py). While training, every name has net. in front, and some tools leave it there.
+TURBO_WAN = KeyTable(
+    name="TURBO_WAN",
+    rules={"blocks.{}.self_attn.attn_op.local_attn.proj_l.": "blocks.{}.attn.proj."} | WAN.rules,
+    flat=("patch_embedding.weight",),                   # a linear layer there, of patches in the order c, t, h, w
+)
+
+TURBO_WAN_TRAINED = TURBO_WAN.prefixed("net.")
 
 DIFFUSERS_ATTENTION = {"to_q.": "q.", "to_k.": "k.", "to_v.": "v.", "to_out.0.": "o.",
                        "norm_q.": "norm_q.", "norm_k.": "norm_k."}

@@ -92,7 +92,7 @@ class LinumDiT(nn.Module):
         latent = F.pad(latent, (0, -width % pw, 0, -height % ph))
         cells = self.patch_embed(latent.to(self.patch_embed.weight.dtype))
         rope = rotary_table(tuple(cells.shape[2:]), self.config.width // self.config.heads, cells.device)
-        return cells.flatten(2).transpose(1, 2).float(), rope
+        return cells.flatten(2).transpose(1, 2).float().contiguous(), rope
 
     def unpatchify(self, tokens: Tensor, shape: torch.Size) -> Tensor:
         """[B, N, pt*ph*pw*C] (channel last) -> [B, C, T, H, W], cut back to `shape`."""

@@ -43,7 +43,7 @@ class T5TextEncoder:
             raise CheckpointError(f"{name}: {encoder} gives rows of {self.model.config.d_model} numbers; "
                                   f"the model takes {width}")
         checkpoint.load(self.model, encoder, *self.tables, name=name, device=device,
-                        dtypes=torch.bfloat16 if precision == "bf16" else torch.float32)
+                        dtypes=torch.float32 if precision == "fp32" else torch.bfloat16)
         self.model.requires_grad_(False).eval()
 
     def describe(self, encoder: Path, config: Mapping[str, Any] | None, name: str) -> "transformers.PreTrainedModel":

@@ -106,7 +106,7 @@ class WanDiT(nn.Module):
         """Tokens [B, N, D] in T, H, W order and the rotary table of their grid."""
         grid = self.patch_embed(cells.to(self.patch_embed.weight.dtype))
         rope = rotary_table(tuple(grid.shape[2:]), self.config.width // self.config.heads, grid.device)
-        return grid.flatten(2).transpose(1, 2).float(), rope
+        return grid.flatten(2).transpose(1, 2).float().contiguous(), rope
 
     def unpatchify(self, tokens: Tensor, shape: torch.Size) -> Tensor:
         """[B, N, pt*ph*pw*C] (channel last) -> [B, C, T, H, W]."""

@@ -4,27 +4,31 @@ from collections.abc import Callable
 from operator import attrgetter
 from typing import Any
 
+from actors.as_asked import AsAsked
 from actors.clip_writer import ClipWriter
 from actors.decoder import Decoder
 from actors.denoiser import Denoiser
 from actors.image_encoder import ImageTextEncoder
 from actors.shelf import EMBEDDINGS, LATENTS, Drop, Fetch, Keep
 from actors.text_encoder import TextEncoder
+from actors.turbo_denoiser import TurboWanDenoiser
 from actors.wan_denoiser import WanDenoiser
-from model.catalog import LinumCard, ModelCard, WanCard
+from model.catalog import LinumCard, ModelCard, TurboCard, WanCard
 from model.weights import locate
 from pipeline.images import read_image
 from pipeline.stages import Stage, Step
 from pipeline.store import Store, bring
 
-DENOISERS = {LinumCard: Denoiser, WanCard: WanDenoiser}
+DENOISERS = {LinumCard: Denoiser, WanCard: WanDenoiser, TurboCard: TurboWanDenoiser}
 ENCODED_AHEAD = 1000                    # clips whose prompts are encoded before the encoder makes room for a sampler
 
 
-def text_to_video(card: ModelCard, weights: str | None, store: Store, *, device: str, precision: str, batch: int = 1,
-                  samplers: int | None = None, threads: int = 1, keep_latents: bool = False) -> list[Stage]:
+def text_to_video(card: ModelCard, weights: str | None, store: Store, *, device: str, precision: str, attention: str,
+                  batch: int = 1, samplers: int | None = None, threads: int = 1, keep_latents: bool = False,
+                  strict: bool = False) -> list[Stage]:
     """weights: as `locate` takes them; each machine finds or fetches its own.  threads: of a sampler, and fixed,
     because the last bits of a latent may depend on it.  keep_latents: leave them in the run folder after publishing.
+    strict: a clip that was not made as its row asks fails before the next stage.
     """
     def model(actor: Callable[..., Any], threads: int = 1, name: str | None = None, **options: Any) -> Step:
         return Step(actor=with_weights, name=name, args=dict(actor=actor, card=card, weights=weights, device=device,
@@ -35,14 +39,15 @@ def text_to_video(card: ModelCard, weights: str | None, store: Store, *, device:
 
     on_gpu = device.startswith("cuda")
     encoder = model(ImageTextEncoder, read=read_image) if card.takes_image else model(TextEncoder)
-    fetch = Step(actor=Fetch, args=dict(store=store))
-    publish = [fetch, model(Decoder, name="decode"), Step(actor=ClipWriter, args=dict(store=store))]
+    fetch = (Step(actor=Fetch, args=dict(store=store)), *([Step(actor=AsAsked)] if strict else []))
+    sampler = model(DENOISERS[type(card)], threads, attention=attention)
+    publish = [*fetch, model(Decoder, name="decode"), Step(actor=ClipWriter, args=dict(store=store))]
     if not keep_latents:
         publish.append(Step(actor=Drop, args=dict(store=store)))
     return [
         Stage(name="encode", steps=(kept(encoder, EMBEDDINGS),), gpus=0.25 if on_gpu else 0.0,
               key=attrgetter("embedding_key"), window=ENCODED_AHEAD),
-        Stage(name="sample", steps=(fetch, kept(model(DENOISERS[type(card)], threads), LATENTS)), gpus=0.75 if on_gpu else 0.0,
+        Stage(name="sample", steps=(*fetch, kept(sampler, LATENTS)), gpus=0.75 if on_gpu else 0.0,
               cpus=float(threads), copies=samplers, batch=max(batch, card.clips_per_turn)),
         # one process, so frames never travel; on a CPU it needs a fraction of what sampling needs
         Stage(name="publish", steps=tuple(publish), gpus=0.25 if on_gpu else 0.0, cpus=2.0 if on_gpu else 0.5),

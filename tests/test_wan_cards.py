@@ -15,7 +15,7 @@ from model.wan import WanDiT
 from model.weights import CheckpointError, layout_in, locate, missing_files, weights_files
 from wan_tiny import WAN_TINY, WAN_TINY_A14B, write_weights
 
-WAN = {name: card for name, card in CATALOG.items() if isinstance(card, WanCard)}
+WAN = {name: card for name, card in CATALOG.items() if type(card) is WanCard}
 PARAMETERS = {"wan2.1-t2v-1.3b": 1_418_996_800, "wan2.1-t2v-14b": 14_288_491_584, "wan2.1-i2v-14b": 16_394_878_784,
               "wan2.2-t2v-a14b": 14_288_491_584, "wan2.2-i2v-a14b": 14_288_901_184}
 

@@ -1,0 +1,228 @@
+"""Speed, applied to a transformer from outside: INT8 linear layers, other self-attention, norms fused with what is around them.
+
+A refitted model has the blocks of this file instead of its own, around the same weights; linum.py and wan.py never hear of
+it. In fp32 with dense attention nothing is refitted: that is the model as it is written, and what all else is compared to.
+
+Of a model in int8, the linear layers of its blocks are INT8 and the rest is bf16, as TurboDiffusion publishes it: patches,
+text, time, head and the projection of sparse attention stay. Their names in a file are those of the -quant releases,
+NAME.int8_weight and NAME.scale; the scales are per output channel where we quantise, per 128 x 128 tile in the releases.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels.int8_attention import int8_attention
+from kernels.int8_linear import BLOCK, Quantized, dequantize, int8_linear, quantize_rows
+from kernels.norm import modulated_norm, quantized_modulated_norm, rms_rope
+from kernels.sparse_attention import sparse_attention
+from model import checkpoint
+from model.checkpoint import StoredTensor
+from model.keys import KeyTable
+from model.layers import FullPrecisionLinear, Linear, SelfAttention, attention
+from model.weights import CheckpointError
+
+Attend = Callable[[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sparsity:
+    """Of sparse attention: which share of the key blocks a block of queries attends to, and how many rows a block has."""
+
+    keep_ratio: float
+    block_q: int = 128
+    block_k: int = 64
+    tuned: bool = False             # the weights were tuned for it: they have the projection of its linear branch
+
+
+def build(make: Callable[[], checkpoint.Model], path: Path, *tables: KeyTable, name: str, device: str, precision: str,
+          attention: str, sparsity: Sparsity) -> checkpoint.Model:
+    """checkpoint.build, refitted: precision fp32, bf16 or int8, attention dense, sage or sparse.
+
+    A file of INT8 layers is loaded as it is, one of others is quantised layer by layer while it is loaded.
+    Raises CheckpointError, also for INT8 weights where another precision is wanted.
+    """
+    stored = checkpoint.stored_tensors(path)
+    scheme = scheme_of(stored)
+    if scheme and precision != "int8":
+        raise CheckpointError(f"{name}: {path} holds INT8 layers, which cannot be made {precision} again. Say --precision int8, "
+                              "or name a folder with the weights that are not quantised")
+
+    def refitted() -> checkpoint.Model:
+        dit = make()
+        if precision != "fp32" or attention != "dense" or sparsity.tuned:
+            refit(dit, attention, sparsity)
+        for place, linear in linears_of_blocks(dit) if precision == "int8" else ():
+            sizes, bias = (linear.in_features, linear.out_features), linear.bias is not None
+            dit.set_submodule(place, Int8Linear(*sizes, scheme=scheme, bias=bias) if scheme else Unquantized(*sizes, bias=bias))
+        return dit
+
+    return checkpoint.build(refitted, path, *tables, name=name, device=device, precision=precision, settle=settled)
+
+
+def scheme_of(stored: Mapping[str, StoredTensor]) -> str | None:
+    """How the INT8 layers of a file are scaled, rows or blocks; None where it has none."""
+    scales = {len(tensor.shape) for key, tensor in stored.items()
+              if key.endswith(".scale") and key.removesuffix("scale") + "int8_weight" in stored}
+    return "rows" if scales == {1} else "blocks" if scales else None
+
+
+def fallbacks(stored: Mapping[str, StoredTensor], device: str, precision: str) -> tuple[str, ...]:
+    """What runs instead of what was asked for, known from a file's header and this machine."""
+    if precision != "int8" or not device.startswith("cpu"):
+        return ()
+    if not has_int8_products():
+        return "INT8 layers run in bf16 with INT8 weights: this CPU has no INT8 products",
+    if scheme_of(stored) == "blocks":
+        return "INT8 weights with scales per block are scaled per row: a CPU has no fast product of blocks",
+    return ()
+
+
+def has_int8_products() -> bool:
+    """Whether torch._int_mm is faster than fp32 here; without the instructions it is many times slower."""
+    return torch.cpu._is_vnni_supported()
+
+
+def linears_of_blocks(dit: nn.Module) -> list[tuple[str, Linear]]:
+    """Those that are quantised, and their names."""
+    return [(place, module) for place, module in dit.named_modules()
+            if place.startswith("blocks.") and isinstance(module, Linear) and not place.endswith(".proj")]
+
+
+def settled(place: str, module: nn.Module) -> nn.Module:
+    """What a layer becomes once its weights are there: INT8, in the form that this device can run."""
+    if isinstance(module, Unquantized) and not module.weight.is_meta:
+        module = Int8Linear.of(module)
+    if isinstance(module, Int8Linear) and module.int8_weight.is_cpu:
+        return module.in_rows() if has_int8_products() else module.dequantized()
+    return module
+
+
+class Unquantized(FullPrecisionLinear):
+    """A layer as its file has it, until it is there and becomes an Int8Linear."""
+
+
+class Int8Linear(nn.Module):
+    """A linear layer in INT8; what it is given is quantised in the scheme of its weight. bf16 out."""
+
+    def __init__(self, in_features: int, out_features: int, *, scheme: str, bias: bool):
+        super().__init__()
+        scales = (out_features,) if scheme == "rows" else (-(-out_features // BLOCK), -(-in_features // BLOCK))
+        self.register_buffer("int8_weight", torch.empty(out_features, in_features, dtype=torch.int8))
+        self.register_buffer("scale", torch.empty(scales))
+        self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
+
+    @classmethod
+    def of(cls, linear: nn.Linear) -> "Int8Linear":
+        """Quantised in rows, which is the faster and the more exact of the two schemes."""
+        with torch.device("meta"):
+            layer = cls(linear.in_features, linear.out_features, scheme="rows", bias=linear.bias is not None)
+        layer.int8_weight, layer.scale = quantize_rows(linear.weight.detach())
+        if linear.bias is not None:
+            layer.bias = nn.Parameter(linear.bias.detach().float(), requires_grad=False)
+        return layer
+
+    @property
+    def quantized(self) -> Quantized:
+        return Quantized(self.int8_weight, self.scale)
+
+    @property
+    def scheme(self) -> str:
+        return "rows" if self.scale.ndim == 1 else "blocks"
+
+    def in_rows(self) -> "Int8Linear":
+        if self.scheme == "blocks":
+            self.int8_weight, self.scale = quantize_rows(dequantize(self.quantized))
+        return self
+
+    def dequantized(self) -> Linear:
+        rows, columns = self.int8_weight.shape
+        with torch.device("meta"):
+            linear = Linear(columns, rows, bias=self.bias is not None)
+        linear.weight = nn.Parameter(dequantize(self.quantized, torch.bfloat16), requires_grad=False)
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.bfloat16(), requires_grad=False)
+        return linear
+
+    def forward(self, x: Tensor | Quantized) -> Tensor:
+        return int8_linear(x, self.quantized, self.bias, dtype=torch.bfloat16)
+
+
+def refit(dit: nn.Module, attention: str, sparsity: Sparsity) -> None:
+    """Put a TurboBlock in the place of every block, around the same layers."""
+    for place, block in enumerate(dit.blocks):
+        dit.blocks[place] = TurboBlock(block, attention, sparsity)
+
+
+class TurboBlock(nn.Module):
+    """The block of Linum and of Wan: a residual stream in fp32, on it self-attention, cross-attention and a feed-forward.
+
+    Each update joins the stream in the same pass over memory that makes the next layer's input.
+    """
+
+    def __init__(self, block: nn.Module, attention: str, sparsity: Sparsity):
+        super().__init__()
+        self.modulation = block.modulation
+        self.norm_attn, self.norm_cross, self.norm_ffn = block.norm_attn, block.norm_cross, block.norm_ffn
+        self.attn = TurboSelfAttention(block.attn, attention, sparsity)
+        self.cross, self.ffn_in, self.ffn_out = block.cross, block.ffn_in, block.ffn_out
+
+    def forward(self, x: Tensor, modulation: Tensor, *context_rope: tuple[Tensor, ...] | Tensor) -> Tensor:
+        """x [B, N, D] fp32, modulation [B, 6, D], then what the model's own block is given: keys and values, rotary table."""
+        *context, rope = context_rope
+        context = context[0] if isinstance(context[0], tuple) else context
+        shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = (self.modulation + modulation).split(1, dim=1)
+        x, h = normed(x, self.norm_attn, self.attn.q, scale=scale_attn, shift=shift_attn)
+        x, h = normed(x, self.norm_cross, self.cross.q, update=self.attn(h, rope), gate=gate_attn)
+        x, h = normed(x, self.norm_ffn, self.ffn_in, update=self.cross(h, *context), scale=scale_ffn, shift=shift_ffn)
+        return feed_forward(x, h, self.ffn_in, self.ffn_out, gate_ffn)
+
+
+def normed(x: Tensor, norm: nn.LayerNorm, before: Linear | Int8Linear, **around: Tensor) -> tuple[Tensor, Tensor | Quantized]:
+    """The stream with its update, and its norm as the layer behind it takes it."""
+    around |= dict(gain=norm.weight, bias=norm.bias, eps=norm.eps)
+    if isinstance(before, Int8Linear):
+        return quantized_modulated_norm(x, before.scheme, **around)
+    return modulated_norm(x, dtype=before.weight.dtype, **around)
+
+
+def feed_forward(x: Tensor, h: Tensor | Quantized, into: Linear | Int8Linear, out: Linear | Int8Linear, gate: Tensor) -> Tensor:
+    """x + gate * out(gelu(into(h)))"""
+    if isinstance(into, Int8Linear):
+        h = int8_linear(h, into.quantized, into.bias, gelu=True, dtype=torch.bfloat16)
+        return int8_linear(h, out.quantized, out.bias, gate=gate, residual=x)
+    return torch.addcmul(x, gate, out(F.gelu(into(h), approximate="tanh")))
+
+
+class TurboSelfAttention(nn.Module):
+    """Self-attention of either family, with the norm and the turn of queries and keys in one pass."""
+
+    def __init__(self, base: SelfAttention, attention: str, sparsity: Sparsity):
+        super().__init__()
+        self.heads = base.heads
+        self.q, self.k, self.v, self.o, self.norm_q, self.norm_k = base.q, base.k, base.v, base.o, base.norm_q, base.norm_k
+        self.attend = attend_by(attention, sparsity)
+        width = base.q.out_features // base.heads
+        self.proj = Linear(width, width) if sparsity.tuned else None
+
+    def forward(self, x: Tensor | Quantized, rope: tuple[Tensor, Tensor]) -> Tensor:
+        v = self.v(x).unflatten(-1, (self.heads, -1))
+        q, k = rms_rope(self.q(x), self.k(x), self.norm_q.weight, self.norm_k.weight, rope, heads=self.heads,
+                        eps=self.norm_q.eps, dtype=v.dtype)
+        proj = (self.proj.weight, self.proj.bias) if self.proj is not None else None
+        return self.o(self.attend(q, k, v, proj).flatten(2))
+
+
+def attend_by(attention_mode: str, sparsity: Sparsity) -> Attend:
+    """Of weights tuned for sparse attention, sage is sparse with INT8 logits, as published; of others it is dense with them."""
+    sparse = partial(sparse_attention, keep_ratio=sparsity.keep_ratio, block_q=sparsity.block_q, block_k=sparsity.block_k)
+    if attention_mode == "sparse" or attention_mode == "sage" and sparsity.tuned:
+        return lambda q, k, v, proj: sparse(q, k, v, proj=proj, int8=attention_mode == "sage")
+    if attention_mode == "sage":
+        return lambda q, k, v, proj: int8_attention(q, k, v)
+    return lambda q, k, v, proj: attention(q, k, v)

@@ -1,0 +1,168 @@
+"""Refitted transformers: the release's recorded run, INT8 and attention near the plain model, strict files, turbo cards."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from golden import Golden, error
+from kernels.int8_linear import dequantize, quantize_blocks
+from model import checkpoint, keys, turbo
+from model.catalog import CATALOG, DEMO, TurboCard
+from model.layers import Linear
+from model.wan import WanConfig, WanDiT
+from model.weights import CheckpointError
+from turbo_tiny import TURBO_TINY, new_tensors
+
+TURBO = [name for name, card in CATALOG.items() if isinstance(card, TurboCard)]
+CPU_WITHOUT = "INT8 layers run in bf16 with INT8 weights: this CPU has no INT8 products"
+
+
+def golden_dit(precision="fp32", **changes):
+    golden = Golden("turbo_dit_sla_a")
+    said = golden.config | changes
+    config = WanConfig(width=said["dim"], heads=said["num_heads"], layers=said["num_layers"], ffn=said["ffn_dim"],
+                       time_features=said["freq_dim"], text_dim=said["text_dim"], text_len=said["text_len"])
+    sparsity = turbo.Sparsity(keep_ratio=said["sla_topk"], block_q=said["BLKQ"], block_k=said["BLKK"], tuned=True)
+    return golden, turbo.build(lambda: WanDiT(config), golden.folder / "weights.safetensors", keys.TURBO_WAN, keys.TURBO_WAN_TRAINED,
+                               name="golden", device="cpu", precision=precision, attention="sparse", sparsity=sparsity)
+
+
+def velocity(golden, dit):
+    return dit(golden.inputs["x"], golden.inputs["t"][:, 0], dit.embed([golden.inputs["crossattn_emb"][0, :golden.config["text_valid"]]]))
+
+
+def test_the_released_transformer_with_sparse_attention_is_ours():
+    golden, dit = golden_dit()
+    seen = {}
+    dit.blocks[0].register_forward_hook(lambda _, inputs, output: seen.update(block0=output, patch_embedding=inputs[0]))
+    dit.blocks[0].attn.register_forward_hook(lambda _, inputs, output: seen.update(block0_self_attn=output))
+    seen["velocity"] = velocity(golden, dit)
+    for name, got in seen.items():
+        assert error(got, golden.outputs[name]) < golden.tolerance["value"], name
+
+
+@pytest.mark.parametrize("precision, most", [("bf16", 0.02), ("int8", 0.06)])
+def test_lower_precisions_stay_near_the_release(precision, most):
+    golden, dit = golden_dit(precision)
+    got, want = velocity(golden, dit), golden.outputs["velocity"]
+    assert ((got - want).norm() / want.norm()).item() < most
+    assert dit.head.linear.weight.dtype == torch.float32 and dit.blocks[0].attn.proj.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", TURBO)
+def test_the_quant_files_have_the_published_layers(name):
+    """Names, shapes and kinds in the documents of the release, written out; loaded strictly on the meta device."""
+    card, config = CATALOG[name], CATALOG[name].dit_config
+    width, ffn = config.width, config.ffn
+    layers = {f"blocks.{i}.{part}": size for i in range(config.layers) for part, size in {
+        **{f"{attn}.{of}": (width, width) for attn in ("self_attn", "cross_attn") for of in "qkvo"},
+        "ffn.0": (ffn, width), "ffn.2": (width, ffn)}.items()}
+    assert len(layers) == {30: 300, 40: 400}[config.layers]
+    with torch.device("meta"):
+        dit = card.new_dit()
+        turbo.refit(dit, "sparse", card.sparsity)
+    released = {keys.TURBO_WAN.released(ours): tensor for ours, tensor in dit.state_dict().items()}
+    assert {f"{layer}.weight" for layer in layers} == {keys.TURBO_WAN.released(f"{place}.weight") for place, _ in turbo.linears_of_blocks(dit)}
+    assert {f"blocks.{i}.self_attn.attn_op.local_attn.proj_l.{part}" for i in range(config.layers) for part in ("weight", "bias")} < released.keys()
+    assert None not in released and released["blocks.0.self_attn.attn_op.local_attn.proj_l.weight"].shape == (128, 128)
+    for layer, (rows, columns) in layers.items():
+        with torch.device("meta"):
+            quantised = turbo.Int8Linear(columns, rows, scheme="blocks", bias=True).state_dict()
+        assert {leaf: tuple(tensor.shape) for leaf, tensor in quantised.items()} == {
+            "int8_weight": (rows, columns), "scale": (rows // 128, columns // 128), "bias": (rows,)}
+        assert keys.TURBO_WAN.ours(f"{layer}.int8_weight") == keys.TURBO_WAN.ours(f"{layer}.weight").replace(".weight", ".int8_weight")
+
+
+def saved(tmp_path, tensors):
+    checkpoint.save(tmp_path / "dit.safetensors", tensors)
+    return tmp_path / "dit.safetensors"
+
+
+def test_plain_quant_and_training_names_load_strictly(tmp_path):
+    torch.manual_seed(0)
+    plain = new_tensors(TURBO_TINY)
+    want = TURBO_TINY.dit_from(saved(tmp_path, plain), "cpu", "fp32").state_dict()
+    assert want["patch_embed.weight"].shape == (64, 16, 1, 2, 2)
+    assert torch.equal(want["patch_embed.weight"].flatten(1), plain["patch_embedding.weight"].float())
+    trained = TURBO_TINY.dit_from(saved(tmp_path, {f"net.{name}": tensor for name, tensor in plain.items()}), "cpu", "fp32").state_dict()
+    assert all(torch.equal(trained[name], tensor) for name, tensor in want.items())
+    quant = new_tensors(TURBO_TINY, quant=True)
+    for damage, said in [({"blocks.1.ffn.0.scale": None}, "1 tensor missing: blocks.1.ffn_in.scale"),
+                         ({"blocks.1.ffn.0.weight": torch.ones(64, 64)}, "1 tensor unexpected: blocks.1.ffn.0.weight"),
+                         ({"blocks.1.ffn.0.scale": torch.ones(2, 2)}, "blocks.1.ffn.0.scale must be \\[1, 1\\], got \\[2, 2\\]"),
+                         ({"blocks.0.self_attn.q.int8_weight": torch.ones(64, 64)}, "1 tensor that must be int8"),
+                         ({"blocks.0.self_attn.attn_op.local_attn.proj_l.bias": None}, "1 tensor missing: blocks.0.attn.proj.bias")]:
+        broken = {name: tensor for name, tensor in (quant | damage).items() if tensor is not None}
+        with pytest.raises(CheckpointError, match=said):
+            TURBO_TINY.dit_from(saved(tmp_path, broken), "meta", "int8")
+    for precision in ("fp32", "bf16"):
+        with pytest.raises(CheckpointError, match="holds INT8 layers, which cannot be made .* Say --precision int8"):
+            TURBO_TINY.dit_from(saved(tmp_path, quant), "meta", precision)
+
+
+def test_int8_layers_of_a_file_keep_their_values_and_half_the_bytes(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    layer = Linear(300, 200)
+    blocks = turbo.Int8Linear(300, 200, scheme="blocks", bias=True)
+    blocks.int8_weight, blocks.scale = quantize_blocks(layer.weight.detach())
+    blocks.bias.data.copy_(layer.bias)
+    values = dequantize(blocks.quantized)
+    x = torch.randn(2, 9, 300)
+    monkeypatch.setattr(turbo, "has_int8_products", lambda: False)
+    plain = turbo.settled("blocks.0.ffn_in", blocks)
+    assert isinstance(plain, Linear) and torch.equal(plain.weight, values.bfloat16())
+    monkeypatch.setattr(turbo, "has_int8_products", lambda: True)
+    rows = turbo.settled("blocks.0.ffn_in", blocks)
+    assert rows.scheme == "rows" and rows.int8_weight.numel() == layer.weight.numel()
+    assert ((dequantize(rows.quantized) - values).norm() / values.norm()).item() < 0.01
+    assert ((rows(x).float() - layer(x)).norm() / layer(x).norm()).item() < 0.03 and rows(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("has, scheme, said", [(True, "rows", ()), (False, "rows", (CPU_WITHOUT,)), (True, "blocks", ("INT8 weights with scales per block are scaled per row: a CPU has no fast product of blocks",)),
+                                               (False, "blocks", (CPU_WITHOUT,))])
+def test_what_runs_instead_is_said(has, scheme, said, monkeypatch, tmp_path):
+    monkeypatch.setattr(turbo, "has_int8_products", lambda: has)
+    stored = checkpoint.stored_tensors(saved(tmp_path, {"a.int8_weight": torch.ones(3, 3, dtype=torch.int8),
+                                                        "a.scale": torch.ones(3) if scheme == "rows" else torch.ones(1, 1)}))
+    assert turbo.fallbacks(stored, "cpu", "int8") == said
+    assert turbo.fallbacks(stored, "cuda", "int8") == turbo.fallbacks(stored, "cpu", "bf16") == ()
+
+
+def demo_velocity(precision, attention, **changes):
+    card = replace(DEMO, **changes)
+    dit = card.dit(card.folder, "cpu", precision, attention)
+    torch.manual_seed(3)
+    latent, rows = torch.randn(2, 16, 5, 8, 8), [torch.randn(7, 128), torch.randn(1, 128)]
+    with torch.inference_mode():
+        return dit(latent, torch.tensor([700.0, 300.0]), dit.embed_text(rows))
+
+
+@pytest.mark.parametrize("precision, attention, most", [
+    ("bf16", "dense", 0.02), ("int8", "dense", 0.04), ("fp32", "sage", 0.02), ("bf16", "sage", 0.03), ("fp32", "sparse", 1e-5), ("int8", "sparse", 0.04)])
+def test_a_refitted_demo_model_stays_near_itself(precision, attention, most):
+    """Sparse attention keeps every block here, so that it must be dense."""
+    want = demo_velocity("fp32", "dense")
+    got = demo_velocity(precision, attention, keep_ratio=1.0)
+    assert ((got - want).norm() / want.norm()).item() < most
+
+
+def test_keeping_fewer_blocks_changes_what_is_seen():
+    want, got = demo_velocity("fp32", "dense"), demo_velocity("fp32", "sparse")
+    assert 0.001 < ((got - want).norm() / want.norm()).item() < 1
+
+
+def test_in_fp32_with_dense_attention_nothing_is_refitted():
+    dit = DEMO.dit(DEMO.folder, "cpu", "fp32")
+    assert not any(isinstance(module, (turbo.TurboBlock, turbo.Int8Linear)) for module in dit.modules())
+
+
+def test_a_clip_of_a_batch_is_the_clip_alone():
+    """Rows of INT8 are scaled per token, blocks of attention end with their clip."""
+    dit = DEMO.dit(DEMO.folder, "cpu", "int8", "sparse")
+    torch.manual_seed(4)
+    latent, rows = torch.randn(2, 16, 3, 8, 8), [torch.randn(7, 128), torch.randn(7, 128)]
+    time = torch.tensor([700.0, 700.0])
+    both = dit(latent, time, dit.embed_text(rows))
+    alone = dit(latent[1:], time[1:], dit.embed_text(rows[1:]))
+    assert ((both[1:] - alone).norm() / alone.norm()).item() < 0.02
