@@ -54,7 +54,7 @@ class Layer:
 
 # small enough for Triton's interpreter; 128 is the tile: below one, one row over, and widths that are no multiples
 AWKWARD_TOKENS = [
-    Tokens(tokens=5, width=64, heads=1), Tokens(tokens=129, width=192, heads=2), Tokens(batch=2, tokens=70, width=200, heads=2),
+    Tokens(tokens=5, width=64, heads=1), Tokens(batch=2, tokens=3, width=200, heads=2), Tokens(tokens=129, width=192, heads=2),
     Tokens(tokens=1, width=1536, heads=12)]
 AWKWARD_LAYERS = [
     Layer(tokens=5, inputs=64, outputs=56), Layer(tokens=129, inputs=256, outputs=264, gelu=True),

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from kernels.int8_linear import BLOCK, FLOATS, Quantized
-from kernels.norm import reference
+from kernels.norm import pieces, reference
 
-Impl = Literal["auto", "torch", "triton"]
+Impl = Literal["auto", "torch", "pieces", "triton"]
 Rope = tuple[Tensor, Tensor]
 
 
@@ -26,7 +26,7 @@ def modulated_norm(x: Tensor, *, update: Tensor | None = None, gate: Tensor | No
     left out: without update the stream is x itself. Arithmetic is fp32; the norm is that of the stream as it is returned.
     Raises ValueError for any other shape or dtype.
     """
-    stream, values = _modulated_norm(x, update, gate, gain, bias, scale, shift, eps, DTYPE_NAMES[dtype or x.dtype], impl)
+    stream, values = _modulated_norm(x, update, gate, gain, bias, scale, shift, eps, str(dtype or x.dtype).removeprefix("torch."), impl)
     return stream, values[0]
 
 
@@ -49,18 +49,15 @@ def rms_rope(q: Tensor, k: Tensor, q_gain: Tensor, k_gain: Tensor, rope: Rope, *
     """
     check_rms_rope(q, k, q_gain, k_gain, rope, heads)
     if impl == "auto":
-        impl = "triton" if q.is_cuda else "torch"
+        impl = "triton" if q.is_cuda else "pieces"
     return torch.ops.dailies.rms_rope(q, k, q_gain, k_gain, *rope, heads, eps, dtype or q.dtype, impl)
-
-
-DTYPE_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in FLOATS}
 
 
 def _modulated_norm(x: Tensor, update: Tensor | None, gate: Tensor | None, gain: Tensor | None, bias: Tensor | None,
                     scale: Tensor | None, shift: Tensor | None, eps: float, output: str, impl: Impl) -> tuple[Tensor, list[Tensor]]:
     check_modulated_norm(x, update, gate, gain, bias, scale, shift)
     if impl == "auto":
-        impl = "triton" if x.is_cuda else "torch"
+        impl = "triton" if x.is_cuda else "pieces"
     results = torch.ops.dailies.modulated_norm(x, update, gate, gain, bias, scale, shift, eps, output, impl)
     return (x, results) if update is None else (results[0], results[1:])
 
@@ -103,6 +100,8 @@ def modulated_norm_op(x: Tensor, update: Tensor | None, gate: Tensor | None, gai
     """The stream, if there is an update, then y; `output` names y's dtype or the scheme that makes it int8 values and scales."""
     if impl == "torch":
         return reference.modulated_norm(x, update, gate, gain, bias, scale, shift, eps, output)
+    if impl == "pieces":
+        return pieces.modulated_norm(x, update, gate, gain, bias, scale, shift, eps, output)
     from kernels.norm import kernel                    # Triton is imported only where it runs
     return kernel.modulated_norm(x, update, gate, gain, bias, scale, shift, eps, output)
 
@@ -123,9 +122,9 @@ def _(x: Tensor, update: Tensor | None, gate: Tensor | None, gain: Tensor | None
 @torch.library.custom_op("dailies::rms_rope", mutates_args=())
 def rms_rope_op(q: Tensor, k: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float,
                 dtype: torch.dtype, impl: str) -> tuple[Tensor, Tensor]:
-    if impl == "torch":
-        return (reference.rms_rope(q, q_gain, cos, sin, heads, eps, dtype),
-                reference.rms_rope(k, k_gain, cos, sin, heads, eps, dtype))
+    if impl != "triton":
+        turned = {"torch": reference, "pieces": pieces}[impl].rms_rope
+        return turned(q, q_gain, cos, sin, heads, eps, dtype), turned(k, k_gain, cos, sin, heads, eps, dtype)
     from kernels.norm import kernel
     return kernel.rms_rope(q, k, q_gain, k_gain, cos, sin, heads, eps, dtype)
 

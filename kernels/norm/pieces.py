@@ -1,0 +1,64 @@
+"""The norms on a CPU, a few rows at a time: what lies between two steps stays in the cache.
+
+Whole tensors cost more in memory traffic and fresh pages than the arithmetic does.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.int8_linear import reference as int8
+from kernels.norm import reference
+
+ROWS = 32
+
+
+def modulated_norm(x: Tensor, update: Tensor | None, gate: Tensor | None, gain: Tensor | None, bias: Tensor | None,
+                   scale: Tensor | None, shift: Tensor | None, eps: float, output: str) -> list[Tensor]:
+    if output == "blocks":                             # their tiles are many rows, and no CPU model runs on them
+        return reference.modulated_norm(x, update, gate, gain, bias, scale, shift, eps, output)
+    batch, tokens, width = x.shape
+    stream = x if update is None else torch.empty_like(x)
+    y = torch.empty_like(x, dtype=torch.int8 if output == "rows" else getattr(torch, output))
+    scales = torch.empty(batch, tokens) if output == "rows" else None
+    for sample in range(batch):
+        factor, offset = affine(sample, gain, bias, scale, shift)
+        for start in range(0, tokens, ROWS):
+            at = sample, slice(start, start + ROWS)
+            if update is not None:
+                joined = update[at].float()
+                stream[at] = x[at] + joined if gate is None else torch.addcmul(x[at].float(), joined, gate[sample].float())
+            normed = F.layer_norm(stream[at].float(), (width,), factor, offset, eps)
+            if scales is None:
+                y[at] = normed
+            else:
+                y[at], scales[at] = int8.quantize_rows(normed)
+    return [*([] if update is None else [stream]), y, *([] if scales is None else [scales])]
+
+
+def affine(sample: int, gain: Tensor | None, bias: Tensor | None, scale: Tensor | None,
+           shift: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """(norm * gain + bias) * (1 + scale) + shift as norm * factor + offset."""
+    factor, offset = (None if part is None else part.float() for part in (gain, bias))
+    if scale is not None:
+        grow = 1 + scale[sample, 0].float()
+        factor, offset = grow if factor is None else factor * grow, None if offset is None else offset * grow
+    if shift is not None:
+        offset = shift[sample, 0].float() if offset is None else offset + shift[sample, 0].float()
+    return factor, offset
+
+
+def rms_rope(x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float, dtype: torch.dtype) -> Tensor:
+    batch, tokens, width = x.shape
+    turn, gain = torch.complex(cos.float(), sin.float()), gain.float()
+    y = torch.empty(batch, tokens, heads, width // heads, dtype=dtype, device=x.device)
+    for sample in range(batch):
+        for start in range(0, tokens, ROWS):
+            rows = slice(start, start + ROWS)
+            part = x[sample, rows].to(torch.float32, copy=True)
+            part *= torch.linalg.vector_norm(part, dim=-1, keepdim=True).square_().div_(width).add_(eps).rsqrt_()
+            part *= gain
+            pairs = torch.view_as_complex(part.view(len(part), heads, -1, 2))
+            pairs *= turn[rows]
+            y[sample, rows] = part.view(len(part), heads, -1)
+    return y

@@ -1,0 +1,181 @@
+"""kernels/norm: references against float64, Triton against the references, and what a compiler sees."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from golden import error
+
+from kernels import cases
+from kernels.int8_linear import dequantize
+from kernels.norm import modulated_norm, quantized_modulated_norm, rms_rope
+from model.layers import RMSNorm, rotary_table, rotate
+
+PARTS = {"norm alone": (), "affine": ("gain", "bias"), "modulated": ("scale", "shift"), "residual": ("update",),
+         "all": ("update", "gate", "gain", "bias", "scale", "shift")}
+SMALL, BATCH, RAGGED, ONE = cases.AWKWARD_TOKENS
+FILLED = [(case, kind) for case in (SMALL, BATCH, RAGGED) for kind in cases.FILLS] + [(ONE, "normal")]
+
+
+def norm_inputs(case, kind, parts, dtype=torch.float32, device="cpu"):
+    shapes = {"update": (case.batch, case.tokens, case.width), "gain": (case.width,), "bias": (case.width,)}
+    given = {part: cases.fill("normal", shapes.get(part, (case.batch, 1, case.width)), seed, device=device)
+             for seed, part in enumerate(parts, 1)}
+    if "update" in given:
+        given["update"] = given["update"].to(dtype)
+    return cases.fill(kind, shapes["update"], 0, dtype, device), given
+
+
+def formula(x, update=None, gate=None, gain=None, bias=None, scale=None, shift=None):
+    """Stream and y in float64, with torch's own layer norm."""
+    x, update, gate, gain, bias, scale, shift = (part if part is None else part.double().cpu()
+                                                 for part in (x, update, gate, gain, bias, scale, shift))
+    stream = x if update is None else x + (1 if gate is None else gate) * update
+    y = F.layer_norm(stream, x.shape[-1:], gain, bias, eps=1e-6)
+    return stream, y * (1 if scale is None else 1 + scale) + (0 if shift is None else shift)
+
+
+def assert_close(got, want, bound):
+    """Largest difference over the largest value, or over one where all is nothing."""
+    got, want = got.double().cpu(), want.double().cpu()
+    assert got.shape == want.shape
+    assert (got - want).abs().max().item() <= bound * max(want.abs().max().item(), 1)
+
+
+@pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)
+@pytest.mark.parametrize("kind", cases.FILLS)
+def test_the_reference_is_the_float64_formula(kind, parts):
+    x, given = norm_inputs(BATCH, kind, parts)
+    stream, y = modulated_norm(x, **given, impl="torch")
+    want_stream, want = formula(x, **given)
+    assert_close(stream, want_stream, 1e-7)
+    assert_close(y, want, 1e-5)
+
+
+@pytest.mark.parametrize("case, kind, parts", [
+    *((case, kind, "all") for case, kind in FILLED), *((BATCH, "large mean", parts) for parts in PARTS if parts != "all")], ids=str)
+def test_triton_norm_follows_the_float64_formula(case, kind, parts, triton_device):
+    x, given = norm_inputs(case, kind, PARTS[parts], device=triton_device)
+    stream, y = modulated_norm(x, **given, impl="triton")
+    want_stream, want = formula(x, **given)
+    assert_close(stream, want_stream, 1e-7)
+    assert_close(y, want, 1e-5)
+
+
+def test_a_16_bit_stream_is_normalised_as_it_is_stored(triton_device):
+    x, given = norm_inputs(BATCH, "normal", PARTS["all"], torch.float16, triton_device)
+    wanted = [modulated_norm(x, **given, dtype=torch.float32, impl=impl) for impl in ("torch", "triton")]
+    assert torch.equal(wanted[0][0], wanted[1][0]) and wanted[0][0].dtype == torch.float16
+    assert_close(wanted[1][1], wanted[0][1], 1e-6)
+    del given["update"], given["gate"]
+    assert_close(wanted[0][1], modulated_norm(wanted[0][0], **given, dtype=torch.float32, impl="torch")[1], 0)
+
+
+@pytest.mark.parametrize("scheme", ["rows", "blocks"])
+@pytest.mark.parametrize("case, kind", FILLED, ids=str)
+def test_triton_quantises_the_norm_as_the_reference_does(case, kind, scheme, triton_device):
+    x, given = norm_inputs(case, kind, PARTS["all"], device=triton_device)
+    stream, got = quantized_modulated_norm(x, scheme, **given, impl="triton")
+    want_stream, want = quantized_modulated_norm(x, scheme, **given, impl="torch")
+    assert torch.equal(stream, want_stream)
+    torch.testing.assert_close(got.scales, want.scales, rtol=1e-5, atol=1e-10)
+    difference = (got.values.int() - want.values.int()).abs()
+    assert difference.max() <= 1 and difference.sum() <= 1 + difference.numel() // 1000         # halves, rounded either way
+
+
+@pytest.mark.parametrize("scheme, bound", [("rows", 0.5 / 127), ("blocks", 1 / 128)])
+def test_a_quantised_norm_is_the_norm_within_half_a_step(scheme, bound):
+    """In blocks within one step: their largest positive value is cut from 128 to 127."""
+    x, given = norm_inputs(RAGGED, "normal", PARTS["all"])
+    y = modulated_norm(x, **given, impl="torch")[1]
+    quantised = quantized_modulated_norm(x, scheme, **given, impl="torch")[1]
+    assert error(dequantize(quantised), y) <= bound * 1.001
+
+
+def test_rows_of_zeros_and_constants_become_zeros():
+    x = torch.zeros(1, 3, 64)
+    x[0, 1] = 5
+    for scheme in ("rows", "blocks"):
+        assert not quantized_modulated_norm(x, scheme)[1].values.any()
+
+
+def rope_inputs(case, dtype=torch.float32, device="cpu"):
+    q, k, _ = cases.fill("normal", (case.batch, case.tokens, 3 * case.width), 0, dtype, device).chunk(3, dim=-1)
+    gains = [1 + cases.fill("normal", (case.width,), seed, device=device) for seed in (1, 2)]
+    rope = rotary_table((case.tokens, 1, 1), case.width // case.heads, device)
+    return q, k, *gains, rope
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("case", cases.AWKWARD_TOKENS, ids=str)
+def test_rms_rope_turns_complex_numbers(case, impl, triton_device):
+    """The float64 formula: each pair of channels is a complex number, turned by multiplying with cos + i sin."""
+    q, k, q_gain, k_gain, rope = rope_inputs(case, device=triton_device if impl == "triton" else "cpu")
+    got = rms_rope(q, k, q_gain, k_gain, rope, heads=case.heads, impl=impl)
+    for x, gain, y in ((q, q_gain, got[0]), (k, k_gain, got[1])):
+        x, gain, cos, sin = (part.double().cpu() for part in (x, gain, *rope))
+        x = F.rms_norm(x, x.shape[-1:], gain, eps=1e-6).unflatten(-1, (case.heads, -1, 2))
+        want = torch.view_as_real(torch.view_as_complex(x.contiguous()) * torch.complex(cos, sin)).flatten(-2)
+        assert_close(y, want, 1e-6)
+
+
+def test_rms_rope_is_what_the_models_do():
+    case = RAGGED
+    q, k, q_gain, k_gain, rope = rope_inputs(case)
+    got = rms_rope(q, k, q_gain, k_gain, rope, heads=case.heads)
+    for x, gain, y in ((q, q_gain, got[0]), (k, k_gain, got[1])):
+        norm = RMSNorm(case.width)
+        norm.weight.data = gain
+        assert_close(y, rotate(norm(x).unflatten(-1, (case.heads, -1)), rope), 1e-6)
+
+
+def test_norms_compile_in_one_graph(triton_device):
+    x, given = norm_inputs(SMALL, "normal", PARTS["all"], device=triton_device)
+    q, k, q_gain, k_gain, rope = rope_inputs(SMALL, device=triton_device)
+
+    def link(x, impl):
+        stream, y = modulated_norm(x, **given, impl=impl)
+        _, (values, scales) = quantized_modulated_norm(stream, "rows", scale=given["scale"], impl=impl)
+        return stream, y, values, scales, *rms_rope(q, k, q_gain, k_gain, rope, heads=1, dtype=torch.float16, impl=impl)
+
+    for impl in ("torch", "triton"):
+        for got, want in zip(torch.compile(link, fullgraph=True, backend="aot_eager")(x, impl), link(x, impl), strict=True):
+            assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_the_operators_are_what_they_say_to_a_compiler(impl, triton_device):
+    device = triton_device if impl == "triton" else "cpu"
+    x, given = norm_inputs(SMALL, "normal", PARTS["all"], device=device)
+    for output in ("float16", "rows", "blocks"):
+        torch.library.opcheck(torch.ops.dailies.modulated_norm, (x, *given.values(), 1e-6, output, impl))
+    q, k, q_gain, k_gain, rope = rope_inputs(SMALL, device=device)
+    torch.library.opcheck(torch.ops.dailies.rms_rope, (q, k, q_gain, k_gain, *rope, 1, 1e-6, torch.float16, impl))
+
+
+def test_what_does_not_fit_is_refused_by_name():
+    x = torch.zeros(2, 3, 64)
+    with pytest.raises(ValueError, match=r"needs scale \[2, 1, 64\].*got \[2, 64\]"):
+        modulated_norm(x, scale=torch.zeros(2, 64))
+    with pytest.raises(ValueError, match="contiguous"):
+        modulated_norm(x.transpose(0, 1))
+    with pytest.raises(ValueError, match="gates an update"):
+        modulated_norm(x, gate=torch.zeros(2, 1, 64))
+    with pytest.raises(ValueError, match=r"needs x .*float64"):
+        modulated_norm(x.double())
+    with pytest.raises(ValueError, match=r"needs cos \[3, 1, 32\].*got \[3, 1, 16\]"):
+        rms_rope(x, x, torch.ones(64), torch.ones(64), (torch.zeros(3, 1, 16),) * 2, heads=1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", cases.RENDERED_TOKENS, ids=str)
+def test_norms_of_rendered_shapes_in_bf16(case):
+    x, given = norm_inputs(case, "large mean", PARTS["all"], torch.bfloat16, "cuda")
+    got, want = (modulated_norm(x, **given, impl=impl) for impl in ("triton", "torch"))
+    assert torch.equal(got[0], want[0])
+    torch.testing.assert_close(got[1], want[1], rtol=1.6e-2, atol=1e-2)       # two units of bf16
+    got, want = (quantized_modulated_norm(x, "rows", **given, impl=impl)[1] for impl in ("triton", "torch"))
+    torch.testing.assert_close(got.scales, want.scales, rtol=1e-5, atol=1e-10)
+    assert (got.values.int() - want.values.int()).abs().max() <= 1
+    q, k, q_gain, k_gain, rope = rope_inputs(case, torch.bfloat16, "cuda")
+    for got, want in zip(*(rms_rope(q, k, q_gain, k_gain, rope, heads=case.heads, impl=impl) for impl in ("triton", "torch")), strict=True):
+        torch.testing.assert_close(got, want, rtol=1.6e-2, atol=1e-2)
