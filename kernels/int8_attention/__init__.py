@@ -1,6 +1,6 @@
 """SageAttention: dense attention whose logits come from an INT8 product.
 
-Source   SageAttention release, sageattn_qk_int8_pv_fp16_triton: smoothed K, a scale per block of rows, softmax in base 2.
+Source   SageAttention release, sageattn_qk_int8_pv_fp16_triton: smoothed K, a scale per block of rows, base-2 softmax.
 """
 
 from typing import Literal

@@ -1,4 +1,4 @@
-"""INT8 attention in Triton: each block of rows of q and k is quantised by one program, each block of queries attended by one.
+"""INT8 attention in Triton: a program quantises a block of rows of q or k; a program attends for a block of queries.
 
 All addresses are int64, all sums fp32 or int32. Nothing is summed across programs: the result is the same every time.
 """
@@ -29,7 +29,8 @@ def mean_of(k: Tensor) -> Tensor:
     return k.mean(1, dtype=torch.float32).to(k.dtype)
 
 
-def quantize_blocks(x: Tensor, block: int, eps: float, factor: float = 1.0, mean: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def quantize_blocks(x: Tensor, block: int, eps: float, factor: float = 1.0,
+                    mean: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """reference.quantize_blocks of x, or of x - mean rounded to x's dtype."""
     batch, rows, heads, head_dim = x.shape
     blocks = triton.cdiv(rows, block)
@@ -43,7 +44,10 @@ def quantize_blocks(x: Tensor, block: int, eps: float, factor: float = 1.0, mean
 
 
 def stages_of(v: Tensor) -> int:
-    """How many blocks of keys are on their way at once: what fits shared memory, about 99 KB but on data-centre GPUs."""
+    """How many blocks of keys are on their way at once: what fits shared memory, 99 KB but on data-centre GPUs.
+
+    fp32 values of 128 channels fit those alone, and elsewhere Triton says OutOfResources.
+    """
     if v.dtype == torch.float32:
         return 1
     roomy = v.is_cuda and torch.cuda.get_device_capability(v.device) in ((8, 0), (9, 0), (10, 0))
@@ -58,7 +62,8 @@ def _quantize(x, mean, x_int8, scale, rows, heads, stride_b, stride_n, stride_h,
     row = (block * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)[:, None]
     channel = tl.arange(0, HEAD_DIM)[None, :]
     real = row < rows
-    values = tl.load(x + head // heads * stride_b + head % heads * stride_h + row * stride_n + channel, mask=real, other=0.0)
+    x += head // heads * stride_b + head % heads * stride_h
+    values = tl.load(x + row * stride_n + channel, mask=real, other=0.0)
     if WITH_MEAN:
         centre = tl.load(mean + head * HEAD_DIM + channel)
         values = (values.to(tl.float32) - centre.to(tl.float32)).to(values.dtype)
@@ -99,15 +104,16 @@ def _attend(q, k, v, q_scale, k_scale, out, queries, keys, heads, stride_b, stri
 @triton.jit
 def start_softmax(ROWS: tl.constexpr, HEAD_DIM: tl.constexpr):
     """Largest logit, sum of weights and weighted sum of values, per row, before any key."""
-    return (tl.full([ROWS], -float("inf"), tl.float32), tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, HEAD_DIM], tl.float32))
+    top = tl.full([ROWS], -float("inf"), tl.float32)
+    return top, tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, HEAD_DIM], tl.float32)
 
 
 @triton.jit
 def softmax_step(logits, value, top, total, mixed):
-    """Take in one block of keys.  logits in base 2, -inf past the last key; every row has one key or more in its block."""
+    """Take in one block of keys, of which one is real or more.  logits in base 2, -inf past the last key."""
     new_top = tl.maximum(top, tl.max(logits, 1))
     weights = tl.exp2(logits - new_top[:, None])
     shrink = tl.exp2(top - new_top)
     total = total * shrink + tl.sum(weights, 1)
-    mixed = tl.dot(weights.to(value.dtype), value, mixed * shrink[:, None], input_precision="ieee")
+    mixed = tl.dot(weights.to(value.dtype), value, mixed * shrink[:, None], input_precision="tf32x3")
     return new_top, total, mixed

@@ -32,9 +32,10 @@ def smooth(k: Tensor) -> Tensor:
 
 
 def quantize_blocks(x: Tensor, block: int, eps: float, factor: float = 1.0) -> tuple[Tensor, Tensor]:
-    """x * factor = int8 * scale:  x [B, N, heads, head_dim] -> int8 [B, heads, N, head_dim], fp32 scales [B, heads, blocks].
+    """int8 [B, heads, N, head_dim] and fp32 scales [B, heads, blocks] of x [B, N, heads, head_dim].
 
-    scale = max|x * factor| / 127 + eps over `block` rows of a head; halves are rounded away from zero, as released.
+    x * factor = int8 * scale, with scale = max|x * factor| / 127 + eps over `block` rows of a head; halves are rounded
+    away from zero, as released.
     """
     rows = F.pad(x.transpose(1, 2).float() * factor, (0, 0, 0, -x.shape[1] % block)).unflatten(2, (-1, block))
     scale = rows.abs().amax((-2, -1)) / 127 + eps

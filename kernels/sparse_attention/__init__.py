@@ -19,7 +19,7 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, *, keep_ratio: float, proj
     """softmax over the kept blocks of keys, plus proj(linear attention over all keys).
 
     q [B, N, heads, head_dim], k and v [B, M, heads, head_dim], any strides with channels adjacent; q and k of one
-    dtype, bf16, fp16 or fp32.  Returns [B, N, heads, head_dim] in v's dtype, in which the products are made; sums in fp32.
+    dtype, bf16, fp16 or fp32.  Returns [B, N, heads, head_dim] in v's dtype, that of the products; sums in fp32.
 
     A block of block_q queries keeps max(1, floor(keep_ratio * blocks)) blocks of block_k keys, those whose mean key,
     less the mean of all keys, agrees best with the mean query.  keep_ratio in (0, 1]; 1 is dense attention.
@@ -29,8 +29,8 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, *, keep_ratio: float, proj
     int8: the logits of the kept blocks as in int8_attention, a scale per block_q or block_k rows (SageSLA).
 
     As released, but for: a keep count of 0 (the release then divides 0 by 0) is 1; block means and their agreement stay
-    in fp32 where the release rounds to bf16, so near ties may fall otherwise; with int8 the weights meet v in v's dtype,
-    not in fp8.  The release has blocks of (128, 64), and (64, 128) for int8 on Hopper; no weight depends on them.
+    in fp32 where the release rounds to bf16, so near ties may fall otherwise; with int8 the weights meet v in v's
+    dtype, not in fp8.  Its blocks are (128, 64), and for int8 on Hopper (64, 128); no checkpoint depends on them.
 
     No gradient.  Raises ValueError for any other shape, dtype or share.
 

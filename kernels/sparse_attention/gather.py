@@ -1,4 +1,4 @@
-"""Sparse-linear attention on a CPU: head by head, the kept keys of one block of queries copied together, in the cache."""
+"""Sparse-linear attention on a CPU: head by head, the kept keys of a block of queries are copied together in cache."""
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +20,9 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None, bia
     return out
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, keep_ratio: float, int8: bool, block_q: int, block_k: int, out: Tensor) -> None:
-    """Softmax attention of each block of queries to its kept keys.  q [1, N, 1, d], k and v [1, M, 1, d], out [N, d]."""
+def attend(q: Tensor, k: Tensor, v: Tensor, keep_ratio: float, int8: bool, block_q: int, block_k: int,
+           out: Tensor) -> None:
+    """Softmax attention of one head to the kept keys.  q [1, N, 1, d], k and v [1, M, 1, d], out [N, d]."""
     head_dim = q.shape[-1]
     pooled_q, pooled_k, mean_k = pool(q.float(), block_q), pool(k.float(), block_k), k.mean(1, dtype=torch.float32)
     kept = kept_blocks(pooled_q, pooled_k, mean_k, keep_ratio)[0, 0].long()
@@ -32,7 +33,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, keep_ratio: float, int8: bool, block
     else:
         queries, keys = (x.to(v.dtype)[0, :, 0] for x in (q, k))
     pad = -len(keys) % block_k
-    keys, values = (F.pad(x, (0, 0, 0, pad)).view(-1, block_k * head_dim) for x in (keys, v[0, :, 0]))
+    keys, values = (F.pad(x, (0, 0, 0, pad)).view(-1, block_k * head_dim) for x in (keys, v[0, :, 0]))  # [blocks, ...]
     ragged = (kept[:, -1] == len(keys) - 1).tolist()    # ids ascend: the last block of all is the last of the kept
     for i, blocks in enumerate(kept):
         rows = slice(i * block_q, (i + 1) * block_q)
@@ -43,11 +44,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, keep_ratio: float, int8: bool, block
             logits = torch._int_mm(queries[rows], near_keys.T) * scale
             out[rows] = logits.softmax(-1).to(v.dtype) @ near_values
         else:
-            out[rows] = F.scaled_dot_product_attention(queries[None, None, rows], near_keys[None, None], near_values[None, None])
+            query, key, value = (x[None, None] for x in (queries[rows], near_keys, near_values))
+            out[rows] = F.scaled_dot_product_attention(query, key, value)
 
 
 def add_linear_attention(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
-    """out += the projected linear branch of one head, all [N, d].  The projection is folded into the d x d sum over keys."""
+    """out += the projected linear branch of one head, all [N, d]; what is projected is the d x d sum over the keys."""
     phi_q, phi_k = (x.float().softmax(-1) for x in (q, k))
     keys_values = (phi_k.to(v.dtype).T @ v).float() @ weight.float().T
     denominator = phi_q @ phi_k.sum(0) + LINEAR_EPS

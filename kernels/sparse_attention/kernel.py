@@ -47,13 +47,13 @@ def projected_summary(k: Tensor, v: Tensor, weight: Tensor) -> tuple[Tensor, Ten
     with torch.cuda.device_of(k):
         _summarise[(stretches, batch * heads)](
             k, v, mixed, total, keys, heads, *k.stride()[:3], *v.stride()[:3],
-            HEAD_DIM=head_dim, STRETCH=STRETCH, TILE=TILE, num_warps=8)
+            HEAD_DIM=head_dim, STRETCH=STRETCH, TILE=TILE, num_warps=8, num_stages=stages_of(v))
     return (mixed.sum(2) / keys @ weight.float().T).to(v.dtype), total.sum(2) / keys
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, linear: tuple[Tensor, Tensor, Tensor] | None,
            int8: bool, block_q: int, block_k: int) -> Tensor:
-    """Softmax attention over kept [B, heads, q blocks, kept], plus the linear branch: its two summaries and the bias."""
+    """Softmax attention over kept [B, heads, q blocks, kept], plus the linear branch: two summaries and the bias."""
     batch, queries, heads, head_dim = q.shape
     out = v.new_empty(q.shape)
     if int8:
@@ -111,16 +111,18 @@ def _summarise(k, v, mixed, total, keys, heads, k_stride_b, k_stride_n, k_stride
 def _attend(near_q, near_k, v, q, q_scale, k_scale, kept, mixed, total, bias, out, queries, keys, heads, keep,
             q_stride_b, q_stride_n, q_stride_h, k_stride_b, k_stride_n, k_stride_h, v_stride_b, v_stride_n, v_stride_h,
             phi_stride_b, phi_stride_n, phi_stride_h, to_base_2, linear_eps,
-            HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, INT8: tl.constexpr, LINEAR: tl.constexpr):
-    """One block of queries of one head over its kept blocks.  near_q, near_k: q and k, or their int8; phi strides are q's."""
+            HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, INT8: tl.constexpr,
+            LINEAR: tl.constexpr):
+    """One block of queries of one head over its kept blocks.  near_q, near_k: q and k, or their int8; phi: of q itself."""
     block, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     row = (block * BLOCK_Q + tl.arange(0, BLOCK_Q)).to(tl.int64)[:, None]
     channel = tl.arange(0, HEAD_DIM)[None, :]
     batch, slot = head // heads, head % heads
+    near_q += batch * q_stride_b + slot * q_stride_h
     near_k += batch * k_stride_b + slot * k_stride_h
     v += batch * v_stride_b + slot * v_stride_h
     kept += (head * tl.num_programs(0) + block) * keep
-    query = tl.load(near_q + batch * q_stride_b + slot * q_stride_h + row * q_stride_n + channel, mask=row < queries, other=0)
+    query = tl.load(near_q + row * q_stride_n + channel, mask=row < queries, other=0)
     if INT8:
         to_base_2 *= tl.load(q_scale + head * tl.num_programs(0) + block)
     else:
@@ -136,16 +138,16 @@ def _attend(near_q, near_k, v, q, q_scale, k_scale, kept, mixed, total, bias, ou
             key_scale = tl.load(k_scale + head * tl.cdiv(keys, BLOCK_K) + key_block)
             logits = tl.dot(query, tl.trans(key)).to(tl.float32) * (to_base_2 * key_scale)
         else:
-            logits = tl.dot(query, tl.trans(key.to(query.dtype)), input_precision="ieee") * to_base_2
+            logits = tl.dot(query, tl.trans(key.to(query.dtype)), input_precision="tf32x3") * to_base_2
         logits = tl.where((key_row < keys)[None, :], logits, -float("inf"))
         top, weight_sum, near = softmax_step(logits, value, top, weight_sum, near)
     result = near / weight_sum[:, None]
     if LINEAR:
-        phi = channel_softmax(tl.load(q + batch * phi_stride_b + slot * phi_stride_h + row * phi_stride_n + channel,
-                                      mask=row < queries, other=0.0))
+        q += batch * phi_stride_b + slot * phi_stride_h
+        phi = channel_softmax(tl.load(q + row * phi_stride_n + channel, mask=row < queries, other=0.0))
         summary = tl.load(mixed + (head * HEAD_DIM + tl.arange(0, HEAD_DIM)[:, None]) * HEAD_DIM + channel)
         key_sum = tl.load(total + head * HEAD_DIM + channel)
-        far = tl.dot(phi.to(summary.dtype), summary, input_precision="ieee")
+        far = tl.dot(phi.to(summary.dtype), summary, input_precision="ieee")      # once: tf32x3 is short of room
         result += far / (tl.sum(phi * key_sum, 1) + linear_eps)[:, None] + tl.load(bias + channel).to(tl.float32)
     place = (batch * queries + row) * heads + slot                              # of out [B, N, heads]
     tl.store(out + place * HEAD_DIM + channel, result.to(out.dtype.element_ty), mask=row < queries)

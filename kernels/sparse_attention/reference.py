@@ -20,7 +20,7 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None, bia
 
 
 def pool(x: Tensor, block: int) -> Tensor:
-    """Mean of every block of rows, of the last over the rows it has.  [B, N, heads, d] -> [B, heads, blocks, d] in fp32."""
+    """Mean of each block of rows, the last over the rows it has.  [B, N, heads, d] -> [B, heads, blocks, d] in fp32."""
     whole = x.shape[1] // block
     means = [x[:, :whole * block].unflatten(1, (whole, block)).mean(2, dtype=torch.float32)]
     if x.shape[1] % block:
