@@ -1,0 +1,49 @@
+"""kernels/norm as it runs on a CPU, in pieces: it follows the formula and the references over all cases."""
+
+import pytest
+import torch
+
+from kernels import cases
+from kernels.norm import modulated_norm, quantized_modulated_norm, rms_rope
+from test_kernels_norm import BATCH, FILLED, PARTS, assert_close, formula, norm_inputs, rope_inputs
+
+
+@pytest.mark.parametrize("case, kind, parts", [
+    *((case, kind, "all") for case, kind in FILLED), *((BATCH, "large mean", parts) for parts in PARTS if parts != "all")], ids=str)
+def test_the_norm_in_pieces_follows_the_float64_formula(case, kind, parts):
+    x, given = norm_inputs(case, kind, PARTS[parts])
+    stream, y = modulated_norm(x, **given, impl="pieces")
+    want_stream, want = formula(x, **given)
+    assert_close(stream, want_stream, 1e-6)
+    assert_close(y, want, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_stream_in_low_precision_is_rounded_once_as_in_the_reference(dtype):
+    x, given = norm_inputs(BATCH, "normal", PARTS["all"], dtype)
+    (stream, y), (want_stream, want) = (modulated_norm(x, **given, impl=impl) for impl in ("pieces", "torch"))
+    assert stream.dtype == y.dtype == dtype
+    assert_close(stream, want_stream, 0)
+    assert_close(y, want, torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("scheme", ["rows", "blocks"])
+def test_int8_values_are_the_references_but_for_ties(scheme):
+    x, given = norm_inputs(BATCH, "normal", PARTS["all"])
+    (_, got), (_, want) = (quantized_modulated_norm(x, scheme, **given, impl=impl) for impl in ("pieces", "torch"))
+    assert_close(got.scales, want.scales, 1e-6)
+    difference = (got.values.int() - want.values.int()).abs()
+    assert difference.max() <= 1 and (difference > 0).float().mean() < 1e-3
+
+
+@pytest.mark.parametrize("case", cases.AWKWARD_TOKENS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rms_rope_in_pieces_follows_the_reference_and_leaves_its_input(case, dtype):
+    q, k, q_gain, k_gain, rope = rope_inputs(case)
+    q, k = q.to(dtype), k.to(dtype)
+    before = q.clone()
+    got = rms_rope(q, k, q_gain, k_gain, rope, heads=case.heads, impl="pieces")
+    for ours, want in zip(got, rms_rope(q, k, q_gain, k_gain, rope, heads=case.heads, impl="torch"), strict=True):
+        assert ours.dtype == dtype
+        assert_close(ours, want, 1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps)
+    assert torch.equal(q, before)
