@@ -37,8 +37,8 @@ def quantize_blocks(x: Tensor, block: int, eps: float, factor: float = 1.0) -> t
     x * factor = int8 * scale, with scale = max|x * factor| / 127 + eps over `block` rows of a head; halves are rounded
     away from zero, as released.
     """
-    rows = F.pad(x.transpose(1, 2).float() * factor, (0, 0, 0, -x.shape[1] % block)).unflatten(2, (-1, block))
-    scale = rows.abs().amax((-2, -1)) / 127 + eps
-    scaled = rows / scale[..., None, None]
-    rounded = (scaled + 0.5 * scaled.sign()).to(torch.int8)                     # which cuts the fraction off
-    return rounded.flatten(2, 3)[:, :, :x.shape[1]].contiguous(), scale
+    rows = x.transpose(1, 2).float() * factor
+    amax = F.pad(rows.abs().amax(-1), (0, -x.shape[1] % block)).unflatten(-1, (-1, block)).amax(-1)
+    scale = amax / 127 + eps
+    scaled = rows / scale.repeat_interleave(block, -1)[..., :x.shape[1], None]
+    return scaled.add(scaled.sign(), alpha=0.5).to(torch.int8).contiguous(), scale        # which cuts the fraction off

@@ -113,7 +113,7 @@ def _attend(near_q, near_k, v, q, q_scale, k_scale, kept, mixed, total, bias, ou
             phi_stride_b, phi_stride_n, phi_stride_h, to_base_2, linear_eps,
             HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, INT8: tl.constexpr,
             LINEAR: tl.constexpr):
-    """One block of queries of one head over its kept blocks.  near_q, near_k: q and k, or their int8; phi: of q itself."""
+    """A block of queries of one head over its kept blocks.  near_q, near_k: q and k or their int8; phi strides: q's."""
     block, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     row = (block * BLOCK_Q + tl.arange(0, BLOCK_Q)).to(tl.int64)[:, None]
     channel = tl.arange(0, HEAD_DIM)[None, :]
