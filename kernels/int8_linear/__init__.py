@@ -11,10 +11,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.int8_linear import reference
+from kernels.int8_linear import int_mm, reference
 
 BLOCK = reference.BLOCK
-Impl = Literal["auto", "torch", "int_mm", "triton"]
+Impl = Literal["auto", "torch", "int_mm", "triton"]    # torch is the reference
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 MAX_SUM = 2 ** 31 // 128 ** 2                          # terms of 128 * 128 that an int32 is sure to hold
 
@@ -78,17 +78,10 @@ def int8_linear(x: Tensor | Quantized, weight: Quantized, bias: Tensor | None = 
     return torch.ops.dailies.int8_linear(values, scales, *weight, bias, gelu, gate, residual, dtype, impl)
 
 
-def has_int8_products(device: torch.device | str) -> bool:
-    """Whether 8-bit products are fast there: a GPU from Ampere on, a CPU with VNNI. Elsewhere dequantise a weight once, instead."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    return torch.cpu._is_vnni_supported()
-
-
 def chosen(impl: Impl, x: Tensor) -> str:
-    """Of a quantiser: the kernel on a GPU, torch on a CPU."""
+    """Of a quantiser: the kernel on a GPU; on a CPU as for int_mm, in pieces that stay in the cache."""
     if impl == "auto":
-        return "triton" if x.is_cuda else "torch"
+        return "triton" if x.is_cuda else "int_mm"
     return impl
 
 
@@ -126,6 +119,8 @@ def check_linear(x: Tensor, scales: Tensor | None, weight: Quantized, bias: Tens
 def quantize_rows_op(x: Tensor, impl: str) -> tuple[Tensor, Tensor]:
     if impl == "torch":
         return reference.quantize_rows(x)
+    if impl == "int_mm":
+        return int_mm.quantize_rows(x)
     from kernels.int8_linear import kernel             # Triton is imported only where it runs
     return kernel.quantize_rows(x)
 
@@ -139,6 +134,8 @@ def _(x: Tensor, impl: str) -> tuple[Tensor, Tensor]:
 def quantize_blocks_op(x: Tensor, impl: str) -> tuple[Tensor, Tensor]:
     if impl == "torch":
         return reference.quantize_blocks(x)
+    if impl == "int_mm":
+        return int_mm.quantize_blocks(x)
     from kernels.int8_linear import kernel
     return kernel.quantize_blocks(x)
 
@@ -155,7 +152,6 @@ def int8_linear_op(x: Tensor, x_scales: Tensor | None, weight: Tensor, weight_sc
     if impl == "torch":
         return reference.int8_linear(x, x_scales, weight, weight_scales, bias, gelu, gate, residual, dtype)
     if impl == "int_mm":
-        from kernels.int8_linear import int_mm
         return int_mm.int8_linear(x, x_scales, weight, weight_scales, bias, gelu, gate, residual, dtype)
     from kernels.int8_linear import kernel
     return kernel.int8_linear(x, x_scales, weight, weight_scales, bias, gelu, gate, residual, dtype)

@@ -65,6 +65,12 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return values.view(x.shape), scales.view(x.shape[:-1])
 
 
+def quantize_blocks(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The reference's values and scales, a row of tiles at a time."""
+    values, scales = zip(*(reference.quantize_blocks(part) for part in x.split(reference.BLOCK, -2)), strict=True)
+    return torch.cat(values, -2), torch.cat(scales, -2)
+
+
 def gelu_of_twice_(half: Tensor, spare: Tensor) -> Tensor:
     """gelu(2 half) in place, the tanh form: torch's own takes five times as long, for its tanh."""
     inner = half.new_full((1,), 2 * INNER)
