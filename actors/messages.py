@@ -6,7 +6,8 @@ makes the next value, and lets the heavy tensor of the one before go.
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -75,6 +76,7 @@ class Frames:
     rgb: Tensor                     # uint8 [frames, height, width, 3]
     audio: Tensor | None = None     # [samples, 2] in [-1, 1]; None is silence
     fallbacks: tuple[str, ...] = ()
+    quality: Mapping[str, float | str] = field(default_factory=dict)    # what was measured; the ledger's quality.*
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +88,7 @@ class Clip:
     duration_s: float
     has_audio: bool = False
     fallbacks: tuple[str, ...] = ()
+    quality: Mapping[str, float | str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,3 +99,4 @@ class Failure:
     stage: str
     error_type: str                 # the exception's class name, or WorkerDied
     error: str                      # its message, for a person
+    quality: Mapping[str, float | str] = field(default_factory=dict)    # of frames that were refused

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.clip_writer import clip_key
-from actors.messages import Clip, Request
+from actors.messages import Clip, Failure, Request
 from actors.shelf import EMBEDDINGS, LATENTS, clear
 from jobs.progress import Display, View, counted, duration_text, printable
 from jobs.runs import bucket_text, card_named, clip_of
@@ -25,10 +25,11 @@ from jobs.settings import RenderJob, UsageError
 from model.catalog import ModelCard
 from model.weights import fingerprint, locate, weights_files
 from pipeline.budget import Budget
+from pipeline.gate import REJECTED
 from pipeline.lease import Lease
 from pipeline.ledger import SUCCESS, Ledger, invalid_row, keys_of, read, row_of, write_success
 from pipeline.manifest import Manifest
-from pipeline.plan import Defaults, Plan, PlannedRow
+from pipeline.plan import Defaults, Plan, PlannedRow, with_another_seed
 from pipeline.runfile import check_run, claim_run, read_run
 from pipeline.stages import Outcome
 from pipeline.store import FolderStore, Store, StoreError, bring, open_store
@@ -37,6 +38,8 @@ from pipeline.text_to_video import text_to_video
 PACKAGES = ("dailies", "torch", "transformers", "ray", "av", "pyarrow")      # whose versions run.json tells
 SHOWN_FAILURES = 20
 MANY_IMAGES = 1000                                      # take longer than a person waits without a word
+RESEEDS = 2                                             # other seeds that are tried for a rejected clip
+REJECTIONS = {REJECTED, "NonFiniteLatent", "NonFiniteFrames"}
 ADOPTERS = 16                                           # published clips asked for their hash at a time
 
 
@@ -184,6 +187,8 @@ class Book:
         written = keys.join(left.select(["id", "seed"]), ["id", "seed"], join_type="left anti")
         self.written = {key for key, clip_id in zip(keys_of(written), written["clip_id"].to_pylist(), strict=True)
                         if clip_id in self.open_clips}
+        self.remade: dict[str, tuple[list[PlannedRow], int]] = {}      # clips with other seeds: their rows, which try
+        self.again: list[Request] = []                  # of them, those that nobody works on yet
         self.num_adopted = self.num_rendered = 0
         self.failures: list[dict[str, Any]] = []
 
@@ -225,7 +230,7 @@ class Book:
         """Write the rows of clips that were published by a run which was killed before it could."""
         with ThreadPoolExecutor(ADOPTERS) as pool:
             for clip in pool.map(self.published_clip, requests):
-                self.append(clip, None)
+                self.append(self.rows_of(clip.request.clip_id), clip, None)
                 self.num_adopted += 1
 
     def published_clip(self, request: Request) -> Clip:
@@ -237,19 +242,37 @@ class Book:
                     duration_s=request.shape.frames / request.fps)
 
     def record(self, outcome: Outcome) -> None:
-        rows = self.append(outcome.value, outcome)
-        if isinstance(outcome.value, Clip):
+        value = outcome.value
+        rows = self.rows_of(value.request.clip_id)
+        if isinstance(value, Failure) and value.error_type in REJECTIONS:
+            rows = self.make_again(value.request, rows)
+        self.append(rows, value, outcome)
+        if isinstance(value, Clip):
             self.num_rendered += 1
         elif len(self.failures) < SHOWN_FAILURES:
-            self.failures += [{"id": row.id, "seed": row.seed, "stage": outcome.value.stage,
-                               "error_type": outcome.value.error_type, "error": outcome.value.error} for row in rows]
+            self.failures += [{"id": row.id, "seed": row.seed, "stage": value.stage, "error_type": value.error_type,
+                               "error": value.error} for row in rows]
 
-    def append(self, value: Any, outcome: Outcome | None) -> list[PlannedRow]:
+    def make_again(self, rejected: Request, rows: list[PlannedRow]) -> list[PlannedRow]:
+        """Rows that ask for another seed wait for that clip, at most RESEEDS times. Returns those that have failed."""
+        tries = self.remade[rejected.clip_id][1] if rejected.clip_id in self.remade else 0
+        waiting = [row for row in rows if row.reseed and tries < RESEEDS]
+        if waiting:
+            request = with_another_seed(rejected)
+            self.remade[request.clip_id] = waiting, tries + 1
+            self.again.append(request)
+        return [row for row in rows if row not in waiting]
+
+    def rows_of(self, clip_id: str) -> list[PlannedRow]:
+        """The rows of a clip that have still to be written."""
+        if clip_id in self.remade:
+            return self.remade[clip_id][0]
+        return [row for row in self.plan.rows_of(clip_id) if (row.id, row.seed) not in self.written]
+
+    def append(self, rows: list[PlannedRow], value: Any, outcome: Outcome | None) -> None:
         self.lease.check()
-        rows = [row for row in self.plan.rows_of(value.request.clip_id) if (row.id, row.seed) not in self.written]
-        self.ledger.append([row_of(row.id, value, outcome) for row in rows],
+        self.ledger.append([row_of(row.id, value, outcome, seed=row.seed) for row in rows],
                            self.plan.user_columns([row.row for row in rows]))
-        return rows
 
     def counts(self) -> dict[str, int]:
         done, failed = self.ledger.counts["done"], self.ledger.counts["failed"]
@@ -266,7 +289,7 @@ class Except(Container[str]):
         return item not in self.wanted
 
 
-def work(night: Night, book: Book, todo: Iterator[Request], num_clips: int, budget: Budget, view: View) -> Any:
+def work(night: Night, book: Book, todo: Iterable[Request], num_clips: int, budget: Budget, view: View) -> Any:
     """Render until all is done, the budget is used up or somebody stops it; returns the Stop."""
     from pipeline import cluster                        # Ray is wanted only where there is something to do
     job, stop = night.job, cluster.Stop()
@@ -284,11 +307,16 @@ def work(night: Night, book: Book, todo: Iterator[Request], num_clips: int, budg
 
         # in this order: Ray takes SIGTERM for itself when it connects
         with cluster.connect(job.ray), interruptible(stop, display):
-            for outcome in cluster.run(stages, todo, max_attempts=job.max_attempts, on_progress=on_progress, stop=stop,
-                                       budget=budget):
-                book.record(outcome)
-                for fallback in outcome.value.fallbacks if isinstance(outcome.value, Clip) else ():
-                    display.note(f"clip {outcome.value.request.clip_id[:12]}: {fallback}")
+            while todo and not (stop.draining or budget.is_over):
+                for outcome in cluster.run(stages, todo, max_attempts=job.max_attempts, on_progress=on_progress,
+                                           stop=stop, budget=budget):
+                    book.record(outcome)
+                    for fallback in outcome.value.fallbacks if isinstance(outcome.value, Clip) else ():
+                        display.note(f"clip {outcome.value.request.clip_id[:12]}: {fallback}")
+                todo, book.again = book.again, []
+                if todo:
+                    display.note(f"{counted(len(todo), 'clip')} rejected: made again with another seed, as asked")
+                    display.total = len(todo)
     return stop
 
 

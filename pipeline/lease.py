@@ -101,8 +101,8 @@ class Lease:
         """
         lease = cls(store, atomic=store.can_swap())
         if not lease.atomic:
-            tell(f"{store.uri}: this store has no compare-and-swap (If-Match), so two drivers that take over this run in "
-                 "the same moment may both go on. No clip would be published twice; work might be done twice")
+            tell(f"{store.uri}: this store has no compare-and-swap (If-Match), so two drivers that take over this run "
+                 "in the same moment may both go on. No clip would be published twice; work might be done twice")
         watched, since = None, 0.0
         while True:
             mine = lease.written()
@@ -193,13 +193,13 @@ class Lease:
 
 def held(store: Store, holder: Holder) -> str:
     heard = "" if holder.renewed_at is None else f", last heard of at {holder.renewed_at:%H:%M:%S} UTC"
-    return (f"{store.uri}: another driver works on this run: {holder}{heard}. A run folder has one driver at a time: wait "
-            f"for it, or stop it; `dailies status` shows how far it is. If its machine is gone, --take-over goes on in its "
-            f"place after {Lease.LEASE_S:.0f} s of silence")
+    return (f"{store.uri}: another driver works on this run: {holder}{heard}. A run folder has one driver at a time: "
+            f"wait for it, or stop it; `dailies status` shows how far it is. If its machine is gone, --take-over goes on "
+            f"in its place after {Lease.LEASE_S:.0f} s of silence")
 
 
 def this_machine() -> str:
-    """The same text for two processes of which one can see whether the other lives; "" where the system does not say."""
+    """Equal for two processes of which one can see whether the other lives; "" where the system does not say."""
     try:
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:

@@ -40,6 +40,11 @@ COLUMNS = pa.schema({
     "worker": pa.string(), "device": pa.string(), "queue_s": pa.float64(), "encode_s": pa.float64(), "sample_s": pa.float64(),
     "decode_s": pa.float64(), "publish_s": pa.float64(), "peak_memory_bytes": pa.int64(),
     "finished_at": pa.timestamp("us", tz="UTC"),
+    # of the gate (gate.py), and of the clip that was decoded again; null for clips that were found published
+    "quality.verdict": pa.string(), "quality.brightness": pa.float64(), "quality.contrast": pa.float64(),
+    "quality.motion": pa.float64(), "quality.flicker": pa.float64(), "quality.psnr_db": pa.float64(),
+    "quality.audio_peak": pa.float64(), "quality.audio_clipped": pa.float64(),
+    "quality.seed": pa.int64(),                        # what the clip was made with, if not with the row's own seed
 })
 NO_COLUMNS = pa.schema([])
 
@@ -137,14 +142,17 @@ class Ledger:
         self.close()
 
 
-def row_of(name: str, value: "Clip | Failure", outcome: "Outcome | None" = None) -> dict[str, Any]:
+def row_of(name: str, value: "Clip | Failure", outcome: "Outcome | None" = None, *,
+           seed: int | None = None) -> dict[str, Any]:
     """The ledger row of manifest row `name` for what became of its request.
 
-    outcome: None for a clip that was found published, whose times nobody knows.
+    outcome: None for a clip that was found published, whose times nobody knows.  seed: the row's, where that is not the
+    request's because a clip with the row's own was rejected.
     """
     request = value.request
+    seed = request.seed if seed is None else seed
     row: dict[str, Any] = {
-        "id": name, "clip_id": request.clip_id, "seed": request.seed, "prompt": request.prompt,
+        "id": name, "clip_id": request.clip_id, "seed": seed, "prompt": request.prompt,
         "negative_prompt": request.negative_prompt, "width": request.shape.width, "height": request.shape.height,
         "frames": request.shape.frames, "fps": request.fps, "steps": request.num_steps, "guidance": request.guidance,
         "model": request.model, "weights_fingerprint": request.weights_fingerprint, "precision": request.precision,
@@ -155,6 +163,10 @@ def row_of(name: str, value: "Clip | Failure", outcome: "Outcome | None" = None)
     else:
         row |= {"status": "done", "uri": value.uri, "sha256": value.sha256, "bytes": value.num_bytes,
                 "duration_s": value.duration_s, "has_audio": value.has_audio, "fallbacks": list(value.fallbacks)}
+    row |= {f"quality.{name}": measure for name, measure in value.quality.items()}
+    if request.seed != seed:
+        row["quality.seed"] = request.seed
+        row["fallbacks"] = [*row["fallbacks"], f"rejected with seed {seed}, and made with seed {request.seed}"]
     if outcome is not None:
         row |= {"attempts": outcome.attempts, "queue_s": outcome.queue_s, "worker": outcome.worker,
                 "device": outcome.device, "peak_memory_bytes": outcome.peak_memory_bytes}

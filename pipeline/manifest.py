@@ -42,6 +42,7 @@ class Column:
     high: float = 0
     max_bytes: int = 0              # text, in UTF-8
     refuse: str = r"\x00"           # text: a pattern that must not occur
+    choices: tuple[str, ...] = ()   # text: nothing else, where there are any
 
 
 COLUMNS = {
@@ -60,6 +61,7 @@ COLUMNS = {
     "steps": Column(type=INTEGER, low=1, high=1000, allowed="a whole number from 1 to 1000"),
     "guidance": Column(type=REAL, low=0, high=1000, allowed="a number from 0 to 1000"),
     "image": Column(type=TEXT, max_bytes=1024, allowed="text of at most 1024 bytes"),
+    "on_reject": Column(type=TEXT, max_bytes=32, choices=("fail", "reseed"), allowed="fail or reseed"),
     "priority": Column(type=INTEGER, low=-2**31, high=2**31 - 1, allowed="a whole number from -2**31 to 2**31 - 1"),
 }
 
@@ -386,6 +388,8 @@ def _checked(table: pa.Table, complaints: Complaints) -> pa.Table:
         if column.type == TEXT:
             fits = pc.and_(pc.less_equal(pc.binary_length(values), column.max_bytes),
                            pc.invert(pc.match_substring_regex(values, column.refuse)))
+            if column.choices:
+                fits = pc.and_(fits, pc.is_in(values, pa.array(column.choices, TEXT)))
         else:
             fits = pc.and_(pc.greater_equal(values, column.low), pc.less_equal(values, column.high))
         columns[name] = _kept(name, values, fits, 0, complaints)

@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from json.encoder import encode_basestring_ascii as quoted
 from typing import Any
@@ -73,6 +73,7 @@ class PlannedRow:
     id: str
     seed: int
     clip_id: str
+    reseed: bool = False            # where its clip is rejected, make another one
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -182,8 +183,9 @@ class Plan:
         """The ledger rows that this clip fills, in manifest order.  Raises KeyError for a clip that is not planned."""
         clip = self._clip(clip_id)
         starts, planned = self._planned_of_clip
-        ids = self.manifest.table["id"]
-        return [PlannedRow(row=row, id=ids[row].as_py(), seed=seed, clip_id=clip_id)
+        ids, on_reject = self.manifest.table["id"], self.manifest.table["on_reject"]
+        return [PlannedRow(row=row, id=ids[row].as_py(), seed=seed, clip_id=clip_id,
+                           reseed=on_reject[row].as_py() == "reseed")
                 for at in [planned[starts[clip]: starts[clip + 1]]]
                 for row, seed in zip(self.source[at].tolist(), self.seeds[at].tolist())]
 
@@ -485,6 +487,17 @@ def clip_id_of(*, prompt: str, seed: int, **said: Any) -> str:
     """
     head, tail = _json_around(said)
     return _digest(head, prompt, seed, tail).hex()
+
+
+def with_another_seed(request: Request) -> Request:
+    """The clip to make when this one was rejected: the same but for its seed, which follows from this clip alone."""
+    seed = int(request.clip_id[:8], 16) % 2**31
+    shape, image = request.shape, request.image
+    said = dict(attention=request.attention, frames=shape.frames, guidance=request.guidance, height=shape.height,
+                model=request.model, negative_prompt=request.negative_prompt, num_steps=request.num_steps,
+                precision=request.precision, weights_fingerprint=request.weights_fingerprint, width=shape.width)
+    said |= {} if image is None else {"image": image.sha256}
+    return replace(request, seed=seed, clip_id=clip_id_of(prompt=request.prompt, seed=seed, **said))
 
 
 def _json_around(said: dict[str, Any]) -> tuple[str, str]:

@@ -15,6 +15,7 @@ from actors.turbo_denoiser import TurboWanDenoiser
 from actors.wan_denoiser import WanDenoiser
 from model.catalog import LinumCard, ModelCard, TurboCard, WanCard
 from model.weights import locate
+from pipeline.gate import Gate
 from pipeline.images import read_image
 from pipeline.stages import Stage, Step
 from pipeline.store import Store, bring
@@ -41,7 +42,7 @@ def text_to_video(card: ModelCard, weights: str | None, store: Store, *, device:
     encoder = model(ImageTextEncoder, read=read_image) if card.takes_image else model(TextEncoder)
     fetch = (Step(actor=Fetch, args=dict(store=store)), *([Step(actor=AsAsked)] if strict else []))
     sampler = model(DENOISERS[type(card)], threads, attention=attention)
-    publish = [*fetch, model(Decoder, name="decode"), Step(actor=ClipWriter, args=dict(store=store))]
+    publish = [*fetch, model(Decoder, name="decode"), Step(actor=Gate), Step(actor=ClipWriter, args=dict(store=store))]
     if not keep_latents:
         publish.append(Step(actor=Drop, args=dict(store=store)))
     return [

@@ -127,7 +127,8 @@ def test_the_smaller_of_gpu_hours_and_money_counts():
 
 
 def test_a_time_of_day_in_the_file_needs_no_quotes(tmp_path):
-    (tmp_path / "night.toml").write_text('manifest = "m.csv"\nout = "o"\nuntil = 07:00:00\nmax-cost = 10\nprice = 2.5\n')
+    said = 'manifest = "m.csv"\nout = "o"\nuntil = 07:00:00\nmax-cost = 10\nprice = 2.5\n'
+    (tmp_path / "night.toml").write_text(said)
     job = RenderJob.read({}, tmp_path / "night.toml")
     assert (job.deadline().hour, job.gpu_hours()) == (7, 4.0)
 

@@ -370,7 +370,8 @@ def test_when_a_long_clip_no_longer_fits_shorter_ones_are_still_made():
     def answer(call: Call) -> Answer:                   # a frame takes 0.1 s of sampling
         done = plain(call)
         if call.kind == "work" and call.copy.stage.name == "sample":
-            return replace(done, report=replace(done.report, seconds={"sample": 0.1 * call.rows[0].request.shape.frames}))
+            seconds = {"sample": 0.1 * call.rows[0].request.shape.frames}
+            return replace(done, report=replace(done.report, seconds=seconds))
         return done
 
     crew.answer = answer

@@ -54,7 +54,7 @@ def test_a_lease_is_renewed_while_it_is_held_and_given_back_at_the_end(store):
 def test_a_second_driver_is_refused_and_told_who_works_there(store):
     with Lease.take(store) as first:
         for wait in (False, True):
-            with pytest.raises(LeaseError, match=rf"another driver works on this run: pid {os.getpid()} on .*--take-over"):
+            with pytest.raises(LeaseError, match=f"another driver works on this run: pid {os.getpid()} .*--take-over"):
                 Lease.take(store, wait=wait)
         first.check()
 
@@ -78,9 +78,10 @@ def test_a_driver_that_was_killed_on_this_machine_is_followed_at_once(tmp_path, 
     monkeypatch.setattr(Lease, "LEASE_S", 3600.0)
     store = open_store(tmp_path)
     script = ("import os, signal; from pipeline.lease import Lease; from pipeline.store import open_store\n"
-              f"Lease.LEASE_S = 3600.0; Lease.take(open_store({str(tmp_path)!r})).__enter__(); print('took', flush=True)\n"
-              "input()")
-    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as driver:
+              "Lease.LEASE_S = 3600.0\n"
+              f"Lease.take(open_store({str(tmp_path)!r})).__enter__(); print('took', flush=True); input()")
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", script], stdin=pipe, stdout=pipe, text=True) as driver:
         assert driver.stdout.readline() == "took\n"
         with pytest.raises(LeaseError, match=f"pid {driver.pid}"):
             Lease.take(store)

@@ -67,7 +67,8 @@ def request(seed=5):
 
 
 def test_the_columns_are_those_of_the_contract():
-    assert COLUMNS.names == [name.strip() for name in CONTRACT.replace("\n", " ").split(",")]
+    named = [name for name in COLUMNS.names if not name.startswith("quality.")]
+    assert named == [name.strip() for name in CONTRACT.replace("\n", " ").split(",")]
 
 
 def test_rows_come_back_as_they_were_given(store):

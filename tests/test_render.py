@@ -21,6 +21,7 @@ import pytest
 
 from actors import clip_writer
 from actors.clip_writer import read_clip
+from actors.decoder import Decoder
 from jobs.cli import main
 from pipeline import cluster, ledger, stages
 from pipeline.lease import Lease
@@ -329,6 +330,70 @@ def test_a_failed_row_stays_failed_until_it_is_put_back(capsys, one_process, tmp
     assert_whole(out, 4, 4)
 
 
+def black(monkeypatch, is_black):
+    """Decoding gives black frames for these requests."""
+    whole = Decoder.decode
+
+    def decode(self, latent):
+        return whole(self, latent) * (not is_black(latent.request))
+    monkeypatch.setattr(Decoder, "decode", decode)
+
+
+def test_a_clip_that_the_gate_refuses_fails_its_row_and_the_ledger_says_why(capsys, one_process, tmp_path, monkeypatch):
+    manifest, out = write_manifest(tmp_path / "night.jsonl", ROWS[:3]), tmp_path / "out"
+    black(monkeypatch, lambda request: request.prompt == PROMPTS[1])
+    code, answer = render(capsys, manifest, out)
+    assert code == 3 and (answer["done"], answer["failed"]) == (2, 1) and published(out) == 2
+    failure, = answer["failures"]
+    assert failure["error_type"] == "Rejected" and "every frame is black" in failure["error"]
+    rows = {row["id"]: row for row in rows_of(out).values()}
+    assert [rows[name]["quality.verdict"] for name in ("row-0", "row-1", "row-2")] == ["ok", "black", "ok"]
+    assert rows["row-1"]["quality.brightness"] == 0 and rows["row-1"]["quality.psnr_db"] is None
+    assert rows["row-0"]["quality.brightness"] > 0 and rows["row-0"]["quality.psnr_db"] > 20
+    assert rows["row-0"]["quality.seed"] is None
+
+
+def test_a_row_may_ask_for_another_seed_where_its_clip_is_refused(capsys, one_process, tmp_path, monkeypatch):
+    asked = {"prompt": "a fox", "frames": 5, "seed": 7}
+    manifest = write_manifest(tmp_path / "night.jsonl", [
+        asked | {"id": "again", "on_reject": "reseed"}, asked | {"id": "once", "on_reject": "fail"},
+        asked | {"id": "never", "prompt": "night", "on_reject": "reseed"},
+        {"id": "good", "prompt": "day", "frames": 5}])
+    black(monkeypatch, lambda request: request.seed == 7 or request.prompt == "night")
+    code, answer = render(capsys, manifest, tmp_path / "out")
+    assert code == 3 and (answer["done"], answer["failed"], answer["pending"], answer["rendered"]) == (2, 2, 0, 2)
+    rows = {row["id"]: row for row in rows_of(tmp_path / "out").values()}
+    assert {name: row["status"] for name, row in rows.items()} == {"again": "done", "once": "failed", "never": "failed",
+                                                                   "good": "done"}
+    again = rows["again"]
+    assert again["seed"] == 7 and again["quality.seed"] not in (7, None) and again["quality.verdict"] == "ok"
+    assert again["fallbacks"] == [f"rejected with seed 7, and made with seed {again['quality.seed']}"]
+    found = read_clip((tmp_path / "out" / clip_writer.clip_key(again["clip_id"])).read_bytes())
+    assert found.metadata["seed"] == str(again["quality.seed"]) and found.metadata["clip_id"] == again["clip_id"]
+    assert rows["once"]["quality.seed"] is None and rows["never"]["quality.seed"] != 7
+    assert (tmp_path / "out/_SUCCESS.json").exists() and ask(capsys, "verify", tmp_path / "out")[0] == 0
+    assert render(capsys, manifest, tmp_path / "out")[1]["rendered"] == 0
+
+    # the clip of the other seed is the one that a row with that seed would have got
+    told = write_manifest(tmp_path / "told.jsonl", [asked | {"seed": again["quality.seed"]}])
+    assert render(capsys, told, tmp_path / "told")[0] == 0
+    assert clips_of(tmp_path / "told").items() <= clips_of(tmp_path / "out").items()
+
+
+def test_a_run_that_ends_before_the_other_seeds_clip_chooses_it_again(capsys, one_process, tmp_path, monkeypatch):
+    rows = [{"id": "a", "prompt": "a fox", "frames": 5, "seed": 7, "on_reject": "reseed"}]
+    manifest, out = write_manifest(tmp_path / "night.jsonl", rows), tmp_path / "out"
+    black(monkeypatch, lambda request: request.seed == 7)
+    with monkeypatch.context() as broken:
+        passes = iter([stages.run_local])
+        broken.setattr(cluster, "run", lambda steps, requests, **_: next(passes)(steps, requests))
+        with pytest.raises(StopIteration):
+            main(["render", str(manifest), "--out", str(out), "--model", "tiny"])
+    assert rows_of(out) == {} and not (out / "_SUCCESS.json").exists()
+    assert render(capsys, manifest, out)[0] == 0
+    assert len(clips_of(out)) == 1 and rows_of(out)["a", 7]["quality.verdict"] == "ok"
+
+
 def test_what_a_person_reads_of_a_failure_has_no_control_characters(capsys, one_process, tmp_path, monkeypatch):
     manifest = write_manifest(tmp_path / "night.jsonl", ROWS[:1])
 
@@ -438,7 +503,8 @@ def test_a_run_that_reaches_its_deadline_ends_with_4_and_the_next_night_continue
     code = main(["render", str(manifest), "--out", str(out), "--model", "tiny", "--until", until, "--max-cost", "1",
                  "--price", "2", "--device", "cpu"])
     captured = capsys.readouterr()
-    assert code == 4 and "0 rows done, 0 failed, 8 pending" in captured.out and "The same command continues" in captured.out
+    assert code == 4 and "0 rows done, 0 failed, 8 pending" in captured.out
+    assert "The same command continues" in captured.out
     assert "No clip is begun that would not be done by" in captured.err and "0.50 GPU hours" in captured.err
     assert "a run on CPUs holds no GPU" in captured.err and not (out / "_SUCCESS.json").exists()
     request.getfixturevalue("one_process")
