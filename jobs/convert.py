@@ -1,13 +1,15 @@
 """Published weights, pickles among them, to checked safetensors in a layout that the catalogue loads.
 
-A pickle is read with weights_only, so nothing in it can run. Every tensor keeps its name and its bits, but for CLIP's,
-whose query, key and value come apart, and for those that are to become INT8. Nothing is published before names, shapes and kinds have been checked.
+A pickle is read with weights_only, so nothing in it can run, and by a process that has no credentials. Every tensor
+keeps its name and its bits, but for CLIP's, whose query, key and value come apart, and for those that are to become
+INT8. Nothing is published before names, shapes and kinds have been checked.
 """
 
 import json as jsonlib
-import pickle
+import os
+import subprocess
+import sys
 import tempfile
-import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -28,7 +30,9 @@ from model.weights import INDEX, PICKLES, CheckpointError, first_line, is_file, 
 from pipeline.store import Store, bring, open_store
 
 SHARD_BYTES = 4_000_000_000                             # a bucket takes 5 GB in one request
-NESTED_UNDER = ("state_dict", "model", "module")        # where some tools put the tensors in a pickle
+HOME = Path(__file__).resolve().parent.parent
+# of our environment, all that the process gets which opens a pickle
+PASSED_ON = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR", "OMP_NUM_THREADS")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +57,7 @@ def convert(source: str, model: str, to: str, *, precision: str | None = None, j
     layout, parts = found_parts(card, path)
     written = []
     for part in parts:
-        tensors = dict(read(part.source))
+        tensors = dict(read(part.source, room_beside(store)))
         if part.kind == "image_encoder":
             tensors = split_clip(card, tensors, part.source)
         if part.kind == "dit" and precision == "int8":
@@ -128,26 +132,31 @@ def source_of(folder: Path, target: str) -> Path | None:
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
-def read(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors, which stay in the mapped file until they are used.  Raises CheckpointError."""
+def read(path: Path, room: Path | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors, which stay in the mapped file until they are used.  Raises CheckpointError.
+
+    room: a folder where a pickle's tensors fit; None: the one for temporary files.
+    """
     if path.suffix not in PICKLES:
         yield from checkpoint.views(checkpoint.stored_tensors(path))
         return
-    try:
-        said = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError, KeyError) as error:
-        raise CheckpointError(f"{path} cannot be read as tensors and nothing else, and what else it holds could run code "
-                              f"({type(error).__name__}: {first_line(error)[:200]}). Fetch it again, from its publisher"
-                              ) from error
-    for name in NESTED_UNDER:
-        if isinstance(said, Mapping) and isinstance(said.get(name), Mapping):
-            said = said[name]
-    if not isinstance(said, Mapping) or not said:
-        raise CheckpointError(f"{path} must hold a table of tensors; it holds {type(said).__name__}")
-    strange = [str(name) for name, value in said.items() if not isinstance(name, str) or not isinstance(value, Tensor)]
-    if strange:
-        raise CheckpointError(f"{path} must hold tensors alone; these are none: {listed(strange)}")
-    yield from said.items()
+    with tempfile.TemporaryDirectory(prefix=".dailies-unpickle-", dir=room) as folder:
+        target = Path(folder) / "model.safetensors"
+        unpickle(path, target)
+        yield from checkpoint.views(checkpoint.stored_tensors(target))      # the system keeps what is mapped
+
+
+def unpickle(path: Path, target: Path) -> None:
+    """The pickle's tensors as safetensors, by a process without our credentials.  Raises CheckpointError."""
+    environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    environment |= {"HOME": str(target.parent), "PYTHONPATH": str(HOME), "PYTHONSAFEPATH": "1"}
+    child = subprocess.run([sys.executable, "-m", "jobs.unpickle", str(path.absolute()), str(target.absolute())],
+                           env=environment, cwd=target.parent, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    if child.returncode == 2:
+        raise CheckpointError(child.stderr.strip())
+    if child.returncode:
+        raise CheckpointError(f"{path}: the process that reads it ended with {child.returncode}. Is there enough "
+                              f"memory, and disk for its tensors? {child.stderr.strip()[-300:]}")
 
 
 def split_clip(card: ModelCard, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from jobs import convert as converting
 from jobs.cli import main
 from model import checkpoint
 from model.catalog import CATALOG
-from model.weights import locate
+from model.weights import CheckpointError, locate
 from wan_tiny import WAN_TINY, WAN_TINY_A14B, WAN_TINY_I2V, write_weights
 
 
@@ -193,3 +193,29 @@ def test_the_clip_golden_passes_through_the_conversion(tmp_path, monkeypatch):
     assert main(["convert", str(tmp_path / f"{file}.pth"), "--model", card.name, "--to", str(tmp_path / "out")]) == 0
     tower = card.image_encoder(tmp_path / "out", "cpu")
     assert error(tower(golden.inputs["image"].transpose(0, 1)), golden.outputs["features"]) < golden.tolerance["value"]
+
+
+def test_a_pickle_is_opened_where_there_are_no_credentials(tmp_path, monkeypatch):
+    """The process that reads it is replaced by one that tells what it has."""
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs/unpickle.py").write_text(
+        "import json, os, sys\n"
+        "print(json.dumps([dict(os.environ), os.getcwd(), sys.stdin.read()]), file=sys.stderr); sys.exit(2)")
+    monkeypatch.setattr(converting, "HOME", tmp_path)
+    for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN", "RAY_AUTH_TOKEN", "ANYTHING"):
+        monkeypatch.setenv(name, "stays-at-home")
+    target = tmp_path / "room" / "model.safetensors"
+    target.parent.mkdir()
+    with pytest.raises(CheckpointError) as told:
+        converting.unpickle(tmp_path / "a.pth", target)
+    environment, folder, stdin = json.loads(str(told.value))
+    assert "stays-at-home" not in environment.values() and "AWS_SECRET_ACCESS_KEY" not in environment
+    assert environment["HOME"] == folder == str(target.parent) and stdin == ""
+
+
+def test_a_reader_that_is_killed_is_said(tmp_path, monkeypatch):
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs/unpickle.py").write_text("import os; os.kill(os.getpid(), 9)")
+    monkeypatch.setattr(converting, "HOME", tmp_path)
+    with pytest.raises(CheckpointError, match="ended with -9. Is there enough memory"):
+        converting.unpickle(tmp_path / "a.pth", tmp_path / "model.safetensors")
