@@ -53,7 +53,7 @@ def test_means_scores_map_and_linear_branch_are_the_release(name):
     pooled_q, pooled_k = reference.pool(q, golden.config["BLKQ"]), reference.pool(k, golden.config["BLKK"])
     assert error(pooled_q, golden.outputs["pooled_q"]) < 1e-5
     assert error(pooled_k - k.mean(1)[:, :, None], golden.outputs["pooled_k"]) < 1e-5
-    kept = reference.kept_blocks(pooled_q, pooled_k, k.mean(1), golden.config["topk"])
+    kept = reference.kept_blocks(pooled_q, pooled_k, golden.config["topk"])
     sparse_map = F.one_hot(kept.long(), pooled_k.shape[2]).sum(-2)
     assert torch.equal(sparse_map, golden.outputs["sparse_map"].long())
     assert error(reference.linear_attention(q, k, v), golden.outputs["o_l_unprojected"].transpose(1, 2)) < 1e-5
@@ -96,7 +96,7 @@ def test_a_mean_is_over_the_rows_a_block_has():
 @pytest.mark.parametrize("keep_ratio, kept", [(0.01, 1), (0.49, 1), (0.5, 2), (0.99, 3), (1, 4)])
 def test_the_share_is_rounded_down_to_whole_blocks_but_never_to_none(keep_ratio, kept):
     pooled_q, pooled_k = torch.randn(1, 1, 3, 64), torch.randn(1, 1, 4, 64)
-    blocks = reference.kept_blocks(pooled_q, pooled_k, pooled_k.mean(2), keep_ratio)
+    blocks = reference.kept_blocks(pooled_q, pooled_k, keep_ratio)
     assert blocks.shape == (1, 1, 3, kept)
     assert (blocks.diff() > 0).all()
 
@@ -135,7 +135,7 @@ def compare_triton(case, kind, dtype, bound, variant, device):
     for x, block in ((q, block_q), (k, block_k)):
         torch.testing.assert_close(kernel.pool(x, block), reference.pool(x, block), rtol=1e-5, atol=1e-5)
     pooled = reference.pool(q, block_q), reference.pool(k, block_k)
-    kept = reference.kept_blocks(*pooled, k.mean(1, dtype=torch.float32), 0.4)
+    kept = reference.kept_blocks(*pooled, 0.4)
     want, linear = reference.attend(q, k, v, kept, int8, block_q, block_k), None
     if variant.get("linear"):
         weight, bias = projection(case.head_dim, device)
@@ -198,7 +198,7 @@ def test_triton_at_the_size_that_is_rendered(case, variant):
     got = sparse_attention(q, k, v, **said)
     assert torch.equal(got, sparse_attention(q, k, v, **said))                   # the same every time
     pooled = kernel.pool(q, block_q), kernel.pool(k, block_k)
-    kept = reference.kept_blocks(*pooled, k.mean(1, dtype=torch.float32), 0.1)
+    kept = reference.kept_blocks(*pooled, 0.1)
     last = kept.shape[2] - 1                           # the ragged block, and the first: no more fit the reference
     for block in (0, last):
         rows = slice(block * block_q, (block + 1) * block_q)

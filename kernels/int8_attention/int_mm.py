@@ -1,4 +1,7 @@
-"""INT8 attention on a CPU: head by head, a block of queries with all keys at a time, so that it stays in the cache."""
+"""INT8 attention on a CPU: head by head, a few queries with all keys at a time, so that their logits stay in the cache.
+
+The same results as on a GPU, not the same gain: torch's own attention in bf16 is the faster one here.
+"""
 
 import math
 
@@ -6,6 +9,8 @@ import torch
 from torch import Tensor
 
 from kernels.int8_attention.reference import BLOCK_K, BLOCK_Q, EPS, LOG2_E, quantize_blocks, smooth
+
+ROWS = BLOCK_Q // 2
 
 
 def int8_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -21,7 +26,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
     q_int8, q_scale = (x[0, 0] for x in quantize_blocks(q, BLOCK_Q, EPS, factor=q.shape[-1] ** -0.5 * LOG2_E))
     k_int8, k_scale = (x[0, 0] for x in quantize_blocks(smooth(k), BLOCK_K, EPS))
     k_scale = k_scale.repeat_interleave(BLOCK_K)[:len(k_int8)] * math.log(2)    # torch's softmax is in base e
-    for i, scale in enumerate(q_scale):
-        rows = slice(i * BLOCK_Q, (i + 1) * BLOCK_Q)
-        logits = torch._int_mm(q_int8[rows], k_int8.T).float().mul_(k_scale * scale)
+    for start in range(0, len(q_int8), ROWS):
+        rows = slice(start, start + ROWS)
+        logits = torch._int_mm(q_int8[rows], k_int8.T).float().mul_(k_scale * q_scale[start // BLOCK_Q])
         out[rows] = logits.softmax(-1).to(v.dtype) @ v[0, :, 0]

@@ -21,7 +21,7 @@ STRETCH, TILE = 1024, 64                               # tokens of one program o
 
 def sparse_attention(q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None, bias: Tensor | None, keep_ratio: float,
                      int8: bool, block_q: int, block_k: int) -> Tensor:
-    kept = kept_blocks(pool(q, block_q), pool(k, block_k), k.mean(1, dtype=torch.float32), keep_ratio)
+    kept = kept_blocks(pool(q, block_q), pool(k, block_k), keep_ratio)
     linear = None if weight is None else (*projected_summary(k, v, weight), bias)
     return attend(q, k, v, kept, linear, int8, block_q, block_k)
 
