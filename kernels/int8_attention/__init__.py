@@ -11,7 +11,7 @@ from torch import Tensor
 from kernels.int8_attention import reference
 
 Impl = Literal["auto", "torch", "int_mm", "triton"]
-HEAD_DIMS = (16, 32, 64, 128, 256)                     # a tile of tensor cores or more, and a power of two for Triton
+HEAD_DIMS = (16, 32, 64, 128)                          # powers of two for Triton; 256 would not fit shared memory
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 

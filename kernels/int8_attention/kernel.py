@@ -46,7 +46,7 @@ def quantize_blocks(x: Tensor, block: int, eps: float, factor: float = 1.0,
 def stages_of(v: Tensor) -> int:
     """How many blocks of keys are on their way at once: what fits shared memory, 99 KB but on data-centre GPUs.
 
-    fp32 values of 128 channels fit those alone, and elsewhere Triton says OutOfResources.
+    fp32 values of 128 channels fit those alone, in blocks of 64 keys; elsewhere Triton says OutOfResources.
     """
     if v.dtype == torch.float32:
         return 1

@@ -21,7 +21,7 @@ def int8_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def dequantized_logits(q_int8: Tensor, q_scale: Tensor, block_q: int,
                        k_int8: Tensor, k_scale: Tensor, block_k: int) -> Tensor:
     """[B, heads, N, M] in fp32."""
-    products = q_int8.float() @ k_int8.float().mT       # exact in fp32: at most 256 * 127^2 < 2^24
+    products = q_int8.float() @ k_int8.float().mT       # exact in fp32: at most 128 * 127^2 < 2^24
     q_scale, k_scale = q_scale.repeat_interleave(block_q, -1), k_scale.repeat_interleave(block_k, -1)
     return products * (q_scale[..., :q_int8.shape[2], None] * k_scale[..., None, :k_int8.shape[2]])
 
