@@ -172,7 +172,7 @@ def refuse_local(name: str, value: str | None) -> None:
 def connect(address: str) -> JobClient:
     """A client of the job server at `address`, with the token of this environment.
 
-    Raises UsageError for an address that is none, HeadError for a head that is away or refuses us.
+    Raises UsageError for an address that is none, HeadError for a head that is away, refuses us or lets everybody in.
     """
     parts = urlsplit(address)
     if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -189,6 +189,10 @@ def connect(address: str) -> JobClient:
 
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
+
+    from pipeline.cluster import answers_anyone, open_to_everybody
+    if answers_anyone(address):
+        raise HeadError(open_to_everybody(address))
 
     for name in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
         logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)

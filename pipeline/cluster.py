@@ -9,18 +9,23 @@ shelf in the pipeline only small references cross Ray; they live in the driver, 
 Without one, embeddings and latents lie in Ray's object store, and what is lost with a machine is made again.
 """
 
+import ipaddress
 import logging
 import math
 import os
 import socket
 import time
+import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import ray
 from ray import exceptions as rex
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.messages import Failure, Request
@@ -62,13 +67,21 @@ def connect(address: str = "local", *, cpus: int | None = None, gpus: int | None
     A local one ends with this process, even when that is killed: raylet, GCS and workers within seconds, Ray's two
     agents, which keep its standard output open, after a minute or two. Call it in the main thread: they end with the
     thread that started them.
-    Raises ClusterError with the next step when there is no such cluster.
+    Ray listens on every network interface, also for a local cluster, and whoever gets in runs programs here: without
+    token authentication only a cluster on loopback is used.
+    Raises ClusterError with the next step when there is no such cluster, or it is open to everybody.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     local = address == "local"
     token = guard_token(create=local)
     if not local:
         address = reachable(address)
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    # unset, it is Ray that makes a local cluster one with tokens
+    mode = os.environ.get("RAY_AUTH_MODE", "token" if local else "disabled").lower()
+    if mode == "disabled" and (local or not is_loopback(address.rpartition(":")[0])):
+        raise ClusterError(f"Ray at {address!r}: RAY_AUTH_MODE is {mode!r}, so whoever reaches this port could run programs "
+                           "here. Set RAY_AUTH_MODE=token, and start the cluster with it")
     ray._private.worker._worker_logs_enabled = False    # deaths are in Progress.notes, not across the terminal
     options: dict[str, Any] = dict(address=address, namespace="dailies", log_to_driver=False,
                                    logging_level=logging.CRITICAL)
@@ -76,7 +89,7 @@ def connect(address: str = "local", *, cpus: int | None = None, gpus: int | None
         options |= dict(include_dashboard=False, num_cpus=cpus, num_gpus=gpus, object_store_memory=OBJECT_STORE_BYTES)
     for last in (False, True) if local else (True,):    # on a busy machine Ray may not come up within its own 30 s
         try:
-            ray.init(**options)
+            context = ray.init(**options)
             break
         except Exception as error:                      # Ray raises bare Exceptions too
             ray.shutdown()
@@ -85,6 +98,8 @@ def connect(address: str = "local", *, cpus: int | None = None, gpus: int | None
                              f"It needs Ray {ray.__version__}, as here, and the cluster's token in {token}")
                 raise ClusterError(f"Ray at {address!r} cannot be used: {error}. {next_step}") from error
     try:
+        if not local and context.dashboard_url and answers_anyone(f"http://{context.dashboard_url}"):
+            raise ClusterError(open_to_everybody(context.dashboard_url))
         yield
     finally:
         ray.shutdown()
@@ -102,6 +117,31 @@ def guard_token(*, create: bool) -> Path:
         elif path.stat().st_uid == os.getuid() and path.stat().st_mode & 0o077:
             path.chmod(0o600)
     return path
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches that host, by name or number."""
+    try:
+        found = {entry[4][0] for entry in socket.getaddrinfo(host.strip("[]"), None)}
+        return all(ipaddress.ip_address(number).is_loopback for number in found)
+    except (OSError, ValueError):
+        return False
+
+
+def answers_anyone(url: str) -> bool:
+    """Whether a head's dashboard that is not on loopback lists its jobs, and so takes them, without a token."""
+    if is_loopback(urlsplit(url).hostname or ""):
+        return False
+    try:
+        with urllib.request.urlopen(f"{url.rstrip('/')}/api/jobs/", timeout=10) as answer:
+            return answer.status == 200
+    except (OSError, ValueError, HTTPException):        # refused for want of a token, or not to be reached from here
+        return False
+
+
+def open_to_everybody(address: str) -> str:
+    return (f"the Ray head at {address} asks for no token, so whoever reaches it runs programs there. Start it with "
+            "RAY_AUTH_MODE=token and a token (infra/rayjob.yaml does), or with --dashboard-host 127.0.0.1")
 
 
 def reachable(address: str) -> str:

@@ -3,10 +3,14 @@
 The one that is lost holds a sampler and, in its object store, all embeddings; the encoder has left, and every GPU is taken.
 """
 
+import os
+import secrets
 import sys
 from pathlib import Path
 
-import ray
+os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}     # Ray reads them when imported
+
+import ray  # noqa: E402
 from fake_stages import calls, fake_stages
 from ray.cluster_utils import Cluster
 

@@ -162,6 +162,19 @@ def test_no_cluster_at_the_address_is_said_within_seconds():
         pass
 
 
+def test_a_cluster_without_tokens_is_refused_unless_it_is_on_loopback(monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setattr(cluster, "reachable", lambda address: address)
+    for address in ("local", "192.0.2.7:6379"):
+        with pytest.raises(ClusterError, match="whoever reaches this port.*Set RAY_AUTH_MODE=token"):
+            with cluster.connect(address):
+                pass
+    for host in ("127.0.0.1", "[::1]", "localhost"):
+        assert cluster.is_loopback(host)
+    for host in ("0.0.0.0", "192.0.2.7", "no such host"):
+        assert not cluster.is_loopback(host)
+
+
 def test_a_run_needs_a_cluster():
     script = ("from pipeline import cluster\ntry:\n    cluster.run([], [])\n"
               "except cluster.ClusterError as error:\n    print(error)")

@@ -16,6 +16,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import psutil
@@ -23,6 +24,7 @@ import pytest
 
 from jobs import submit as job
 from jobs.cli import main
+from pipeline import cluster
 
 TOKEN = "0123456789abcdef0123456789abcdef"
 ROOT = Path(__file__).resolve().parent.parent
@@ -104,6 +106,36 @@ def session_of(pid: int) -> int | None:
         return os.getsid(pid)
     except ProcessLookupError:
         return None
+
+
+def test_a_head_that_lets_everybody_in_gets_no_job(monkeypatch, tmp_path: Path, capsys):
+    """A server that answers all requests, as a dashboard without tokens does; seen as if from another machine."""
+    asked = []
+
+    class Open(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append((self.path, self.headers.get("Authorization")))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    (tmp_path / "m.csv").write_text("prompt\na\n")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Open) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        assert not cluster.answers_anyone(address)      # on loopback nobody else reaches it
+        monkeypatch.setattr(cluster, "is_loopback", lambda host: False)
+        assert dailies_submit(tmp_path / "m.csv", address) == 5
+        server.shutdown()
+    assert "asks for no token, so whoever reaches it runs programs there" in capsys.readouterr().err
+    assert asked == [("/api/jobs/", None)]
+
+
+def test_a_head_that_asks_for_a_token_is_not_open(head: Head, monkeypatch):
+    monkeypatch.setattr(cluster, "is_loopback", lambda host: False)
+    assert not cluster.answers_anyone(head.address)
 
 
 def run_job(address: str, script: str) -> tuple[tuple[str, int, str], str]:
