@@ -56,7 +56,13 @@ def model() -> Rows:
     yield from rows()
 
 
-PARTS: dict[str, Callable[[], Rows]] = {"demo": demo, "pipeline": pipeline, "memory": memory, "model": model}
+def kernels() -> Rows:
+    """Each kernel against a named rival; on a CPU what runs there instead."""
+    from jobs.bench_kernels import rows
+    yield from rows()
+
+
+PARTS: dict[str, Callable[[], Rows]] = {"demo": demo, "pipeline": pipeline, "memory": memory, "model": model, "kernels": kernels}
 
 
 def machine() -> dict[str, str]:

@@ -60,7 +60,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """The reference's values and scales, in pieces."""
     rows = x.reshape(-1, x.shape[-1])
     values, scales = torch.empty(rows.shape, dtype=torch.int8), torch.empty(len(rows))
-    for piece in pieces(len(rows), ROWS):
+    for piece in pieces(len(rows), max(1, ROWS * TILE_COLUMNS // rows.shape[-1])):
         values[piece], scales[piece] = reference.quantize_rows(rows[piece])
     return values.view(x.shape), scales.view(x.shape[:-1])
 

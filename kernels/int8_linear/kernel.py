@@ -55,7 +55,7 @@ def quantize_blocks_kernel(x, values, scales, M, K, TILE: tl.constexpr):
 @triton.jit
 def int8_linear_kernel(x, x_scales, w, w_scales, bias, gate, residual, y, M, N, K, tiles_m,
                        HAS_BIAS: tl.constexpr, GELU: tl.constexpr, HAS_GATE: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-                       IN_BLOCKS: tl.constexpr, WHOLE_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                       IN_BLOCKS: tl.constexpr, STEPS: tl.constexpr, WHOLE_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                        BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr):
     """One program makes one tile [BLOCK_M, BLOCK_N] of one sample's output, over all of K, in one fixed order.
 
@@ -83,12 +83,11 @@ def int8_linear_kernel(x, x_scales, w, w_scales, bias, gate, residual, y, M, N, 
 
     if IN_BLOCKS:
         total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        blocks_k = tl.cdiv(K, BLOCK_K)
-        x_scale_at = x_scales + tile_m.to(tl.int64) * blocks_k
-        w_scale_at = w_scales + tile_n.to(tl.int64) * blocks_k
+        x_scale_at = x_scales + tile_m.to(tl.int64) * STEPS
+        w_scale_at = w_scales + tile_n.to(tl.int64) * STEPS
     else:
         total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
-    for place in range(0, tl.cdiv(K, BLOCK_K)):
+    for place in range(0, STEPS):                      # known when it is compiled: a model has two or three different K
         if WHOLE_K:
             a, b = tl.load(a_at), tl.load(b_at)
         else:
@@ -163,8 +162,8 @@ def int8_linear(x: Tensor, x_scales: Tensor | None, weight: Tensor, weight_scale
     int8_linear_kernel[(tiles_m * triton.cdiv(out_features, block_n),)](
         x, x_scales, weight, weight_scales, bias, gate, residual, y, rows, out_features, in_features, tiles_m,
         HAS_BIAS=bias is not None, GELU=gelu, HAS_GATE=gate is not None, HAS_RESIDUAL=residual is not None,
-        IN_BLOCKS=in_blocks, WHOLE_K=in_features % block_k == 0, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
-        GROUP_M=GROUP, num_warps=warps, num_stages=stages)
+        IN_BLOCKS=in_blocks, STEPS=triton.cdiv(in_features, block_k), WHOLE_K=in_features % block_k == 0,
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP_M=GROUP, num_warps=warps, num_stages=stages)
     return y
 
 
