@@ -62,10 +62,14 @@ def rotary_table(grid: tuple[int, int, int], head_dim: int, device: torch.device
     """
     pairs = head_dim // 2
     per_axis = (pairs - 2 * (pairs // 3), pairs // 3, pairs // 3)
-    positions = torch.meshgrid(*(torch.arange(n, dtype=torch.float64, device=device) for n in grid), indexing="ij")
-    angles = torch.cat([p.flatten()[:, None] * 10000.0 ** (-torch.arange(n, dtype=torch.float64, device=device) / n)
-                        for p, n in zip(positions, per_axis, strict=True)], dim=1)
-    return angles.cos().float()[:, None], angles.sin().float()[:, None]
+    cos, sin = [], []
+    for axis, (length, n) in enumerate(zip(grid, per_axis, strict=True)):
+        positions = torch.arange(length, dtype=torch.float64, device=device)
+        angles = positions[:, None] * 10000.0 ** (-torch.arange(n, dtype=torch.float64, device=device) / n)
+        along = [length if other == axis else 1 for other in range(3)]
+        for parts, values in ((cos, angles.cos()), (sin, angles.sin())):
+            parts.append(values.float().view(*along, n).expand(*grid, n))
+    return tuple(torch.cat(parts, dim=-1).flatten(0, 2)[:, None] for parts in (cos, sin))
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:

@@ -63,7 +63,7 @@ def test_a_published_turbo_model_renders_in_four_steps(quant, tmp_path, capsys):
     path = manifest(tmp_path, {"id": "a", "prompt": "a red fox", "frames": 9}, {"id": "b", "prompt": "a red fox", "frames": 9, "steps": 2},
                     {"id": "c", "prompt": "snow", "frames": 9, "negative_prompt": "ugly"})
     code, said, _ = render(capsys, path, tmp_path / "out", TURBO_TINY.name, "--weights", weights)
-    assert code == 0 and said["rendered"] == 3, said["failures"]
+    assert code == 0 and said["rendered"] == 3, [failure["error"] for failure in said["failures"]]
     rows = rows_of(tmp_path / "out")
     for row in rows.values():
         assert (row["attention"], row["precision"], row["guidance"]) == ("sparse", "int8" if quant else "fp32", 0.0)
@@ -91,7 +91,7 @@ def test_two_experts_take_turns_over_an_image(tmp_path, capsys):
     weights = converted(tmp_path, capsys, TURBO_TINY_I2V)
     path = manifest(tmp_path, *({"id": str(steps), "prompt": "it moves", "frames": 9, "steps": steps, "image": "first.png"} for steps in (2, 4)))
     code, said, err = render(capsys, path, tmp_path / "out", TURBO_TINY_I2V.name, "--weights", weights, "--attention", "sage")
-    assert code == 0 and said["rendered"] == 2, err
+    assert code == 0 and said["rendered"] == 2, [failure["error"] for failure in said["failures"]]
     assert {row["attention"] for row in rows_of(tmp_path / "out").values()} == {"sage"}
 
 
@@ -147,8 +147,10 @@ def test_int8_weights_of_the_demo_model_are_small_load_strictly_and_have_their_o
     folder = locate(tmp_path / "w", DEMO)
     assert fingerprint(weights_files(DEMO, folder)) != fingerprint(weights_files(DEMO, DEMO.folder))
     assert DEMO.precision_in(folder, "cpu") == "int8" and DEMO.precision_in(DEMO.folder, "cpu") == "fp32"
-    ours, stored = DEMO.dit(DEMO.folder, "cpu", "int8").state_dict(), DEMO.dit(folder, "cpu", "int8").state_dict()
-    assert ours.keys() == stored.keys() and all(torch.equal(ours[name], stored[name]) for name in ours)
+    torch.manual_seed(0)
+    latent, time, text = torch.randn(1, 16, 3, 8, 8), torch.tensor([500.0]), [torch.randn(7, 128)]
+    ours, stored = (dit(latent, time, dit.embed_text(text)) for dit in (DEMO.dit(where, "cpu", "int8") for where in (DEMO.folder, folder)))
+    assert torch.equal(ours, stored)                    # quantised when loaded or when converted: the same layers
     path = manifest(tmp_path, {"id": "a", "prompt": "a red circle moves left", "frames": 9, "steps": 2})
     code, said, err = render(capsys, path, tmp_path / "out", "demo", "--weights", folder)
     assert code == 0 and rows_of(tmp_path / "out")["a"]["precision"] == "int8", err

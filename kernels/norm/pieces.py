@@ -56,9 +56,23 @@ def rms_rope(x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, heads: int, eps:
         for start in range(0, tokens, ROWS):
             rows = slice(start, start + ROWS)
             part = x[sample, rows].to(torch.float32, copy=True)
-            part *= torch.linalg.vector_norm(part, dim=-1, keepdim=True).square_().div_(width).add_(eps).rsqrt_()
+            part *= inverse_rms(part, eps)
             part *= gain
             pairs = torch.view_as_complex(part.view(len(part), heads, -1, 2))
             pairs *= turn[rows]
             y[sample, rows] = part.view(len(part), heads, -1)
     return y
+
+
+def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * gain over the last axis, rounded once, to x's dtype."""
+    rows, y, gain = x.reshape(-1, x.shape[-1]), torch.empty_like(x), gain.float()
+    into = y.view(-1, x.shape[-1])
+    for start in range(0, len(rows), ROWS):
+        part = rows[start:start + ROWS].to(torch.float32, copy=True)
+        into[start:start + ROWS] = part.mul_(inverse_rms(part, eps)).mul_(gain)
+    return y
+
+
+def inverse_rms(x: Tensor, eps: float) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
