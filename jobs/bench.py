@@ -9,17 +9,22 @@ from typing import Any
 Rows = Iterator[tuple[str, dict[str, Any]]]
 
 
-def bench(what: str | None, *, json: bool) -> int:
-    """Run one part or all; prints a line of figures per case.  Raises UsageError for a part that does not exist."""
+def bench(what: str | None, model: str | None = None, *, random_weights: bool = False, json: bool) -> int:
+    """Run one part or all; prints a line of figures per case.  Raises UsageError for a part that does not exist.
+
+    model: of the part "model", this model's transformer and not the VAE.
+    """
     from jobs.settings import UsageError
     if what is not None and what not in PARTS:
         raise UsageError(f"bench has no part {what!r}. There are: {', '.join(PARTS)}")
+    if (model is not None or random_weights) and (what != "model" or model is None or not random_weights):
+        raise UsageError("a model is timed with random weights: dailies bench model NAME --random-weights")
     about = machine()
     if not json:
         print(", ".join(f"{name} {value}" for name, value in about.items()))
     cases = []
     for part in [what] if what else PARTS:
-        for case, figures in PARTS[part]():
+        for case, figures in transformer(model) if model else PARTS[part]():
             cases.append({"part": part, "case": case, **figures})
             if not json:
                 said = ", ".join(f"{name} {shown(value)}" for name, value in figures.items())
@@ -54,6 +59,12 @@ def model() -> Rows:
     """The Wan VAE's decoder; the peer is diffusers', with the same weights."""
     from jobs.bench_model import rows
     yield from rows()
+
+
+def transformer(name: str) -> Rows:
+    """One forward of a model's transformer; the peer is diffusers', with the same weights."""
+    from jobs.bench_dit import rows
+    yield from rows(name)
 
 
 def kernels() -> Rows:

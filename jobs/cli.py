@@ -234,14 +234,19 @@ def convert(source: Annotated[str, typer.Argument(metavar="SRC", help="A publish
 
 @app.command()
 def bench(what: Annotated[str | None, typer.Argument(metavar="[WHAT]", help="What to time.  [default: all]")] = None,
+          model: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Of `bench model`: a model's transformer.")] = None,
+          random_weights: Annotated[bool, typer.Option(
+              "--random-weights", help="With NAME: weights are made up; nothing is downloaded.")] = False,
           json: Json = False) -> int:
     """Time a part of dailies against a named peer in the same run.
 
     \b
-    Example:  dailies bench pipeline
+    Examples:
+      dailies bench pipeline
+      dailies bench model wan2.1-t2v-1.3b --random-weights
     """
     from jobs.bench import bench
-    return bench(what, json=json)
+    return bench(what, model, random_weights=random_weights, json=json)
 
 
 def main(arguments: list[str] | None = None) -> int:

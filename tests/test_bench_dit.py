@@ -1,0 +1,30 @@
+"""dailies bench model NAME: both transformers have the same weights and give the same."""
+
+from dataclasses import replace
+
+import pytest
+
+from jobs import bench_dit, bench_kernels
+from jobs.cli import main
+from model.catalog import CATALOG
+from wan_tiny import TINY_DIT, WAN_TINY
+
+
+def test_a_forward_is_timed_against_diffusers_with_the_same_weights(monkeypatch):
+    pytest.importorskip("diffusers", reason="needs diffusers, the peer: pip install 'dailies[dev]'")
+    monkeypatch.setitem(CATALOG, "wan-tiny", replace(WAN_TINY, dit_fields=TINY_DIT | dict(width=64, time_features=256, text_dim=4096, text_len=512)))
+    monkeypatch.setattr(bench_dit, "CPU_GRID", (2, 8, 12))
+    monkeypatch.setattr(bench_dit, "REPEATS", 1)
+    monkeypatch.setattr(bench_kernels, "SECONDS", 0.0)
+    rows = list(bench_dit.rows("wan-tiny"))
+    assert len(rows) == len(bench_dit.WAYS)
+    for name, figures in rows:
+        assert "2 blocks, 48 tokens" in name and figures["ms"] > 0 and figures["diffusers bf16 ms"] > 0
+        assert figures["relative difference"] < (1 if "sparse" in name else 0.05), name
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["demo", "--random-weights"], "text-to-video transformer of Wan: wan2.1-t2v-1.3b, "), (["wan2.1-t2v-1.3b"], "with random weights: dailies bench")])
+def test_what_cannot_be_compared_is_refused(arguments, said, capsys):
+    assert main(["bench", "model", *arguments]) == 2
+    assert said in capsys.readouterr().err
