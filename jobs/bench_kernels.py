@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kernels import cases
 from kernels.int8_attention import int8_attention
-from kernels.int8_linear import int_mm, int8_linear, quantize_blocks, quantize_rows, reference
+from kernels.int8_linear import int_mm, int8_linear, packed, quantize_blocks, quantize_rows, reference
 from kernels.norm import modulated_norm, quantized_modulated_norm, rms_rope
 from kernels.sparse_attention import sparse_attention
 from kernels.sparse_attention.reference import kept_blocks, pool
@@ -38,6 +38,8 @@ def rows() -> Rows:
         yield from norms(tokens, device)
     for layer in cases.RENDERED_LAYERS if on_gpu else cases.CPU_LAYERS:
         yield from layers(layer, device)
+    if not on_gpu:
+        yield from packed_layers(*cases.CPU_LAYERS)
     for case in cases.RENDERED_ATTENTION if on_gpu else [cases.CPU_ATTENTION]:
         yield from attentions(case, device)
 
@@ -108,6 +110,26 @@ def layers(case: cases.Layer, device: str) -> Rows:
     else:
         calls["torch fp32"] = lambda: full(*wide)
     yield against(f"int8 linear {case}", device, 2 * math.prod(shape) * case.outputs, "int8", calls, bound=0.05)
+
+
+def packed_layers(square: cases.Layer, into: cases.Layer, out: cases.Layer) -> Rows:
+    """What a model in int8 runs on a CPU: weights packed once, x int8 already as its norm leaves it."""
+    x = cases.fill("normal", (into.batch, into.tokens, into.inputs), 0)
+    quantised, low = quantize_rows(x), x.bfloat16()
+    weights = [cases.fill("normal", (case.outputs, case.inputs), seed) / case.inputs ** 0.5 for seed, case in enumerate((square, into, out), 1)]
+    square_int8, into_int8, out_int8 = (packed.pack(quantize_rows(weight)) for weight in weights)
+    square_low, into_low, out_low = (weight.bfloat16() for weight in weights)
+    gate, residual = cases.fill("normal", (into.batch, 1, out.outputs), 4), cases.fill("normal", x.shape, 5)
+    yield against(f"int8 linear, packed, of int8, {square.tokens}x{square.inputs}->{square.outputs}", "cpu", 2 * x.numel() * square.outputs, "int8", {
+        "dailies": lambda: packed.linear(quantised, square_int8, None, torch.bfloat16),
+        "torch bf16": lambda: F.linear(low, square_low), "torch fp32": lambda: F.linear(x, weights[0])}, bound=0.05)
+
+    def full(x: Tensor, into: Tensor, out: Tensor) -> Tensor:
+        return torch.addcmul(residual, gate, F.linear(F.gelu(F.linear(x, into), approximate="tanh"), out).float())
+
+    yield against(f"int8 feed-forward, packed, of int8, {into.tokens}x{into.inputs}->{into.outputs}->{out.outputs}", "cpu", 4 * x.numel() * into.outputs, "int8", {
+        "dailies": lambda: packed.feed_forward(quantised, into_int8, None, out_int8, None, gate, residual),
+        "torch bf16": lambda: full(low, into_low, out_low), "torch fp32": lambda: full(x, *weights[1:])}, bound=0.05)
 
 
 def attentions(case: cases.Attention, device: str) -> Rows:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from kernels.int8_linear import reference
 
-TILE_ROWS, TILE_COLUMNS = 256, 2048                    # of one product: its int32 sums are 2 MB, a core's L2
-ROWS = 64                                              # of one piece around it
+TILE_ROWS, TILE_COLUMNS = 256, 2048                    # of one product, for each thread: its int32 sums are 2 MB, a core's L2
+PIECE = 32768                                          # elements of one piece around it, for a single thread
 INNER, CUBIC = math.sqrt(2 / math.pi), 0.044715        # gelu(x) = x / 2 (1 + tanh(INNER (x + CUBIC x^3)))
 
 
@@ -28,18 +28,20 @@ def int8_linear(x: Tensor, x_scales: Tensor | None, weight: Tensor, weight_scale
         weight_scales, bias = weight_scales / 2, None if bias is None else bias / 2
     y = torch.empty((*x.shape[:-1], len(weight)), dtype=dtype)
     samples = [slice(None)] if gate is None else range(len(x))
+    tile_rows = TILE_ROWS * torch.get_num_threads()
     for columns in pieces(len(weight), TILE_COLUMNS):
         operand, column_scales = weight[columns].mT, weight_scales[columns]
         addend = None if bias is None else bias[columns]
-        sums = torch.empty(TILE_ROWS, len(column_scales), dtype=torch.int32)
-        buffer, spare = torch.empty(2, ROWS, len(column_scales))
+        piece_rows = rows_of(len(column_scales))
+        sums = torch.empty(tile_rows, len(column_scales), dtype=torch.int32)
+        buffer, spare = torch.empty(2, piece_rows, len(column_scales))
         for sample in samples:
             values, scales = x[sample].reshape(-1, x.shape[-1]), x_scales[sample].reshape(-1, 1)
             into = y[sample].view(-1, len(weight))[:, columns]
             onto = None if residual is None else residual[sample].reshape(-1, len(weight))[:, columns]
-            for tile in pieces(len(values), TILE_ROWS):
+            for tile in pieces(len(values), tile_rows):
                 torch._int_mm(values[tile], operand, out=sums[:tile.stop - tile.start])
-                for piece in pieces(tile.stop - tile.start, ROWS):
+                for piece in pieces(tile.stop - tile.start, piece_rows):
                     rows = slice(tile.start + piece.start, tile.start + piece.stop)
                     z = buffer[:piece.stop - piece.start].copy_(sums[piece]).mul_(column_scales)
                     if addend is None:
@@ -60,7 +62,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """The reference's values and scales, in pieces."""
     rows = x.reshape(-1, x.shape[-1])
     values, scales = torch.empty(rows.shape, dtype=torch.int8), torch.empty(len(rows))
-    for piece in pieces(len(rows), max(1, ROWS * TILE_COLUMNS // rows.shape[-1])):
+    for piece in pieces(len(rows), rows_of(rows.shape[-1])):
         values[piece], scales[piece] = reference.quantize_rows(rows[piece])
     return values.view(x.shape), scales.view(x.shape[:-1])
 
@@ -76,6 +78,12 @@ def gelu_of_twice_(half: Tensor, spare: Tensor) -> Tensor:
     inner = half.new_full((1,), 2 * INNER)
     torch.addcmul(inner, half, half, value=8 * INNER * CUBIC, out=spare)
     return half.addcmul_(half, spare.mul_(half).tanh_())
+
+
+def rows_of(width: int) -> int:
+    """Rows of a piece. With more than one thread each gets four times as much to do, since all wait for each other after every step."""
+    threads = torch.get_num_threads()
+    return max(1, PIECE * (1 if threads == 1 else 4 * threads) // width)
 
 
 def pieces(length: int, size: int) -> list[slice]:
