@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from actors.messages import Frames, Latent
+from actors.room import room_on
 from model.catalog import ModelCard
+from model.shapes import VideoShape
 
 
 class NonFiniteFrames(ArithmeticError):
@@ -26,26 +28,59 @@ class Decoder:
         self.card, self.device = card, device
         self.vae = card.vae(weights, device, precision)
         self.scale, self.bias = (t.to(device).view(-1, 1, 1, 1) for t in card.latent_statistics(weights))
+        self.copies = torch.cuda.Stream(device) if device.startswith("cuda") else None
 
     @torch.inference_mode()
     def __call__(self, batch: list[Latent]) -> list[Frames]:
-        """Raises NonFiniteFrames."""
-        return [Frames(request=latent.request, rgb=self.decode(latent), fallbacks=latent.fallbacks) for latent in batch]
+        """Raises NonFiniteFrames, and OutOfMemoryError where a GPU has no memory for the smallest pieces."""
+        return [self.decode(latent) for latent in batch]
 
-    def decode(self, latent: Latent) -> Tensor:
-        """uint8 [frames, height, width, 3] on the CPU, filled piece by piece: the clip is never whole in floats."""
-        shape = latent.request.shape
+    def decode(self, latent: Latent) -> Frames:
+        """A clip too large for the memory is decoded in bands of rows, which meet exactly."""
         video = (latent.streams[0].to(self.device) - self.bias) / self.scale        # fp32, before the VAE rounds it
         video = video[None].to(self.vae.from_latent.weight.dtype)
-        rgb = torch.empty(shape.frames, shape.height, shape.width, 3, dtype=torch.uint8)
-        at = 0
-        for piece in self.vae.decode_chunks(video, chunk=self.card.decode_chunk):
-            if not piece.isfinite().all():
-                raise NonFiniteFrames(f"decoding gave NaN or infinity in frames {at} to {at + piece.shape[2] - 1}; "
-                                      "try precision fp32")
-            rgb[at:at + piece.shape[2]] = to_uint8(piece[0]).permute(1, 2, 3, 0)
-            at += piece.shape[2]
+        rows = self.vae.rows_within(room_on(self.device), self.vae.decoder, *video.shape[2:])
+        notes = ()
+        while (rgb := self.pixels(video, latent.request.shape, rows)) is None:
+            rows = -(-rows // 2)
+            notes = (f"decoded {rows * self.vae.config.space_stride} rows at a time: the GPU had no memory for more",)
+        return Frames(request=latent.request, rgb=rgb, fallbacks=latent.fallbacks + notes)
+
+    def pixels(self, video: Tensor, shape: VideoShape, rows: int) -> Tensor | None:
+        """uint8 [frames, height, width, 3] on the CPU, filled piece by piece; None where the GPU's memory ran out.
+
+        On a GPU a piece is copied while the next one is decoded.
+        """
+        size = (shape.frames, shape.height, shape.width, 3)
+        rgb = torch.empty(size, dtype=torch.uint8, pin_memory=self.copies is not None)
+        finite = torch.ones(shape.frames, dtype=torch.bool, device=self.device)     # looked at last: looking waits
+        try:
+            for at, top, piece in self.vae.decode_pieces(video, rows=rows):
+                finite[at:at + piece.shape[2]] &= piece.isfinite().all(dim=4).all(dim=3).all(dim=1)[0]
+                pixels = to_uint8(piece[0]).permute(1, 2, 3, 0).contiguous()
+                self.copy(pixels, rgb[at:at + len(pixels), top:top + pixels.shape[1]])
+                del piece, pixels                       # before the next is made
+        except torch.OutOfMemoryError:
+            if rows == 1:
+                raise
+            return None
+        finally:
+            if self.copies is not None:
+                self.copies.synchronize()
+        if not finite.all():
+            bad = (~finite).nonzero().flatten().tolist()
+            raise NonFiniteFrames(f"decoding gave NaN or infinity in frames {bad[0]} to {bad[-1]}; try precision fp32")
         return rgb
+
+    def copy(self, pixels: Tensor, place: Tensor) -> None:
+        if self.copies is None:
+            place.copy_(pixels)
+            return
+        self.copies.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.copies):
+            for picture, room in zip(pixels, place, strict=True):       # of a band, only one frame's rows lie together
+                room.copy_(picture, non_blocking=True)
+        pixels.record_stream(self.copies)
 
 
 def to_uint8(pixels: Tensor) -> Tensor:

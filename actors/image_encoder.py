@@ -12,6 +12,7 @@ from torch import Tensor
 
 from actors.image_file import ImageError, decode
 from actors.messages import Embedding, FirstFrame, Request
+from actors.room import room_on
 from actors.text_encoder import TextEncoder
 from model.catalog import WanCard
 from model.shapes import VideoShape
@@ -69,7 +70,9 @@ class ImageTextEncoder(TextEncoder):
         """
         video = torch.zeros(1, 3, shape.frames, shape.height, shape.width, device=self.device)
         video[:, :, 0] = F.interpolate(pixels[None], size=(shape.height, shape.width), mode="bicubic").to(self.device)
-        latent = self.vae.encode(video, chunk=1)[0][0] * self.scale + self.bias     # all at once: 28 GB a layer at 720p
+        _, *grid = self.card.grid.of(shape)
+        rows = self.vae.rows_within(room_on(self.device), self.vae.encoder, *grid)
+        latent = self.vae.encode(video, rows=rows)[0][0] * self.scale + self.bias
         mask = latent.new_zeros(self.card.grid.time_stride, *latent.shape[1:])
         mask[:, 0] = 1
         return torch.cat((mask, latent))

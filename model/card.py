@@ -71,7 +71,6 @@ class ModelCard:
     tuned_for_sparse: bool = False                      # the weights know it, and have a projection of its linear branch
 
     clips_per_turn: int = 1                             # sampled together, where that changes no bit and saves work
-    decode_chunk: int | None = 1                        # latent steps decoded at a time; None is the whole clip
 
     # fields that differ from the released sizes
     dit_fields: Mapping[str, Any] = field(default_factory=dict)
@@ -105,7 +104,7 @@ class ModelCard:
         vae = checkpoint.build(lambda: WanVAE(self.vae_config), stored_at(weights, layout_in(self, weights).vae),
                                keys.WAN_VAE, keys.WAN_VAE_DIFFUSERS, name=self.name, device=device,
                                precision=precision or self.precision_on(device))
-        return channels_last(vae) if device.startswith("cpu") else vae
+        return channels_last(vae)
 
     @property
     def dit_tables(self) -> tuple["KeyTable", ...]:

@@ -81,6 +81,18 @@ class LinumCard(ModelCard):
         return scale.float(), bias.float()
 
 
+@dataclass(frozen=True, kw_only=True)
+class StudentCard(LinumCard):
+    """A model of the Linum family that was distilled to a few steps without guidance."""
+
+    num_steps: int = 4
+    max_steps: int = 4
+    guidance: float = 0.0                               # distilled in: there is none to choose
+    max_guidance: float = 0.0
+    negative_unused: str = "negative prompt not used: guidance is distilled into this model"
+    sigma_max: float = 80.0                             # noise to signal where the first step begins
+
+
 WAN_NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，"
     "画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走")
@@ -280,10 +292,18 @@ DEMO = LinumCard(
     guidance=4.0,
     guider="cfg",
     pair_guidance=True,
-    decode_chunk=None,
     dit_fields=dict(width=192, heads=3, layers=6, ffn=768, text_dim=128, text_len=40),
     vae_fields=dict(width=16, res_blocks=1),
     memory_gb={"encode": 1, "sample": 1, "publish": 1},
+)
+
+# made by jobs/train_demo.py --distill; it has the demo model's text encoder and VAE
+DEMO_TURBO = StudentCard(
+    name="demo-turbo",
+    description="the demo model in one to four steps: a student, distilled from it",
+    dit_file="dit/demo-turbo.safetensors",
+    **{name: getattr(DEMO, name) for name in ("folder", "resolutions", "resolution", "min_side", "max_pixels", "dit_fields",
+                                              "vae_fields", "memory_gb")},
 )
 
 WAN_14B = dict(width=5120, heads=40, layers=40, ffn=13824)

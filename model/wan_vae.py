@@ -1,18 +1,25 @@
-"""Wan 2.1 image-video VAE: pixels to latents and back, causal in time, so a clip can be coded in chunks of any length.
+"""Wan 2.1 image-video VAE: pixels to latents and back, causal in time.
 
 Letters  B clips  C channels  T latent steps  F pixel frames = 4 * (T - 1) + 1  H W rows and columns
 Source   Wan 2.1 release, WanVAE_; also Linum v2's decoder. Tensor names: model/keys.py.
 
-A chunked run equals a whole-clip run: every convolution in time remembers the last frames it saw in a `Memory`, and
-the first frame of a clip is special in two places (`Upsample`, `Downsample`): it stands for one pixel frame, not four.
+A clip is coded in pieces that fit in memory, and its pixels and latents do not depend on the pieces:
+
+chunk   latent steps coded together. Every convolution in time remembers the last frames it saw in a `Memory`, and the
+        first frame of a clip is special in two places (`Upsample`, `Downsample`): it is one pixel frame, not four.
+band    rows coded together. It is given all the rows its result depends on (`Band`), so bands meet exactly, where tiles
+        that are blended only hide their seams. The attention sees whole frames: it is in the lowest stage, never cut.
+slab    frames that one layer works on at a time, so that what it makes on the way stays small (`slabs`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+SLAB = 2 ** 22                                          # elements; more at a time is no faster
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,20 +40,48 @@ class WanVAEConfig:
 
 
 class Memory:
-    """What one clip's earlier chunks left behind: the last input frames of every convolution in time."""
+    """One clip's way through an encoder or decoder: what its earlier chunks and slabs left behind.
 
-    def __init__(self) -> None:
-        self.first_chunk = True
-        self.frames: dict[nn.Module, Tensor] = {}
+    learns: gradients are wanted; then every layer takes the clip whole, and writes nothing in place.
+    """
 
-    def extend(self, module: nn.Module, x: Tensor, keep: int, pad_start: bool = True) -> Tensor:
-        """x with the `keep` frames before it in front: remembered ones, or zeros at the clip's start if pad_start."""
-        past = self.frames.get(module)
-        if past is None and pad_start:
-            past = x.new_zeros(*x.shape[:2], keep, *x.shape[3:])
-        joined = x if past is None else torch.cat((past, x), dim=2)
-        self.frames[module] = joined[:, :, -keep:]
-        return joined
+    def __init__(self, *, learns: bool = False):
+        self.learns = learns
+        self.first_chunk = self.last_chunk = True
+        self.frames: dict[nn.Module, Tensor] = {}       # the last input frames of every convolution in time
+        self.rooms: dict[nn.Module, Tensor] = {}        # where those of the layer at work lie, with room for a slab
+
+    def chunks(self, steps: int, size: int) -> Iterator[tuple[int, int]]:
+        """Start and stop of each chunk, in latent steps; the layers are told which is the first and which the last."""
+        for start in range(0, steps, size):
+            stop = min(start + size, steps)
+            self.first_chunk, self.last_chunk = start == 0, stop == steps
+            yield start, stop
+
+    def window(self, conv: nn.Module, x: Tensor, keep: int) -> tuple[Tensor, int]:
+        """A buffer for conv's next input [B, C, past + T, H, W], and past: how many remembered frames it begins with.
+
+        The caller writes the other T, shaped like x. past is `keep`, or less where the clip begins.
+        """
+        remembered = self.frames.get(conv)
+        past = 0 if remembered is None else remembered.shape[2]
+        frames = past + x.shape[2]
+        room = self.rooms.get(conv)
+        if room is None or room.shape[2] < frames:
+            room = self.rooms[conv] = empty_clip(x, keep + x.shape[2])
+        for frame in range(past):                       # one by one: they may move forward within the room
+            room[:, :, frame] = remembered[:, :, frame]
+        self.frames[conv] = room[:, :, max(0, frames - keep):frames]
+        return room[:, :, :frames], past
+
+    def settle(self) -> None:
+        """After a layer: keep what the clip's next chunk needs of it, and no more."""
+        for conv in self.rooms:
+            if self.last_chunk:
+                del self.frames[conv]
+            else:
+                self.frames[conv] = self.frames[conv].clone()
+        self.rooms.clear()
 
 
 class WanVAE(nn.Module):
@@ -59,11 +94,12 @@ class WanVAE(nn.Module):
         self.from_latent = nn.Conv3d(channels, channels, 1)
         self.decoder = Decoder(config)
 
-    def encode(self, video: Tensor, *, chunk: int | None = None) -> tuple[Tensor, Tensor]:
+    def encode(self, video: Tensor, *, chunk: int | None = None, rows: int | None = None) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of the latent, each [B, C, T, H / 8, W / 8], not normalised.
 
-        video [B, 3, F, H, W] in [-1, 1]; F is 4n + 1, H and W multiples of 8.  chunk: latent steps coded at a time;
-        None takes the whole clip at once. The result is the same.
+        video [B, 3, F, H, W] in [-1, 1]; F is 4n + 1, H and W multiples of 8.  chunk: latent steps; None is what takes
+        least memory.  rows: of the latent, per band; None is all.  The result is the same.  Where gradients are
+        wanted, the clip is coded whole.
         Raises ValueError for other frame counts or sizes.
         """
         frames, height, width = video.shape[2:]
@@ -71,60 +107,90 @@ class WanVAE(nn.Module):
         if (frames - 1) % time or height % space or width % space:
             raise ValueError(f"video must have {time}n + 1 frames and sides that are multiples of {space}; "
                              f"got {frames} frames of {height}x{width}. Crop or resample it first")
-        bounds = chunk_bounds((frames - 1) // time + 1, chunk)
-        memory, moments = Memory(), []
-        for start, stop in bounds:
-            piece = video[:, :, max(0, time * (start - 1) + 1): time * (stop - 1) + 1]
-            moments.append(self.to_moments(self.encoder(piece, memory)))
-            memory.first_chunk = False
-        mean, log_variance = torch.cat(moments, dim=2).chunk(2, dim=1)
+        steps, height, width = (frames - 1) // time + 1, height // space, width // space
+        chunk, rows = self.pieces(self.encoder, video, steps, height, width, chunk, rows)
+        lowest = None
+        for band in bands(height, rows, *self.encoder.reach()):
+            memory = Memory(learns=self.learns(video))
+            for start, stop in memory.chunks(steps, chunk):
+                seen = video[:, :, max(0, time * (start - 1) + 1):time * (stop - 1) + 1]
+                part = self.encoder.begin(seen[:, :, :, space * band.top:space * band.bottom], memory)
+                part = part[:, :, :, band.start - band.top:band.stop - band.top]
+                if part.shape[2:4] == (steps, height):
+                    lowest = part
+                    continue
+                if lowest is None:
+                    lowest = empty_clip(part, steps, height)
+                lowest[:, :, start:stop, band.start:band.stop] = part
+        moments = convolve(self.to_moments, self.encoder.finish(lowest, Memory(learns=self.learns(video))))
+        mean, log_variance = moments.chunk(2, dim=1)
         return mean, log_variance
 
-    def decode(self, latent: Tensor, *, chunk: int | None = None) -> Tensor:
+    def decode(self, latent: Tensor, *, chunk: int | None = None, rows: int | None = None) -> Tensor:
         """Pixels [B, 3, F, 8H, 8W], about [-1, 1], not clamped.
 
-        latent [B, C, T, H, W], not normalised; chunk as in encode.
+        latent [B, C, T, H, W], not normalised; chunk, rows as in encode.
         """
-        return torch.cat(list(self.decode_chunks(latent, chunk=chunk)), dim=2)
+        time, space = self.config.time_stride, self.config.space_stride
+        steps, height, width = latent.shape[2:]
+        frames, pixels = time * (steps - 1) + 1, None
+        for at, top, piece in self.decode_pieces(latent, chunk=chunk, rows=rows):
+            if piece.shape[2:4] == (frames, space * height):
+                return piece
+            if pixels is None:
+                pixels = piece.new_empty(*piece.shape[:2], frames, space * height, space * width)
+            pixels[:, :, at:at + piece.shape[2], top:top + piece.shape[3]] = piece
+        return pixels
 
-    def decode_chunks(self, latent: Tensor, *, chunk: int | None = 1) -> Iterator[Tensor]:
-        """decode(), a few frames at a time: [B, 3, f, 8H, 8W] pieces in order: a long clip is never whole in memory."""
-        memory = Memory()
-        for start, stop in chunk_bounds(latent.shape[2], chunk):
-            yield self.decoder(self.from_latent(latent[:, :, start:stop]), memory)
-            memory.first_chunk = False
+    def decode_pieces(self, latent: Tensor, *, chunk: int | None = None,
+                      rows: int | None = None) -> Iterator[tuple[int, int, Tensor]]:
+        """decode(), piece by piece: first frame, first row, pixels [B, 3, f, h, 8W]: a clip is never whole in memory.
 
-    def decode_tiles(self, latent: Tensor, *, tile: int, overlap: int, chunk: int | None = 1) -> Iterator[Tensor]:
-        """decode_chunks() in less memory: each chunk is decoded in square tiles, which are blended.
-
-        tile, overlap: of a side, in latent cells. Where tiles overlap, one fades out in a straight line as the other
-        fades in, so no seam shows. The pixels are near those of decode() but not the same: attention, and convolutions
-        at a tile's edge, see only the tile.  Raises ValueError unless 0 < overlap <= tile / 2.
+        Bands come from the top, and the pieces of a band in the order of time.
         """
-        if not 0 < overlap <= tile / 2:
-            raise ValueError(f"overlap must be at least 1 and at most half of tile {tile}; got {overlap}")
-        height, width = latent.shape[3:]
-        space = self.config.space_stride
-        tiles = [(y, x, Memory()) for y in tile_starts(height, tile, overlap) for x in tile_starts(width, tile, overlap)]
-        fade_y, fade_x = (fades(min(tile, side), overlap, space, latent) for side in (height, width))
-        weight = fade_y[:, None] * fade_x
-        for start, stop in chunk_bounds(latent.shape[2], chunk):
-            blended = total = None
-            for y, x, memory in tiles:
-                piece = self.decoder(self.from_latent(latent[:, :, start:stop, y:y + tile, x:x + tile]), memory)
-                memory.first_chunk = False
-                if blended is None:
-                    blended = piece.new_zeros(*piece.shape[:3], space * height, space * width, dtype=torch.float32)
-                    total = blended.new_zeros(blended.shape[3:])
-                place = (..., slice(space * y, space * (y + tile)), slice(space * x, space * (x + tile)))
-                blended[place] += piece * weight
-                total[place] += weight
-            yield (blended / total).to(latent.dtype)
+        steps, height, width = latent.shape[2:]
+        chunk, rows = self.pieces(self.decoder, latent, steps, height, width, chunk, rows)
+        lowest = self.decoder.begin(convolve(self.from_latent, latent), Memory(learns=self.learns(latent)))
+        for band in bands(height, rows, *self.decoder.reach()):
+            memory = Memory(learns=self.learns(latent))
+            for start, stop in memory.chunks(steps, chunk):
+                seen = lowest[:, :, start:stop, band.top:band.bottom].clone(memory_format=torch.channels_last_3d)
+                yield (max(0, self.config.time_stride * (start - 1) + 1), self.config.space_stride * band.start,
+                       self.decoder.finish(seen, memory, band))
+
+    def learns(self, x: Tensor) -> bool:
+        return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
+
+    def pieces(self, part: "Encoder | Decoder", x: Tensor, steps: int, height: int, width: int, chunk: int | None,
+               rows: int | None) -> tuple[int, int]:
+        """chunk and rows as they are said, or else as they should be."""
+        if self.learns(x):
+            return steps, height
+        rows = rows or height
+        return chunk or part.needs().chunk(steps, len(x) * rows * width), rows
+
+    def rows_within(self, budget: int, part: "Encoder | Decoder", steps: int, height: int, width: int) -> int:
+        """Rows for encode or decode with which one clip takes at most `budget` bytes, as many as may be; at least 1.
+
+        part: self.encoder or self.decoder.  steps, height, width: of the latent.
+        """
+        for count in range(1, height):
+            rows = -(-height // count)
+            if self.bytes_needed(part, steps, height, width, rows) <= budget:
+                return rows
+        return 1
+
+    def bytes_needed(self, part: "Encoder | Decoder", steps: int, height: int, width: int, rows: int) -> int:
+        """About what coding a clip takes at its worst moment, beside weights and pixels. Bands may take half of it."""
+        cells = width * max(band.bottom - band.top for band in bands(height, rows, *part.reach()))
+        lowest = self.config.width * self.config.multipliers[-1] * steps * height * width
+        return self.from_latent.weight.itemsize * (lowest + max(2 * lowest, part.needs().elements(steps, cells)))
 
 
 class Encoder(nn.Module):
     def __init__(self, config: WanVAEConfig):
         super().__init__()
+        self.config = config
         widths = [config.width * m for m in config.multipliers]
         self.conv_in = CausalConv(3, widths[0])
         layers: list[nn.Module] = []
@@ -140,11 +206,34 @@ class Encoder(nn.Module):
         self.norm_out = ChannelNorm(channels, 3)
         self.conv_out = CausalConv(channels, 2 * config.latent_channels)
 
-    def forward(self, x: Tensor, memory: Memory) -> Tensor:
-        x = self.conv_in(x, memory)
-        for layer in (*self.down, *self.mid):
+    def begin(self, video: Tensor, memory: Memory) -> Tensor:
+        """A chunk of a band of frames, in the lowest stage: [B, C, T, H / 8, W / 8]."""
+        x = self.conv_in.through(video, memory)
+        for layer in self.down:
             x = layer(x, memory)
-        return self.conv_out(F.silu(self.norm_out(x)), memory)
+            memory.settle()
+        return x
+
+    def finish(self, x: Tensor, memory: Memory) -> Tensor:
+        """A whole clip in the lowest stage, used up, to its moments' [B, 2 * latent channels, T, H / 8, W / 8]."""
+        for layer in self.mid:
+            x = layer(x, memory)
+            memory.settle()
+        return self.conv_out.through(x, memory, self.norm_out)
+
+    def reach(self) -> tuple[int, int]:
+        """How many rows of the latent above a row, and below it, `begin` needs for it."""
+        above = below = 0
+        for layer in (*reversed(self.down), self.conv_in):
+            if isinstance(layer, Downsample):           # out row i sees in rows 2i to 2i + 2
+                above, below = 2 * above, 2 * below + 1
+            else:
+                above, below = above + layer.reach, below + layer.reach
+        space = self.config.space_stride
+        return -(-above // space), -(-below // space)
+
+    def needs(self) -> "Needs":
+        return Needs.of(self.down, self.config.space_stride, self.config.time_stride)
 
 
 class Decoder(nn.Module):
@@ -167,14 +256,49 @@ class Decoder(nn.Module):
         self.norm_out = ChannelNorm(channels, 3)
         self.conv_out = CausalConv(channels, 3)
 
-    def forward(self, x: Tensor, memory: Memory) -> Tensor:
-        x = self.conv_in(x, memory)
-        for layer in (*self.mid, *self.up):
+    def begin(self, latent: Tensor, memory: Memory) -> Tensor:
+        """A whole clip in the lowest stage: [B, C, T, H, W]."""
+        x = self.conv_in.through(latent, memory)
+        for layer in self.mid:
             x = layer(x, memory)
-        return self.conv_out(F.silu(self.norm_out(x)), memory)
+            memory.settle()
+        return x
+
+    def finish(self, x: Tensor, memory: Memory, band: "Band") -> Tensor:
+        """A chunk of the lowest stage's rows top to bottom of a band, used up, to the pixels of rows start to stop."""
+        margins, scale, top = self.margins()[1:], 1, band.top
+        for layer in self.up:
+            x = layer(x, memory)
+            memory.settle()
+            if isinstance(layer, Upsample):             # cut off what no later layer needs
+                scale, margin, above = 2 * scale, margins.pop(0), 2 * top
+                top = max(above, scale * band.start - margin)
+                x = x[:, :, :, top - above:scale * band.stop + margin - above]
+        x = self.conv_out.through(x, memory, self.norm_out)
+        return x[:, :, :, scale * band.start - top:scale * band.stop - top]
+
+    def margins(self) -> list[int]:
+        """Per stage from the lowest: how many rows above and below a band's rows of it are needed."""
+        margins, rows = [], self.conv_out.reach
+        for layer in reversed(self.up):
+            if isinstance(layer, Upsample):             # out rows 2i and 2i + 1 see in rows i - 1 to i + 1
+                margins.insert(0, rows)
+                rows = (rows + 2) // 2
+            else:
+                rows += layer.reach
+        return [rows, *margins]
+
+    def reach(self) -> tuple[int, int]:
+        """How many rows of the lowest stage above a row, and below it, `finish` needs for it."""
+        return self.margins()[0], self.margins()[0]
+
+    def needs(self) -> "Needs":
+        return Needs.of(self.up, 1, 1)
 
 
 class ResBlock(nn.Module):
+    reach = 2                                           # rows
+
     def __init__(self, channels_in: int, channels_out: int):
         super().__init__()
         self.norm1 = ChannelNorm(channels_in, 3)
@@ -184,8 +308,18 @@ class ResBlock(nn.Module):
         self.shortcut = nn.Conv3d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
 
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
-        y = self.conv1(F.silu(self.norm1(x)), memory)
-        return self.shortcut(x) + self.conv2(F.silu(self.norm2(y)), memory)
+        """x is used up: the result may lie where it was."""
+        def branch(slab: Tensor) -> Tensor:
+            return self.conv2(self.conv1(slab, memory, self.norm1), memory, self.norm2)
+
+        pieces = slabs(x, memory, self.conv1.out_channels)
+        if not isinstance(self.shortcut, nn.Identity):
+            return joined((convolve(self.shortcut, slab) + branch(slab) for slab in pieces), x.shape[2])
+        if memory.learns:
+            return x + branch(x)
+        for slab in pieces:
+            slab += branch(slab)
+        return x
 
 
 class FrameAttention(nn.Module):
@@ -198,10 +332,13 @@ class FrameAttention(nn.Module):
         self.proj = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
+        return joined(map(self.attended, slabs(x, memory, 3 * x.shape[1])), x.shape[2])
+
+    def attended(self, x: Tensor) -> Tensor:
         frames = as_frames(x)                                                   # [B*T, C, H, W]
-        q, k, v = self.to_qkv(self.norm(frames)).flatten(2).transpose(1, 2).unsqueeze(1).chunk(3, dim=-1)
+        q, k, v = convolve(self.to_qkv, self.norm(frames)).flatten(2).transpose(1, 2).unsqueeze(1).chunk(3, dim=-1)
         y = F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2).reshape(frames.shape)
-        return x + as_clip(self.proj(y), len(x))
+        return x + as_clip(convolve(self.proj, y), len(x))
 
 
 class Downsample(nn.Module):
@@ -213,12 +350,21 @@ class Downsample(nn.Module):
         self.time_conv = nn.Conv3d(channels, channels, (3, 1, 1), stride=(2, 1, 1)) if halve_time else None
 
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
-        x = as_clip(self.conv(F.pad(as_frames(x), (0, 1, 0, 1))), len(x))
+        x = joined(map(self.reduced, slabs(x, memory)), x.shape[2])
         if self.time_conv is None:
             return x
-        first = x[:, :, : 1 if memory.first_chunk else 0]
-        x = memory.extend(self.time_conv, x, keep=1, pad_start=False)           # frame 0 is context of the first window
-        return torch.cat((first, self.time_conv(x)), dim=2) if x.shape[2] >= 3 else first
+        first = (x[:, :, :1],) if memory.first_chunk else ()
+        if not memory.first_chunk:
+            x = joined((memory.frames.pop(self.time_conv), x), 1 + x.shape[2])
+        if not memory.last_chunk:
+            memory.frames[self.time_conv] = x[:, :, -1:].clone()
+        if x.shape[2] < 3:
+            return x
+        # frame 0 is context of the first window
+        return joined((*first, convolve(self.time_conv, x)), len(first) + (x.shape[2] - 1) // 2)
+
+    def reduced(self, x: Tensor) -> Tensor:
+        return as_clip(convolve(self.conv, F.pad(as_frames(x), (0, 1, 0, 1))), len(x))
 
 
 class Upsample(nn.Module):
@@ -230,37 +376,136 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels // 2, 3, padding=1)
 
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
-        if self.time_conv is not None:
-            first, rest = x.split_with_sizes([1, x.shape[2] - 1], dim=2) if memory.first_chunk else (x[:, :, :0], x)
-            if rest.shape[2]:                           # the first frame never enters this convolution
-                even, odd = self.time_conv(rest, memory).chunk(2, dim=1)
-                rest = torch.stack((even, odd), dim=3).flatten(2, 3)
-            x = torch.cat((first, rest), dim=2)
-        frames = F.interpolate(as_frames(x), scale_factor=2.0, mode="nearest-exact")
-        return as_clip(self.conv(frames), len(x))
+        if self.time_conv is None:
+            return joined(map(self.enlarged, slabs(x, memory, 4 * x.shape[1])), x.shape[2])
+        first = 1 if memory.first_chunk else 0          # it never enters the convolution in time
+
+        def pieces() -> Iterator[Tensor]:
+            if first:
+                yield self.enlarged(x[:, :, :1])
+            for slab in slabs(x[:, :, first:], memory, 8 * x.shape[1]):
+                yield self.enlarged(self.doubled(slab, memory))
+
+        return joined(pieces(), 2 * x.shape[2] - first)
+
+    def doubled(self, x: Tensor, memory: Memory) -> Tensor:
+        """[B, C, 2T, H, W]: the first half of the convolution's channels is the even frames, the second the odd."""
+        pairs = self.time_conv(x, memory).permute(0, 2, 3, 4, 1).unflatten(4, (2, -1))          # [B, T, H, W, 2, C]
+        return pairs.permute(0, 1, 4, 2, 3, 5).flatten(1, 2).permute(0, 4, 1, 2, 3)
+
+    def enlarged(self, x: Tensor) -> Tensor:
+        # every pixel four times; F.interpolate takes as long as the convolution, and gives another layout
+        frames = as_frames(x).permute(0, 2, 3, 1)[:, :, None, :, None].expand(-1, -1, 2, -1, 2, -1)
+        frames = frames.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
+        return as_clip(convolve(self.conv, frames), len(x))
 
 
 class CausalConv(nn.Conv3d):
-    """3D convolution that sees no later frame: zeros, or the remembered frames, stand before the first."""
+    """3D convolution that sees no later frame: the remembered frames, or zeros, stand before the first."""
 
     def __init__(self, channels_in: int, channels_out: int, kernel: tuple[int, int, int] = (3, 3, 3)):
         super().__init__(channels_in, channels_out, kernel, padding=(0, kernel[1] // 2, kernel[2] // 2))
+        self.reach = kernel[1] // 2                     # rows
 
-    def forward(self, x: Tensor, memory: Memory) -> Tensor:
-        return super().forward(memory.extend(self, x, keep=self.kernel_size[0] - 1))
+    def forward(self, x: Tensor, memory: Memory, norm: "ChannelNorm | None" = None) -> Tensor:
+        """norm: what x passes on its way in, with SiLU behind it."""
+        keep = self.kernel_size[0] - 1
+        if memory.learns:
+            return super().forward(F.pad(F.silu(norm(x)) if norm else x, (0, 0, 0, 0, keep, 0)))
+        window, past = memory.window(self, x, keep)
+        if norm:
+            F.silu(norm(x, out=window[:, :, past:]), inplace=True)
+        else:
+            window[:, :, past:] = x
+        if past == keep:
+            return convolve(self, window)
+        return joined(self.starting(window, past), x.shape[2])
+
+    def through(self, x: Tensor, memory: Memory, norm: "ChannelNorm | None" = None) -> Tensor:
+        """forward() slab by slab, for a convolution that is a layer of its own."""
+        y = joined((self(slab, memory, norm) for slab in slabs(x, memory, self.out_channels)), x.shape[2])
+        memory.settle()
+        return y
+
+    def starting(self, window: Tensor, past: int) -> Iterator[Tensor]:
+        """Where a clip begins: the taps that would meet zeros are left out."""
+        frames, keep = window.shape[2], self.kernel_size[0] - 1
+        for frame in range(past, min(keep, frames)):
+            yield convolve(self, window[:, :, :frame + 1], self.weight[:, :, keep - frame:])
+        if frames > keep:
+            yield convolve(self, window)
 
 
 class ChannelNorm(nn.Module):
-    """Unit length over the channels, times sqrt(C), times a learned gain: no mean, no bias, statistics in fp32."""
+    """Unit length over the channels, times sqrt(C), times a learned gain: no mean, no bias; statistics in fp32."""
 
     def __init__(self, channels: int, spatial_dims: int):
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(channels, *(1,) * spatial_dims))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         # 1e-12 is a floor under the norm, not a term inside the root
-        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32).clamp_min(1e-12)
-        return x * (len(self.gamma) ** 0.5 / norm).to(x.dtype) * self.gamma.to(x.dtype)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=wide).clamp_min(1e-12)
+        scale, gamma = (len(self.gamma) ** 0.5 / norm).to(x.dtype), self.gamma.to(x.dtype)
+        return x * scale * gamma if out is None else torch.mul(x, scale, out=out).mul_(gamma)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Elements in memory per cell of the lowest stage, that is per row and column of a latent."""
+
+    remembered: int                                     # between two chunks
+    per_step: int                                       # of a layer's input and output, per latent step
+    per_slab: int                                       # of what a layer makes on the way, for one frame
+
+    @classmethod
+    def of(cls, layers: Iterable[nn.Module], scale: int, frames: int) -> "Needs":
+        """scale, frames: pixels a side and frames, for a cell and step of the lowest stage, where the layers begin."""
+        remembered = per_step = per_slab = 0
+        for layer in layers:
+            area = scale ** 2
+            if isinstance(layer, ResBlock):
+                seen, made = layer.conv1.in_channels, layer.conv1.out_channels
+                remembered += area * 2 * (seen + made)
+                per_step = max(per_step, area * frames * (seen if seen == made else seen + made))
+                per_slab = max(per_slab, area * (3 * seen + 5 * made))
+                continue
+            channels, in_time = layer.conv.in_channels, layer.time_conv is not None
+            up = isinstance(layer, Upsample)
+            remembered += (2 * area if up else area // 4) * channels * in_time
+            per_step = max(per_step, area * frames * channels * (3 + 2 * (up and in_time)) // (1 if up else 2))
+            per_slab = max(per_slab, area * channels * (6 if up else 2) * (2 if up and in_time else 1))
+            scale = 2 * scale if up else scale // 2
+            frames = frames * 2 ** in_time if up else frames // 2 ** in_time
+        return cls(remembered, per_step, per_slab)
+
+    def chunk(self, steps: int, cells: int) -> int:
+        """Latent steps to code together: all, where that takes no more memory, or else as few as are worth a call."""
+        chunk = min(steps, max(1, SLAB // (cells * self.per_step)))
+        return steps if self.per_step * (steps - chunk) <= self.remembered else chunk
+
+    def elements(self, steps: int, cells: int) -> int:
+        """All of these at their largest at once, which is somewhat more than there ever is."""
+        chunk = self.chunk(steps, cells)
+        frame = cells * self.per_slab                   # half of it is made per frame, half is there once
+        lasting = cells * (self.per_step * chunk + (self.remembered if chunk < steps else 0))
+        return lasting + (frame + max(frame, 8 * SLAB)) // 2
+
+
+@dataclass(frozen=True)
+class Band:
+    """Rows of the lowest stage that are coded together, start to stop, and those they depend on, top to bottom."""
+
+    start: int
+    stop: int
+    top: int
+    bottom: int
+
+
+def bands(height: int, rows: int, above: int, below: int) -> list[Band]:
+    return [Band(start, min(start + rows, height), max(0, start - above), min(start + rows + below, height))
+            for start in range(0, height, rows)]
 
 
 def channels_last(vae: WanVAE) -> WanVAE:
@@ -273,23 +518,41 @@ def channels_last(vae: WanVAE) -> WanVAE:
     return vae
 
 
-def chunk_bounds(steps: int, chunk: int | None) -> list[tuple[int, int]]:
-    size = steps if chunk is None else chunk
-    return [(start, min(start + size, steps)) for start in range(0, steps, size)]
+def convolve(conv: nn.Conv2d | nn.Conv3d, x: Tensor, weight: Tensor | None = None) -> Tensor:
+    """conv(x), or with `weight` in place of its own.
 
-
-def tile_starts(side: int, tile: int, overlap: int) -> list[int]:
-    """Where tiles begin so that they cover `side` cells, the last one flush with its end."""
-    return [*range(0, max(1, side - tile), tile - overlap), *([side - tile] if side > tile else [])]
-
-
-def fades(tile: int, overlap: int, space: int, like: Tensor) -> Tensor:
-    """A tile's weight along a side, in pixels, fp32: rises over the overlap, stays, and falls; never 0.
-
-    The edges of the picture have it too, where nothing else covers them; the sum of weights is divided out.
+    On a CPU by oneDNN whatever the shape: torch gives small fp32 inputs, such as one frame, to a loop that is five
+    times slower.
     """
-    pixels = torch.arange(tile * space, device=like.device, dtype=torch.float32) + 0.5
-    return (torch.minimum(pixels, tile * space - pixels) / (overlap * space)).clamp(max=1.0)
+    weight = conv.weight if weight is None else weight
+    known = x.is_cpu and x.dtype == weight.dtype in (torch.float32, torch.bfloat16)
+    if known and torch.backends.mkldnn.is_available() and not torch.is_autocast_enabled("cpu"):
+        return torch.mkldnn_convolution(x, weight, conv.bias, conv.padding, conv.stride, conv.dilation, conv.groups)
+    return conv._conv_forward(x, weight, conv.bias)
+
+
+def slabs(x: Tensor, memory: Memory, channels: int = 1) -> Iterator[Tensor]:
+    """x in time, as few frames at a time as make about SLAB elements.  channels: made on the way, if more than x's."""
+    size = x.shape[2] if memory.learns else SLAB // (len(x) * max(channels, x.shape[1]) * x.shape[3] * x.shape[4])
+    yield from x.split(max(1, size), dim=2) if x.shape[2] else ()
+
+
+def joined(pieces: Iterable[Tensor], frames: int) -> Tensor:
+    """Pieces of a clip, in order, as one of so many frames; each is let go before the next is made."""
+    whole, at = None, 0
+    for piece in pieces:
+        if piece.shape[2] == frames:
+            return piece
+        if whole is None:
+            whole = empty_clip(piece, frames)
+        whole[:, :, at:at + piece.shape[2]] = piece
+        at += piece.shape[2]
+    return whole
+
+
+def empty_clip(x: Tensor, frames: int, height: int | None = None) -> Tensor:
+    shape = (*x.shape[:2], frames, height or x.shape[3], x.shape[4])
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
 
 
 def as_frames(x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from actors.decoder import Decoder, NonFiniteFrames, to_uint8
 from actors.denoiser import Denoiser, NonFiniteLatent, noise
 from actors.messages import Embedding, Latent
+from actors.room import machine_memory, room_on
 from actors.text_encoder import TextEncoder
 from golden import E2E, E2E_CARD, Golden, e2e_request, error
 from model import checkpoint
@@ -143,11 +144,47 @@ def test_a_clip_does_not_depend_on_what_the_worker_made_before(encoder, denoiser
         assert len(clips) == 6 and all(torch.equal(clip, clips[0]) for clip in clips)
 
 
-def test_a_chunk_of_latent_steps_does_not_show_in_the_frames(decoder):
-    request = e2e_request(shape=VideoShape(frames=21, height=24, width=40))
+def test_how_much_memory_there_is_does_not_show_in_the_frames(decoder, monkeypatch):
+    request = e2e_request(shape=VideoShape(frames=21, height=144, width=40))
     latent = Latent(request=request, streams=(noise(request, LatentGrid()),))
-    whole, = Decoder(dataclasses.replace(E2E_CARD, decode_chunk=None), E2E)([latent])
-    assert psnr(decoder([latent])[0].rgb, whole.rgb) > 60
+    whole, = decoder([latent])
+    for room in (0, 2 ** 21):
+        monkeypatch.setattr("actors.decoder.room_on", lambda device, room=room: room)
+        frames, = decoder([latent])
+        assert psnr(frames.rgb, whole.rgb) > 60 and frames.fallbacks == ()
+
+
+def test_a_gpu_whose_memory_runs_out_decodes_fewer_rows_at_a_time_and_the_clip_says_so(decoder, monkeypatch):
+    request = e2e_request(shape=VideoShape(frames=5, height=72, width=40))
+    latent = Latent(request=request, streams=(noise(request, LatentGrid()),))
+    whole, = decoder([latent])
+    decode_pieces, most = decoder.vae.decode_pieces, 3
+
+    def short_of_memory(video, rows):
+        yield next(decode_pieces(video, rows=rows))     # something was copied already
+        if rows > most:
+            raise torch.OutOfMemoryError
+        yield from decode_pieces(video, rows=rows)
+
+    monkeypatch.setattr(decoder.vae, "decode_pieces", short_of_memory)
+    frames, = decoder([latent])
+    assert psnr(frames.rgb, whole.rgb) > 60
+    assert frames.fallbacks == ("decoded 24 rows at a time: the GPU had no memory for more",)
+    most = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        decoder([latent])
+
+
+def test_a_container_has_the_memory_of_its_limit(tmp_path):
+    machine = machine_memory(tmp_path)
+    for name, text in (("memory.max", "max"), ("memory/memory.limit_in_bytes", str(2 ** 63 - 4096))):
+        (tmp_path / "sys/fs/cgroup" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "sys/fs/cgroup" / name).write_text(text + "\n")
+        assert machine_memory(tmp_path) == machine
+    for name, limit in (("memory.max", 4_000_000), ("memory/memory.limit_in_bytes", 3_000_000)):
+        (tmp_path / "sys/fs/cgroup" / name).write_text(f"{limit}\n")
+        assert machine_memory(tmp_path) == limit
+    assert 0 < room_on("cpu") < machine
 
 
 def test_a_text_is_encoded_once_while_it_is_remembered(monkeypatch):

@@ -1,0 +1,28 @@
+"""How much memory an actor may fill while it works."""
+
+import os
+from pathlib import Path
+
+import torch
+
+SHARE = 0.25                                            # the rest is the sampler's, the weights', other processes'
+
+
+def room_on(device: str) -> int:
+    """Bytes; of what there is, not of what is free: how a clip is cut to fit may show in the last bits of its pixels,
+    and they must be the same tomorrow.
+    """
+    if device.startswith("cuda"):
+        return int(SHARE * torch.cuda.get_device_properties(device).total_memory)
+    return int(SHARE * machine_memory())
+
+
+def machine_memory(root: Path = Path("/")) -> int:
+    """Bytes of this machine, or what a container on it may have."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):         # control groups, version 2 and 1
+        try:
+            limits.append(int((root / "sys/fs/cgroup" / name).read_text()))
+        except (FileNotFoundError, ValueError):         # not of this version, or "max": no limit
+            continue
+    return min(limits)
