@@ -252,6 +252,7 @@ def bench(what: Annotated[str | None, typer.Argument(metavar="[WHAT]", help="Wha
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; whatever goes wrong becomes one message and an exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    log_plainly()
     try:
         return app(arguments, prog_name="dailies", standalone_mode=False) or 0
     except CommandLineError as error:
@@ -269,7 +270,24 @@ def main(arguments: list[str] | None = None) -> int:
         return fail(code, str(error), arguments, getattr(error, "complaints", None))
 
 
+def log_plainly() -> None:
+    """What libraries and we log, on standard error, with nothing in it that a terminal would obey."""
+    import logging
+
+    class Plain(logging.Formatter):
+        def format(self, record: logging.LogRecord) -> str:
+            from jobs.progress import printable
+            return "\n".join(printable(line) for line in super().format(record).splitlines())
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(Plain("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+
+
 def fail(code: int, message: str, arguments: list[str], complaints: Any = None) -> int:
+    """Say it once for a person, and once for a program; a store's or a cluster's words may be anything."""
+    from jobs.progress import printable
+    message = "\n".join(printable(line) for line in message.splitlines())
     if "--json" in arguments:
         details = {"complaints": complaints.as_json()} if complaints else {}
         print(jsonlib.dumps({"error": message, "exit_code": code} | details))

@@ -199,7 +199,8 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     for name, entry in said.items():
         try:
             dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-            if len(shape) > 16 or not all(type(n) is int and 0 <= n < 2 ** 63 for n in (*shape, begin, end)):
+            fits = isinstance(shape, list) and len(shape) <= 16
+            if not fits or not all(type(n) is int and 0 <= n < 2 ** 63 for n in (*shape, begin, end)):
                 raise ValueError
         except (TypeError, KeyError, ValueError):
             raise bad(f"its header's entry for {name[:200]!r} is not understood") from None

@@ -202,8 +202,8 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def listed(names: Iterable[str], limit: int = 5) -> str:
-    """For a message: the first few, and how many more."""
-    names = list(names)
+    """For a message: the first few, and how many more. A file may name its tensors as it likes, also at great length."""
+    names = [name if len(name) <= 200 else f"{name[:200]}..." for name in names]
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 

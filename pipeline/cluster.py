@@ -80,8 +80,8 @@ def connect(address: str = "local", *, cpus: int | None = None, gpus: int | None
     # unset, it is Ray that makes a local cluster one with tokens
     mode = os.environ.get("RAY_AUTH_MODE", "token" if local else "disabled").lower()
     if mode == "disabled" and (local or not is_loopback(address.rpartition(":")[0])):
-        raise ClusterError(f"Ray at {address!r}: RAY_AUTH_MODE is {mode!r}, so whoever reaches this port could run programs "
-                           "here. Set RAY_AUTH_MODE=token, and start the cluster with it")
+        raise ClusterError(f"Ray at {address!r}: RAY_AUTH_MODE is {mode!r}, so whoever reaches this port could run "
+                           "programs here. Set RAY_AUTH_MODE=token, and start the cluster with it")
     ray._private.worker._worker_logs_enabled = False    # deaths are in Progress.notes, not across the terminal
     options: dict[str, Any] = dict(address=address, namespace="dailies", log_to_driver=False,
                                    logging_level=logging.CRITICAL)

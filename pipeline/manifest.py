@@ -23,6 +23,7 @@ from pipeline.manifest_files import SUFFIXES, Block, ManifestFile, csv_blocks, f
 MAX_PROMPT_BYTES = 8192
 MAX_ID_BYTES = 256
 MAX_SAMPLES = 10_000
+MAX_ROWS = 10_000_000
 INT64_MAX = 2**63 - 1
 
 TEXT, INTEGER, REAL = pa.large_string(), pa.int64(), pa.float64()     # 32-bit text offsets end at 2 GiB per column
@@ -41,7 +42,7 @@ class Column:
     low: float = 0                  # numbers: both ends allowed
     high: float = 0
     max_bytes: int = 0              # text, in UTF-8
-    refuse: str = r"\x00"           # text: a pattern that must not occur
+    refuse: str | None = None       # text: a pattern that must not occur
     choices: tuple[str, ...] = ()   # text: nothing else, where there are any
 
 
@@ -49,18 +50,18 @@ COLUMNS = {
     "id": Column(type=TEXT, max_bytes=MAX_ID_BYTES, refuse=UNSAFE_ID,
                  allowed=f"a name of 1 to {MAX_ID_BYTES} bytes without control characters, outer blanks, backslashes, "
                          "a slash in front, or '.' or '..' between slashes"),
-    "prompt": Column(type=TEXT, max_bytes=MAX_PROMPT_BYTES, refuse=r"\x00|^[\s\p{Z}]*$",
-                     allowed=f"text of 1 to {MAX_PROMPT_BYTES} bytes in UTF-8, not blank, without NUL"),
+    "prompt": Column(type=TEXT, max_bytes=MAX_PROMPT_BYTES, refuse=r"^[\s\p{Z}\x00]*$",
+                     allowed=f"text of 1 to {MAX_PROMPT_BYTES} bytes in UTF-8, not blank"),
     "negative_prompt": Column(type=TEXT, max_bytes=MAX_PROMPT_BYTES,
-                              allowed=f"text of at most {MAX_PROMPT_BYTES} bytes in UTF-8, without NUL"),
+                              allowed=f"text of at most {MAX_PROMPT_BYTES} bytes in UTF-8"),
     "seed": Column(type=INTEGER, low=0, high=INT64_MAX, allowed="a whole number from 0 to 2**63 - 1"),
     "samples": Column(type=INTEGER, low=1, high=MAX_SAMPLES, allowed=f"a whole number from 1 to {MAX_SAMPLES}"),
-    "resolution": Column(type=TEXT, max_bytes=32, allowed="a name such as 360p, or WIDTHxHEIGHT"),
+    "resolution": Column(type=TEXT, max_bytes=32, refuse=r"\x00", allowed="a name such as 360p, or WIDTHxHEIGHT"),
     "duration_s": Column(type=REAL, low=1e-3, high=86_400, allowed="a number of seconds above 0"),
     "frames": Column(type=INTEGER, low=1, high=2**31 - 1, allowed="a whole number from 1"),
     "steps": Column(type=INTEGER, low=1, high=1000, allowed="a whole number from 1 to 1000"),
     "guidance": Column(type=REAL, low=0, high=1000, allowed="a number from 0 to 1000"),
-    "image": Column(type=TEXT, max_bytes=1024, allowed="text of at most 1024 bytes"),
+    "image": Column(type=TEXT, max_bytes=1024, refuse=r"\x00", allowed="text of at most 1024 bytes"),
     "on_reject": Column(type=TEXT, max_bytes=32, choices=("fail", "reseed"), allowed="fail or reseed"),
     "priority": Column(type=INTEGER, low=-2**31, high=2**31 - 1, allowed="a whole number from -2**31 to 2**31 - 1"),
 }
@@ -174,7 +175,10 @@ def _read_file(file: ManifestFile, stream: BinaryIO, first: int, complaints: Com
     if not beginning:
         raise ValueError("an empty file")
     if file.format == "parquet" or beginning == b"PAR1":
-        return _from_parquet(file, pq.ParquetFile(stream).read(), first, complaints)
+        parquet = pq.ParquetFile(stream)
+        if parquet.metadata.num_rows > MAX_ROWS:       # a few bytes can announce any number of rows
+            raise ValueError(f"{parquet.metadata.num_rows:,} rows; a manifest may have {MAX_ROWS:,}")
+        return _from_parquet(file, parquet.read(), first, complaints)
     if file.format == "jsonl":
         return _from_blocks(file, json_blocks(stream), first, complaints, typed=True)
     if file.format:
@@ -386,8 +390,9 @@ def _checked(table: pa.Table, complaints: Complaints) -> pa.Table:
         if values.null_count == len(values):
             continue
         if column.type == TEXT:
-            fits = pc.and_(pc.less_equal(pc.binary_length(values), column.max_bytes),
-                           pc.invert(pc.match_substring_regex(values, column.refuse)))
+            fits = pc.less_equal(pc.binary_length(values), column.max_bytes)
+            if column.refuse:
+                fits = pc.and_(fits, pc.invert(pc.match_substring_regex(values, column.refuse)))
             if column.choices:
                 fits = pc.and_(fits, pc.is_in(values, pa.array(column.choices, TEXT)))
         else:

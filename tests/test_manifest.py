@@ -112,7 +112,7 @@ def test_a_csv_in_utf16_is_not_taken_for_text(tmp_path):
 @pytest.mark.parametrize("columns, expected", [
     (dict(prompt=["a", None]), (1, "prompt", "nothing")),
     (dict(prompt=["a", " \u3000\n"]), (1, "prompt", r"' \u3000\n'")),
-    (dict(prompt=["a\0b"]), (0, "prompt", r"'a\x00b'")),
+    (dict(prompt=["\0 \0"]), (0, "prompt", r"'\x00 \x00'")),
     (dict(prompt=["x" * 1_000_000]), (0, "prompt", f"'{'x' * 60}'... (1,000,000 bytes)")),
     (dict(prompt=["a"], negative_prompt=["n" * 9000]), (0, "negative_prompt", f"'{'n' * 60}'... (9,000 bytes)")),
     (dict(prompt=["a", "b"], id=["x", "x"]), (1, "id", "'x', the id of row 0")),

@@ -1,0 +1,315 @@
+"""What somebody may feed this program to break it: manifests, weights, prompts. And what it must keep to itself."""
+
+import csv
+import io
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from actors.clip_writer import clip_key, read_clip, readable
+from jobs.cli import main
+from pipeline import cluster, ledger, stages
+from pipeline.store import open_store
+from tiny import TINY
+
+HERE = Path(__file__).resolve().parent
+HANG_S = 120
+
+
+@pytest.fixture
+def one_process(monkeypatch):
+    """Stages run one after the other in this process, without Ray."""
+    monkeypatch.setattr(cluster, "connect", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(cluster, "run", lambda steps, requests, **_: stages.run_local(steps, requests))
+
+
+@contextmanager
+def within(seconds):
+    def late(*_):
+        raise TimeoutError(f"no answer within {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def answer(*arguments):
+    """Exit code and all that was printed. An exception that leaves the program fails the test, and so does a hang."""
+    printed = io.StringIO()
+    with redirect_stdout(printed), redirect_stderr(printed), within(HANG_S):
+        code = main([str(argument) for argument in arguments])
+    said = printed.getvalue()
+    assert len(said) < 40_000 and "Traceback" not in said
+    assert all(char.isprintable() or char == "\n" for char in said), repr(said)
+    return code, said
+
+
+# Manifests.
+
+NAMES = ["prompt", "id", "negative_prompt", "seed", "samples", "resolution", "duration_s", "frames", "steps",
+         "guidance", "image", "on_reject", "priority", "mood", "\x1b[31m", "a.b", "", " prompt"]
+TEXTS = st.one_of(st.text(max_size=30), st.sampled_from([
+    "a fox", "", " ", "\0", "\x1b[2J", "../../x", "/etc/passwd", "file:///etc/passwd", "http://169.254.169.254/latest",
+    "1e999", "-0", "NaN", "24p", "9x9", "99999x99999", "=1+1", "'; drop table", "\u202eabc", "🦊" * 3000, "reseed"]))
+CELLS = st.one_of(st.none(), TEXTS, st.booleans(), st.integers(-2**70, 2**70), st.integers(0, 9),
+                  st.floats(), st.lists(st.integers(), max_size=2),
+                  st.dictionaries(st.text(max_size=3), st.integers(), max_size=2))
+ARROW = [pa.string(), pa.large_string(), pa.binary(), pa.int8(), pa.int64(), pa.uint64(), pa.float32(), pa.float64(),
+         pa.bool_(), pa.decimal128(20, 3), pa.date32(), pa.timestamp("ns"), pa.list_(pa.int32()), pa.null(),
+         pa.dictionary(pa.int8(), pa.string())]
+
+
+def bent(content, how):
+    """Some bytes of a file changed, its end cut off, or both."""
+    content = bytearray(content)
+    for _ in range(how.randint(0, 5)):
+        if content:
+            content[how.randrange(len(content))] = how.randrange(256)
+    return bytes(content[:how.randint(0, len(content))] if how.random() < 0.3 else content)
+
+
+FITTING = {
+    "prompt": st.text(st.characters(exclude_categories=["Cs"]), max_size=30).map("a fox ".__add__),
+    "negative_prompt": st.just(""), "seed": st.integers(0, 2**63 - 9),
+    "samples": st.integers(1, 2), "resolution": st.sampled_from(["24p", "32p", "40x24"]), "frames": st.integers(1, 9),
+    "steps": st.integers(1, 2), "guidance": st.floats(0, 9), "on_reject": st.sampled_from(["fail", "reseed"]),
+    "priority": st.integers(-9, 9)}
+
+
+def cells_of(draw, name, count, wild):
+    """A column's cells; wild: anything, in one column of three."""
+    cells = CELLS if wild and draw(st.integers(0, 2)) == 0 else FITTING.get(name, TEXTS)
+    return draw(st.lists(cells, min_size=count, max_size=count))
+
+
+@st.composite
+def manifests(draw):
+    """Suffix and content of a file: rows of anything as JSON lines or CSV, columns of any type, damage, noise."""
+    kind = draw(st.sampled_from(["jsonl", "csv", "parquet", "bent", "noise"]))
+    wild = draw(st.booleans())
+    names = draw(st.lists(st.sampled_from(NAMES if wild else list(FITTING)), min_size=1, max_size=6, unique=True))
+    names = names if wild and draw(st.booleans()) else list(dict.fromkeys(["prompt", *names]))
+    if kind == "noise":
+        return draw(st.sampled_from([".csv", ".jsonl", ".parquet", ".tsv", ".txt"])), draw(st.binary(max_size=300))
+    count = draw(st.integers(not wild, 3))
+    cells = {name: cells_of(draw, name, count, wild) for name in names}
+    rows = [{name: cells[name][at] for name in names} for at in range(count)]
+    if kind == "jsonl" or kind == "bent" and draw(st.booleans()):
+        content = "".join(json.dumps(row) + "\n" for row in rows).encode("utf-8", "surrogatepass")
+        return ".jsonl", bent(content, draw(st.randoms(use_true_random=False))) if kind == "bent" else content
+    if kind == "csv":
+        file = io.StringIO()
+        csv.writer(file).writerows([names, *([row[name] for name in names] for row in rows)])
+        return ".csv", file.getvalue().encode("utf-8", "surrogatepass")
+    columns = {}
+    for name in names:
+        try:
+            columns[name] = pa.array(cells[name], draw(st.one_of(st.none(), st.sampled_from(ARROW))))
+        except (pa.ArrowException, OverflowError, TypeError, ValueError, UnicodeError):
+            columns[name] = pa.array([None if cell is None else ascii(cell) for cell in cells[name]], pa.string())
+    sink = io.BytesIO()
+    try:
+        pq.write_table(pa.table(columns), sink)
+    except (pa.ArrowException, UnicodeError):
+        return ".parquet", b"PAR1"
+    content = sink.getvalue()
+    return ".parquet", bent(content, draw(st.randoms(use_true_random=False))) if kind == "bent" else content
+
+
+@pytest.mark.parametrize("count", [40, pytest.param(300, marks=pytest.mark.slow)])
+def test_no_manifest_breaks_the_plan_or_leaves_half_a_run(count, tmp_path, one_process):
+    seen = {0: 0, 2: 0}
+
+    @settings(max_examples=count, deadline=None, database=None, derandomize=True,
+              suppress_health_check=list(HealthCheck))
+    @given(manifests())
+    def check(manifest):
+        suffix, content = manifest
+        path, out = tmp_path / f"night{suffix}", tmp_path / "out"
+        path.write_bytes(content)
+        command = [path, "--out", out, "--model", "tiny", "--device", "cpu"]
+        code, said = answer("plan", *command, "--json")
+        assert code in (0, 2) and not out.exists()
+        seen[code] += 1
+        if code == 0:
+            buckets = json.loads(said.splitlines()[0])["buckets"]
+            if max(bucket["frames"] * bucket["steps"] * bucket["clips"] for bucket in buckets) > 200:
+                return                                  # it would be rendered, but take long
+        assert answer("render", *command)[0] == code
+        assert out.exists() == (code == 0)
+        shutil.rmtree(out, ignore_errors=True)
+
+    check()
+    assert all(seen.values()), seen                     # both good ones and bad ones were among them
+
+
+def test_a_few_bytes_that_announce_any_number_of_rows_are_refused(tmp_path):
+    rows = 10_000_001
+    prompts = pa.DictionaryArray.from_arrays(pa.array(np.zeros(rows, np.int8)), pa.array(["a fox"]))
+    pq.write_table(pa.table({"prompt": prompts}), tmp_path / "night.parquet")
+    assert (tmp_path / "night.parquet").stat().st_size < 100_000
+    code, said = answer("plan", tmp_path / "night.parquet", "--out", tmp_path / "out", "--model", "tiny")
+    assert code == 2 and "10,000,001 rows; a manifest may have 10,000,000" in said
+
+
+# Weights.
+
+def mutated(content, how):
+    """A safetensors file with another length, other bytes, or another header."""
+    content = bytearray(content)
+    size = int.from_bytes(content[:8], "little")
+    kind = how.choice(["flip header", "flip any", "cut", "append", "length", "entry", "name", "json"])
+    if kind in ("flip header", "flip any"):
+        for _ in range(how.randint(1, 4)):
+            content[how.randrange(8 + size if kind == "flip header" else len(content))] = how.randrange(256)
+    elif kind == "cut":
+        del content[how.randrange(len(content)):]
+    elif kind == "append":
+        content += how.randbytes(how.randint(1, 99))
+    elif kind == "length":
+        lengths = [0, 1, size - 1, size + 8, len(content), 10**8 + 1, 2**63, 2**64 - 1]
+        content[:8] = how.choice(lengths).to_bytes(8, "little")
+    else:
+        header = json.loads(content[8:8 + size])
+        name = how.choice([name for name in header if name != "__metadata__"])
+        if kind == "entry":
+            header[name][how.choice(["dtype", "shape", "data_offsets"])] = how.choice([
+                None, [], {}, "F32", "F64", "U128", [-1, 5], [2**63, 2**63], [10**30], [0.5], ["1"], [1] * 1000, [[]],
+                True])
+        elif kind == "name":
+            header[how.choice(["\x1b[31m", "x" * 10**5, "__metadata__", "../x", ""])] = header.pop(name)
+        text = json.dumps(header).encode()
+        text = how.choice([b"[" * 10**5, b"null", b"", b'{"a":1,"a":2}', text]) if kind == "json" else text
+        content = len(text).to_bytes(8, "little") + text + content[8 + size:]
+    return bytes(content)
+
+
+@pytest.mark.parametrize("count", [40, pytest.param(200, marks=pytest.mark.slow)])
+def test_no_weights_file_breaks_the_plan_or_leaves_half_a_run(count, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = Path(shutil.copytree(TINY.folder, tmp_path / "weights"))
+    files = sorted(folder.rglob("*.safetensors"))
+    whole = {path: path.read_bytes() for path in files}
+    (tmp_path / "night.csv").write_text("prompt,frames\na fox,5\n")
+    codes = set()
+    for seed in range(count):
+        how = random.Random(seed)
+        path = how.choice(files)
+        path.write_bytes(mutated(whole[path], how))
+        code, said = answer("plan", tmp_path / "night.csv", "--out", tmp_path / "out", "--model", "tiny",
+                            "--weights", folder, "--device", "cpu")
+        assert code in (0, 2) and not (tmp_path / "out").exists(), (seed, said)
+        path.write_bytes(whole[path])
+        codes.add(code)
+    assert codes == {0, 2}                              # other bytes of a tensor are weights too
+
+
+# Prompts.
+
+PROMPTS = {
+    "html": "<script>alert(1)</script> & a fox <img src=x onerror=alert(2)>",
+    "terminal": "a \x1b[31mred\x1b[0m fox \x1b]0;title\x07\x1b[2J\r\x08 \x9b1m",
+    "nul": "a fox\0 and a second one\0",
+    "right to left": "\u202ea fox\u202c \u200fأحمر\u2066 x \u2069 and \u200d\ufeff",
+    "emoji": "🦊" * 2048,                               # 8 KiB
+    "template": "{{ 7 * 7 }} ${HOME} %n %s `id` $(id) '; DROP TABLE clips; --",
+}
+
+
+def test_a_prompt_is_rendered_kept_and_shown_whatever_is_in_it(tmp_path, one_process):
+    manifest, out = tmp_path / "night.jsonl", tmp_path / "out"
+    rows = [{"id": name, "prompt": prompt, "negative_prompt": prompt[::-1], "frames": 5, "mood": prompt}
+            for name, prompt in PROMPTS.items()]
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert len(PROMPTS["emoji"].encode()) == 8192
+    command = [manifest, "--out", out, "--model", "tiny", "--device", "cpu"]
+    for asked in (["plan", *command], ["render", *command], ["status", out], ["verify", out], ["render", *command]):
+        assert answer(*asked)[0] == 0                   # and nothing that a terminal would obey was printed
+    found = {row["id"]: row for row in ledger.read(open_store(out)).to_pylist()}
+    assert {name: row["prompt"] for name, row in found.items()} == PROMPTS
+    assert {name: row["user.mood"] for name, row in found.items()} == PROMPTS
+    for row in found.values():
+        said = read_clip(out / clip_key(row["clip_id"])).metadata
+        assert said["prompt"] == readable(row["prompt"]) and said["negative_prompt"] == readable(row["prompt"][::-1])
+        assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", said["prompt"])
+    assert "\u2400 and a second one\u2400" in readable(PROMPTS["nul"])
+    names = [path.relative_to(out).as_posix() for path in out.rglob("*")]
+    assert all(re.fullmatch(r"[a-z0-9./_A-Z-]+", name) for name in names)          # none comes from a text
+
+
+def test_a_failure_that_quotes_the_prompt_is_shown_safely(tmp_path, one_process, monkeypatch):
+    from actors.decoder import Decoder
+
+    def broken(self, latent):
+        raise ValueError(f"cannot decode {latent.request.prompt}")
+
+    monkeypatch.setattr(Decoder, "decode", broken)
+    lines = [json.dumps({"prompt": text, "frames": 5}) for text in PROMPTS.values()]
+    (tmp_path / "night.jsonl").write_text("\n".join(lines))
+    code, said = answer("render", tmp_path / "night.jsonl", "--out", tmp_path / "out", "--model", "tiny")
+    assert code == 3 and r"cannot decode a \x1b[31mred" in said
+    code, said = answer("status", tmp_path / "out")
+    assert code == 0 and "6 failed with ValueError" in said
+
+
+@pytest.mark.parametrize("arguments", [
+    ["status", "no\x1b[2Jsuch"], ["render", "no\x1b[2J.csv", "--out", "o\x9b"], ["models", "\x1b[31m"], ["\x1b[31m"],
+    ["--\x1b[31m"], ["retry", "o", "--where", "\x1b[31m"], ["plan", "m.csv", "--out", "s3://\x1b]0;x\x07/\u202e"],
+    ["verify", "s3://a@b\x1b[2J"], ["plan", "m.csv", "--out", "o", "--until", "\x1b[2J"]], ids=repr)
+def test_what_was_typed_comes_back_escaped(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert answer(*arguments)[0] in (2, 5)              # and nothing that a terminal would obey was printed
+    assert answer(*arguments, "--json")[0] in (2, 5)
+
+
+def test_what_is_logged_is_escaped_too():
+    script = ("import logging\nfrom jobs.cli import main\nmain(['models', 'none'])\n"
+              "logging.getLogger('store').warning('cannot write now (%s)', 'Slow\x1b[2JDown')")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
+    assert r"cannot write now (Slow\x1b[2JDown)" in done.stderr and "\x1b" not in done.stderr
+
+
+# Secrets.
+
+SECRETS = {"AWS_ACCESS_KEY_ID": "AKID-stays-at-home-1", "AWS_SECRET_ACCESS_KEY": "secret-stays-at-home-2",
+           "AWS_SESSION_TOKEN": "session-stays-at-home-3", "HF_TOKEN": "hub-stays-at-home-4",
+           "MY_DATABASE_PASSWORD": "password-stays-at-home-5"}
+
+
+def test_what_the_environment_keeps_secret_is_written_nowhere(tmp_path):
+    """Not into the run folder, not to the terminal, and not into what Ray writes about its processes."""
+    (tmp_path / "night.csv").write_text("prompt,frames\na fox,5\nanother fox,9\n")
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as ray_folder:
+        env = {**os.environ, **SECRETS, "RAY_TMPDIR": ray_folder, "AWS_EC2_METADATA_DISABLED": "true"}
+        command = [sys.executable, HERE / "tiny.py", "render", tmp_path / "night.csv", "--model", "tiny", "--out"]
+        done = subprocess.run([*command, tmp_path / "out"], env=env, capture_output=True, text=True, timeout=500)
+        assert done.returncode == 0, done.stderr
+        urls = ["http://127.0.0.1:9", f"http://user:{SECRETS['AWS_SECRET_ACCESS_KEY']}@127.0.0.1:9"]
+        refused = [subprocess.run([*command, "s3://bucket/run"], capture_output=True, text=True, timeout=120,
+                                  env=env | {"AWS_ENDPOINT_URL": url, "NO_PROXY": "127.0.0.1"}) for url in urls]
+        assert [each.returncode for each in refused] == [5, 2], [each.stderr for each in refused]
+        printed = "".join(each.stdout + each.stderr for each in (done, *refused))
+        written = {path: path.read_bytes() for folder in (tmp_path, Path(ray_folder)) for path in folder.rglob("*")
+                   if path.is_file() and not path.is_symlink()}
+    assert any("session_" in str(path) for path in written) and any(path.name == "run.json" for path in written)
+    assert "stays-at-home" not in printed
+    assert [str(path) for path, content in written.items() if b"stays-at-home" in content] == []
