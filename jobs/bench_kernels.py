@@ -1,8 +1,8 @@
-"""Each kernel against a named rival, on the shapes of kernels/cases.py: those that are rendered on a GPU, 2,340 tokens on a CPU.
+"""Each kernel against a named rival: on a GPU at the shapes that are rendered, on a CPU at 2,340 tokens.
 
-Every line first checks that both give the same, then times them in turns, and keeps the best of each. `roof` is the share
-of what the device does at most, which is measured here, in the same run: bytes of a long copy, operations of torch's own
-large square product in the same number format.
+Every line first checks that both give the same, then times them in turns, and keeps the best of each. `roof` is the
+share of what the device does at most, which is measured here, in the same run: bytes of a long copy, operations of
+torch's own large square product in the same number format.
 """
 
 import math
@@ -64,10 +64,12 @@ def norms(case: cases.Tokens, device: str) -> Rows:
         return stream, *reference.quantize_rows(y)
 
     elements = math.prod(shape)
-    yield against(f"residual, norm, modulation {case}, bf16 out", device, elements * (4 + 2 + 4 + 2), "bytes",
-                  {"dailies": lambda: modulated_norm(x, **around, dtype=torch.bfloat16), f"{by(device)} as the model is written": model_norm})
-    yield against(f"residual, norm, modulation {case}, int8 out", device, elements * (4 + 2 + 4 + 1), "bytes",
-                  {"dailies": lambda: flat(quantized_modulated_norm(x, "rows", **around)), f"{by(device)}, quantised after": model_norm_int8})
+    yield against(f"residual, norm, modulation {case}, bf16 out", device, elements * (4 + 2 + 4 + 2), "bytes", {
+        "dailies": lambda: modulated_norm(x, **around, dtype=torch.bfloat16),
+        f"{by(device)} as the model is written": model_norm})
+    yield against(f"residual, norm, modulation {case}, int8 out", device, elements * (4 + 2 + 4 + 1), "bytes", {
+        "dailies": lambda: flat(quantized_modulated_norm(x, "rows", **around)),
+        f"{by(device)}, quantised after": model_norm_int8})
 
     q, k = (cases.fill("normal", shape, seed, torch.bfloat16, device) for seed in (5, 6))
     norm = RMSNorm(case.width).to(device)
@@ -83,7 +85,7 @@ def norms(case: cases.Tokens, device: str) -> Rows:
 
 
 def layers(case: cases.Layer, device: str) -> Rows:
-    """bf16 in, its quantisation included, bf16 out, or fp32 onto the residual; the rivals: bf16 and fp32, and cuBLASLt's INT8."""
+    """bf16 in, quantised here, bf16 out, or fp32 onto the residual.  The rivals: bf16 and fp32, and cuBLASLt's INT8."""
     shape = (case.batch, case.tokens, case.inputs)
     x = cases.fill("normal", shape, 0, torch.bfloat16, device)
     weight = cases.fill("normal", (case.outputs, case.inputs), 1, torch.bfloat16, device) / case.inputs ** 0.5
@@ -104,8 +106,8 @@ def layers(case: cases.Layer, device: str) -> Rows:
         in_blocks, compiled = quantize_blocks(weight), torch.compile(int_mm.whole)
         dtype = torch.float32 if case.gated else torch.bfloat16
         calls["torch bf16"] = torch.compile(calls["torch bf16"])
-        calls["cuBLASLt int8, the rest compiled"] = lambda: compiled(x, None, *in_rows, given["bias"], case.gelu, given.get("gate"),
-                                                                     given.get("residual"), dtype)
+        calls["cuBLASLt int8, the rest compiled"] = lambda: compiled(
+            x, None, *in_rows, given["bias"], case.gelu, given.get("gate"), given.get("residual"), dtype)
         calls["dailies, blocks"] = lambda: int8_linear(x, in_blocks, **given)
     else:
         calls["torch fp32"] = lambda: full(*wide)
@@ -116,24 +118,27 @@ def packed_layers(square: cases.Layer, into: cases.Layer, out: cases.Layer) -> R
     """What a model in int8 runs on a CPU: weights packed once, x int8 already as its norm leaves it."""
     x = cases.fill("normal", (into.batch, into.tokens, into.inputs), 0)
     quantised, low = quantize_rows(x), x.bfloat16()
-    weights = [cases.fill("normal", (case.outputs, case.inputs), seed) / case.inputs ** 0.5 for seed, case in enumerate((square, into, out), 1)]
+    weights = [cases.fill("normal", (case.outputs, case.inputs), seed) / case.inputs ** 0.5
+               for seed, case in enumerate((square, into, out), 1)]
     square_int8, into_int8, out_int8 = (packed.pack(quantize_rows(weight)) for weight in weights)
     square_low, into_low, out_low = (weight.bfloat16() for weight in weights)
     gate, residual = cases.fill("normal", (into.batch, 1, out.outputs), 4), cases.fill("normal", x.shape, 5)
-    yield against(f"int8 linear, packed, of int8, {square.tokens}x{square.inputs}->{square.outputs}", "cpu", 2 * x.numel() * square.outputs, "int8", {
+    name = f"int8 linear, packed, of int8, {square.tokens}x{square.inputs}->{square.outputs}"
+    yield against(name, "cpu", 2 * x.numel() * square.outputs, "int8", {
         "dailies": lambda: packed.linear(quantised, square_int8, None, torch.bfloat16),
         "torch bf16": lambda: F.linear(low, square_low), "torch fp32": lambda: F.linear(x, weights[0])}, bound=0.05)
 
     def full(x: Tensor, into: Tensor, out: Tensor) -> Tensor:
         return torch.addcmul(residual, gate, F.linear(F.gelu(F.linear(x, into), approximate="tanh"), out).float())
 
-    yield against(f"int8 feed-forward, packed, of int8, {into.tokens}x{into.inputs}->{into.outputs}->{out.outputs}", "cpu", 4 * x.numel() * into.outputs, "int8", {
+    name = f"int8 feed-forward, packed, of int8, {into.tokens}x{into.inputs}->{into.outputs}->{out.outputs}"
+    yield against(name, "cpu", 4 * x.numel() * into.outputs, "int8", {
         "dailies": lambda: packed.feed_forward(quantised, into_int8, None, out_int8, None, gate, residual),
         "torch bf16": lambda: full(low, into_low, out_low), "torch fp32": lambda: full(x, *weights[1:])}, bound=0.05)
 
 
 def attentions(case: cases.Attention, device: str) -> Rows:
-    """bf16.  The rivals: torch's attention to all keys (what a sparse one must beat, not equal), FlexAttention to the same."""
+    """bf16.  The rivals: torch's attention to all keys (to be beaten, not equalled), FlexAttention to the same."""
     q, k, v = case.inputs("normal", 0, torch.bfloat16, device)
     work = 4 * case.batch * case.heads * case.queries * case.keys * case.head_dim
 
@@ -144,7 +149,7 @@ def attentions(case: cases.Attention, device: str) -> Rows:
                   {"dailies": lambda: int8_attention(q, k, v), "torch dense": dense}, bound=0.05)
 
     keep_ratio = 0.1 if device == "cuda" else 0.25
-    proj = (cases.fill("normal", (case.head_dim,) * 2, 1, device=device), cases.fill("normal", (case.head_dim,), 2, device=device))
+    proj = tuple(cases.fill("normal", (case.head_dim,) * axes, seed, device=device) for seed, axes in ((1, 2), (2, 1)))
     work = int(keep_ratio * work)
     name = f"sparse attention {case} keep {keep_ratio}"
     if device == "cuda":
@@ -164,12 +169,13 @@ def flex(q: Tensor, k: Tensor, v: Tensor, keep_ratio: float) -> Callable[[], Ten
     compiled = torch.compile(flex_attention)
     kept = kept_blocks(pool(q, 128), pool(k, 128), keep_ratio)
     counts = torch.full(kept.shape[:-1], kept.shape[-1], dtype=torch.int32, device=q.device)
-    blocks = F.pad(kept, (0, -(-k.shape[1] // 128) - kept.shape[-1]))           # a row has room for all, the rest is not read
+    blocks = F.pad(kept, (0, -(-k.shape[1] // 128) - kept.shape[-1]))  # a row has room for all; the rest is not read
     mask = BlockMask.from_kv_blocks(counts, blocks, BLOCK_SIZE=128, seq_lengths=(q.shape[1], k.shape[1]))
     return lambda: compiled(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=mask).transpose(1, 2)
 
 
-def against(name: str, device: str, work: int, kind: str, calls: Calls, bound: float = 1e-2) -> tuple[str, dict[str, Any]]:
+def against(name: str, device: str, work: int, kind: str, calls: Calls,
+            bound: float = 1e-2) -> tuple[str, dict[str, Any]]:
     """A line: ms of each, ours over each rival's, and our share of the roof, for `work` bytes or operations of a kind.
 
     Raises RuntimeError where a rival's results differ by more than `bound`, relative to their norm.
@@ -212,7 +218,7 @@ def seconds_of(call: Callable, device: str) -> float:
 
 @cache
 def roof(kind: str, device: str) -> float:
-    """What the device reaches where nothing else is asked of it: bytes a second, or operations a second on a kind of numbers."""
+    """What the device reaches at most: bytes a second, or operations a second on one kind of numbers."""
     if kind == "bytes":
         x = torch.ones(1 << (28 if device == "cuda" else 26), device=device)
         y = torch.empty_like(x)
@@ -228,7 +234,7 @@ def roof(kind: str, device: str) -> float:
 
 
 def flat(results: Tensor | tuple) -> tuple[Tensor, ...]:
-    """Tensors of a result; an int8 tensor and its scales are one, dequantised: a value that is rounded the other way is close."""
+    """Tensors of a result; int8 values and their scales are one, dequantised: rounded the other way is still close."""
     if isinstance(results, Tensor):
         return results,
     parts = [part for result in results for part in (result if isinstance(result, tuple) else (result,))]

@@ -8,11 +8,12 @@ from torch import Tensor
 FILLS = ("normal", "constant rows", "large mean", "outlier channel", "zero tiles")
 
 
-def fill(kind: str, shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
+def fill(kind: str, shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32,
+         device: str = "cpu") -> Tensor:
     """Activations [..., N, D], of one seed the same on every device."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(shape, generator=generator)
-    if kind == "constant rows":                        # of whole numbers, so that their mean is exact and their norm is zero
+    if kind == "constant rows":                        # of whole numbers: their mean is exact, so their norm is zero
         x = x[..., :1].mul(8).round().expand(shape).clone()
     elif kind == "large mean":                         # shows lanes beyond the row that count in the variance
         x += 100
@@ -39,7 +40,7 @@ class Tokens:
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """A linear layer [batch, tokens, inputs] -> outputs; gelu or gated (onto a residual) says what follows it in the model."""
+    """A linear layer [batch, tokens, inputs] -> outputs; what follows it is GELU, or a gate onto the residual."""
 
     batch: int = 1
     tokens: int
@@ -52,21 +53,27 @@ class Layer:
         return f"{self.batch}x{self.tokens}x{self.inputs}->{self.outputs}" + " gelu" * self.gelu + " gated" * self.gated
 
 
+def layers_of_block(tokens: int, width: int, ffn: int) -> list[Layer]:
+    """The projection behind an attention, and into and out of the feed-forward."""
+    return [Layer(tokens=tokens, inputs=width, outputs=width, gated=True),
+            Layer(tokens=tokens, inputs=width, outputs=ffn, gelu=True),
+            Layer(tokens=tokens, inputs=ffn, outputs=width, gated=True)]
+
+
 # small enough for Triton's interpreter; 128 is the tile: below one, one row over, and widths that are no multiples
 AWKWARD_TOKENS = [
-    Tokens(tokens=5, width=64, heads=1), Tokens(batch=2, tokens=3, width=200, heads=2), Tokens(tokens=129, width=192, heads=2),
-    Tokens(tokens=1, width=1536, heads=12)]
+    Tokens(tokens=5, width=64, heads=1), Tokens(batch=2, tokens=3, width=200, heads=2),
+    Tokens(tokens=129, width=192, heads=2), Tokens(tokens=1, width=1536, heads=12)]
 AWKWARD_LAYERS = [
     Layer(tokens=5, inputs=64, outputs=56), Layer(tokens=129, inputs=256, outputs=264, gelu=True),
-    Layer(batch=2, tokens=130, inputs=200, outputs=136, gated=True), Layer(tokens=1, inputs=384, outputs=128, gelu=True, gated=True)]
+    Layer(batch=2, tokens=130, inputs=200, outputs=136, gated=True),
+    Layer(tokens=1, inputs=384, outputs=128, gelu=True, gated=True)]
 
 # tokens of 81 frames: 480p of Wan 1.3B, 720p of Wan 14B; and 2,340 for two CPU cores (416 x 240, 21 frames)
 RENDERED_TOKENS = [Tokens(tokens=32760, width=1536, heads=12), Tokens(tokens=75600, width=5120, heads=40)]
-RENDERED_LAYERS = [
-    *(Layer(tokens=32760, inputs=i, outputs=o, gelu=o > i, gated=o <= i) for i, o in ((1536, 1536), (1536, 8960), (8960, 1536))),
-    *(Layer(tokens=75600, inputs=i, outputs=o, gelu=o > i, gated=o <= i) for i, o in ((5120, 5120), (5120, 13824), (13824, 5120)))]
+RENDERED_LAYERS = [*layers_of_block(32760, 1536, 8960), *layers_of_block(75600, 5120, 13824)]
 CPU_TOKENS = Tokens(tokens=2340, width=1536, heads=12)
-CPU_LAYERS = [Layer(tokens=2340, inputs=i, outputs=o, gelu=o > i, gated=o <= i) for i, o in ((1536, 1536), (1536, 8960), (8960, 1536))]
+CPU_LAYERS = layers_of_block(2340, 1536, 8960)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +89,8 @@ class Attention:
     def __str__(self) -> str:
         return f"{self.batch}x{self.queries}x{self.keys} {self.heads}x{self.head_dim}"
 
-    def inputs(self, kind: str, seed: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+    def inputs(self, kind: str, seed: int, dtype: torch.dtype = torch.float32,
+               device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v with `kind` in the keys; zeros in the queries too."""
         def rows(kind: str, count: int, seed: int) -> Tensor:
             x = fill(kind, (self.batch, count, self.heads * self.head_dim), seed, dtype, device)
@@ -94,7 +102,8 @@ class Attention:
 # blocks are of 64 or 128 rows: fewer rows than one, a last block of one row, other keys than queries
 AWKWARD_ATTENTION = [
     Attention(queries=5, keys=5, heads=1, head_dim=64), Attention(queries=129, keys=129, heads=2, head_dim=64),
-    Attention(batch=2, queries=70, keys=193, heads=1, head_dim=128), Attention(queries=200, keys=200, heads=1, head_dim=128)]
+    Attention(batch=2, queries=70, keys=193, heads=1, head_dim=128),
+    Attention(queries=200, keys=200, heads=1, head_dim=128)]
 RENDERED_ATTENTION = [Attention(queries=32760, keys=32760, heads=12, head_dim=128),
                       Attention(queries=75600, keys=75600, heads=40, head_dim=128)]
 CPU_ATTENTION = Attention(queries=2340, keys=2340, heads=12, head_dim=128)

@@ -9,8 +9,7 @@ from jobs import bench_kernels
 from kernels import cases
 
 TOKENS = cases.Tokens(tokens=5, width=64, heads=1)
-LAYERS = [cases.Layer(tokens=40, inputs=64, outputs=64, gated=True), cases.Layer(tokens=40, inputs=64, outputs=96, gelu=True),
-          cases.Layer(tokens=40, inputs=96, outputs=64, gated=True)]
+LAYERS = cases.layers_of_block(40, 64, 96)
 
 
 @pytest.fixture
@@ -21,8 +20,8 @@ def quick(monkeypatch):
 
 @torch.inference_mode()
 def test_every_line_compares_and_has_its_figures(quick):
-    lines = [*bench_kernels.norms(TOKENS, "cpu"), *(line for layer in LAYERS for line in bench_kernels.layers(layer, "cpu")),
-             *bench_kernels.packed_layers(*LAYERS)]
+    lines = [*bench_kernels.norms(TOKENS, "cpu"), *bench_kernels.packed_layers(*LAYERS),
+             *(line for layer in LAYERS for line in bench_kernels.layers(layer, "cpu"))]
     assert len(lines) == 8 and len({name for name, _ in lines}) == 8
     for _, figures in lines:
         assert "dailies, ms" in figures and any(name.startswith("of torch") for name in figures)

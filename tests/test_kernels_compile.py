@@ -10,16 +10,18 @@ import re
 import subprocess
 import sys
 import tempfile
+from itertools import product
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = {80: 166912, 90: 232448, 120: 101376}         # bytes that one program may have
-MATRIX = {80: "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32", 90: "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8",
+MATRIX = {80: "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32",
+          90: "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8",
           120: "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32"}
-LINEAR = dict(x="*i8", x_scales="*fp32", w="*i8", w_scales="*fp32", bias="*bf16", gate="*fp32", residual="*fp32", y="*bf16",
-              M="i32", N="i32:16", K="i32:16", tiles_m="i32")
+LINEAR = dict(x="*i8", x_scales="*fp32", w="*i8", w_scales="*fp32", bias="*bf16", gate="*fp32", residual="*fp32",
+              y="*bf16", M="i32", N="i32:16", K="i32:16", tiles_m="i32")
 
 
 def kernels(arch):
@@ -29,25 +31,29 @@ def kernels(arch):
     from kernels.int8_linear import kernel as linear
     from kernels.norm import kernel as norm
     unfused = dict(enable_fp_fusion=False)
-    for name, in_blocks, residual in (("rows", False, False), ("rows, gated", False, True), ("blocks", True, False), ("blocks, gated", True, True)):
+    for in_blocks, residual in product((False, True), repeat=2):
+        name = ("blocks" if in_blocks else "rows") + ", gated" * residual
         rows, columns, depth, warps, stages = linear.tile(in_blocks, residual, SHARED[arch])
         yield f"int8 linear, {name}", (linear.int8_linear_kernel, LINEAR, dict(
-            HAS_BIAS=True, GELU=not residual, HAS_GATE=residual, HAS_RESIDUAL=residual, IN_BLOCKS=in_blocks, STEPS=1536 // depth, WHOLE_K=True,
-            BLOCK_M=rows, BLOCK_N=columns, BLOCK_K=depth, GROUP_M=linear.GROUP), warps, stages, {})
-    yield "quantise blocks", (linear.quantize_blocks_kernel, dict(x="*bf16", values="*i8", scales="*fp32", M="i32", K="i32:16"),
-                              dict(TILE=128), 8, 3, unfused)
+            HAS_BIAS=True, GELU=not residual, HAS_GATE=residual, HAS_RESIDUAL=residual, IN_BLOCKS=in_blocks,
+            STEPS=1536 // depth, WHOLE_K=True, BLOCK_M=rows, BLOCK_N=columns, BLOCK_K=depth,
+            GROUP_M=linear.GROUP), warps, stages, {})
+    quantiser = dict(x="*bf16", values="*i8", scales="*fp32", K="i32:16")
+    yield "quantise blocks", (linear.quantize_blocks_kernel, quantiser | dict(M="i32"), dict(TILE=128), 8, 3, unfused)
     has = dict(HAS_GAIN=True, HAS_BIAS=True, HAS_SCALE=True, HAS_SHIFT=True)
-    around = dict(gain="*fp32", bias="*fp32", scale="*fp32", shift="*fp32", stream="*fp32", y="*i8", scales="*fp32", mean_rstd="*fp32",
-                  N="i32", D="i32:16")
+    around = dict(gain="*fp32", bias="*fp32", scale="*fp32", shift="*fp32", stream="*fp32", y="*i8", scales="*fp32",
+                  mean_rstd="*fp32", N="i32", D="i32:16")
     block = triton.next_power_of_2(5120)
-    yield "quantise rows", (linear.quantize_rows_kernel, dict(x="*bf16", values="*i8", scales="*fp32", K="i32:16", stride="i32:16"),
-                            dict(BLOCK_K=block), 8, 3, unfused)
+    yield "quantise rows", (linear.quantize_rows_kernel, quantiser | dict(stride="i32:16"), dict(BLOCK_K=block), 8, 3,
+                            unfused)
     yield "norm, int8", (norm.modulated_norm_kernel, around | dict(x="*fp32", update="*bf16", gate="*fp32", eps="fp32"),
-                         has | dict(HAS_UPDATE=True, HAS_GATE=True, OUTPUT="rows", BLOCK_D=block), norm.warps(block), 3, unfused)
+                         has | dict(HAS_UPDATE=True, HAS_GATE=True, OUTPUT="rows", BLOCK_D=block), norm.warps(block),
+                         3, unfused)
     yield "norm, blocks", (norm.quantize_norm_blocks_kernel, around, has | dict(TILE=128), 8, 3, unfused)
     yield "rms, rope", (norm.rms_rope_kernel, dict.fromkeys(("q", "k", "q_out", "k_out"), "*bf16")
                         | dict.fromkeys(("q_gain", "k_gain", "cos", "sin"), "*fp32")
-                        | dict.fromkeys(("q_sample", "q_row", "k_sample", "k_row", "PAIRS", "HEAD_PAIRS"), "i32:16") | dict(N="i32", eps="fp32"),
+                        | dict.fromkeys(("q_sample", "q_row", "k_sample", "k_row", "PAIRS", "HEAD_PAIRS"), "i32:16")
+                        | dict(N="i32", eps="fp32"),
                         dict(BLOCK_PAIRS=block // 2), norm.warps(block), 3, {})
 
 
@@ -56,22 +62,28 @@ def report(arch):
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / ("ptxas-blackwell" if arch >= 100 else "ptxas")
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    ptxas = tools / ("ptxas-blackwell" if arch >= 100 else "ptxas")
     found = {}
     for name, (function, dtypes, constants, warps, stages, options) in kernels(arch):
         names = function.arg_names
-        aligned = [place for place, each in enumerate(names) if dtypes.get(each, "").startswith("*") or ":16" in dtypes.get(each, "")]
-        source = ASTSource(function, {each: dtypes.get(each, "constexpr").removesuffix(":16") for each in names},
+        given = [dtypes.get(each, "constexpr") for each in names]
+        aligned = [place for place, dtype in enumerate(given) if dtype.startswith("*") or dtype.endswith(":16")]
+        signature = {each: dtype.removesuffix(":16") for each, dtype in zip(names, given, strict=True)}
+        source = ASTSource(function, signature,
                            constexprs={(names.index(each),): value for each, value in constants.items()},
                            attrs={(place,): [["tt.divisibility", 16]] for place in aligned})
-        built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(num_warps=warps, num_stages=stages, **options))
+        built = triton.compile(source, target=GPUTarget("cuda", arch, 32),
+                               options=dict(num_warps=warps, num_stages=stages, **options))
         ptx = built.asm["ptx"]
         with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
             file.write(ptx)
             file.flush()
-            said = subprocess.run([ptxas, "-v", f"--gpu-name=sm_{arch}{'a' * (arch >= 90)}", file.name, "-o", os.devnull],
+            name_of_gpu = f"--gpu-name=sm_{arch}{'a' * (arch >= 90)}"
+            said = subprocess.run([ptxas, "-v", name_of_gpu, file.name, "-o", os.devnull],
                                   capture_output=True, text=True, check=True).stderr
-        found[name] = {"matrix": sorted(set(re.findall(r"(?:wgmma\.mma_async|mma\.sync)[\w.]*", ptx))), "shared": built.metadata.shared,
+        found[name] = {"matrix": sorted(set(re.findall(r"(?:wgmma\.mma_async|mma\.sync)[\w.]*", ptx))),
+                       "shared": built.metadata.shared,
                        "spilled": max(map(int, re.findall(r"(\d+) bytes spill stores", said))),
                        "wide": bool(re.search(r"ld\.global\.v4|cp\.async\.cg.*0x10", ptx))}
     return found

@@ -1,4 +1,4 @@
-"""kernels/int8_linear: the published numbers, references against float64, Triton and torch._int_mm against the references."""
+"""kernels/int8_linear: the published numbers, the reference, Triton and torch._int_mm against float64."""
 
 import pytest
 import torch
@@ -18,7 +18,8 @@ FILLED = [(case, kind) for case in (SMALL, GELU, GATED) for kind in cases.FILLS]
 def layer_inputs(case, kind="normal", dtype=torch.float32, device="cpu"):
     """x, weight and what the epilogue takes; a bias always."""
     shape = (case.batch, case.tokens, case.inputs)
-    x, weight = cases.fill(kind, shape, 0, dtype, device), cases.fill("normal", (case.outputs, case.inputs), 1, dtype, device)
+    x = cases.fill(kind, shape, 0, dtype, device)
+    weight = cases.fill("normal", (case.outputs, case.inputs), 1, dtype, device)
     given = {"bias": cases.fill("normal", (case.outputs,), 2, dtype, device), "gelu": case.gelu}
     if case.gated:
         given["gate"] = cases.fill("normal", (case.batch, 1, case.outputs), 3, device=device)
@@ -56,7 +57,7 @@ def test_blocks_are_quantised_as_in_the_release(name, impl, triton_device):
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_a_layer_in_blocks_is_the_released_one(impl, triton_device):
-    """Its rows are laid end to end there; and its bias is added after a rounding, ours before: a unit of each may differ."""
+    """There rows lie end to end; and the bias is added after a rounding, here before: a unit of each may differ."""
     golden, weights = published("w8a8_a")
     device = triton_device if impl == "triton" else "cpu"
     name = next(key.removesuffix("int8_weight") for key in weights if key.endswith("int8_weight"))
@@ -105,7 +106,7 @@ def test_all_quantise_as_the_reference_does(case, kind, quantize, impl, triton_d
     assert torch.equal(got.values, want.values) and torch.equal(got.scales, want.scales)
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered in exp")              # of a GELU far below zero: 1 / inf is its limit
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")    # GELU far below zero: 1 / inf is its limit
 @pytest.mark.parametrize("scheme, impl", PATHS)
 @pytest.mark.parametrize("case, kind", FILLED, ids=str)
 def test_a_layer_is_the_float64_product_of_what_was_quantised(case, kind, scheme, impl, triton_device):
@@ -120,13 +121,15 @@ def test_a_layer_is_the_float64_product_of_what_was_quantised(case, kind, scheme
 def test_a_layer_quantises_what_is_not_quantised(scheme, impl, triton_device):
     x, weight, given = layer_inputs(GATED, device=triton_device if impl == "triton" else "cpu")
     weight = SCHEMES[scheme](weight)
-    assert torch.equal(int8_linear(x, weight, **given, impl=impl), int8_linear(SCHEMES[scheme](x), weight, **given, impl=impl))
+    want = int8_linear(SCHEMES[scheme](x), weight, **given, impl=impl)
+    assert torch.equal(int8_linear(x, weight, **given, impl=impl), want)
 
 
 @pytest.mark.parametrize("scheme, impl", PATHS)
 def test_a_layer_is_near_the_one_in_full_precision(scheme, impl, triton_device):
     """Specification's simulation: 1.1 % in rows and 1.3 % in blocks for Gaussian numbers."""
-    x, weight, given = layer_inputs(cases.Layer(tokens=129, inputs=384, outputs=130), device=triton_device if impl == "triton" else "cpu")
+    case = cases.Layer(tokens=129, inputs=384, outputs=130)
+    x, weight, given = layer_inputs(case, device=triton_device if impl == "triton" else "cpu")
     got, want = int8_linear(x, SCHEMES[scheme](weight), **given, impl=impl), formula(x, weight, **given)
     assert ((got - want).norm() / (want - given["bias"]).norm()) < 0.02
 
@@ -135,8 +138,8 @@ def test_a_layer_is_near_the_one_in_full_precision(scheme, impl, triton_device):
 def test_a_sample_does_not_depend_on_its_batch(scheme, impl, triton_device):
     x, weight, given = layer_inputs(GATED, device=triton_device if impl == "triton" else "cpu")
     weight = SCHEMES[scheme](weight)
-    alone = [int8_linear(x[i:i + 1], weight, given["bias"], gate=given["gate"][i:i + 1], residual=given["residual"][i:i + 1], impl=impl)
-             for i in range(len(x))]
+    alone = [int8_linear(x[i:i + 1], weight, given["bias"], gate=given["gate"][i:i + 1],
+                         residual=given["residual"][i:i + 1], impl=impl) for i in range(len(x))]
     assert torch.equal(int8_linear(x, weight, **given, impl=impl), torch.cat(alone))
 
 
@@ -156,8 +159,9 @@ def test_layers_compile_in_one_graph(scheme, impl, triton_device):
 def test_the_operators_are_what_they_say_to_a_compiler(scheme, impl, triton_device):
     x, weight, given = layer_inputs(SMALL, device=triton_device if impl == "triton" else "cpu")
     torch.library.opcheck(getattr(torch.ops.dailies, f"quantize_{scheme}"), (x, impl))
+    residual = x.new_ones(*x.shape[:-1], len(weight))
     torch.library.opcheck(torch.ops.dailies.int8_linear, (
-        x, None, *SCHEMES[scheme](weight), given["bias"], True, None, x.new_ones(*x.shape[:-1], len(weight)), torch.float16, impl))
+        x, None, *SCHEMES[scheme](weight), given["bias"], True, None, residual, torch.float16, impl))
 
 
 def test_what_does_not_fit_is_refused_by_name():

@@ -55,7 +55,8 @@ def test_torch_norms_follow_the_float64_formula(kind, parts, impl):
 
 
 @pytest.mark.parametrize("case, kind, parts", [
-    *((case, kind, "all") for case, kind in FILLED), *((BATCH, "large mean", parts) for parts in PARTS if parts != "all")], ids=str)
+    *((case, kind, "all") for case, kind in FILLED),
+    *((BATCH, "large mean", parts) for parts in PARTS if parts != "all")], ids=str)
 def test_triton_norm_follows_the_float64_formula(case, kind, parts, triton_device):
     x, given = norm_inputs(case, kind, PARTS[parts], device=triton_device)
     stream, y = modulated_norm(x, **given, impl="triton")
@@ -84,7 +85,8 @@ def test_a_norm_is_quantised_as_the_reference_does_it(case, kind, scheme, impl, 
     assert_close(stream, want_stream, 1e-7)
     torch.testing.assert_close(got.scales, want.scales, rtol=1e-5, atol=1e-10)
     difference = (got.values.int() - want.values.int()).abs()
-    assert difference.max() <= 1 and difference.sum() <= 1 + difference.numel() // 1000         # halves, rounded either way
+    # halves may be rounded either way
+    assert difference.max() <= 1 and difference.sum() <= 1 + difference.numel() // 1000
 
 
 @pytest.mark.parametrize("scheme, bound", [("rows", 0.5 / 127), ("blocks", 1 / 128)])
@@ -143,7 +145,8 @@ def test_norms_compile_in_one_graph(triton_device):
         return stream, y, values, scales, *rms_rope(q, k, q_gain, k_gain, rope, heads=1, dtype=torch.float16, impl=impl)
 
     for impl in ("torch", "pieces", "triton"):
-        for got, want in zip(torch.compile(link, fullgraph=True, backend="aot_eager")(x, impl), link(x, impl), strict=True):
+        compiled = torch.compile(link, fullgraph=True, backend="aot_eager")
+        for got, want in zip(compiled(x, impl), link(x, impl), strict=True):
             assert torch.equal(got, want)
 
 
@@ -182,5 +185,6 @@ def test_norms_of_rendered_shapes_in_bf16(case):
     torch.testing.assert_close(got.scales, want.scales, rtol=1e-5, atol=1e-10)
     assert (got.values.int() - want.values.int()).abs().max() <= 1
     q, k, q_gain, k_gain, rope = rope_inputs(case, torch.bfloat16, "cuda")
-    for got, want in zip(*(rms_rope(q, k, q_gain, k_gain, rope, heads=case.heads, impl=impl) for impl in ("triton", "torch")), strict=True):
+    both = (rms_rope(q, k, q_gain, k_gain, rope, heads=case.heads, impl=impl) for impl in ("triton", "torch"))
+    for got, want in zip(*both, strict=True):
         torch.testing.assert_close(got, want, rtol=1.6e-2, atol=1e-2)

@@ -1,9 +1,9 @@
 """INT8 linear layers, y = x W^T with 8-bit operands: two schemes, with the work that follows in the epilogue.
 
-rows    a scale per token of x and per output channel of W, s = max(amax, 1e-8) / 127. Sums stay in int32 over all of K, so
-        the scales are applied once: the faster scheme, and the slightly more exact one.
-blocks  a scale per 128 x 128 tile of x and of W, s = max(amax, 1e-8) / 128: how TurboDiffusion publishes its weights. Sums
-        are int32 within 128 of K and fp32 across. README.md says where we leave the published code, and what is measured.
+rows    a scale per token of x and per output channel of W, s = max(amax, 1e-8) / 127. Sums stay in int32 over all of K,
+        so the scales are applied once: the faster scheme, and the slightly more exact one.
+blocks  a scale per 128 x 128 tile of x and of W, s = max(amax, 1e-8) / 128: how TurboDiffusion publishes its weights.
+        Sums are int32 within 128 of K and fp32 across. README.md: where we leave the published code; measurements.
 """
 
 from typing import Literal, NamedTuple
@@ -20,7 +20,7 @@ MAX_SUM = 2 ** 31 // 128 ** 2                          # terms of 128 * 128 that
 
 
 class Quantized(NamedTuple):
-    """An int8 tensor and what to multiply it by.  values [..., N, K]; scales fp32, [..., N] in rows or one per tile in blocks."""
+    """An int8 tensor and what to multiply it by.  values [..., N, K]; scales fp32, [..., N] or one per tile."""
 
     values: Tensor
     scales: Tensor
@@ -39,8 +39,9 @@ def quantize_blocks(x: Tensor, *, impl: Impl = "auto") -> Quantized:
     """One scale per tile of 128 x 128, of a weight [N, K] or of activations [M, K] or [B, M, K].
 
     values like x, round_half_even(x * (128 / amax)) cut to [-128, 127]: the largest positive value becomes 127.
-    scales [..., ceil(M / 128), ceil(K / 128)] = amax / 128 with amax = max(1e-8, max|tile|). A tile never spans two samples, so
-    a clip does not depend on its batch; the published code lays all samples end to end, for which give it [B * M, K].
+    scales [..., ceil(M / 128), ceil(K / 128)] = amax / 128 with amax = max(1e-8, max|tile|). A tile never spans two
+    samples, so a clip does not depend on its batch; the published code lays all samples end to end, for which give it
+    [B * M, K].
     Raises ValueError for x that is not floating point, or has not 2 or 3 axes.
     """
     if check_float(x).ndim not in (2, 3):
@@ -50,7 +51,8 @@ def quantize_blocks(x: Tensor, *, impl: Impl = "auto") -> Quantized:
 
 def dequantize(x: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
     """values * scales, multiplied in fp32; for a layer that is to run as an ordinary one."""
-    scales = x.scales[..., None] if x.scales.shape == x.values.shape[:-1] else reference.spread(x.scales, x.values.shape)
+    in_rows = x.scales.shape == x.values.shape[:-1]
+    scales = x.scales[..., None] if in_rows else reference.spread(x.scales, x.values.shape)
     return (x.values.float() * scales).to(dtype)
 
 
@@ -59,8 +61,8 @@ def int8_linear(x: Tensor | Quantized, weight: Quantized, bias: Tensor | None = 
                 impl: Impl = "auto") -> Tensor:
     """residual + gate * gelu(x W^T + bias), the parts that are given, in that order, with one rounding at the end.
 
-    x [..., K], floating (it is quantised as the weight is) or Quantized.  weight [N, K], of quantize_rows or quantize_blocks.
-    bias [N].  gelu: the tanh form.  gate [B, 1, N] for x [B, M, K].  residual [..., N].
+    x [..., K], floating (it is quantised as the weight is) or Quantized.  weight [N, K], of quantize_rows or
+    quantize_blocks. bias [N].  gelu: the tanh form.  gate [B, 1, N] for x [B, M, K].  residual [..., N].
     Returns [..., N] in `dtype`; by default residual's, or x's, or bf16 for a Quantized x.
     Deterministic: each output is one sum in one order.  Raises ValueError for shapes that do not fit.
     """
@@ -87,7 +89,8 @@ def chosen(impl: Impl, x: Tensor) -> str:
 
 def check_float(x: Tensor) -> Tensor:
     if x.dtype not in FLOATS:
-        raise ValueError(f"a tensor of fp32, bf16 or fp16 is needed; got {x.dtype}. What is quantised already is given as Quantized")
+        raise ValueError(f"a tensor of fp32, bf16 or fp16 is needed; got {x.dtype}. "
+                         "What is quantised already is given as Quantized")
     return x
 
 
@@ -97,7 +100,7 @@ def check_linear(x: Tensor, scales: Tensor | None, weight: Quantized, bias: Tens
     wanted = {"x": (x, (*x.shape[:-1], in_features))}
     if blocks:
         wanted["weight.scales"] = (weight.scales, (-(-out_features // BLOCK), -(-in_features // BLOCK)))
-        tiles = (*x.shape[:-2], -(-x.shape[-2] // BLOCK), -(-in_features // BLOCK)) if x.ndim in (2, 3) else "of 2 or 3 axes"
+        tiles = (*x.shape[:-2], -(-x.shape[-2] // BLOCK), -(-in_features // BLOCK)) if x.ndim in (2, 3) else ()
         wanted["x.scales"] = (scales, tiles)
     else:
         wanted["weight.scales"] = (weight.scales, (out_features,))
@@ -107,8 +110,8 @@ def check_linear(x: Tensor, scales: Tensor | None, weight: Quantized, bias: Tens
     wanted["residual"] = (residual, (*x.shape[:-1], out_features))
     for name, (tensor, shape) in wanted.items():
         if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"int8_linear needs {name} {shape} for x {list(x.shape)} and a weight [{out_features}, {in_features}]; "
-                             f"got {list(tensor.shape)}")
+            raise ValueError(f"int8_linear needs {name} {shape} for x {list(x.shape)} and a weight "
+                             f"[{out_features}, {in_features}]; got {list(tensor.shape)}")
     if weight.values.dtype != torch.int8 or scales is not None and x.dtype != torch.int8:
         raise ValueError(f"int8_linear needs int8 values; got a weight of {weight.values.dtype}, x of {x.dtype}")
     if in_features > MAX_SUM:
@@ -147,8 +150,8 @@ def _(x: Tensor, impl: str) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("dailies::int8_linear", mutates_args=())
-def int8_linear_op(x: Tensor, x_scales: Tensor | None, weight: Tensor, weight_scales: Tensor, bias: Tensor | None, gelu: bool,
-                   gate: Tensor | None, residual: Tensor | None, dtype: torch.dtype, impl: str) -> Tensor:
+def int8_linear_op(x: Tensor, x_scales: Tensor | None, weight: Tensor, weight_scales: Tensor, bias: Tensor | None,
+                   gelu: bool, gate: Tensor | None, residual: Tensor | None, dtype: torch.dtype, impl: str) -> Tensor:
     if impl == "torch":
         return reference.int8_linear(x, x_scales, weight, weight_scales, bias, gelu, gate, residual, dtype)
     if impl == "int_mm":

@@ -1,7 +1,7 @@
 """INT8 linear layers with scales in rows through torch._int_mm: the library's product, torch for what surrounds it.
 
-On a CPU the work goes in pieces that stay in the cache, in buffers that are used again: whole tensors cost more in memory
-traffic and fresh pages than the product itself. On a GPU, where it is the rival of our kernel, all goes at once.
+On a CPU the work goes in pieces that stay in the cache, in buffers that are used again: whole tensors cost more in
+memory traffic and fresh pages than the product itself. On a GPU, where it is the rival of our kernel, all goes at once.
 """
 
 import math
@@ -12,13 +12,13 @@ from torch import Tensor
 
 from kernels.int8_linear import reference
 
-TILE_ROWS, TILE_COLUMNS = 256, 2048                    # of one product, for each thread: its int32 sums are 2 MB, a core's L2
+TILE_ROWS, TILE_COLUMNS = 256, 2048                    # of one product, for each thread: 2 MB of int32, a core's L2
 PIECE = 32768                                          # elements of one piece around it, for a single thread
 INNER, CUBIC = math.sqrt(2 / math.pi), 0.044715        # gelu(x) = x / 2 (1 + tanh(INNER (x + CUBIC x^3)))
 
 
-def int8_linear(x: Tensor, x_scales: Tensor | None, weight: Tensor, weight_scales: Tensor, bias: Tensor | None, gelu: bool,
-                gate: Tensor | None, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
+def int8_linear(x: Tensor, x_scales: Tensor | None, weight: Tensor, weight_scales: Tensor, bias: Tensor | None,
+                gelu: bool, gate: Tensor | None, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
     if x.is_cuda:
         return whole(x, x_scales, weight, weight_scales, bias, gelu, gate, residual, dtype)
     if x_scales is None:
@@ -81,7 +81,8 @@ def gelu_of_twice_(half: Tensor, spare: Tensor) -> Tensor:
 
 
 def rows_of(width: int) -> int:
-    """Rows of a piece. With more than one thread each gets four times as much to do, since all wait for each other after every step."""
+    """Rows of a piece. With more than one thread each gets four times as much to do, since all wait for each other
+    after every step."""
     threads = torch.get_num_threads()
     return max(1, PIECE * (1 if threads == 1 else 4 * threads) // width)
 

@@ -1,7 +1,7 @@
 """INT8 quantisation and linear layers in Triton.
 
-Letters  B samples  M rows of a sample  N output channels  K input channels.  Rows of all samples lie end to end in memory.
-Both operands are K-major, which is the only layout that Hopper's 8-bit matrix instructions read: W^T is never made.
+Letters  B samples  M rows of a sample  N output channels  K input channels.  Rows of all samples lie end to end in
+memory. Both operands are K-major, the only layout that Hopper's 8-bit matrix instructions read: W^T is never made.
 """
 
 import torch
@@ -16,7 +16,7 @@ GROUP = 8                                              # tiles of rows that shar
 
 @triton.jit
 def round_half_even(x):
-    """For |x| < 2^22: fp32 holds no halves above 2^23, so the addition itself rounds. Needs enable_fp_fusion=False at the launch."""
+    """For |x| < 2^22: fp32 holds no halves above 2^23, so the addition rounds. Launch with enable_fp_fusion=False."""
     return (x + 12582912.0) - 12582912.0
 
 
@@ -55,12 +55,12 @@ def quantize_blocks_kernel(x, values, scales, M, K, TILE: tl.constexpr):
 @triton.jit
 def int8_linear_kernel(x, x_scales, w, w_scales, bias, gate, residual, y, M, N, K, tiles_m,
                        HAS_BIAS: tl.constexpr, GELU: tl.constexpr, HAS_GATE: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-                       IN_BLOCKS: tl.constexpr, STEPS: tl.constexpr, WHOLE_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                       BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr):
+                       IN_BLOCKS: tl.constexpr, STEPS: tl.constexpr, WHOLE_K: tl.constexpr, BLOCK_M: tl.constexpr,
+                       BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr):
     """One program makes one tile [BLOCK_M, BLOCK_N] of one sample's output, over all of K, in one fixed order.
 
-    IN_BLOCKS: BLOCK_M = BLOCK_K = BLOCK_N = 128 are the tiles of the scales; each step's int32 sums go into fp32, scaled.
-    Otherwise the int32 sums run through, and the scales of row and column come at the end.
+    IN_BLOCKS: BLOCK_M = BLOCK_K = BLOCK_N = 128 are the tiles of the scales; each step's int32 sums go into fp32,
+    scaled.  Otherwise the int32 sums run through, and the scales of row and column come at the end.
     Programs go down GROUP_M tiles of rows before the next tile of columns, so that both operands are found in L2.
     """
     program = tl.program_id(0)
@@ -144,8 +144,8 @@ def quantize_blocks(x: Tensor) -> tuple[Tensor, Tensor]:
     return values, scales
 
 
-def int8_linear(x: Tensor, x_scales: Tensor | None, weight: Tensor, weight_scales: Tensor, bias: Tensor | None, gelu: bool,
-                gate: Tensor | None, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
+def int8_linear(x: Tensor, x_scales: Tensor | None, weight: Tensor, weight_scales: Tensor, bias: Tensor | None,
+                gelu: bool, gate: Tensor | None, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
     in_blocks = weight_scales.ndim == 2
     if x_scales is None:
         x, x_scales = quantize_blocks(x) if in_blocks else quantize_rows(x)
@@ -168,7 +168,7 @@ def int8_linear(x: Tensor, x_scales: Tensor | None, weight: Tensor, weight_scale
 
 
 def tile(in_blocks: bool, with_residual: bool, shared: int) -> tuple[int, int, int, int, int]:
-    """Rows, columns and K of a program's tile, its warps and its stages: stages * (rows + columns) * K bytes of `shared`."""
+    """Rows, columns and K of a program's tile, warps, stages: stages * (rows + columns) * K bytes of `shared`."""
     if shared < 147456:                                # Ada, consumer Blackwell: 99 KB
         return (128, 128, 128, 8, 2) if in_blocks else (128, 128, 64, 8, 3)
     # beside 256 columns of sums a residual does not fit into the registers: ptxas spills 1,252 bytes a lane on sm_90

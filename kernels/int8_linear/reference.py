@@ -32,10 +32,10 @@ def spread(scales: Tensor, shape: torch.Size) -> Tensor:
     return scales.repeat_interleave(BLOCK, -2)[..., :shape[-2], :].repeat_interleave(BLOCK, -1)[..., :shape[-1]]
 
 
-def int8_linear(x: Tensor, x_scales: Tensor | None, weight: Tensor, weight_scales: Tensor, bias: Tensor | None, gelu: bool,
-                gate: Tensor | None, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """An fp32 product of integers up to 128 is exact while the sum stays below 2^24, as within a block of K; so both schemes
-    are fp32 products per block of 128 of K: exact integers, which rows add up and blocks scale first."""
+def int8_linear(x: Tensor, x_scales: Tensor | None, weight: Tensor, weight_scales: Tensor, bias: Tensor | None,
+                gelu: bool, gate: Tensor | None, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """An fp32 product of integers up to 128 is exact while the sum stays below 2^24, as within a block of K; so both
+    schemes are fp32 products per block of 128 of K: exact integers, which rows add up and blocks scale first."""
     blocks = weight_scales.ndim == 2
     if x_scales is None:
         x, x_scales = quantize_blocks(x) if blocks else quantize_rows(x)
@@ -53,7 +53,8 @@ def int8_linear(x: Tensor, x_scales: Tensor | None, weight: Tensor, weight_scale
     return epilogue(y, bias, gelu, gate, residual, dtype)
 
 
-def epilogue(y: Tensor, bias: Tensor | None, gelu: bool, gate: Tensor | None, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
+def epilogue(y: Tensor, bias: Tensor | None, gelu: bool, gate: Tensor | None, residual: Tensor | None,
+             dtype: torch.dtype) -> Tensor:
     """What follows the product y, in fp32, up to the one rounding."""
     if bias is not None:
         y = y + bias.float()

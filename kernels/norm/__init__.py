@@ -1,8 +1,8 @@
 """The norms of a transformer block with what stands around them, in one pass over memory.
 
-A block is a chain of  x = x + gate * update;  y = layer_norm(x) * gain + bias, then y * (1 + scale) + shift;  y into a linear
-layer.  Each such link is one call here, and can leave y in int8 for kernels/int8_linear. The other norm is that of queries
-and keys: RMS over the full width, then rotary positions per head.
+A block is a chain of  x = x + gate * update;  y = layer_norm(x) * gain + bias, then y * (1 + scale) + shift;  y into a
+linear layer.  Each such link is one call here, and can leave y in int8 for kernels/int8_linear. The other norm is that
+of queries and keys: RMS over the full width, then rotary positions per head.
 """
 
 from typing import Literal
@@ -18,15 +18,17 @@ Rope = tuple[Tensor, Tensor]
 
 
 def modulated_norm(x: Tensor, *, update: Tensor | None = None, gate: Tensor | None = None, gain: Tensor | None = None,
-                   bias: Tensor | None = None, scale: Tensor | None = None, shift: Tensor | None = None, eps: float = 1e-6,
-                   dtype: torch.dtype | None = None, impl: Impl = "auto") -> tuple[Tensor, Tensor]:
+                   bias: Tensor | None = None, scale: Tensor | None = None, shift: Tensor | None = None,
+                   eps: float = 1e-6, dtype: torch.dtype | None = None, impl: Impl = "auto") -> tuple[Tensor, Tensor]:
     """The stream x + gate * update, in x's dtype, and its layer norm, modulated, in `dtype` (by default x's).
 
-    x, update [B, N, D] contiguous, fp32, bf16 or fp16.  gate, scale, shift [B, 1, D]; gain, bias [D].  What is not given is
-    left out: without update the stream is x itself. Arithmetic is fp32; the norm is that of the stream as it is returned.
+    x, update [B, N, D] contiguous, fp32, bf16 or fp16.  gate, scale, shift [B, 1, D]; gain, bias [D].  What is not
+    given is left out: without update the stream is x itself. Arithmetic is fp32; the norm is that of the stream as it
+    is returned.
     Raises ValueError for any other shape or dtype.
     """
-    stream, values = _modulated_norm(x, update, gate, gain, bias, scale, shift, eps, str(dtype or x.dtype).removeprefix("torch."), impl)
+    output = str(dtype or x.dtype).removeprefix("torch.")
+    stream, values = _modulated_norm(x, update, gate, gain, bias, scale, shift, eps, output, impl)
     return stream, values[0]
 
 
@@ -34,17 +36,18 @@ def quantized_modulated_norm(x: Tensor, scheme: Literal["rows", "blocks"], *, up
                              gate: Tensor | None = None, gain: Tensor | None = None, bias: Tensor | None = None,
                              scale: Tensor | None = None, shift: Tensor | None = None, eps: float = 1e-6,
                              impl: Impl = "auto") -> tuple[Tensor, Quantized]:
-    """modulated_norm whose second result is int8: as quantize_rows or quantize_blocks of the fp32 norm, which is not rounded before."""
+    """modulated_norm whose second result is int8: quantize_rows or quantize_blocks of the norm in fp32."""
     stream, values = _modulated_norm(x, update, gate, gain, bias, scale, shift, eps, scheme, impl)
     return stream, Quantized(*values)
 
 
 def rms_rope(q: Tensor, k: Tensor, q_gain: Tensor, k_gain: Tensor, rope: Rope, *, heads: int, eps: float = 1e-6,
              dtype: torch.dtype | None = None, impl: Impl = "auto") -> tuple[Tensor, Tensor]:
-    """Queries and keys ready for attention: x / rms(x) * gain over all heads together, then adjacent channel pairs turned.
+    """Queries and keys for attention: x / rms(x) * gain over all heads together, then adjacent channel pairs turned.
 
     q, k [B, N, D], last axis contiguous (parts of one fused projection will do).  gains [D].  rope: cos and sin, each
-    [N, 1, D / heads / 2] in fp32.  Returns both as [B, N, heads, D / heads] in `dtype` (by default q's). fp32 inside, no rounding between.
+    [N, 1, D / heads / 2] in fp32.  Returns both as [B, N, heads, D / heads] in `dtype` (by default q's). fp32 inside,
+    no rounding between.
     Raises ValueError for any other shape or dtype.
     """
     check_rms_rope(q, k, q_gain, k_gain, rope, heads)
@@ -54,7 +57,8 @@ def rms_rope(q: Tensor, k: Tensor, q_gain: Tensor, k_gain: Tensor, rope: Rope, *
 
 
 def _modulated_norm(x: Tensor, update: Tensor | None, gate: Tensor | None, gain: Tensor | None, bias: Tensor | None,
-                    scale: Tensor | None, shift: Tensor | None, eps: float, output: str, impl: Impl) -> tuple[Tensor, list[Tensor]]:
+                    scale: Tensor | None, shift: Tensor | None, eps: float, output: str,
+                    impl: Impl) -> tuple[Tensor, list[Tensor]]:
     check_modulated_norm(x, update, gate, gain, bias, scale, shift)
     if impl == "auto":
         impl = "triton" if x.is_cuda else "pieces"
@@ -62,8 +66,8 @@ def _modulated_norm(x: Tensor, update: Tensor | None, gate: Tensor | None, gain:
     return (x, results) if update is None else (results[0], results[1:])
 
 
-def check_modulated_norm(x: Tensor, update: Tensor | None, gate: Tensor | None, gain: Tensor | None, bias: Tensor | None,
-                         scale: Tensor | None, shift: Tensor | None) -> None:
+def check_modulated_norm(x: Tensor, update: Tensor | None, gate: Tensor | None, gain: Tensor | None,
+                         bias: Tensor | None, scale: Tensor | None, shift: Tensor | None) -> None:
     if x.ndim != 3 or not x.is_contiguous():
         raise ValueError(f"modulated_norm needs x [B, N, D], contiguous; got {list(x.shape)}, strides {x.stride()}")
     batch, tokens, width = x.shape
@@ -77,19 +81,22 @@ def check_modulated_norm(x: Tensor, update: Tensor | None, gate: Tensor | None, 
 
 def check_rms_rope(q: Tensor, k: Tensor, q_gain: Tensor, k_gain: Tensor, rope: Rope, heads: int) -> None:
     if q.ndim != 3 or q.shape[-1] % (2 * heads):
-        raise ValueError(f"rms_rope needs q [B, N, D] with D a multiple of 2 * heads = {2 * heads}; got {list(q.shape)}")
+        raise ValueError(f"rms_rope needs q [B, N, D], D a multiple of 2 * heads = {2 * heads}; got {list(q.shape)}")
     if q.stride(-1) != 1 or k.stride(-1) != 1:
         raise ValueError(f"rms_rope needs a contiguous last axis; got strides {q.stride()}, {k.stride()}")
     batch, tokens, width = q.shape
     table = (tokens, 1, width // heads // 2)
-    check("rms_rope", q, {"q": (q, (batch, tokens, width)), "k": (k, (batch, tokens, width)), "q_gain": (q_gain, (width,)),
-                          "k_gain": (k_gain, (width,)), "cos": (rope[0], table), "sin": (rope[1], table)})
+    check("rms_rope", q, {
+        "q": (q, (batch, tokens, width)), "k": (k, (batch, tokens, width)), "q_gain": (q_gain, (width,)),
+        "k_gain": (k_gain, (width,)), "cos": (rope[0], table), "sin": (rope[1], table)})
 
 
 def check(name: str, x: Tensor, wanted: dict[str, tuple[Tensor | None, tuple[int, ...]]]) -> None:
     """Raises ValueError for the first tensor of another shape, a dtype that is no float, or another device than x's."""
     for part, (tensor, shape) in wanted.items():
-        if tensor is not None and (tuple(tensor.shape) != shape or tensor.dtype not in FLOATS or tensor.device != x.device):
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape or tensor.dtype not in FLOATS or tensor.device != x.device:
             raise ValueError(f"{name} needs {part} {list(shape)}, fp32, bf16 or fp16, on {x.device}; "
                              f"got {list(tensor.shape)}, {tensor.dtype}, on {tensor.device}")
 
@@ -97,7 +104,7 @@ def check(name: str, x: Tensor, wanted: dict[str, tuple[Tensor | None, tuple[int
 @torch.library.custom_op("dailies::modulated_norm", mutates_args=())
 def modulated_norm_op(x: Tensor, update: Tensor | None, gate: Tensor | None, gain: Tensor | None, bias: Tensor | None,
                       scale: Tensor | None, shift: Tensor | None, eps: float, output: str, impl: str) -> list[Tensor]:
-    """The stream, if there is an update, then y; `output` names y's dtype or the scheme that makes it int8 values and scales."""
+    """The stream, if there is an update, then y; `output`: y's dtype, or the scheme, for int8 values and scales."""
     if impl == "torch":
         return reference.modulated_norm(x, update, gate, gain, bias, scale, shift, eps, output)
     if impl == "pieces":

@@ -1,7 +1,7 @@
 """Layer norm with residual, modulation and quantisation, and RMS norm with rotary positions, in Triton.
 
-Letters  B samples  N tokens  D width.  Statistics are two-pass in fp32: the mean first, then the squares about it, in which
-lanes beyond the row count as nothing (the published fast layer norm lets them count as mean^2).
+Letters  B samples  N tokens  D width.  Statistics are two-pass in fp32: the mean first, then the squares about it, in
+which lanes beyond the row count as nothing (the published fast layer norm lets them count as mean^2).
 """
 
 import torch
@@ -30,11 +30,12 @@ def modulate(y, gain, bias, scale, shift, sample, column, inside, D, HAS_GAIN: t
 
 @triton.jit
 def modulated_norm_kernel(x, update, gate, gain, bias, scale, shift, stream, y, scales, mean_rstd, N, D, eps,
-                          HAS_UPDATE: tl.constexpr, HAS_GATE: tl.constexpr, HAS_GAIN: tl.constexpr, HAS_BIAS: tl.constexpr,
-                          HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, OUTPUT: tl.constexpr, BLOCK_D: tl.constexpr):
+                          HAS_UPDATE: tl.constexpr, HAS_GATE: tl.constexpr, HAS_GAIN: tl.constexpr,
+                          HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr,
+                          OUTPUT: tl.constexpr, BLOCK_D: tl.constexpr):
     """One program does one token, which stays in registers: read once, every result written once.
 
-    OUTPUT "float" writes y; "rows" int8 y and the token's scale; "blocks" only mean and 1 / deviation, for the tiles' kernel.
+    OUTPUT "float" writes y; "rows" int8 y and the token's scale; "blocks" mean and 1 / deviation for the tile kernel.
     """
     row = tl.program_id(0).to(tl.int64)
     sample = row // N
@@ -56,7 +57,8 @@ def modulated_norm_kernel(x, update, gate, gain, bias, scale, shift, stream, y, 
         tl.store(mean_rstd + 2 * row, mean)
         tl.store(mean_rstd + 2 * row + 1, rstd)
     else:
-        z = modulate(centred * rstd, gain, bias, scale, shift, sample, column, inside, D, HAS_GAIN, HAS_BIAS, HAS_SCALE, HAS_SHIFT)
+        z = modulate(centred * rstd, gain, bias, scale, shift, sample, column, inside, D,
+                     HAS_GAIN, HAS_BIAS, HAS_SCALE, HAS_SHIFT)
         if OUTPUT == "rows":
             amax = tl.maximum(tl.max(tl.abs(tl.where(inside, z, 0.0)), 0), 1e-8)
             tl.store(y + at, round_half_even(z * tl.div_rn(127.0, amax)).to(tl.int8), mask=inside)
@@ -66,8 +68,9 @@ def modulated_norm_kernel(x, update, gate, gain, bias, scale, shift, stream, y, 
 
 
 @triton.jit
-def quantize_norm_blocks_kernel(stream, mean_rstd, gain, bias, scale, shift, y, scales, N, D, HAS_GAIN: tl.constexpr,
-                                HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, TILE: tl.constexpr):
+def quantize_norm_blocks_kernel(stream, mean_rstd, gain, bias, scale, shift, y, scales, N, D,
+                                HAS_GAIN: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr,
+                                HAS_SHIFT: tl.constexpr, TILE: tl.constexpr):
     """One program normalises and quantises one tile of one sample: grid (tiles of D, tiles of N, B)."""
     sample = tl.program_id(2).to(tl.int64)
     token = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
@@ -78,8 +81,8 @@ def quantize_norm_blocks_kernel(stream, mean_rstd, gain, bias, scale, shift, y, 
     z = tl.load(stream + at, mask=inside, other=0.0).to(tl.float32)
     mean = tl.load(mean_rstd + 2 * row, mask=token < N, other=0.0)
     rstd = tl.load(mean_rstd + 2 * row + 1, mask=token < N, other=0.0)
-    z = modulate((z - mean[:, None]) * rstd[:, None], gain, bias, scale, shift, sample, column[None, :], (column < D)[None, :], D,
-                 HAS_GAIN, HAS_BIAS, HAS_SCALE, HAS_SHIFT)
+    z = modulate((z - mean[:, None]) * rstd[:, None], gain, bias, scale, shift, sample, column[None, :],
+                 (column < D)[None, :], D, HAS_GAIN, HAS_BIAS, HAS_SCALE, HAS_SHIFT)
     amax = tl.maximum(tl.max(tl.abs(tl.where(inside, z, 0.0))), 1e-8)
     tl.store(y + at, quantize_tile(z, amax), mask=inside)
     tile = (sample * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
@@ -87,9 +90,9 @@ def quantize_norm_blocks_kernel(stream, mean_rstd, gain, bias, scale, shift, y, 
 
 
 @triton.jit
-def rms_rope_kernel(q, k, q_gain, k_gain, cos, sin, q_out, k_out, N, q_sample, q_row, k_sample, k_row, PAIRS, HEAD_PAIRS, eps,
-                    BLOCK_PAIRS: tl.constexpr):
-    """One program does one token of q (grid axis 1: 0) or of k (1): norm over the full width, then each adjacent pair turned."""
+def rms_rope_kernel(q, k, q_gain, k_gain, cos, sin, q_out, k_out, N, q_sample, q_row, k_sample, k_row, PAIRS,
+                    HEAD_PAIRS, eps, BLOCK_PAIRS: tl.constexpr):
+    """One program does one token of q (grid axis 1: 0) or of k (1): norm over the full width, then each pair turned."""
     row = tl.program_id(0).to(tl.int64)
     sample, token = row // N, row % N
     column = tl.arange(0, 2 * BLOCK_PAIRS)             # read and written in one piece, split in registers
@@ -128,7 +131,8 @@ def modulated_norm(x: Tensor, update: Tensor | None, gate: Tensor | None, gain: 
         tiles = (triton.cdiv(tokens, BLOCK), triton.cdiv(width, BLOCK))
         scales = torch.empty((batch, *tiles), dtype=torch.float32, device=x.device)
         mean_rstd = torch.empty((batch, tokens, 2), dtype=torch.float32, device=x.device)
-    has = dict(HAS_GAIN=gain is not None, HAS_BIAS=bias is not None, HAS_SCALE=scale is not None, HAS_SHIFT=shift is not None)
+    has = dict(HAS_GAIN=gain is not None, HAS_BIAS=bias is not None,
+               HAS_SCALE=scale is not None, HAS_SHIFT=shift is not None)
     results = [part for part in (stream, y, scales) if part is not None]
     if not x.numel():
         return results
@@ -137,11 +141,12 @@ def modulated_norm(x: Tensor, update: Tensor | None, gate: Tensor | None, gain: 
     modulated_norm_kernel[(batch * tokens,)](
         x, update, gate, gain, bias, scale, shift, stream, y, scales, mean_rstd, tokens, width, eps,
         HAS_UPDATE=update is not None, HAS_GATE=gate is not None, **has,
-        OUTPUT=output if output in ("rows", "blocks") else "float", BLOCK_D=block, num_warps=warps(block), enable_fp_fusion=False)
+        OUTPUT=output if output in ("rows", "blocks") else "float", BLOCK_D=block, num_warps=warps(block),
+        enable_fp_fusion=False)
     if output == "blocks":
         quantize_norm_blocks_kernel[(tiles[1], tiles[0], batch)](
-            x if stream is None else stream, mean_rstd, gain, bias, scale, shift, y, scales, tokens, width, **has, TILE=BLOCK,
-            num_warps=8, enable_fp_fusion=False)
+            x if stream is None else stream, mean_rstd, gain, bias, scale, shift, y, scales, tokens, width, **has,
+            TILE=BLOCK, num_warps=8, enable_fp_fusion=False)
     return results
 
 
@@ -160,5 +165,5 @@ def rms_rope(q: Tensor, k: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, 
 
 
 def warps(block: int) -> int:
-    """16 values a lane up to rows of 2,048, then 32 with 8 warps: 1536 channels keep the lanes busy, 5120 fit the registers."""
+    """16 values a lane up to 4,096 channels, 32 for 5,120, which still fit the registers."""
     return min(8, max(1, block // 512))

@@ -1,4 +1,4 @@
-"""Layer norm with residual and modulation, and RMS norm with rotary positions, in plain torch; written to be believed."""
+"""Layer norm with residual and modulation, RMS norm with rotary positions, in plain torch; written to be believed."""
 
 import torch
 from torch import Tensor
