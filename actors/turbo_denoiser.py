@@ -30,6 +30,18 @@ class FewSteps(Denoiser):
         return super().notes(request) + ((self.card.negative_unused,) if request.negative_prompt else ())
 
 
+class StudentDenoiser(FewSteps):
+    """Embeddings in, Latents out, with a distilled model of the Linum family."""
+
+    def velocity_without_guidance(self, batch: list[Embedding]) -> Velocity:
+        contexts = [self.dit.embed_text([embedding.prompt[0].to(self.device)]) for embedding in batch]
+
+        def velocity(streams: Streams, sigma: float) -> Streams:
+            time = torch.tensor([rcm_timestep(sigma)], device=self.device)
+            return tuple(self.dit(video, time, context) for video, context in zip(streams, contexts, strict=True))
+        return velocity
+
+
 class TurboWanDenoiser(FewSteps, WanDenoiser):
     """Embeddings in, Latents out, with TurboDiffusion's Wan models: one transformer, or two experts that take turns."""
 

@@ -36,11 +36,31 @@ def bench(what: str | None, model: str | None = None, *, random_weights: bool = 
 
 def demo() -> Rows:
     """200 unseen prompts through the demo model, read back by the checker."""
-    from jobs.demo.evaluate import evaluate
-    figures = evaluate(200)
-    figures["wrong"] = len(figures["wrong"])
-    by_attribute = figures.pop("by_attribute")
-    yield "attributes shown of those said", figures | by_attribute
+    yield from demo_rows((("fp32", "dense"),))
+
+
+def quality() -> Rows:
+    """The same prompts in fp32, in INT8, with sage and with sparse attention; how far the frames are from those in fp32."""
+    yield from demo_rows((("fp32", "dense"), ("int8", "dense"), ("fp32", "sage"), ("fp32", "sparse"), ("int8", "sparse")))
+
+
+def demo_rows(ways: tuple[tuple[str, str], ...], prompts: int = 200) -> Rows:
+    """The first way is what the others are compared with; then what is made of the demo model: its student, the tuned one."""
+    from jobs.demo.evaluate import evaluate, psnr
+    from model.catalog import CATALOG, DEMO
+    runs = [(DEMO, *way) for way in ways]
+    if len(ways) > 1:
+        runs += [(card, "fp32", card.attentions[0]) for card in CATALOG.values() if card.folder == DEMO.folder and card is not DEMO]
+    first: list = []
+    for card, precision, attention in runs:
+        frames: list = []
+        figures = evaluate(prompts, card=card, precision=precision, attention=attention, keep=frames)
+        figures["wrong"] = len(figures["wrong"])
+        by_attribute = figures.pop("by_attribute")
+        if first:
+            figures["psnr_db"] = psnr(frames, first)
+        first = first or frames
+        yield f"attributes shown of those said, {card.name}, {precision}, {attention} attention", figures | by_attribute
 
 
 def pipeline() -> Rows:
@@ -73,7 +93,7 @@ def kernels() -> Rows:
     yield from rows()
 
 
-PARTS: dict[str, Callable[[], Rows]] = {"demo": demo, "pipeline": pipeline, "memory": memory, "model": model, "kernels": kernels}
+PARTS: dict[str, Callable[[], Rows]] = {"demo": demo, "quality": quality, "pipeline": pipeline, "memory": memory, "model": model, "kernels": kernels}
 
 
 def machine() -> dict[str, str]:

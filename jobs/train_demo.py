@@ -340,9 +340,14 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/demo"), help="where progress is kept")
     parser.add_argument("--out", type=Path, default=CARD.folder, help="where the finished model goes")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--distill", action="store_true", help="train the few-step student of the model in --out instead")
+    parser.add_argument("--tune-sparse", action="store_true", help="tune the model in --out for sparse attention instead")
     parser.add_argument("--only", choices=("text", "vae", "dit"), help="train this one, and export nothing")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
+    if args.distill or args.tune_sparse:
+        from jobs.distill_demo import distill, tune_sparse
+        return (distill if args.distill else tune_sparse)(args.work, args.out, args.device)
     tokenizer_folder = args.out / CARD.tokenizer_folder
     if not (tokenizer_folder / "tokenizer.json").exists():
         train_tokenizer(tokenizer_folder)

@@ -292,18 +292,28 @@ DEMO = LinumCard(
     guidance=4.0,
     guider="cfg",
     pair_guidance=True,
+    sparse_blocks=(32, 16),                             # a latent step is 16 tokens, and a clip has 208 of them
     dit_fields=dict(width=192, heads=3, layers=6, ffn=768, text_dim=128, text_len=40),
     vae_fields=dict(width=16, res_blocks=1),
     memory_gb={"encode": 1, "sample": 1, "publish": 1},
 )
 
-# made by jobs/train_demo.py --distill; it has the demo model's text encoder and VAE
+# the two that jobs/distill_demo.py makes of it; they have its text encoder and VAE
 DEMO_TURBO = StudentCard(
     name="demo-turbo",
     description="the demo model in one to four steps: a student, distilled from it",
     dit_file="dit/demo-turbo.safetensors",
-    **{name: getattr(DEMO, name) for name in ("folder", "resolutions", "resolution", "min_side", "max_pixels", "dit_fields",
-                                              "vae_fields", "memory_gb")},
+    **{name: getattr(DEMO, name) for name in ("folder", "resolutions", "resolution", "min_side", "max_pixels", "sparse_blocks",
+                                              "dit_fields", "vae_fields", "memory_gb")},
+)
+
+DEMO_SPARSE = replace(
+    DEMO,
+    name="demo-sparse",
+    description="the demo model, tuned for sparse attention",
+    dit_file="dit/demo-sparse.safetensors",
+    attentions=("sparse", "sage"),
+    tuned_for_sparse=True,
 )
 
 WAN_14B = dict(width=5120, heads=40, layers=40, ffn=13824)

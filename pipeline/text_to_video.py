@@ -11,16 +11,16 @@ from actors.denoiser import Denoiser
 from actors.image_encoder import ImageTextEncoder
 from actors.shelf import EMBEDDINGS, LATENTS, Drop, Fetch, Keep
 from actors.text_encoder import TextEncoder
-from actors.turbo_denoiser import TurboWanDenoiser
+from actors.turbo_denoiser import StudentDenoiser, TurboWanDenoiser
 from actors.wan_denoiser import WanDenoiser
-from model.catalog import LinumCard, ModelCard, TurboCard, WanCard
+from model.catalog import LinumCard, ModelCard, StudentCard, TurboCard, WanCard
 from model.weights import locate
 from pipeline.gate import Gate
 from pipeline.images import read_image
 from pipeline.stages import Stage, Step
 from pipeline.store import Store, bring
 
-DENOISERS = {LinumCard: Denoiser, WanCard: WanDenoiser, TurboCard: TurboWanDenoiser}
+DENOISERS = {LinumCard: Denoiser, StudentCard: StudentDenoiser, WanCard: WanDenoiser, TurboCard: TurboWanDenoiser}
 ENCODED_AHEAD = 1000                    # clips whose prompts are encoded before the encoder makes room for a sampler
 
 

@@ -9,7 +9,7 @@ from golden import Golden, error
 from kernels.int8_linear import dequantize, quantize_blocks
 from model import checkpoint, keys, turbo
 from model.catalog import CATALOG, DEMO, TurboCard
-from model.layers import Linear
+from model.layers import Linear, rotary_table
 from model.wan import WanConfig, WanDiT
 from model.weights import CheckpointError
 from turbo_tiny import TURBO_TINY, new_tensors
@@ -165,3 +165,20 @@ def test_a_clip_of_a_batch_is_the_clip_alone():
     both = dit(latent, time, dit.embed_text(rows))
     alone = dit(latent[1:], time[1:], dit.embed_text(rows[1:]))
     assert ((both[1:] - alone).norm() / alone.norm()).item() < 0.02
+
+
+@pytest.mark.parametrize("attention", ["dense", "sage", "sparse"])
+def test_a_refitted_block_is_one_graph_to_a_compiler(attention):
+    """In INT8 as a GPU runs it: layers that are not packed, kernels that are operators."""
+    torch.manual_seed(0)
+    dit = TURBO_TINY.new_dit()
+    turbo.refit(dit, attention, replace(TURBO_TINY.sparsity, tuned=attention != "dense"))
+    dit.requires_grad_(False).eval()
+    for place, layer in turbo.linears_of_blocks(dit):
+        dit.set_submodule(place, turbo.Int8Linear.of(layer))
+    context = dit.embed([torch.randn(5, 32)])
+    x, modulation = torch.randn(1, 48, 64), torch.randn(1, 6, 64)
+    rope = rotary_table((2, 4, 6), 32)
+    want = dit.blocks[0](x, modulation, context.of_block(0), rope)
+    got = torch.compile(dit.blocks[0], fullgraph=True, backend="aot_eager")(x, modulation, context.of_block(0), rope)
+    assert error(got, want) < 1e-5
