@@ -13,6 +13,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -332,11 +333,11 @@ def test_a_failed_row_stays_failed_until_it_is_put_back(capsys, one_process, tmp
 
 def black(monkeypatch, is_black):
     """Decoding gives black frames for these requests."""
-    whole = Decoder.decode
+    whole = Decoder.__call__
 
-    def decode(self, latent):
-        return whole(self, latent) * (not is_black(latent.request))
-    monkeypatch.setattr(Decoder, "decode", decode)
+    def decode(self, batch):
+        return [replace(frames, rgb=frames.rgb * (not is_black(frames.request))) for frames in whole(self, batch)]
+    monkeypatch.setattr(Decoder, "__call__", decode)
 
 
 def test_a_clip_that_the_gate_refuses_fails_its_row_and_the_ledger_says_why(capsys, one_process, tmp_path, monkeypatch):
