@@ -32,7 +32,8 @@ def noise(request: Request, grid: LatentGrid, draw: int = 0) -> Tensor:
     """
     shape = grid.of(request.shape)
     pairs = -(-math.prod(shape) // 2)
-    uniform = (np.random.Philox(key=request.seed, counter=draw << 192).random_raw(2 * pairs) >> np.uint64(11)) * 2.0 ** -53      # [0, 1)
+    philox = np.random.Philox(key=request.seed, counter=draw << 192)
+    uniform = (philox.random_raw(2 * pairs) >> np.uint64(11)) * 2.0 ** -53                                  # [0, 1)
     radius, angle = np.sqrt(-2 * np.log1p(-uniform[:pairs])), 2 * np.pi * uniform[pairs:]
     normal = np.concatenate((radius * np.cos(angle), radius * np.sin(angle)))[:math.prod(shape)]
     return torch.from_numpy(normal).reshape(shape).bfloat16().float()
@@ -123,8 +124,9 @@ class Denoiser:
         for request in requests:
             if request.bucket != first.bucket:
                 raise ValueError(f"a batch must be of one bucket; got {first.bucket} and {request.bucket}")
-            if (request.model, request.precision, request.attention) != (self.card.name, self.precision, self.attention):
-                raise ValueError(f"this actor runs {self.card.name} in {self.precision} with {self.attention} attention; "
+            runs = self.card.name, self.precision, self.attention
+            if (request.model, request.precision, request.attention) != runs:
+                raise ValueError("this actor runs {} in {} with {} attention; ".format(*runs) +
                                  f"clip {request.clip_id} asks for "
                                  f"{request.model} in {request.precision} with {request.attention}. "
                                  "Plan and actors must be made from the same settings")

@@ -40,17 +40,19 @@ def demo() -> Rows:
 
 
 def quality() -> Rows:
-    """The same prompts in fp32, in INT8, with sage and with sparse attention; how far the frames are from those in fp32."""
-    yield from demo_rows((("fp32", "dense"), ("int8", "dense"), ("fp32", "sage"), ("fp32", "sparse"), ("int8", "sparse")))
+    """The same prompts in fp32, in INT8, with sage and with sparse attention; how far the frames are from fp32's."""
+    yield from demo_rows((("fp32", "dense"), ("int8", "dense"), ("fp32", "sage"), ("fp32", "sparse"),
+                          ("int8", "sparse")))
 
 
 def demo_rows(ways: tuple[tuple[str, str], ...], prompts: int = 200) -> Rows:
-    """The first way is what the others are compared with; then what is made of the demo model: its student, the tuned one."""
+    """The first way is what the others are compared with; then what was made of the demo model, where it is shipped."""
     from jobs.demo.evaluate import evaluate, psnr
     from model.catalog import CATALOG, DEMO
     runs = [(DEMO, *way) for way in ways]
     if len(ways) > 1:
-        runs += [(card, "fp32", card.attentions[0]) for card in CATALOG.values() if card.folder == DEMO.folder and card is not DEMO]
+        made_of_it = [card for card in CATALOG.values() if card.folder == DEMO.folder and card is not DEMO]
+        runs += [(card, "fp32", card.attentions[0]) for card in made_of_it]
     first: list = []
     for card, precision, attention in runs:
         frames: list = []
@@ -93,7 +95,8 @@ def kernels() -> Rows:
     yield from rows()
 
 
-PARTS: dict[str, Callable[[], Rows]] = {"demo": demo, "quality": quality, "pipeline": pipeline, "memory": memory, "model": model, "kernels": kernels}
+PARTS: dict[str, Callable[[], Rows]] = {"demo": demo, "quality": quality, "pipeline": pipeline, "memory": memory,
+                                        "model": model, "kernels": kernels}
 
 
 def machine() -> dict[str, str]:

@@ -23,7 +23,8 @@ from model.wan import WanConfig
 
 CPU_BLOCKS, CPU_GRID = 2, (3, 60, 52)                  # latent steps, height, width: 2,340 tokens
 REPEATS = 5                                            # in turns; the best counts
-WAYS = (("fp32", "dense"), ("bf16", "dense"), ("bf16", "sparse"), ("int8", "dense"), ("int8", "sage"), ("int8", "sparse"))
+WAYS = (("fp32", "dense"), ("bf16", "dense"), ("bf16", "sparse"),
+        ("int8", "dense"), ("int8", "sage"), ("int8", "sparse"))
 NUMBERS = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8"}
 
 
@@ -36,14 +37,15 @@ class Inputs:
 
 @torch.inference_mode()
 def rows(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """A line for each way to run the model.  Raises UsageError for a model that has no peer, or where diffusers is not installed."""
+    """A line for each way to run the model.  Raises UsageError for a model without a peer, or without diffusers."""
     card, device = card_with_peer(name), "cuda" if torch.cuda.is_available() else "cpu"
     grid = card.grid.of(card.shape_for()[0])[1:]
     if device == "cpu":
         grid, card = CPU_GRID, replace(card, dit_fields={**card.dit_fields, "layers": CPU_BLOCKS})
     config = card.dit_config
     torch.manual_seed(0)
-    given = Inputs(latent=torch.randn(1, config.latent_channels, *grid, device=device), timestep=torch.tensor([500], device=device),
+    given = Inputs(latent=torch.randn(1, config.latent_channels, *grid, device=device),
+                   timestep=torch.tensor([500], device=device),
                    text=torch.randn(1, config.text_len, config.text_dim, device=device))
     calls: dict[tuple[str, ...], Callable[[], Tensor]] = {}
     text_calls: dict[tuple[str, ...], Callable[[], Any]] = {}
@@ -75,11 +77,13 @@ def rows(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
 def card_with_peer(name: str) -> WanCard:
     comparable = [card.name for card in CATALOG.values() if type(card) is WanCard and not card.takes_image]
     if card_named(name).name not in comparable:
-        raise UsageError(f"bench model compares with diffusers' text-to-video transformer of Wan: {', '.join(comparable)}; got {name}")
+        raise UsageError("bench model compares with diffusers' text-to-video transformer of Wan: "
+                         f"{', '.join(comparable)}; got {name}")
     try:
         import diffusers  # noqa: F401
     except ImportError:
-        raise UsageError("bench model compares with diffusers, which is not installed: pip install 'dailies[dev]'") from None
+        raise UsageError("bench model compares with diffusers, which is not installed: "
+                         "pip install 'dailies[dev]'") from None
     return CATALOG[name]
 
 
@@ -102,11 +106,13 @@ def diffusers_forward(folder: Path, config: WanConfig, precision: str, given: In
     diffusers.logging.set_verbosity_error()
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     with torch.device("meta"):
-        dit = diffusers.WanTransformer3DModel(num_attention_heads=config.heads, attention_head_dim=config.width // config.heads,
-                                              num_layers=config.layers, ffn_dim=config.ffn)
+        dit = diffusers.WanTransformer3DModel(
+            num_attention_heads=config.heads, attention_head_dim=config.width // config.heads, num_layers=config.layers,
+            ffn_dim=config.ffn)
     kept = dit._keep_in_fp32_modules
-    state = {name: tensor.to(given.latent.device, torch.float32 if any(part in name for part in kept) else dtype, copy=True)
-             for name, tensor in checkpoint.views(checkpoint.stored_tensors(folder / "diffusers.safetensors"))}
+    state = {}
+    for name, tensor in checkpoint.views(checkpoint.stored_tensors(folder / "diffusers.safetensors")):
+        state[name] = tensor.to(torch.float32 if any(part in name for part in kept) else dtype, copy=True)
     dit.load_state_dict(state, assign=True)
     dit.rope = type(dit.rope)(config.width // config.heads, config.patch, 1024)       # its tables are in no file
     dit.to(given.latent.device).eval().requires_grad_(False)
@@ -115,7 +121,7 @@ def diffusers_forward(folder: Path, config: WanConfig, precision: str, given: In
 
 
 def in_turns(calls: dict[tuple[str, ...], Callable[[], Tensor]], device: str) -> tuple[dict, dict]:
-    """Seconds by the clock and of the processor, of the best run of each; in turns, so that all meet the same machine."""
+    """Seconds by the clock and of the processor, of each one's best; in turns, so that all meet the same machine."""
     wall, cpu = dict.fromkeys(calls, math.inf), dict.fromkeys(calls, math.inf)
     for _ in range(REPEATS):
         for way, call in calls.items():

@@ -221,7 +221,8 @@ def convert(source: Annotated[str, typer.Argument(metavar="SRC", help="A publish
             model: Annotated[str, typer.Option(metavar="NAME", help="See `dailies models`.")],
             to: Annotated[str, typer.Option(metavar="URI", help="Where the safetensors go: a folder or s3://.")],
             precision: Annotated[str | None, typer.Option(
-                metavar="int8", help="Make the transformer's layers INT8: half the bytes to load.  [default: as published]")] = None,
+                metavar="int8",
+                help="Make the transformer's layers INT8: half the bytes to load.  [default: as published]")] = None,
             json: Json = False) -> int:
     """Published weights (.pth, read with weights_only, or .safetensors) to checked safetensors that render can load.
 
@@ -234,7 +235,8 @@ def convert(source: Annotated[str, typer.Argument(metavar="SRC", help="A publish
 
 @app.command()
 def bench(what: Annotated[str | None, typer.Argument(metavar="[WHAT]", help="What to time.  [default: all]")] = None,
-          model: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Of `bench model`: a model's transformer.")] = None,
+          model: Annotated[str | None, typer.Argument(
+              metavar="[NAME]", help="Of `bench model`: a model's transformer.")] = None,
           random_weights: Annotated[bool, typer.Option(
               "--random-weights", help="With NAME: weights are made up; nothing is downloaded.")] = False,
           json: Json = False) -> int:

@@ -100,7 +100,8 @@ def one_part(card: ModelCard, path: Path) -> tuple[Layout, list[Part]]:
     stem = path.name.removesuffix(path.suffix)
     # the original layouts first: they are what single files come from
     layouts = sorted(card.layouts, key=lambda layout: not is_file(layout.text_encoder))
-    options = [[Part(kind=kind, place=place, target=target, source=path) for kind, place, target in wanted(layout)] for layout in layouts]
+    options = [[Part(kind=kind, place=place, target=target, source=path) for kind, place, target in wanted(layout)]
+               for layout in layouts]
     for layout, parts in zip(layouts, options, strict=True):
         named = [part for part in parts if PurePosixPath(part.target).stem == stem
                  and PurePosixPath(part.target).parent.name in ("", path.parent.name)]

@@ -5,14 +5,17 @@ python -m jobs.train_demo --tune-sparse --work build/demo         writes dit/dem
 
 The demo model's weights are teacher and start of both.
 
-The few-step student is a multi-step consistency model. At each of the four places where its sampler stops (model/schedules.py,
-rcm_sigmas), it learns to say at once where the guided teacher's course ends: the teacher goes on to the next place in a few
-Euler steps, and what the student, held fixed, says there is the target; at the last place the teacher goes on to the clean
-latent. So no target is a mean over many clips, and nothing needs derivatives of the network along the course.
-Source   Song et al. 2023 (arXiv 2303.01469), with several places Heek et al. 2024 (arXiv 2403.06807); the places are rCM's.
+The few-step student is a multi-step consistency model. At each of the four places where its sampler stops
+(model/schedules.py, rcm_sigmas), it learns to say at once where the guided teacher's course ends: the teacher goes on
+to the next place in a few Euler steps, and what the student, held fixed, says there is the target; at the last place
+the teacher goes on to the clean latent. So no target is a mean over many clips, and nothing needs derivatives of the
+network along the course.
+Source   Song et al. 2023 (arXiv 2303.01469), with several places Heek et al. 2024 (arXiv 2403.06807); the places are
+rCM's.
 
-The sparse one learns to give the velocity that the dense teacher gives, without guidance; all of its weights learn, and a
-projection of the linear branch that begins at zero.  Source   TurboDiffusion's tuning (arXiv 2512.16093).
+The sparse one learns to give the velocity that the dense teacher gives, without guidance; all of its weights learn, and
+a projection of the linear branch that begins at zero.
+Source   TurboDiffusion's tuning (arXiv 2512.16093).
 """
 
 import json
@@ -26,7 +29,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jobs.demo.world import Scene, describe
-from jobs.train_demo import BATCHES, CLIPS_MOSTLY, DIT_CLIPS, DIT_IMAGES, FRAMES, SEED, Phase, encode_scenes, fit, rng_of
+from jobs.train_demo import (
+    BATCHES,
+    CLIPS_MOSTLY,
+    DIT_CLIPS,
+    DIT_IMAGES,
+    FRAMES,
+    SEED,
+    Phase,
+    encode_scenes,
+    fit,
+    rng_of,
+)
 from kernels.sparse_attention import reference
 from model import checkpoint, keys
 from model.card import ModelCard
@@ -76,7 +90,7 @@ def tune_sparse(work: Path, out: Path, device: str) -> None:
         data, rows = lessons.batch(step, rng)
         generator = torch.Generator().manual_seed(rng.getrandbits(62))
         noise = torch.randn(data.shape, generator=generator).to(device)
-        sigma = torch.sigmoid(torch.randn(len(data), generator=generator) * 1.4 + 1.1).to(device)      # as the teacher was trained
+        sigma = torch.sigmoid(torch.randn(len(data), generator=generator) * 1.4 + 1.1).to(device)      # as its teacher
         noisy = torch.lerp(data, noise, per_clip(sigma))
         with torch.autocast(device, torch.bfloat16):
             with torch.no_grad():
@@ -90,7 +104,7 @@ def tune_sparse(work: Path, out: Path, device: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Lessons:
-    """The teacher, and what it is asked about: normalised latents of drawn clips and images, and sentences that tell them."""
+    """The teacher, and what it is asked about: normalised latents of drawn clips and images, with their scenes."""
 
     teacher: LinumDiT
     encoder: T5TextEncoder
@@ -105,7 +119,8 @@ class Lessons:
         scale, bias = (getattr(teacher, name).cpu().view(-1, 1, 1, 1) for name in ("latent_scale", "latent_bias"))
         scenes, clips = encode_scenes(vae, work, device, "clips", DIT_CLIPS, FRAMES)
         pictured, images = encode_scenes(vae, work, device, "images", DIT_IMAGES, 1)
-        return cls(teacher=teacher, encoder=encoder, clips=(scenes, clips * scale + bias), images=(pictured, images * scale + bias))
+        return cls(teacher=teacher, encoder=encoder, clips=(scenes, clips * scale + bias),
+                   images=(pictured, images * scale + bias))
 
     def batch(self, step: int, rng: random.Random) -> tuple[Tensor, list[Tensor]]:
         """Latents [B, C, T, H, W] on the teacher's device, and the encoder's rows of what is said of each."""
@@ -123,7 +138,8 @@ class TrainedSparseAttention(SelfAttention):
     def __init__(self, base: SelfAttention, sparsity: Sparsity):
         nn.Module.__init__(self)
         self.heads, self.sparsity = base.heads, sparsity
-        self.q, self.k, self.v, self.o, self.norm_q, self.norm_k = base.q, base.k, base.v, base.o, base.norm_q, base.norm_k
+        self.q, self.k, self.v, self.o = base.q, base.k, base.v, base.o
+        self.norm_q, self.norm_k = base.norm_q, base.norm_k
         width = base.q.out_features // base.heads
         self.proj = Linear(width, width)
         nn.init.zeros_(self.proj.weight)
@@ -132,13 +148,15 @@ class TrainedSparseAttention(SelfAttention):
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         q = rotate(self.norm_q(self.q(x)).unflatten(-1, (self.heads, -1)), rope)
         k = rotate(self.norm_k(self.k(x)).unflatten(-1, (self.heads, -1)), rope)
-        v, of = self.v(x).unflatten(-1, (self.heads, -1)), self.sparsity
-        y = reference.sparse_attention(q, k, v.to(q.dtype), self.proj.weight, self.proj.bias, of.keep_ratio, False, of.block_q, of.block_k)
+        v, of = self.v(x).unflatten(-1, (self.heads, -1)).to(q.dtype), self.sparsity
+        y = reference.sparse_attention(q, k, v, self.proj.weight, self.proj.bias, of.keep_ratio, False, of.block_q,
+                                       of.block_k)
         return self.o(y.flatten(2))
 
 
 def write(student: LinumDiT, card: ModelCard, out: Path) -> None:
-    state = {name: t.to(torch.bfloat16) if t.ndim > 1 else t for name, t in checkpoint.released_state(student, keys.LINUM).items()}
+    state = checkpoint.released_state(student, keys.LINUM)
+    state = {name: tensor.to(torch.bfloat16) if tensor.ndim > 1 else tensor for name, tensor in state.items()}
     checkpoint.save(out / card.dit_file, state)
     print(json.dumps({"written": str(out / card.dit_file), "bytes": (out / card.dit_file).stat().st_size}))
 

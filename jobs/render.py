@@ -122,7 +122,8 @@ def prepare(job: RenderJob) -> Night:
     if job.strict and (fallbacks or plan.roundings):
         said = "; ".join([*fallbacks, *(f"{counted(rows, 'row')}: {note}" for note, rows in plan.roundings[:10])])
         raise UsageError(f"--strict, and not every row can be rendered as asked: {said}")
-    night = Night(job=job, card=card, store=store, plan=plan, fallbacks=fallbacks, has_begun=found is not None, began=began)
+    night = Night(job=job, card=card, store=store, plan=plan, fallbacks=fallbacks, has_begun=found is not None,
+                  began=began)
     if found is not None:
         check_run(store, found, night.identity())
     return night
@@ -298,7 +299,8 @@ def work(night: Night, book: Book, todo: Iterable[Request], num_clips: int, budg
     if weights and "://" not in weights:                # the processes that read it may run in another folder
         weights = str(Path(weights).expanduser().absolute())
     stages = text_to_video(night.card, weights, night.store, device=night.device, precision=night.plan.precision,
-                           attention=night.plan.attention, strict=job.strict, batch=job.batch, samplers=job.samplers, threads=job.threads_per_sampler or 1,
+                           attention=night.plan.attention, strict=job.strict, batch=job.batch,
+                           samplers=job.samplers, threads=job.threads_per_sampler or 1,
                            keep_latents=job.keep_latents)
     with Display(total=num_clips, view=view) as display:
         def on_progress(progress: cluster.Progress) -> None:
@@ -398,8 +400,9 @@ def notes_of(night: Night) -> list[str]:
     plan, summary = night.plan, night.plan.summary()
     notes = list(night.fallbacks)
     if plan.attention == "sparse" and not plan.card.tuned_for_sparse:
-        notes.append(f"{plan.card.name} was not tuned for sparse attention: each block of tokens sees the {plan.card.keep_ratio:.0%} "
-                     "of the others that agree with it best, and nothing makes up for the rest")
+        notes.append(f"{plan.card.name} was not tuned for sparse attention: each block of tokens sees the "
+                     f"{plan.card.keep_ratio:.0%} of the others that agree with it best, "
+                     "and nothing makes up for the rest")
     notes += [f"{counted(said['rows'], 'row')}: {said['note']}" for said in summary["roundings"]]
     if summary["more_roundings"]:
         notes.append(f"and {summary['more_roundings']:,} more kinds of rounding")

@@ -271,8 +271,9 @@ def print_model(model: dict[str, Any]) -> None:
         print("  image       every row needs one; a named size is an area in the image's aspect, to WIDTHxHEIGHT it is cropped")
     print(f"  length      1 to {limits['max_duration_s']:g} s at {model['fps']:g} frames per second")
     print(f"  precision   {', '.join(model['precisions'])}")
-    print(f"  attention   {', '.join(model['attentions'])}; sparse keeps {model['keep_ratio']:.0%} of the blocks of keys"
-          + (", which this model was tuned for" if model["tuned_for_sparse"] else ", which this model was not tuned for"))
+    tuned = "was tuned" if model["tuned_for_sparse"] else "was not tuned"
+    print(f"  attention   {', '.join(model['attentions'])}; sparse keeps {model['keep_ratio']:.0%} of the blocks of keys, "
+          f"which this model {tuned} for")
     if memory:
         print(f"  GPU memory  {memory}")
     if weights["complete"]:

@@ -42,7 +42,7 @@ class ModelCard:
 
     # where the weights are, under a folder in one of the layouts
     repo_id: str | None = None                          # on the Hugging Face hub
-    sources: Mapping[str, tuple[str, ...]] = field(default_factory=dict)   # else: repositories to convert, and their files
+    sources: Mapping[str, tuple[str, ...]] = field(default_factory=dict)   # else: repositories to convert, their files
     folder: Path | None = None                          # weights that come with dailies
 
     # what a row may ask for, and what it gets when it does not say
@@ -53,7 +53,7 @@ class ModelCard:
     num_steps: int = 50
     guidance: float
     negative_prompt: str = ""
-    negative_unused: str = ""                           # what a row is told that gives one to a model which has no use for it
+    negative_unused: str = ""                           # what a row with one is told, where the model cannot use it
     takes_image: bool = False                           # every row needs one, which becomes the first frame
     min_side: int = 128                                 # pixels
     side_step: int = 8                                  # sides are multiples of it
@@ -68,7 +68,7 @@ class ModelCard:
     # of sparse attention
     keep_ratio: float = 0.25                            # share of the key blocks that a block of queries attends to
     sparse_blocks: tuple[int, int] = (128, 64)          # tokens of a block of queries and of keys
-    tuned_for_sparse: bool = False                      # the weights know it, and have a projection of its linear branch
+    tuned_for_sparse: bool = False                      # the weights know it, and have its linear branch's projection
 
     clips_per_turn: int = 1                             # sampled together, where that changes no bit and saves work
 
@@ -115,8 +115,12 @@ class ModelCard:
         """A transformer as it is described, with whatever weights torch gives it."""
         raise NotImplementedError
 
-    def dit_from(self, path: Path, device: str, precision: str | None = None, attention: str | None = None) -> "nn.Module":
-        """A transformer, loaded from this file (or index of shards), refitted, in eval mode.  Raises CheckpointError."""
+    def dit_from(self, path: Path, device: str, precision: str | None = None,
+                 attention: str | None = None) -> "nn.Module":
+        """A transformer, loaded from this file (or index of shards), refitted, in eval mode.
+
+        Raises CheckpointError.
+        """
         from model import turbo
         return turbo.build(self.new_dit, path, *self.dit_tables, name=self.name, device=device,
                            precision=precision or self.precision_on(device), attention=attention or self.attentions[0],
@@ -134,7 +138,7 @@ class ModelCard:
         return "int8" if turbo.scheme_of(self.dit_tensors(weights)) else self.precision_on(device)
 
     def fallbacks(self, weights: Path, device: str, precision: str) -> tuple[str, ...]:
-        """What the transformer does here instead of what is asked for, known from its files.  Raises CheckpointError."""
+        """What the transformer does here instead of what is asked for, by its files.  Raises CheckpointError."""
         from model import turbo
         return turbo.fallbacks(self.dit_tensors(weights), device, precision)
 

@@ -195,7 +195,10 @@ class WanCard(ModelCard):
 
     def dit(self, weights: Path, device: str, precision: str | None = None, attention: str | None = None,
             expert: int = 0) -> "WanDiT":
-        """A diffusion transformer, loaded, in eval mode; 0 is the only one or that for high noise.  Raises CheckpointError."""
+        """A diffusion transformer, loaded, in eval mode; expert 0 is the only one or that for high noise.
+
+        Raises CheckpointError.
+        """
         from model.weights import layout_in, stored_at
         return self.dit_from(stored_at(weights, layout_in(self, weights).dits[expert]), device, precision, attention)
 
@@ -303,8 +306,8 @@ DEMO_TURBO = StudentCard(
     name="demo-turbo",
     description="the demo model in one to four steps: a student, distilled from it",
     dit_file="dit/demo-turbo.safetensors",
-    **{name: getattr(DEMO, name) for name in ("folder", "resolutions", "resolution", "min_side", "max_pixels", "sparse_blocks",
-                                              "dit_fields", "vae_fields", "memory_gb")},
+    **{name: getattr(DEMO, name) for name in ("folder", "resolutions", "resolution", "min_side", "max_pixels",
+                                              "sparse_blocks", "dit_fields", "vae_fields", "memory_gb")},
 )
 
 DEMO_SPARSE = replace(

@@ -46,9 +46,9 @@ def build(make: Callable[[], Model], path: Path, *tables: KeyTable, name: str, d
           settle: Callable[[str, nn.Module], nn.Module] | None = None) -> Model:
     """The model that `make` describes, with weights from `path`, on `device`, in eval mode without gradients.
 
-    It is described on the meta device, so the weights are the only copy. precision: fp32, or bf16 (or int8, of which the
-    rest is bf16) for the linear and convolution weights alone: gains and modulation stay fp32, and with them the residual
-    stream.
+    It is described on the meta device, so the weights are the only copy. precision: fp32, or bf16 (or int8, of which
+    the rest is bf16) for the linear and convolution weights alone: gains and modulation stay fp32, and with them the
+    residual stream.
     tables: the layouts the file may have. name: of the model, for messages. settle: see load.
     Raises CheckpointError, before any weight is read when names, shapes or dtypes do not fit.
     """
@@ -90,7 +90,8 @@ def load(model: nn.Module, path: Path, *tables: KeyTable, name: str, device: str
             model.set_submodule(owner, settled)
 
 
-def match(stored: Mapping[str, StoredTensor], wanted: Mapping[str, Tensor], table: KeyTable, where: str) -> dict[str, StoredTensor]:
+def match(stored: Mapping[str, StoredTensor], wanted: Mapping[str, Tensor], table: KeyTable,
+          where: str) -> dict[str, StoredTensor]:
     """Stored tensors by our names.  Raises CheckpointError unless they are exactly the wanted ones."""
     found: dict[str, StoredTensor] = {}
     for released, tensor in stored.items():

@@ -13,7 +13,7 @@ class KeyTable:
     name: str                                           # of the table, for messages
     rules: Mapping[str, str]                            # start of a released name -> start of our name
     dropped: Mapping[str, str] = field(default_factory=dict)   # start of a released name -> why it is not loaded
-    flat: tuple[str, ...] = ()                          # released names of weights stored as [rows, all other axes in one]
+    flat: tuple[str, ...] = ()                          # released names of weights stored as matrices
 
     def ours(self, released: str) -> str | None:
         """Our name, or None where no rule fits."""
@@ -163,8 +163,8 @@ WAN = KeyTable(
 
 WAN_REPACKED = WAN.prefixed("model.diffusion_model.")          # as some tools store it
 
-# Distilled and tuned for sparse attention. In the -quant files a layer has int8_weight and scale for its weight: the names
-# are ours too (model/turbo.py). While training, every name has net. in front, and some tools leave it there.
+# Distilled and tuned for sparse attention. In the -quant files a layer has int8_weight and scale for its weight: the
+# names are ours too (model/turbo.py). While training, every name has net. in front, and some tools leave it there.
 TURBO_WAN = KeyTable(
     name="TURBO_WAN",
     rules={"blocks.{}.self_attn.attn_op.local_attn.proj_l.": "blocks.{}.attn.proj."} | WAN.rules,

@@ -1,11 +1,13 @@
-"""Speed, applied to a transformer from outside: INT8 linear layers, other self-attention, norms fused with what is around them.
+"""Speed, applied to a transformer from outside: INT8 linear layers, other self-attention, fused norms.
 
-A refitted model has the blocks of this file instead of its own, around the same weights; linum.py and wan.py never hear of
-it. In fp32 with dense attention nothing is refitted: that is the model as it is written, and what all else is compared to.
+A refitted model has the blocks of this file instead of its own, around the same weights; linum.py and wan.py never hear
+of it. In fp32 with dense attention nothing is refitted: that is the model as it is written, and what all else is
+compared to.
 
-Of a model in int8, the linear layers of its blocks are INT8 and the rest is bf16, as TurboDiffusion publishes it: patches,
-text, time, head and the projection of sparse attention stay. Their names in a file are those of the -quant releases,
-NAME.int8_weight and NAME.scale; the scales are per output channel where we quantise, per 128 x 128 tile in the releases.
+Of a model in int8, the linear layers of its blocks are INT8 and the rest is bf16, as TurboDiffusion publishes it:
+patches, text, time, head and the projection of sparse attention stay. Their names in a file are those of the -quant
+releases, NAME.int8_weight and NAME.scale; the scales are per output channel where we quantise, per 128 x 128 tile in
+the releases.
 """
 
 from collections.abc import Callable, Mapping
@@ -32,7 +34,7 @@ Attend = Callable[[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None], Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Sparsity:
-    """Of sparse attention: which share of the key blocks a block of queries attends to, and how many rows a block has."""
+    """Of sparse attention: the share of the key blocks that a block of queries attends to, and the rows of a block."""
 
     keep_ratio: float
     block_q: int = 128
@@ -50,8 +52,8 @@ def build(make: Callable[[], checkpoint.Model], path: Path, *tables: KeyTable, n
     stored = checkpoint.stored_tensors(path)
     scheme = scheme_of(stored)
     if scheme and precision != "int8":
-        raise CheckpointError(f"{name}: {path} holds INT8 layers, which cannot be made {precision} again. Say --precision int8, "
-                              "or name a folder with the weights that are not quantised")
+        raise CheckpointError(f"{name}: {path} holds INT8 layers, which cannot be made {precision} again. "
+                              "Say --precision int8, or name a folder with the weights that are not quantised")
 
     def refitted() -> checkpoint.Model:
         dit = make()
@@ -59,7 +61,8 @@ def build(make: Callable[[], checkpoint.Model], path: Path, *tables: KeyTable, n
             refit(dit, attention, sparsity)
         for place, linear in linears_of_blocks(dit) if precision == "int8" else ():
             sizes, bias = (linear.in_features, linear.out_features), linear.bias is not None
-            dit.set_submodule(place, Int8Linear(*sizes, scheme=scheme, bias=bias) if scheme else Unquantized(*sizes, bias=bias))
+            layer = Int8Linear(*sizes, scheme=scheme, bias=bias) if scheme else Unquantized(*sizes, bias=bias)
+            dit.set_submodule(place, layer)
         return dit
 
     return checkpoint.build(refitted, path, *tables, name=name, device=device, precision=precision, settle=settled)
@@ -172,7 +175,7 @@ def refit(dit: nn.Module, attention: str, sparsity: Sparsity) -> None:
 
 
 class TurboBlock(nn.Module):
-    """The block of Linum and of Wan: a residual stream in fp32, on it self-attention, cross-attention and a feed-forward.
+    """The block of Linum and of Wan: self-attention, cross-attention and a feed-forward on a residual stream in fp32.
 
     Each update joins the stream in the same pass over memory that makes the next layer's input.
     """
@@ -186,10 +189,11 @@ class TurboBlock(nn.Module):
         self.cross.norm_q = TurboRMSNorm(block.cross.norm_q)
 
     def forward(self, x: Tensor, modulation: Tensor, *context_rope: tuple[Tensor, ...] | Tensor) -> Tensor:
-        """x [B, N, D] fp32, modulation [B, 6, D], then what the model's own block is given: keys and values, rotary table."""
+        """x [B, N, D] fp32, modulation [B, 6, D], then as the model's own block: keys and values, rotary table."""
         *context, rope = context_rope
         context = context[0] if isinstance(context[0], tuple) else context
-        shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = (self.modulation + modulation).split(1, dim=1)
+        modulation = self.modulation + modulation
+        shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = modulation.split(1, dim=1)
         x, h = normed(x, self.norm_attn, self.attn.q, scale=scale_attn, shift=shift_attn)
         x, h = normed(x, self.norm_cross, self.cross.q, update=self.attn(h, rope), gate=gate_attn)
         x, h = normed(x, self.norm_ffn, self.ffn_in, update=self.cross(h, *context), scale=scale_ffn, shift=shift_ffn)
@@ -238,7 +242,8 @@ class TurboSelfAttention(nn.Module):
     def __init__(self, base: SelfAttention, attention: str, sparsity: Sparsity):
         super().__init__()
         self.heads = base.heads
-        self.q, self.k, self.v, self.o, self.norm_q, self.norm_k = base.q, base.k, base.v, base.o, base.norm_q, base.norm_k
+        self.q, self.k, self.v, self.o = base.q, base.k, base.v, base.o
+        self.norm_q, self.norm_k = base.norm_q, base.norm_k
         self.attend = attend_by(attention, sparsity)
         width = base.q.out_features // base.heads
         self.proj = Linear(width, width) if sparsity.tuned else None
@@ -252,8 +257,9 @@ class TurboSelfAttention(nn.Module):
 
 
 def attend_by(attention_mode: str, sparsity: Sparsity) -> Attend:
-    """Of weights tuned for sparse attention, sage is sparse with INT8 logits, as published; of others it is dense with them."""
-    sparse = partial(sparse_attention, keep_ratio=sparsity.keep_ratio, block_q=sparsity.block_q, block_k=sparsity.block_k)
+    """Of weights tuned for sparse attention, sage is sparse with INT8 logits, as published; of others it is dense."""
+    sparse = partial(sparse_attention, keep_ratio=sparsity.keep_ratio, block_q=sparsity.block_q,
+                     block_k=sparsity.block_k)
     if attention_mode == "sparse" or attention_mode == "sage" and sparsity.tuned:
         return lambda q, k, v, proj: sparse(q, k, v, proj=proj, int8=attention_mode == "sage")
     if attention_mode == "sage":

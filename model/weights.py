@@ -148,8 +148,8 @@ def from_hub(card: ModelCard) -> Path:
     if card.sources:
         said = " and ".join(f"{listed(files)} of {repository}" for repository, files in card.sources.items())
         raise CheckpointError(f"{card.name}: its weights are published in pieces, as pickles: {said}. Download them, "
-                              f"say dailies convert SRC --model {card.name} --to WEIGHTS for each file or repository's folder, "
-                              "and name WEIGHTS with --weights")
+                              f"say dailies convert SRC --model {card.name} --to WEIGHTS for each file or repository's "
+                              "folder, and name WEIGHTS with --weights")
     if card.repo_id is None:
         raise CheckpointError(f"{card.name}: no weights come with it; name their folder with --weights")
     layout = card.layouts[0]

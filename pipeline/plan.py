@@ -134,7 +134,8 @@ class Plan:
         roundings = [(note, int(count)) for note, count in zip(rows.notes, counts) if note and count]
         if card.negative_unused:
             given = [bool(negative) for negative in rows.negatives.to_pylist()]
-            roundings += [(card.negative_unused, count) for count in [int(np.array(given)[rows.negative[good]].sum())] if count]
+            count = int(np.array(given)[rows.negative[good]].sum())
+            roundings += [(card.negative_unused, count)] if count else []
         roundings.sort(key=lambda noted: -noted[1])
         return cls(
             manifest=manifest, card=card, defaults=defaults, weights_fingerprint=weights_fingerprint,

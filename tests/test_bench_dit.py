@@ -12,7 +12,8 @@ from wan_tiny import TINY_DIT, WAN_TINY
 
 def test_a_forward_is_timed_against_diffusers_with_the_same_weights(monkeypatch):
     pytest.importorskip("diffusers", reason="needs diffusers, the peer: pip install 'dailies[dev]'")
-    monkeypatch.setitem(CATALOG, "wan-tiny", replace(WAN_TINY, dit_fields=TINY_DIT | dict(width=64, time_features=256, text_dim=4096, text_len=512)))
+    like_the_peer = TINY_DIT | dict(width=64, time_features=256, text_dim=4096, text_len=512)
+    monkeypatch.setitem(CATALOG, "wan-tiny", replace(WAN_TINY, dit_fields=like_the_peer))
     monkeypatch.setattr(bench_dit, "CPU_GRID", (2, 8, 12))
     monkeypatch.setattr(bench_dit, "REPEATS", 1)
     monkeypatch.setattr(bench_kernels, "SECONDS", 0.0)
@@ -24,7 +25,8 @@ def test_a_forward_is_timed_against_diffusers_with_the_same_weights(monkeypatch)
 
 
 @pytest.mark.parametrize("arguments, said", [
-    (["demo", "--random-weights"], "text-to-video transformer of Wan: wan2.1-t2v-1.3b, "), (["wan2.1-t2v-1.3b"], "with random weights: dailies bench")])
+    (["demo", "--random-weights"], "text-to-video transformer of Wan: wan2.1-t2v-1.3b, "),
+    (["wan2.1-t2v-1.3b"], "with random weights: dailies bench")])
 def test_what_cannot_be_compared_is_refused(arguments, said, capsys):
     assert main(["bench", "model", *arguments]) == 2
     assert said in capsys.readouterr().err

@@ -6,9 +6,9 @@ import torch
 from kernels.int8_linear import int8_linear, packed, quantize_rows
 from model.turbo import has_int8_products
 
-pytestmark = pytest.mark.skipif(not has_int8_products(), reason="needs a CPU with INT8 products (VNNI): others do not run this")
+pytestmark = pytest.mark.skipif(not has_int8_products(), reason="needs a CPU with INT8 products (VNNI)")
 
-SHAPES = [(1, 1, 64, 16), (2, 300, 72, 40), (1, 257, 1536, 130)]        # batch, tokens, in, out; odd, and one tile and a row
+SHAPES = [(1, 1, 64, 16), (2, 300, 72, 40), (1, 257, 1536, 130)]        # batch, tokens, in, out; a tile and a row
 
 
 def inputs(batch, tokens, width, out):
@@ -41,7 +41,8 @@ def test_a_packed_feed_forward_is_its_two_layers(shape):
     gate, residual, values = torch.randn(batch, 1, width), torch.randn(batch, tokens, width), quantize_rows(x)
     middle = int8_linear(values, weight_in, bias_in, gelu=True, dtype=torch.float32, impl="torch")
     want = int8_linear(middle, weight_out, bias_out, gate=gate, residual=residual, impl="torch")
-    got = packed.feed_forward(values, packed.pack(weight_in), bias_in, packed.pack(weight_out), bias_out, gate, residual)
+    got = packed.feed_forward(values, packed.pack(weight_in), bias_in, packed.pack(weight_out), bias_out, gate,
+                              residual)
     close(got, want, 1e-3)                              # a value at a tie may be rounded to its neighbour
 
 

@@ -9,7 +9,8 @@ from test_kernels_norm import BATCH, FILLED, PARTS, assert_close, formula, norm_
 
 
 @pytest.mark.parametrize("case, kind, parts", [
-    *((case, kind, "all") for case, kind in FILLED), *((BATCH, "large mean", parts) for parts in PARTS if parts != "all")], ids=str)
+    *((case, kind, "all") for case, kind in FILLED),
+    *((BATCH, "large mean", parts) for parts in PARTS if parts != "all")], ids=str)
 def test_the_norm_in_pieces_follows_the_float64_formula(case, kind, parts):
     x, given = norm_inputs(case, kind, PARTS[parts])
     stream, y = modulated_norm(x, **given, impl="pieces")

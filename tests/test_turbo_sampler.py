@@ -34,7 +34,8 @@ def test_each_step_of_a_few_equals_the_release(case, mode, dtype, steps):
         if "boundary" in golden.config:
             experts.append(sigma >= golden.config["boundary"])
             name = "_high" if experts[-1] else "_low"
-        v = torch.einsum("dc,bcfhw->bdfhw", inputs[f"A{name}"], x) + timestep / 1000 * inputs[f"b{name}"].view(1, -1, 1, 1, 1)
+        drift = inputs[f"b{name}"].view(1, -1, 1, 1, 1)
+        v = torch.einsum("dc,bcfhw->bdfhw", inputs[f"A{name}"], x) + timestep / 1000 * drift
         calls += 1
         return v.to(getattr(torch, dtype)).double(),
 
@@ -70,7 +71,8 @@ def test_later_draws_are_new_noise_of_the_clips_own_seed():
     request, grid = e2e_request(shape=VideoShape(frames=9, height=256, width=256)), LatentGrid()
     draws = [noise(request, grid, draw) for draw in range(4)]
     assert torch.equal(draws[0], noise(request, grid))
-    assert torch.equal(draws[3], noise(e2e_request(shape=request.shape, prompt="other"), grid, 3))      # needs no draw before it
+    # needs no draw before it
+    assert torch.equal(draws[3], noise(e2e_request(shape=request.shape, prompt="other"), grid, 3))
     assert not torch.equal(draws[1], noise(e2e_request(shape=request.shape, seed=21), grid, 1))
     together = torch.corrcoef(torch.stack([draw.flatten() for draw in draws]))
     assert (together - torch.eye(4)).abs().max() < 0.02

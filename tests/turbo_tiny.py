@@ -10,7 +10,7 @@ from model import checkpoint, keys, turbo
 from model.catalog import TURBO_WAN21_T2V_1_3B, TURBO_WAN22_I2V_A14B, TurboCard
 from wan_tiny import TINY, TINY_DIT, WAN_TINY, write_weights
 
-DIT = TINY_DIT | dict(width=64)                         # heads of 32 channels: the smallest that attention kernels take is 16
+DIT = TINY_DIT | dict(width=64)                         # heads of 32 channels: attention kernels take 16 or more
 SAID = TINY | dict(num_steps=4, keep_ratio=0.4, sparse_blocks=(16, 16))
 TURBO_TINY = replace(TURBO_WAN21_T2V_1_3B, name="turbo-tiny", release="TurboTiny", **SAID, dit_fields=DIT)
 TURBO_TINY_I2V = replace(TURBO_WAN22_I2V_A14B, name="turbo-tiny-i2v", release="TurboTiny-{}", **SAID,

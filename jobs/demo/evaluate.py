@@ -32,16 +32,17 @@ def render_prompts(prompts: list[str], card: ModelCard, weights: Path, device: s
     encode, decode = (actor(card, weights, device, precision=precision) for actor in (TextEncoder, Decoder))
     sample = DENOISERS[type(card)](card, weights, device, precision=precision, attention=attention)
     for i, prompt in enumerate(prompts):
-        request = Request(clip_id=f"{i:064x}", model=card.name, weights_fingerprint="", prompt=prompt, negative_prompt=card.negative_prompt,
-                          seed=1000 + i, shape=shape, fps=card.fps, num_steps=num_steps or card.num_steps,
-                          guidance=card.guidance if guidance is None else guidance, precision=precision, attention=attention)
+        request = Request(clip_id=f"{i:064x}", model=card.name, weights_fingerprint="", prompt=prompt,
+                          negative_prompt=card.negative_prompt, seed=1000 + i, shape=shape, fps=card.fps,
+                          num_steps=num_steps or card.num_steps, precision=precision, attention=attention,
+                          guidance=card.guidance if guidance is None else guidance)
         yield from decode(sample(encode([request])))
 
 
 def evaluate(count: int = 200, *, weights: Path | None = None, device: str = "cpu", num_steps: int | None = None,
-             guidance: float | None = None, precision: str | None = None, attention: str = "dense", card: ModelCard = DEMO,
-             keep: list[torch.Tensor] | None = None) -> dict:
-    """Shares of right attributes, in all and by attribute, for seen and held-out combinations, and CPU seconds per 2 s clip.
+             guidance: float | None = None, precision: str | None = None, attention: str = "dense",
+             card: ModelCard = DEMO, keep: list[torch.Tensor] | None = None) -> dict:
+    """Shares of right attributes, in all, by attribute, for seen and held-out combinations; CPU seconds per 2 s clip.
 
     keep: is given the frames of every clip.
     """

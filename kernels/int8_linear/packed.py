@@ -1,8 +1,8 @@
 """INT8 linear layers on a CPU with the weight packed once, as oneDNN multiplies it: no call lays it out again.
 
-The product comes out as integers times the weight's scales, in fp32; the token's scale, the bias and what follows are done a
-few rows at a time, while those rows are in the cache. Scales per row only. Same numbers as the reference, but for the order
-of two products.
+The product comes out as integers times the weight's scales, in fp32; the token's scale, the bias and what follows are
+done a few rows at a time, while those rows are in the cache. Scales per row only. Same numbers as the reference, but
+for the order of two products.
 """
 
 from typing import NamedTuple
@@ -55,7 +55,8 @@ def feed_forward(x: Quantized, weight_in: Packed, bias_in: Tensor | None, weight
     x [B, N, K], of quantize_rows.  gate [B, 1, D], residual [B, N, D].
     """
     values, scales = x
-    half = weight_in._replace(scales=weight_in.scales / 2), None if bias_in is None else bias_in / 2       # gelu_of_twice_
+    # both halved, for gelu_of_twice_
+    half = weight_in._replace(scales=weight_in.scales / 2), None if bias_in is None else bias_in / 2
     y = torch.empty_like(residual)
     for sample in range(len(values)):
         for tile in pieces(values.shape[1], TILE):

@@ -26,8 +26,8 @@ def modulated_norm(x: Tensor, update: Tensor | None, gate: Tensor | None, gain: 
         for start in range(0, tokens, ROWS):
             at = sample, slice(start, start + ROWS)
             if update is not None:
-                joined = update[at].float()
-                stream[at] = x[at] + joined if gate is None else torch.addcmul(x[at].float(), joined, gate[sample].float())
+                wide, joined = x[at].float(), update[at].float()
+                stream[at] = wide + joined if gate is None else torch.addcmul(wide, joined, gate[sample].float())
             normed = F.layer_norm(stream[at].float(), (width,), factor, offset, eps)
             if scales is None:
                 y[at] = normed
