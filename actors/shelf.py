@@ -104,15 +104,20 @@ class Fetch:
 
 
 class Drop:
-    """Clips pass; the latents they were made from are removed."""
+    """Clips pass; the latents that those of the call before were made from are removed.
+
+    One call late: where this process is killed before its answer is heard, the clip is asked for again, and without its
+    latent it would be sampled again.
+    """
 
     def __init__(self, store: Shelf):
         self.store = store
+        self.published: list[Request] = []              # in the last call
 
     def __call__(self, batch: list[Clip | Failure]) -> list[Clip | Failure]:
-        for value in batch:
-            if isinstance(value, Clip):
-                self.store.delete(shelf_key(LATENTS, value.request))
+        for request in self.published:
+            self.store.delete(shelf_key(LATENTS, request))
+        self.published = [value.request for value in batch if isinstance(value, Clip)]
         return batch
 
 
