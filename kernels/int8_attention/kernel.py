@@ -20,7 +20,8 @@ def int8_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     with torch.cuda.device_of(q):
         _attend[(triton.cdiv(queries, BLOCK_Q), batch * heads)](
             q_int8, k_int8, v, q_scale, k_scale, out, queries, keys, heads, *v.stride()[:3],
-            HEAD_DIM=head_dim, BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K, num_warps=8, num_stages=stages_of(v))
+            KEY_BLOCKS=triton.cdiv(keys, BLOCK_K), HEAD_DIM=head_dim, BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K, num_warps=8,
+            num_stages=stages_of(v))
     return out
 
 
@@ -78,22 +79,21 @@ def _quantize(x, mean, x_int8, scale, rows, heads, stride_b, stride_n, stride_h,
 
 @triton.jit
 def _attend(q, k, v, q_scale, k_scale, out, queries, keys, heads, stride_b, stride_n, stride_h,
-            HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
+            KEY_BLOCKS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
     """One block of queries of one head over all its keys.  q, k int8 [B, heads, N or M, d]; strides are those of v."""
     block, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     row = (block * BLOCK_Q + tl.arange(0, BLOCK_Q)).to(tl.int64)[:, None]
     channel = tl.arange(0, HEAD_DIM)[None, :]
     v += head // heads * stride_b + head % heads * stride_h
-    key_blocks = tl.cdiv(keys, BLOCK_K)
     query = tl.load(q + (head * queries + row) * HEAD_DIM + channel, mask=row < queries, other=0)
     query_scale = tl.load(q_scale + head * tl.num_programs(0) + block)
     top, total, mixed = start_softmax(BLOCK_Q, HEAD_DIM)
-    for i in range(key_blocks):
+    for i in range(KEY_BLOCKS):                        # known when it is compiled: a run has a few shapes of video
         key_row = (i * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)
         real = (key_row < keys)[:, None]
         key = tl.load(k + (head * keys + key_row[:, None]) * HEAD_DIM + channel, mask=real, other=0)
         value = tl.load(v + key_row[:, None] * stride_n + channel, mask=real, other=0.0)
-        key_scale = tl.load(k_scale + head * key_blocks + i)
+        key_scale = tl.load(k_scale + head * KEY_BLOCKS + i)
         logits = tl.dot(query, tl.trans(key)).to(tl.float32) * (query_scale * key_scale)
         logits = tl.where((key_row < keys)[None, :], logits, -float("inf"))
         top, total, mixed = softmax_step(logits, value, top, total, mixed)

@@ -47,7 +47,8 @@ def projected_summary(k: Tensor, v: Tensor, weight: Tensor) -> tuple[Tensor, Ten
     with torch.cuda.device_of(k):
         _summarise[(stretches, batch * heads)](
             k, v, mixed, total, keys, heads, *k.stride()[:3], *v.stride()[:3],
-            HEAD_DIM=head_dim, STRETCH=STRETCH, TILE=TILE, num_warps=8, num_stages=stages_of(v))
+            HEAD_DIM=head_dim, STRETCH=STRETCH, TILE=TILE, TILES=triton.cdiv(min(STRETCH, keys), TILE), num_warps=8,
+            num_stages=stages_of(v))
     return (mixed.sum(2) / keys @ weight.float().T).to(v.dtype), total.sum(2) / keys
 
 
@@ -67,9 +68,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, linear: tuple[Tensor, 
     with torch.cuda.device_of(q):
         _attend[(triton.cdiv(queries, block_q), batch * heads)](
             near_q, near_k, v, q, q_scale, k_scale, kept, mixed, total, bias, out, queries, k.shape[1], heads,
-            kept.shape[-1], *near_q.stride()[:3], *near_k.stride()[:3], *v.stride()[:3], *q.stride()[:3],
-            head_dim ** -0.5 * LOG2_E, LINEAR_EPS / k.shape[1], HEAD_DIM=head_dim, BLOCK_Q=block_q, BLOCK_K=block_k,
-            INT8=int8, LINEAR=linear is not None, num_warps=8 if block_q > 64 else 4, num_stages=stages_of(v))
+            *near_q.stride()[:3], *near_k.stride()[:3], *v.stride()[:3], *q.stride()[:3],
+            head_dim ** -0.5 * LOG2_E, LINEAR_EPS / k.shape[1], KEEP=kept.shape[-1], HEAD_DIM=head_dim,
+            BLOCK_Q=block_q, BLOCK_K=block_k, INT8=int8, LINEAR=linear is not None,
+            num_warps=8 if block_q > 64 else 4, num_stages=stages_of(v))
     return out
 
 
@@ -87,15 +89,15 @@ def _pool(x, means, rows, heads, stride_b, stride_n, stride_h, HEAD_DIM: tl.cons
 
 @triton.jit
 def _summarise(k, v, mixed, total, keys, heads, k_stride_b, k_stride_n, k_stride_h, v_stride_b, v_stride_n, v_stride_h,
-               HEAD_DIM: tl.constexpr, STRETCH: tl.constexpr, TILE: tl.constexpr):
-    """phi(k)^T v and the sum of phi(k) over one stretch of tokens of one head."""
+               HEAD_DIM: tl.constexpr, STRETCH: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr):
+    """phi(k)^T v and the sum of phi(k) over one stretch of tokens of one head; of the last, some tiles may be empty."""
     stretch, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     channel = tl.arange(0, HEAD_DIM)
     k += head // heads * k_stride_b + head % heads * k_stride_h
     v += head // heads * v_stride_b + head % heads * v_stride_h
     outer, phi_sum = tl.zeros([HEAD_DIM, HEAD_DIM], tl.float32), tl.zeros([HEAD_DIM], tl.float32)
-    for start in range(stretch * STRETCH, min(stretch * STRETCH + STRETCH, keys), TILE):
-        row = (start + tl.arange(0, TILE)).to(tl.int64)[:, None]
+    for tile in range(TILES):
+        row = (stretch * STRETCH + tile * TILE + tl.arange(0, TILE)).to(tl.int64)[:, None]
         real = row < keys
         key = tl.load(k + row * k_stride_n + channel[None, :], mask=real, other=0.0)
         value = tl.load(v + row * v_stride_n + channel[None, :], mask=real, other=0.0)
@@ -108,11 +110,11 @@ def _summarise(k, v, mixed, total, keys, heads, k_stride_b, k_stride_n, k_stride
 
 
 @triton.jit
-def _attend(near_q, near_k, v, q, q_scale, k_scale, kept, mixed, total, bias, out, queries, keys, heads, keep,
+def _attend(near_q, near_k, v, q, q_scale, k_scale, kept, mixed, total, bias, out, queries, keys, heads,
             q_stride_b, q_stride_n, q_stride_h, k_stride_b, k_stride_n, k_stride_h, v_stride_b, v_stride_n, v_stride_h,
             phi_stride_b, phi_stride_n, phi_stride_h, to_base_2, linear_eps,
-            HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, INT8: tl.constexpr,
-            LINEAR: tl.constexpr):
+            KEEP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+            INT8: tl.constexpr, LINEAR: tl.constexpr):
     """A block of queries of one head over its kept blocks.  near_q, near_k: q and k or their int8; phi strides: q's."""
     block, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     row = (block * BLOCK_Q + tl.arange(0, BLOCK_Q)).to(tl.int64)[:, None]
@@ -121,14 +123,14 @@ def _attend(near_q, near_k, v, q, q_scale, k_scale, kept, mixed, total, bias, ou
     near_q += batch * q_stride_b + slot * q_stride_h
     near_k += batch * k_stride_b + slot * k_stride_h
     v += batch * v_stride_b + slot * v_stride_h
-    kept += (head * tl.num_programs(0) + block) * keep
+    kept += (head * tl.num_programs(0) + block) * KEEP
     query = tl.load(near_q + row * q_stride_n + channel, mask=row < queries, other=0)
     if INT8:
         to_base_2 *= tl.load(q_scale + head * tl.num_programs(0) + block)
     else:
         query = query.to(v.dtype.element_ty)
     top, weight_sum, near = start_softmax(BLOCK_Q, HEAD_DIM)
-    for i in range(keep):
+    for i in range(KEEP):                              # known when it is compiled: a run has a few shapes of video
         key_block = tl.load(kept + i)
         key_row = (key_block * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)
         real = (key_row < keys)[:, None]
