@@ -250,13 +250,13 @@ def is_said(name: str, scene: Scene, sentence: str, still: bool) -> bool:
 # The DiT: velocity of flow matching on the VAE's latents; the latent of a clip's start is the latent of a shorter clip,
 # and its first step that of a single image, so images and clips train together.
 
-DIT_PHASE = Phase(name="dit", steps=4050, lr=2e-3, ema=0.995)
+DIT_PHASE = Phase(name="dit", steps=4400, lr=2e-3, ema=0.995)
 DIT_CLIPS, DIT_IMAGES, UNPROMPTED = 2000, 8000, 0.1
 # What a step trains on: latent steps per sample -> samples, about as many tokens each.  A thing's shape is learnt from
 # images, a thirteenth of a clip's tokens; its motion from clips.
 BATCHES = {1: 192, 5: 40, 7: 28, 13: 16}
 IMAGES_MOSTLY, CLIPS_MOSTLY = (1, 1, 13, 1, 1, 7, 1, 5), (13, 7, 13, 1, 13, 7, 13, 5)
-CLIPS_FROM = 1700                                       # the step at which clips become most of the work
+CLIPS_FROM = 1950                                       # the step at which clips become most of the work
 
 
 @torch.no_grad()
