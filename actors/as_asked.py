@@ -6,6 +6,8 @@ from actors.messages import Embedding, Latent
 class NotAsAsked(ValueError):
     """Something was done instead of what the row asks for, and --strict forbids it."""
 
+    about_row = True
+
 
 class AsAsked:
     """Values in, the same values out.  Raises NotAsAsked for one that carries a fallback."""

@@ -11,6 +11,9 @@ from model.catalog import ModelCard
 from model.shapes import VideoShape
 
 
+SAFE_SHARE = 4              # a clip that has failed twice is decoded in a quarter of the memory that is free
+
+
 class NonFiniteFrames(ArithmeticError):
     """Decoding gave NaN or infinity."""
 
@@ -25,7 +28,7 @@ class Decoder:
         Raises CheckpointError.
         """
         torch.set_num_threads(threads)
-        self.card, self.device = card, device
+        self.card, self.device, self.safe = card, device, False
         self.vae = card.vae(weights, device, precision)
         self.scale, self.bias = (t.to(device).view(-1, 1, 1, 1) for t in card.latent_statistics(weights))
         self.copies = torch.cuda.Stream(device) if device.startswith("cuda") else None
@@ -39,7 +42,8 @@ class Decoder:
         """A clip too large for the memory is decoded in bands of rows, which meet exactly."""
         video = (latent.streams[0].to(self.device) - self.bias) / self.scale        # fp32, before the VAE rounds it
         video = video[None].to(self.vae.from_latent.weight.dtype)
-        rows = self.vae.rows_within(room_on(self.device), self.vae.decoder, *video.shape[2:])
+        room = room_on(self.device) // (SAFE_SHARE if self.safe else 1)
+        rows = self.vae.rows_within(room, self.vae.decoder, *video.shape[2:])
         notes = ()
         while (rgb := self.pixels(video, latent.request.shape, rows)) is None:
             rows = -(-rows // 2)

@@ -97,6 +97,10 @@ class Failure:
 
     request: Request
     stage: str
-    error_type: str                 # the exception's class name, or WorkerDied
+    error_type: str                 # the exception's class name, WorkerDied or TimedOut
     error: str                      # its message, for a person
+    stack: str = ""                 # a digest of where it was raised, and the last of those places
+    about_row: bool = False         # a verdict on what was asked or made, which tells nothing of the worker
+    worker: str | None = None       # that tried it last, and on what
+    device: str | None = None
     quality: Mapping[str, float | str] = field(default_factory=dict)    # of frames that were refused

@@ -34,10 +34,11 @@ from pipeline.crew import Alive, Answer, Broken, Call, Copy, Done, Hello
 from pipeline.driver import ClusterError, Driver, Progress, Stop
 from pipeline.placement import Node
 from pipeline.stages import Outcome, Report, Stage, Step, Worker, readdress
-from pipeline.store import NotFound, StoreError
+from pipeline.store import PATIENCE, NotFound, StoreError
 
 __all__ = ["ClusterError", "Progress", "Stop", "connect", "nodes", "run"]
 
+BESIDE_S = 5.0                      # within which a process answers beside its work
 OBJECT_STORE_BYTES = 512 * 2**20    # of a local cluster; what does not fit goes to its disk
 
 
@@ -170,6 +171,7 @@ class Process:
 
     def __init__(self, threads: int):
         os.environ["OMP_NUM_THREADS"] = str(threads)    # before the steps arrive, and torch with them
+        self.waited_before_s = 0.0
 
     def hello(self) -> tuple[str, ...]:
         return tuple(ray.get_runtime_context().get_accelerator_ids().get("GPU", ()))
@@ -180,15 +182,20 @@ class Process:
     def ping(self) -> None:
         pass
 
-    def work(self, requests: list[Request], last: bool, *values: Any) -> Any:
+    @ray.method(concurrency_group="beside")             # answers while `work` runs
+    def store_wait_s(self) -> float:
+        return PATIENCE.seconds() - self.waited_before_s
+
+    def work(self, requests: list[Request], safe: bool, last: bool, *values: Any) -> Any:
         """An answer, and unless `last` a value per request, to be left in the object store."""
+        self.waited_before_s = PATIENCE.seconds()
         if values:
             given = [readdress(value, request) for value, request in zip(values, requests, strict=True)]
         else:
             given = requests
         made: list = [None] * len(requests)
         try:
-            made, report = self.worker(given)
+            made, report = self.worker(given, safe)
             told = made if last else [value if isinstance(value, Failure) else None for value in made]
             answer: Answer = Done(made=told, report=report)
         except StoreError as error:
@@ -204,7 +211,7 @@ class RayCrew:
     def __init__(self) -> None:
         self.nodes_now: dict[str, Node] = {}
         self.pending: dict[ray.ObjectRef, Call] = {}
-        self.process = ray.remote(Process)              # once: exporting a class takes Ray long
+        self.process = ray.remote(concurrency_groups={"beside": 1})(Process)              # once: exporting a class takes Ray long
 
     def now(self) -> float:
         return time.monotonic()
@@ -230,7 +237,7 @@ class RayCrew:
         if call.kind == "work":
             method = actor.work.options(num_returns=1 if call.last else 1 + len(call.rows))
             values = [row.value for row in call.rows] if call.copy.place else []
-            returned = method.remote([row.request for row in call.rows], call.last, *values)
+            returned = method.remote([row.request for row in call.rows], call.safe, call.last, *values)
             call.handle, *call.values = [returned] if call.last else returned
         elif call.kind == "load":
             call.handle = actor.load.remote(stage.name, stage.steps, stage.threads, call.copy.name)
@@ -242,6 +249,12 @@ class RayCrew:
         done, _ = ray.wait([call.copy.calls[0].handle], timeout=0)
         if not done:                                    # else this one has begun, and is let finish
             ray.cancel(call.handle)
+
+    def store_wait_s(self, copy: Copy) -> float:
+        try:
+            return ray.get(copy.handle.store_wait_s.remote(), timeout=BESIDE_S)
+        except rex.RayError:                            # it does not answer: it hangs, or is dead
+            return 0.0
 
     def wait(self, timeout_s: float) -> Iterator[tuple[Call, Answer]]:
         if not self.pending:
@@ -275,6 +288,8 @@ class RayCrew:
             return Broken(how="node" if self.machine_lost(call.copy, error) else "died", reason=one_line(error))
         except (rex.ActorUnschedulableError, rex.TaskUnschedulableError, rex.NodeDiedError) as error:
             return Broken(how="node", reason=one_line(error))
+        except rex.OutOfMemoryError as error:
+            return Broken(how="died", reason=one_line(error))
         except rex.TaskCancelledError:
             return Broken(how="cancelled", reason="it had not begun")
         except rex.ObjectLostError:

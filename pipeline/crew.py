@@ -12,6 +12,8 @@ from actors.messages import Request
 from pipeline.placement import Node, Post
 from pipeline.stages import Report, Stage
 
+SAFE_AFTER = 2                          # failed attempts
+
 
 @dataclass(eq=False, kw_only=True, slots=True)
 class Row:
@@ -28,6 +30,16 @@ class Row:
     key: str | None = None              # whose work it shares in the first stage
     reports: list[Report] = field(default_factory=list)
 
+    @property
+    def safe(self) -> bool:
+        """It has failed in the usual way and elsewhere, and is now worked on alone, in the smallest pieces."""
+        return self.failures >= SAFE_AFTER
+
+    @property
+    def shares_none(self) -> bool:
+        """No call and no process with another row."""
+        return self.alone or self.safe
+
 
 @dataclass(eq=False, kw_only=True, slots=True)
 class Copy:
@@ -40,6 +52,9 @@ class Copy:
     state: str = "planned"              # planned, starting, loading, ready, leaving, ended
     calls: "deque[Call]" = field(default_factory=deque)
     since: float = 0.0                  # when it was started, or its last call ended
+    buckets: set[str] = field(default_factory=set)      # that it has made something of
+    failed: set[str] = field(default_factory=set)       # clips that failed here since it last made one
+    blamed: set[str] = field(default_factory=set)       # clips that failed here and were made elsewhere
     handle: Any = None                  # the crew's own
 
 
@@ -50,6 +65,7 @@ class Call:
     serial: int
     rows: list[Row] = field(default_factory=list)
     values: list = field(default_factory=list)      # references to what it will make, one per row; set by the crew
+    safe: bool = False                  # see Row.safe
     last: bool = False                  # what it makes comes back in the answer, and `values` stays empty
     began: float = 0.0                  # when it was submitted, or the call before it ended
     handle: Any = None                  # the crew's own
@@ -77,7 +93,7 @@ class Done:
 class Broken:
     """The call gave nothing.
 
-    died: the process ended.  node: its machine was lost or cannot be reached.  load: its steps could not be made.
+    died: the process ended.  hung: it took too long, and was ended.  node: its machine was lost or cannot be reached.  load: its steps could not be made.
     input: a value from an earlier stage is gone.  store: the store cannot be used.  cancelled: it had not begun.
     """
 
@@ -97,4 +113,5 @@ class Crew(Protocol):
     def end(self, copy: Copy) -> None: ...
     def submit(self, call: Call) -> None: ...
     def cancel(self, call: Call) -> None: ...
+    def store_wait_s(self, copy: Copy) -> float: ...    # of what it does now: seconds in which the store kept it waiting
     def wait(self, timeout_s: float) -> Iterable[tuple[Call, Answer]]: ...

@@ -3,8 +3,15 @@
 It knows no Ray: a `Crew` starts processes, hands them calls and brings back answers (cluster.py has the real one).
 It holds a window of rows, never the whole night, so its memory is bounded.
 
-A row is charged an attempt for an exception of its own, and for the death of a process that was working on it. One
-that only waited there, or whose machine was lost, goes back to its line free of charge.
+A row is charged an attempt for an exception of its own, for the death of a process that was working on it, and for
+taking too long. One that only waited there, or whose machine was lost, goes back to its line free of charge.
+
+    attempt 1   as planned
+    attempt 2   on another copy, where there is one
+    attempt 3   in the safe profile: alone, in a quarter of the memory; the clip's fallbacks say so
+
+A copy that fails three different rows in succession, or three that others then make, is replaced. Where no copy of a
+stage makes anything of many different rows the run ends, and what failed in that time is not held against the rows.
 """
 
 import math
@@ -29,8 +36,14 @@ IDLE_S = 2.0                # after which a process is asked whether it lives be
 ANSWER_S = 1.0              # within which the answer to a call that is done has arrived
 PATIENCE_S = 600.0          # nothing runs and nothing can be started: then the run ends
 MOST_LOSSES = 10            # of machines under one row, before the row is suspected after all
+MOST_FAILED = 3             # different rows of one copy, in succession or blamed on it: then it is replaced
+FIRST_STREAK = 12           # different rows that fail in one stage, or six for each copy, before it made anything: and
+LONGEST_STREAK = 1000       # afterwards, in succession, since a whole bucket may be too large; then the run ends
+LEAST_LIMIT_S = 120.0       # a row may always take so long in a stage, not counting what it waits for the store,
+LIMIT = 10                  # and so many times as long as others of its kind
 MOST_DEAD_STARTS = 3        # and one for each copy, of a stage that has none alive; then the run ends
 MOST_STORE_TROUBLE = 5      # answers in a row, and one for each copy, that the store is unusable; then the run ends
+SAFE_NOTE = "made in attempt {}, in the safe profile: alone, in a quarter of the memory"
 
 
 class ClusterError(RuntimeError):
@@ -111,9 +124,12 @@ class Driver:
                 for line in reversed(self.lines):       # what is nearly done first
                     self.dispatch(line)
                 self.tell()
+                if finished := self.finished():
+                    for line in self.lines:
+                        self.end_streak(line)
                 yield from self.results
                 self.results.clear()
-                if self.finished():
+                if finished:
                     break
                 for call, answer in self.crew.wait(self.timeout_s()):
                     self.settle(call, answer)
@@ -162,11 +178,28 @@ class Driver:
 
     def finish(self, row: Row, value: Clip | Failure) -> None:
         failed = isinstance(value, Failure)
+        if row.safe and not failed:
+            value = replace(value, fallbacks=(*value.fallbacks, SAFE_NOTE.format(row.failures + 1)))
+        result = outcome(value, row.reports, attempts=row.failures + (not failed), waited_s=self.crew.now() - row.arrived)
+        line = self.lines[row.place]
+        if failed and line.streak:
+            line.withheld.append(result)
+        else:
+            self.give(result)
+        self.lines.remove(row)
+
+    def give(self, result: Outcome) -> None:
+        failed = isinstance(result.value, Failure)
         self.failed += failed
         self.done += not failed
-        self.results.append(outcome(value, row.reports, attempts=row.failures + (not failed),
-                                    waited_s=self.crew.now() - row.arrived))
-        self.lines.remove(row)
+        self.results.append(result)
+
+    def end_streak(self, line: Line) -> None:
+        """The stage works: what failed lately failed by itself."""
+        line.streak.clear()
+        for result in line.withheld:
+            self.give(result)
+        line.withheld.clear()
 
     # Work.
 
@@ -220,7 +253,7 @@ class Driver:
 
     def call(self, copy: Copy, kind: str, rows: Sequence[Row] = (), last: bool = False) -> None:
         call = Call(copy=copy, kind=kind, serial=next(self.serials), rows=list(rows), last=last,
-                    began=self.crew.now())
+                    safe=any(row.safe for row in rows), began=self.crew.now())
         copy.calls.append(call)
         self.crew.submit(call)
 
@@ -229,7 +262,7 @@ class Driver:
         if call not in copy.calls:                      # its copy has ended meanwhile
             return
         line = self.lines[copy.place]
-        if isinstance(answer, Broken) and answer.how in ("died", "node", "load"):
+        if isinstance(answer, Broken) and answer.how in ("died", "hung", "node", "load"):
             self.died(copy, answer)
             return
         copy.calls.remove(call)
@@ -256,12 +289,22 @@ class Driver:
         spent = sum(answer.report.seconds.values())
         line.seconds = spent if line.seconds is None else 0.9 * line.seconds + 0.1 * spent
         line.store_trouble = 0
-        self.budget.measured(line.stage.name, call.rows[0].request, spent)
+        bucket = call.rows[0].request.bucket
+        if not any(isinstance(made, Failure) for made in answer.made):
+            self.budget.measured(line.stage.name, call.rows[0].request, spent)
+            if bucket not in copy.buckets:
+                line.first_s = max(line.first_s, spent)
         for row, made, value in zip(call.rows, answer.made, call.values or answer.made, strict=True):
             if isinstance(made, Failure):
                 self.charge(row, made, copy)
                 continue
             line.done += 1
+            copy.buckets.add(bucket)
+            copy.failed.clear()
+            self.end_streak(line)
+            if row.avoid not in (None, copy):
+                row.avoid.blamed.add(row.request.clip_id)
+                self.fence(row.avoid)
             row.reports.append(answer.report)
             row.value = value
             if call.last:
@@ -270,6 +313,8 @@ class Driver:
                 self.lines.advance(row)
         if answer.report.broken:
             self.died(copy, Broken(how="gpu", reason="its GPU's context is lost"))
+        else:
+            self.fence(copy)
 
     def gave_nothing(self, line: Line, copy: Copy, call: Call, answer: Broken) -> None:
         if answer.how == "store":
@@ -287,21 +332,45 @@ class Driver:
     def charge(self, row: Row, failure: Failure, copy: Copy) -> None:
         """An attempt is used up: again, elsewhere if there is another copy, or never again."""
         row.failures += 1
+        line = self.lines[row.place]
+        if not failure.about_row:
+            if row.avoid in (None, copy):
+                copy.failed.add(row.request.clip_id)
+            else:                                       # it fails there and here: that is its own doing
+                row.avoid.failed.discard(row.request.clip_id)
+            line.streak.add(row.request.clip_id)
+            self.check_streak(line, failure)
         if row.failures >= self.max_attempts:
             self.finish(row, failure)
             return
         self.note(f"{copy.name}: attempt {row.failures} at clip {row.request.clip_id[:12]} failed: "
                   f"{failure.error_type}: {failure.error}")
         row.avoid = copy
-        self.lines[row.place].queue.appendleft(row)
+        line.queue.insert(len(line.copies), row)        # behind others, which show whether the stage works at all
+
+    def check_streak(self, line: Line, failure: Failure) -> None:
+        most = LONGEST_STREAK if line.done else max(FIRST_STREAK, 2 * MOST_FAILED * len(line.copies))
+        if len(line.streak) >= most:
+            raise ClusterError(f"stage {line.stage.name} made nothing of {len(line.streak)} different clips in succession, "
+                               f"on any of its workers; none of them is charged. The last one: {failure.error_type}: "
+                               f"{failure.error}. See to the machines or the model; if it is the clips, take them out or "
+                               "put others before them (priority). Then run the same command again")
+
+    def fence(self, copy: Copy) -> None:
+        """Replace a copy that cannot do what others can."""
+        if copy.state == "ready" and max(len(copy.failed), len(copy.blamed)) >= MOST_FAILED:
+            what = "failed in succession" if len(copy.failed) >= MOST_FAILED else "failed here and were made elsewhere"
+            self.note(f"{copy.name}: fenced, and another is started: {MOST_FAILED} different clips {what}")
+            self.leave(copy)
 
     def lost(self, row: Row, line: Line, reason: str) -> bool:
         """Count a loss that is not the row's fault. False, and it has failed, once there are too many to believe it."""
         row.losses += 1
         if row.losses <= MOST_LOSSES:
             return True
-        error = f"{row.losses} machines or inputs were lost under it, lately: {reason}"
-        self.finish(row, worker_died(row, line, error))
+        self.finish(row, Failure(
+            request=row.request, stage=line.stage.name, error_type="WorkerDied",
+            error=f"{row.losses} machines or inputs were lost under it, lately: {reason}"))
         return False
 
     # Processes.
@@ -313,7 +382,7 @@ class Driver:
             self.shunned_until[copy.post.node] = self.crew.now() + SHUN_S
         at_work_s = self.crew.now() - calls[0].began if calls else 0.0
         self.end(copy)
-        what = {"died": "it died", "node": "its machine was lost", "load": "it could not start", "gpu": "replaced"}
+        what = {"died": "it died", "hung": "ended", "node": "its machine was lost", "load": "it could not start", "gpu": "replaced"}
         self.note(f"{copy.name}: {what[answer.how]}: {answer.reason}")
         certain = len(calls) == 1 or at_work_s > ANSWER_S
         for place, call in reversed(list(enumerate(calls))):
@@ -321,8 +390,8 @@ class Driver:
                 line.in_flight -= 1
                 if answer.how == "died":
                     row.alone = row.alone or place == 0 or not certain
-                if place == 0 and answer.how == "died" and certain:
-                    self.charge(row, worker_died(row, line, f"its process ended at work: {answer.reason}"), copy)
+                if place == 0 and (answer.how == "died" and certain or answer.how == "hung"):
+                    self.charge(row, worker_died(row, line, answer, copy), copy)
                 elif place or answer.how not in ("died", "node") or self.lost(row, line, answer.reason):
                     line.queue.appendleft(row)
         if state in ("starting", "loading") and answer.how != "node":
@@ -428,11 +497,21 @@ class Driver:
             return Broken(how="load", reason=f"its machine gave it no room for {PATIENCE_S:.0f} s; something else may "
                                              f"hold its {need} there (`ray status` shows what)")
         head = copy.calls[0] if copy.calls else None
-        if self.row_timeout_s and head and head.kind == "work":
-            at_work_s = now - head.began
-            if at_work_s > self.row_timeout_s * len(head.rows):
-                return Broken(how="died", reason=f"no answer after {at_work_s:.0f} s, so it was ended")
+        if head and head.kind == "work":
+            at_work_s, limit_s = now - head.began, self.limit_s(head)
+            if at_work_s > limit_s and at_work_s - self.crew.store_wait_s(copy) > limit_s:
+                return Broken(how="hung", reason=f"no answer after {at_work_s:.0f} s, where it may take {limit_s:.0f} s")
         return None
+
+    def limit_s(self, call: Call) -> float:
+        """How long a call may take: a multiple of what its like took. The first of a bucket compiles, tunes and warms up."""
+        line, request = self.lines[call.copy.place], call.rows[0].request
+        usual_s, most_s = self.budget.seconds(line.stage.name, request), self.row_timeout_s or math.inf
+        if not usual_s:
+            return most_s * len(call.rows)
+        if request.bucket not in call.copy.buckets:
+            usual_s = max(usual_s, line.first_s)
+        return min(most_s, LEAST_LIMIT_S + LIMIT * usual_s) * len(call.rows)
 
     def place(self) -> None:
         for post in placement.hires(self.stages, self.usable(), [copy.post for copy in self.copies()],
@@ -517,5 +596,7 @@ class Driver:
                              queued=len(line.queue) + line.sharing, in_flight=line.in_flight, seconds=line.seconds)
 
 
-def worker_died(row: Row, line: Line, error: str) -> Failure:
-    return Failure(request=row.request, stage=line.stage.name, error_type="WorkerDied", error=error)
+def worker_died(row: Row, line: Line, answer: Broken, copy: Copy) -> Failure:
+    hung = answer.how == "hung"
+    return Failure(request=row.request, stage=line.stage.name, error_type="TimedOut" if hung else "WorkerDied",
+                   error=answer.reason if hung else f"its process ended at work: {answer.reason}", worker=copy.name)

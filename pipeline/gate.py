@@ -39,7 +39,7 @@ class Gate:
         if verdict == "ok":
             return replace(frames, quality=quality)
         return Failure(request=frames.request, stage="publish", error_type=REJECTED, error=f"{verdict}: {reason}",
-                       quality=quality)
+                       quality=quality, about_row=True)
 
 
 def judge(frames: Frames) -> tuple[str, str, dict[str, float]]:

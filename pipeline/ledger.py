@@ -159,7 +159,8 @@ def row_of(name: str, value: "Clip | Failure", outcome: "Outcome | None" = None,
         "attention": request.attention, "finished_at": datetime.now(UTC),
     }
     if hasattr(value, "error_type"):
-        row |= {"status": "failed", "error_type": value.error_type, "error": said(value.error), "fallbacks": []}
+        row |= {"status": "failed", "error_type": value.error_type, "fallbacks": [],
+                "error": said(value.error) + (f" [stack {value.stack}]" if value.stack else "")}
     else:
         row |= {"status": "done", "uri": value.uri, "sha256": value.sha256, "bytes": value.num_bytes,
                 "duration_s": value.duration_s, "has_audio": value.has_audio, "fallbacks": list(value.fallbacks)}

@@ -7,7 +7,7 @@ from itertools import islice
 from typing import Any
 
 from pipeline.crew import Copy, Row
-from pipeline.stages import Stage
+from pipeline.stages import Outcome, Stage
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
@@ -35,6 +35,9 @@ class Line:
         self.failed_starts = self.store_trouble = 0         # with no success since
         self.not_before = 0.0
         self.seconds: float | None = None
+        self.first_s = 0.0                  # the longest that a copy took for its first value of a bucket
+        self.streak: set[str] = set()       # clips that failed here since it last made one, on any copy
+        self.withheld: list[Outcome] = []   # failures of the streak: are they the rows' own?
 
     @property
     def ready(self) -> list[Copy]:
@@ -52,13 +55,13 @@ class Line:
         queue, choosy = self.queue, len(self.ready) > 1
         places = (place for place, row in enumerate(islice(queue, 8)) if not choosy or row.avoid is not copy)
         place = next(places, None)
-        if place is None or queue[place].alone and copy.calls:
+        if place is None or queue[place].shares_none and copy.calls:
             return []
         rows = [queue[place]]
         del queue[place]
-        while len(rows) < self.stage.batch and not rows[0].alone and place < len(queue):
+        while len(rows) < self.stage.batch and not rows[0].shares_none and place < len(queue):
             row = queue[place]
-            if row.alone or row.request.bucket != rows[0].request.bucket:
+            if row.shares_none or row.request.bucket != rows[0].request.bucket:
                 break
             rows.append(row)
             del queue[place]

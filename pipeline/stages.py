@@ -3,11 +3,14 @@
 `run_local` is the definition. `cluster.run` yields the same outcomes in any order, on many machines.
 """
 
+import hashlib
 import resource
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import PurePath
 from typing import Any
 
 from actors.messages import Clip, Failure, Request
@@ -69,7 +72,7 @@ class Outcome:
     attempts: int = 1
     queue_s: float = 0.0                                # nobody worked on it
     seconds: dict[str, float] = field(default_factory=dict)    # by step name; shared work counts for one of the clips
-    worker: str | None = None                           # where it spent the most seconds
+    worker: str | None = None                           # where it spent the most seconds, or failed
     device: str | None = None                           # of that worker
     peak_memory_bytes: int | None = None                # the largest of the stages'
 
@@ -86,11 +89,19 @@ class Worker:
         self.steps = [(step.name or stage, step.make()) for step in steps]
         self.torch = sys.modules.get("torch")           # there if a step computes with it; slow to import for nothing
         devices = [str(device) for _, step in self.steps if (device := getattr(step, "device", None))]
+        self.safe_steps = [step for _, step in self.steps if hasattr(step, "safe")]
         self.gpu = next((device for device in devices if device.startswith("cuda")), None)
         self.device = self.torch.cuda.get_device_name(self.gpu) if self.gpu else "cpu"
 
-    def __call__(self, values: list) -> tuple[list, Report]:
-        """What the steps make of the values, in order. A Failure passes untouched, or stands for what failed here."""
+    def __call__(self, values: list, safe: bool = False) -> tuple[list, Report]:
+        """What the steps make of the values, in order. A Failure passes untouched, or stands for what failed here.
+
+        safe: as a last attempt. Steps with an attribute of that name are told, and a GPU's cached memory is given back.
+        """
+        for step in self.safe_steps:
+            step.safe = safe
+        if safe and self.gpu:
+            self.torch.cuda.empty_cache()
         if self.torch:
             self.torch.set_num_threads(self.threads)    # each time: in run_local, stages share one process
         if self.gpu:
@@ -100,7 +111,8 @@ class Worker:
             began = time.perf_counter()
             places = [place for place, value in enumerate(values) if not isinstance(value, Failure)]
             for place, made in zip(places, self.run(step, [values[place] for place in places]), strict=True):
-                values[place] = made
+                failed = isinstance(made, Failure)
+                values[place] = replace(made, worker=self.name, device=self.device) if failed else made
             seconds[name] = seconds.get(name, 0.0) + (time.perf_counter() - began) / max(1, len(values))
         return values, Report(seconds=seconds, worker=self.name, device=self.device, broken=self.broken,
                               peak_memory_bytes=0 if self.broken else self.peak_memory())
@@ -124,12 +136,21 @@ class Worker:
             if len(values) > 1:                         # one bad value must not cost its neighbours
                 return [made for value in values for made in self.run(step, [value])]
             return [Failure(request=request_of(values[0]), stage=self.stage, error_type=type(error).__name__,
-                            error=str(error))]
+                            error=str(error), stack=digest_of(error), about_row=getattr(error, "about_row", False))]
 
     def peak_memory(self) -> int:
         if self.gpu:
             return self.torch.cuda.max_memory_allocated(self.gpu)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def digest_of(error: Exception) -> str:
+    """Equal for errors that were raised along one path of calls, on any machine; then the end of that path."""
+    frames = traceback.extract_tb(error.__traceback__)
+    path = "\n".join(f"{PurePath(frame.filename).name}:{frame.lineno}" for frame in frames)
+    last = frames[-1]
+    return (f"{hashlib.sha256(path.encode()).hexdigest()[:8]} at {PurePath(last.filename).name}:{last.lineno} "
+            f"in {last.name}")
 
 
 def request_of(value: Any) -> Request:
@@ -166,8 +187,10 @@ def outcome(value: Clip | Failure, reports: list[Report], *, attempts: int = 1,
     for report in reports:
         for name, spent in report.seconds.items():
             seconds[name] = seconds.get(name, 0.0) + spent
+    failed = value if isinstance(value, Failure) else None
     longest = max(reports, key=lambda report: sum(report.seconds.values()), default=None)
     return Outcome(value=value, attempts=attempts, seconds=seconds,
                    queue_s=0.0 if waited_s is None else max(0.0, waited_s - sum(seconds.values())),
-                   worker=longest.worker if longest else None, device=longest.device if longest else None,
+                   worker=failed and failed.worker or longest and longest.worker,
+                   device=failed and failed.device or longest and longest.device,
                    peak_memory_bytes=max((report.peak_memory_bytes for report in reports), default=None))

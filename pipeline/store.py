@@ -84,6 +84,26 @@ def refresh(store: Store, info: ObjectInfo, path: Path) -> None:
     os.utime(path, (info.modified_s, info.modified_s))
 
 
+class Patience:
+    """How long this process has waited for a store that was busy or away."""
+
+    def __init__(self) -> None:
+        self.ended_s, self.since = 0.0, None
+
+    def begin(self) -> None:
+        self.since = self.since or time.monotonic()
+
+    def end(self) -> None:
+        self.ended_s, self.since = self.seconds(), None
+
+    def seconds(self) -> float:
+        since = self.since                              # another thread may end it meanwhile
+        return self.ended_s + (time.monotonic() - since if since else 0.0)
+
+
+PATIENCE = Patience()
+
+
 class S3Store(Store):
     """A prefix of a bucket. Credentials come from the usual AWS chain of each process, and stay there."""
 
@@ -240,6 +260,12 @@ class S3Store(Store):
         self.patiently("write", key, send)
 
     def patiently(self, action: str, key: str, call: Callable[[dict[str, str]], T]) -> T:
+        try:
+            return self.again_and_again(action, key, call)
+        finally:
+            PATIENCE.end()
+
+    def again_and_again(self, action: str, key: str, call: Callable[[dict[str, str]], T]) -> T:
         """call(place of the key), and again for PATIENCE_S while the store is busy or away.
 
         A store that has never answered is not waited for: its address is wrong.
@@ -276,6 +302,7 @@ class S3Store(Store):
                 if not self.reached or time.monotonic() - began > self.PATIENCE_S:
                     raise StoreError(f"{self.uri}: {self.endpoint} does not answer ({why}). Check the network and "
                                      "AWS_ENDPOINT_URL; the same command continues") from error
+            PATIENCE.begin()
             log.warning("%s: cannot %s now (%s); trying again in %.0f s", self.uri, action, why, wait_s)
             time.sleep(wait_s * random.uniform(0.5, 1.0))       # writers turned away together come back apart
             wait_s = min(2 * wait_s, 30.0)

@@ -1,5 +1,6 @@
 """Stages that misbehave on purpose, for the tests of the pipeline. Importable in the processes that Ray starts."""
 
+import ctypes
 import json
 import os
 import signal
@@ -22,7 +23,7 @@ MAKES = {"encode": "embedding", "sample": "latent", "publish": "clip"}
 class Fake:
     """Makes the next value and writes each call into `folder`/calls.jsonl.
 
-    faults: seed -> "raise", "die", "hang", "store" or "not-found"; "die once" and the like do it in one process only.
+    faults: seed -> "raise", "die", "segfault", "hang", "store" or "not-found"; "die once" and the like do it in one process only.
     """
 
     stage: str
@@ -31,6 +32,7 @@ class Fake:
     faults: dict[int, str] = field(default_factory=dict)
     load: str | None = None             # "raise" or "die" while being made
     embedding_bytes: int = 0            # above 100 kB a value lies in the object store of the node that made it
+    safe: bool = False                  # set by the worker
 
     def __post_init__(self) -> None:
         if self.load == "raise":
@@ -40,7 +42,8 @@ class Fake:
 
     def __call__(self, batch: list) -> list:
         requests = [value if isinstance(value, Request) else value.request for value in batch]
-        self.write(began=time.time(), seeds=[request.seed for request in requests], threads=threads())
+        self.write(began=time.time(), seeds=[request.seed for request in requests], threads=threads(),
+                   safe=self.safe)
         for request in requests:
             self.misbehave(request.seed)
         time.sleep(self.sleep_s * len(batch))
@@ -63,6 +66,8 @@ class Fake:
                 raise RuntimeError(f"seed {seed} is poison")
             case "die":
                 os.kill(os.getpid(), signal.SIGKILL)
+            case "segfault":
+                ctypes.string_at(0)
             case "hang":
                 time.sleep(3600)
             case "store":

@@ -154,6 +154,18 @@ def test_how_much_memory_there_is_does_not_show_in_the_frames(decoder, monkeypat
         assert psnr(frames.rgb, whole.rgb) > 60 and frames.fallbacks == ()
 
 
+def test_a_clip_that_failed_twice_is_decoded_in_smaller_pieces_to_the_same_frames(decoder, monkeypatch):
+    request = e2e_request(shape=VideoShape(frames=5, height=144, width=40))
+    latent = Latent(request=request, streams=(noise(request, LatentGrid()),))
+    whole, = decoder([latent])
+    asked = []
+    monkeypatch.setattr("actors.decoder.room_on", lambda device: 2 ** 30)
+    monkeypatch.setattr(decoder.vae, "rows_within", lambda room, *shape: asked.append(room) or 4)
+    monkeypatch.setattr(decoder, "safe", True)
+    frames, = decoder([latent])
+    assert asked == [2 ** 28] and psnr(frames.rgb, whole.rgb) > 60
+
+
 def test_a_gpu_whose_memory_runs_out_decodes_fewer_rows_at_a_time_and_the_clip_says_so(decoder, monkeypatch):
     request = e2e_request(shape=VideoShape(frames=5, height=72, width=40))
     latent = Latent(request=request, streams=(noise(request, LatentGrid()),))

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,8 @@ def test_outcomes_are_those_of_run_local(four_gpus, tmp_path):
                          copies={"encode": 1, "sample": 1, "publish": 1})
     got = by_seed(cluster.run(stages, requests(12), on_progress=seen.append))
     assert got.keys() == wanted.keys()
-    assert all(got[seed].value == wanted[seed].value for seed in wanted)
+    assert got[5].value == replace(wanted[5].value, worker=got[5].worker) and got[5].worker.startswith("sample-")
+    assert all(got[seed].value == wanted[seed].value for seed in wanted if seed != 5)
     assert [seed for seed in got if isinstance(got[seed].value, Failure)] == [5] and got[5].attempts == 3
     outcome = got[0]
     assert outcome.seconds.keys() == {"encode", "sample", "publish"} and outcome.queue_s > 0
@@ -73,6 +75,21 @@ def test_the_encoder_encodes_each_prompt_once_and_its_gpu_goes_to_a_sampler(four
              for pid in {call["pid"] for call in calls(tmp_path, "sample")}}
     all_encoded = max(call["ended"] for call in calls(tmp_path, "encode", "ended"))
     assert len(began) == 2 and min(began.values()) < all_encoded < max(began.values())
+
+
+def test_every_kind_of_poison_costs_its_own_row_after_three_attempts(four_gpus, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.driver.LEAST_LIMIT_S", 1.0)
+    faults = {"sample": {5: "raise", 9: "segfault", 14: "hang"}, "publish": {20: "raise once"}}
+    stages = fake_stages(tmp_path, faults=faults, sleeps_s={"sample": 0.02}, copies={"encode": 1, "sample": 2, "publish": 2})
+    outcomes = by_seed(cluster.run(stages, requests(40)))
+    failed = {seed: outcome for seed, outcome in outcomes.items() if isinstance(outcome.value, Failure)}
+    assert {seed: outcome.value.error_type for seed, outcome in failed.items()} == {
+        5: "RuntimeError", 9: "WorkerDied", 14: "TimedOut"}
+    assert all(outcome.attempts == 3 and outcome.worker.startswith("sample-") for outcome in failed.values())
+    assert "fake_stages.py" in failed[5].value.stack and len(outcomes) == 40
+    assert all(outcomes[seed].attempts <= (2 if seed == 20 else 1) for seed in set(range(40)) - set(failed))
+    safe = [call["safe"] for call in calls(tmp_path, "sample") if call["seeds"] == [5]]
+    assert safe == [False, False, True]
 
 
 def test_a_death_reruns_only_what_that_process_held(four_gpus, tmp_path):

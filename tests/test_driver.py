@@ -30,6 +30,7 @@ class SimulatedCrew:
         self.free_at: dict[Copy, float] = {}
         self.started: list[Copy] = []
         self.worked: dict[str, list[tuple[float, float, Call]]] = defaultdict(list)
+        self.store_waits_s = 0.0
 
     def now(self) -> float:
         return self.clock
@@ -50,6 +51,9 @@ class SimulatedCrew:
                 self.events[place] = (self.clock, order, call)
                 call.kind = "cancelled"
         heapq.heapify(self.events)
+
+    def store_wait_s(self, copy: Copy) -> float:
+        return self.store_waits_s
 
     def submit(self, call: Call) -> None:
         stage = call.copy.stage.name
@@ -309,21 +313,122 @@ def test_an_unusable_store_ends_the_run_and_a_short_trouble_charges_nobody():
         drive(SimulatedCrew(box(4), SLEEPS_S, fault=lasting), pretend_stages(gpus=WHOLE), requests(20))
 
 
-def test_a_call_that_never_ends_costs_its_row_an_attempt():
-    crew = SimulatedCrew(box(2), SLEEPS_S)
+def hanging(crew: SimulatedCrew, seeds: set[int]) -> None:
     plain = crew.submit
 
     def submit(call: Call) -> None:
         plain(call)
-        if call.kind == "work" and call.copy.stage.name == "sample" and call.rows[0].request.seed == 5:
+        if call.kind == "work" and call.copy.stage.name == "sample" and call.rows[0].request.seed in seeds:
             crew.events = [event for event in crew.events if event[2] is not call]
             crew.free_at[call.copy] = 10**6
 
     crew.submit = submit
+
+
+def test_a_call_that_never_ends_costs_its_row_an_attempt():
+    crew = SimulatedCrew(box(2), SLEEPS_S)
+    hanging(crew, {5})
     _, outcomes = drive(crew, pretend_stages(gpus=WHOLE), requests(30), row_timeout_s=60.0)
     failed, = [outcome for outcome in outcomes if isinstance(outcome.value, Failure)]
     assert failed.value.request.seed == 5 and "no answer" in failed.value.error and failed.attempts == 3
-    assert len(outcomes) == 30
+    assert failed.value.error_type == "TimedOut" and len(outcomes) == 30
+
+
+def test_a_row_may_take_a_multiple_of_what_its_like_took():
+    crew = SimulatedCrew(box(2), SLEEPS_S)
+    hanging(crew, {5})
+    _, outcomes = drive(crew, pretend_stages(gpus=WHOLE), requests(30))
+    assert [outcome.value.error_type for outcome in outcomes if isinstance(outcome.value, Failure)] == ["TimedOut"]
+    assert 3 * 120 < crew.clock < 3 * (120 + 10 * 0.5) + 60         # three attempts, and nobody knew a limit in hours
+
+
+def test_waiting_for_the_store_is_not_charged_to_the_row():
+    crew = SimulatedCrew(box(2), SLEEPS_S)
+    crew.store_waits_s = 10**6
+    plain = crew.submit
+
+    def submit(call: Call) -> None:                     # one clip takes 1,000 s longer
+        crew.seconds = SLEEPS_S | {"publish": 1000.0 if call.rows and call.rows[0].request.seed == 5 else 0.1}
+        plain(call)
+
+    crew.submit = submit
+    _, outcomes = drive(crew, pretend_stages(gpus=WHOLE), requests(30))
+    assert len(outcomes) == 30 and all(outcome.attempts == 1 for outcome in outcomes)
+
+
+def test_the_third_attempt_is_in_the_safe_profile_and_its_clip_says_so():
+    tries = iter(range(2))
+    fault = failing("sample", {7}, lambda call: poisoned({7})(call) if next(tries, None) is not None else None)
+    crew = SimulatedCrew(box(4), SLEEPS_S, fault=fault)
+    _, outcomes = drive(crew, pretend_stages(gpus=WHOLE, batch=4), requests(40))
+    calls = [call for _, _, call in crew.worked["sample"] if 7 in {row.request.seed for row in call.rows}]
+    assert [call.safe for call in calls] == [False, False, True] and len(calls[2].rows) == 1
+    told = {outcome.value.request.seed: (outcome.attempts, outcome.value.fallbacks) for outcome in outcomes}
+    assert told[7][0] == 3 and "safe profile" in told[7][1][0]
+    assert all(told[seed] == (1, ()) for seed in told if seed != 7)
+
+
+def test_a_copy_that_fails_three_rows_in_succession_is_replaced_and_no_row_is_lost():
+    notes = []
+    crew = SimulatedCrew(box(4), SLEEPS_S, fault=lambda call: bad_copy(call, "sample-4"))
+    _, outcomes = drive(crew, pretend_stages(gpus=WHOLE), requests(100),
+                        on_progress=lambda progress: notes.extend(progress.notes))
+    assert len(outcomes) == 100 and all(isinstance(outcome.value, Clip) for outcome in outcomes)
+    assert sum("sample-4: fenced" in note for note in notes) == 1
+    assert 3 <= sum(outcome.attempts - 1 for outcome in outcomes) <= 5
+
+
+def test_a_copy_that_now_and_then_fails_what_others_make_is_replaced():
+    calls, notes = itertools.count(), []
+    crew = SimulatedCrew(box(4), SLEEPS_S,
+                         fault=lambda call: bad_copy(call, "sample-4") if next(calls) % 3 == 0 else None)
+    _, outcomes = drive(crew, pretend_stages(gpus=WHOLE), requests(200),
+                        on_progress=lambda progress: notes.extend(progress.notes))
+    assert len(outcomes) == 200 and all(isinstance(outcome.value, Clip) for outcome in outcomes)
+    assert sum("sample-4: fenced" in note and "made elsewhere" in note for note in notes) == 1
+
+
+def bad_copy(call: Call, name: str) -> Answer | None:
+    if call.kind != "work" or call.copy.name != name:
+        return None
+    return poisoned({row.request.seed for row in call.rows})(call)
+
+
+def test_rows_that_fail_everywhere_do_not_fence_the_copies_that_make_all_others():
+    notes, poison = [], set(range(0, 200, 5))
+    crew = SimulatedCrew(box(4), SLEEPS_S, fault=failing("sample", poison, poisoned(poison)))
+    _, outcomes = drive(crew, pretend_stages(gpus=WHOLE), requests(200),
+                        on_progress=lambda progress: notes.extend(progress.notes))
+    failed = {outcome.value.request.seed for outcome in outcomes if isinstance(outcome.value, Failure)}
+    assert failed == poison and len(outcomes) == 200
+    assert len([copy for copy in crew.started if copy.stage.name == "sample"]) <= 8
+
+
+@pytest.mark.parametrize("gpus", [1, 4])
+def test_a_stage_that_makes_nothing_ends_the_run_and_charges_no_row(gpus):
+    crew = SimulatedCrew(box(gpus), SLEEPS_S,
+                         fault=lambda call: bad_copy(call, call.copy.name) if call.copy.stage.name == "sample" else None)
+    driver, outcomes = Driver(crew, pretend_stages(gpus=WHOLE), requests(500)), []
+    with pytest.raises(ClusterError, match="stage sample made nothing of .* different clips .* ValueError: poison"):
+        outcomes.extend(driver.outcomes())
+    assert not outcomes and not crew.free_at
+
+
+def test_a_manifest_of_a_few_bad_rows_ends_with_failed_rows():
+    crew = SimulatedCrew(box(1), SLEEPS_S, fault=failing("sample", set(range(10)), poisoned(set(range(10)))))
+    _, outcomes = drive(crew, pretend_stages(gpus=WHOLE), requests(10))
+    assert len(outcomes) == 10 and all(outcome.attempts == 3 for outcome in outcomes)
+
+
+def test_verdicts_on_rows_never_fence_a_copy():
+    def refused(call: Call) -> Answer:
+        done = poisoned({row.request.seed for row in call.rows})(call)
+        return replace(done, made=[replace(failure, about_row=True) for failure in done.made])
+
+    crew, notes = SimulatedCrew(box(2), SLEEPS_S, fault=failing("publish", set(range(100)), refused)), []
+    _, outcomes = drive(crew, pretend_stages(gpus=WHOLE), requests(60),
+                        on_progress=lambda progress: notes.extend(progress.notes))
+    assert len(outcomes) == 60 and not any("fenced" in note for note in notes)
 
 
 def ends(crew: SimulatedCrew, stage: str = "publish") -> list[float]:

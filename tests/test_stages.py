@@ -72,7 +72,9 @@ def test_a_bad_row_costs_one_row_of_its_batch():
     requests = [pretend_request(number) for number in range(1, 5)]
     values, report = worker(Odd)(requests)
     assert [isinstance(value, Failure) for value in values] == [False, True, False, True]
-    assert values[1] == Failure(request=requests[1], stage="sample", error_type="ValueError", error="2 is even")
+    assert values[1] == Failure(request=requests[1], stage="sample", error_type="ValueError", error="2 is even",
+                                stack=values[1].stack, worker="local", device="cpu")
+    assert values[1].stack == values[3].stack and "at test_stages.py:" in values[1].stack
     assert not report.broken
 
 
