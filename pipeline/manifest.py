@@ -15,15 +15,16 @@ from typing import BinaryIO
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipeline.complaints import SHOWN_CHARACTERS, Complaints, ManifestError, shown
-from pipeline.manifest_files import SUFFIXES, Block, ManifestFile, csv_blocks, find_files, json_blocks
+from pipeline.manifest_files import (
+    MAX_BYTES, SUFFIXES, Block, ManifestFile, TooMuch, csv_blocks, find_files, json_blocks,
+)
+from pipeline.manifest_parquet import read_parquet
 
 MAX_PROMPT_BYTES = 8192
 MAX_ID_BYTES = 256
 MAX_SAMPLES = 10_000
-MAX_ROWS = 10_000_000
 INT64_MAX = 2**63 - 1
 
 TEXT, INTEGER, REAL = pa.large_string(), pa.int64(), pa.float64()     # 32-bit text offsets end at 2 GiB per column
@@ -104,19 +105,20 @@ class Manifest:
         except OSError as error:
             complaints.about(uri, None, str(error), f"a file, a folder or a glob, ending in {SUFFIXES}")
             raise ManifestError(uri, complaints) from error
-        parts, digest, first = [], hashlib.sha256(), 0
+        parts, digest, first, room = [], hashlib.sha256(), 0, MAX_BYTES
         for file in files:
             complaints.files.append((file.name, first))
             try:
                 with file.open() as stream:
                     digest.update(hashlib.file_digest(stream, "sha256").digest())
                     stream.seek(0)
-                    part = _read_file(file, stream, first, complaints)
+                    part = _read_file(file, stream, first, room, complaints)
             except (OSError, ValueError, pa.ArrowException) as error:
                 complaints.about(file.name, None, str(error).strip(), "a readable file of " + (file.format or SUFFIXES))
                 continue
             parts.append(part)
             first += part.num_rows
+            room -= part.num_bytes
         if not first and not complaints.whole:
             complaints.about(uri, None, "no row", "at least one row")
         if first:
@@ -151,6 +153,10 @@ class _Part:
     known: pa.Table
     user: pa.Table
 
+    @property
+    def num_bytes(self) -> int:
+        return self.known.nbytes + self.user.nbytes
+
     @classmethod
     def of(cls, num_rows: int, known: dict[str, pa.Array], user: dict[str, pa.Array]) -> "_Part":
         full = {name: known[name] if name in known else pa.nulls(num_rows, COLUMNS[name].type) for name in COLUMNS}
@@ -168,22 +174,22 @@ def _joined(tables: list[pa.Table]) -> pa.Table:
     return table
 
 
-def _read_file(file: ManifestFile, stream: BinaryIO, first: int, complaints: Complaints) -> _Part:
-    """One file, whose first row is the manifest's row `first`.  Raises OSError, ValueError or ArrowException."""
+def _read_file(file: ManifestFile, stream: BinaryIO, first: int, room: int, complaints: Complaints) -> _Part:
+    """One file, whose first row is the manifest's row `first`, and which may take `room` bytes of memory.
+
+    Raises OSError, ValueError or ArrowException.
+    """
     beginning = stream.read(4)
     stream.seek(0)
     if not beginning:
         raise ValueError("an empty file")
     if file.format == "parquet" or beginning == b"PAR1":
-        parquet = pq.ParquetFile(stream)
-        if parquet.metadata.num_rows > MAX_ROWS:       # a few bytes can announce any number of rows
-            raise ValueError(f"{parquet.metadata.num_rows:,} rows; a manifest may have {MAX_ROWS:,}")
-        return _from_parquet(file, parquet.read(), first, complaints)
+        return _from_parquet(file, read_parquet(stream, room), first, complaints)
     if file.format == "jsonl":
-        return _from_blocks(file, json_blocks(stream), first, complaints, typed=True)
+        return _from_blocks(file, json_blocks(stream), first, room, complaints, typed=True)
     if file.format:
         blocks = csv_blocks(stream, "\t" if file.format == "tsv" else ",")
-        return _from_blocks(file, blocks, first, complaints, typed=False)
+        return _from_blocks(file, blocks, first, room, complaints, typed=False)
     raise ValueError("a file whose name does not say its format")
 
 
@@ -194,19 +200,15 @@ def _need_prompt(file: ManifestFile, names: list[str], complaints: Complaints) -
 
 
 def _from_parquet(file: ManifestFile, table: pa.Table, first: int, complaints: Complaints) -> _Part:
-    names = table.column_names
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"two columns named {', '.join(map(shown, twice))}")
-    _need_prompt(file, names, complaints)
+    _need_prompt(file, table.column_names, complaints)
     known, user = {}, {}
-    for name in names:
+    for name in table.column_names:
         try:
             if name in COLUMNS:
                 known[name] = _from_arrow(name, table[name], first, complaints)
             else:
-                user[name] = _plain(table[name])
-                user[name].validate(full=True)
+                table[name].validate(full=True)
+                user[name] = table[name]
         except pa.ArrowTypeError as error:
             complaints.about(file.name, name, f"a column of type {table[name].type}", str(error))
         except pa.ArrowInvalid as error:
@@ -216,8 +218,7 @@ def _from_parquet(file: ManifestFile, table: pa.Table, first: int, complaints: C
 
 def _from_arrow(name: str, values: pa.ChunkedArray, first: int, complaints: Complaints) -> pa.ChunkedArray:
     """A known column in its own type; a cell that does not fit is null and complained of.  Raises ArrowTypeError."""
-    wanted, values = COLUMNS[name].type, _plain(values)
-    given = values.type
+    wanted, given = COLUMNS[name].type, values.type
     if pa.types.is_null(given):
         return values.cast(wanted)
     if wanted == TEXT:
@@ -254,22 +255,11 @@ def _cell_by_cell(name: str, values: pa.ChunkedArray, first: int, complaints: Co
     return pa.chunked_array(chunks, COLUMNS[name].type)
 
 
-def _plain(values: pa.ChunkedArray) -> pa.ChunkedArray:
-    """The column without wrapping: extension types as what they store, dictionaries as their values, views as text."""
-    if isinstance(values.type, pa.BaseExtensionType):
-        values = pa.chunked_array([chunk.storage for chunk in values.chunks], values.type.storage_type)
-    if pa.types.is_dictionary(values.type):
-        values = values.cast(values.type.value_type)
-    if values.type == pa.string_view():
-        return values.cast(TEXT)
-    return values.cast(pa.large_binary()) if values.type == pa.binary_view() else values
-
-
-def _from_blocks(file: ManifestFile, blocks: Iterable[Block], first: int, complaints: Complaints, *,
+def _from_blocks(file: ManifestFile, blocks: Iterable[Block], first: int, room: int, complaints: Complaints, *,
                  typed: bool) -> _Part:
     """The rows of a text file.  typed: cells have JSON's types; else all are text, and numbers are read from it."""
     columns: dict[str, list[pa.Array]] = {}
-    num_rows = 0
+    num_rows = size = 0
     for block in blocks:
         for allowed in {allowed for _, _, allowed in block.broken}:
             broken = [(at, given) for at, given, rule in block.broken if rule == allowed]
@@ -282,7 +272,10 @@ def _from_blocks(file: ManifestFile, blocks: Iterable[Block], first: int, compla
             else:
                 cells = _from_json(block.columns[name])
             before = [] if name in columns or not num_rows else [pa.nulls(num_rows, cells.type)]
+            size += sum(part.nbytes for part in (*before, cells))
             columns.setdefault(name, before).append(cells)
+            if size > room:
+                raise TooMuch(size, room)
         num_rows += block.num_rows
     if num_rows:
         _need_prompt(file, list(columns), complaints)

@@ -20,6 +20,16 @@ FORMATS = {".parquet": "parquet", ".pq": "parquet", ".csv": "csv", ".tsv": "tsv"
 SUFFIXES = ", ".join(FORMATS)
 ROWS_PER_BLOCK = 20_000             # bounds how many rows live as Python objects at a time
 MAX_CELL_CHARACTERS = 16 << 20
+MAX_COLUMNS = 1_000                 # of JSON lines, where every row can bring new ones and all rows then have them
+MAX_BYTES = 2 << 30                 # of content, all files together: what a machine of 16 GB can plan
+
+
+class TooMuch(ValueError):
+    """A manifest that would take more memory than it may."""
+
+    def __init__(self, size: int, room: int):
+        super().__init__(f"content of {size:,} bytes or more, unfolded, where {room:,} are left of the {MAX_BYTES:,} "
+                         "that a manifest may have; split it")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +96,7 @@ def _in_bucket(uri: str) -> list[ManifestFile]:
     def remote(name: str) -> ManifestFile:
         suffix = PurePosixPath(name).suffix.lower()
         return ManifestFile(name=store.uri_of(name), format=FORMATS.get(suffix, ""),
-                            open=lambda: io.BytesIO(store.get(name)))
+                            open=lambda: io.BytesIO(store.get(name, at_most=MAX_BYTES)))
 
     return [remote(name) for name in sorted(names)]
 
@@ -171,6 +181,8 @@ def json_blocks(stream: BinaryIO) -> Iterator[Block]:
                 row = {}
             rows.append(row)
         names = dict.fromkeys(name for row in rows for name in row)
+        if len(names) > MAX_COLUMNS:
+            raise ValueError(f"{len(names):,} names of columns; a manifest may have {MAX_COLUMNS:,}")
         columns = {name: [row.get(name) for row in rows] for name in names}
         yield Block(columns=columns, num_rows=len(rows), broken=broken)
 

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from actors.clip_writer import clip_key, read_clip, readable
 from jobs.cli import main
-from pipeline import cluster, ledger, stages
+from pipeline import cluster, ledger, manifest, manifest_parquet, stages
 from pipeline.store import open_store
 from tiny import TINY
 
@@ -128,7 +128,8 @@ def manifests(draw):
             columns[name] = pa.array([None if cell is None else ascii(cell) for cell in cells[name]], pa.string())
     sink = io.BytesIO()
     try:
-        pq.write_table(pa.table(columns), sink)
+        pq.write_table(pa.table(columns), sink, use_dictionary=draw(st.booleans()),
+                       row_group_size=draw(st.integers(1, 3)), compression=draw(st.sampled_from(["none", "zstd"])))
     except (pa.ArrowException, UnicodeError):
         return ".parquet", b"PAR1"
     content = sink.getvalue()
@@ -169,6 +170,75 @@ def test_a_few_bytes_that_announce_any_number_of_rows_are_refused(tmp_path):
     assert (tmp_path / "night.parquet").stat().st_size < 100_000
     code, said = answer("plan", tmp_path / "night.parquet", "--out", tmp_path / "out", "--model", "tiny")
     assert code == 2 and "10,000,001 rows; a manifest may have 10,000,000" in said
+
+
+def repeated(value, times, kind=pa.string()):
+    return pa.DictionaryArray.from_arrays(pa.array(np.zeros(times, np.int32)), pa.array([value], kind))
+
+
+def lists_of(values, per_list):
+    offsets = pa.array(np.arange(0, len(values) + 1, per_list, np.int32))
+    return pa.ListArray.from_arrays(offsets, values)
+
+
+UNFOLDING = {
+    "a million rows of one prompt": lambda: dict(prompt=repeated("x" * 8192, 10**6)),
+    "a long note": lambda: dict(prompt=["a fox"] * 10**5, note=repeated("x" * 10**6, 10**5)),
+    "bytes": lambda: dict(prompt=["a fox"] * 10**5, note=repeated(b"x" * 10**6, 10**5, pa.binary())),
+    "lists": lambda: dict(prompt=["a fox"] * 10**3, tags=lists_of(repeated("x" * 8192, 10**6), 10**3)),
+    "records": lambda: dict(prompt=repeated("a fox", 10**6),
+                            note=pa.StructArray.from_arrays([repeated("x" * 8192, 10**6)], ["text"])),
+}
+
+
+@pytest.mark.parametrize("what", UNFOLDING)
+def test_a_small_file_that_unfolds_to_more_than_a_manifest_may_be_is_refused_unopened(what, tmp_path):
+    path = tmp_path / "night.parquet"
+    pq.write_table(pa.table(UNFOLDING[what]()), path, compression="zstd")
+    assert path.stat().st_size < 300_000
+    pool = pa.default_memory_pool()
+    most = max(pool.max_memory(), pool.bytes_allocated() + 100_000_000)
+    code, said = answer("plan", path, "--out", tmp_path / "out", "--model", "tiny")
+    assert code == 2 and "unfolded, where 2,147,483,648 are left" in said and not (tmp_path / "out").exists()
+    assert pool.max_memory() <= most
+
+
+@pytest.mark.parametrize("column", [["0" * 2 * 10**7], [np.zeros(10**7, np.int8)]], ids=["text", "a list of numbers"])
+def test_a_page_of_nothing_but_zeros_is_refused_unopened(column, tmp_path, monkeypatch):
+    monkeypatch.setattr(manifest, "MAX_BYTES", 10**7)
+    pq.write_table(pa.table({"prompt": ["a fox"], "note": column}), tmp_path / "night.parquet", compression="zstd")
+    assert (tmp_path / "night.parquet").stat().st_size < 50_000
+    code, said = answer("plan", tmp_path / "night.parquet", "--out", tmp_path / "out", "--model", "tiny")
+    assert code == 2 and "unfolded, where 10,000,000 are left" in said
+
+
+@pytest.mark.parametrize("encoding", ["PLAIN", "DELTA_LENGTH_BYTE_ARRAY", "DELTA_BYTE_ARRAY"])
+def test_texts_that_share_a_beginning_are_read_a_few_at_a_time(encoding, tmp_path, monkeypatch):
+    notes = ["a" * 10**5 + str(at) for at in range(300)]
+    pq.write_table(pa.table({"prompt": ["a fox"] * 300, "note": notes}), tmp_path / "night.parquet",
+                   use_dictionary=False, column_encoding={"prompt": "PLAIN", "note": encoding}, compression="zstd")
+    assert manifest.Manifest.read(str(tmp_path)).user["user.note"].to_pylist() == notes
+    monkeypatch.setattr(manifest_parquet, "BATCH_BYTES", 10**6)
+    assert manifest.Manifest.read(str(tmp_path)).user["user.note"].to_pylist() == notes
+    monkeypatch.setattr(manifest, "MAX_BYTES", 10**7)
+    code, said = answer("plan", tmp_path, "--out", tmp_path / "out", "--model", "tiny")
+    assert code == 2 and "unfolded, where 10,000,000 are left" in said
+
+
+def test_the_limit_is_for_all_files_and_formats_together(tmp_path, monkeypatch):
+    monkeypatch.setattr(manifest, "MAX_BYTES", 10**6)
+    (tmp_path / "a.csv").write_text("prompt,note\n" + f"a fox,{'x' * 2000}\n" * 300)
+    assert manifest.Manifest.read(str(tmp_path)).table.num_rows == 300
+    (tmp_path / "b.jsonl").write_text((json.dumps({"prompt": "a fox", "note": "x" * 2000}) + "\n") * 300)
+    code, said = answer("plan", tmp_path, "--out", tmp_path / "out", "--model", "tiny")
+    assert code == 2 and "b.jsonl: got content of" in said and "a.csv: got" not in said
+
+
+def test_rows_that_each_bring_columns_of_their_own_are_refused(tmp_path):
+    rows = ({"prompt": "a fox", f"a{at}": 1, f"b{at}": 1} for at in range(20_000))     # 800 million cells in 1 MB
+    (tmp_path / "night.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, said = answer("plan", tmp_path / "night.jsonl", "--out", tmp_path / "out", "--model", "tiny")
+    assert code == 2 and "40,001 names of columns; a manifest may have 1,000" in said
 
 
 # Weights.

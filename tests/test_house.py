@@ -19,7 +19,7 @@ DOORS = {
     "ftfy": ["model/text.py"],
     "safetensors": ["model/checkpoint.py"],
     "huggingface_hub": ["model/weights.py"],
-    "pyarrow": ["pipeline/manifest.py", "pipeline/plan.py", "pipeline/ledger.py"],
+    "pyarrow": ["pipeline/manifest.py", "pipeline/manifest_parquet.py", "pipeline/plan.py", "pipeline/ledger.py"],
     "boto3": ["pipeline/store.py"],
     "botocore": ["pipeline/store.py"],
     "ray": ["pipeline/cluster.py", "jobs/submit.py"],
