@@ -1,8 +1,8 @@
 """The same `render` as a Ray job: ships code and manifest to a running cluster, follows the log, returns the exit code.
 
-What travels is a small folder made for the occasion: our packages and, where it is local, the manifest. Credentials
-never do. A job's entrypoint and runtime environment can be read by everybody who can open the dashboard, so the
-workers take theirs from the cluster's own environment.
+What travels is a small folder made for the occasion: our packages and, where it is local, the manifest with the images
+that its rows name. Credentials never do. A job's entrypoint and runtime environment can be read by everybody who can
+open the dashboard, so the workers take theirs from the cluster's own environment.
 """
 
 import asyncio
@@ -10,6 +10,7 @@ import glob
 import json as jsonlib
 import logging
 import os
+import posixpath
 import re
 import secrets
 import shlex
@@ -64,7 +65,8 @@ def submit(manifest: str, out: str, address: str, render_args: list[str], wait: 
     json         one JSON object on stdout: job_id, address, out, status, exit_code.
 
     Returns render's own exit code with `wait`, else 0 once the job is accepted; 5 for a cluster that is not usable,
-    130 when the wait was interrupted (the job goes on).  Raises UsageError for a command that cannot work.
+    130 when the wait was interrupted (the job goes on).  Raises UsageError for a command that cannot work,
+    ManifestError for a manifest of which no row can be relied on.
     """
     try:
         refuse_secrets([manifest, out, address, *render_args])
@@ -98,29 +100,25 @@ def submit(manifest: str, out: str, address: str, render_args: list[str], wait: 
 
 
 def pack(folder: Path, manifest: str, render_args: list[str]) -> list[str]:
-    """Fill `folder` with what the cluster needs: our packages, the manifest, the --config file.
+    """Fill `folder` with what the cluster needs: our packages, the manifest and its images, the --config file.
 
     Returns manifest and arguments as the job, whose working folder this is, has to name them.
-    Raises UsageError for a manifest or config that is not there, or more than MAX_BYTES; nothing is copied then.
+    Raises UsageError for a manifest or config that is not there, or more than MAX_BYTES, ManifestError for a manifest
+    that cannot be read; nothing is copied then.
     """
     files = {f"{package}/{name}": file for package in PACKAGES for name, file in files_under(HOME / package)}
     named = manifest
     if "://" not in manifest:
         named, found = local_manifest(Path(manifest).expanduser())
-        files |= found
+        refuse_too_much(files | found)                 # before it is read
+        files |= found | images_of(manifest, found)
     args = list(render_args)
     if (config := value_of("--config", args)) is not None:
         if not Path(config).is_file():
             raise UsageError(f"no such config file: {config}")
         files["config.toml"] = Path(config)
         args[args.index(config)] = "config.toml"
-    sizes = {name: file.stat().st_size for name, file in files.items()}
-    if sum(sizes.values()) > MAX_BYTES:
-        largest = max(sizes, key=sizes.__getitem__)
-        raise UsageError(
-            f"what is shipped to the cluster must be at most {MAX_BYTES / 1e6:.0f} MB; this is "
-            f"{sum(sizes.values()) / 1e6:.0f} MB, most of it {largest} ({sizes[largest] / 1e6:.0f} MB). "
-            "Put the manifest into the bucket and submit s3://BUCKET/PATH instead")
+    refuse_too_much(files)
     for name, file in files.items():
         copy = folder / name
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -140,6 +138,49 @@ def local_manifest(source: Path) -> tuple[str, dict[str, Path]]:
         raise UsageError(f"no such manifest: {source}. Give a file, a folder, a glob or an s3:// URI")
     fixed = Path(*takewhile(lambda part: not glob.has_magic(part), source.parts))
     return f"manifest/{source.relative_to(fixed)}", {f"manifest/{file.relative_to(fixed)}": file for file in found}
+
+
+def images_of(manifest: str, shipped: dict[str, Path]) -> dict[str, Path]:
+    """The images under the manifest's folder that its rows name, by the name that each row's path has on the cluster.
+
+    shipped: the manifest's own files, by their name there.  What is in a bucket, missing or outside the folder stays
+    behind: render says so.  Raises UsageError for an absolute path, ManifestError.
+    """
+    from actors.image_file import ImageError
+    from pipeline.complaints import shown
+    from pipeline.images import folder_of, locate
+    from pipeline.manifest import Manifest
+
+    read = Manifest.read(manifest)
+    there = {str(file): posixpath.dirname(name) for name, file in shipped.items()}
+    ends = [first for _, first in read.files[1:]] + [read.table.num_rows]
+    found = {}
+    for (file, first), end in zip(read.files, ends, strict=True):
+        for name in read.table["image"].slice(first, end - first).unique().drop_null().to_pylist():
+            try:
+                path = Path(locate(folder_of(file), name))
+            except ImageError:
+                continue
+            inner = posixpath.normpath(name)
+            if name.startswith("s3://") or inner.startswith("../") or not path.is_file():
+                continue
+            if posixpath.isabs(name):
+                raise UsageError(f"{file}: the image {shown(name)} is an absolute path, and on the cluster that is "
+                                 "another place. Give a path under the manifest's folder, or put it into the bucket")
+            found[f"{there[file]}/{inner}"] = path
+    return found
+
+
+def refuse_too_much(files: dict[str, Path]) -> None:
+    """Raises UsageError for more than the head takes."""
+    sizes = {name: file.stat().st_size for name, file in files.items()}
+    if sum(sizes.values()) > MAX_BYTES:
+        largest = max(sizes, key=sizes.__getitem__)
+        raise UsageError(
+            f"what is shipped to the cluster must be at most {MAX_BYTES / 1e6:.0f} MB; this is "
+            f"{sum(sizes.values()) / 1e6:.0f} MB in {len(sizes):,} files, of which the largest is {largest} "
+            f"({sizes[largest] / 1e6:.0f} MB). Put the manifest, and the images that it names, into the bucket and "
+            "submit s3://BUCKET/PATH instead")
 
 
 def files_under(folder: Path) -> list[tuple[str, Path]]:

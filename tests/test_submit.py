@@ -1,9 +1,11 @@
 """`dailies submit` against a real Ray head on loopback, with token authentication on."""
 
 import asyncio
+import hashlib
 import io
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -22,9 +24,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+from actors.clip_writer import read_clip
+from image_files import png
 from jobs import submit as job
 from jobs.cli import main
 from pipeline import cluster
+from wan_tiny import WAN_TINY_I2V, write_weights
 
 TOKEN = "0123456789abcdef0123456789abcdef"
 ROOT = Path(__file__).resolve().parent.parent
@@ -170,6 +175,34 @@ def test_a_render_runs_on_the_cluster_and_its_job_tells_no_secret(head: Head, tm
     assert len(list(out.glob("clips/*/*.mp4"))) == 2 and (out / "_SUCCESS.json").is_file()
     told = job.connect(head.address).get_job_info(answer["job_id"]).model_dump_json()
     assert "two.csv" in told and TOKEN not in told and "stays-at-home" not in told
+
+
+def test_images_are_rendered_on_the_cluster_from_where_the_job_has_them(head: Head, tmp_path: Path,
+                                                                        monkeypatch, capsys):
+    """The program of the tests travels too: it is what has a model of images that is small enough."""
+    pack, weights, out = job.pack, tmp_path / "weights", tmp_path / "out"
+
+    def with_tests(folder: Path, *arguments):
+        named = pack(folder, *arguments)
+        shutil.copyfile(ROOT / "tests/wan_tiny.py", folder / "wan_tiny.py")
+        return named
+
+    start = job.start
+    monkeypatch.setattr(job, "pack", with_tests)
+    monkeypatch.setattr(job, "start", lambda client, address, entrypoint, folder: start(
+        client, address, entrypoint.replace("python -m jobs.cli", "python wan_tiny.py"), folder))
+    write_weights(weights, WAN_TINY_I2V)
+    night = tmp_path / "night"
+    (night / "deep").mkdir(parents=True)
+    (night / "deep/a.png").write_bytes(png())
+    (night / "one.csv").write_text("prompt,frames,steps,image\nit moves,5,1,deep/a.png\n")
+    (night / "bad.csv").write_text("prompt,frames,steps,image\nit moves,5,1,gone.png\n")
+    flags = ["--model", "wan-tiny-i2v", "--weights", str(weights), "--device", "cpu", "--wait"]
+    assert dailies_submit(night / "bad.csv", head.address, *flags, out=str(out)) == 2
+    assert "'gone.png': no such file" in capsys.readouterr().out
+    assert dailies_submit(night / "one.csv", head.address, *flags, out=str(out)) == 0, capsys.readouterr().out
+    [clip] = out.glob("clips/*/*.mp4")
+    assert read_clip(clip.read_bytes()).metadata["image_sha256"] == hashlib.sha256(png()).hexdigest()
 
 
 def test_what_the_render_refuses_there_is_refused_here(head: Head, tmp_path: Path, capsys):
@@ -333,7 +366,7 @@ def test_folders_and_globs_keep_their_files_in_order(tmp_path: Path):
     for name in ("night/a.csv", "night/sub/b.csv", "night/notes.txt"):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(name)
+        path.write_text("prompt\n" + name)
     for number, (given, named, held) in enumerate([
             ("night", "manifest/night", ["night/a.csv", "night/notes.txt", "night/sub/b.csv"]),
             ("night/**/*.csv", "manifest/**/*.csv", ["a.csv", "sub/b.csv"])]):
@@ -341,6 +374,57 @@ def test_folders_and_globs_keep_their_files_in_order(tmp_path: Path):
         assert job.pack(folder, str(tmp_path / given), []) == [named]
         found = sorted(path for path in (folder / "manifest").rglob("*") if path.is_file())
         assert [str(path.relative_to(folder / "manifest")) for path in found] == held
+
+
+def shipped_images(manifest: Path, folder: Path) -> list[str]:
+    job.pack(folder, str(manifest), [])
+    return sorted(str(path.relative_to(folder / "manifest")) for path in folder.joinpath("manifest").rglob("*")
+                  if path.is_file() and path.read_bytes() in (b"a", b"b"))
+
+
+def test_the_images_that_rows_name_travel_with_their_manifest(tmp_path: Path):
+    night = tmp_path / "night"
+    (night / "deep").mkdir(parents=True)
+    for path in (night / "a.png", night / ".b.png", night / "other.png", tmp_path / "outside.png"):
+        path.write_bytes(b"a")
+    (night / "deep/c.png").write_bytes(b"b")
+    (night / "out").symlink_to(tmp_path)
+    (night / "link.png").symlink_to("deep/c.png")
+    (night / "link-out.png").symlink_to(tmp_path / "outside.png")
+    names = ["a.png", "a.png", "", "./deep/../.b.png", "link.png", "gone.png", "deep", "s3://bucket/a.png",
+             "../outside.png", "out/outside.png", "out/night/../../night/a.png", "link-out.png", "file:///etc/passwd"]
+    for name in ("one.csv", "two.csv"):
+        (night / name).write_text("prompt,image\n" + "".join(f"a fox,{image}\n" for image in names))
+    assert shipped_images(night / "one.csv", tmp_path / "1") == [".b.png", "a.png", "link.png"]
+    assert shipped_images(night / "*.csv", tmp_path / "2") == [".b.png", "a.png", "link.png"]
+    assert shipped_images(tmp_path / "*/one.csv", tmp_path / "3") == \
+        ["night/.b.png", "night/a.png", "night/link.png"]
+    (tmp_path / "link").symlink_to(night)
+    assert ".b.png" in shipped_images(tmp_path / "link/one.csv", tmp_path / "4")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2", "3", "4", "link", "night", "outside.png"]
+
+
+def test_an_image_by_its_absolute_path_is_refused_with_what_to_do(tmp_path: Path):
+    (tmp_path / "a.png").write_bytes(b"a")
+    (tmp_path / "one.csv").write_text(f"prompt,image\na fox,{tmp_path}/a.png\n")
+    with pytest.raises(job.UsageError, match="absolute path, and on the cluster .* under the manifest's folder"):
+        job.pack(tmp_path / "shipped", str(tmp_path / "one.csv"), [])
+
+
+def test_more_images_than_the_head_takes_are_refused_with_a_way_out(tmp_path: Path):
+    for number in range(3):
+        with open(tmp_path / f"{number}.png", "wb") as file:
+            file.truncate(40_000_000)
+    (tmp_path / "one.csv").write_text("prompt,image\n" + "".join(f"a fox,{number}.png\n" for number in range(3)))
+    with pytest.raises(job.UsageError, match="files, .* manifest/0.png .40 MB.*images that it names, into the bucket"):
+        job.pack(tmp_path / "shipped", str(tmp_path / "one.csv"), [])
+    assert not (tmp_path / "shipped").exists()
+
+
+def test_a_manifest_that_cannot_be_read_is_not_sent(tmp_path: Path, capsys):
+    (tmp_path / "one.csv").write_text("text\na fox\n")
+    assert dailies_submit(tmp_path / "one.csv", "http://127.0.0.1:9") == 2
+    assert "a column named exactly 'prompt'" in capsys.readouterr().err
 
 
 def test_a_manifest_in_the_bucket_stays_there(tmp_path: Path):
