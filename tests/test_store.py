@@ -197,6 +197,32 @@ def test_a_busy_or_broken_store_is_waited_for(bucket, s3_server, monkeypatch, fa
     assert "trying again" in caplog.text                # never in silence
 
 
+@pytest.mark.parametrize("cut", [0, 100])
+def test_a_read_that_breaks_off_is_made_again(bucket, s3_server, monkeypatch, tmp_path, cut):
+    content = bytes(range(256)) * 8
+    bucket.put("a", content)
+    monkeypatch.setattr(S3Store, "WAIT_S", 0.05)
+
+    def downloaded() -> bytes:
+        bucket.download("a", tmp_path / "a")
+        return (tmp_path / "a").read_bytes()
+
+    for read, want in ((lambda: bucket.get("a"), content), (downloaded, content), (lambda: keys(bucket), ["a"])):
+        s3_server.fault(method="GET", cut=cut, times=5, kind=f"cut {cut}")
+        assert read() == want
+        assert s3_server.counts()["struck"][f"cut {cut}"] % 5 == 0
+        s3_server.heal()
+
+
+def test_expired_credentials_are_told_and_nothing_is_stored(bucket, s3_server):
+    s3_server.fault(method="*", status=403, code="ExpiredToken", times=2)
+    with pytest.raises(StoreError, match="credentials have expired.*the same command continues"):
+        bucket.put("a", b"x")
+    with pytest.raises(StoreError, match="credentials have expired"):
+        bucket.get("a")
+    assert keys(bucket) == []
+
+
 def test_botocore_itself_retries_a_burst(bucket, s3_server, caplog):
     s3_server.fault(method="PUT", status=503, times=2)
     assert bucket.create(KEY, b"mine")
@@ -241,7 +267,8 @@ def test_a_store_without_conditional_writes_is_refused(bucket, s3_server):
     ({"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None}, "no S3 credentials were found. Set AWS_ACCESS_KEY_ID"),
     ({"AWS_ENDPOINT_URL": "http://127.0.0.1:1"}, "127.0.0.1:1 does not answer .* Check the network and AWS_ENDPOINT"),
     ({"AWS_ENDPOINT_URL": "http://me:hunter2@127.0.0.1:1"}, "AWS_ENDPOINT_URL holds a user name or password"),
-    ({"AWS_ENDPOINT_URL": "http://me:hunter2@bad host"}, "settings of this machine are not usable|AWS_ENDPOINT_URL holds"),
+    ({"AWS_ENDPOINT_URL": "http://me:hunter2@bad host"},
+     "settings of this machine are not usable|AWS_ENDPOINT_URL holds"),
     ({"AWS_PROFILE": "nightly"}, "settings of this machine are not usable: .*nightly"),
 ], ids=lambda value: "-".join(value) if isinstance(value, dict) else "")
 def test_wrong_settings_are_explained(s3_bucket, monkeypatch, setting, message):
@@ -288,7 +315,8 @@ def test_a_full_disk_is_explained(tmp_path):
             full.write(b"x")
 
 
-@pytest.mark.parametrize("uri", ["gs://bucket/x", "s3:/bucket", "s3://", "", "http://host/x", "s3://key:hunter2@bucket/x"])
+@pytest.mark.parametrize("uri", ["gs://bucket/x", "s3:/bucket", "s3://", "", "http://host/x",
+                                 "s3://key:hunter2@bucket/x"])
 def test_other_places_are_refused(uri):
     with pytest.raises(StoreError, match="expected a local folder or s3://bucket/prefix") as caught:
         open_store(uri)

@@ -78,21 +78,28 @@ class S3Server:
             aws_secret_access_key=SECRET_KEY, config=Config(s3={"addressing_style": "path"}))
 
     def fault(self, *, method: str, match: str = "", times: int = 1, **what) -> None:
-        """The next `times` requests of `method` with `match` in their path fail; rules add up.
+        """The next `times` requests of `method` ("*" is any) with `match` in their path fail; rules add up.
 
-        what: status=503 (code="SlowDown"), drop=True, stall_s=1.5 or strip="If-None-Match"; with after=True a status or
-        a drop comes after the request was served; header="If-Match": only requests that carry it.
+        what: status=503 (code="SlowDown"), drop=True, stall_s=1.5, cut=100 or strip="If-None-Match"; with after=True a
+        status or a drop comes after the request was served; header="If-Match": only requests that carry it;
+        kind="resets": what `counts` names it.
         """
         if "status" in what:
             what.setdefault("code", {500: "InternalError", 501: "NotImplemented", 503: "SlowDown",
                                      409: "ConditionalRequestConflict"}
                             .get(what["status"], "ByRule"))
-        rules = [*self.faults(), {"method": method, "match": match, "times": times, **what}]
+        left = [rule for rule in self.faults() if rule["times"] > 0 or not rule.get("kind")]
+        rules = [*left, {"method": method, "match": match, "times": times, **what}]
         self.ask("POST", "/.faults", json.dumps(rules).encode()).close()
 
     def faults(self) -> list[dict]:
         """The rules as they stand; `times` counts what is left."""
         with self.ask("GET", "/.faults") as answer:
+            return json.load(answer)
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """struck: requests that rules of each kind have hit.  stored: successful writes of each path."""
+        with self.ask("GET", "/.counts") as answer:
             return json.load(answer)
 
     def heal(self) -> None:

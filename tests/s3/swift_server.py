@@ -4,6 +4,7 @@
 
 Access key test:tester, secret testing. FOLDER needs user xattrs; started again on it, the server has its objects back.
 POST /.faults takes a JSON list of rules (see Faults), GET /.faults tells how many times each is still to strike.
+GET /.counts tells how often rules of each kind have struck, and how often each path was stored.
 """
 
 import sys
@@ -21,7 +22,7 @@ import json                                             # noqa: E402
 import os                                               # noqa: E402
 import secrets                                          # noqa: E402
 import socket                                           # noqa: E402
-from collections import defaultdict                     # noqa: E402
+from collections import Counter, defaultdict            # noqa: E402
 from pathlib import Path                                # noqa: E402
 
 from eventlet import wsgi                               # noqa: E402
@@ -44,19 +45,22 @@ class Faults:
 
     Swift looks at If-None-Match only when a request starts, so writers of one key take turns here, as they do in S3.
     A write with If-Match is answered with 501 by Swift; here its turn compares it with the ETag that was told last.
-    A rule has `method`, `match` (part of the path), `times`, perhaps `header` (only requests that carry it), and one of
+    A rule has `method` ("*" is any), `match` (part of the path), `times`, perhaps `header` (only requests that carry
+    it) and `kind` (what it is counted as), and one of
         status   answer with this status and `code`; with after = true the request is served first
         drop     close the connection without an answer; `after` as above
         stall_s  wait this long, then serve
+        cut      close the connection after so many bytes of the answer to a GET; the headers promise all of it
         strip    forget this header of the request ("If-None-Match"), then serve
     """
 
     def __init__(self, app):
         self.app, self.rules, self.etags = app, [], {}
+        self.struck, self.stored = Counter(), Counter()
         self.turns = defaultdict(lambda: [0, Semaphore(1)])
 
     def __call__(self, env, start_response):
-        if env["PATH_INFO"] == "/.faults":
+        if env["PATH_INFO"] in ("/.faults", "/.counts"):
             return self.control(env, start_response)
         rule = self.rule_for(env)
         if "stall_s" in rule:
@@ -66,6 +70,8 @@ class Faults:
         strikes = "status" in rule or rule.get("drop", False)
         if strikes and not rule.get("after"):
             return self.strike(rule, env, start_response)
+        if "cut" in rule and env["REQUEST_METHOD"] == "GET":
+            return self.cut(rule["cut"], env, start_response)
         if env["REQUEST_METHOD"] in ("GET", "HEAD"):
             return self.app(env, lambda *said: self.remember(env, said[1]) or start_response(*said))
         turn = self.turns[env["PATH_INFO"]]
@@ -81,6 +87,7 @@ class Faults:
                 if hasattr(body, "close"):
                     body.close()
                 self.remember(env, said[-1][1])
+                self.stored[env["PATH_INFO"]] += env["REQUEST_METHOD"] == "PUT" and said[-1][0].startswith("2")
         finally:
             turn[0] -= 1
             if not turn[0]:
@@ -96,25 +103,37 @@ class Faults:
 
     def rule_for(self, env) -> dict:
         for rule in self.rules:
-            if rule["times"] > 0 and rule["method"] == env["REQUEST_METHOD"] and rule["match"] in env["PATH_INFO"] \
+            if rule["times"] > 0 and rule["method"] in ("*", env["REQUEST_METHOD"]) \
+                    and rule["match"] in env["PATH_INFO"] \
                     and "HTTP_" + rule.get("header", "Host").upper().replace("-", "_") in env:
                 rule["times"] -= 1
+                self.struck[rule.get("kind", "")] += 1
                 return rule
         return {}
 
     def strike(self, rule, env, start_response):
         if rule.get("drop"):
-            env["eventlet.input"].get_socket().shutdown(socket.SHUT_RDWR)
-            raise OSError(errno.EPIPE, "connection dropped by rule")
+            self.hang_up(env)
         body = f"<?xml version='1.0'?><Error><Code>{rule['code']}</Code><Message>by rule</Message></Error>".encode()
         start_response(f"{rule['status']} By Rule", [("Content-Type", "application/xml"), ("Connection", "close"),
                                                      ("Content-Length", str(len(body)))])
         return [body]
 
+    def cut(self, num_bytes, env, start_response):
+        body = b"".join(self.app(env, start_response))
+        yield body[:num_bytes]
+        if len(body) > num_bytes:
+            self.hang_up(env)
+
+    def hang_up(self, env):
+        env["eventlet.input"].get_socket().shutdown(socket.SHUT_RDWR)
+        raise OSError(errno.EPIPE, "connection dropped by rule")
+
     def control(self, env, start_response):
         if env["REQUEST_METHOD"] == "POST":
             self.rules = json.loads(env["wsgi.input"].read())
-        body = json.dumps(self.rules).encode()
+        counts = {"struck": self.struck, "stored": self.stored}
+        body = json.dumps(counts if env["PATH_INFO"] == "/.counts" else self.rules).encode()
         start_response("200 OK", [("Content-Type", "application/json"), ("Content-Length", str(len(body)))])
         return [body]
 
