@@ -1,7 +1,7 @@
 # Everything lives in .venv; pip takes its settings (mirrors, proxies, caches) from the environment.
 
 .DEFAULT_GOAL := help
-.PHONY: help render test test-gpu lint freeze clean
+.PHONY: help render test test-gpu chaos lint freeze clean
 
 VENV    := .venv
 # the first of these that is new enough; `make PYTHON=/path/to/python3.12 ...` chooses another
@@ -23,6 +23,10 @@ test: $(VENV)/.installed-dev            ## set up (the S3 test server too), then
 
 test-gpu: $(VENV)/.installed-gpu        ## set up with Triton, then run the tests that need a CUDA device
 	@$(VENV)/bin/python -m pytest -m gpu $(ARGS)
+
+chaos: $(VENV)/.installed-dev           ## nights of kills, bad stores, poison and full disks; ARGS="poison --good 50" for one
+	@$(VENV)/bin/python -m tests.s3.install
+	@$(VENV)/bin/python -m tests.chaos $(ARGS)
 
 lint: $(VENV)/.installed-dev            ## the house rules only: imports, doors, words
 	@$(VENV)/bin/python -m pytest -q tests/test_house.py $(ARGS)

@@ -1,0 +1,37 @@
+"""The program `dailies` with a model whose actors are fakes; all else is what ships.
+
+    CHAOS_SCRIPT='{"notes": "notes.jsonl"}' python -m tests.chaos.program render night.jsonl --out out/ --model tiny
+"""
+
+import json
+import os
+import sys
+from functools import partial
+
+from jobs import render
+from jobs.cli import main
+from model.catalog import LinumCard
+from pipeline import driver
+from pipeline import text_to_video as recipe
+from tests import tiny  # noqa: F401: adds the model to the catalogue
+from tests.chaos import fakes
+from tests.chaos.full_disk import FillingStore
+
+SCRIPT = "CHAOS_SCRIPT"                 # in the environment: a fakes.Script as JSON
+
+
+def put_fakes_in(script: fakes.Script) -> None:
+    recipe.TextEncoder = partial(fakes.FakeEncoder, script=script)
+    recipe.Decoder = partial(fakes.FakeDecoder, script=script)
+    recipe.DENOISERS[LinumCard] = partial(fakes.FakeDenoiser, script=script)
+    recipe.Keep = partial(fakes.NotedKeep, script=script)
+    recipe.ClipWriter = partial(fakes.NotedWriter, script=script)
+    recipe.ENCODED_AHEAD = script.ahead
+    driver.LEAST_LIMIT_S = script.least_limit_s or driver.LEAST_LIMIT_S
+    if script.fill:
+        render.open_store = partial(FillingStore, folder=script.fill, ballast=script.ballast)
+
+
+if __name__ == "__main__":
+    put_fakes_in(fakes.Script(**json.loads(os.environ[SCRIPT])))
+    sys.exit(main())
