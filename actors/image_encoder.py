@@ -19,17 +19,18 @@ from model.shapes import VideoShape
 
 
 class ImageTextEncoder(TextEncoder):
-    """Requests in, Embeddings out, for a Wan model that takes an image: text encoder, VAE and, where it has one, CLIP."""
+    """Requests in, Embeddings out, for a Wan model that takes an image: text encoder, VAE and CLIP if it has one."""
 
     def __init__(self, card: WanCard, weights: Path, device: str = "cpu", *, read: Callable[[str], bytes],
                  precision: str | None = None, threads: int = 1, remember: int = 32):
-        """read: the file at a FirstFrame's uri.  The rest, and what is raised, as TextEncoder; remember: images, too."""
+        """read: the file at a FirstFrame's uri.  The rest and what is raised as TextEncoder; remember: images, too."""
         super().__init__(card, weights, device, precision=precision, threads=threads, remember=remember)
         self.card, self.device, self.read = card, device, read
         self.vae = card.vae(weights, device, precision)
         self.scale, self.bias = (t.to(device).view(-1, 1, 1, 1) for t in card.latent_statistics(weights))
         self.clip = None if card.clip_fields is None else card.image_encoder(weights, device, precision)
-        self.recent_images: OrderedDict[tuple[str, VideoShape], tuple[tuple[Tensor, ...], tuple[str, ...]]] = OrderedDict()
+        self.recent_images: OrderedDict[tuple[str, VideoShape],
+                                        tuple[tuple[Tensor, ...], tuple[str, ...]]] = OrderedDict()
 
     def embed(self, request: Request) -> Embedding:
         """Raises ImageError for an image that is not there any more, or is another one now."""
@@ -51,8 +52,8 @@ class ImageTextEncoder(TextEncoder):
         try:
             data = self.read(image.uri)
         except ImageError as error:
-            raise ImageError(f"{image.uri}: {error}. It was there when this run was planned; every machine that encodes "
-                             "must reach it: keep it on a shared disk, or in a bucket") from error
+            raise ImageError(f"{image.uri}: {error}. It was there when this run was planned; every machine that "
+                             "encodes must reach it: keep it on a shared disk, or in a bucket") from error
         if hashlib.sha256(data).hexdigest() != image.sha256:
             raise ImageError(f"{image.uri} has changed since this run was planned: put the old image back, or render "
                              "the new one into another output folder")
@@ -84,8 +85,8 @@ class ImageTextEncoder(TextEncoder):
 
 
 def cropped(pixels: Tensor, shape: VideoShape, step: int) -> Tensor:
-    """The middle of the image in the clip's aspect. The whole image if the aspects are as near as sides that were rounded
-    down by less than `step` can be: it is then stretched that little, as the release does it.
+    """The middle of the image in the clip's aspect. The whole image if the aspects are as near as sides that were
+    rounded down by less than `step` can be: it is then stretched that little, as the release does it.
     """
     height, width = pixels.shape[1:]
     if shape.height * width < height * (shape.width + step) and height * shape.width < (shape.height + step) * width:

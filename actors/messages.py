@@ -59,7 +59,7 @@ class Embedding:
     request: Request
     prompt: tuple[Tensor, ...]      # one [L, E] per stream of the model, trimmed to the prompt's real length
     negative: tuple[Tensor, ...]
-    image: tuple[Tensor, ...] = ()  # of the first frame: what the model sees beside its latent [C, T, H, W], then CLIP's rows
+    image: tuple[Tensor, ...] = ()  # of the first frame: what is seen beside the latent [C, T, H, W], then CLIP's rows
     fallbacks: tuple[str, ...] = ()  # what was done instead of what was asked for; later values carry it on
 
 

@@ -1,7 +1,8 @@
 """The shelf: what one stage made lies in the run folder until the next has used it, and only its name travels.
 
 A finished latent then survives whatever dies, and a run that is continued finds it: `Keep` around a step looks before
-it works, `Fetch` opens what was kept, `Drop` forgets a latent whose clip is published. Without them whole values travel.
+it works, `Fetch` opens what was kept, `Drop` forgets a latent whose clip is published. Without them whole values
+travel.
 """
 
 import hashlib
@@ -22,7 +23,7 @@ CONNECTIONS = 16                                        # at a time, where many 
 
 
 class Shelf(Protocol):
-    """What is needed of a store; pipeline/store.py says what each promises. `get` of what is absent raises a KeyError."""
+    """What is needed of a store; pipeline/store.py says what each promises. `get` of what is absent: a KeyError."""
 
     def get(self, key: str) -> bytes: ...
     def put(self, key: str, data: bytes) -> None: ...
@@ -141,7 +142,8 @@ def request_of(value: Request | Shelved | Embedding) -> Request:
 def packed(value: Embedding | Latent, key: str) -> bytes:
     """A safetensors file that names the key it belongs to and holds a hash of all its content."""
     if isinstance(value, Embedding):
-        tensors = numbered("prompt", value.prompt) | numbered("negative", value.negative) | numbered("image", value.image)
+        tensors = numbered("prompt", value.prompt) | numbered("negative", value.negative)
+        tensors |= numbered("image", value.image)
     else:
         tensors = numbered("stream", value.streams)
     metadata = {"key": key, "kind": type(value).__name__, "fallbacks": json.dumps(value.fallbacks)}
@@ -159,8 +161,8 @@ def opened(data: bytes, shelved: Shelved) -> Embedding | Latent:
         raise Damaged(f"{shelved.key} does not hold what was put there")
     fallbacks = tuple(json.loads(metadata["fallbacks"]))
     if metadata["kind"] == "Embedding":
-        return Embedding(request=shelved.request, prompt=counted("prompt", tensors), negative=counted("negative", tensors),
-                         image=counted("image", tensors), fallbacks=fallbacks)
+        return Embedding(request=shelved.request, prompt=counted("prompt", tensors),
+                         negative=counted("negative", tensors), image=counted("image", tensors), fallbacks=fallbacks)
     return Latent(request=shelved.request, streams=counted("stream", tensors), fallbacks=fallbacks)
 
 

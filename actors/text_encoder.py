@@ -36,7 +36,8 @@ class TextEncoder:
     def cuts(self, request: Request) -> tuple[str, ...]:
         """What of the request's texts the model does not read."""
         cuts = {"prompt": self.model.cut(request.prompt), "negative prompt": self.model.cut(request.negative_prompt)}
-        return tuple(f"{name} cut to {self.model.max_tokens} tokens, {tokens} left out" for name, tokens in cuts.items() if tokens)
+        return tuple(f"{name} cut to {self.model.max_tokens} tokens, {tokens} left out"
+                     for name, tokens in cuts.items() if tokens)
 
     def encode(self, text: str) -> Tensor:
         """[L, E] on the CPU."""

@@ -13,7 +13,7 @@ from model.schedules import wan_sigmas, whole_timestep
 from model.wan import Context, WanDiT
 
 SOLVERS = {"unipc": unipc, "dpm++": dpm_solver}
-SAMPLERS_SHARE = 0.75                                   # of a GPU's memory: the others' are the decoder's and the encoder's
+SAMPLERS_SHARE = 0.75                                   # of a GPU's memory; the rest is for decoder and encoder
 
 
 class WanDenoiser(Denoiser):
@@ -26,7 +26,7 @@ class WanDenoiser(Denoiser):
         first = self.card.dit(weights, self.device, self.precision, self.attention)
         self.experts, self.running = [first], 0
         for expert in range(1, self.card.num_experts):
-            if not self.fits_twice(first):              # each is made where it will run: what is made of it depends on that
+            if not self.fits_twice(first):              # made where it will run: what is made depends on that
                 first.to("cpu")
                 self.running = expert
             self.experts.append(self.card.dit(weights, self.device, self.precision, self.attention, expert=expert))
@@ -82,9 +82,10 @@ class WanDenoiser(Denoiser):
         return dit.embed([text[0].to(self.device)], rows)
 
     def condition(self, embedding: Embedding) -> Tensor | None:
-        """[1, C, T, H, W]: the picture's mask and latent, which the model sees beside its own; None without a picture."""
+        """[1, C, T, H, W]: the picture's mask and latent, which the model sees beside its own; or None, without one."""
         if bool(embedding.image) != self.card.takes_image:
-            raise ValueError(f"{self.card.name} makes video from {'an image' if self.card.takes_image else 'text alone'}; "
+            wanted = "an image" if self.card.takes_image else "text alone"
+            raise ValueError(f"{self.card.name} makes video from {wanted}; "
                              f"clip {embedding.request.clip_id} comes {'with' if embedding.image else 'without'} one")
         return embedding.image[0][None].to(self.device) if embedding.image else None
 

@@ -1,4 +1,4 @@
-"""`dailies bench [WHAT]`: what things cost and how good they are, measured here and now, with device, versions and commit."""
+"""`dailies bench [WHAT]`: what things cost and how good they are, measured here and now; device, versions, commit."""
 
 import json as jsonlib
 import os
@@ -104,7 +104,8 @@ def machine() -> dict[str, str]:
 
     from jobs.bench_pipeline import commit
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
-    return {"device": f"{device} ({platform.machine()})", "torch": torch.__version__, "python": platform.python_version(), "commit": commit()}
+    return {"device": f"{device} ({platform.machine()})", "torch": torch.__version__,
+            "python": platform.python_version(), "commit": commit()}
 
 
 def shown(value: Any) -> str:

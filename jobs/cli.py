@@ -68,10 +68,12 @@ def render_options(
     threads_per_sampler: Annotated[int | None, typer.Option(
         metavar="N", help="CPU threads of each copy.")] = None,
     until: Annotated[str | None, typer.Option(
-        metavar="HH:MM", help="Begin no clip that would not be done by then: the next such local time, or an ISO date and "
+        metavar="HH:MM",
+        help="Begin no clip that would not be done by then: the next such local time, or an ISO date and "
         "time.")] = None,
     max_gpu_hours: Annotated[float | None, typer.Option(
-        metavar="X", help="Begin no clip that would need more. Counts every GPU that this command holds, whole, from its "
+        metavar="X",
+        help="Begin no clip that would need more. Counts every GPU that this command holds, whole, from its "
         "start to its end; a run on CPUs holds none.")] = None,
     max_cost: Annotated[float | None, typer.Option(metavar="USD", help="The same in money; needs --price.")] = None,
     price: Annotated[float | None, typer.Option(metavar="USD", help="Of one GPU hour.")] = None,
@@ -85,7 +87,8 @@ def render_options(
     keep_latents: Annotated[bool | None, typer.Option(
         "--keep-latents/--no-keep-latents", help="Keep latents/ after publishing.")] = None,
     take_over: Annotated[bool | None, typer.Option(
-        "--take-over/--no-take-over", help="Where another driver has the run folder: watch it for a minute and go on in "
+        "--take-over/--no-take-over",
+        help="Where another driver has the run folder: watch it for a minute and go on in "
         "its place if it is silent. One that works is never disturbed.")] = None,
 ) -> None:
     """The options that render, plan and submit share; see with_render_options."""
@@ -217,7 +220,8 @@ def models(name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="On
 
 
 @app.command()
-def convert(source: Annotated[str, typer.Argument(metavar="SRC", help="A published repository's folder, or one file of it.")],
+def convert(source: Annotated[str, typer.Argument(
+                metavar="SRC", help="A published repository's folder, or one file of it.")],
             model: Annotated[str, typer.Option(metavar="NAME", help="See `dailies models`.")],
             to: Annotated[str, typer.Option(metavar="URI", help="Where the safetensors go: a folder or s3://.")],
             precision: Annotated[str | None, typer.Option(

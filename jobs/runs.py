@@ -249,7 +249,8 @@ def look_for_weights(card: ModelCard, weights: str | None) -> dict[str, Any]:
         near = Path(weights).expanduser() if weights else card.folder
         if near is None:                                # nothing complete in the hub's cache
             layout = card.layouts[0]
-            needs = [part if part.endswith(".safetensors") else f"{part}/" for part in (*layout.parts, layout.tokenizer)]
+            needs = [part if part.endswith(".safetensors") else f"{part}/"
+                     for part in (*layout.parts, layout.tokenizer)]
             return {"complete": False, "folder": None, "missing": needs,
                     "problem": f"not in the Hugging Face cache; the first render fetches {card.repo_id}" if card.repo_id
                     else str(error).removeprefix(f"{card.name}: ")}
@@ -268,12 +269,13 @@ def print_model(model: dict[str, Any]) -> None:
     print(f"  sizes       {sizes}; WIDTHxHEIGHT in steps of {limits['side_step']} from {limits['min_side']}, "
           f"at most {limits['max_pixels']:,} pixels")
     if model["takes_image"]:
-        print("  image       every row needs one; a named size is an area in the image's aspect, to WIDTHxHEIGHT it is cropped")
+        print("  image       every row needs one; a named size is an area in the image's aspect, to WIDTHxHEIGHT it is "
+              "cropped")
     print(f"  length      1 to {limits['max_duration_s']:g} s at {model['fps']:g} frames per second")
     print(f"  precision   {', '.join(model['precisions'])}")
     tuned = "was tuned" if model["tuned_for_sparse"] else "was not tuned"
-    print(f"  attention   {', '.join(model['attentions'])}; sparse keeps {model['keep_ratio']:.0%} of the blocks of keys, "
-          f"which this model {tuned} for")
+    print(f"  attention   {', '.join(model['attentions'])}; sparse keeps {model['keep_ratio']:.0%} of the blocks of "
+          f"keys, which this model {tuned} for")
     if memory:
         print(f"  GPU memory  {memory}")
     if weights["complete"]:

@@ -205,8 +205,8 @@ class ModelCard:
         area, step = math.prod(self.resolutions[resolution]), self.side_step
         sides = [math.isqrt(area * side // other) // step * step for side, other in ((height, width), (width, height))]
         if min(sides) < self.min_side:
-            raise ValueError(f"the clip's sides must be at least {self.min_side} for {self.name}; got {sides[1]}x{sides[0]} "
-                             f"at {resolution} for an image of {width}x{height}")
+            raise ValueError(f"the clip's sides must be at least {self.min_side} for {self.name}; got "
+                             f"{sides[1]}x{sides[0]} at {resolution} for an image of {width}x{height}")
         return sides[0], sides[1]
 
     def frames_for(self, duration_s: float | None = None, frames: int | None = None) -> tuple[int, str | None]:

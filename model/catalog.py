@@ -191,7 +191,8 @@ class WanCard(ModelCard):
         encoder = stored_at(weights, layout.text_encoder)
         return UMT5TextEncoder(encoder, weights / layout.tokenizer, device, name=self.name,
                                precision=precision or self.precision_on(device), max_tokens=self.dit_config.text_len,
-                               width=self.dit_config.text_dim, config=None if encoder.is_dir() else self.text_encoder_fields)
+                               width=self.dit_config.text_dim,
+                               config=None if encoder.is_dir() else self.text_encoder_fields)
 
     def dit(self, weights: Path, device: str, precision: str | None = None, attention: str | None = None,
             expert: int = 0) -> "WanDiT":

@@ -46,7 +46,7 @@ class ClipVision(nn.Module):
         return rows
 
     def prepare(self, pictures: Tensor) -> Tensor:
-        """Squeezed into a square, whatever the aspect, without smoothing first, and normalised: as the release does it."""
+        """Squeezed into a square, whatever the aspect, without smoothing, and normalised: as the release does it."""
         size = (self.config.picture, self.config.picture)
         square = F.interpolate(pictures.float(), size=size, mode="bicubic", align_corners=False)
         mean, std = (torch.tensor(said, device=square.device).view(3, 1, 1) for said in (MEAN, STD))
@@ -77,7 +77,8 @@ def from_open_clip(stored: Mapping[str, Tensor], blocks: int) -> dict[str, Tenso
     def pair(old: str, new: str) -> dict[str, Tensor]:
         return {f"{new}.{part}": stored[f"visual.{old}.{part}"] for part in ("weight", "bias")}
 
-    found = {"class_row": stored["visual.cls_embedding"].flatten(), "positions": stored["visual.pos_embedding"].squeeze(0),
+    found = {"class_row": stored["visual.cls_embedding"].flatten(),
+             "positions": stored["visual.pos_embedding"].squeeze(0),
              "patch_embed.weight": stored["visual.patch_embedding.weight"]} | pair("pre_norm", "norm_in")
     for i in range(blocks):
         old, new = f"transformer.{i}", f"blocks.{i}"

@@ -10,7 +10,7 @@ def classifier_free(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
 
 
 class AdaptiveProjectedGuidance:
-    """APG with momentum: the guidance is averaged over steps, its length bounded per frame, its share along cond removed.
+    """APG with momentum: guidance averaged over steps, bounded in length per frame, its share along cond removed.
 
     One object serves one run of the sampler over a batch: it remembers the running average from step to step.
     The base is cond and the factor is scale, so with everything else off it equals classifier_free at 1 + scale.

@@ -1,7 +1,8 @@
-"""What the transformer families share: RMS norm, rotary positions in three axes, timestep features, dense self-attention.
+"""What the transformer families share: RMS norm, rotary positions in three axes, timestep features, dense attention.
 
 Precision, for every family: linear and convolution weights may be bf16, and such a layer casts what it is given; norm
-gains and modulation stay fp32, so the residual stream is fp32 by promotion (specification: Linum v2 release, under autocast).
+gains and modulation stay fp32, so the residual stream is fp32 by promotion (specification: Linum v2 release, under
+autocast).
 """
 
 import torch
@@ -21,7 +22,7 @@ class FullPrecisionLinear(Linear):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * gain over the last axis; statistics in fp32, the normalised value rounded to x's dtype before the gain."""
+    """x / rms(x) * gain over the last axis; statistics in fp32, the quotient rounded to x's dtype before the gain."""
 
     def __init__(self, width: int, eps: float = 1e-6):
         super().__init__()
@@ -47,14 +48,18 @@ def takes_low_precision(module: nn.Module) -> bool:
 
 
 def timestep_features(timestep: Tensor, width: int) -> Tensor:
-    """[B, width] in float64, cosines first: cos(t w_k), sin(t w_k) with w_k = 10000^(-2k / width).  timestep [B] in [0, 1000]."""
+    """[B, width] in float64, cosines first: cos(t w_k), sin(t w_k) with w_k = 10000^(-2k / width).
+
+    timestep [B] in [0, 1000].
+    """
     half = width // 2
     frequencies = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=timestep.device) / half)
     angles = timestep.double()[:, None] * frequencies
     return torch.cat((angles.cos(), angles.sin()), dim=1)
 
 
-def rotary_table(grid: tuple[int, int, int], head_dim: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+def rotary_table(grid: tuple[int, int, int], head_dim: int,
+                 device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     """cos and sin, each [N, 1, head_dim / 2] in fp32, for the tokens of a T x H x W grid in T-major order.
 
     The head_dim / 2 pairs are split over T, H, W; H and W get a third each, rounded down, T the rest.
@@ -80,7 +85,10 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(head_dim) + bias) v in v's dtype.  q [B, N, heads, head_dim], k and v [B, M, heads, head_dim] -> [B, N, heads * head_dim]."""
+    """softmax(q k^T / sqrt(head_dim) + bias) v in v's dtype.
+
+    q [B, N, heads, head_dim], k and v [B, M, heads, head_dim] -> [B, N, heads * head_dim].
+    """
     q, k, v = (x.transpose(1, 2) for x in (q.to(v.dtype), k.to(v.dtype), v))
     bias = None if bias is None else bias.to(v.dtype)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)

@@ -52,15 +52,16 @@ def dpm_solver(velocity: Velocity, streams: Streams, sigmas: Sequence[float]) ->
 def rcm(velocity: Velocity, noise: Streams, sigmas: Sequence[float], renoise: Renoise | None = None) -> Streams:
     """The few steps of a distilled (consistency) model: each predicts the clean streams, then noise is put back.
 
-    noise: the first draw. It starts at sigmas[0], which is just below 1, scaled and not mixed.  renoise: the later draws,
-    one for each step but the last, of the same shape; None takes the noise that the velocity implies (the ODE).
+    noise: the first draw. It starts at sigmas[0], which is just below 1, scaled and not mixed.  renoise: the later
+    draws, one for each step but the last, of the same shape; None takes the noise that the velocity implies (the ODE).
     The state is float64, so velocity is given float64; the result is fp32.
     Source   Zheng et al. 2025 (arXiv 2510.08431), as the TurboDiffusion release samples.
     """
     streams = tuple(sigmas[0] * x.double() for x in noise)
     for step, (sigma, next_sigma) in enumerate(pairwise(sigmas), start=1):
         if renoise is None:
-            streams = tuple(x - (sigma - next_sigma) * v for x, v in zip(streams, velocity(streams, sigma), strict=True))
+            streams = tuple(x - (sigma - next_sigma) * v
+                            for x, v in zip(streams, velocity(streams, sigma), strict=True))
             continue
         streams = clean_streams(velocity, streams, sigma)
         if next_sigma > 0:

@@ -14,8 +14,8 @@ def shifted(sigma: Tensor, shift: float) -> Tensor:
 def flow_match_sigmas(num_steps: int, shift: float = 3.0) -> Tensor:
     """The num_steps + 1 sigmas of the flow-matching Euler schedule, fp32 on the CPU; the first is 1, the last 0.
 
-    The shift acts twice, as in diffusers' FlowMatchEulerDiscreteScheduler: on the smallest of 1000 training sigmas, which
-    bounds the grid, and then on the grid. So the last sigma before 0 does not come closer to 0 with more steps.
+    The shift acts twice, as in diffusers' FlowMatchEulerDiscreteScheduler: on the smallest of 1000 training sigmas,
+    which bounds the grid, and then on the grid. So the last sigma before 0 does not come closer to 0 with more steps.
     Raises ValueError for less than one step.
     """
     if num_steps < 1:
@@ -43,7 +43,7 @@ def wan_sigmas(num_steps: int, shift: float, solver: str = "unipc") -> Tensor:
     return torch.cat((shifted(grid, shift), torch.zeros(1, dtype=torch.float64)))
 
 
-RCM_ANGLES = (1.5, 1.4, 1.0)                            # where the second, third and fourth step begin: tan is noise to signal
+RCM_ANGLES = (1.5, 1.4, 1.0)                            # of the second, third and fourth step: tan is noise to signal
 
 
 def rcm_sigmas(num_steps: int, sigma_max: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""T5 and umT5 text encoders: a prompt in, a row of numbers per token out; through transformers, from local files only."""
+"""T5 and umT5 text encoders: a prompt in, a row of numbers per token out; by transformers, from local files only."""
 
 import html
 import json
@@ -79,7 +79,7 @@ class T5TextEncoder:
 
 
 class UMT5TextEncoder(T5TextEncoder):
-    """umT5: as T5, but every block has a table of relative positions of its own; texts are cleaned first, as for Wan."""
+    """umT5: as T5, but every block has its own table of relative positions; texts are cleaned first, as for Wan."""
 
     family = "umT5"
     tables = (keys.UMT5, keys.UMT5_WAN)
@@ -102,7 +102,7 @@ def load_tokenizer(folder: Path, name: str) -> "transformers.PreTrainedTokenizer
 
 
 def new_encoder(family: str, said: Mapping[str, Any]) -> "transformers.PreTrainedModel":
-    """A T5 or umT5 encoder of these fields of transformers' config.  Raises what the config class raises, and KeyError."""
+    """A T5 or umT5 encoder of these fields of transformers' config.  Raises what that class raises, and KeyError."""
     if said["model_type"] != family.lower():
         raise ValueError(f"model_type is {said['model_type']!r}")
     make_config, make_model = {"T5": (transformers.T5Config, transformers.T5EncoderModel),

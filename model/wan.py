@@ -21,7 +21,7 @@ from model.layers import FullPrecisionLinear, Linear, RMSNorm, SelfAttention, at
 class WanConfig:
     patch: tuple[int, int, int] = (1, 2, 2)            # latent cells per token along T, H, W
     latent_channels: int = 16
-    condition_channels: int = 0                        # of the image, beside the latent: 20 = mask 4 + latent 16, or none
+    condition_channels: int = 0                        # of the image, beside the latent: mask 4 + latent 16, or none
     width: int = 1536
     heads: int = 12
     layers: int = 30
@@ -29,16 +29,16 @@ class WanConfig:
     time_features: int = 256
     text_dim: int = 4096
     text_len: int = 512                                # rows the text is padded to; the padding takes part in attention
-    image_dim: int | None = None                       # of CLIP's rows, for the models that attend to them (2.1 image-to-video)
+    image_dim: int | None = None                       # of CLIP's rows, where they are attended to (2.1 image-to-video)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """What cross-attention needs of text and image: it depends on no latent and no time, so it is made once per clip."""
+    """What cross-attention needs of text and image; it depends on no latent and no time, so once per clip will do."""
 
     keys: tuple[Tensor, ...]                           # per block [B, text_len, heads, head_dim]
     values: tuple[Tensor, ...]
-    image_keys: tuple[Tensor, ...]                     # per block [B, I, heads, head_dim]; none where the model has no image rows
+    image_keys: tuple[Tensor, ...]                     # per block [B, I, heads, head_dim]; or none
     image_values: tuple[Tensor, ...]
 
     def of_block(self, place: int) -> tuple[Tensor, ...]:
@@ -52,7 +52,8 @@ class WanDiT(nn.Module):
         super().__init__()
         self.config = config
         width = config.width
-        self.patch_embed = nn.Conv3d(config.latent_channels + config.condition_channels, width, config.patch, stride=config.patch)
+        self.patch_embed = nn.Conv3d(config.latent_channels + config.condition_channels, width, config.patch,
+                                     stride=config.patch)
         self.time_in = FullPrecisionLinear(config.time_features, width)
         self.time_out = FullPrecisionLinear(width, width)
         self.time_modulation = FullPrecisionLinear(width, 6 * width)
@@ -65,8 +66,8 @@ class WanDiT(nn.Module):
     def forward(self, latent: Tensor, timestep: Tensor, context: Context, condition: Tensor | None = None) -> Tensor:
         """Velocity d latent / d sigma (noise minus data), shaped like latent, fp32.
 
-        latent [B, C, T, H, W] normalised, H and W even.  timestep [B] = 1000 * sigma, 1000 is noise; the releases cut it
-        to a whole number.  context from embed.  condition [B, condition_channels, T, H, W]: mask and latent of the image.
+        latent [B, C, T, H, W] normalised, H and W even.  timestep [B] = 1000 * sigma, 1000 is noise; the releases cut
+        it to a whole number.  context from embed.  condition [B, condition_channels, T, H, W]: of the image.
         """
         cells = latent if condition is None else torch.cat((latent, condition), dim=1)
         tokens, rope = self.patchify(cells)                                     # [B, N, D]
@@ -83,13 +84,15 @@ class WanDiT(nn.Module):
         As in the releases, every text is padded with zero rows to text_len before an embedding that has biases, so the
         padding becomes a constant row that takes its share of the attention. (One such row with logit ln(how many) says
         the same with fewer keys, but bf16 rounds ln 511 = 6.236 to 6.25. And without a mask flash attention can run.)
-        Raises ValueError for a text that is empty or longer than text_len, and for images that are missing or not wanted.
+        Raises ValueError for a text that is empty or longer than text_len, and for images missing or not wanted.
         """
         lengths = [len(text) for text in texts]
         if min(lengths) < 1 or max(lengths) > self.config.text_len:
-            raise ValueError(f"a text needs 1 to {self.config.text_len} rows; got {lengths}. Truncate the prompt's tokens")
+            raise ValueError(f"a text needs 1 to {self.config.text_len} rows; got {lengths}. "
+                             "Truncate the prompt's tokens")
         if (images is None) != (self.image_embed is None):
-            raise ValueError("this model needs an image with each text" if images is None else "this model takes no image rows")
+            wanted = "needs an image with each text" if images is None else "takes no image rows"
+            raise ValueError(f"this model {wanted}")
         rows = torch.stack([F.pad(text, (0, 0, 0, self.config.text_len - len(text))) for text in texts])
         rows = self.text_out(F.gelu(self.text_in(rows), approximate="tanh"))
         keys, values = zip(*(block.cross.keys_values(rows) for block in self.blocks), strict=True)
@@ -107,7 +110,8 @@ class WanDiT(nn.Module):
         grid = tuple(side // step for side, step in zip(cells.shape[2:], self.config.patch, strict=True))
         (t, pt), (h, ph), (w, pw) = zip(grid, self.config.patch, strict=True)
         # a convolution whose steps are its kernel is a linear layer of patches, which is faster
-        patches = cells.reshape(*cells.shape[:2], t, pt, h, ph, w, pw).permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
+        patches = cells.reshape(*cells.shape[:2], t, pt, h, ph, w, pw).permute(0, 2, 4, 6, 1, 3, 5, 7)
+        patches = patches.flatten(4).flatten(1, 3)
         weight, bias = self.patch_embed.weight, self.patch_embed.bias
         tokens = F.linear(patches.to(weight.dtype), weight.flatten(1), bias).float()
         return tokens, rotary_table(grid, self.config.width // self.config.heads, cells.device)
@@ -133,8 +137,10 @@ class Block(nn.Module):
         self.ffn_in = Linear(width, config.ffn)
         self.ffn_out = Linear(config.ffn, width)
 
-    def forward(self, x: Tensor, modulation: Tensor, context: tuple[Tensor, ...], rope: tuple[Tensor, Tensor]) -> Tensor:
-        shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = (self.modulation + modulation).split(1, dim=1)
+    def forward(self, x: Tensor, modulation: Tensor, context: tuple[Tensor, ...],
+                rope: tuple[Tensor, Tensor]) -> Tensor:
+        modulation = self.modulation + modulation
+        shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = modulation.split(1, dim=1)
         x = x + gate_attn * self.attn(self.norm_attn(x) * (1 + scale_attn) + shift_attn, rope)
         x = x + self.cross(self.norm_cross(x), *context)                        # neither modulated nor gated
         h = F.gelu(self.ffn_in(self.norm_ffn(x) * (1 + scale_ffn) + shift_ffn), approximate="tanh")
@@ -142,7 +148,7 @@ class Block(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention to the text, and to the image's rows by a softmax of its own; the two are added before the last layer."""
+    """Attention to the text and, by a softmax of its own, to the image's rows; added up before the last layer."""
 
     def __init__(self, width: int, heads: int, *, with_image: bool):
         super().__init__()

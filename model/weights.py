@@ -156,7 +156,8 @@ def from_hub(card: ModelCard) -> Path:
     wanted = [part if is_file(part) else f"{part}/*" for part in (*layout.parts, layout.tokenizer)]
     shards = [form for part in layout.parts if is_file(part)
               for form in (part + INDEX, part.removesuffix(".safetensors") + "-*-of-*.safetensors")]
-    ask = dict(repo_id=card.repo_id, allow_patterns=wanted + shards, ignore_patterns=[f"*{suffix}" for suffix in PICKLES])
+    ask = dict(repo_id=card.repo_id, allow_patterns=wanted + shards,
+               ignore_patterns=[f"*{suffix}" for suffix in PICKLES])
     try:
         folder = Path(snapshot_download(**ask, local_files_only=True))
         if not missing_files(card, folder):
@@ -202,7 +203,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def listed(names: Iterable[str], limit: int = 5) -> str:
-    """For a message: the first few, and how many more. A file may name its tensors as it likes, also at great length."""
+    """For a message: the first few, and how many more. A file may name its tensors as it likes, at any length."""
     names = [name if len(name) <= 200 else f"{name[:200]}..." for name in names]
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 

@@ -16,7 +16,7 @@ from actors.messages import Failure, Frames
 # Levels of 0 to 255. A decoder's rounding makes 1 or 2, and 16 is where video's black begins.
 BLACKEST = 16                           # black: but for a thousandth, no sample of any frame is above this
 FLATTEST = 1.0                          # flat: no channel's standard deviation over the whole clip is above this
-FLICKER = 16.0                          # flicker: half of all frames are this much off from both neighbours, to one side
+FLICKER = 16.0                          # flicker: half of all frames are this far off both neighbours, to one side
 STRAY_SHARE = 1e-3
 
 QUIETEST = 1e-4                         # silent: -80 dB, below the last bit of 13

@@ -194,8 +194,8 @@ class Lease:
 def held(store: Store, holder: Holder) -> str:
     heard = "" if holder.renewed_at is None else f", last heard of at {holder.renewed_at:%H:%M:%S} UTC"
     return (f"{store.uri}: another driver works on this run: {holder}{heard}. A run folder has one driver at a time: "
-            f"wait for it, or stop it; `dailies status` shows how far it is. If its machine is gone, --take-over goes on "
-            f"in its place after {Lease.LEASE_S:.0f} s of silence")
+            f"wait for it, or stop it; `dailies status` shows how far it is. If its machine is gone, --take-over goes "
+            f"on in its place after {Lease.LEASE_S:.0f} s of silence")
 
 
 def this_machine() -> str:

@@ -37,8 +37,8 @@ COLUMNS = pa.schema({
     "steps": pa.int32(), "guidance": pa.float64(), "model": pa.string(), "weights_fingerprint": pa.string(),
     "precision": pa.string(), "attention": pa.string(), "fallbacks": pa.list_(pa.string()),
     "attempts": pa.int32(), "error_type": pa.string(), "error": pa.string(),
-    "worker": pa.string(), "device": pa.string(), "queue_s": pa.float64(), "encode_s": pa.float64(), "sample_s": pa.float64(),
-    "decode_s": pa.float64(), "publish_s": pa.float64(), "peak_memory_bytes": pa.int64(),
+    "worker": pa.string(), "device": pa.string(), "queue_s": pa.float64(), "encode_s": pa.float64(),
+    "sample_s": pa.float64(), "decode_s": pa.float64(), "publish_s": pa.float64(), "peak_memory_bytes": pa.int64(),
     "finished_at": pa.timestamp("us", tz="UTC"),
     # of the gate (gate.py), and of the clip that was decoded again; null for clips that were found published
     "quality.verdict": pa.string(), "quality.brightness": pa.float64(), "quality.contrast": pa.float64(),
@@ -77,7 +77,7 @@ class Ledger:
         return cls(store, pa.schema([*COLUMNS, *fields]), keys, flush_rows=flush_rows, flush_s=flush_s)
 
     def pending(self, keys: pa.Table) -> pa.Table:
-        """The rows of `keys` that had no row here when this ledger was opened, in their order.  keys: id, seed and more."""
+        """The rows of `keys` that had none here when this ledger was opened, in their order.  keys: id, seed, ..."""
         def comparable(table: pa.Table) -> pa.Table:
             # in a join null would not equal null; a seed is never negative
             seeds = table["seed"].cast(pa.int64()).fill_null(-1)

@@ -393,7 +393,8 @@ def _images(manifest: Manifest, card: ModelCard, complaints: Complaints) -> tupl
     names, name = _encoded(manifest.table["image"])
     if not card.takes_image:
         rule = f"nothing: {card.name} makes video from text alone"
-        _complain({code: (shown(given), rule) for code, given in enumerate(names.to_pylist())}, name, "image", complaints)
+        _complain({code: (shown(given), rule) for code, given in enumerate(names.to_pylist())},
+                  name, "image", complaints)
         return [], np.full(len(name), -1)
     rows = rows_without(manifest.table["image"], "image", complaints)
     complaints.add(rows, "image", ["nothing"] * len(rows), f"{ALLOWED_IMAGE}: {card.name} makes video from an image")
@@ -424,7 +425,7 @@ def _images(manifest: Manifest, card: ModelCard, complaints: Complaints) -> tupl
 
 def _sizes_for_images(resolutions: pa.ChunkedArray, images: list[FoundImage], image: np.ndarray, card: ModelCard,
                       complaints: Complaints) -> tuple[list[tuple[int, int] | None], np.ndarray]:
-    """Sizes (height, width), and which of them each row has; None for a bad row. What a clip cannot be is complained of."""
+    """Sizes (height, width), None for a bad row, and which each row has. What a clip cannot be is complained of."""
     names, name = _encoded(resolutions)
     pair = _folded(name, image)
     sizes: list[tuple[int, int] | None] = []

@@ -1,4 +1,4 @@
-"""What tests share: a real S3 server, started when the first test asks for it, stores in it or in a folder, and Triton."""
+"""What tests share: a real S3 server, started when a test asks for it, stores in it or in a folder, and Triton."""
 
 import os
 import secrets
@@ -12,9 +12,9 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     import torch
-    torch.set_num_threads(1)                            # results are made with one; more only wait for each other on two cores
+    torch.set_num_threads(1)                            # as results are made; more wait for each other on two cores
     if not torch.cuda.is_available():
-        os.environ["TRITON_INTERPRET"] = "1"            # asked when Triton is imported and when a kernel is defined: before both
+        os.environ["TRITON_INTERPRET"] = "1"            # before Triton is imported and a kernel defined: they ask
 
 
 def pytest_collection_modifyitems(config, items):

@@ -11,7 +11,8 @@ from PIL import Image
 def pixels(height: int = 40, width: int = 60) -> np.ndarray:
     """Smooth, so that JPEG keeps it; red grows to the right, green downwards: every corner is another colour."""
     down, right = np.mgrid[:height, :width]
-    return np.stack((255 * right / (width - 1), 255 * down / (height - 1), np.full((height, width), 40)), -1).astype(np.uint8)
+    return np.stack((255 * right / (width - 1), 255 * down / (height - 1), np.full((height, width), 40)),
+                    -1).astype(np.uint8)
 
 
 def encoded(image: Image.Image, kind: str = "png", **options) -> bytes:
@@ -53,7 +54,8 @@ def only_header(height: int, width: int) -> bytes:
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+    parts = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(b"\0" * 100)), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
 # what is the matter, as the complaint says it, and the file
@@ -63,7 +65,8 @@ BROKEN = {
     "flat.png": ("100x12 pixels", png(12, 100)),
     "cut.png": ("a PNG file of which the end is missing", png()[:-20]),
     "cut.jpg": ("a JPEG file of which the end is missing", jpeg()[:-40]),
-    "cut.webp": ("a WEBP file of which the end is missing", encoded(Image.fromarray(pixels()), "webp", lossless=True)[:-40]),
+    "cut.webp": ("a WEBP file of which the end is missing",
+                 encoded(Image.fromarray(pixels()), "webp", lossless=True)[:-40]),
     "head.png": ("damaged (Truncated File Read)", png()[:20]),
     "head.jpg": ("damaged (Truncated File Read)", jpeg()[:30]),
     "text.png": ("not a PNG, JPEG or WebP: it begins b'a red fox'", b"a red fox"),

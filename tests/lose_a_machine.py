@@ -1,6 +1,6 @@
 """Run by test_cluster.py in a process of its own: a cluster of two machines, of which one is lost during a run.
 
-The one that is lost holds a sampler and, in its object store, all embeddings; the encoder has left, and every GPU is taken.
+The one that is lost holds a sampler and, in its object store, all embeddings; the encoder has left, and no GPU is free.
 """
 
 import os
@@ -24,8 +24,8 @@ def main(folder: Path) -> None:
     other = machines.add_node(num_cpus=1, num_gpus=1)       # the encoder goes where the fewest GPUs are
     try:
         with cluster.connect(machines.address):
-            stages = fake_stages(folder, gpus={"encode": 1, "sample": 1}, sleeps_s={"sample": 0.3}, copies={"publish": 1},
-                                 embedding_bytes=1_000_000)
+            stages = fake_stages(folder, gpus={"encode": 1, "sample": 1}, sleeps_s={"sample": 0.3},
+                                 copies={"publish": 1}, embedding_bytes=1_000_000)
             seeds, attempts, notes = set(), set(), []
             for outcome in cluster.run(stages, map(pretend_request, range(40)),
                                        on_progress=lambda progress: notes.extend(progress.notes)):

@@ -28,7 +28,8 @@ def test_a_few_unseen_prompts_show_what_they_say():
 
 def test_equal_requests_give_equal_frames():
     prompt = "a red circle moves left on a gray background"
-    first, second = (next(render_prompts([prompt], CARD, CARD.folder, "cpu", num_steps=2, duration_s=1.0)) for _ in range(2))
+    first, second = (next(render_prompts([prompt], CARD, CARD.folder, "cpu", num_steps=2, duration_s=1.0))
+                     for _ in range(2))
     assert first.rgb.shape == (25, 64, 64, 3) and first.rgb.equal(second.rgb)
 
 

@@ -51,7 +51,8 @@ def faded(picture):
 
 @pytest.mark.parametrize("rgb", [
     scene(), scene(jitter=0.3), scene(level=30, spread=8), scene(level=245, spread=4),
-    with_stars(scene(level=3, spread=1)), cut(scene()), faded(scene()), flash(scene(), [6]), flash(scene(), [3, 7, 11]), scene(spread=3)],
+    with_stars(scene(level=3, spread=1)), cut(scene()), faded(scene()), flash(scene(), [6]), flash(scene(), [3, 7, 11]),
+    scene(spread=3)],
     ids=["still", "very still", "dark", "bright", "stars in the night", "a cut", "a fade from black", "one flash",
          "lightning", "fog"])
 def test_what_may_have_been_asked_for_passes(rgb):

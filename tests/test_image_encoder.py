@@ -20,7 +20,8 @@ SHAPE = VideoShape(frames=9, height=32, width=48)
 
 
 def request_for(card, data, uri="a.png", **changes):
-    said = dict(clip_id="c" * 64, model=card.name, weights_fingerprint="f", prompt="a red fox", negative_prompt="", seed=20, shape=SHAPE,
+    said = dict(clip_id="c" * 64, model=card.name, weights_fingerprint="f", prompt="a red fox", negative_prompt="",
+                seed=20, shape=SHAPE,
                 fps=16.0, num_steps=4, guidance=card.guidance, precision="fp32", attention="dense",
                 image=FirstFrame(sha256=hashlib.sha256(data).hexdigest(), uri=uri))
     return Request(**said | changes)
@@ -90,7 +91,8 @@ def test_clip_sees_the_image_in_its_own_size(encoder, files):
 
 def test_each_image_is_encoded_once_at_each_shape(encoder, files, monkeypatch):
     encoded = []
-    monkeypatch.setattr(encoder, "encode_image", lambda image, shape: encoded.append((image.uri, shape.frames)) or ((torch.zeros(1),), ()))
+    monkeypatch.setattr(encoder, "encode_image", lambda image, shape:
+                        encoded.append((image.uri, shape.frames)) or ((torch.zeros(1),), ()))
     short = VideoShape(frames=5, height=32, width=48)
     for prompt in ("one", "two"):
         for uri, shape in (("a.png", SHAPE), ("b.jpg", SHAPE), ("a.png", short)):
@@ -102,7 +104,8 @@ def test_each_image_is_encoded_once_at_each_shape(encoder, files, monkeypatch):
 def test_embeddings_are_shared_by_content_and_shape_of_the_image(files):
     key = request_for(WAN_TINY_I2V, files["a.png"]).embedding_key
     assert key == request_for(WAN_TINY_I2V, files["a.png"], "b.png", seed=1, num_steps=9).embedding_key
-    others = [request_for(WAN_TINY_I2V, files["b.jpg"]), request_for(WAN_TINY_I2V, files["a.png"], shape=VideoShape(frames=5, height=32, width=48)),
+    others = [request_for(WAN_TINY_I2V, files["b.jpg"]),
+              request_for(WAN_TINY_I2V, files["a.png"], shape=VideoShape(frames=5, height=32, width=48)),
               request_for(WAN_TINY_I2V, files["a.png"], image=None)]
     assert len({key, *(other.embedding_key for other in others)}) == 4
 
@@ -136,4 +139,5 @@ def test_a_size_that_follows_the_image_never_crops_it():
             except ValueError:
                 continue
             shape = VideoShape(frames=1, height=size[0], width=size[1])
-            assert cropped(torch.empty(1, 1, 1).expand(3, height, width), shape, card.side_step).shape == (3, height, width)
+            whole = torch.empty(1, 1, 1).expand(3, height, width)
+            assert cropped(whole, shape, card.side_step).shape == whole.shape

@@ -47,8 +47,8 @@ def test_pixels_are_the_releases_to_the_last_bit():
 
 @pytest.mark.parametrize("orientation, upright", [
     (1, lambda p: p), (2, lambda p: p[:, ::-1]), (3, lambda p: p[::-1, ::-1]), (4, lambda p: p[::-1]),
-    (5, lambda p: p.transpose(1, 0, 2)), (6, lambda p: np.rot90(p, -1)), (7, lambda p: np.rot90(p, 2).transpose(1, 0, 2)),
-    (8, lambda p: np.rot90(p))])
+    (5, lambda p: p.transpose(1, 0, 2)), (6, lambda p: np.rot90(p, -1)),
+    (7, lambda p: np.rot90(p, 2).transpose(1, 0, 2)), (8, lambda p: np.rot90(p))])
 def test_an_image_is_held_as_its_camera_was(orientation, upright):
     data, want = jpeg(orientation=orientation), np.ascontiguousarray(upright(pixels()))
     assert examine(data) == ImageSize(height=want.shape[0], width=want.shape[1])
@@ -77,7 +77,8 @@ def test_what_is_transparent_is_white():
 def test_of_an_animation_the_first_frame_is_taken():
     frames = [Image.fromarray(pixels()), Image.new("RGB", (60, 40), "white")]
     for kind in ("webp", "png"):
-        data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **({"lossless": True} if kind == "webp" else {}))
+        data = encoded(frames[0], kind, save_all=True, append_images=frames[1:],
+                       **({"lossless": True} if kind == "webp" else {}))
         assert off(decode(data), pixels()) <= 1e-4
 
 
@@ -111,7 +112,8 @@ def test_what_phones_append_to_a_jpeg_is_no_damage_and_a_preview_is_no_end():
         examine(whole[:-2])
 
 
-@pytest.mark.parametrize("data", [png(), jpeg(), encoded(Image.fromarray(pixels()), "webp")], ids=["png", "jpeg", "webp"])
+@pytest.mark.parametrize("data", [png(), jpeg(), encoded(Image.fromarray(pixels()), "webp")],
+                         ids=["png", "jpeg", "webp"])
 def test_damage_in_the_middle_is_an_image_error_or_an_image(data):
     rng = np.random.default_rng(3)
     for _ in range(60):
@@ -146,11 +148,14 @@ def test_paths_stay_under_the_manifests_folder(tmp_path):
     (folder / "round").symlink_to("round")
     for name in ("a.png", "./a.png", "deep/../a.png", "deep/b.png", str(folder / "a.png"), "link-in.png"):
         assert isinstance(find_image(str(folder), name), FoundImage), name
-    for name, said in (("../outside.png", "outside the manifest's folder"), ("link-out.png", "outside the manifest's folder"),
-                       ("out/outside.png", "outside the manifest's folder"), ("/etc/passwd", "outside the manifest's folder"),
+    for name, said in (("../outside.png", "outside the manifest's folder"),
+                       ("link-out.png", "outside the manifest's folder"),
+                       ("out/outside.png", "outside the manifest's folder"),
+                       ("/etc/passwd", "outside the manifest's folder"),
                        (str(tmp_path / "outside.png"), "outside the manifest's folder"), ("c.png", "no such file"),
-                       ("a.png/b", "no such file"), ("round", "no such file"), ("deep", "not a file"), ("", "not a file"),
-                       (f"file://{folder}/a.png", "neither a path nor s3://"), (f"FILE:{folder}/a.png", "neither a path nor s3://"),
+                       ("a.png/b", "no such file"), ("round", "no such file"), ("deep", "not a file"),
+                       ("", "not a file"), (f"file://{folder}/a.png", "neither a path nor s3://"),
+                       (f"FILE:{folder}/a.png", "neither a path nor s3://"),
                        ("https://example.org/a.png", "neither a path nor s3://"), ("x" * 1000, "File name too long")):
         found = find_image(str(folder), name)
         assert isinstance(found, ImageError) and said in str(found), (name, found)
@@ -174,10 +179,11 @@ def test_images_in_a_bucket_are_read_and_each_trouble_is_its_rows(s3_bucket):
     store = open_store(s3_bucket)
     store.put("night/a.png", png())
     store.put("huge.png", bytes(image_file.MAX_BYTES + 1))
-    names = ["a.png", f"{s3_bucket}/night/a.png", f"{s3_bucket}/night/b.png", f"{s3_bucket}/huge.png", "s3://no-such-bucket-here/a.png",
-             "s3://user:secret@b/a.png", "s3://", s3_bucket]
+    names = ["a.png", f"{s3_bucket}/night/a.png", f"{s3_bucket}/night/b.png", f"{s3_bucket}/huge.png",
+             "s3://no-such-bucket-here/a.png", "s3://user:secret@b/a.png", "s3://", s3_bucket]
     found = find_images([(f"{s3_bucket}/night", name) for name in names])
-    assert found[0] == found[1] and found[0].uri == f"{s3_bucket}/night/a.png" and found[0].size == ImageSize(height=40, width=60)
+    assert found[0] == found[1] and found[0].uri == f"{s3_bucket}/night/a.png"
+    assert found[0].size == ImageSize(height=40, width=60)
     for error, said in zip(found[2:], ["no such object", "67,108,865 bytes", "has no bucket no-such-bucket-here",
                                        *["not s3://BUCKET/KEY"] * 3], strict=True):
         assert isinstance(error, ImageError) and said in str(error)

@@ -159,33 +159,39 @@ def test_the_image_is_part_of_the_clip_by_its_content_and_not_by_its_name(tmp_pa
         (tmp_path / name).write_bytes(data)
     plan = plan_of(tmp_path, card=I2V, prompt=["x"] * 4, seed=[1] * 4, image=["a.png", "b.png", "twin.png", "./a.png"])
     first, other = plan.requests()
-    assert [row.row for row in plan.rows_of(first.clip_id)] == [0, 2, 3] and [row.row for row in plan.rows_of(other.clip_id)] == [1]
+    assert [row.row for row in plan.rows_of(first.clip_id)] == [0, 2, 3]
+    assert [row.row for row in plan.rows_of(other.clip_id)] == [1]
     assert first.image == FirstFrame(sha256=hashlib.sha256(png()).hexdigest(), uri=str(tmp_path / "a.png"))
     for request in (first, other):
         shape = request.shape
         assert request.clip_id == clip_id_of(
-            prompt="x", negative_prompt=I2V.negative_prompt, seed=1, model=I2V.name, frames=shape.frames, height=shape.height, width=shape.width,
-            num_steps=40, guidance=5.0, precision="fp32", attention="dense", weights_fingerprint="w" * 64, image=request.image.sha256)
+            prompt="x", negative_prompt=I2V.negative_prompt, seed=1, model=I2V.name, frames=shape.frames,
+            height=shape.height, width=shape.width,
+            num_steps=40, guidance=5.0, precision="fp32", attention="dense", weights_fingerprint="w" * 64,
+            image=request.image.sha256)
     (tmp_path / "a.png").write_bytes(png(41, 60))
     changed = plan_of(tmp_path, card=I2V, prompt=["x"], seed=[1], image=["a.png"])
     assert next(changed.requests()).clip_id != first.clip_id
-    assert changed.images_digest != plan_of(tmp_path, card=I2V, prompt=["x"], seed=[1], image=["twin.png"]).images_digest
+    before = plan_of(tmp_path, card=I2V, prompt=["x"], seed=[1], image=["twin.png"])
+    assert changed.images_digest != before.images_digest
 
 
 def test_a_clip_without_an_image_has_the_name_it_always_had(tmp_path):
     [request] = plan_of(tmp_path, prompt=["a"], seed=[1], frames=[49]).requests()
-    assert request.image is None and request.clip_id == "807b94bd41a26926acecb96ef6af0894cd3da9064289c7f441e3c2ce9f7ad1c1"
+    assert request.image is None
+    assert request.clip_id == "807b94bd41a26926acecb96ef6af0894cd3da9064289c7f441e3c2ce9f7ad1c1"
 
 
 @pytest.mark.parametrize("size, resolution, shape", [
-    ((480, 832), None, "832x480x81"), ((1080, 1920), None, "832x464x81"), ((1920, 1080), "480p", "464x832x81"), ((900, 900), "720p", "960x960x81"),
-    ((900, 900), "832x480", "832x480x81"), ((600, 1400), "480p", "960x400x81")])
+    ((480, 832), None, "832x480x81"), ((1080, 1920), None, "832x464x81"), ((1920, 1080), "480p", "464x832x81"),
+    ((900, 900), "720p", "960x960x81"), ((900, 900), "832x480", "832x480x81"), ((600, 1400), "480p", "960x400x81")])
 def test_a_named_resolution_is_an_area_in_the_images_aspect_and_a_size_is_a_size(tmp_path, size, resolution, shape):
     (tmp_path / "a.png").write_bytes(png(*size))
     plan = plan_of(tmp_path, card=I2V, prompt=["x"], image=["a.png"], resolution=pa.array([resolution], pa.string()))
     [request] = plan.requests()
     assert str(request.shape) == shape
-    assert plan.summary()["buckets"][0] | dict(width=request.shape.width, height=request.shape.height) == plan.summary()["buckets"][0]
+    bucket = plan.summary()["buckets"][0]
+    assert (bucket["width"], bucket["height"]) == (request.shape.width, request.shape.height)
 
 
 def test_the_plan_holds_an_image_upright(tmp_path):
@@ -201,7 +207,8 @@ def test_every_trouble_with_an_image_joins_the_complaints_and_the_rest_is_planne
     (tmp_path / "long.png").write_bytes(png(32, 900))
     images = [*BROKEN, "good.png", None, "../x.png", "gone.png", "long.png", "long.png", "\x1b[31m.png"]
     resolutions = [None] * (len(images) - 2) + ["832x480", None]
-    columns = dict(prompt=["x"] * len(images), image=pa.array(images, pa.string()), resolution=pa.array(resolutions, pa.string()))
+    columns = dict(prompt=["x"] * len(images), image=pa.array(images, pa.string()),
+                   resolution=pa.array(resolutions, pa.string()))
     with pytest.raises(ManifestError) as caught:
         plan_of(tmp_path, card=I2V, **columns)
     found = {complaint.row: complaint for complaint in caught.value.complaints}
@@ -211,11 +218,14 @@ def test_every_trouble_with_an_image_joins_the_complaints_and_the_rest_is_planne
     for row, (name, (said, _)) in enumerate(BROKEN.items()):
         assert found[row].given.startswith(f"'{name}': {said}") and found[row].allowed == ALLOWED_IMAGE
     assert found[n + 1].given == "nothing" and found[n + 1].allowed.endswith("wan2.1-i2v-14b makes video from an image")
-    assert [found[row].given for row in (n + 2, n + 3)] == ["'../x.png': outside the manifest's folder", "'gone.png': no such file"]
-    assert found[n + 4].given == "900x32 pixels" and "sides must be at least 128 for wan2.1-i2v-14b" in found[n + 4].allowed
+    assert [found[row].given for row in (n + 2, n + 3)] == \
+        ["'../x.png': outside the manifest's folder", "'gone.png': no such file"]
+    assert found[n + 4].given == "900x32 pixels"
+    assert "sides must be at least 128 for wan2.1-i2v-14b" in found[n + 4].allowed
     assert found[n + 6].given == r"'\x1b[31m.png': no such file"
     plan = plan_of(tmp_path, card=I2V, skip_invalid=True, **columns)
-    assert [request.image.uri for request in plan.requests()] == [str(tmp_path / "good.png"), str(tmp_path / "long.png")]
+    assert [request.image.uri for request in plan.requests()] == \
+        [str(tmp_path / "good.png"), str(tmp_path / "long.png")]
     assert (plan.num_invalid_rows, plan.summary()["images"]) == (len(found), 2)
 
 
@@ -223,7 +233,8 @@ def test_paths_begin_at_the_folder_of_their_own_file(tmp_path):
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "a.png").write_bytes(png(40 if folder == "one" else 44))
-        pq.write_table(pa.table(dict(prompt=["x", "y"], image=["a.png", "a.png"], id=[f"{folder}-1", f"{folder}-2"])), tmp_path / folder / "m.parquet")
+        pq.write_table(pa.table(dict(prompt=["x", "y"], image=["a.png", "a.png"], id=[f"{folder}-1", f"{folder}-2"])),
+                       tmp_path / folder / "m.parquet")
     manifest = Manifest.read(str(tmp_path / "*/m.parquet"))
     plan = Plan.make(manifest, I2V, weights_fingerprint="w" * 64, precision="fp32")
     uris = {plan.rows_of(request.clip_id)[0].id: request.image.uri for request in plan.requests()}
@@ -235,7 +246,8 @@ def test_an_images_clips_come_together_and_it_is_read_once(tmp_path, monkeypatch
         (tmp_path / name).write_bytes(png(40 if name == "a.png" else 41, 60))
     read = []
     monkeypatch.setattr("pipeline.images.read_image", lambda uri: read.append(uri) or Path(uri).read_bytes())
-    plan = plan_of(tmp_path, card=I2V, prompt=["x", "x", "y", "y"] * 25, image=["a.png", "b.png"] * 50, resolution=["480x480"] * 100)
+    plan = plan_of(tmp_path, card=I2V, prompt=["x", "x", "y", "y"] * 25, image=["a.png", "b.png"] * 50,
+                   resolution=["480x480"] * 100)
     order = [(Path(request.image.uri).name, request.prompt) for request in plan.requests()]
     assert order == sorted(order) and len(read) == 2
 

@@ -11,7 +11,8 @@ from pipeline.driver import Progress, StageProgress
 
 
 def stage(name, done, **changes):
-    return StageProgress(**(dict(name=name, copies=1, starting=0, queued=3, in_flight=2, done=done, seconds=0.1) | changes))
+    return StageProgress(**(dict(name=name, copies=1, starting=0, queued=3, in_flight=2, done=done,
+                                 seconds=0.1) | changes))
 
 
 def told(done, failed=0, notes=()):

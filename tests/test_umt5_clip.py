@@ -14,7 +14,8 @@ from model.weights import CheckpointError
 
 def umt5_fields(said):
     return {"model_type": "umt5", "vocab_size": said["vocab_size"], "d_model": said["dim"], "d_ff": said["dim_ffn"],
-            "d_kv": said["dim_attn"] // said["num_heads"], "num_heads": said["num_heads"], "num_layers": said["num_layers"],
+            "d_kv": said["dim_attn"] // said["num_heads"], "num_heads": said["num_heads"],
+            "num_layers": said["num_layers"],
             "relative_attention_num_buckets": said["num_buckets"], "relative_attention_max_distance": said["max_dist"]}
 
 
@@ -26,8 +27,8 @@ def umt5(golden, layout, folder, precision="fp32"):
         encoder, config = folder, None
         (folder / "config.json").write_text(json.dumps(umt5_fields(golden.config)))
         (folder / "model.safetensors").write_bytes((golden.folder / "weights_transformers.safetensors").read_bytes())
-    return UMT5TextEncoder(encoder, E2E / "t5/tokenizer", "cpu", name="golden", precision=precision, max_tokens=48, width=40,
-                           config=config)
+    return UMT5TextEncoder(encoder, E2E / "t5/tokenizer", "cpu", name="golden", precision=precision, max_tokens=48,
+                           width=40, config=config)
 
 
 @pytest.mark.parametrize("layout", ["original", "transformers"])
@@ -75,8 +76,8 @@ def test_the_full_encoder_has_the_published_tensors_in_both_layouts():
     names = [name for name, _ in model.named_parameters()]
     assert sum(p.numel() for p in model.parameters()) == 5_680_910_336 and len(names) == 242
     assert keys.UMT5.unknown(names) == []
-    parts = ["norm1.weight", "norm2.weight", *(f"attn.{part}.weight" for part in "qkvo"), "pos_embedding.embedding.weight",
-             "ffn.gate.0.weight", "ffn.fc1.weight", "ffn.fc2.weight"]
+    parts = ["norm1.weight", "norm2.weight", *(f"attn.{part}.weight" for part in "qkvo"),
+             "pos_embedding.embedding.weight", "ffn.gate.0.weight", "ffn.fc1.weight", "ffn.fc2.weight"]
     published = {"token_embedding.weight", "norm.weight", *(f"blocks.{i}.{part}" for i in range(24) for part in parts)}
     assert {keys.UMT5_WAN.ours(name) for name in published} == set(names) and len(published) == 242
 
@@ -88,15 +89,16 @@ def test_a_t5_encoder_is_not_taken_for_a_umt5(tmp_path):
 
 
 def clip_config(said):
-    return ClipVisionConfig(picture=said["image_size"], patch=said["patch_size"], width=said["dim"], heads=said["num_heads"],
-                            blocks=said["num_layers"] - 1, mlp=said["dim"] * said["mlp_ratio"])
+    return ClipVisionConfig(picture=said["image_size"], patch=said["patch_size"], width=said["dim"],
+                            heads=said["num_heads"], blocks=said["num_layers"] - 1, mlp=said["dim"] * said["mlp_ratio"])
 
 
 def clip(golden, folder, precision="fp32"):
     """From the original file as `dailies convert` leaves it."""
     config = clip_config(golden.config)
     stored, _ = checkpoint.unpack((golden.folder / "weights.safetensors").read_bytes())
-    tensors = {keys.CLIP_VISION.released(name): tensor for name, tensor in from_open_clip(stored, config.blocks).items()}
+    tensors = {keys.CLIP_VISION.released(name): tensor
+               for name, tensor in from_open_clip(stored, config.blocks).items()}
     checkpoint.save(folder / "clip.safetensors", tensors)
     return checkpoint.build(lambda: ClipVision(config), folder / "clip.safetensors", keys.CLIP_VISION, name="golden",
                             device="cpu", precision=precision)

@@ -17,19 +17,22 @@ SOLVERS = {"unipc": unipc, "dpm++": dpm_solver}
 SMALL = WanConfig(width=48, heads=2, layers=1, ffn=64, time_features=32, text_dim=20, text_len=12)
 TABLES = (keys.WAN, keys.WAN_DIFFUSERS, keys.WAN_REPACKED)
 DIT_CASES = [(case, weights) for case in [*names("wan_dit"), *names("wan_i2v21"), *names("wan_i2v22")]
-             for weights in ("weights", "weights_diffusers") if (Golden(case).folder / f"{weights}.safetensors").exists()]
+             for weights in ("weights", "weights_diffusers")
+             if (Golden(case).folder / f"{weights}.safetensors").exists()]
 
 
 def config_of(said):
-    return WanConfig(patch=tuple(said["patch_size"]), latent_channels=said["out_dim"], condition_channels=said["in_dim"] - said["out_dim"],
+    return WanConfig(patch=tuple(said["patch_size"]), latent_channels=said["out_dim"],
+                     condition_channels=said["in_dim"] - said["out_dim"],
                      width=said["dim"], heads=said["num_heads"], layers=said["num_layers"], ffn=said["ffn_dim"],
                      time_features=said["freq_dim"], text_dim=said["text_dim"], text_len=said["text_len"],
                      image_dim=said.get("img_emb in_dim (1280 in the published model)"))
 
 
 def build(golden, weights="weights", precision="fp32", config=None):
-    return checkpoint.build(lambda: WanDiT(config_of(config or golden.config)), golden.folder / f"{weights}.safetensors", *TABLES,
-                            name="golden", device="cpu", precision=precision)
+    path = golden.folder / f"{weights}.safetensors"
+    return checkpoint.build(lambda: WanDiT(config_of(config or golden.config)), path,
+                            *TABLES, name="golden", device="cpu", precision=precision)
 
 
 def velocity_of(dit, golden):
@@ -66,13 +69,14 @@ def test_both_layouts_and_the_repacked_one_are_one_model(tmp_path):
     golden = Golden("wan_i2v21_a")
     tensors, _ = checkpoint.unpack((golden.folder / "weights.safetensors").read_bytes())
     other, _ = checkpoint.unpack((golden.folder / "weights_diffusers.safetensors").read_bytes())
-    checkpoint.save(tmp_path / "repacked.safetensors", {f"model.diffusion_model.{name}": tensor for name, tensor in tensors.items()})
+    checkpoint.save(tmp_path / "repacked.safetensors",
+                    {f"model.diffusion_model.{name}": tensor for name, tensor in tensors.items()})
     # diffusers' files may carry a norm that nothing uses
     checkpoint.save(tmp_path / "added.safetensors", other | {"blocks.0.attn2.norm_added_q.weight": torch.ones(48)})
     models = [build(golden).state_dict()]
     for file in ("repacked", "added"):
-        models.append(checkpoint.build(lambda: WanDiT(config_of(golden.config)), tmp_path / f"{file}.safetensors", *TABLES,
-                                       name="golden", device="cpu", precision="fp32").state_dict())
+        models.append(checkpoint.build(lambda: WanDiT(config_of(golden.config)), tmp_path / f"{file}.safetensors",
+                                       *TABLES, name="golden", device="cpu", precision="fp32").state_dict())
     for state in models[1:]:
         assert all(torch.equal(state[name], tensor) for name, tensor in models[0].items())
 
@@ -81,7 +85,8 @@ def test_both_layouts_and_the_repacked_one_are_one_model(tmp_path):
 def test_bf16_weights_keep_time_modulation_head_and_residual_stream_in_fp32_and_stay_near(case, weights):
     golden = Golden(case)
     dit, streams = build(golden, weights, "bf16"), []
-    assert dit.blocks[0].attn.q.weight.dtype == dit.patch_embed.weight.dtype == dit.text_in.weight.dtype == torch.bfloat16
+    for layer in (dit.blocks[0].attn.q, dit.patch_embed, dit.text_in):
+        assert layer.weight.dtype == torch.bfloat16
     for module in (dit.time_in, dit.time_out, dit.time_modulation, dit.head.linear, dit.blocks[0].norm_cross):
         assert module.weight.dtype == torch.float32
     for block in dit.blocks:
@@ -119,7 +124,8 @@ def test_a_model_gets_image_rows_exactly_when_it_attends_to_them():
 
 def test_a_batch_of_two_times_equals_each_alone():
     dit = randomised()
-    latent, texts, times = torch.randn(2, 16, 2, 4, 6), [torch.randn(4, 20), torch.randn(9, 20)], torch.tensor([997.0, 31.0])
+    latent, texts = torch.randn(2, 16, 2, 4, 6), [torch.randn(4, 20), torch.randn(9, 20)]
+    times = torch.tensor([997.0, 31.0])
     together = dit(latent, times, dit.embed(texts))
     for place in range(2):
         alone = dit(latent[place:place + 1], times[place:place + 1], dit.embed(texts[place:place + 1]))
@@ -129,8 +135,9 @@ def test_a_batch_of_two_times_equals_each_alone():
 def test_norms_have_the_releases_eps_and_gains():
     dit = randomised(WanConfig(**vars(SMALL) | {"image_dim": 8}))
     eps = {name: (m.eps, m.elementwise_affine) for name, m in dit.named_modules() if isinstance(m, torch.nn.LayerNorm)}
-    assert eps == {"blocks.0.norm_attn": (1e-6, False), "blocks.0.norm_ffn": (1e-6, False), "blocks.0.norm_cross": (1e-6, True),
-                   "head.norm": (1e-6, False), "image_embed.norm_in": (1e-5, True), "image_embed.norm_out": (1e-5, True)}
+    assert eps == {"blocks.0.norm_attn": (1e-6, False), "blocks.0.norm_ffn": (1e-6, False),
+                   "blocks.0.norm_cross": (1e-6, True), "head.norm": (1e-6, False), "image_embed.norm_in": (1e-5, True),
+                   "image_embed.norm_out": (1e-5, True)}
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -140,7 +147,8 @@ def test_sigmas_and_whole_timesteps_equal_the_release(solver):
         for steps in golden.config["steps"]:
             sigmas, name = wan_sigmas(steps, shift, solver), f"{solver}.shift{shift:g}.steps{steps}"
             assert (sigmas - golden.outputs[f"sigmas.{name}"]).abs().max() <= golden.tolerance["sigmas"]
-            assert [whole_timestep(sigma) for sigma in sigmas[:-1].tolist()] == golden.outputs[f"timesteps.{name}"].tolist()
+            timesteps = [whole_timestep(sigma) for sigma in sigmas[:-1].tolist()]
+            assert timesteps == golden.outputs[f"timesteps.{name}"].tolist()
             checked += 1
     assert checked == 16
 

@@ -1,4 +1,4 @@
-"""Wan prompts to frames through the actors: two experts as the release runs them, and clips decided by their requests alone."""
+"""Wan prompts to frames through the actors: two experts as in the release, and clips decided by requests alone."""
 
 import dataclasses
 from dataclasses import replace
@@ -17,7 +17,8 @@ from wan_tiny import WAN_TINY, WAN_TINY_A14B, WAN_TINY_I2V_A14B, write_weights
 
 
 def request_for(card, **changes):
-    said = dict(clip_id="c" * 64, model=card.name, weights_fingerprint="f", prompt="a red fox runs over the snow", negative_prompt="",
+    said = dict(clip_id="c" * 64, model=card.name, weights_fingerprint="f", prompt="a red fox runs over the snow",
+                negative_prompt="",
                 seed=20, shape=VideoShape(frames=9, height=32, width=48), fps=16.0, num_steps=4, guidance=card.guidance,
                 precision="fp32", attention="dense")
     return Request(**said | changes)
@@ -39,16 +40,19 @@ def a14b(tmp_path_factory):
     golden, folder = Golden("wan_a14b_i2v_a"), tmp_path_factory.mktemp("a14b")
     for expert in ("high_noise_model", "low_noise_model"):
         (folder / expert).mkdir()
-        (folder / expert / "diffusion_pytorch_model.safetensors").write_bytes((golden.folder / f"weights_{expert}.safetensors").read_bytes())
+        weights = golden.folder / f"weights_{expert}.safetensors"
+        (folder / expert / "diffusion_pytorch_model.safetensors").write_bytes(weights.read_bytes())
     said = golden.config["model"]
     card = replace(WAN_TINY_I2V_A14B, guidance=golden.config["guide_scale"][1], shift=golden.config["shift"],
                    boundary=int(1000 * golden.config["boundary"]),
-                   dit_fields=dict(width=said["dim"], heads=said["num_heads"], layers=said["num_layers"], ffn=said["ffn_dim"],
+                   dit_fields=dict(width=said["dim"], heads=said["num_heads"], layers=said["num_layers"],
+                                   ffn=said["ffn_dim"],
                                    time_features=said["freq_dim"], text_dim=said["text_dim"], text_len=said["text_len"],
                                    condition_channels=20))
-    request = request_for(card, num_steps=golden.config["sampling_steps"], shape=VideoShape(frames=5, height=32, width=48))
-    embedding = Embedding(request=request, prompt=(golden.inputs["context"],), negative=(golden.inputs["context_null"],),
-                          image=(golden.inputs["y"],))
+    request = request_for(card, num_steps=golden.config["sampling_steps"],
+                          shape=VideoShape(frames=5, height=32, width=48))
+    embedding = Embedding(request=request, prompt=(golden.inputs["context"],),
+                          negative=(golden.inputs["context_null"],), image=(golden.inputs["y"],))
     return golden, folder, card, embedding
 
 
@@ -109,7 +113,8 @@ def test_guidance_of_the_low_noise_expert_is_a_share_of_the_rows(weights, monkey
 def test_a_batch_changes_no_bit_of_a_clip(weights):
     folder = weights["wan-tiny"]
     encoder, denoiser, decoder = TextEncoder(WAN_TINY, folder), WanDenoiser(WAN_TINY, folder), Decoder(WAN_TINY, folder)
-    embeddings = encoder([request_for(WAN_TINY, clip_id=str(i), prompt=prompt, seed=i) for i, prompt in enumerate(("a red fox", "snow", ""))])
+    embeddings = encoder([request_for(WAN_TINY, clip_id=str(i), prompt=prompt, seed=i)
+                          for i, prompt in enumerate(("a red fox", "snow", ""))])
     together = decoder(denoiser(embeddings))
     alone = [decoder(denoiser([embedding]))[0] for embedding in reversed(embeddings)][::-1]
     assert all(torch.equal(one.rgb, other.rgb) for one, other in zip(together, alone, strict=True))
@@ -129,7 +134,8 @@ def test_both_layouts_give_the_same_clip(weights, tmp_path):
 def test_solver_and_shift_are_the_cards(solver, weights):
     card = replace(WAN_TINY, solver=solver)
     embeddings = TextEncoder(card, weights["wan-tiny"])([request_for(card)])
-    latents = [WanDenoiser(replace(card, shift=shift), weights["wan-tiny"])(embeddings)[0].streams[0] for shift in (5.0, 3.0)]
+    latents = [WanDenoiser(replace(card, shift=shift), weights["wan-tiny"])(embeddings)[0].streams[0]
+               for shift in (5.0, 3.0)]
     assert all(latent.isfinite().all() for latent in latents) and not torch.equal(*latents)
 
 

@@ -16,16 +16,18 @@ TOKENIZER = Path(__file__).parent / "goldens/linum_e2e_a/checkpoint/t5/tokenizer
 
 TINY_DIT = dict(width=48, heads=2, layers=2, ffn=64, time_features=64, text_dim=32, text_len=26)
 TINY = dict(
-    repo_id=None, resolutions={"32p": (32, 48)}, resolution="32p", min_side=16, max_pixels=64 * 64, num_steps=3, duration_s=1.0,
-    memory_gb={}, vae_fields=dict(width=2),
+    repo_id=None, resolutions={"32p": (32, 48)}, resolution="32p", min_side=16, max_pixels=64 * 64, num_steps=3,
+    duration_s=1.0, memory_gb={}, vae_fields=dict(width=2),
     text_encoder_fields=UMT5_XXL | dict(vocab_size=137, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4))
 
-WAN_TINY = replace(WAN21_T2V_1_3B, name="wan-tiny", description="random weights, for tests", **TINY, dit_fields=TINY_DIT)
+WAN_TINY = replace(WAN21_T2V_1_3B, name="wan-tiny", description="random weights, for tests", **TINY,
+                   dit_fields=TINY_DIT)
 WAN_TINY_A14B = replace(WAN22_T2V_A14B, name="wan-tiny-a14b", **TINY, dit_fields=TINY_DIT)
 WAN_TINY_I2V = replace(
     WAN21_I2V_14B, name="wan-tiny-i2v", **TINY, dit_fields=TINY_DIT | dict(condition_channels=20, image_dim=24),
     clip_fields=dict(picture=28, patch=14, width=24, heads=2, blocks=2, mlp=48))
-WAN_TINY_I2V_A14B = replace(WAN22_I2V_A14B, name="wan-tiny-i2v-a14b", **TINY, dit_fields=TINY_DIT | dict(condition_channels=20))
+WAN_TINY_I2V_A14B = replace(WAN22_I2V_A14B, name="wan-tiny-i2v-a14b", **TINY,
+                            dit_fields=TINY_DIT | dict(condition_channels=20))
 
 CARDS = (WAN_TINY, WAN_TINY_A14B, WAN_TINY_I2V, WAN_TINY_I2V_A14B)
 

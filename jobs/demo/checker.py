@@ -34,7 +34,8 @@ def read_attributes(rgb: Tensor) -> dict[str, str]:
     else:
         direction = "down" if dy > 0 else "up"
     return dict(shape=shape, color=nearest(color, COLORS), background=nearest(background, BACKGROUNDS),
-                direction=direction, size=nearest_ratio(radius, RADII), speed=nearest_ratio(max(abs(dx), abs(dy)), SPEEDS))
+                direction=direction, size=nearest_ratio(radius, RADII),
+                speed=nearest_ratio(max(abs(dx), abs(dy)), SPEEDS))
 
 
 def top_value(x: Tensor, share: float) -> Tensor:
@@ -45,7 +46,8 @@ def top_value(x: Tensor, share: float) -> Tensor:
 def centroids(coverage: Tensor) -> Tensor:
     cells = torch.arange(SIZE) + 0.5
     mass = coverage.sum(dim=(1, 2)).clamp_min(1e-6)
-    return torch.stack(((coverage * cells).sum(dim=(1, 2)) / mass, (coverage * cells[:, None]).sum(dim=(1, 2)) / mass), dim=1)
+    return torch.stack(((coverage * cells).sum(dim=(1, 2)) / mass,
+                        (coverage * cells[:, None]).sum(dim=(1, 2)) / mass), dim=1)
 
 
 def best_shape(coverage: Tensor, centres: Tensor, area: Tensor) -> str:

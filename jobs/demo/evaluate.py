@@ -17,7 +17,7 @@ from pipeline.text_to_video import DENOISERS
 
 
 def unseen(count: int, *, seed: int = 7) -> list[tuple[Scene, str]]:
-    """Scenes and complete sentences from a seed that training does not use; every second one holds a combination kept from it."""
+    """Scenes and complete sentences from a seed not used in training; every second is a combination kept from it."""
     rng = random.Random(f"unseen {seed}")
     scenes = [Scene.draw(rng, held_out=i % 2 == 1) for i in range(count)]
     return [(scene, describe(scene, rng)) for scene in scenes]

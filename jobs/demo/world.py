@@ -27,7 +27,8 @@ ATTRIBUTES = {"shape": tuple(EXTENTS), "color": tuple(COLORS), "background": tup
               "direction": tuple(DIRECTIONS), "size": tuple(RADII), "speed": tuple(SPEEDS)}
 
 # Never drawn for training: a model that renders them has learnt the attributes, not the list of clips.
-HELD_OUT = (dict(shape="circle", color="cyan"), dict(shape="square", color="purple"), dict(shape="triangle", color="red"),
+HELD_OUT = (dict(shape="circle", color="cyan"), dict(shape="square", color="purple"),
+            dict(shape="triangle", color="red"),
             dict(shape="cross", color="yellow"), dict(background="brown", direction="up"))
 
 
@@ -63,7 +64,7 @@ class Scene:
         return RADII[self.size] * (0.94 + 0.12 * self.variation[0])
 
     def path(self, frames: int) -> tuple[tuple[float, float], tuple[float, float]]:
-        """Centre in frame 0 and velocity in pixels per frame, both (x, y); the shape stays inside for `frames` frames."""
+        """Centre in frame 0 and velocity in pixels per frame, both (x, y); the shape stays inside for all `frames`."""
         pace = SPEEDS[self.speed] * (0.9 + 0.2 * self.variation[1])
         velocity = tuple(pace * d for d in DIRECTIONS[self.direction])
         left, up, right, down = (reach * self.radius + 1.5 for reach in EXTENTS[self.shape])
@@ -114,7 +115,8 @@ WORDS = {
     "cross": ("cross", "cross", "plus sign"),
     "gray": ("gray", "gray", "grey"), "purple": ("purple", "purple", "violet"), "cyan": ("cyan", "cyan", "turquoise"),
     "small": ("small", "small", "little", "tiny"), "large": ("large", "large", "big", "huge"),
-    "slow": ("slowly", "slowly", "at a slow pace", "unhurriedly"), "fast": ("quickly", "fast", "rapidly", "at high speed"),
+    "slow": ("slowly", "slowly", "at a slow pace", "unhurriedly"),
+    "fast": ("quickly", "fast", "rapidly", "at high speed"),
     "left": ("left", "left", "to the left", "leftwards"), "right": ("right", "right", "to the right", "rightwards"),
     "up": ("up", "up", "upwards", "to the top"), "down": ("down", "down", "downwards", "to the bottom"),
 }
