@@ -1,7 +1,7 @@
 """Makes the demo model fast: a student of one to four steps without guidance, and one that bears sparse attention.
 
-python -m jobs.train_demo --distill --work build/demo             writes dit/demo-turbo.safetensors beside the teacher
-python -m jobs.train_demo --tune-sparse --work build/demo         writes dit/demo-sparse.safetensors
+python -m jobs.train_demo --distill --work build/demo             writes demo_turbo/dit.safetensors beside model/demo
+python -m jobs.train_demo --tune-sparse --work build/demo         writes demo_sparse/dit.safetensors
 
 The demo model's weights are teacher and start of both.
 

@@ -302,11 +302,11 @@ DEMO = LinumCard(
     memory_gb={"encode": 1, "sample": 1, "publish": 1},
 )
 
-# the two that jobs/distill_demo.py makes of it; they have its text encoder and VAE
+# the two that jobs/distill_demo.py makes of it, beside its folder; they have its text encoder and VAE
 DEMO_TURBO = StudentCard(
     name="demo-turbo",
     description="the demo model in one to four steps: a student, distilled from it",
-    dit_file="dit/demo-turbo.safetensors",
+    dit_file="../demo_turbo/dit.safetensors",
     **{name: getattr(DEMO, name) for name in ("folder", "resolutions", "resolution", "min_side", "max_pixels",
                                               "sparse_blocks", "dit_fields", "vae_fields", "memory_gb")},
 )
@@ -315,7 +315,7 @@ DEMO_SPARSE = replace(
     DEMO,
     name="demo-sparse",
     description="the demo model, tuned for sparse attention",
-    dit_file="dit/demo-sparse.safetensors",
+    dit_file="../demo_sparse/dit.safetensors",
     attentions=("sparse", "sage"),
     tuned_for_sparse=True,
 )
@@ -442,5 +442,5 @@ TURBO_WAN22_I2V_A14B = replace(
 )
 
 CATALOG: dict[str, ModelCard] = {card.name: card for card in (
-    DEMO, LINUM_V2_360P, LINUM_V2_720P, WAN21_T2V_1_3B, WAN21_T2V_14B, WAN21_I2V_14B, WAN22_T2V_A14B, WAN22_I2V_A14B,
-    TURBO_WAN21_T2V_1_3B, TURBO_WAN21_T2V_14B_480P, TURBO_WAN21_T2V_14B_720P, TURBO_WAN22_I2V_A14B)}
+    DEMO, DEMO_TURBO, LINUM_V2_360P, LINUM_V2_720P, WAN21_T2V_1_3B, WAN21_T2V_14B, WAN21_I2V_14B, WAN22_T2V_A14B,
+    WAN22_I2V_A14B, TURBO_WAN21_T2V_1_3B, TURBO_WAN21_T2V_14B_480P, TURBO_WAN21_T2V_14B_720P, TURBO_WAN22_I2V_A14B)}
