@@ -53,7 +53,10 @@ def convert(source: str, model: str, to: str, *, precision: str | None = None, j
     if precision not in (None, "int8"):
         raise UsageError(f"--precision must be int8, or not given to leave the weights as they are; got {precision}")
     card, store = card_named(model), open_store(to)
-    path = bring(source, Path(tempfile.gettempdir()) / "dailies-convert") if "://" in source else Path(source).expanduser()
+    if "://" in source:
+        path = bring(source, Path(tempfile.gettempdir()) / "dailies-convert")
+    else:
+        path = Path(source).expanduser()
     layout, parts = found_parts(card, path)
     written = []
     for part in parts:
@@ -91,7 +94,8 @@ def found_parts(card: ModelCard, path: Path) -> tuple[Layout, list[Part]]:
     layout, parts = max(found, key=lambda option: len(option[1]))
     if not parts:
         names = [target for _, _, target in wanted(layout)]
-        raise UsageError(f"{path} has no weights of {card.name}: looked for {listed(names)}, also as {', '.join(PICKLES)}")
+        raise UsageError(f"{path} has no weights of {card.name}: looked for {listed(names)}, "
+                         f"also as {', '.join(PICKLES)}")
     return layout, parts
 
 
@@ -184,8 +188,8 @@ def quantized(card: ModelCard, tensors: Mapping[str, Tensor], path: Path) -> dic
         else:
             made[name] = tensor
     if len(made) != len(tensors) + len(wanted):
-        raise CheckpointError(f"{path}: {len(made) - len(tensors)} of the {len(wanted)} layers to be INT8 have a weight; "
-                              "are they INT8 already? Then leave --precision out")
+        raise CheckpointError(f"{path}: {len(made) - len(tensors)} of the {len(wanted)} layers to be INT8 have a "
+                              "weight; are they INT8 already? Then leave --precision out")
     return made
 
 
@@ -209,7 +213,8 @@ def write(folder: Path, target: str, tensors: Mapping[str, Tensor]) -> dict[str,
         checkpoint.save(folder / name, shard)
     files = {name: folder / name for name in names}
     if len(shards) > 1:
-        where = {tensor: PurePosixPath(name).name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        where = {tensor: PurePosixPath(name).name for name, shard in zip(names, shards, strict=True)
+                 for tensor in shard}
         index = folder / (target + INDEX)
         index.write_text(jsonlib.dumps({"metadata": {}, "weight_map": where}, indent=1))
         files[target + INDEX] = index
@@ -268,7 +273,7 @@ def copy_small_files(layout: Layout, folder: Path, store: Store) -> list[dict[st
 
 
 def room_beside(store: Store) -> Path | None:
-    """A folder on the disk that the weights go to; None, which is the one for temporary files, where they go to a bucket."""
+    """A folder on the disk that the weights go to; None, the one for temporary files, where they go to a bucket."""
     root = getattr(store, "root", None)
     return next((folder for folder in (root, *root.parents) if folder.is_dir()), None) if root is not None else None
 

@@ -46,9 +46,10 @@ def open_clip(tensors):
         found[f"visual.pre_norm.{part}"] = tensors[f"vision_model.pre_layrnorm.{part}"]
         for i in range(2):
             layer = f"vision_model.encoder.layers.{i}."
-            found[f"visual.transformer.{i}.attn.to_qkv.{part}"] = torch.cat([tensors[f"{layer}self_attn.{of}_proj.{part}"] for of in "qkv"])
-            for old, new in {"attn.proj": "self_attn.out_proj", "norm1": "layer_norm1", "norm2": "layer_norm2", "mlp.0": "mlp.fc1",
-                             "mlp.2": "mlp.fc2"}.items():
+            found[f"visual.transformer.{i}.attn.to_qkv.{part}"] = torch.cat(
+                [tensors[f"{layer}self_attn.{of}_proj.{part}"] for of in "qkv"])
+            for old, new in {"attn.proj": "self_attn.out_proj", "norm1": "layer_norm1", "norm2": "layer_norm2",
+                             "mlp.0": "mlp.fc1", "mlp.2": "mlp.fc2"}.items():
                 found[f"visual.transformer.{i}.{old}.{part}"] = tensors[f"{layer}{new}.{part}"]
         found[f"visual.transformer.2.norm1.{part}"] = torch.ones(24)
     return found
@@ -65,7 +66,8 @@ def test_a_published_folder_becomes_weights_that_load(card, tmp_path, capsys):
         got, _ = checkpoint.unpack((folder / part).read_bytes())
         want, _ = checkpoint.unpack((tmp_path / "wanted" / part).read_bytes())
         assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want), part
-    assert {file["file"] for file in said["files"]} == {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    assert {file["file"] for file in said["files"]} == {p.relative_to(folder).as_posix()
+                                                        for p in folder.rglob("*") if p.is_file()}
     assert [build(folder, "cpu", "fp32") for build in card.builders()]
 
 
@@ -76,7 +78,8 @@ def test_a_folder_can_be_converted_in_place(tmp_path, capsys):
     assert not list(source.glob(".dailies*"))
 
 
-@pytest.mark.parametrize("name, kind", [("Wan2.1_VAE.pth", "vae"), ("anything.pth", "vae"), ("models_t5_umt5-xxl-enc-bf16.pth", "text_encoder")])
+@pytest.mark.parametrize("name, kind", [("Wan2.1_VAE.pth", "vae"), ("anything.pth", "vae"),
+                                        ("models_t5_umt5-xxl-enc-bf16.pth", "text_encoder")])
 def test_a_single_file_is_known_by_its_name_or_its_tensors(name, kind, tmp_path):
     source = published(tmp_path / "src", WAN_TINY)
     file = "Wan2.1_VAE.pth" if kind == "vae" else name
@@ -139,11 +142,13 @@ def broken(change):
 @pytest.mark.parametrize("damage, said", [
     (lambda folder: (folder / "Wan2.1_VAE.pth").write_bytes(pickle.dumps({"a": Bomb()})), "could run code"),
     (broken(lambda tensors: tensors | {"extra": Bomb()}), "could run code"),
-    (lambda folder: (folder / "Wan2.1_VAE.pth").write_bytes((folder / "Wan2.1_VAE.pth").read_bytes()[:900]), "cannot be read as tensors"),
+    (lambda folder: (folder / "Wan2.1_VAE.pth").write_bytes((folder / "Wan2.1_VAE.pth").read_bytes()[:900]),
+     "cannot be read as tensors"),
     (lambda folder: (folder / "Wan2.1_VAE.pth").write_text("<html>"), "cannot be read as tensors"),
     (broken(lambda tensors: [1, 2]), "must hold a table of tensors; it holds list"),
     (broken(lambda tensors: tensors | {"epoch": 3}), "must hold tensors alone; these are none: epoch"),
-    (broken(lambda tensors: {n: t for n, t in tensors.items() if n != "conv1.bias"}), "1 tensor missing: to_moments.bias"),
+    (broken(lambda tensors: {n: t for n, t in tensors.items() if n != "conv1.bias"}),
+     "1 tensor missing: to_moments.bias"),
     (broken(lambda tensors: tensors | {"another.weight": torch.ones(1)}), "1 tensor unexpected: another.weight"),
     (broken(lambda tensors: tensors | {"conv1.bias": torch.ones(3)}), "conv1.bias must be \\[32\\], got \\[3\\]"),
     (broken(lambda tensors: tensors | {"conv1.bias": torch.ones(32, dtype=torch.int64)}), "must be floating point"),
@@ -176,7 +181,8 @@ def test_one_expert_of_two_needs_its_folder(tmp_path, capsys):
     assert main(["convert", str(file), "--model", "wan-tiny-a14b", "--to", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out/low_noise_model/diffusion_pytorch_model.safetensors").read_bytes() == file.read_bytes()
     shutil.copy(file, tmp_path / "some.safetensors")
-    assert main(["convert", str(tmp_path / "some.safetensors"), "--model", "wan-tiny-a14b", "--to", str(tmp_path / "out2")]) == 2
+    assert main(["convert", str(tmp_path / "some.safetensors"), "--model", "wan-tiny-a14b",
+                 "--to", str(tmp_path / "out2")]) == 2
     assert "is one of several of the parts" in capsys.readouterr().err
 
 
@@ -184,8 +190,10 @@ def test_the_clip_golden_passes_through_the_conversion(tmp_path, monkeypatch):
     from dataclasses import replace
     golden = Golden("wan_clip_vision_a")
     said = golden.config
-    card = replace(WAN_TINY_I2V, clip_fields=dict(picture=said["image_size"], patch=said["patch_size"], width=said["dim"],
-                                                  heads=said["num_heads"], blocks=said["num_layers"] - 1, mlp=4 * said["dim"]))
+    card = replace(WAN_TINY_I2V, clip_fields=dict(picture=said["image_size"],
+                                                  patch=said["patch_size"], width=said["dim"],
+                                                  heads=said["num_heads"], blocks=said["num_layers"] - 1,
+                                                  mlp=4 * said["dim"]))
     monkeypatch.setitem(CATALOG, card.name, card)
     tensors, _ = checkpoint.unpack((golden.folder / "weights.safetensors").read_bytes())
     file = "models_clip_open-clip-xlm-roberta-large-vit-huge-14"

@@ -1,4 +1,4 @@
-"""Random small models and schedules against diffusers, another implementation of the same; what differs by design is asserted."""
+"""Random small models and schedules against diffusers, another implementation; what differs by design is asserted."""
 
 import random
 
@@ -29,21 +29,24 @@ def randomise(model, seed):
 def ours(make, theirs, folder):
     """Our model with the weights of theirs, through a file as diffusers saves it."""
     checkpoint.save(folder / "theirs.safetensors", theirs.state_dict())
-    return checkpoint.build(make, folder / "theirs.safetensors", keys.WAN, keys.WAN_DIFFUSERS, keys.WAN_VAE, keys.WAN_VAE_DIFFUSERS,
-                            name="parity", device="cpu", precision="fp32")
+    return checkpoint.build(make, folder / "theirs.safetensors", keys.WAN, keys.WAN_DIFFUSERS, keys.WAN_VAE,
+                            keys.WAN_VAE_DIFFUSERS, name="parity", device="cpu", precision="fp32")
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_transformer_gives_the_velocity_of_diffusers(seed, tmp_path):
     pick = random.Random(seed)
     heads, head_dim, image = pick.choice([1, 2, 3]), pick.choice([12, 24, 32, 64]), pick.random() < 0.4
-    width, text_len = heads * head_dim, pick.choice([8, 20, 512]) if not image else 512    # 512 is built into diffusers' split
+    width = heads * head_dim
+    text_len = pick.choice([8, 20, 512]) if not image else 512         # 512 is built into diffusers' split
     condition = 20 if image or pick.random() < 0.3 else 0
-    config = WanConfig(width=width, heads=heads, layers=pick.choice([1, 2, 3]), ffn=pick.choice([32, 80]), text_dim=pick.choice([16, 40]),
+    config = WanConfig(width=width, heads=heads, layers=pick.choice([1, 2, 3]), ffn=pick.choice([32, 80]),
+                       text_dim=pick.choice([16, 40]),
                        time_features=pick.choice([32, 256]), text_len=text_len, condition_channels=condition,
                        image_dim=pick.choice([16, 24]) if image else None)
     theirs = randomise(diffusers.WanTransformer3DModel(
-        num_attention_heads=heads, attention_head_dim=head_dim, in_channels=16 + condition, out_channels=16, text_dim=config.text_dim,
+        num_attention_heads=heads, attention_head_dim=head_dim, in_channels=16 + condition, out_channels=16,
+        text_dim=config.text_dim,
         freq_dim=config.time_features, ffn_dim=config.ffn, num_layers=config.layers, image_dim=config.image_dim,
         added_kv_proj_dim=width if image else None), seed)
     dit = ours(lambda: WanDiT(config), theirs, tmp_path)
@@ -53,7 +56,8 @@ def test_the_transformer_gives_the_velocity_of_diffusers(seed, tmp_path):
     rows = [torch.randn(257, config.image_dim)] if image else None
     timestep = torch.tensor([pick.randint(0, 999)])
     padded = torch.nn.functional.pad(text, (0, 0, 0, text_len - len(text)))[None]
-    want = theirs(hidden_states=latent if y is None else torch.cat((latent, y), 1), timestep=timestep, encoder_hidden_states=padded,
+    want = theirs(hidden_states=latent if y is None else torch.cat((latent, y), 1), timestep=timestep,
+                  encoder_hidden_states=padded,
                   encoder_hidden_states_image=rows[0][None] if image else None, return_dict=False)[0]
     assert error(dit(latent, timestep, dit.embed([text], rows), y), want) < 1e-4
 
@@ -61,7 +65,7 @@ def test_the_transformer_gives_the_velocity_of_diffusers(seed, tmp_path):
 def vae_pair(seed, folder):
     """Every other one of ours is loaded from the original key layout."""
     pick = random.Random(seed)
-    width = pick.choice([4, 6, 8])                      # norms over 2 channels make rounding large: 1e-4 in diffusers itself
+    width = pick.choice([4, 6, 8])                      # norms over 2 make rounding large: 1e-4 in diffusers itself
     theirs = randomise(diffusers.AutoencoderKLWan(base_dim=width, z_dim=16), seed)
     vae = ours(lambda: WanVAE(WanVAEConfig(width=width)), theirs, folder)
     if seed % 2:
@@ -108,7 +112,8 @@ def test_bands_are_exact_and_the_tiles_of_diffusers_are_not(seed, tmp_path):
 
 def test_the_latents_statistics_are_those_of_diffusers():
     theirs = diffusers.AutoencoderKLWan(base_dim=2).config
-    assert tuple(theirs.latents_mean) == WAN21_T2V_1_3B.latent_mean and tuple(theirs.latents_std) == WAN21_T2V_1_3B.latent_std
+    assert tuple(theirs.latents_mean) == WAN21_T2V_1_3B.latent_mean
+    assert tuple(theirs.latents_std) == WAN21_T2V_1_3B.latent_std
 
 
 def velocity_like(matrix, offset):
@@ -128,8 +133,8 @@ def test_the_solvers_step_as_diffusers(seed, solver):
     for sigma, timestep in zip(theirs.sigmas.tolist(), theirs.timesteps, strict=False):
         at[sigma] = timestep.item()
         x = theirs.step(model(x, timestep.item()), timestep, x, return_dict=False)[0]
-    got, = {"unipc": unipc, "dpm++": dpm_solver}[solver](lambda streams, sigma: (model(streams[0], at[sigma]),), (start,),
-                                                         theirs.sigmas.tolist())
+    got, = {"unipc": unipc, "dpm++": dpm_solver}[solver](lambda streams, sigma: (model(streams[0], at[sigma]),),
+                                                         (start,), theirs.sigmas.tolist())
     assert error(got, x) < 2e-4
 
 
@@ -137,7 +142,8 @@ def scheduler(solver, shift):
     said = dict(num_train_timesteps=1000, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
     if solver == "unipc":
         return diffusers.UniPCMultistepScheduler(solver_order=2, solver_type="bh2", **said)
-    return diffusers.DPMSolverMultistepScheduler(solver_order=2, algorithm_type="dpmsolver++", solver_type="midpoint", **said)
+    return diffusers.DPMSolverMultistepScheduler(solver_order=2, algorithm_type="dpmsolver++", solver_type="midpoint",
+                                                 **said)
 
 
 @pytest.mark.parametrize("steps, shift", [(8, 5.0), (40, 12.0), (50, 3.0)])
@@ -155,7 +161,7 @@ def test_sigmas_differ_from_newer_diffusers_as_documented(steps, shift):
 
 
 def test_a_first_timestep_that_comes_twice_skips_no_step():
-    """By design: the release finds its place by the timestep and takes the second of two equal ones, and so skips a step."""
+    """By design: the release finds its place by the timestep, takes the second of two equals, and so skips a step."""
     sigmas = wan_sigmas(120, 12.0)
     timesteps = [whole_timestep(s) for s in sigmas[:-1].tolist()]
     assert timesteps[0] == timesteps[1] == 999

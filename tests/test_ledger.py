@@ -1,4 +1,4 @@
-"""The ledger: every finished row once, whoever writes and whatever is killed; and run.json, which run a folder holds."""
+"""The ledger: every finished row once, whoever writes and whatever is killed; and run.json, which run a folder is."""
 
 import json
 import pickle
@@ -20,8 +20,8 @@ from pipeline.stages import Outcome
 from pipeline.store import StoreError, open_store
 
 CONTRACT = """id, clip_id, status, uri, sha256, bytes, width, height, frames, fps, duration_s, has_audio, seed, prompt,
-negative_prompt, steps, guidance, model, weights_fingerprint, precision, attention, fallbacks, attempts, error_type, error,
-worker, device, queue_s, encode_s, sample_s, decode_s, publish_s, peak_memory_bytes, finished_at"""
+negative_prompt, steps, guidance, model, weights_fingerprint, precision, attention, fallbacks, attempts, error_type,
+error, worker, device, queue_s, encode_s, sample_s, decode_s, publish_s, peak_memory_bytes, finished_at"""
 
 
 @pytest.fixture
@@ -75,13 +75,14 @@ def test_rows_come_back_as_they_were_given(store):
     clip = Clip(request=request(), uri="s3://b/c.mp4", sha256="ab", num_bytes=7, duration_s=2.04, fallbacks=("dense",))
     outcome = Outcome(value=clip, attempts=2, queue_s=1.5, seconds={"encode": 0.1, "sample": 2.0, "decode": 0.3},
                       worker="sample-1", device="cpu", peak_memory_bytes=9)
-    failure = Failure(request=request(6), stage="sample", error_type="OutOfMemoryError", error="too \ud800 large" * 1000)
+    failure = Failure(request=request(6), stage="sample", error_type="OutOfMemoryError",
+                      error="too \ud800 large" * 1000)
     write(store, [row_of("a", clip, outcome), row_of("b", failure), row_of("c", clip)],
           [invalid_row("d", None, "prompt is null")])
     a, b, c, d = read(store).to_pylist()
     assert a.items() >= {
-        "id": "a", "clip_id": "c" * 64, "status": "done", "uri": "s3://b/c.mp4", "sha256": "ab", "bytes": 7, "width": 96,
-        "height": 64, "frames": 49, "fps": 24.0, "duration_s": 2.04, "has_audio": False, "seed": 5,
+        "id": "a", "clip_id": "c" * 64, "status": "done", "uri": "s3://b/c.mp4", "sha256": "ab", "bytes": 7,
+        "width": 96, "height": 64, "frames": 49, "fps": 24.0, "duration_s": 2.04, "has_audio": False, "seed": 5,
         "prompt": "ein Kreis ○", "negative_prompt": "", "steps": 20, "guidance": 4.5, "model": "demo",
         "weights_fingerprint": "w", "precision": "fp32", "attention": "dense", "fallbacks": ["dense"], "attempts": 2,
         "error_type": None, "error": None, "worker": "sample-1", "device": "cpu", "queue_s": 1.5, "encode_s": 0.1,
@@ -160,7 +161,8 @@ def test_racing_writers_lose_no_row(store):
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(run, range(4)))
-    assert sorted(read(store)["id"].to_pylist()) == sorted(f"{writer}-{number}" for writer in range(4) for number in range(3))
+    assert sorted(read(store)["id"].to_pylist()) == sorted(f"{writer}-{number}" for writer in range(4)
+                                                           for number in range(3))
     assert len(part_names(store)) == 12
 
 
@@ -241,9 +243,10 @@ def test_user_columns_are_carried_and_parts_read_as_one_dataset(folder, tmp_path
         "user.tags": ["a", "b"], "user.shot": {"lens": 35, "name": "x"}, "user.kind": "x", "user.large": "x",
         "user.when": datetime(2026, 1, 2, 3, 4, 5, 123456), "user.bytes": b"\0\1", "user.a.b": 1}.items()
     assert last["user.a.b"] == 2 and last["user.tags"] is None
-    assert table.schema.field("user.empty").type == pa.string()         # no reader stumbles over a column without a type
+    assert table.schema.field("user.empty").type == pa.string()         # no reader stumbles over one without a type
     assert read(folder).schema.names == table.schema.names
-    assert read(folder, ["user.shot", "user.a.b"]).to_pylist()[0] == {"user.shot": {"lens": 35, "name": "x"}, "user.a.b": 1}
+    [first, *_] = read(folder, ["user.shot", "user.a.b"]).to_pylist()
+    assert first == {"user.shot": {"lens": 35, "name": "x"}, "user.a.b": 1}
 
 
 def test_pandas_reads_the_ledger(folder, tmp_path):
@@ -255,7 +258,8 @@ def test_pandas_reads_the_ledger(folder, tmp_path):
 def test_duckdb_reads_the_ledger(folder, tmp_path):
     duckdb = pytest.importorskip("duckdb")
     write(folder, [done("a"), failed("b")])
-    counts = duckdb.sql(f"select status, count(*) from '{tmp_path}/out/ledger/*.parquet' group by status order by status")
+    counts = duckdb.sql(f"select status, count(*) from '{tmp_path}/out/ledger/*.parquet' "
+                        "group by status order by status")
     assert counts.fetchall() == [("done", 1), ("failed", 1)]
 
 
@@ -320,7 +324,8 @@ def test_a_killed_retry_is_finished_by_the_next(folder, monkeypatch):
         with monkeypatch.context() as patch:
             calls = []
             real = getattr(folder, method)
-            patch.setattr(folder, method, lambda *args: calls.append(args) or (real(*args) if len(calls) < 2 else die()))
+            patch.setattr(folder, method, lambda *args: calls.append(args)
+                          or (real(*args) if len(calls) < 2 else die()))
             try:
                 retry(folder, {"error_type": "New"})
             except Killed:
@@ -346,7 +351,8 @@ def test_the_digest_depends_on_the_clips_and_not_on_order_time_or_machine(tmp_pa
         return digest(read(store))
 
     want = digest_of("one", [done("a", worker="x"), done("b")], [failed("c")])
-    assert digest_of("two", [failed("c")], [done("b", uri="elsewhere")], [done("a", finished_at=datetime.now(UTC))]) == want
+    assert digest_of("two", [failed("c")], [done("b", uri="elsewhere")],
+                     [done("a", finished_at=datetime.now(UTC))]) == want
     assert digest_of("three", [done("a"), done("b"), done("c")]) != want
     assert digest_of("four", [done("a", sha256="other"), done("b"), failed("c")]) != want
 
@@ -394,7 +400,8 @@ def test_a_foreign_run_json_is_refused(folder, content):
 def test_run_json_holds_no_secret(folder, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2hunter2")
     claim_run(folder, IDENTITY, {
-        "manifest": "https://me:pass1@host/m.parquet?X-Amz-Signature=beef", "api_key": "k1", "aws": {"Session_Token": ["k2"]},
+        "manifest": "https://me:pass1@host/m.parquet?X-Amz-Signature=beef", "api_key": "k1",
+        "aws": {"Session_Token": ["k2"]},
         "argv": ["render", "--x", "hunter2hunter2"], "max_tokens": 5, "tokenizer": "t5", "out": "s3://bucket/night/1"})
     text = folder.get("run.json").decode()
     for secret in ("hunter2", "pass1", "beef", "k1", "k2"):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from actors.clip_writer import read_clip
+from actors.clip_writer import clip_key, read_clip
 from image_files import BROKEN, deep_grey, encoded, jpeg, palette, pixels, png, see_through
 from jobs.bench_pipeline import SHARED, pretend_stages
 from jobs.cli import main
@@ -24,7 +24,8 @@ from test_driver import SimulatedCrew, box, drive
 from wan_tiny import CARDS, WAN_TINY, write_weights
 
 PROGRAM = [sys.executable, str(Path(__file__).parent / "wan_tiny.py")]
-ROWS = [{"id": f"row-{number}", "prompt": prompt, "frames": 9} for number, prompt in enumerate(("a red fox", "日本の猫 🦊", "snow &amp; ice"))]
+ROWS = [{"id": f"row-{number}", "prompt": prompt, "frames": 9}
+        for number, prompt in enumerate(("a red fox", "日本の猫 🦊", "snow &amp; ice"))]
 
 
 @pytest.fixture
@@ -47,8 +48,8 @@ def rows_of(out):
 
 
 def render(capsys, path, out, name, weights, *options):
-    code = main(["render", str(path), "--out", str(out), "--model", name, "--weights", str(weights), "--device", "cpu", "--json",
-                 *options])
+    code = main(["render", str(path), "--out", str(out), "--model", name, "--weights", str(weights), "--device",
+                 "cpu", "--json", *options])
     captured = capsys.readouterr()
     assert captured.out, captured.err
     return code, json.loads(captured.out)
@@ -62,14 +63,15 @@ def test_prompts_become_clips(name, in_process, tmp_path, capsys):
     for row in rows_of(tmp_path / "out").values():
         assert (row["status"], row["width"], row["height"], row["frames"], row["fps"]) == ("done", 48, 32, 9, 16.0)
         assert row["guidance"] == CATALOG[name].guidance and row["negative_prompt"] == CATALOG[name].negative_prompt
-        assert read_clip((tmp_path / "out/clips" / row["clip_id"][:2] / f"{row['clip_id']}.mp4").read_bytes()).frames == 9
+        assert read_clip((tmp_path / "out" / clip_key(row["clip_id"])).read_bytes()).frames == 9
     code, again = render(capsys, manifest(tmp_path), tmp_path / "out", name, tmp_path / "weights")
     assert code == 0 and again["rendered"] == 0
 
 
 def test_the_plan_of_a_wan_model_tells_its_defaults(in_process, tmp_path, capsys):
     write_weights(tmp_path / "weights", WAN_TINY)
-    assert main(["plan", str(manifest(tmp_path, [{"prompt": "a"}, {"prompt": "b", "duration_s": 2.1}])), "--out", str(tmp_path / "out"),
+    assert main(["plan", str(manifest(tmp_path, [{"prompt": "a"}, {"prompt": "b", "duration_s": 2.1}])),
+                 "--out", str(tmp_path / "out"),
                  "--model", "wan-tiny", "--weights", str(tmp_path / "weights"), "--device", "cpu", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["settings"]["fps"] == 16.0 and said["settings"]["steps"] == 3 and said["settings"]["guidance"] == 5.0
@@ -83,8 +85,8 @@ I2V_MODELS = ["wan-tiny-i2v", "wan-tiny-i2v-a14b"]     # with CLIP, and with two
 def write_images(folder):
     """Rows of every good kind, and what their clips must be."""
     files = {"a.png": png(), "deep/b.jpg": jpeg(orientation=6), "c.webp": encoded(Image.fromarray(pixels()), "webp"),
-             "grey.png": encoded(Image.fromarray(pixels()[:, :, 0])), "deep.png": deep_grey(), "clear.png": see_through(),
-             "palette.png": palette()}
+             "grey.png": encoded(Image.fromarray(pixels()[:, :, 0])), "deep.png": deep_grey(),
+             "clear.png": see_through(), "palette.png": palette()}
     for name, data in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(data)
@@ -105,7 +107,7 @@ def test_images_become_clips(name, in_process, tmp_path, capsys):
         assert (row["status"], (row["width"], row["height"]), row["frames"]) == ("done", size, 5)
         assert ("image 60x40 cropped to 40x40" in row["fallbacks"]) == (row["id"] == "sized")
     assert rows["twin"]["clip_id"] == rows["a.png"]["clip_id"] and len({row["clip_id"] for row in rows.values()}) == 8
-    clip = read_clip((tmp_path / f"out/clips/{rows['a.png']['clip_id'][:2]}/{rows['a.png']['clip_id']}.mp4").read_bytes())
+    clip = read_clip((tmp_path / "out" / clip_key(rows["a.png"]["clip_id"])).read_bytes())
     assert clip.metadata["image_sha256"] == hashlib.sha256(png()).hexdigest()
     assert len({row["sha256"] for row in rows.values()}) == 8
     code, again = render(capsys, path, tmp_path / "out", name, tmp_path / "weights")
@@ -114,8 +116,10 @@ def test_images_become_clips(name, in_process, tmp_path, capsys):
 
 def test_two_experts_make_clips_of_images_on_ray(tmp_path):
     subprocess.run([*PROGRAM, "write", "wan-tiny-i2v-a14b", str(tmp_path / "weights")], check=True, timeout=120)
-    done = subprocess.run([*PROGRAM, "render", str(manifest(tmp_path, write_images(tmp_path))), "--out", str(tmp_path / "out"), "--model",
-                           "wan-tiny-i2v-a14b", "--weights", str(tmp_path / "weights"), "--device", "cpu", "--samplers", "1", "--json"],
+    done = subprocess.run([*PROGRAM, "render", str(manifest(tmp_path, write_images(tmp_path))),
+                           "--out", str(tmp_path / "out"), "--model",
+                           "wan-tiny-i2v-a14b", "--weights", str(tmp_path / "weights"), "--device", "cpu",
+                           "--samplers", "1", "--json"],
                           capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout)["done"] == 7
@@ -134,13 +138,16 @@ def test_a_bad_image_is_its_rows_failure_and_the_rest_renders(in_process, tmp_pa
     (tmp_path / "outside.png").write_bytes(png())
     (night / "link.png").symlink_to(tmp_path / "outside.png")
     open_store(s3_bucket).put("a.png", png())
-    want |= {"../outside.png": "outside the manifest's folder", "link.png": "outside the manifest's folder", "gone.png": "no such file",
+    want |= {"../outside.png": "outside the manifest's folder", "link.png": "outside the manifest's folder",
+             "gone.png": "no such file",
              f"{s3_bucket}/gone.png": "no such object", f"file://{night}/a.png": "neither a path nor s3://"}
     rows += [{"id": str(number), "prompt": "x", "frames": 5, "image": name} for number, name in enumerate(want)]
-    rows += [{"id": "none", "prompt": "x", "frames": 5}, {"id": "s3", "prompt": "x", "frames": 5, "image": f"{s3_bucket}/a.png"}]
+    rows += [{"id": "none", "prompt": "x", "frames": 5},
+             {"id": "s3", "prompt": "x", "frames": 5, "image": f"{s3_bucket}/a.png"}]
     path = manifest(night, rows)
     options = (path, tmp_path / "out", "wan-tiny-i2v", tmp_path / "weights")
-    assert main(["render", str(path), "--out", str(tmp_path / "out"), "--model", "wan-tiny-i2v", "--weights", str(tmp_path / "weights")]) == 2
+    assert main(["render", str(path), "--out", str(tmp_path / "out"), "--model", "wan-tiny-i2v",
+                 "--weights", str(tmp_path / "weights")]) == 2
     assert f"{len(want) + 1} complaints" in capsys.readouterr().err and not (tmp_path / "out").exists()
     code, said = render(capsys, *options, "--skip-invalid")
     assert (code, said["done"], said["failed"]) == (3, 8, len(want) + 1)
@@ -151,7 +158,8 @@ def test_a_bad_image_is_its_rows_failure_and_the_rest_renders(in_process, tmp_pa
     assert render(capsys, *options, "--skip-invalid")[1]["rendered"] == 0
 
 
-def test_an_image_that_changes_under_a_run_is_its_rows_failure_and_another_run_afterwards(in_process, tmp_path, capsys, monkeypatch):
+def test_an_image_that_changes_under_a_run_is_its_rows_failure_and_another_run_afterwards(in_process, tmp_path, capsys,
+                                                                                          monkeypatch):
     write_weights(tmp_path / "weights", CATALOG["wan-tiny-i2v"])
     path = manifest(tmp_path, write_images(tmp_path)[:3])
     run_local = stages.run_local
@@ -165,7 +173,8 @@ def test_an_image_that_changes_under_a_run_is_its_rows_failure_and_another_run_a
     code, said = render(capsys, path, tmp_path / "out", "wan-tiny-i2v", tmp_path / "weights")
     assert (code, said["done"], said["failed"]) == (3, 1, 2)
     errors = {row["id"]: row["error"] for row in rows_of(tmp_path / "out").values() if row["status"] == "failed"}
-    assert "a.png has changed since this run was planned" in errors["a.png"] and "c.webp: no such file" in errors["c.webp"]
+    assert "a.png has changed since this run was planned" in errors["a.png"]
+    assert "c.webp: no such file" in errors["c.webp"]
     (tmp_path / "c.webp").write_bytes(encoded(Image.fromarray(pixels()), "webp"))
     assert render(capsys, path, tmp_path / "out", "wan-tiny-i2v", tmp_path / "weights")[0] == 2
     (tmp_path / "a.png").write_bytes(png())
@@ -177,21 +186,23 @@ def test_an_image_that_changes_under_a_run_is_its_rows_failure_and_another_run_a
 
 def test_rows_are_ordered_and_batched_so_that_experts_change_rarely(tmp_path):
     """The plan and the driver on a simulated GPU; a batch is one turn of each expert (test_wan_actors.py)."""
-    rows = [{"prompt": f"prompt {number}", "resolution": ("480p", "720p")[number % 2], "steps": 40 - number // 2 % 2} for number in range(160)]
+    rows = [{"prompt": f"prompt {number}", "resolution": ("480p", "720p")[number % 2], "steps": 40 - number // 2 % 2}
+            for number in range(160)]
     card = CATALOG["wan2.2-t2v-a14b"]
     plan = Plan.make(Manifest.read(str(manifest(tmp_path, rows))), card, weights_fingerprint="w" * 64, precision="bf16")
     crew = SimulatedCrew(box(1), {"encode": 1.0, "sample": 600.0, "publish": 20.0})
     drive(crew, pretend_stages(gpus=SHARED, batch=card.clips_per_turn), plan.requests())
     batches = [[row.request.bucket for row in call.rows] for _, _, call in crew.worked["sample"]]
     assert sum(map(len, batches)) == 160 and all(len(set(batch)) == 1 for batch in batches)
-    assert len(batches) <= 160 / card.clips_per_turn + 4    # the first ones are not waited for, and each bucket has a last
+    assert len(batches) <= 160 / card.clips_per_turn + 4    # the first are not waited for; each bucket has a last
     assert sum(one[0] != other[0] for one, other in pairwise(batches)) == 3
 
 
 def test_the_plan_of_a_model_of_images_tells_them_and_their_shapes(in_process, tmp_path, capsys):
     write_weights(tmp_path / "weights", CATALOG["wan-tiny-i2v"])
-    command = ["plan", str(manifest(tmp_path, write_images(tmp_path))), "--out", str(tmp_path / "out"), "--model", "wan-tiny-i2v", "--weights",
-               str(tmp_path / "weights"), "--device", "cpu"]
+    command = ["plan", str(manifest(tmp_path, write_images(tmp_path))), "--out", str(tmp_path / "out"),
+               "--model", "wan-tiny-i2v", "--weights", str(tmp_path / "weights"), "--device", "cpu"]
     assert main(command) == 0
     said = capsys.readouterr().out
-    assert "7 rows, 7 images, 7 clips with wan-tiny-i2v" in said and "6 x 48x32, 5 frames" in said and "1 x 32x48, 5 frames" in said
+    assert "7 rows, 7 images, 7 clips with wan-tiny-i2v" in said
+    assert "6 x 48x32, 5 frames" in said and "1 x 32x48, 5 frames" in said
