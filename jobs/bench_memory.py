@@ -1,4 +1,4 @@
-"""Does memory stay flat? Renders many tiny clips and watches the resident memory of the driver and of every actor."""
+"""Does memory stay flat? Renders many tiny clips and watches the resident memory of the driver and of its workers."""
 
 import subprocess
 import sys
@@ -10,7 +10,7 @@ CLIPS = 500
 
 
 def memory(clips: int = CLIPS) -> dict[str, float]:
-    """Resident megabytes at the end and their growth per 100 clips over the run's second half, for each kind of process.
+    """Resident megabytes at the end and their growth per 100 clips over the run's second half: driver, and all workers.
 
     The clips are the demo model's smallest: 5 frames, 2 steps. Raises RuntimeError when the render fails.
     """
@@ -41,7 +41,7 @@ def memory(clips: int = CLIPS) -> dict[str, float]:
 
 
 def resident(pid: int) -> dict[str, float]:
-    """Megabytes of the driver and of Ray's worker processes below it, by the name Ray gives them; same names are added up."""
+    """Megabytes of the driver, and of the stages' processes on this machine, together."""
     parents, sizes, names = {}, {}, {}
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
@@ -57,9 +57,8 @@ def resident(pid: int) -> dict[str, float]:
         ancestor = child
         while ancestor in parents and ancestor != pid:
             ancestor = parents[ancestor]
-        if ancestor == pid and names[child].startswith("ray::") and "Agent" not in names[child]:
-            name = names[child].removeprefix("ray::").split(".")[0].split(" ")[0].split(":")[0]
-            found[name] = found.get(name, 0.0) + sizes[child] * 4096 / 2**20
+        if ancestor == pid and names[child].startswith("ray::Process"):     # pipeline/cluster.py: one stage's worker
+            found["workers"] = found.get("workers", 0.0) + sizes[child] * 4096 / 2**20
     return found
 
 
