@@ -25,8 +25,8 @@ WIDTHS = {"BOOLEAN": 1, "INT32": 4, "FLOAT": 4, "INT64": 8, "DOUBLE": 8, "INT96"
 def read_parquet(stream: BinaryIO, room: int) -> pa.Table:
     """The whole file, without dictionaries and extension types.
 
-    room: bytes that it may take in memory.  Raises TooMuch for more; ValueError for too many rows and for two columns of
-    one name; ArrowException for a file that is damaged.
+    room: bytes that it may take in memory.  Raises TooMuch for more; ValueError for too many rows and for two columns
+    of one name; ArrowException for a file that is damaged.
     """
     metadata = pq.read_metadata(stream)
     if metadata.num_rows > MAX_ROWS:                   # a few bytes can announce any number of rows
@@ -75,7 +75,7 @@ def is_text(leaf: pq.ColumnSchema) -> bool:
 
 
 def announced(metadata: pq.FileMetaData) -> int:
-    """Bytes that the footer admits to: of its pages, or of its values where those are larger. Text may be many times it."""
+    """Bytes that the footer admits to: of its pages, or of its values if those are larger. Text may be many times it."""
     return sum(max(chunk.total_uncompressed_size, chunk.num_values * width(leaf))
                for leaf, chunks in zip(leaves(metadata), chunks_of(metadata)) for chunk in chunks)
 
