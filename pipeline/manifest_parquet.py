@@ -75,7 +75,7 @@ def is_text(leaf: pq.ColumnSchema) -> bool:
 
 
 def announced(metadata: pq.FileMetaData) -> int:
-    """Bytes that the footer admits to: of its pages, or of its values if those are larger. Text may be many times it."""
+    """Bytes that the footer admits to: of its pages, or of its values if larger. Text may be many times that."""
     return sum(max(chunk.total_uncompressed_size, chunk.num_values * width(leaf))
                for leaf, chunks in zip(leaves(metadata), chunks_of(metadata)) for chunk in chunks)
 
