@@ -10,10 +10,12 @@ from torch import Tensor
 
 from actors.messages import Embedding, Latent, Request
 from model.catalog import ModelCard
-from model.guidance import AdaptiveProjectedGuidance, classifier_free
-from model.samplers import Streams, Velocity, euler
+from model.guidance import AdaptiveProjectedGuidance, AverageToo, classifier_free
+from model.samplers import STRAIGHT, Steps, Streams, Velocity, euler
 from model.schedules import flow_match_sigmas
 from model.shapes import LatentGrid
+
+Guide = Callable[[Tensor, Tensor], Tensor]              # velocities with and without the prompt in, one out
 
 
 class NonFiniteLatent(ArithmeticError):
@@ -62,15 +64,15 @@ class Denoiser:
         self.dit = self.card.dit(weights, self.device, self.precision, self.attention)
 
     @torch.inference_mode()
-    def __call__(self, batch: list[Embedding]) -> list[Latent]:
-        """Latents of clips that share one bucket.
+    def __call__(self, batch: list[Embedding], steps: Steps = STRAIGHT) -> list[Latent]:
+        """Latents of clips that share one bucket, from where `steps` says that they stand.
 
         Raises ValueError for requests that this actor was not made for, NonFiniteLatent when sampling fails.
         """
         requests = [embedding.request for embedding in batch]
         self.check(requests)
         start = torch.stack([self.noise(request, self.card.grid) for request in requests]).to(self.device)
-        video = self.sample(batch, start)
+        video = self.sample(batch, start, steps)
         made = list(zip(batch, video.cpu(), strict=True))
         broken = [embedding.request.clip_id for embedding, latent in made if not latent.isfinite().all()]
         if broken:
@@ -83,18 +85,29 @@ class Denoiser:
         """What is done here instead of what the request asks for."""
         return self.fallbacks
 
-    def sample(self, batch: list[Embedding], start: Tensor) -> Tensor:
+    def course(self, request: Request) -> str:
+        """What two states between steps must agree in, to belong to the same course of one clip."""
+        shape = "x".join(map(str, self.card.grid.of(request.shape)))
+        return f"{self.solver}, {request.num_steps} steps, {shape}"
+
+    @property
+    def solver(self) -> str:
+        return f"euler and {self.card.guider}"
+
+    def sample(self, batch: list[Embedding], start: Tensor, steps: Steps) -> Tensor:
         """From noise to latents, [B, C, T, H, W] fp32."""
         request = batch[0].request
         sigmas = flow_match_sigmas(request.num_steps, self.card.shift).tolist()
-        video, = euler(self.velocity(batch, request.guidance), (start,), sigmas)
+        guide = self.guide(request.guidance)
+        if isinstance(guide, AdaptiveProjectedGuidance):
+            steps = AverageToo(guide, steps)
+        video, = euler(self.velocity(batch, guide), (start,), sigmas, steps)
         return video
 
-    def velocity(self, batch: list[Embedding], scale: float) -> Velocity:
+    def velocity(self, batch: list[Embedding], guide: Guide) -> Velocity:
         """The guided velocity of a batch of clips, for a sampler. Their texts' keys and values are made here, once."""
         prompts = [embedding.prompt[0].to(self.device) for embedding in batch]
         negatives = [embedding.negative[0].to(self.device) for embedding in batch]
-        guide = self.guide(scale)
         if self.card.pair_guidance:
             both = self.dit.embed_text(prompts + negatives)
 
@@ -112,7 +125,7 @@ class Denoiser:
             return guide(*predict(video, timestep)),
         return velocity
 
-    def guide(self, scale: float) -> Callable[[Tensor, Tensor], Tensor]:
+    def guide(self, scale: float) -> Guide:
         """How the two velocities become one; APG remembers, so it is made anew for each run of the sampler."""
         if self.card.guider == "cfg":
             return lambda cond, uncond: classifier_free(cond, uncond, scale)

@@ -59,10 +59,12 @@ class Keep:
         results = [value if isinstance(value, Failure) else self.find(request_of(value)) for value in batch]
         missing = [place for place, found in enumerate(results) if found is None]
         if missing:
-            made = self.step([batch[place] for place in missing])
-            for place, value in zip(missing, made, strict=True):
-                results[place] = value if isinstance(value, Failure) else self.keep(value)
+            for place, value in zip(missing, self.work([batch[place] for place in missing]), strict=True):
+                results[place] = value
         return results
+
+    def work(self, batch: list) -> list[Shelved | Failure]:
+        return [value if isinstance(value, Failure) else self.keep(value) for value in self.step(batch)]
 
     def find(self, request: Request) -> Shelved | None:
         """Reads the whole object: the next stage could not make a damaged one again."""
@@ -146,24 +148,34 @@ def packed(value: Embedding | Latent, key: str) -> bytes:
         tensors |= numbered("image", value.image)
     else:
         tensors = numbered("stream", value.streams)
-    metadata = {"key": key, "kind": type(value).__name__, "fallbacks": json.dumps(value.fallbacks)}
-    return pack(tensors, metadata | {"sha256": content_hash(tensors, metadata)})
+    return sealed(tensors, {"key": key, "kind": type(value).__name__, "fallbacks": json.dumps(value.fallbacks)})
 
 
 def opened(data: bytes, shelved: Shelved) -> Embedding | Latent:
     """What `packed` was given, as an answer to the request of `shelved`.  Raises Damaged."""
-    try:
-        tensors, metadata = unpack(data)
-    except CheckpointError as error:
-        raise Damaged(f"{shelved.key}: {error}") from error
-    said = metadata.pop("sha256", None)
-    if said != content_hash(tensors, metadata) or metadata.get("key") != shelved.key:
-        raise Damaged(f"{shelved.key} does not hold what was put there")
+    tensors, metadata = unsealed(data, shelved.key)
     fallbacks = tuple(json.loads(metadata["fallbacks"]))
     if metadata["kind"] == "Embedding":
         return Embedding(request=shelved.request, prompt=counted("prompt", tensors),
                          negative=counted("negative", tensors), image=counted("image", tensors), fallbacks=fallbacks)
     return Latent(request=shelved.request, streams=counted("stream", tensors), fallbacks=fallbacks)
+
+
+def sealed(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """metadata: "key" in it says where the bytes are to lie."""
+    return pack(tensors, metadata | {"sha256": content_hash(tensors, metadata)})
+
+
+def unsealed(data: bytes, key: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What `sealed` was given, if it was for this key.  Raises Damaged."""
+    try:
+        tensors, metadata = unpack(data)
+    except CheckpointError as error:
+        raise Damaged(f"{key}: {error}") from error
+    said = metadata.pop("sha256", None)
+    if said != content_hash(tensors, metadata) or metadata.get("key") != key:
+        raise Damaged(f"{key} does not hold what was put there")
+    return tensors, metadata
 
 
 def numbered(name: str, tensors: tuple[Tensor, ...]) -> dict[str, Tensor]:

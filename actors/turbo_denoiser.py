@@ -6,7 +6,7 @@ from torch import Tensor
 from actors.denoiser import Denoiser
 from actors.messages import Embedding, Request
 from actors.wan_denoiser import WanDenoiser
-from model.samplers import Streams, Velocity, rcm
+from model.samplers import Steps, Streams, Velocity, rcm
 from model.schedules import rcm_sigmas, rcm_timestep
 from model.wan import Context
 
@@ -14,14 +14,16 @@ from model.wan import Context
 class FewSteps(Denoiser):
     """rCM's course, of whichever family the velocity is. The clips of a batch are computed one by one."""
 
-    def sample(self, batch: list[Embedding], start: Tensor) -> Tensor:
+    solver = "rcm"
+
+    def sample(self, batch: list[Embedding], start: Tensor, steps: Steps) -> Tensor:
         requests = [embedding.request for embedding in batch]
 
         def renoise(step: int) -> Streams:
             return tuple(self.noise(request, self.card.grid, step)[None].to(self.device) for request in requests)
 
         sigmas = rcm_sigmas(requests[0].num_steps, self.card.sigma_max).tolist()
-        return torch.cat(rcm(self.velocity_without_guidance(batch), start.split(1), sigmas, renoise))
+        return torch.cat(rcm(self.velocity_without_guidance(batch), start.split(1), sigmas, renoise, steps))
 
     def velocity_without_guidance(self, batch: list[Embedding]) -> Velocity:
         raise NotImplementedError

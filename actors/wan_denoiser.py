@@ -8,7 +8,7 @@ from torch import Tensor
 from actors.denoiser import Denoiser
 from actors.messages import Embedding
 from model.guidance import classifier_free
-from model.samplers import Streams, Velocity, dpm_solver, unipc
+from model.samplers import Steps, Streams, Velocity, dpm_solver, unipc
 from model.schedules import wan_sigmas, whole_timestep
 from model.wan import Context, WanDiT
 
@@ -38,10 +38,14 @@ class WanDenoiser(Denoiser):
         total = torch.cuda.get_device_properties(self.device).total_memory
         return SAMPLERS_SHARE * total > num_bytes(dit) + 1e9 * self.card.memory_gb.get("sample", 0)
 
-    def sample(self, batch: list[Embedding], start: Tensor) -> Tensor:
+    @property
+    def solver(self) -> str:
+        return self.card.solver
+
+    def sample(self, batch: list[Embedding], start: Tensor, steps: Steps) -> Tensor:
         request = batch[0].request
         sigmas = wan_sigmas(request.num_steps, self.card.shift_for(request.shape), self.card.solver).tolist()
-        clips = SOLVERS[self.card.solver](self.velocity(batch, request.guidance), start.split(1), sigmas)
+        clips = SOLVERS[self.card.solver](self.velocity(batch, request.guidance), start.split(1), sigmas, steps)
         return torch.cat(clips)
 
     def velocity(self, batch: list[Embedding], scale: float) -> Velocity:

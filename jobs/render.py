@@ -19,6 +19,7 @@ from typing import Any
 from actors.clip_writer import clip_key
 from actors.messages import Clip, Failure, Request
 from actors.shelf import EMBEDDINGS, LATENTS, clear
+from actors.steps import STEPS
 from jobs.progress import Display, View, counted, duration_text, printable
 from jobs.runs import bucket_text, card_named, clip_of
 from jobs.settings import RenderJob, UsageError
@@ -324,10 +325,14 @@ def work(night: Night, book: Book, todo: Iterable[Request], num_clips: int, budg
 
 @contextmanager
 def interruptible(stop: Any, display: Display) -> Iterator[None]:
-    """The first Ctrl-C (or SIGTERM) ends the run in order, the second at once."""
+    """The first Ctrl-C finishes what is begun; SIGTERM saves it, since whoever sends one does not wait long. The second
+    ends the run at once."""
     def interrupted(number: int, frame: Any) -> None:
-        if stop.draining:
+        if stop.saving or stop.draining and number == signal.SIGINT:
             stop.now()
+        elif number == signal.SIGTERM:
+            stop.save()
+            display.note("Stopping: what is being sampled is saved, and finished by the same command.")
         else:
             stop.drain()
             display.note("Stopping: clips that are being made are finished first. Once more stops at once.")
@@ -378,7 +383,8 @@ def finish(night: Night, book: Book, stop: Any, budget: Budget, json: bool) -> i
 def clear_shelf(night: Night) -> None:
     """Remove what only a run under way needs. A failed clip's latent stays: a retry need not sample again."""
     store = night.store
-    clear(store, [info.key for info in store.list(f"{EMBEDDINGS}/")])
+    for folder in (EMBEDDINGS, STEPS):
+        clear(store, [info.key for info in store.list(f"{folder}/")])
     if night.job.keep_latents:
         return
     latents = {info.key: info.key.rpartition("/")[2].removesuffix(".safetensors") for info in store.list(f"{LATENTS}/")}

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from model.samplers import State, Steps
+
 
 def classifier_free(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
     """uncond + scale * (cond - uncond); scale 1 is the prompt's velocity alone."""
@@ -35,3 +37,18 @@ class AdaptiveProjectedGuidance:
         along = (guidance.double() * unit).sum(dim=(1, 2, 3, 4), keepdim=True) * unit    # per clip
         across = guidance.double() - along
         return cond + self.scale * (across.float() + self.parallel * along.float())
+
+
+class AverageToo(Steps):
+    """Steps whose state has the running average of APG behind what the sampler carries."""
+
+    def __init__(self, guide: AdaptiveProjectedGuidance, steps: Steps):
+        self.guide, self.steps = guide, steps
+
+    def begin(self, start: State) -> tuple[int, State]:
+        nothing = tuple(torch.zeros_like(x, dtype=torch.float32) for x in start[0])
+        begun, (*state, (self.guide.average,)) = self.steps.begin((*start, nothing))
+        return begun, tuple(state)
+
+    def done(self, step: int, state: State) -> None:
+        self.steps.done(step, (*state, (self.guide.average,)))

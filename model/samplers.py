@@ -2,54 +2,73 @@
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 
 from torch import Tensor
 
 Streams = tuple[Tensor, ...]
 Velocity = Callable[[Streams, float], Streams]          # noisy streams and sigma in, d streams / d sigma out
 Renoise = Callable[[int], Streams]                      # number of a step, from 1, in; fresh noise for its end out
+State = tuple[Streams, ...]     # what goes from one step to the next: the streams, then what the solver remembers
 
 
-def euler(velocity: Velocity, streams: Streams, sigmas: Sequence[float]) -> Streams:
+class Steps:
+    """Told of every step of a sampler, and where it begins. Here that is the start; actors/steps.py saves and goes on."""
+
+    def begin(self, start: State) -> tuple[int, State]:
+        """How many steps are done already, and the state after them."""
+        return 0, start
+
+    def done(self, step: int, state: State) -> None:
+        """`step` steps are done; `state` decides the rest, with the velocity and the sigmas."""
+
+
+STRAIGHT = Steps()                                      # from the first step to the last
+
+
+def euler(velocity: Velocity, streams: Streams, sigmas: Sequence[float], steps: Steps = STRAIGHT) -> Streams:
     """Integrate from noise at sigmas[0] to clean streams at sigmas[-1] = 0."""
-    for sigma, next_sigma in pairwise(sigmas):
+    begun, (streams,) = steps.begin((streams,))
+    for i in range(begun, len(sigmas) - 1):
+        sigma, next_sigma = sigmas[i], sigmas[i + 1]
         streams = tuple(x + (next_sigma - sigma) * v for x, v in zip(streams, velocity(streams, sigma), strict=True))
+        steps.done(i + 1, (streams,))
     return streams
 
 
-def unipc(velocity: Velocity, streams: Streams, sigmas: Sequence[float]) -> Streams:
+def unipc(velocity: Velocity, streams: Streams, sigmas: Sequence[float], steps: Steps = STRAIGHT) -> Streams:
     """UniPC of second order (bh2, predicting the clean streams), from noise at sigmas[0] to sigmas[-1] = 0.
 
     One velocity per step. It serves twice: to correct the step that led to it, and to predict the next.
     Source   Zhao et al. 2023 (arXiv 2302.04867), as the Wan releases apply it to flow matching.
     """
-    steps = len(sigmas) - 1
-    clean: list[Streams] = []                           # predictions, one per step so far
-    corrected = streams
-    for i in range(steps):
-        clean.append(clean_streams(velocity, streams, sigmas[i]))
+    num_steps = len(sigmas) - 1
+    begun, (streams, corrected, *clean) = steps.begin((streams, streams))
+    for i in range(begun, num_steps):
+        clean = [*clean[-2:], clean_streams(velocity, streams, sigmas[i])]      # predictions of the last three steps
         if i > 0:
             corrected = correct(corrected, clean, sigmas[: i + 1], order=min(2, i))     # each step's own order
-        order = min(2, i + 1, steps - i)                # the last step is of first order
+        order = min(2, i + 1, num_steps - i)            # the last step is of first order
         streams = extrapolate(corrected, clean, sigmas[: i + 2], order)
+        steps.done(i + 1, (streams, corrected, *clean[-2:]))
     return streams
 
 
-def dpm_solver(velocity: Velocity, streams: Streams, sigmas: Sequence[float]) -> Streams:
+def dpm_solver(velocity: Velocity, streams: Streams, sigmas: Sequence[float], steps: Steps = STRAIGHT) -> Streams:
     """DPM-Solver++ (2M, midpoint), from noise at sigmas[0] to sigmas[-1] = 0.
 
     Source   Lu et al. 2022 (arXiv 2211.01095), as the Wan releases apply it to flow matching.
     """
-    steps = len(sigmas) - 1
-    clean: list[Streams] = []
-    for i in range(steps):
-        clean.append(clean_streams(velocity, streams, sigmas[i]))
-        streams = extrapolate(streams, clean, sigmas[: i + 2], order=min(2, i + 1, steps - i))
+    num_steps = len(sigmas) - 1
+    begun, (streams, *clean) = steps.begin((streams,))
+    for i in range(begun, num_steps):
+        clean = [*clean[-1:], clean_streams(velocity, streams, sigmas[i])]
+        streams = extrapolate(streams, clean, sigmas[: i + 2], order=min(2, i + 1, num_steps - i))
+        steps.done(i + 1, (streams, clean[-1]))
     return streams
 
 
-def rcm(velocity: Velocity, noise: Streams, sigmas: Sequence[float], renoise: Renoise | None = None) -> Streams:
+def rcm(velocity: Velocity, noise: Streams, sigmas: Sequence[float], renoise: Renoise | None = None,
+        steps: Steps = STRAIGHT) -> Streams:
     """The few steps of a distilled (consistency) model: each predicts the clean streams, then noise is put back.
 
     noise: the first draw. It starts at sigmas[0], which is just below 1, scaled and not mixed.  renoise: the later
@@ -57,16 +76,18 @@ def rcm(velocity: Velocity, noise: Streams, sigmas: Sequence[float], renoise: Re
     The state is float64, so velocity is given float64; the result is fp32.
     Source   Zheng et al. 2025 (arXiv 2510.08431), as the TurboDiffusion release samples.
     """
-    streams = tuple(sigmas[0] * x.double() for x in noise)
-    for step, (sigma, next_sigma) in enumerate(pairwise(sigmas), start=1):
+    begun, (streams,) = steps.begin((tuple(sigmas[0] * x.double() for x in noise),))
+    for i in range(begun, len(sigmas) - 1):
+        sigma, next_sigma = sigmas[i], sigmas[i + 1]
         if renoise is None:
             streams = tuple(x - (sigma - next_sigma) * v
                             for x, v in zip(streams, velocity(streams, sigma), strict=True))
-            continue
-        streams = clean_streams(velocity, streams, sigma)
-        if next_sigma > 0:
-            streams = tuple((1 - next_sigma) * x + next_sigma * fresh.double()
-                            for x, fresh in zip(streams, renoise(step), strict=True))
+        else:
+            streams = clean_streams(velocity, streams, sigma)
+            if next_sigma > 0:
+                streams = tuple((1 - next_sigma) * x + next_sigma * fresh.double()
+                                for x, fresh in zip(streams, renoise(i + 1), strict=True))
+        steps.done(i + 1, (streams,))
     return tuple(x.float() for x in streams)
 
 

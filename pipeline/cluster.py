@@ -13,7 +13,9 @@ import ipaddress
 import logging
 import math
 import os
+import signal
 import socket
+import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,6 +31,7 @@ from ray._private.authentication.authentication_token_setup import maybe_enable_
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.messages import Failure, Request
+from actors.steps import Halted
 from pipeline.budget import Budget
 from pipeline.crew import Alive, Answer, Broken, Call, Copy, Done, Hello
 from pipeline.driver import ClusterError, Driver, Progress, Stop
@@ -172,12 +175,23 @@ class Process:
     def __init__(self, threads: int):
         os.environ["OMP_NUM_THREADS"] = str(threads)    # before the steps arrive, and torch with them
         self.waited_before_s = 0.0
+        self.working = self.leaving = False
 
     def hello(self) -> tuple[str, ...]:
         return tuple(ray.get_runtime_context().get_accelerator_ids().get("GPU", ()))
 
     def load(self, stage: str, steps: tuple[Step, ...], threads: int, name: str) -> None:
-        self.worker = Worker(stage, steps, threads, name=f"{name}@{socket.gethostname()}")
+        self.worker = Worker(stage, steps, threads, name=f"{name}@{socket.gethostname()}", halted=self.halted)
+        signal.signal(signal.SIGTERM, self.leave)       # Ray's handler would end it in the middle of the work
+
+    def leave(self, number: int, frame: Any) -> None:
+        """The machine is wanted back: finish or save what is being done, and take nothing new."""
+        self.leaving = True
+        if not self.working:
+            sys.exit(1)
+
+    def halted(self) -> bool:
+        return self.leaving or ray.get_runtime_context().is_canceled()
 
     def ping(self) -> None:
         pass
@@ -194,7 +208,10 @@ class Process:
         else:
             given = requests
         made: list = [None] * len(requests)
+        self.working = True
         try:
+            if self.leaving:
+                raise Halted("not begun")
             made, report = self.worker(given, safe)
             told = made if last else [value if isinstance(value, Failure) else None for value in made]
             answer: Answer = Done(made=told, report=report)
@@ -202,6 +219,9 @@ class Process:
             answer = Broken(how="store", reason=str(error))
         except NotFound as error:
             answer = Broken(how="input", reason=str(error))
+        except Halted as error:
+            answer = Broken(how="node", reason=f"SIGTERM: {error}") if self.leaving else Broken(how="cancelled", reason=str(error))
+        self.working = False
         return answer if last else [answer, *made]
 
 
@@ -247,8 +267,13 @@ class RayCrew:
 
     def cancel(self, call: Call) -> None:
         done, _ = ray.wait([call.copy.calls[0].handle], timeout=0)
-        if not done:                                    # else this one has begun, and is let finish
-            ray.cancel(call.handle)
+        if done:                                        # then this one is done, or has just begun and is let finish
+            return
+        ray.cancel(call.handle)
+        if call is call.copy.calls[0]:                  # Ray says at once that it is cancelled, while it is still saving
+            del self.pending[call.handle]
+            call.handle = call.copy.handle.ping.remote()    # answered when the process is free again
+            self.pending[call.handle] = call
 
     def store_wait_s(self, copy: Copy) -> float:
         try:
@@ -302,6 +327,8 @@ class RayCrew:
             raise
         if call.kind == "hello":
             return Hello(devices=answer)
+        if call.kind == "work" and answer is None:      # the ping behind a call that was cancelled at work
+            return Broken(how="cancelled", reason="what it did is on the shelf")
         return answer if call.kind == "work" else Alive()
 
     def machine_lost(self, copy: Copy, error: rex.ActorDiedError) -> bool:

@@ -93,8 +93,9 @@ class Done:
 class Broken:
     """The call gave nothing.
 
-    died: the process ended.  hung: it took too long, and was ended.  node: its machine was lost or cannot be reached.  load: its steps could not be made.
-    input: a value from an earlier stage is gone.  store: the store cannot be used.  cancelled: it had not begun.
+    died: the process ended.  hung: it took too long, and was ended.  node: its machine was lost or cannot be reached.
+    load: its steps could not be made.  input: a value from an earlier stage is gone.  store: the store cannot be used.
+    cancelled: it had not begun, or stopped where it can be continued.
     """
 
     how: str
@@ -112,6 +113,6 @@ class Crew(Protocol):
     def start(self, copy: Copy) -> None: ...
     def end(self, copy: Copy) -> None: ...
     def submit(self, call: Call) -> None: ...
-    def cancel(self, call: Call) -> None: ...
+    def cancel(self, call: Call) -> None: ...            # not begun: it never does; at work: it stops where it can
     def store_wait_s(self, copy: Copy) -> float: ...    # of what it does now: seconds in which the store kept it waiting
     def wait(self, timeout_s: float) -> Iterable[tuple[Call, Answer]]: ...

@@ -54,11 +54,15 @@ class Stop:
     """Asks a run to end early; may be used from a signal handler or another thread."""
 
     def __init__(self) -> None:
-        self.draining = self.at_once = False
+        self.draining = self.saving = self.at_once = False
 
     def drain(self) -> None:
         """Begin nothing new; what is being sampled is still published."""
         self.draining = True
+
+    def save(self) -> None:
+        """As drain, but what is being sampled stops between two steps; it is continued from there another time."""
+        self.draining = self.saving = True
 
     def now(self) -> None:
         self.draining = self.at_once = True
@@ -104,6 +108,7 @@ class Driver:
         self.look_at = self.tell_at = self.count_at = -math.inf
         self.busy_at = crew.now()                       # when something last ran
         self.changed, self.drained = True, False
+        self.stopped: set[Call] = set()                 # that were at work, and asked to stop where they can
 
     def outcomes(self) -> Iterator[Outcome]:
         try:
@@ -157,6 +162,10 @@ class Driver:
             for copy in line.copies:
                 if len(copy.calls) > 1 and not self.drained:
                     self.crew.cancel(copy.calls[-1])
+                head = copy.calls[0] if copy.calls else None
+                if self.stop.saving and head and head.kind == "work" and head not in self.stopped:
+                    self.stopped.add(head)
+                    self.crew.cancel(head)
         self.drained = True
 
     def timeout_s(self) -> float:

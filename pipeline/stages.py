@@ -14,6 +14,7 @@ from pathlib import PurePath
 from typing import Any
 
 from actors.messages import Clip, Failure, Request
+from actors.steps import Halted
 from pipeline.store import NotFound, StoreError
 
 
@@ -80,13 +81,18 @@ class Outcome:
 class Worker:
     """One copy of a stage. Making it loads; calling it never raises for a value's sake.
 
-    StoreError and NotFound pass through: an unusable store or a lost input is not the value's fault.
+    StoreError and NotFound pass through: an unusable store or a lost input is not the value's fault. So does Halted.
     """
 
-    def __init__(self, stage: str, steps: Iterable[Step], threads: int, name: str = "local"):
+    def __init__(self, stage: str, steps: Iterable[Step], threads: int, name: str = "local",
+                 halted: Callable[[], bool] | None = None):
+        """halted: asked where a step can stop in the middle and lose nothing: is it to?"""
         self.stage, self.threads, self.name = stage, threads, name
         self.broken = False
         self.steps = [(step.name or stage, step.make()) for step in steps]
+        for _, step in self.steps:
+            if halted and hasattr(step, "halted"):
+                step.halted = halted
         self.torch = sys.modules.get("torch")           # there if a step computes with it; slow to import for nothing
         devices = [str(device) for _, step in self.steps if (device := getattr(step, "device", None))]
         self.safe_steps = [step for _, step in self.steps if hasattr(step, "safe")]
@@ -126,7 +132,7 @@ class Worker:
                 raise ValueError(f"{type(step).__name__} must return a value for each that it gets; "
                                  f"it got {len(values)} and returned {len(made)}")
             return list(made)
-        except (StoreError, NotFound):
+        except (StoreError, NotFound, Halted):
             raise
         except Exception as error:
             if type(error).__name__ == "OutOfMemoryError" and self.gpu:

@@ -9,7 +9,8 @@ from actors.clip_writer import ClipWriter
 from actors.decoder import Decoder
 from actors.denoiser import Denoiser
 from actors.image_encoder import ImageTextEncoder
-from actors.shelf import EMBEDDINGS, LATENTS, Drop, Fetch, Keep
+from actors.shelf import EMBEDDINGS, Drop, Fetch, Keep
+from actors.steps import KeepSampled
 from actors.text_encoder import TextEncoder
 from actors.turbo_denoiser import StudentDenoiser, TurboWanDenoiser
 from actors.wan_denoiser import WanDenoiser
@@ -35,20 +36,19 @@ def text_to_video(card: ModelCard, weights: str | None, store: Store, *, device:
         return Step(actor=with_weights, name=name, args=dict(actor=actor, card=card, weights=weights, device=device,
                                                              precision=precision, threads=threads, **options))
 
-    def kept(step: Step, folder: str) -> Step:
-        return Step(actor=Keep, args=dict(step=step, store=store, folder=folder))
-
     on_gpu = device.startswith("cuda")
     encoder = model(ImageTextEncoder, read=read_image) if card.takes_image else model(TextEncoder)
     fetch = (Step(actor=Fetch, args=dict(store=store)), *([Step(actor=AsAsked)] if strict else []))
+    encode = Step(actor=Keep, args=dict(step=encoder, store=store, folder=EMBEDDINGS))
     sampler = model(DENOISERS[type(card)], threads, attention=attention)
+    sample = Step(actor=KeepSampled, args=dict(step=sampler, store=store))
     publish = [*fetch, model(Decoder, name="decode"), Step(actor=Gate), Step(actor=ClipWriter, args=dict(store=store))]
     if not keep_latents:
         publish.append(Step(actor=Drop, args=dict(store=store)))
     return [
-        Stage(name="encode", steps=(kept(encoder, EMBEDDINGS),), gpus=0.25 if on_gpu else 0.0,
+        Stage(name="encode", steps=(encode,), gpus=0.25 if on_gpu else 0.0,
               key=attrgetter("embedding_key"), window=ENCODED_AHEAD),
-        Stage(name="sample", steps=(*fetch, kept(sampler, LATENTS)), gpus=0.75 if on_gpu else 0.0,
+        Stage(name="sample", steps=(*fetch, sample), gpus=0.75 if on_gpu else 0.0,
               cpus=float(threads), copies=samplers, batch=max(batch, card.clips_per_turn)),
         # one process, so frames never travel; on a CPU it needs a fraction of what sampling needs
         Stage(name="publish", steps=tuple(publish), gpus=0.25 if on_gpu else 0.0, cpus=2.0 if on_gpu else 0.5),

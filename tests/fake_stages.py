@@ -5,13 +5,14 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from actors.messages import Request
+from actors.steps import Halted
 from jobs.bench_pipeline import pretend_value
 from pipeline.stages import Stage, Step
 from pipeline.store import NotFound, StoreError
@@ -78,6 +79,29 @@ class Fake:
     def write(self, **entry: Any) -> None:
         with open(self.folder / "calls.jsonl", "a") as file:
             file.write(json.dumps({"stage": self.stage, "pid": os.getpid(), **entry}) + "\n")
+
+
+@dataclass(kw_only=True)
+class Patient:
+    """A sampler whose first clip takes until somebody wants it to stop: then it takes its time to save."""
+
+    folder: Path
+    halted: Callable[[], bool] = lambda: False
+
+    def __call__(self, batch: list) -> list:
+        if not (self.folder / "saved").exists():
+            write_whole(self.folder / "begun", str(os.getpid()))
+            while not self.halted():
+                time.sleep(0.05)
+            time.sleep(1.0)
+            write_whole(self.folder / "saved", str(os.getpid()))
+            raise Halted("saved")
+        return [pretend_value("latent", value.request) for value in batch]
+
+
+def write_whole(path: Path, text: str) -> None:
+    path.with_suffix(".new").write_text(text)
+    path.with_suffix(".new").rename(path)
 
 
 def threads() -> int:

@@ -1,6 +1,7 @@
 """The pipeline on Ray: real processes, real deaths, GPUs that only count."""
 
 import os
+import signal
 import socket
 import stat
 import subprocess
@@ -11,13 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fake_stages import calls, fake_stages
+from fake_stages import Patient, calls, fake_stages
 
 from actors.messages import Clip, Failure
 from jobs.bench_pipeline import pretend_request, pretend_stages, rss_bytes
 from pipeline import cluster
 from pipeline.cluster import ClusterError, Stop
-from pipeline.stages import run_local
+from pipeline.stages import Stage, Step, run_local
 
 HERE = Path(__file__).resolve().parent
 
@@ -140,6 +141,30 @@ def test_draining_publishes_what_is_sampled_and_ends_every_process(four_gpus, tm
     while any(alive(pid) for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(alive(pid) for pid in pids)
+
+
+@pytest.mark.parametrize("who", ["the driver", "the machine"])
+def test_a_sampler_that_is_told_to_end_saves_and_charges_nobody(who, four_gpus, tmp_path):
+    """The driver stops the run by saving, or the sampler's process gets SIGTERM; the next one goes on."""
+    stop, told = Stop(), []
+
+    def tell(progress):
+        if told or not (tmp_path / "begun").exists():
+            return
+        told.append(int((tmp_path / "begun").read_text()))
+        stop.save() if who == "the driver" else os.kill(told[0], signal.SIGTERM)
+
+    encode, _, publish = fake_stages(tmp_path)
+    sample = Stage(name="sample", steps=(Step(actor=Patient, args={"folder": tmp_path}),), copies=1)
+    stages = [encode, sample, publish]
+    outcomes = by_seed(cluster.run(stages, requests(3), stop=stop, on_progress=tell, progress_every_s=0.1))
+    assert (tmp_path / "saved").read_text() == str(told[0])
+    if who == "the driver":
+        assert outcomes == {}
+        outcomes = by_seed(cluster.run(stages, requests(3)))
+    assert len(outcomes) == 3
+    assert all(isinstance(outcome.value, Clip) and outcome.attempts == 1 for outcome in outcomes.values())
+    assert not alive(told[0])
 
 
 def alive(pid: int) -> bool:

@@ -508,6 +508,20 @@ def test_draining_publishes_what_is_being_sampled_and_begins_nothing():
     assert crew.clock - stopped_at <= 2.0 and not crew.free_at
 
 
+def test_saving_stops_what_is_being_sampled_charges_nobody_and_publishes_what_is_sampled():
+    crew, stop = SimulatedCrew(box(4), SLEEPS_S | {"sample": 1000.0}), Stop()
+    driver = Driver(crew, pretend_stages(gpus=SHARED), requests(10_000), stop=stop)
+    outcomes = []
+    for outcome in driver.outcomes():
+        outcomes.append(outcome)
+        if not stop.saving:
+            stop.save()
+            stopped_at = crew.clock
+    sampled = len([1 for _, ended, _ in crew.worked["sample"] if ended <= stopped_at])
+    assert sampled <= len(outcomes) <= sampled + 5 and driver.failed == 0
+    assert crew.clock - stopped_at <= 2.0 and not crew.free_at
+
+
 def test_stopping_at_once_leaves_no_process():
     crew, stop = SimulatedCrew(box(4), SLEEPS_S), Stop()
     outcomes = []

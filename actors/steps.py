@@ -1,0 +1,156 @@
+"""The steps of a long clip, saved while it is sampled: whatever ends the process costs seconds of work, not the clip.
+
+`KeepSampled` is the `Keep` of a sampler. What a sampler carries from one step to the next is one object per clip,
+steps/ab/<clip_id>.safetensors, written over and over and removed when the latent is on the shelf. Who samples the
+clip next, on whatever machine and in whatever batch, goes on from there, and the latent is the same to the last bit.
+"""
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from actors.messages import Embedding, Failure, Request
+from actors.shelf import LATENTS, Damaged, Keep, MakesStep, Shelf, Shelved, sealed, shelf_key, unsealed
+from model.samplers import State, Steps, Streams
+
+STEPS = "steps"                                         # folder of the run
+SAVE_SHARE = 0.01                                       # of the work may be saving it
+SAVE_AFTER_S = 30.0                                     # less is not worth an object: another process takes as long to load
+
+
+class Halted(Exception):
+    """Sampling was stopped between two steps; what was done is saved."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """Where a clip stands."""
+
+    step: int                                           # steps done
+    state: tuple[Tensor, ...]                           # what the sampler carries, of this clip; on the CPU
+
+
+class KeepSampled(Keep):
+    """A sampler whose latents stay on the shelf, and whose steps do until then.
+
+    A save is due when the work since the last one is worth it: SAVE_AFTER_S, and no less than what makes the last save's
+    seconds SAVE_SHARE of it. With Wan 14B at 720p and 5 s a state is 77 MB, and saving it to a folder takes MEASURED s.
+    Where such clips take less than SAVE_AFTER_S in all, nothing is saved and nothing is looked for.
+    """
+
+    def __init__(self, step: MakesStep, store: Shelf):
+        """step: makes a Denoiser."""
+        super().__init__(step, store, LATENTS)
+        self.halted: Callable[[], bool] = lambda: False     # asked between two steps: is this process to stop here?
+        self.save_s = 0.0                               # what the last save took
+        self.course_s: dict[str, float] = {}            # by bucket, what a clip took lately from noise to latent
+
+    def work(self, batch: list[Embedding]) -> list[Shelved | Failure]:
+        """Clips that stand at the same step go on together. Raises Halted."""
+        saved = [self.saved(embedding.request) for embedding in batch]
+        groups: dict[int, list[int]] = defaultdict(list)
+        for place, found in enumerate(saved):
+            groups[found.step if found else 0].append(place)
+        results: list = [None] * len(batch)
+        for _, places in sorted(groups.items(), reverse=True):          # what is nearly done first
+            made = self.sample([batch[place] for place in places], [saved[place] for place in places])
+            for place, value in zip(places, made, strict=True):
+                results[place] = value
+        return results
+
+    def sample(self, batch: list[Embedding], saved: list[Saved | None]) -> list[Shelved | Failure]:
+        request, began = batch[0].request, time.monotonic()
+        steps = SavedSteps(self, [embedding.request for embedding in batch], saved)
+        try:
+            latents = self.step(batch, steps)
+            self.course_s[request.bucket] = (time.monotonic() - began) * request.num_steps / (request.num_steps - steps.begun)
+            made = [self.keep(latent) for latent in latents]
+        except ArithmeticError:                         # what was saved may be where it went wrong
+            self.forget(steps)
+            raise
+        self.forget(steps)
+        return made
+
+    def forget(self, steps: "SavedSteps") -> None:
+        for request in steps.on_shelf:
+            self.store.delete(shelf_key(STEPS, request))
+
+    def saved(self, request: Request) -> Saved | None:
+        """Where the clip stands; None: at the start. What is of no use is removed."""
+        if self.course_s.get(request.bucket, math.inf) < SAVE_AFTER_S:
+            return None
+        key = shelf_key(STEPS, request)
+        try:
+            tensors, metadata = unsealed(self.store.get(key), key)
+        except KeyError:
+            return None
+        except Damaged:
+            metadata = {}
+        if metadata.get("course") != self.step.course(request):
+            self.store.delete(key)
+            return None
+        return Saved(step=int(metadata["step"]), state=tuple(tensors[str(place)] for place in range(len(tensors))))
+
+    def save(self, request: Request, step: int, state: Sequence[Tensor]) -> None:
+        key = shelf_key(STEPS, request)
+        tensors = {str(place): tensor.cpu() for place, tensor in enumerate(state)}
+        self.store.put(key, sealed(tensors, {"key": key, "course": self.step.course(request), "step": str(step)}))
+
+
+class SavedSteps(Steps):
+    """One run of the sampler, over clips that stand at the same step."""
+
+    def __init__(self, keeper: KeepSampled, requests: list[Request], saved: list[Saved | None]):
+        self.keeper, self.requests, self.saved = keeper, requests, saved
+        self.begun = saved[0].step if saved[0] else 0
+        self.on_shelf = requests if self.begun else []
+        self.since = time.monotonic()                   # of the last save
+
+    def begin(self, start: State) -> tuple[int, State]:
+        if self.keeper.halted():
+            raise Halted("stopped before another step was begun")
+        if not self.begun:
+            return 0, start
+        slots = zip(*(found.state for found in self.saved), strict=True)
+        return self.begun, tuple(streams_of(clips, like=start[0]) for clips in slots)
+
+    def done(self, step: int, state: State) -> None:
+        num_steps = self.requests[0].num_steps
+        if step == num_steps:
+            return                                      # the latent itself is next
+        if self.keeper.halted():
+            self.save(step, state)
+            raise Halted(f"stopped after step {step} of {num_steps}, which is saved")
+        if time.monotonic() - self.since >= max(SAVE_AFTER_S, self.keeper.save_s / SAVE_SHARE):
+            with suppress(Exception):                   # the store's trouble: it may be over when the latent is made
+                self.save(step, state)
+
+    def save(self, step: int, state: State) -> None:
+        if state[0][0].is_cuda:
+            torch.cuda.synchronize(state[0][0].device)  # what the GPU has still to do is no cost of saving
+        began = time.monotonic()
+        try:
+            self.on_shelf = self.requests
+            slots = [clips_of(streams) for streams in state]
+            for place, request in enumerate(self.requests):
+                self.keeper.save(request, step, [clips[place] for clips in slots])
+        finally:
+            self.since = time.monotonic()
+            self.keeper.save_s = self.since - began
+
+
+def clips_of(streams: Streams) -> list[Tensor]:
+    """Streams as samplers have them, one for all clips or one for each, [B, ...] or B times [1, ...], clip by clip."""
+    return [clip for stream in streams for clip in stream]
+
+
+def streams_of(clips: Sequence[Tensor], like: Streams) -> Streams:
+    """Clip by clip, as the streams they were."""
+    clips = iter(clips)
+    return tuple(torch.stack([next(clips) for _ in stream]).to(stream.device) for stream in like)
