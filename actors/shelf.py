@@ -54,10 +54,12 @@ class Keep:
     def __init__(self, step: MakesStep, store: Shelf, folder: str):
         """folder: EMBEDDINGS for a step that makes them, LATENTS for one that makes those."""
         self.step, self.store, self.folder = step.make(), store, folder
+        self.partly = False                             # whether something of the last batch had been done before
 
     def __call__(self, batch: list) -> list[Shelved | Failure]:
         results = [value if isinstance(value, Failure) else self.find(request_of(value)) for value in batch]
         missing = [place for place, found in enumerate(results) if found is None]
+        self.partly = any(isinstance(found, Shelved) for found in results)
         if missing:
             for place, value in zip(missing, self.work([batch[place] for place in missing]), strict=True):
                 results[place] = value

@@ -54,6 +54,7 @@ class KeepSampled(Keep):
     def work(self, batch: list[Embedding]) -> list[Shelved | Failure]:
         """Clips that stand at the same step go on together. Raises Halted."""
         saved = [self.saved(embedding.request) for embedding in batch]
+        self.partly = self.partly or any(saved)
         groups: dict[int, list[int]] = defaultdict(list)
         for place, found in enumerate(saved):
             groups[found.step if found else 0].append(place)

@@ -176,13 +176,13 @@ class Process:
         os.environ["OMP_NUM_THREADS"] = str(threads)    # before the steps arrive, and torch with them
         self.waited_before_s = 0.0
         self.working = self.leaving = False
+        signal.signal(signal.SIGTERM, self.leave)       # Ray's handler would end it in the middle of the work
 
     def hello(self) -> tuple[str, ...]:
         return tuple(ray.get_runtime_context().get_accelerator_ids().get("GPU", ()))
 
     def load(self, stage: str, steps: tuple[Step, ...], threads: int, name: str) -> None:
         self.worker = Worker(stage, steps, threads, name=f"{name}@{socket.gethostname()}", halted=self.halted)
-        signal.signal(signal.SIGTERM, self.leave)       # Ray's handler would end it in the middle of the work
 
     def leave(self, number: int, frame: Any) -> None:
         """The machine is wanted back: finish or save what is being done, and take nothing new."""

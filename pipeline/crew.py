@@ -52,7 +52,7 @@ class Copy:
     state: str = "planned"              # planned, starting, loading, ready, leaving, ended
     calls: "deque[Call]" = field(default_factory=deque)
     since: float = 0.0                  # when it was started, or its last call ended
-    buckets: set[str] = field(default_factory=set)      # that it has made something of
+    buckets: set[str] = field(default_factory=set)      # of clips that it has made from the start
     failed: set[str] = field(default_factory=set)       # clips that failed here since it last made one
     blamed: set[str] = field(default_factory=set)       # clips that failed here and were made elsewhere
     handle: Any = None                  # the crew's own

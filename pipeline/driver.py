@@ -296,10 +296,11 @@ class Driver:
 
     def made(self, line: Line, copy: Copy, call: Call, answer: Done) -> None:
         spent = sum(answer.report.seconds.values())
-        line.seconds = spent if line.seconds is None else 0.9 * line.seconds + 0.1 * spent
         line.store_trouble = 0
-        bucket = call.rows[0].request.bucket
-        if not any(isinstance(made, Failure) for made in answer.made):
+        bucket, whole = call.rows[0].request.bucket, not answer.report.partly
+        if whole:
+            line.seconds = spent if line.seconds is None else 0.9 * line.seconds + 0.1 * spent
+        if whole and not any(isinstance(made, Failure) for made in answer.made):
             self.budget.measured(line.stage.name, call.rows[0].request, spent)
             if bucket not in copy.buckets:
                 line.first_s = max(line.first_s, spent)
@@ -308,7 +309,8 @@ class Driver:
                 self.charge(row, made, copy)
                 continue
             line.done += 1
-            copy.buckets.add(bucket)
+            if whole:
+                copy.buckets.add(bucket)
             copy.failed.clear()
             self.end_streak(line)
             if row.avoid not in (None, copy):

@@ -62,6 +62,7 @@ class Report:
     worker: str
     device: str
     peak_memory_bytes: int                              # of the GPU in this call, or of the process since its start
+    partly: bool = False                                # some of it was done in an earlier call: the seconds are no measure
     broken: bool = False                                # the GPU's context is lost, and every later call would fail
 
 
@@ -121,6 +122,7 @@ class Worker:
                 values[place] = replace(made, worker=self.name, device=self.device) if failed else made
             seconds[name] = seconds.get(name, 0.0) + (time.perf_counter() - began) / max(1, len(values))
         return values, Report(seconds=seconds, worker=self.name, device=self.device, broken=self.broken,
+                              partly=any(getattr(step, "partly", False) for _, step in self.steps),
                               peak_memory_bytes=0 if self.broken else self.peak_memory())
 
     def run(self, step: Callable[[list], list], values: list) -> list:

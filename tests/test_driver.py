@@ -522,6 +522,19 @@ def test_saving_stops_what_is_being_sampled_charges_nobody_and_publishes_what_is
     assert crew.clock - stopped_at <= 2.0 and not crew.free_at
 
 
+def test_seconds_of_a_clip_that_was_partly_done_before_are_no_measure_for_others():
+    def fault(call):
+        if call.kind == "work" and call.copy.stage.name == "sample" and call.rows[0].request.seed < 5:
+            report = Report(seconds={"sample": 0.001}, worker="", device="", peak_memory_bytes=0, partly=True)
+            return Done(made=values(call), report=report)
+
+    budget = Budget()
+    driver, outcomes = drive(SimulatedCrew(box(4), SLEEPS_S, fault=fault), pretend_stages(gpus=SHARED), requests(20),
+                             budget=budget)
+    assert len(outcomes) == 20 and min(outcome.seconds["sample"] for outcome in outcomes) == 0.001
+    assert budget.seconds("sample", outcomes[0].value.request) == pytest.approx(SLEEPS_S["sample"])
+
+
 def test_stopping_at_once_leaves_no_process():
     crew, stop = SimulatedCrew(box(4), SLEEPS_S), Stop()
     outcomes = []

@@ -23,6 +23,8 @@ import pytest
 from actors import clip_writer
 from actors.clip_writer import read_clip
 from actors.decoder import Decoder
+from actors.shelf import unsealed
+from actors.steps import SavedSteps
 from jobs.cli import main
 from pipeline import cluster, ledger, stages
 from pipeline.lease import Lease
@@ -495,6 +497,33 @@ def test_control_c_finishes_what_was_begun_and_the_same_command_continues(tmp_pa
     code, answer = render(capsys, manifest, out)
     assert code == 0 and answer["rendered"] == 20 - done
     assert_whole(out, 20, 20)
+
+
+def test_sigterm_in_the_middle_of_a_long_clip_costs_no_step(tmp_path, capsys, one_process, monkeypatch):
+    rows = [{"prompt": "a red circle moves left on a gray background", "frames": 49, "steps": 200}]
+    manifest, out = write_manifest(tmp_path / "night.jsonl", rows), tmp_path / "out"
+    store, saved = open_store(str(out)), []
+    for patience_s in (1, 2, 4, 8):                     # the sampler may still load its weights
+        with started(manifest, out, "--model", "demo", "--samplers", "1") as program:
+            wait_for(lambda: any(store.list("embeddings/")), program)
+            time.sleep(patience_s)
+            program.send_signal(signal.SIGTERM)
+            stdout, stderr = program.communicate(timeout=300)
+        assert program.returncode == 130 and "what is being sampled is saved" in stderr and "Traceback" not in stderr
+        assert "the same command continues" in stdout and json.loads(store.get("lease.json"))["released"]
+        assert rows_of(out) == {} and not any(store.list("latents/"))
+        if saved := list(store.list("steps/")):
+            break
+    step = int(unsealed(store.get(saved[0].key), saved[0].key)[1]["step"])
+    assert 0 < step < 200 and len(saved) == 1
+
+    done = []
+    monkeypatch.setattr(SavedSteps, "done", lambda self, step, state: done.append(step))
+    assert render(capsys, manifest, out, "--model", "demo")[0] == 0
+    assert done == list(range(step + 1, 201))
+    assert_whole(out, 1, 1)
+    assert render(capsys, manifest, tmp_path / "straight", "--model", "demo")[0] == 0
+    assert clips_of(out) == clips_of(tmp_path / "straight") and len(done) == 400 - step
 
 
 def test_a_run_that_reaches_its_deadline_ends_with_4_and_the_next_night_continues(tmp_path, capsys, request):

@@ -109,8 +109,9 @@ def test_a_clip_that_is_stopped_after_any_step_is_continued_to_the_same_bytes(na
         with pytest.raises(Halted):
             keep_of(denoiser, store, halt_at=step)([embedding])
         assert folders(store) == ({STEPS} if step else set())
-        keep_of(denoiser, store)([embedding])
-        assert latents(store, [embedding]) == want and folders(store) == {LATENTS}
+        keep = keep_of(denoiser, store)
+        keep([embedding])
+        assert latents(store, [embedding]) == want and folders(store) == {LATENTS} and keep.partly == (step > 0)
         assert watched.forwards == forwards             # no step was done twice
 
 
