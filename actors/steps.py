@@ -21,7 +21,7 @@ from model.samplers import State, Steps, Streams
 
 STEPS = "steps"                                         # folder of the run
 SAVE_SHARE = 0.01                                       # of the work may be saving it
-SAVE_AFTER_S = 30.0                                     # less is not worth an object: another process takes as long to load
+SAVE_AFTER_S = 30.0                                     # less is not worth it: a process takes as long to start
 
 
 class Halted(Exception):
@@ -39,8 +39,8 @@ class Saved:
 class KeepSampled(Keep):
     """A sampler whose latents stay on the shelf, and whose steps do until then.
 
-    A save is due when the work since the last one is worth it: SAVE_AFTER_S, and no less than what makes the last save's
-    seconds SAVE_SHARE of it. With Wan 14B at 720p and 5 s a state is 77 MB, and saving it to a folder takes MEASURED s.
+    A save is due after SAVE_AFTER_S of work, or as much as makes the last save's seconds SAVE_SHARE of it, whichever is
+    more. With Wan 14B at 720p and 5 s a state is 77 MB, and saving it to a folder takes MEASURED s.
     Where such clips take less than SAVE_AFTER_S in all, nothing is saved and nothing is looked for.
     """
 
@@ -70,7 +70,8 @@ class KeepSampled(Keep):
         steps = SavedSteps(self, [embedding.request for embedding in batch], saved)
         try:
             latents = self.step(batch, steps)
-            self.course_s[request.bucket] = (time.monotonic() - began) * request.num_steps / (request.num_steps - steps.begun)
+            step_s = (time.monotonic() - began) / (request.num_steps - steps.begun)
+            self.course_s[request.bucket] = request.num_steps * step_s
             made = [self.keep(latent) for latent in latents]
         except ArithmeticError:                         # what was saved may be where it went wrong
             self.forget(steps)

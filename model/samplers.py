@@ -12,7 +12,7 @@ State = tuple[Streams, ...]     # what goes from one step to the next: the strea
 
 
 class Steps:
-    """Told of every step of a sampler, and where it begins. Here that is the start; actors/steps.py saves and goes on."""
+    """Says where a sampler begins, which is here the start, and is told of every step; actors/steps.py saves them."""
 
     def begin(self, start: State) -> tuple[int, State]:
         """How many steps are done already, and the state after them."""

@@ -220,8 +220,9 @@ class Process:
         except NotFound as error:
             answer = Broken(how="input", reason=str(error))
         except Halted as error:
-            answer = Broken(how="node", reason=f"SIGTERM: {error}") if self.leaving else Broken(how="cancelled", reason=str(error))
-        self.working = False
+            answer = Broken(how="node" if self.leaving else "cancelled", reason=f"told to end: {error}")
+        finally:
+            self.working = False
         return answer if last else [answer, *made]
 
 
@@ -270,7 +271,7 @@ class RayCrew:
         if done:                                        # then this one is done, or has just begun and is let finish
             return
         ray.cancel(call.handle)
-        if call is call.copy.calls[0]:                  # Ray says at once that it is cancelled, while it is still saving
+        if call is call.copy.calls[0]:                  # Ray says at once that it is, while it still saves
             del self.pending[call.handle]
             call.handle = call.copy.handle.ping.remote()    # answered when the process is free again
             self.pending[call.handle] = call

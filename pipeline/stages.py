@@ -62,7 +62,7 @@ class Report:
     worker: str
     device: str
     peak_memory_bytes: int                              # of the GPU in this call, or of the process since its start
-    partly: bool = False                                # some of it was done in an earlier call: the seconds are no measure
+    partly: bool = False                                # some was done in an earlier call: the seconds are no measure
     broken: bool = False                                # the GPU's context is lost, and every later call would fail
 
 

@@ -1,5 +1,6 @@
 """A long clip's steps are saved: stopped anywhere and continued, it is the same clip, and no step is done twice."""
 
+import math
 from dataclasses import replace
 from itertools import count, pairwise
 from types import SimpleNamespace
@@ -59,8 +60,8 @@ def store(tmp_path):
 
 def embedding_for(denoiser, seed=1, **changes):
     card = denoiser.card
-    said = dict(clip_id=f"{seed:064x}", model=card.name, weights_fingerprint="w", prompt="", negative_prompt="", seed=seed,
-                shape=SHAPE, fps=16.0, num_steps=4 if card in TURBO.values() else NUM_STEPS, guidance=4.0,
+    said = dict(clip_id=f"{seed:064x}", model=card.name, weights_fingerprint="w", prompt="", negative_prompt="",
+                seed=seed, shape=SHAPE, fps=16.0, num_steps=4 if card in TURBO.values() else NUM_STEPS, guidance=4.0,
                 precision=denoiser.precision, attention=denoiser.attention)
     draw = torch.Generator().manual_seed(seed)
     prompt, negative = (torch.randn(length, 32, generator=draw) for length in (7, 3))
@@ -184,7 +185,8 @@ def other_clip(data, store, denoiser):
     pytest.param(lambda data, *_: b"", id="empty"),
     pytest.param(lambda data, *_: data.replace(b'"step":"2"', b'"step":"3"'), id="another step"),
     pytest.param(other_course, id="of another number of steps"), pytest.param(other_clip, id="of another clip")])
-def test_steps_that_are_damaged_or_of_something_else_are_removed_and_the_clip_begins_anew(damage, denoisers, store, tmp_path):
+def test_steps_that_are_damaged_or_of_something_else_are_removed_and_the_clip_begins_anew(
+        damage, denoisers, store, tmp_path):
     denoiser = denoisers("unipc")
     embedding = embedding_for(denoiser)
     straight = open_store(str(tmp_path / "straight"))
@@ -234,7 +236,8 @@ class Slow:
 
         sigmas = [1 - number / self.num_steps for number in range(self.num_steps + 1)]
         streams = euler(velocity, (torch.zeros(len(batch), 2, 3),), sigmas, steps)
-        return [Latent(request=embedding.request, streams=(row,)) for embedding, row in zip(batch, *streams, strict=True)]
+        return [Latent(request=embedding.request, streams=(clip,))
+                for embedding, clip in zip(batch, *streams, strict=True)]
 
     def sample(self, denoiser, seed=1):
         return self.keep([embedding_for(denoiser, seed, num_steps=self.num_steps)])
@@ -248,7 +251,8 @@ def test_short_clips_are_never_saved_and_after_the_first_not_looked_for(store, d
 
 
 @pytest.mark.parametrize("save_s", [0.01, 0.5, 4.0])
-def test_saving_takes_at_most_a_hundredth_of_the_work_and_half_a_minute_is_the_least(save_s, store, denoisers, monkeypatch):
+def test_saving_takes_at_most_a_hundredth_of_the_work_and_half_a_minute_is_the_least(
+        save_s, store, denoisers, monkeypatch):
     slow = Slow(store, monkeypatch, num_steps=1000, step_s=2.0, save_s=save_s)
     slow.sample(denoisers("apg"))
     between = [later - earlier - save_s for earlier, later in pairwise(slow.saves)]
@@ -277,6 +281,6 @@ def test_a_clip_that_ends_in_nan_begins_anew(denoisers, store, monkeypatch):
     with pytest.raises(Halted):
         keep_of(denoiser, store, halt_at=2)([embedding])
     with monkeypatch.context() as broken, pytest.raises(NonFiniteLatent):
-        broken.setattr("model.guidance.AdaptiveProjectedGuidance.__call__", lambda self, cond, uncond: cond * float("nan"))
+        broken.setattr("model.guidance.AdaptiveProjectedGuidance.__call__", lambda self, cond, uncond: cond * math.nan)
         keep_of(denoiser, store)([embedding])
     assert folders(store) == set()
