@@ -24,7 +24,8 @@ from actors.clip_writer import ClipWriter
 from actors.decoder import Decoder, to_uint8
 from actors.denoiser import Denoiser, noise
 from actors.messages import Clip, Embedding, Frames, Latent, Request
-from actors.shelf import LATENTS, Keep, Shelved
+from actors.shelf import Shelved
+from actors.steps import KeepSampled
 from actors.text_encoder import TextEncoder
 from pipeline.lease import process_start
 
@@ -118,17 +119,16 @@ class FakeDecoder(Decoder):
         return Frames(request=request, rgb=rgb, fallbacks=latent.fallbacks)
 
 
-class NotedKeep(Keep):
-    """Keep, and a note of each latent that is safe: from there on nobody may sample it again."""
+class NotedKeep(KeepSampled):
+    """And a note of each latent that is safe: from there on nobody may sample it again."""
 
     def __init__(self, *, script: Script, **options):
         self.script = script
         super().__init__(**options)
 
-    def keep(self, value: Embedding | Latent) -> Shelved:
-        shelved = super().keep(value)
-        if self.folder == LATENTS:
-            self.script.note("kept", clip=value.request.clip_id)
+    def keep(self, latent: Latent) -> Shelved:
+        shelved = super().keep(latent)
+        self.script.note("kept", clip=latent.request.clip_id)
         return shelved
 
 

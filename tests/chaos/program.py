@@ -24,7 +24,7 @@ def put_fakes_in(script: fakes.Script) -> None:
     recipe.TextEncoder = partial(fakes.FakeEncoder, script=script)
     recipe.Decoder = partial(fakes.FakeDecoder, script=script)
     recipe.DENOISERS[LinumCard] = partial(fakes.FakeDenoiser, script=script)
-    recipe.Keep = partial(fakes.NotedKeep, script=script)
+    recipe.KeepSampled = partial(fakes.NotedKeep, script=script)
     recipe.ClipWriter = partial(fakes.NotedWriter, script=script)
     recipe.ENCODED_AHEAD = script.ahead
     driver.LEAST_LIMIT_S = script.least_limit_s or driver.LEAST_LIMIT_S
