@@ -228,7 +228,7 @@ def test_every_import_is_a_requirement():
         tests = path.is_relative_to(ROOT / "tests")
         # a benchmark's peer is a tool of development, as what tests compare with
         allowed = required("gpu", "dev") if tests or path.name.startswith("bench_") else required("gpu")
-        ours = {*ORDER, "infra", "tests", "s3", *(each.stem for each in (ROOT / "tests").glob("*.py") if tests)}
+        ours = {*ORDER, "infra", "tests", "s3", "chaos", *(each.stem for each in (ROOT / "tests").glob("*.py") if tests)}
         for library, line in ((dotted.split(".")[0], line) for dotted, line in imported(path)):
             package = canonical(PACKAGED_AS.get(library, library))
             if library not in sys.stdlib_module_names | ours and package not in allowed:
