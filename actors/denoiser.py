@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from model.guidance import AdaptiveProjectedGuidance, AverageToo, classifier_fre
 from model.samplers import STRAIGHT, Steps, Streams, Velocity, euler
 from model.schedules import flow_match_sigmas
 from model.shapes import LatentGrid
+from model.turbo import compile_blocks
 
 Guide = Callable[[Tensor, Tensor], Tensor]              # velocities with and without the prompt in, one out
 
@@ -48,9 +50,11 @@ class Denoiser:
     """
 
     def __init__(self, card: ModelCard, weights: Path, device: str = "cpu", *, precision: str | None = None,
-                 attention: str | None = None, threads: int = 1, noise: Callable[..., Tensor] = noise):
+                 attention: str | None = None, threads: int = 1, noise: Callable[..., Tensor] = noise,
+                 compiled: bool = False):
         """threads: torch's, for the whole process; fixed, since the last bits of a result may depend on it.
-        noise: where a clip starts, and what is put back on its way.
+        noise: where a clip starts, and what is put back on its way.  compiled: by torch.compile, at the first clip of
+        each shape; not in the safe profile.
 
         Raises CheckpointError.
         """
@@ -59,9 +63,16 @@ class Denoiser:
         self.precision, self.attention = precision or card.precision_on(device), attention or card.attentions[0]
         self.fallbacks = card.fallbacks(weights, device, self.precision)
         self.load(weights)
+        self.compiled, self.safe = compiled, False
+        for dit in self.transformers if compiled else ():
+            compile_blocks(dit)
 
     def load(self, weights: Path) -> None:
         self.dit = self.card.dit(weights, self.device, self.precision, self.attention)
+
+    @property
+    def transformers(self) -> list[torch.nn.Module]:
+        return [self.dit]
 
     @torch.inference_mode()
     def __call__(self, batch: list[Embedding], steps: Steps = STRAIGHT) -> list[Latent]:
@@ -72,7 +83,8 @@ class Denoiser:
         requests = [embedding.request for embedding in batch]
         self.check(requests)
         start = torch.stack([self.noise(request, self.card.grid) for request in requests]).to(self.device)
-        video = self.sample(batch, start, steps)
+        with torch.compiler.set_stance("force_eager") if self.compiled and self.safe else nullcontext():
+            video = self.sample(batch, start, steps)
         made = list(zip(batch, video.cpu(), strict=True))
         broken = [embedding.request.clip_id for embedding, latent in made if not latent.isfinite().all()]
         if broken:

@@ -83,6 +83,16 @@ class Keep:
         return shelved
 
     @property
+    def safe(self) -> bool:
+        """Of the step inside, if it knows of such a profile."""
+        return getattr(self.step, "safe", False)
+
+    @safe.setter
+    def safe(self, safe: bool) -> None:
+        if hasattr(self.step, "safe"):
+            self.step.safe = safe
+
+    @property
     def device(self) -> str | None:
         """Of the step inside."""
         return getattr(self.step, "device", None)

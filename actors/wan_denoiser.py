@@ -31,6 +31,10 @@ class WanDenoiser(Denoiser):
                 self.running = expert
             self.experts.append(self.card.dit(weights, self.device, self.precision, self.attention, expert=expert))
 
+    @property
+    def transformers(self) -> list[WanDiT]:
+        return self.experts
+
     def fits_twice(self, dit: WanDiT) -> bool:
         """Whether a second one leaves the room that sampling takes."""
         if not self.device.startswith("cuda"):

@@ -300,7 +300,7 @@ def work(night: Night, book: Book, todo: Iterable[Request], num_clips: int, budg
     if weights and "://" not in weights:                # the processes that read it may run in another folder
         weights = str(Path(weights).expanduser().absolute())
     stages = text_to_video(night.card, weights, night.store, device=night.device, precision=night.plan.precision,
-                           attention=night.plan.attention, strict=job.strict, batch=job.batch,
+                           attention=night.plan.attention, strict=job.strict, compiled=job.compile, batch=job.batch,
                            samplers=job.samplers, threads=job.threads_per_sampler or 1,
                            keep_latents=job.keep_latents)
     with Display(total=num_clips, view=view) as display:

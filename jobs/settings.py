@@ -39,6 +39,7 @@ class RenderJob(BaseModel):
 
     precision: Literal["fp32", "bf16", "int8"] | None = None
     attention: Literal["dense", "sage", "sparse"] | None = None
+    compile: bool = False                               # the diffusion model, for each shape of clip
     batch: Count = 1                                    # clips sampled at once, of one shape and course
     samplers: Count | None = None                       # copies of the diffusion model
     threads_per_sampler: Count | None = None

@@ -174,6 +174,15 @@ def refit(dit: nn.Module, attention: str, sparsity: Sparsity) -> None:
         dit.blocks[place] = TurboBlock(block, attention, sparsity)
 
 
+def compile_blocks(dit: nn.Module, backend: str = "inductor") -> None:
+    """Compile what the blocks have in common, once for each shape of clip; for other shapes as they come.
+
+    The blocks and not the whole, since equal blocks share what is compiled: a shape costs one block's compilation.
+    """
+    for block in dit.blocks:
+        block.compile(backend=backend, fullgraph=True, dynamic=False)
+
+
 class TurboBlock(nn.Module):
     """The block of Linum and of Wan: self-attention, cross-attention and a feed-forward on a residual stream in fp32.
 
@@ -220,9 +229,14 @@ def feed_forward(x: Tensor, h: Tensor | Quantized, into: Layer, out: Layer, gate
 
 def gelu_linear(x: Tensor, linear: Linear) -> Tensor:
     """gelu(linear(x)); in bf16 on a CPU oneDNN does both in one, which saves a third of the time."""
-    if x.is_cpu and linear.weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if x.is_cpu and linear.weight.dtype == torch.bfloat16 and has_bf16_products():
         return torch.ops.mkldnn._linear_pointwise(x, linear.weight, linear.bias, "gelu", [], "tanh")
     return F.gelu(linear(x), approximate="tanh")
+
+
+@torch.compiler.assume_constant_result
+def has_bf16_products() -> bool:
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class TurboRMSNorm(RMSNorm):

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from golden import Golden, error
 from kernels.int8_linear import dequantize, quantize_blocks
@@ -193,3 +194,23 @@ def test_a_refitted_block_is_one_graph_to_a_compiler(attention):
     want = dit.blocks[0](x, modulation, context.of_block(0), rope)
     got = torch.compile(dit.blocks[0], fullgraph=True, backend="aot_eager")(x, modulation, context.of_block(0), rope)
     assert error(got, want) < 1e-5
+
+
+@pytest.mark.parametrize("precision, attention", [("fp32", "dense"), ("bf16", "sparse")])
+def test_blocks_are_compiled_once_for_each_shape_of_clip(precision, attention):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    dit = DEMO.dit(DEMO.folder, "cpu", precision, attention)
+    torch.manual_seed(1)
+    latent, time, rows = torch.randn(1, 16, 2, 8, 8), torch.tensor([700.0]), [torch.randn(7, 128)]
+    context = dit.embed_text(rows)
+    with torch.inference_mode():
+        want = dit(latent, time, context)
+        turbo.compile_blocks(dit, backend=counter)
+        assert error(dit(latent, time, context), want) < 1e-5 and counter.frame_count == 1
+        dit(latent, time + 100, context)
+        assert counter.frame_count == 1
+        dit(latent[:, :, :1], time, context)
+        assert counter.frame_count == 2
+        with torch.compiler.set_stance("force_eager"):
+            assert torch.equal(dit(latent, time, context), want)
