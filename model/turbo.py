@@ -196,6 +196,8 @@ class TurboBlock(nn.Module):
         self.attn = TurboSelfAttention(block.attn, attention, sparsity)
         self.cross, self.ffn_in, self.ffn_out = block.cross, block.ffn_in, block.ffn_out
         self.cross.norm_q = TurboRMSNorm(block.cross.norm_q)
+        # asked here, because a compiler cannot
+        self.has_bf16_products = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
     def forward(self, x: Tensor, modulation: Tensor, *context_rope: tuple[Tensor, ...] | Tensor) -> Tensor:
         """x [B, N, D] fp32, modulation [B, 6, D], then as the model's own block: keys and values, rotary table."""
@@ -206,7 +208,7 @@ class TurboBlock(nn.Module):
         x, h = normed(x, self.norm_attn, self.attn.q, scale=scale_attn, shift=shift_attn)
         x, h = normed(x, self.norm_cross, self.cross.q, update=self.attn(h, rope), gate=gate_attn)
         x, h = normed(x, self.norm_ffn, self.ffn_in, update=self.cross(h, *context), scale=scale_ffn, shift=shift_ffn)
-        return feed_forward(x, h, self.ffn_in, self.ffn_out, gate_ffn)
+        return feed_forward(x, h, self.ffn_in, self.ffn_out, gate_ffn, self.has_bf16_products)
 
 
 def normed(x: Tensor, norm: nn.LayerNorm, before: Layer, **around: Tensor) -> tuple[Tensor, Tensor | Quantized]:
@@ -217,26 +219,22 @@ def normed(x: Tensor, norm: nn.LayerNorm, before: Layer, **around: Tensor) -> tu
     return modulated_norm(x, dtype=before.weight.dtype, **around)
 
 
-def feed_forward(x: Tensor, h: Tensor | Quantized, into: Layer, out: Layer, gate: Tensor) -> Tensor:
+def feed_forward(x: Tensor, h: Tensor | Quantized, into: Layer, out: Layer, gate: Tensor,
+                 has_bf16_products: bool) -> Tensor:
     """x + gate * out(gelu(into(h)))"""
     if isinstance(into, PackedInt8Linear):
         return packed.feed_forward(h, into.weight, into.bias, out.weight, out.bias, gate, x)
     if isinstance(into, Int8Linear):
         h = int8_linear(h, into.quantized, into.bias, gelu=True, dtype=torch.bfloat16)
         return int8_linear(h, out.quantized, out.bias, gate=gate, residual=x)
-    return torch.addcmul(x, gate, out(gelu_linear(h, into)))
+    return torch.addcmul(x, gate, out(gelu_linear(h, into, has_bf16_products)))
 
 
-def gelu_linear(x: Tensor, linear: Linear) -> Tensor:
+def gelu_linear(x: Tensor, linear: Linear, has_bf16_products: bool) -> Tensor:
     """gelu(linear(x)); in bf16 on a CPU oneDNN does both in one, which saves a third of the time."""
-    if x.is_cpu and linear.weight.dtype == torch.bfloat16 and has_bf16_products():
+    if x.is_cpu and linear.weight.dtype == torch.bfloat16 and has_bf16_products:
         return torch.ops.mkldnn._linear_pointwise(x, linear.weight, linear.bias, "gelu", [], "tanh")
     return F.gelu(linear(x), approximate="tanh")
-
-
-@torch.compiler.assume_constant_result
-def has_bf16_products() -> bool:
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class TurboRMSNorm(RMSNorm):
