@@ -56,7 +56,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--kills", type=int, default=100, help="of each of them; default: %(default)s")
     parser.add_argument("--good", type=int, default=500, help="rows of the poison night; default: %(default)s")
     parser.add_argument("--poison", type=int, default=10, help="rows of each kind; default: %(default)s")
-    parser.add_argument("--sample-s", type=float, default=0.2, help="seconds of sampling a clip; default: %(default)s")
+    parser.add_argument("--sample-s", type=float, default=0.5, help="seconds of sampling a clip; default: %(default)s")
     parser.add_argument("--seed", type=int, default=1, help="of all that is random; default: %(default)s")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout instead of tables")
     parser.add_argument("--write", action="store_true", help="the tables also into docs/measurements/")
@@ -65,6 +65,8 @@ def arguments() -> argparse.Namespace:
     options.scenarios = options.scenarios or list(SCENARIOS)
     if unknown := set(options.scenarios) - set(SCENARIOS):
         parser.error(f"scenarios are {', '.join(SCENARIOS)}; got {', '.join(sorted(unknown))}")
+    if options.keep and options.keep.exists():
+        parser.error(f"--keep needs a folder that is not there yet; {options.keep} is")
     if options.kills >= options.clips:
         parser.error(f"kills are spread over the clips, so there must be more clips; got {options.kills} kills, "
                      f"{options.clips} clips")
@@ -86,7 +88,6 @@ def workplace(kept: Path | None) -> Iterator[Path]:
     """A folder for everything, and an environment that every process below has: our modules, one thread each."""
     os.environ |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     folder = kept.absolute() if kept else Path(tempfile.mkdtemp(prefix="chaos-"))
-    folder.mkdir(parents=True, exist_ok=True)
     try:
         yield folder
     finally:

@@ -24,10 +24,12 @@ SAMPLERS = 4
 # who is killed, and what it is doing at that moment; None: whatever it is doing
 ROLES = {"driver": None, "encoder": None, "sampler": None, "decoder": "decoding", "writer": "writing", "node": None}
 STAGES = {"encoder": "encode", "sampler": "sample", "decoder": "publish", "writer": "publish"}
-WAIT_FOR_ROLE_S = 5.0                   # then somebody else is killed
+WAIT_FOR_ROLE_S = 1.5                   # then somebody else is killed
+LAST_KILL = 0.85                        # of the clips: so that the run does not end before
 EARLY = 0.2                             # share of the kills that wait for no progress: they meet what is just starting,
 EARLY_S = 8.0                           # at most so long after the kill before
 REPAIR_S = (0.5, 4.0)                   # until there is a new machine for one that was lost
+ENDS_S = 600.0                          # within which a driver ends that must, also on a machine with other work
 
 
 class GaveUp(RuntimeError):
@@ -36,7 +38,10 @@ class GaveUp(RuntimeError):
 
 @dataclass(kw_only=True)
 class Night:
-    """What it went through. Kills come at random moments of its progress, and sometimes before there is any."""
+    """What it went through. Kills come at random moments of its progress, and sometimes before there is any.
+
+    Every driver that it has started ends with the block.
+    """
 
     folder: Path                        # of this night: manifest, notes, what the drivers said
     out: str
@@ -59,6 +64,7 @@ class Night:
         self.tally.read()
         self.seen: dict[str, tuple[int, int]] = {}
         self.repair_at = 0.0                            # when a lost machine is replaced
+        self.drivers: list[subprocess.Popen] = []
         self.target, self.wait_until = "", 0.0          # the role that is to be killed, and until when
 
     def start(self, *options: str, ray: str | None = None) -> subprocess.Popen:
@@ -69,8 +75,24 @@ class Night:
                    "--ray", ray or self.machines.address, "--json", *options]
         with open(self.folder / f"driver-{self.starts}.out", "wb") as out, \
                 open(self.folder / f"driver-{self.starts}.err", "wb") as err:
-            return subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=out, stderr=err,
-                                    env=os.environ | {SCRIPT: json.dumps(asdict(self.script))})
+            self.drivers.append(subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=out, stderr=err,
+                                                 env=os.environ | {SCRIPT: json.dumps(asdict(self.script))}))
+        return self.drivers[-1]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for driver in self.drivers:
+            driver.kill()
+            driver.wait()
+
+    def wait(self, driver: subprocess.Popen) -> int:
+        """Its exit code.  Raises GaveUp where it does not end."""
+        try:
+            return driver.wait(ENDS_S)
+        except subprocess.TimeoutExpired:
+            raise GaveUp(f"a driver should have ended within {ENDS_S:.0f} s\n{self.errors()}") from None
 
     def said(self, number: int | None = None) -> dict[str, Any]:
         """The answer of a driver that ended by itself; the last one's."""
@@ -87,25 +109,22 @@ class Night:
         would.  Raises GaveUp where a driver ends with another code, or after limit_s.
         """
         began = time.monotonic()
-        self.kills_at = sorted(self.rng.sample(range(1, self.num_clips), self.kills)) if self.kills else []
-        self.expiries_at = sorted(self.rng.sample(range(1, self.num_clips), self.expiries)) if self.expiries else []
+        last = max(self.kills, int(LAST_KILL * self.num_clips))
+        self.kills_at = sorted(self.rng.sample(range(last), self.kills))
+        self.expiries_at = sorted(self.rng.sample(range(last), self.expiries))
         self.fire_at = math.inf
         self.driver = self.start(*options)
-        try:
-            while not self.is_over(ends_with):
-                if time.monotonic() - began > self.limit_s:
-                    raise GaveUp(f"not done after {self.limit_s:.0f} s: {len(self.tally.kept)} latents, "
-                                 f"{sum(self.killed.values())} kills\n{self.errors()}")
-                if self.driver.poll() is not None:
-                    self.driver = self.start(*options)
-                self.tally.read()
-                self.repair()
-                self.make_weather()
-                self.strike()
-                time.sleep(0.003 if self.target else 0.03)
-        finally:
-            self.driver.kill()
-            self.driver.wait()
+        while not self.is_over(ends_with):
+            if time.monotonic() - began > self.limit_s:
+                raise GaveUp(f"not done after {self.limit_s:.0f} s: {len(self.tally.kept)} latents, "
+                             f"{sum(self.killed.values())} kills\n{self.errors()}")
+            if self.driver.poll() is not None:
+                self.driver = self.start(*options)
+            self.tally.read()
+            self.repair()
+            self.make_weather()
+            self.strike()
+            time.sleep(0.003 if self.target else 0.03)
         self.tally.read()
         self.look_at_clips()
         self.seconds = time.monotonic() - began
