@@ -29,6 +29,12 @@ def chaos(*arguments: object) -> dict:
     return found
 
 
+def test_a_night_of_kills_loses_and_repeats_nothing():
+    found = chaos("folder", "--clips", 60, "--kills", 5)
+    assert found["kills"] == 5 and found["objects"] == found["rows_written"] == 60
+
+
+@pytest.mark.slow
 def test_a_night_of_kills_on_a_bad_store_loses_and_repeats_nothing(s3_server):
     """s3_server: only so that it skips with a reason where there is none; the night starts one of its own."""
     found = chaos("s3", "--clips", 60, "--kills", 5)
