@@ -26,6 +26,7 @@ from tests.s3.server import S3Server
 
 MACHINES, CPUS = 3, 2.0                 # of the cluster; its cores only count
 KILLS_PER_EXPIRY = 25                   # the credentials expire once for so many kills
+SLOW_S = 3.0                            # of sampling, where a second driver must start before the first has ended
 LIMIT_S = 6.0                           # of the poison night, where thirty times a row hangs; 120 as it ships
 START_S = 600.0                         # within which a driver is well at work, also on a machine with other work
 
@@ -88,7 +89,7 @@ def killed_night(folder: Path, out: str, cluster: Machines, options: argparse.Na
 
 def drivers(folder: Path, options: argparse.Namespace, rng: random.Random) -> dict[str, Any]:
     """Two drivers on one run folder. The first is killed; in a second round it falls silent, and wakes up again."""
-    clips = max(20, options.clips // 10)
+    clips = max(20, options.clips // 40)
     with machines(folder) as cluster:
         rounds = {how: two_drivers(folder / how, cluster, options, rng, clips, how) for how in ("killed", "asleep")}
     wrong = [f"{how}: {said}" for how, found in rounds.items() for said in found["wrong"]]
@@ -98,7 +99,7 @@ def drivers(folder: Path, options: argparse.Namespace, rng: random.Random) -> di
 def two_drivers(folder: Path, cluster: Machines, options: argparse.Namespace, rng: random.Random, clips: int,
                 how: str) -> dict[str, Any]:
     write_manifest(folder, [f"{how} {number}" for number in range(clips)])
-    script = Script(notes=str(folder / "notes.jsonl"), sample_s=options.sample_s)
+    script = Script(notes=str(folder / "notes.jsonl"), sample_s=SLOW_S)
     with Night(folder=folder, out=str(folder / "out"), machines=cluster, script=script, rng=rng) as night:
         first = night.start(ray="local")                # on machines of its own: those of the second are all free
         wait_for(lambda: night.published() >= clips // 10, first, night)
