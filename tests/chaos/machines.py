@@ -36,7 +36,7 @@ class Machine:
         said = self.log.read_text(errors="replace")
         if self.process.poll() is not None:
             raise CannotStart(f"ray start ended with {self.process.returncode}: {said[-500:]}")
-        return "Ray runtime started" in said
+        return "This command will now block" in said    # the last that it says, after the address
 
     def lose(self) -> None:
         """All that runs there, at once and without a word."""

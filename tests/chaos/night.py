@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from tests.chaos.fakes import Script
-from tests.chaos.machines import Machines
+from tests.chaos.machines import Machines, end_with_parent
 from tests.chaos.program import SCRIPT
 from tests.chaos.tally import Tally
 from tests.chaos.weather import Weather
@@ -76,7 +76,8 @@ class Night:
         with open(self.folder / f"driver-{self.starts}.out", "wb") as out, \
                 open(self.folder / f"driver-{self.starts}.err", "wb") as err:
             self.drivers.append(subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=out, stderr=err,
-                                                 env=os.environ | {SCRIPT: json.dumps(asdict(self.script))}))
+                                                 env=os.environ | {SCRIPT: json.dumps(asdict(self.script))},
+                                                 preexec_fn=end_with_parent))
         return self.drivers[-1]
 
     def __enter__(self) -> Self:
