@@ -169,9 +169,10 @@ Layer = Linear | Int8Linear | PackedInt8Linear
 
 
 def refit(dit: nn.Module, attention: str, sparsity: Sparsity) -> None:
-    """Put a TurboBlock in the place of every block, around the same layers."""
+    """Put a TurboBlock in the place of every block, and a TurboHead in that of the head, around the same layers."""
     for place, block in enumerate(dit.blocks):
         dit.blocks[place] = TurboBlock(block, attention, sparsity)
+    dit.head = TurboHead(dit.head)
 
 
 def compile_blocks(dit: nn.Module, backend: str = "inductor") -> None:
@@ -235,6 +236,18 @@ def gelu_linear(x: Tensor, linear: Linear, has_bf16_products: bool) -> Tensor:
     if x.is_cpu and linear.weight.dtype == torch.bfloat16 and has_bf16_products:
         return torch.ops.mkldnn._linear_pointwise(x, linear.weight, linear.bias, "gelu", [], "tanh")
     return F.gelu(linear(x), approximate="tanh")
+
+
+class TurboHead(nn.Module):
+    """The last norm, modulation and linear layer. Of two blocks on a CPU the norm alone, as it is written, took 12 %."""
+
+    def __init__(self, head: nn.Module):
+        super().__init__()
+        self.modulation, self.norm, self.linear = head.modulation, head.norm, head.linear
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        shift, scale = (self.modulation + time[:, None]).split(1, dim=1)
+        return self.linear(normed(x, self.norm, self.linear, scale=scale, shift=shift)[1])
 
 
 class TurboRMSNorm(RMSNorm):

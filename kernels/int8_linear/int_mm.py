@@ -61,16 +61,35 @@ def int8_linear(x: Tensor, x_scales: Tensor | None, weight: Tensor, weight_scale
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """The reference's values and scales, in pieces."""
     rows = x.reshape(-1, x.shape[-1])
-    values, scales = torch.empty(rows.shape, dtype=torch.int8), torch.empty(len(rows))
-    for piece in pieces(len(rows), rows_of(rows.shape[-1])):
-        values[piece], scales[piece] = reference.quantize_rows(rows[piece])
+    values, scales = torch.empty(rows.shape, dtype=torch.int8), torch.empty(len(rows), 1)
+    step = rows_of(rows.shape[-1])
+    buffer, spare = torch.empty(2, step, rows.shape[-1])
+    for piece in pieces(len(rows), step):
+        z = buffer[:piece.stop - piece.start].copy_(rows[piece])
+        quantize_rows_(z, spare[:len(z)], values[piece], scales[piece])
     return values.view(x.shape), scales.view(x.shape[:-1])
+
+
+def quantize_rows_(z: Tensor, spare: Tensor, values: Tensor, scales: Tensor) -> None:
+    """Quantise the fp32 rows of z, which is used up, into `values` and `scales` [rows, 1]; spare is like z."""
+    amax = torch.abs(z, out=spare).amax(-1, keepdim=True).clamp_min_(reference.SMALLEST)
+    values.copy_(z.mul_(torch.full_like(amax, 127).div_(amax)).round_())
+    torch.div(amax, 127, out=scales)
 
 
 def quantize_blocks(x: Tensor) -> tuple[Tensor, Tensor]:
     """The reference's values and scales, a row of tiles at a time."""
     values, scales = zip(*(reference.quantize_blocks(part) for part in x.split(reference.BLOCK, -2)), strict=True)
     return torch.cat(values, -2), torch.cat(scales, -2)
+
+
+def joined(x: Tensor, update: Tensor, gate: Tensor | None, out: Tensor) -> None:
+    """x + gate * update in fp32, rounded once, into `out`."""
+    x, update = x.float(), update.float()
+    into = out if out.dtype == torch.float32 else None
+    total = torch.add(x, update, out=into) if gate is None else torch.addcmul(x, update, gate.float(), out=into)
+    if into is None:
+        out.copy_(total)
 
 
 def gelu_of_twice_(half: Tensor, spare: Tensor) -> Tensor:

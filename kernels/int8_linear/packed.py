@@ -10,11 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.int8_linear import Quantized, quantize_rows, reference
-from kernels.int8_linear.int_mm import gelu_of_twice_, pieces
+from kernels.int8_linear import Quantized, quantize_rows
+from kernels.int8_linear.int_mm import gelu_of_twice_, joined, pieces, quantize_rows_
 
 TILE = 256                                             # rows of one product: its result is still near when it is used
-PIECE_BYTES = 256 * 1024                               # of fp32 rows that are worked on at a time
+PIECE_BYTES = 512 * 1024                               # of fp32 rows that are worked on at a time
 
 
 class Packed(NamedTuple):
@@ -68,14 +68,12 @@ def feed_forward(x: Quantized, weight_in: Packed, bias_in: Tensor | None, weight
                 rows = slice(tile.start + piece.start, tile.start + piece.stop)
                 z = scaled_(product[piece], scales[sample, rows, None], half[1])
                 gelu_of_twice_(z, spare[:len(z)])
-                amax = torch.abs(z, out=spare[:len(z)]).amax(-1, keepdim=True).clamp_min_(reference.SMALLEST)
-                hidden[piece] = z.mul_(127 / amax).round_()
-                hidden_scales[piece] = amax / 127
+                quantize_rows_(z, spare[:len(z)], hidden[piece], hidden_scales[piece])
             product = multiplied(hidden, weight_out)
             for piece in small_pieces(product):
                 rows = slice(tile.start + piece.start, tile.start + piece.stop)
                 z = scaled_(product[piece], hidden_scales[piece], bias_out)
-                y[sample, rows] = torch.addcmul(residual[sample, rows].float(), z, gate[sample].float())
+                joined(residual[sample, rows], z, gate[sample], out=y[sample, rows])
     return y
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.int8_linear import reference as int8
+from kernels.int8_linear.int_mm import joined, quantize_rows_
 from kernels.norm import reference
 
 ROWS = 32
@@ -21,18 +21,18 @@ def modulated_norm(x: Tensor, update: Tensor | None, gate: Tensor | None, gain: 
     stream = x if update is None else torch.empty_like(x)
     y = torch.empty_like(x, dtype=torch.int8 if output == "rows" else getattr(torch, output))
     scales = torch.empty(batch, tokens) if output == "rows" else None
+    spare = torch.empty(ROWS, width) if output == "rows" else None
     for sample in range(batch):
         factor, offset = affine(sample, gain, bias, scale, shift)
         for start in range(0, tokens, ROWS):
             at = sample, slice(start, start + ROWS)
             if update is not None:
-                wide, joined = x[at].float(), update[at].float()
-                stream[at] = wide + joined if gate is None else torch.addcmul(wide, joined, gate[sample].float())
+                joined(x[at], update[at], None if gate is None else gate[sample], out=stream[at])
             normed = F.layer_norm(stream[at].float(), (width,), factor, offset, eps)
             if scales is None:
                 y[at] = normed
             else:
-                y[at], scales[at] = int8.quantize_rows(normed)
+                quantize_rows_(normed, spare[:len(normed)], y[at], scales[at][:, None])
     return [*([] if update is None else [stream]), y, *([] if scales is None else [scales])]
 
 
