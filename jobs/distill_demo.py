@@ -52,7 +52,7 @@ from model.schedules import rcm_sigmas, rcm_timestep
 from model.text import T5TextEncoder
 from model.turbo import Sparsity
 
-STUDENT_PHASE = Phase(name="student", steps=800, lr=5e-4, ema=0.99)
+STUDENT_PHASE = Phase(name="student", steps=1600, lr=5e-4, ema=0.99, courses=2)
 SPARSE_PHASE = Phase(name="sparse", steps=400, lr=5e-4, ema=0.99)
 SUBSTEPS = 3                                            # of the teacher, from one place to the next
 

@@ -39,11 +39,13 @@ class Phase:
     lr: float
     warmup: int = 50
     ema: float = 0.998                                  # share of the running average of the weights kept each step
+    courses: int = 1                                    # how often the learning rate goes from the top to the bottom
 
     def lr_at(self, step: int) -> float:
-        """Linear warm-up, then a cosine down to 2 %."""
-        progress = min(1.0, step / self.steps)
-        return self.lr * min(1.0, (step + 1) / self.warmup) * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * progress)))
+        """In each course a linear warm-up, then a cosine down to 2 %."""
+        length = self.steps / self.courses
+        step = step % length
+        return self.lr * min(1.0, (step + 1) / self.warmup) * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * step / length)))
 
 
 class Optimizers:
