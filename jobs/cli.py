@@ -6,8 +6,10 @@ Nothing heavy is imported here: `dailies --help` must be instant, and torch, ray
 import inspect
 import json as jsonlib
 import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -263,11 +265,12 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     log_plainly()
     try:
-        return app(arguments, prog_name="dailies", standalone_mode=False) or 0
+        with interruptible():
+            return app(arguments, prog_name="dailies", standalone_mode=False) or 0
     except CommandLineError as error:
         hint = f"\nSee: {error.ctx.command_path} --help" if error.ctx else ""
         return fail(2, error.format_message() + hint, arguments)
-    except (KeyboardInterrupt, typer.Abort):
+    except (Interrupted, typer.Abort):
         return fail(130, "Interrupted; the same command continues.", arguments)
     except BrokenPipeError:                             # `dailies status URI | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -277,6 +280,24 @@ def main(arguments: list[str] | None = None) -> int:
         if (code := exit_code_of(error)) is None:
             raise                                       # our own mistake: the traceback is what helps
         return fail(code, str(error), arguments, getattr(error, "complaints", None))
+
+
+class Interrupted(BaseException):
+    """Ctrl-C or SIGTERM. A KeyboardInterrupt would be typer's, which ends without a word."""
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """While clips are made, jobs/render.py has handlers that save more; here what was taken is given back."""
+    def interrupted(*_: object) -> None:
+        raise Interrupted
+
+    before = {number: signal.signal(number, interrupted) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def log_plainly() -> None:

@@ -5,6 +5,7 @@ Most tests run the pipeline's definition in this process (`run_local`), where se
 
 import hashlib
 import json
+import os
 import random
 import shutil
 import signal
@@ -26,6 +27,7 @@ from actors.decoder import Decoder
 from actors.shelf import unsealed
 from actors.steps import SavedSteps
 from jobs.cli import main
+from jobs.render import Book
 from pipeline import cluster, ledger, stages
 from pipeline.lease import Lease
 from pipeline.store import open_store
@@ -524,6 +526,17 @@ def test_sigterm_in_the_middle_of_a_long_clip_costs_no_step(tmp_path, capsys, on
     assert_whole(out, 1, 1)
     assert render(capsys, manifest, tmp_path / "straight", "--model", "demo")[0] == 0
     assert clips_of(out) == clips_of(tmp_path / "straight") and len(done) == 400 - step
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_the_work_has_begun_gives_the_lease_back(number, tmp_path, capsys, monkeypatch):
+    manifest, out = write_manifest(tmp_path / "night.jsonl", [{"prompt": "a fox", "frames": 5}]), tmp_path / "out"
+    handler = signal.getsignal(number)
+    monkeypatch.setattr(Book, "todo", lambda self: os.kill(os.getpid(), number))
+    code, answer = render(capsys, manifest, out)
+    assert code == 130 and answer["error"] == "Interrupted; the same command continues."
+    assert json.loads((out / "lease.json").read_text())["released"]
+    assert signal.getsignal(number) is handler
 
 
 def test_a_run_that_reaches_its_deadline_ends_with_4_and_the_next_night_continues(tmp_path, capsys, request):

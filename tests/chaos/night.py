@@ -52,7 +52,7 @@ class Night:
     num_clips: int = 0                  # kills are spread over so many
     weather: Weather | None = None
     expiries: int = 0                   # times that the credentials expire
-    limit_s: float = 1200.0
+    limit_s: float = 3600.0
     killed: dict[str, int] = field(default_factory=dict)
     starts: int = 0
     exits: list[int] = field(default_factory=list)      # of drivers that ended by themselves
