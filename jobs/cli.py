@@ -6,14 +6,14 @@ Nothing heavy is imported here: `dailies --help` must be instant, and torch, ray
 import inspect
 import json as jsonlib
 import os
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from jobs.signals import on_interrupt
 
 HELP = """Render tonight, look tomorrow: large text-to-video batches, from a manifest of prompts to clips in a folder
 or bucket.
@@ -265,7 +265,7 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     log_plainly()
     try:
-        with interruptible():
+        with on_interrupt(interrupted):
             return app(arguments, prog_name="dailies", standalone_mode=False) or 0
     except CommandLineError as error:
         hint = f"\nSee: {error.ctx.command_path} --help" if error.ctx else ""
@@ -286,18 +286,9 @@ class Interrupted(BaseException):
     """Ctrl-C or SIGTERM. A KeyboardInterrupt would be typer's, which ends without a word."""
 
 
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """While clips are made, jobs/render.py has handlers that save more; here what was taken is given back."""
-    def interrupted(*_: object) -> None:
-        raise Interrupted
-
-    before = {number: signal.signal(number, interrupted) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def interrupted(*_: object) -> None:
+    """While clips are made, jobs/render.py answers signals, and saves more; here what was taken is given back."""
+    raise Interrupted
 
 
 def log_plainly() -> None:

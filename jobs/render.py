@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Container, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -23,6 +23,7 @@ from actors.steps import STEPS
 from jobs.progress import Display, View, counted, duration_text, printable
 from jobs.runs import bucket_text, card_named, clip_of
 from jobs.settings import RenderJob, UsageError
+from jobs.signals import on_interrupt
 from model.catalog import ModelCard
 from model.weights import fingerprint, locate, weights_files
 from pipeline.budget import Budget
@@ -30,6 +31,7 @@ from pipeline.gate import REJECTED
 from pipeline.lease import Lease
 from pipeline.ledger import SUCCESS, Ledger, invalid_row, keys_of, read, row_of, write_success
 from pipeline.manifest import Manifest
+from pipeline.objects import PROBE
 from pipeline.plan import Defaults, Plan, PlannedRow, with_another_seed
 from pipeline.runfile import check_run, claim_run, read_run
 from pipeline.stages import Outcome
@@ -323,8 +325,7 @@ def work(night: Night, book: Book, todo: Iterable[Request], num_clips: int, budg
     return stop
 
 
-@contextmanager
-def interruptible(stop: Any, display: Display) -> Iterator[None]:
+def interruptible(stop: Any, display: Display) -> AbstractContextManager[None]:
     """The first Ctrl-C finishes what is begun; SIGTERM saves it, since whoever sends one does not wait long. The second
     ends the run at once."""
     def interrupted(number: int, frame: Any) -> None:
@@ -337,12 +338,7 @@ def interruptible(stop: Any, display: Display) -> Iterator[None]:
             stop.drain()
             display.note("Stopping: clips that are being made are finished first. Once more stops at once.")
 
-    before = {number: signal.signal(number, interrupted) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    return on_interrupt(interrupted)
 
 
 def finish(night: Night, book: Book, stop: Any, budget: Budget, json: bool) -> int:
@@ -382,9 +378,11 @@ def finish(night: Night, book: Book, stop: Any, budget: Budget, json: bool) -> i
 
 def clear_shelf(night: Night) -> None:
     """Remove what only a run under way needs. A failed clip's latent stays: a retry need not sample again."""
-    store = night.store
+    store, begun_at = night.store, time.time() - (time.monotonic() - night.began)
     for folder in (EMBEDDINGS, STEPS):
         clear(store, [info.key for info in store.list(f"{folder}/")])
+    # of drivers that were killed in the middle of a probe; later ones may be another driver's that starts now
+    clear(store, [info.key for info in store.list(PROBE) if info.modified_s < begun_at])
     if night.job.keep_latents:
         return
     latents = {info.key: info.key.rpartition("/")[2].removesuffix(".safetensors") for info in store.list(f"{LATENTS}/")}

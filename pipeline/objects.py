@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 TEMPORARY = ".tmp"                      # in a folder: what is being written; a killed writer leaves its file there
+PROBE = "probe-"                        # begins the key of what is written to try a store; a killed driver may leave one
 STALE_S = 24 * 3600                     # nobody writes one file for a day
 
 
@@ -106,7 +107,7 @@ class Store(ABC):
 
     def probe(self) -> None:
         """Write, read, list and delete one small object.  Raises StoreError unless a second create of it is refused."""
-        key = f"probe-{secrets.token_hex(8)}"
+        key = f"{PROBE}{secrets.token_hex(8)}"
         first = self.create(key, b"first")
         try:
             second = self.create(key, b"second")

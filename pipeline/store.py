@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from pipeline.objects import (FolderStore, NoAccess, NotFound, ObjectInfo, Store, StoreError, TooLarge, arriving,
+from pipeline.objects import (PROBE, FolderStore, NoAccess, NotFound, ObjectInfo, Store, StoreError, TooLarge, arriving,
                               check_size, checked, opened, sha256_of)
 
 __all__ = ["FolderStore", "NoAccess", "NotFound", "ObjectInfo", "S3Store", "Store", "StoreError", "TooLarge", "bring",
@@ -197,7 +197,7 @@ class S3Store(Store):
         return True
 
     def can_swap(self) -> bool:
-        key = f"probe-{secrets.token_hex(8)}"
+        key = f"{PROBE}{secrets.token_hex(8)}"
         self.put(key, b"first")
         try:
             self.write(key, b"second", {}, IfMatch=f'"{"0" * 32}"')

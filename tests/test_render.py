@@ -539,6 +539,17 @@ def test_a_signal_before_the_work_has_begun_gives_the_lease_back(number, tmp_pat
     assert signal.getsignal(number) is handler
 
 
+def test_what_a_driver_left_that_was_killed_while_it_tried_the_store_is_cleared(tmp_path, capsys, one_process):
+    manifest, out = write_manifest(tmp_path / "night.jsonl", [{"prompt": "a fox", "frames": 5}]), tmp_path / "out"
+    store = open_store(str(out))
+    store.put("probe-left", b"first")
+    store.put("probe-of-another-driver", b"first")
+    an_hour_from_now = time.time() + 3600
+    os.utime(out / "probe-of-another-driver", (an_hour_from_now, an_hour_from_now))
+    assert render(capsys, manifest, out)[0] == 0
+    assert [info.key for info in store.list("probe-")] == ["probe-of-another-driver"]
+
+
 def test_a_run_that_reaches_its_deadline_ends_with_4_and_the_next_night_continues(tmp_path, capsys, request):
     rows = [{"prompt": f"fox {number}", "frames": 5} for number in range(8)]
     manifest, out = write_manifest(tmp_path / "night.jsonl", rows), tmp_path / "out"
