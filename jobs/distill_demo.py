@@ -53,7 +53,7 @@ from model.text import T5TextEncoder
 from model.turbo import Sparsity
 
 STUDENT_PHASE = Phase(name="student", steps=1600, lr=5e-4, ema=0.99, courses=2)
-SPARSE_PHASE = Phase(name="sparse", steps=800, lr=3e-4, ema=0.99)
+SPARSE_PHASE = Phase(name="sparse", steps=1600, lr=3e-4, ema=0.99, courses=2)
 SUBSTEPS = 3                                            # of the teacher, from one place to the next
 
 Predict = Callable[[Tensor, Tensor], Tensor]            # noisy latent and sigma [B] in, velocity out

@@ -296,7 +296,7 @@ DEMO = LinumCard(
     guidance=4.0,
     guider="cfg",
     pair_guidance=True,
-    sparse_blocks=(32, 16),                             # a latent step is 16 tokens, and a clip has 208 of them
+    sparse_blocks=(16, 16),                             # a latent step is 16 tokens, and a clip has 208 of them
     dit_fields=dict(width=192, heads=3, layers=6, ffn=768, text_dim=128, text_len=40),
     vae_fields=dict(width=16, res_blocks=1),
     memory_gb={"encode": 1, "sample": 1, "publish": 1},
@@ -442,5 +442,6 @@ TURBO_WAN22_I2V_A14B = replace(
 )
 
 CATALOG: dict[str, ModelCard] = {card.name: card for card in (
-    DEMO, DEMO_TURBO, LINUM_V2_360P, LINUM_V2_720P, WAN21_T2V_1_3B, WAN21_T2V_14B, WAN21_I2V_14B, WAN22_T2V_A14B,
-    WAN22_I2V_A14B, TURBO_WAN21_T2V_1_3B, TURBO_WAN21_T2V_14B_480P, TURBO_WAN21_T2V_14B_720P, TURBO_WAN22_I2V_A14B)}
+    DEMO, DEMO_TURBO, DEMO_SPARSE, LINUM_V2_360P, LINUM_V2_720P, WAN21_T2V_1_3B, WAN21_T2V_14B, WAN21_I2V_14B,
+    WAN22_T2V_A14B, WAN22_I2V_A14B, TURBO_WAN21_T2V_1_3B, TURBO_WAN21_T2V_14B_480P, TURBO_WAN21_T2V_14B_720P,
+    TURBO_WAN22_I2V_A14B)}

@@ -6,6 +6,9 @@ from jobs.demo.evaluate import evaluate, render_prompts, unseen
 from model.catalog import CATALOG
 
 CARD = CATALOG["demo"]
+# model, precision, attention -> how much less of the attributes it may show than the demo model in fp32
+ACCELERATED = {("demo", "int8", "dense"): 0.01, ("demo-sparse", "fp32", "sparse"): 0.03,
+               ("demo-turbo", "fp32", "dense"): 0.05}
 
 
 def test_weights_are_small_and_safetensors_only():
@@ -26,6 +29,12 @@ def test_a_few_unseen_prompts_show_what_they_say():
     assert figures["attributes_right"] >= 0.7, figures
 
 
+@pytest.mark.parametrize("model, precision, attention", ACCELERATED)
+def test_so_does_what_is_fast(model, precision, attention):
+    figures = evaluate(8, card=CATALOG[model], precision=precision, attention=attention)
+    assert figures["attributes_right"] >= 0.7, figures
+
+
 def test_equal_requests_give_equal_frames():
     prompt = "a red circle moves left on a gray background"
     first, second = (next(render_prompts([prompt], CARD, CARD.folder, "cpu", num_steps=2, duration_s=1.0))
@@ -38,3 +47,12 @@ def test_two_hundred_unseen_prompts_show_nine_tenths_of_what_they_say():
     figures = evaluate(200)
     assert figures["attributes_right"] >= 0.9, figures["by_attribute"]
     assert figures["held_out_combinations"] >= 0.85
+
+
+@pytest.mark.slow
+def test_what_is_fast_shows_nearly_as_much():
+    """`dailies bench quality` says it with the PSNR beside."""
+    whole = evaluate(200)["attributes_right"]
+    for (model, precision, attention), less in ACCELERATED.items():
+        figures = evaluate(200, card=CATALOG[model], precision=precision, attention=attention)
+        assert figures["attributes_right"] >= whole - less, (model, precision, attention, figures["by_attribute"])
