@@ -170,7 +170,10 @@ class Night:
         """Whether there was one to be killed."""
         self.tally.read()
         if role == "driver":
+            if self.driver.poll() is not None:
+                return False
             self.driver.kill()
+            self.driver.wait()
         elif role == "node":
             machines = self.machines.others
             if self.repair_at or not all(machine.is_up for machine in machines):
