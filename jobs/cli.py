@@ -6,14 +6,16 @@ Nothing heavy is imported here: `dailies --help` must be instant, and torch, ray
 import inspect
 import json as jsonlib
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from jobs.signals import on_interrupt
+from jobs.signals import on_signals
 
 HELP = """Render tonight, look tomorrow: large text-to-video batches, from a manifest of prompts to clips in a folder
 or bucket.
@@ -29,7 +31,22 @@ Example:  dailies render examples/prompts.parquet --out out/
 # typer's own base of what is wrong with a command line; the module that it lives in moved between versions
 CommandLineError = typer.BadParameter.__mro__[1]
 
-app = typer.Typer(help=HELP, no_args_is_help=True, add_completion=False, rich_markup_mode=None,
+
+class Interrupted(BaseException):
+    """Ctrl-C or SIGTERM, outside of any block that answers it."""
+
+
+class Commands(TyperGroup):
+    """Typer ends a KeyboardInterrupt without a word; main has one to say."""
+
+    def invoke(self, ctx: typer.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise Interrupted from None
+
+
+app = typer.Typer(cls=Commands, help=HELP, no_args_is_help=True, add_completion=False, rich_markup_mode=None,
                   pretty_exceptions_enable=False)
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, and nothing else there.")]
@@ -265,7 +282,8 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     log_plainly()
     try:
-        with on_interrupt(interrupted):
+        # jobs/render.py answers both signals itself while clips are made, and saves more
+        with on_signals(signal.default_int_handler, signal.SIGTERM):
             return app(arguments, prog_name="dailies", standalone_mode=False) or 0
     except CommandLineError as error:
         hint = f"\nSee: {error.ctx.command_path} --help" if error.ctx else ""
@@ -280,15 +298,6 @@ def main(arguments: list[str] | None = None) -> int:
         if (code := exit_code_of(error)) is None:
             raise                                       # our own mistake: the traceback is what helps
         return fail(code, str(error), arguments, getattr(error, "complaints", None))
-
-
-class Interrupted(BaseException):
-    """Ctrl-C or SIGTERM. A KeyboardInterrupt would be typer's, which ends without a word."""
-
-
-def interrupted(*_: object) -> None:
-    """While clips are made, jobs/render.py answers signals, and saves more; here what was taken is given back."""
-    raise Interrupted
 
 
 def log_plainly() -> None:

@@ -23,7 +23,7 @@ from actors.steps import STEPS
 from jobs.progress import Display, View, counted, duration_text, printable
 from jobs.runs import bucket_text, card_named, clip_of
 from jobs.settings import RenderJob, UsageError
-from jobs.signals import on_interrupt
+from jobs.signals import on_signals
 from model.catalog import ModelCard
 from model.weights import fingerprint, locate, weights_files
 from pipeline.budget import Budget
@@ -338,7 +338,7 @@ def interruptible(stop: Any, display: Display) -> AbstractContextManager[None]:
             stop.drain()
             display.note("Stopping: clips that are being made are finished first. Once more stops at once.")
 
-    return on_interrupt(interrupted)
+    return on_signals(interrupted, signal.SIGINT, signal.SIGTERM)
 
 
 def finish(night: Night, book: Book, stop: Any, budget: Budget, json: bool) -> int:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM."""
+"""What answers a signal, for as long as a block runs."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -7,9 +7,9 @@ from typing import Any
 
 
 @contextmanager
-def on_interrupt(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """While the block runs, SIGINT and SIGTERM call `handler` with their number and the frame."""
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+def on_signals(handler: Callable[[int, Any], None], *numbers: int) -> Iterator[None]:
+    """While the block runs, the signals `numbers` call `handler` with their number and the frame."""
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -311,6 +312,19 @@ def test_the_address_given_wins_over_the_environment(head: Head, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:9")
     job.connect(head.address)
     assert os.environ["RAY_ADDRESS"] == "http://127.0.0.1:9"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_who_stops_waiting_is_told_that_the_job_goes_on(number, manifest: Path, monkeypatch, capsys):
+    async def follow(*_: object) -> None:
+        os.kill(os.getpid(), number)
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr(job, "connect", lambda address: None)
+    monkeypatch.setattr(job, "start", lambda *_: "job-1")
+    monkeypatch.setattr(job, "follow", follow)
+    code = main(["submit", str(manifest), "--out", "s3://bucket/run", "--address", "http://127.0.0.1:9", "--wait"])
+    assert code == 130 and "the job goes on. Stop it with: ray job stop job-1" in capsys.readouterr().err
 
 
 def test_a_head_that_does_not_answer_is_exit_5_with_a_next_step(manifest: Path, capsys):
