@@ -1,8 +1,8 @@
 """The actor that turns embeddings into latents: the diffusion model and its course from noise to video."""
 
 import math
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from actors.messages import Embedding, Latent, Request
 from model.catalog import ModelCard
+from model.graphs import Graphed
 from model.guidance import AdaptiveProjectedGuidance, AverageToo, classifier_free
 from model.samplers import STRAIGHT, Steps, Streams, Velocity, euler
 from model.schedules import flow_match_sigmas
@@ -49,12 +50,14 @@ class Denoiser:
     This is Linum's course from noise to video; another family has its own `load` and `sample`.
     """
 
+    weights_move = False                                # away from the device and back, while clips are made
+
     def __init__(self, card: ModelCard, weights: Path, device: str = "cpu", *, precision: str | None = None,
                  attention: str | None = None, threads: int = 1, noise: Callable[..., Tensor] = noise,
                  compiled: bool = False):
         """threads: torch's, for the whole process; fixed, since the last bits of a result may depend on it.
         noise: where a clip starts, and what is put back on its way.  compiled: by torch.compile, at the first clip of
-        each shape; not in the safe profile.
+        each shape, and on a GPU recorded as one CUDA graph; not in the safe profile.
 
         Raises CheckpointError.
         """
@@ -63,9 +66,12 @@ class Denoiser:
         self.precision, self.attention = precision or card.precision_on(device), attention or card.attentions[0]
         self.fallbacks = card.fallbacks(weights, device, self.precision)
         self.load(weights)
-        self.compiled, self.safe = compiled, False
+        self.compiled, self.safe, self.graphs = compiled, False, []
         for dit in self.transformers if compiled else ():
             compile_blocks(dit)
+            if device.startswith("cuda") and not self.weights_move:
+                self.graphs.append(Graphed(dit.forward))
+                dit.forward = self.graphs[-1]
 
     def load(self, weights: Path) -> None:
         self.dit = self.card.dit(weights, self.device, self.precision, self.attention)
@@ -73,6 +79,14 @@ class Denoiser:
     @property
     def transformers(self) -> list[torch.nn.Module]:
         return [self.dit]
+
+    @contextmanager
+    def uncompiled(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for graphed in self.graphs:
+                stack.enter_context(graphed.set_aside())
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            yield
 
     @torch.inference_mode()
     def __call__(self, batch: list[Embedding], steps: Steps = STRAIGHT) -> list[Latent]:
@@ -83,7 +97,7 @@ class Denoiser:
         requests = [embedding.request for embedding in batch]
         self.check(requests)
         start = torch.stack([self.noise(request, self.card.grid) for request in requests]).to(self.device)
-        with torch.compiler.set_stance("force_eager") if self.compiled and self.safe else nullcontext():
+        with self.uncompiled() if self.compiled and self.safe else nullcontext():
             video = self.sample(batch, start, steps)
         made = list(zip(batch, video.cpu(), strict=True))
         broken = [embedding.request.clip_id for embedding, latent in made if not latent.isfinite().all()]

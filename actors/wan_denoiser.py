@@ -28,7 +28,7 @@ class WanDenoiser(Denoiser):
         for expert in range(1, self.card.num_experts):
             if not self.fits_twice(first):              # made where it will run: what is made depends on that
                 first.to("cpu")
-                self.running = expert
+                self.running, self.weights_move = expert, True
             self.experts.append(self.card.dit(weights, self.device, self.precision, self.attention, expert=expert))
 
     @property

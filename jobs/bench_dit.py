@@ -19,7 +19,8 @@ from jobs.runs import card_named
 from jobs.settings import UsageError
 from model import checkpoint, keys
 from model.catalog import CATALOG, WanCard
-from model.wan import WanConfig
+from model.graphs import Graphed
+from model.wan import WanConfig, WanDiT
 
 CPU_BLOCKS, CPU_GRID = 2, (3, 60, 52)                  # latent steps, height, width: 2,340 tokens
 REPEATS = 5                                            # in turns; the best counts
@@ -56,7 +57,10 @@ def rows(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
         for precision, attention in WAYS:
             if ("diffusers", precision) in calls or precision == "int8":
                 dit = card.dit_from(Path(folder) / "dailies.safetensors", device, precision, attention)
-                calls[precision, attention], text_calls[precision, attention] = our_forward(dit, given)
+                way = precision, attention
+                calls[way], text_calls[way] = our_forward(dit, dit, given)
+                if device == "cuda":
+                    calls[*way, "CUDA graph"], _ = our_forward(dit, Graphed(dit.forward), given)
     outputs = {way: call() for way, call in calls.items()}
     wall, cpu = in_turns(calls, device)
     want = outputs["diffusers", "bf16"]
@@ -67,6 +71,8 @@ def rows(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
             figures |= {f"{' '.join(peer)} ms": 1e3 * wall[peer], f"of {' '.join(peer)}": wall[way] / wall[peer]}
             if device == "cpu":                         # where other programs run too, this says more
                 figures[f"of its CPU seconds in {peer[1]}"] = cpu[way] / cpu[peer]
+        if (*way, "CUDA graph") in calls:
+            figures["ms as a CUDA graph"] = 1e3 * wall[*way, "CUDA graph"]
         text_call()
         figures["text ms, once a clip"] = 1e3 * seconds_of(text_call, device)
         figures[f"roof ({NUMBERS[way[0]]})"] = operations(config, tokens) / wall[way] / roof(NUMBERS[way[0]], device)
@@ -94,10 +100,11 @@ def write_weights(folder: Path, card: WanCard) -> None:
     checkpoint.save(folder / "diffusers.safetensors", checkpoint.released_state(dit, keys.WAN_DIFFUSERS))
 
 
-def our_forward(dit: torch.nn.Module, given: Inputs) -> tuple[Callable[[], Tensor], Callable[[], Any]]:
+def our_forward(dit: WanDiT, forward: Callable[..., Tensor],
+                given: Inputs) -> tuple[Callable[[], Tensor], Callable[[], Any]]:
     """The forward of one step, as the sampler calls it, and what it does once a clip: keys and values of the text."""
     context = dit.embed(list(given.text))
-    return lambda: dit(given.latent, given.timestep, context), lambda: dit.embed(list(given.text))
+    return lambda: forward(given.latent, given.timestep, context, None), lambda: dit.embed(list(given.text))
 
 
 def diffusers_forward(folder: Path, config: WanConfig, precision: str, given: Inputs) -> Callable[[], Tensor]:

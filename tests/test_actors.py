@@ -16,7 +16,9 @@ from actors.messages import Embedding, Latent
 from actors.room import machine_memory, room_on
 from actors.text_encoder import TextEncoder
 from golden import E2E, E2E_CARD, Golden, e2e_request, error
+from graph_recorder import Recorder
 from model import checkpoint
+from model.graphs import Graphed
 from model.shapes import LatentGrid, VideoShape
 
 
@@ -88,6 +90,19 @@ def test_latents_are_denormalised_with_the_checkpoints_own_statistics(decoder):
     assert error(denormalised, golden.outputs["x_denormalised"][0]) < golden.tolerance["velocities, guided and x"]
     pixels = (decoder.vae.decode(golden.outputs["x_denormalised"]).clamp(-1, 1) + 1) * 127.5
     assert (pixels - golden.outputs["frames"]).abs().max() < golden.tolerance["frames"]
+
+
+def test_recorded_forwards_end_in_the_same_latent_and_are_set_aside_for_a_clip_that_failed_twice(encoder, denoiser):
+    embeddings = encoder([e2e_request(clip_id=f"{seed:064x}", seed=seed) for seed in (1, 2)])
+    recorded, recorder = Denoiser(E2E_CARD, E2E), Recorder()
+    recorded.dit.forward = Graphed(recorded.dit.forward, recorder)
+    recorded.compiled, recorded.graphs = True, [recorded.dit.forward]
+    for embedding in embeddings:
+        assert torch.equal(recorded([embedding])[0].streams[0], denoiser([embedding])[0].streams[0])
+    assert recorder.made == 1
+    recorded.safe = True
+    assert torch.equal(recorded(embeddings[:1])[0].streams[0], denoiser(embeddings[:1])[0].streams[0])
+    assert recorder.made == 1 and not recorded.graphs[0].recordings
 
 
 def test_noise_is_decided_by_seed_and_shape_alone_and_is_the_recorded_one():
