@@ -11,7 +11,9 @@ from kernels.sparse_attention import reference, sparse_attention
 from model import checkpoint
 
 VARIANTS = {"with linear": dict(linear=True), "int8": dict(int8=True),
-            "int8 of Hopper, with linear": dict(linear=True, int8=True, block_q=64, block_k=128)}
+            "int8 of Hopper, with linear": dict(linear=True, int8=True, block_q=64, block_k=128),
+            "the demo's, with linear": dict(linear=True, block_q=16, block_k=16),
+            "int8 of the demo's": dict(int8=True, block_q=16, block_k=16)}
 
 
 def projection(head_dim, device="cpu"):
