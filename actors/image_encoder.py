@@ -66,14 +66,17 @@ class ImageTextEncoder(TextEncoder):
 
     def condition(self, pixels: Tensor, shape: VideoShape) -> Tensor:
         """[4 + C, T, H, W]: a mask that is 1 at the first latent step, and the latent, normalised, of a video that is
-        the image and then mid-grey.  pixels [3, H, W] in [-1, 1], on the CPU: there the release resizes them, without
-        smoothing first.
+        the image and then mid-grey.  pixels [3, H, W] in [-1, 1], on the CPU: there the releases resize them.
         """
         video = torch.zeros(1, 3, shape.frames, shape.height, shape.width, device=self.device)
-        video[:, :, 0] = F.interpolate(pixels[None], size=(shape.height, shape.width), mode="bicubic").to(self.device)
+        smooth = self.card.smooth_images
+        first = F.interpolate(pixels[None], size=(shape.height, shape.width), antialias=smooth,
+                              mode="bilinear" if smooth else "bicubic")
+        video[:, :, 0] = first.to(self.device)
         _, *grid = self.card.grid.of(shape)
         rows = self.vae.rows_within(room_on(self.device), self.vae.encoder, *grid)
-        latent = self.vae.encode(video, rows=rows)[0][0] * self.scale + self.bias
+        latent = self.vae.encode(video.to(self.vae.from_latent.weight.dtype), rows=rows)[0][0].float()
+        latent = latent * self.scale + self.bias
         mask = latent.new_zeros(self.card.grid.time_stride, *latent.shape[1:])
         mask[:, 0] = 1
         return torch.cat((mask, latent))

@@ -125,6 +125,8 @@ class WanCard(ModelCard):
     boundary: int | None = None                         # timestep from which on the high-noise expert runs, of two
     low_noise_guidance: float = 1.0                     # of the low-noise expert, as a share of guidance
 
+    smooth_images: bool = False                         # resize bilinear and antialiased, not bicubic and unsmoothed
+
     text_encoder_fields: Mapping[str, Any] = field(default_factory=lambda: UMT5_XXL)
     clip_fields: Mapping[str, Any] | None = None        # of the image encoder; None: this model has none
 
@@ -242,6 +244,7 @@ class TurboCard(WanCard):
     negative_prompt: str = ""
     negative_unused: str = "negative prompt not used: guidance is distilled into this model"
     sigma_max: float = 80.0                             # noise to signal where the first step begins
+    smooth_images: bool = True
     attentions: tuple[str, ...] = ("sparse", "sage")
     keep_ratio: float = 0.1
     tuned_for_sparse: bool = True
@@ -259,6 +262,13 @@ class TurboCard(WanCard):
     def dit_tables(self) -> tuple["KeyTable", ...]:
         from model import keys
         return keys.TURBO_WAN, keys.TURBO_WAN_TRAINED
+
+    def vae(self, weights: Path, device: str, precision: str | None = None) -> "WanVAE":
+        """The VAE, in bf16 unless all is fp32: TurboDiffusion does not run it in fp32 as Wan does.
+
+        Raises CheckpointError.
+        """
+        return ModelCard.vae(self, weights, device, precision)
 
 
 LINUM_V2_360P = LinumCard(

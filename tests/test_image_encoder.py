@@ -1,8 +1,11 @@
 """From an image to what a Wan model sees of it: the release's condition and CLIP rows, each image encoded once."""
 
 import hashlib
+from dataclasses import replace
+from io import BytesIO
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +15,7 @@ from actors.image_file import ImageError, decode
 from actors.messages import FirstFrame, Request
 from golden import error
 from image_files import jpeg, png
-from model.catalog import CATALOG
+from model.catalog import CATALOG, TURBO_WAN22_I2V_A14B
 from model.shapes import VideoShape
 from wan_tiny import WAN_TINY_I2V, WAN_TINY_I2V_A14B, write_weights
 
@@ -61,6 +64,23 @@ def test_the_condition_is_a_mask_and_the_latent_of_the_image_and_then_grey(encod
     assert condition.shape == (20, 3, 4, 6) and condition.dtype == torch.float32
     assert torch.equal(condition[:4], mask)
     assert error(condition[4:], (mu[0] - mean) * (1.0 / std)) < 1e-5
+
+
+def test_turbodiffusion_makes_images_smaller_as_pillow_does(folders, files, monkeypatch):
+    """Its transform is torchvision's default, which smooths as Pillow's bilinear filter does; Wan's does not."""
+    from PIL import Image
+    assert TURBO_WAN22_I2V_A14B.smooth_images and not WAN_TINY_I2V.smooth_images
+    card = replace(WAN_TINY_I2V, smooth_images=True)
+    encoder, seen = ImageTextEncoder(card, folders["wan-tiny-i2v"], read=files.__getitem__), []
+    encode = encoder.vae.encode
+    monkeypatch.setattr(encoder.vae, "encode", lambda video, **said: seen.append(video) or encode(video, **said))
+    large = torch.randint(0, 256, (128, 192, 3), generator=torch.Generator().manual_seed(3), dtype=torch.uint8).numpy()
+    file = BytesIO()
+    Image.fromarray(large).save(file, "png")
+    files["large.png"] = file.getvalue()
+    encoder([request_for(card, files["large.png"], "large.png")])
+    small = torch.from_numpy(np.array(Image.fromarray(large).resize((48, 32), Image.Resampling.BILINEAR)))
+    assert (seen[0][0, :, 0].permute(1, 2, 0) * 127.5 + 127.5 - small.float()).abs().max() < 1.01
 
 
 def test_the_condition_is_that_of_diffusers(folders, files):

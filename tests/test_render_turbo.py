@@ -14,7 +14,7 @@ from model.weights import fingerprint, locate, weights_files
 from pipeline import cluster, ledger, stages
 from pipeline.store import open_store
 from turbo_tiny import TURBO_TINY, TURBO_TINY_I2V, publish
-from wan_tiny import WAN_TINY
+from wan_tiny import WAN_TINY, write_weights
 
 INT8_ON_CPU = ["INT8 weights with scales per block are scaled per row: a CPU has no fast product of blocks"]
 
@@ -89,16 +89,25 @@ def test_rows_that_a_turbo_model_cannot_make_are_complained_about(tmp_path, caps
     assert code == 2 and "--attention must be sparse or sage for turbo-tiny; got dense" in said["error"]
 
 
-def test_two_experts_take_turns_over_an_image(tmp_path, capsys):
+@pytest.mark.parametrize("quant", [False, True], ids=["plain", "quant"])
+def test_two_experts_take_turns_over_an_image(quant, tmp_path, capsys):
     from PIL import Image
     Image.new("RGB", (48, 32), (200, 40, 40)).save(tmp_path / "first.png")
-    weights = converted(tmp_path, capsys, TURBO_TINY_I2V)
+    weights = converted(tmp_path, capsys, TURBO_TINY_I2V, quant)
     row = {"prompt": "it moves", "frames": 9, "image": "first.png"}
     path = manifest(tmp_path, row | {"id": "2", "steps": 2}, row | {"id": "4", "steps": 4})
     code, said, _ = render(capsys, path, tmp_path / "out", TURBO_TINY_I2V.name, "--weights", weights, "--attention",
                            "sage")
     assert code == 0 and said["rendered"] == 2, [failure["error"] for failure in said["failures"]]
     assert {row["attention"] for row in rows_of(tmp_path / "out").values()} == {"sage"}
+
+
+def test_the_vae_of_a_turbo_model_is_bf16_as_it_is_released(tmp_path, capsys):
+    weights = converted(tmp_path, capsys, TURBO_TINY)
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("int8", torch.bfloat16)):
+        assert TURBO_TINY.vae(weights, "cpu", precision).from_latent.weight.dtype == dtype
+    write_weights(tmp_path / "wan")
+    assert WAN_TINY.vae(tmp_path / "wan", "cpu", "bf16").from_latent.weight.dtype == torch.float32
 
 
 def test_one_quant_file_of_a_folder_with_both_can_be_named(tmp_path, capsys):
