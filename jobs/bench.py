@@ -12,19 +12,23 @@ Rows = Iterator[tuple[str, dict[str, Any]]]
 def bench(what: str | None, model: str | None = None, *, random_weights: bool = False, json: bool) -> int:
     """Run one part or all; prints a line of figures per case.  Raises UsageError for a part that does not exist.
 
-    model: of the part "model", this model's transformer and not the VAE.
+    model: of the part "model", this model's transformer and not the VAE; of the part "clip", this model.
     """
     from jobs.settings import UsageError
     if what is not None and what not in PARTS:
         raise UsageError(f"bench has no part {what!r}. There are: {', '.join(PARTS)}")
-    if (model is not None or random_weights) and (what != "model" or model is None or not random_weights):
-        raise UsageError("a model is timed with random weights: dailies bench model NAME --random-weights")
+    if (model is not None or random_weights) and what not in OF_A_MODEL:
+        raise UsageError(f"a model is named for: {', '.join(OF_A_MODEL)}; as in: dailies bench clip NAME")
+    if what == "model" and (model is None) == random_weights:
+        raise UsageError("a transformer is timed with random weights: dailies bench model NAME --random-weights")
+    if random_weights and model is None:
+        raise UsageError(f"--random-weights are of a model: dailies bench {what} NAME --random-weights")
     about = machine()
     if not json:
         print(", ".join(f"{name} {value}" for name, value in about.items()))
     cases = []
     for part in [what] if what else PARTS:
-        for case, figures in transformer(model) if model else PARTS[part]():
+        for case, figures in OF_A_MODEL[part](model, random_weights) if model else PARTS[part]():
             cases.append({"part": part, "case": case, **figures})
             if not json:
                 said = ", ".join(f"{name} {shown(value)}" for name, value in figures.items())
@@ -88,10 +92,24 @@ def model() -> Rows:
     yield from rows()
 
 
-def transformer(name: str) -> Rows:
+def transformer(name: str, random_weights: bool) -> Rows:
     """One forward of a model's transformer; the peer is diffusers', with the same weights."""
     from jobs.bench_dit import rows
     yield from rows(name)
+
+
+def clips() -> Rows:
+    """One clip of each demo model, stage by stage."""
+    from model.catalog import CATALOG
+    for card in CATALOG.values():
+        if card.folder is not None:
+            yield from clip(card.name)
+
+
+def clip(name: str, random_weights: bool = False) -> Rows:
+    """One clip of a model, stage by stage."""
+    from jobs.bench_clip import rows
+    yield from rows(name, random_weights=random_weights)
 
 
 def kernels() -> Rows:
@@ -101,7 +119,8 @@ def kernels() -> Rows:
 
 
 PARTS: dict[str, Callable[[], Rows]] = {"demo": demo, "quality": quality, "pipeline": pipeline, "memory": memory,
-                                        "model": model, "kernels": kernels}
+                                        "model": model, "kernels": kernels, "clip": clips}
+OF_A_MODEL: dict[str, Callable[[str, bool], Rows]] = {"model": transformer, "clip": clip}
 
 
 def machine() -> dict[str, str]:

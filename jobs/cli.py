@@ -262,7 +262,7 @@ def convert(source: Annotated[str, typer.Argument(
 @app.command()
 def bench(what: Annotated[str | None, typer.Argument(metavar="[WHAT]", help="What to time.  [default: all]")] = None,
           model: Annotated[str | None, typer.Argument(
-              metavar="[NAME]", help="Of `bench model`: a model's transformer.")] = None,
+              metavar="[NAME]", help="`bench model`: this model's transformer; `bench clip`: a clip of it.")] = None,
           random_weights: Annotated[bool, typer.Option(
               "--random-weights", help="With NAME: weights are made up; nothing is downloaded.")] = False,
           json: Json = False) -> int:
@@ -272,6 +272,7 @@ def bench(what: Annotated[str | None, typer.Argument(metavar="[WHAT]", help="Wha
     Examples:
       dailies bench pipeline
       dailies bench model wan2.1-t2v-1.3b --random-weights
+      dailies bench clip turbo-wan2.1-t2v-1.3b-480p --random-weights
     """
     from jobs.bench import bench
     return bench(what, model, random_weights=random_weights, json=json)
