@@ -13,14 +13,14 @@ network along the course.
 Source   Song et al. 2023 (arXiv 2303.01469), with several places Heek et al. 2024 (arXiv 2403.06807); the places are
 rCM's.
 
-The sparse one learns to give the velocity that the dense teacher gives, without guidance; all of its weights learn, and
-a projection of the linear branch that begins at zero.
-Source   TurboDiffusion's tuning (arXiv 2512.16093).
+The sparse one first learns to give the velocity that the dense teacher gives, with a prompt and without, and then goes
+on from the clips as its teacher did. All of its weights learn, and a projection of the linear branch that begins at zero.
+Source   TurboDiffusion's tuning (arXiv 2512.16093); that from the data SLA's (arXiv 2509.24006).
 """
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,6 +36,7 @@ from jobs.train_demo import (
     DIT_IMAGES,
     FRAMES,
     SEED,
+    UNPROMPTED,
     Phase,
     encode_scenes,
     fit,
@@ -54,7 +55,11 @@ from model.turbo import Sparsity
 
 STUDENT_PHASE = Phase(name="student", steps=1600, lr=5e-4, ema=0.99, courses=2)
 SPARSE_PHASE = Phase(name="sparse", steps=1600, lr=3e-4, ema=0.99, courses=2)
+SPARSE_DATA_PHASE = Phase(name="sparse-data", steps=1500, lr=6e-4, ema=0.99)
 SUBSTEPS = 3                                            # of the teacher, from one place to the next
+# Of a clip's 13 latent steps each chooses three; in shorter ones it has one, whose loss would drown that of the others.
+# Guidance asks at every step what the model says to no prompt, so a third of the lessons have none.
+SPARSE_LENGTHS, SPARSE_UNPROMPTED = (13, 13, 13, 7, 13, 13, 13, 5), 1 / 3
 
 Predict = Callable[[Tensor, Tensor], Tensor]            # noisy latent and sigma [B] in, velocity out
 
@@ -85,20 +90,33 @@ def tune_sparse(work: Path, out: Path, device: str) -> None:
     for block in student.blocks:
         block.attn = TrainedSparseAttention(block.attn, DEMO_SPARSE.sparsity).to(device)
 
-    def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
-        rng = rng_of(SPARSE_PHASE.name, step)
-        data, rows = lessons.batch(step, rng)
+    def noised(data: Tensor, rng: random.Random) -> tuple[Tensor, Tensor, Tensor]:
         generator = torch.Generator().manual_seed(rng.getrandbits(62))
         noise = torch.randn(data.shape, generator=generator).to(device)
         sigma = torch.sigmoid(torch.randn(len(data), generator=generator) * 1.4 + 1.1).to(device)      # as its teacher
-        noisy = torch.lerp(data, noise, per_clip(sigma))
+        return torch.lerp(data, noise, per_clip(sigma)), sigma, noise
+
+    def velocity_loss(step: int) -> tuple[Tensor, dict[str, float]]:
+        rng = rng_of(SPARSE_PHASE.name, step)
+        data, rows = lessons.batch(step, rng, SPARSE_LENGTHS, SPARSE_UNPROMPTED)
+        noisy, sigma, _ = noised(data, rng)
         with torch.autocast(device, torch.bfloat16):
             with torch.no_grad():
                 want = lessons.teacher(noisy, 1000 * sigma, lessons.teacher.embed_text(rows))
             got = student(noisy, 1000 * sigma, student.embed_text(rows))
         return F.mse_loss(got.float(), want.float()), dict(length=data.shape[2])
 
-    fit(SPARSE_PHASE, student.train().requires_grad_(True), loss_of, work)
+    def data_loss(step: int) -> tuple[Tensor, dict[str, float]]:
+        rng = rng_of(SPARSE_DATA_PHASE.name, step)
+        data, rows = lessons.batch(step, rng, unprompted=UNPROMPTED)
+        noisy, sigma, noise = noised(data, rng)
+        with torch.autocast(device, torch.bfloat16):
+            got = student(noisy, 1000 * sigma, student.embed_text(rows))
+        return F.mse_loss(got.float(), noise - data), dict(length=data.shape[2])
+
+    student.train().requires_grad_(True)
+    fit(SPARSE_PHASE, student, velocity_loss, work)
+    fit(SPARSE_DATA_PHASE, student, data_loss, work)
     write(student, DEMO_SPARSE, out)
 
 
@@ -122,13 +140,20 @@ class Lessons:
         return cls(teacher=teacher, encoder=encoder, clips=(scenes, clips * scale + bias),
                    images=(pictured, images * scale + bias))
 
-    def batch(self, step: int, rng: random.Random) -> tuple[Tensor, list[Tensor]]:
-        """Latents [B, C, T, H, W] on the teacher's device, and the encoder's rows of what is said of each."""
-        length = CLIPS_MOSTLY[step % len(CLIPS_MOSTLY)]
+    def batch(self, step: int, rng: random.Random, lengths: Sequence[int] = CLIPS_MOSTLY,
+              unprompted: float = 0.0) -> tuple[Tensor, list[Tensor]]:
+        """Latents [B, C, T, H, W] on the teacher's device, and the encoder's rows of what is said of each.
+
+        lengths: in latent steps, taken in turn. unprompted: the share of which nothing is said.
+        """
+        length = lengths[step % len(lengths)]
         still, device = length == 1, self.teacher.latent_scale.device
         scenes, latents = self.images if still else self.clips
         picked = [rng.randrange(len(scenes)) for _ in range(BATCHES[length])]
-        rows = [self.encoder(describe(scenes[i], rng, still=still, complete=False)).to(device) for i in picked]
+        sentences = [describe(scenes[i], rng, still=still, complete=False) for i in picked]
+        if unprompted:
+            sentences = ["" if rng.random() < unprompted else sentence for sentence in sentences]
+        rows = [self.encoder(sentence).to(device) for sentence in sentences]
         return latents[picked, :, :length].to(device), rows
 
 

@@ -51,7 +51,7 @@ def test_the_student_is_asked_at_the_places_of_its_sampler_and_the_teacher_betwe
 
 def few_clips(tmp_path, monkeypatch):
     """A copy of the demo model, a folder to work in, and phases of two steps on two short clips and images."""
-    for name in ("STUDENT_PHASE", "SPARSE_PHASE"):
+    for name in ("STUDENT_PHASE", "SPARSE_PHASE", "SPARSE_DATA_PHASE"):
         monkeypatch.setattr(distill_demo, name, replace(getattr(distill_demo, name), steps=2))
     for name, value in dict(DIT_CLIPS=2, DIT_IMAGES=2, FRAMES=5, BATCHES={1: 2, 5: 2, 7: 2, 13: 2}).items():
         monkeypatch.setattr(distill_demo, name, value)
