@@ -14,7 +14,8 @@ Source   Song et al. 2023 (arXiv 2303.01469), with several places Heek et al. 20
 rCM's.
 
 The sparse one first learns to give the velocity that the dense teacher gives, with a prompt and without, and then goes
-on from the clips as its teacher did. All of its weights learn, and a projection of the linear branch that begins at zero.
+on from the clips as its teacher did. All of its weights learn, and a projection of the linear branch, which begins at
+zero.
 Source   TurboDiffusion's tuning (arXiv 2512.16093); that from the data SLA's (arXiv 2509.24006).
 """
 

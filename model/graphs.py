@@ -69,7 +69,7 @@ class Graphed:
 
 
 def cuda_graph(run: Run) -> tuple[Callable[[], None], Tensor]:
-    """Recorded on a stream of its own, once kernels are chosen and compiled.  Raises RuntimeError for what cannot be."""
+    """Recorded on a stream of its own, once kernels are chosen.  Raises RuntimeError for what cannot be recorded."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
