@@ -14,7 +14,7 @@ from kernels.int8_linear import Quantized, quantize_rows
 from kernels.int8_linear.int_mm import gelu_of_twice_, joined, pieces, quantize_rows_
 
 TILE = 256                                             # rows of one product: its result is still near when it is used
-PIECE_BYTES = 512 * 1024                               # of fp32 rows that are worked on at a time
+PIECE_BYTES = 512 * 1024                               # of fp32 rows that a thread works on at a time
 
 
 class Packed(NamedTuple):
@@ -87,4 +87,4 @@ def scaled_(z: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def small_pieces(rows: Tensor) -> list[slice]:
-    return pieces(len(rows), max(1, PIECE_BYTES // (4 * rows.shape[-1])))
+    return pieces(len(rows), max(1, torch.get_num_threads() * PIECE_BYTES // (4 * rows.shape[-1])))

@@ -10,7 +10,13 @@ from torch import Tensor
 from kernels.int8_linear.int_mm import joined, quantize_rows_
 from kernels.norm import reference
 
-ROWS = 32
+ROWS = 32                                               # at a time, for a single thread
+
+
+def rows_at_once() -> int:
+    """More for each of several threads, since all wait for each other after every step."""
+    threads = torch.get_num_threads()
+    return ROWS if threads == 1 else 2 * ROWS * threads
 
 
 def modulated_norm(x: Tensor, update: Tensor | None, gate: Tensor | None, gain: Tensor | None, bias: Tensor | None,
@@ -18,14 +24,15 @@ def modulated_norm(x: Tensor, update: Tensor | None, gate: Tensor | None, gain: 
     if output == "blocks":                             # their tiles are many rows, and no CPU model runs on them
         return reference.modulated_norm(x, update, gate, gain, bias, scale, shift, eps, output)
     batch, tokens, width = x.shape
+    step = rows_at_once()
     stream = x if update is None else torch.empty_like(x)
     y = torch.empty_like(x, dtype=torch.int8 if output == "rows" else getattr(torch, output))
     scales = torch.empty(batch, tokens) if output == "rows" else None
-    spare = torch.empty(ROWS, width) if output == "rows" else None
+    spare = torch.empty(step, width) if output == "rows" else None
     for sample in range(batch):
         factor, offset = affine(sample, gain, bias, scale, shift)
-        for start in range(0, tokens, ROWS):
-            at = sample, slice(start, start + ROWS)
+        for start in range(0, tokens, step):
+            at = sample, slice(start, start + step)
             if update is not None:
                 joined(x[at], update[at], None if gate is None else gate[sample], out=stream[at])
             normed = F.layer_norm(stream[at].float(), (width,), factor, offset, eps)
@@ -50,11 +57,12 @@ def affine(sample: int, gain: Tensor | None, bias: Tensor | None, scale: Tensor 
 
 def rms_rope(x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float, dtype: torch.dtype) -> Tensor:
     batch, tokens, width = x.shape
+    step = rows_at_once()
     turn, gain = torch.complex(cos.float(), sin.float()), gain.float()
     y = torch.empty(batch, tokens, heads, width // heads, dtype=dtype, device=x.device)
     for sample in range(batch):
-        for start in range(0, tokens, ROWS):
-            rows = slice(start, start + ROWS)
+        for start in range(0, tokens, step):
+            rows = slice(start, start + step)
             part = x[sample, rows].to(torch.float32, copy=True)
             part *= inverse_rms(part, eps)
             part *= gain
@@ -64,13 +72,13 @@ def rms_rope(x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, heads: int, eps:
     return y
 
 
-def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * gain over the last axis, rounded once, to x's dtype."""
+def rms_norm(x: Tensor, gain: Tensor, eps: float, step: int = ROWS) -> Tensor:
+    """x / rms(x) * gain over the last axis, rounded once, to x's dtype.  step: of rows_at_once."""
     rows, y, gain = x.reshape(-1, x.shape[-1]), torch.empty_like(x), gain.float()
     into = y.view(-1, x.shape[-1])
-    for start in range(0, len(rows), ROWS):
-        part = rows[start:start + ROWS].to(torch.float32, copy=True)
-        into[start:start + ROWS] = part.mul_(inverse_rms(part, eps)).mul_(gain)
+    for start in range(0, len(rows), step):
+        part = rows[start:start + step].to(torch.float32, copy=True)
+        into[start:start + step] = part.mul_(inverse_rms(part, eps)).mul_(gain)
     return y
 
 
