@@ -1,7 +1,10 @@
-"""Sparse-linear attention on a CPU: head by head and block by block of queries, whose kept keys are copied together.
+"""Sparse-linear attention on a CPU: by heads and a few blocks of queries, whose kept keys are copied together.
 
-The tensors of a block stay in the cache, and torch's attention needs no mask: a block that is ragged is just shorter.
+What is copied stays in the cache, and torch's attention needs no mask: blocks that keep the ragged one have fewer keys.
 """
+
+from collections.abc import Iterator
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +12,8 @@ from torch import Tensor
 
 from kernels.int8_attention.reference import quantize_blocks, smooth
 from kernels.sparse_attention.reference import INT8_EPS, LINEAR_EPS, kept_blocks, pool
+
+GATHERED = 1 << 19                                     # keys times channels copied together, for several query blocks
 
 
 def sparse_attention(q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None, bias: Tensor | None, keep_ratio: float,
@@ -36,19 +41,36 @@ def attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, weight: Tensor | None, 
     keys, values = (F.pad(x, (0, 0, 0, pad)) for x in (keys, v))
     far = None if weight is None else linear_attention(q, k, values[:len(k)], weight, bias)
     keys, values = (x.view(-1, block_k * head_dim) for x in (keys, values))     # [blocks, ...]
-    ragged = (kept[:, -1] == len(keys) - 1).tolist()    # ids ascend: the last block of all is the last of the kept
-    for i, blocks in enumerate(kept):
-        rows = slice(i * block_q, (i + 1) * block_q)
-        count = len(blocks) * block_k - (pad if ragged[i] else 0)
-        near_keys, near_values = (x.index_select(0, blocks).view(-1, head_dim)[:count] for x in (keys, values))
+    length = kept.shape[1] * block_k
+    at_once = 1 if int8 else max(torch.get_num_threads(), GATHERED // (length * head_dim))
+    # ids ascend: the last block of all is the last of the kept
+    for first, count, ragged in runs((kept[:, -1] == len(keys) - 1).tolist(), at_once, len(q) // block_q):
+        rows, blocks = slice(first * block_q, (first + count) * block_q), kept[first:first + count].flatten()
+        near_keys, near_values = (x.index_select(0, blocks).view(count, length, head_dim) for x in (keys, values))
+        if ragged:
+            near_keys, near_values = near_keys[:, :length - pad], near_values[:, :length - pad]
         if int8:
-            scale = (k_scale.index_select(0, blocks) * q_scale[i]).repeat_interleave(block_k)[:count]
-            logits = torch._int_mm(queries[rows], near_keys.T).float().mul_(scale)
-            near = logits.softmax(-1).to(v.dtype) @ near_values
+            scale = (k_scale.index_select(0, blocks) * q_scale[first]).repeat_interleave(block_k)
+            logits = torch._int_mm(queries[rows], near_keys[0].T).float().mul_(scale[:near_keys.shape[1]])
+            near = logits.softmax(-1).to(v.dtype) @ near_values[0]
         else:
-            query, key, value = (x[None, None] for x in (queries[rows], near_keys, near_values))
-            near = F.scaled_dot_product_attention(query, key, value)[0, 0]
+            query = queries[rows].unflatten(0, (count, -1))
+            query, key, value = (x[:, None] for x in (query, near_keys, near_values))
+            near = F.scaled_dot_product_attention(query, key, value).flatten(0, 2)
         out[rows] = near if far is None else near.float() + far[rows]
+
+
+def runs(ragged: list[bool], most: int, whole: int) -> Iterator[tuple[int, int, bool]]:
+    """Blocks that can go together, as the first, how many, and whether they are ragged: neighbours that are alike.
+
+    whole: how many blocks have all their rows; one behind them goes alone.
+    """
+    first = 0
+    for (is_ragged, _), group in groupby(enumerate(ragged), key=lambda block: (block[1], block[0] < whole)):
+        end = first + sum(1 for _ in group)
+        for start in range(first, end, most):
+            yield start, min(most, end - start), is_ragged
+        first = end
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
