@@ -23,7 +23,7 @@ from model.graphs import Graphed
 from model.wan import WanConfig, WanDiT
 
 CPU_BLOCKS, CPU_GRID = 2, (3, 60, 52)                  # latent steps, height, width: 2,340 tokens
-REPEATS = 5                                            # in turns; the best counts
+REPEATS = 8                                            # in turns; the best counts
 WAYS = (("fp32", "dense"), ("bf16", "dense"), ("bf16", "sparse"),
         ("int8", "dense"), ("int8", "sage"), ("int8", "sparse"))
 NUMBERS = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8"}

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from kernels.int8_attention import int8_attention
 from kernels.int8_linear import BLOCK, Quantized, dequantize, int8_linear, packed, quantize_rows
-from kernels.norm import modulated_norm, pieces, quantized_modulated_norm, rms_rope
+from kernels.norm import after_linear, modulated_norm, pieces, quantized_modulated_norm, rms_rope
 from kernels.sparse_attention import sparse_attention
 from model import checkpoint
 from model.checkpoint import StoredTensor
@@ -159,10 +159,10 @@ class PackedInt8Linear(nn.Module):
     def __init__(self, layer: Int8Linear):
         super().__init__()
         rows = layer.quantized if layer.scheme == "rows" else quantize_rows(dequantize(layer.quantized))
-        self.weight, self.bias = packed.pack(rows), layer.bias
+        self.weight = packed.pack(rows, layer.bias)
 
     def forward(self, x: Tensor | Quantized) -> Tensor:
-        return packed.linear(x, self.weight, self.bias, torch.bfloat16)
+        return packed.linear(x, self.weight, torch.bfloat16)
 
 
 Layer = Linear | Int8Linear | PackedInt8Linear
@@ -187,7 +187,8 @@ def compile_blocks(dit: nn.Module, backend: str = "inductor") -> None:
 class TurboBlock(nn.Module):
     """The block of Linum and of Wan: self-attention, cross-attention and a feed-forward on a residual stream in fp32.
 
-    Each update joins the stream in the same pass over memory that makes the next layer's input.
+    Each update joins the stream in the same pass over memory that makes the next layer's input. On a CPU in INT8 it
+    does so in place: fresh pages for each new stream cost as much as the arithmetic.
     """
 
     def __init__(self, block: nn.Module, attention: str, sparsity: Sparsity):
@@ -207,8 +208,9 @@ class TurboBlock(nn.Module):
         modulation = self.modulation + modulation
         shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = modulation.split(1, dim=1)
         x, h = normed(x, self.norm_attn, self.attn.q, scale=scale_attn, shift=shift_attn)
-        x, h = normed(x, self.norm_cross, self.cross.q, update=self.attn(h, rope), gate=gate_attn)
-        x, h = normed(x, self.norm_ffn, self.ffn_in, update=self.cross(h, *context), scale=scale_ffn, shift=shift_ffn)
+        x, h = joined(x, self.attn(h, rope), self.attn.o, self.norm_cross, self.cross.q, gate=gate_attn)
+        x, h = joined(x, cross_attention(self.cross, h, context), self.cross.o, self.norm_ffn, self.ffn_in,
+                      scale=scale_ffn, shift=shift_ffn)
         return feed_forward(x, h, self.ffn_in, self.ffn_out, gate_ffn, self.has_bf16_products)
 
 
@@ -220,11 +222,32 @@ def normed(x: Tensor, norm: nn.LayerNorm, before: Layer, **around: Tensor) -> tu
     return modulated_norm(x, dtype=before.weight.dtype, **around)
 
 
+def joined(x: Tensor, y: Tensor, out: Layer, norm: nn.LayerNorm, before: Layer,
+           **around: Tensor) -> tuple[Tensor, Tensor | Quantized]:
+    """normed, of the stream that out(y) joins."""
+    if isinstance(out, PackedInt8Linear):
+        around |= dict(gain=norm.weight, bias=norm.bias, eps=norm.eps)
+        return x, after_linear.modulated_norm_(x, y, out.weight, **around)
+    return normed(x, norm, before, update=out(y), **around)
+
+
+def cross_attention(cross: nn.Module, x: Tensor | Quantized, context: tuple[Tensor, ...]) -> Tensor:
+    """Of either family, but for the last layer.  context: key and value of the text, and then of the image if any."""
+    if isinstance(cross.q, PackedInt8Linear):
+        q = after_linear.rms_norm(x, cross.q.weight, cross.norm_q.weight, eps=cross.norm_q.eps, dtype=torch.bfloat16)
+    else:
+        q = cross.norm_q(cross.q(x))
+    q = q.unflatten(-1, (cross.heads, -1))
+    y = attention(q, *context[:2])
+    return y + attention(q, *context[2:]) if len(context) > 2 else y
+
+
 def feed_forward(x: Tensor, h: Tensor | Quantized, into: Layer, out: Layer, gate: Tensor,
                  has_bf16_products: bool) -> Tensor:
     """x + gate * out(gelu(into(h)))"""
     if isinstance(into, PackedInt8Linear):
-        return packed.feed_forward(h, into.weight, into.bias, out.weight, out.bias, gate, x)
+        packed.feed_forward_(x, h, into.weight, out.weight, gate)
+        return x
     if isinstance(into, Int8Linear):
         h = int8_linear(h, into.quantized, into.bias, gelu=True, dtype=torch.bfloat16)
         return int8_linear(h, out.quantized, out.bias, gate=gate, residual=x)
@@ -263,7 +286,7 @@ class TurboRMSNorm(RMSNorm):
 
 
 class TurboSelfAttention(nn.Module):
-    """Self-attention of either family, with the norm and the turn of queries and keys in one pass."""
+    """Self-attention of either family but for its last layer, the norm and turn of queries and keys in one pass."""
 
     def __init__(self, base: SelfAttention, attention: str, sparsity: Sparsity):
         super().__init__()
@@ -276,10 +299,14 @@ class TurboSelfAttention(nn.Module):
 
     def forward(self, x: Tensor | Quantized, rope: tuple[Tensor, Tensor]) -> Tensor:
         v = self.v(x).unflatten(-1, (self.heads, -1))
-        q, k = rms_rope(self.q(x), self.k(x), self.norm_q.weight, self.norm_k.weight, rope, heads=self.heads,
-                        eps=self.norm_q.eps, dtype=v.dtype)
+        how = dict(heads=self.heads, eps=self.norm_q.eps, dtype=v.dtype)
+        if isinstance(self.q, PackedInt8Linear):
+            q, k = (after_linear.rms_rope(x, layer.weight, norm.weight, rope, **how)
+                    for layer, norm in ((self.q, self.norm_q), (self.k, self.norm_k)))
+        else:
+            q, k = rms_rope(self.q(x), self.k(x), self.norm_q.weight, self.norm_k.weight, rope, **how)
         proj = (self.proj.weight, self.proj.bias) if self.proj is not None else None
-        return self.o(self.attend(q, k, v, proj).flatten(2))
+        return self.attend(q, k, v, proj).flatten(2)
 
 
 def attend_by(attention_mode: str, sparsity: Sparsity) -> Attend:

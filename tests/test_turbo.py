@@ -40,7 +40,7 @@ def test_the_released_transformer_with_sparse_attention_is_ours():
     golden, dit = golden_dit()
     seen = {}
     dit.blocks[0].register_forward_hook(lambda _, inputs, output: seen.update(block0=output, patch_embedding=inputs[0]))
-    dit.blocks[0].attn.register_forward_hook(lambda _, inputs, output: seen.update(block0_self_attn=output))
+    dit.blocks[0].attn.o.register_forward_hook(lambda _, inputs, output: seen.update(block0_self_attn=output))
     seen["velocity"] = velocity(golden, dit)
     for name, got in seen.items():
         assert error(got, golden.outputs[name]) < golden.tolerance["value"], name
@@ -196,7 +196,7 @@ def test_a_refitted_block_is_one_graph_to_a_compiler(attention):
     assert error(got, want) < 1e-5
 
 
-@pytest.mark.parametrize("precision, attention", [("fp32", "dense"), ("bf16", "sparse")])
+@pytest.mark.parametrize("precision, attention", [("fp32", "dense"), ("bf16", "sparse"), ("int8", "dense")])
 def test_blocks_are_compiled_once_for_each_shape_of_clip(precision, attention):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")

@@ -70,9 +70,14 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return values.view(x.shape), scales.view(x.shape[:-1])
 
 
-def quantize_rows_(z: Tensor, spare: Tensor, values: Tensor, scales: Tensor) -> None:
-    """Quantise the fp32 rows of z, which is used up, into `values` and `scales` [rows, 1]; spare is like z."""
-    amax = torch.abs(z, out=spare).amax(-1, keepdim=True).clamp_min_(reference.SMALLEST)
+def quantize_rows_(z: Tensor, spare: Tensor, values: Tensor, scales: Tensor, above: float = -math.inf) -> None:
+    """Quantise the fp32 rows of z, which is used up, into `values` and `scales` [rows, 1]; spare is like z.
+
+    above: what all of z is known to be above. Where a row's largest value outweighs that, it is the row's amax.
+    """
+    amax = z.amax(-1, keepdim=True) if above > -math.inf else None
+    if amax is None or not (amax >= -above).all():
+        amax = torch.abs(z, out=spare).amax(-1, keepdim=True).clamp_min_(reference.SMALLEST)
     values.copy_(z.mul_(torch.full_like(amax, 127).div_(amax)).round_())
     torch.div(amax, 127, out=scales)
 

@@ -3,11 +3,13 @@
 Whole tensors cost more in memory traffic and fresh pages than the arithmetic does.
 """
 
+from collections.abc import Iterable, Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.int8_linear.int_mm import joined, quantize_rows_
+from kernels.int8_linear.int_mm import joined, pieces, quantize_rows_
 from kernels.norm import reference
 
 ROWS = 32                                               # at a time, for a single thread
@@ -23,24 +25,38 @@ def modulated_norm(x: Tensor, update: Tensor | None, gate: Tensor | None, gain: 
                    scale: Tensor | None, shift: Tensor | None, eps: float, output: str) -> list[Tensor]:
     if output == "blocks":                             # their tiles are many rows, and no CPU model runs on them
         return reference.modulated_norm(x, update, gate, gain, bias, scale, shift, eps, output)
-    batch, tokens, width = x.shape
     step = rows_at_once()
+    updates = [[(rows, None if update is None else update[sample, rows]) for rows in pieces(x.shape[1], step)]
+               for sample in range(len(x))]
     stream = x if update is None else torch.empty_like(x)
+    results = norms_of(x, updates, stream, gate, gain, bias, scale, shift, eps, output)
+    return results if update is None else [stream, *results]
+
+
+def norms_of(x: Tensor, updates: Iterable[Iterable[tuple[slice, Tensor | None]]], stream: Tensor, gate: Tensor | None,
+             gain: Tensor | None, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None, eps: float,
+             output: str) -> list[Tensor]:
+    """The norm of x and its updates, and scales if that is int8.
+
+    updates: per sample which rows, and what joins them, if any.  stream: where both go; it may be x.
+    """
+    batch, tokens, width = x.shape
     y = torch.empty_like(x, dtype=torch.int8 if output == "rows" else getattr(torch, output))
     scales = torch.empty(batch, tokens) if output == "rows" else None
-    spare = torch.empty(step, width) if output == "rows" else None
-    for sample in range(batch):
+    spare = None
+    for sample, parts in enumerate(updates):
         factor, offset = affine(sample, gain, bias, scale, shift)
-        for start in range(0, tokens, step):
-            at = sample, slice(start, start + step)
+        for rows, update in parts:
+            at = sample, rows
             if update is not None:
-                joined(x[at], update[at], None if gate is None else gate[sample], out=stream[at])
+                joined(x[at], update, None if gate is None else gate[sample], out=stream[at])
             normed = F.layer_norm(stream[at].float(), (width,), factor, offset, eps)
             if scales is None:
                 y[at] = normed
             else:
+                spare = torch.empty_like(normed) if spare is None or len(spare) < len(normed) else spare
                 quantize_rows_(normed, spare[:len(normed)], y[at], scales[at][:, None])
-    return [*([] if update is None else [stream]), y, *([] if scales is None else [scales])]
+    return [y, *([] if scales is None else [scales])]
 
 
 def affine(sample: int, gain: Tensor | None, bias: Tensor | None, scale: Tensor | None,
@@ -56,30 +72,41 @@ def affine(sample: int, gain: Tensor | None, bias: Tensor | None, scale: Tensor 
 
 
 def rms_rope(x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float, dtype: torch.dtype) -> Tensor:
-    batch, tokens, width = x.shape
-    step = rows_at_once()
+    return turned([fp32_rows(sample, rows_at_once()) for sample in x], x.shape, gain, cos, sin, heads, eps, dtype)
+
+
+def turned(parts: Iterable[Iterable[tuple[slice, Tensor]]], shape: tuple[int, int, int], gain: Tensor, cos: Tensor,
+           sin: Tensor, heads: int, eps: float, dtype: torch.dtype) -> Tensor:
+    """parts: per sample which rows, and those rows in fp32, which are used up.  shape [B, N, D] of all."""
+    batch, tokens, width = shape
     turn, gain = torch.complex(cos.float(), sin.float()), gain.float()
-    y = torch.empty(batch, tokens, heads, width // heads, dtype=dtype, device=x.device)
-    for sample in range(batch):
-        for start in range(0, tokens, step):
-            rows = slice(start, start + step)
-            part = x[sample, rows].to(torch.float32, copy=True)
-            part *= inverse_rms(part, eps)
-            part *= gain
-            pairs = torch.view_as_complex(part.view(len(part), heads, -1, 2))
+    y = torch.empty(batch, tokens, heads, width // heads, dtype=dtype, device=gain.device)
+    for into, pieces_of_sample in zip(y, parts, strict=True):
+        for rows, part in pieces_of_sample:
+            pairs = torch.view_as_complex(normed_(part, gain, eps).view(len(part), heads, -1, 2))
             pairs *= turn[rows]
-            y[sample, rows] = part.view(len(part), heads, -1)
+            into[rows] = part.view(len(part), heads, -1)
     return y
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float, step: int = ROWS) -> Tensor:
     """x / rms(x) * gain over the last axis, rounded once, to x's dtype.  step: of rows_at_once."""
-    rows, y, gain = x.reshape(-1, x.shape[-1]), torch.empty_like(x), gain.float()
+    y, gain = torch.empty_like(x), gain.float()
     into = y.view(-1, x.shape[-1])
-    for start in range(0, len(rows), step):
-        part = rows[start:start + step].to(torch.float32, copy=True)
-        into[start:start + step] = part.mul_(inverse_rms(part, eps)).mul_(gain)
+    for rows, part in fp32_rows(x.reshape(-1, x.shape[-1]), step):
+        into[rows] = normed_(part, gain, eps)
     return y
+
+
+def fp32_rows(x: Tensor, step: int) -> Iterator[tuple[slice, Tensor]]:
+    """The rows of x [M, D], so many at a time: which, and a copy in fp32."""
+    for rows in pieces(len(x), step):
+        yield rows, x[rows].to(torch.float32, copy=True)
+
+
+def normed_(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * gain, in place."""
+    return x.mul_(inverse_rms(x, eps)).mul_(gain)
 
 
 def inverse_rms(x: Tensor, eps: float) -> Tensor:
