@@ -14,6 +14,7 @@ from model.layers import Linear, rotary_table
 from model.wan import WanConfig, WanDiT
 from model.weights import CheckpointError
 from turbo_tiny import TURBO_TINY, new_tensors
+from wan_tiny import WAN_TINY_I2V
 
 TURBO = [name for name, card in CATALOG.items() if isinstance(card, TurboCard)]
 IN_ROWS = "INT8 weights with scales per block are scaled per row: a CPU has no fast product of blocks"
@@ -177,6 +178,27 @@ def test_a_clip_of_a_batch_is_the_clip_alone():
     both = dit(latent, time, dit.embed_text(rows))
     alone = dit(latent[1:], time[1:], dit.embed_text(rows[1:]))
     assert ((both[1:] - alone).norm() / alone.norm()).item() < 0.02
+
+
+@pytest.mark.parametrize("precision, most", [("fp32", 1e-5), ("int8", 0.03)])
+def test_a_refitted_model_attends_to_the_image_too(precision, most):
+    torch.manual_seed(0)
+    dit = WAN_TINY_I2V.new_dit().requires_grad_(False).eval()
+    for name, parameter in dit.named_parameters():
+        parameter.data.normal_(0, 0.15).add_(1.0 if "norm" in name and not name.endswith("bias") else 0.0)
+    latent, condition = torch.randn(2, 16, 2, 8, 8), torch.randn(2, 20, 2, 8, 8)
+    time, texts = torch.tensor([700.0, 300.0]), [torch.randn(5, 32), torch.randn(9, 32)]
+    images = [torch.randn(17, 24), torch.randn(17, 24)]
+
+    def velocity(images):
+        return dit(latent, time, dit.embed(texts, images), condition)
+
+    want, other = velocity(images), velocity(images[::-1])
+    turbo.refit(dit, "dense", WAN_TINY_I2V.sparsity)
+    for place, layer in turbo.linears_of_blocks(dit) if precision == "int8" else ():
+        dit.set_submodule(place, turbo.settled(place, turbo.Int8Linear.of(layer)))
+    assert error(velocity(images), want) < most
+    assert error(other, want) > 3 * most                # the image is seen
 
 
 @pytest.mark.parametrize("attention", ["dense", "sage", "sparse"])
