@@ -187,8 +187,8 @@ def compile_blocks(dit: nn.Module, backend: str = "inductor") -> None:
 class TurboBlock(nn.Module):
     """The block of Linum and of Wan: self-attention, cross-attention and a feed-forward on a residual stream in fp32.
 
-    Each update joins the stream in the same pass over memory that makes the next layer's input. On a CPU in INT8 it
-    does so in place: fresh pages for each new stream cost as much as the arithmetic.
+    Each update joins the stream in the same pass over memory that makes the next layer's input. With
+    packed layers it does so in place: fresh pages for each new stream cost more than the sum.
     """
 
     def __init__(self, block: nn.Module, attention: str, sparsity: Sparsity):
@@ -202,7 +202,10 @@ class TurboBlock(nn.Module):
         self.has_bf16_products = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
     def forward(self, x: Tensor, modulation: Tensor, *context_rope: tuple[Tensor, ...] | Tensor) -> Tensor:
-        """x [B, N, D] fp32, modulation [B, 6, D], then as the model's own block: keys and values, rotary table."""
+        """x [B, N, D] fp32, modulation [B, 6, D], then as the model's own block: keys and values, rotary table.
+
+        With packed layers what is returned is x itself, so the caller's is used up.
+        """
         *context, rope = context_rope
         context = context[0] if isinstance(context[0], tuple) else context
         modulation = self.modulation + modulation

@@ -26,12 +26,18 @@ def modulated_norm_(x: Tensor, y: Tensor | Quantized, layer: Packed, *, gate: Te
 
 def rms_rope(x: Tensor | Quantized, layer: Packed, gain: Tensor, rope: tuple[Tensor, Tensor], *, heads: int, eps: float,
              dtype: torch.dtype) -> Tensor:
-    """Queries or keys [B, N, heads, D / heads] of x [B, N, K]: layer(x), normed over all heads and turned."""
+    """Queries or keys [B, N, heads, D / heads] in `dtype`: layer(x), normed over all heads and turned.
+
+    x [B, N, K], floating or of quantize_rows.  gain [D]; rope as kernels.norm.rms_rope takes it.
+    """
     return torch.ops.dailies.packed_rms_rope(*parts_of(x), *layer, gain, *rope, heads, eps, dtype)
 
 
 def rms_norm(x: Tensor | Quantized, layer: Packed, gain: Tensor, *, eps: float, dtype: torch.dtype) -> Tensor:
-    """layer(x) / rms * gain of x [B, N, K]."""
+    """layer(x) / rms * gain over the last axis, [B, N, D] in `dtype`.
+
+    x [B, N, K], floating or of quantize_rows.  gain [D].
+    """
     return torch.ops.dailies.packed_rms_norm(*parts_of(x), *layer, gain, eps, dtype)
 
 
