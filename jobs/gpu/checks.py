@@ -1,0 +1,176 @@
+"""The parts that check: what is computed on this device against references and other precisions, on the same inputs."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jobs.gpu.kit import ROOT
+from jobs.gpu.models import inputs, new_dit, new_vae, with_layers
+from jobs.gpu.part import Ground, difference
+from kernels.int8_attention import int8_attention
+from kernels.int8_linear import int8_linear, quantize_blocks, quantize_rows
+from kernels.norm import modulated_norm, quantized_modulated_norm, rms_rope
+from kernels.sparse_attention import sparse_attention
+from model.catalog import CATALOG, DEMO, DEMO_SPARSE
+from model.layers import rotary_table
+from model.shapes import VideoShape
+
+QUANTIZERS = {"rows": quantize_rows, "blocks": quantize_blocks}
+# tokens, width, heads of Wan 1.3B, Wan 14B and Linum; the tokens are ragged: beside a tile, below one, over two
+WIDTHS = ((129, 1536, 12), (70, 5120, 40), (260, 1664, 13))
+# queries, keys, head_dim: more than a block, other keys than queries, one row over, fewer than a block
+ATTENTIONS = ((200, 200, 128), (70, 193, 128), (129, 129, 64), (5, 5, 64))
+KIT_TESTS = ("tests/test_graphs.py", "tests/test_kernels_norm.py", "tests/test_kernels_int8_linear.py",
+             "tests/test_kernels_int8_attention.py", "tests/test_kernels_sparse_attention.py", "tests/test_actors.py")
+
+
+def norms_right(ground: Ground) -> None:
+    for tokens, width, heads in WIDTHS:
+        x, update = ground.random(1, tokens, width, dtype=torch.float32), ground.random(1, tokens, width, seed=1)
+        around = around_norm(ground, width)
+        with ground.trying(f"norm {tokens}x{width}"):
+            got, want = both(lambda impl: modulated_norm(x, update=update, **around, dtype=torch.bfloat16, impl=impl))
+            ground.tell(f"norm {tokens}x{width}", stream_equal=bool(torch.equal(got[0], want[0])),
+                        relative_error=difference(got[1], want[1]))
+        for scheme in QUANTIZERS:
+            with ground.trying(f"norm to int8 {scheme} {tokens}x{width}"):
+                got, want = both(lambda impl: quantized_modulated_norm(x, scheme, update=update, **around, impl=impl))
+                ground.tell(f"norm to int8 {scheme} {tokens}x{width}", values_that_differ=(
+                    (got[1].values != want[1].values).float().mean().item()))
+        with ground.trying(f"rms, rope {tokens}x{width}"):
+            q, k = (ground.random(1, tokens, width, seed=seed) for seed in (9, 10))
+            gain = ground.random(width, dtype=torch.float32, seed=11)
+            rope = rotary_table((tokens, 1, 1), width // heads, ground.device)
+            got, want = both(lambda impl: rms_rope(q, k, gain, gain, rope, heads=heads, impl=impl))
+            ground.tell(f"rms, rope {tokens}x{width}", relative_error=max(map(difference, got, want)))
+
+
+def around_norm(ground: Ground, width: int) -> dict[str, Tensor]:
+    return {name: ground.random(1, 1, width, dtype=torch.float32, seed=seed)
+            for seed, name in enumerate(("gate", "scale", "shift"), start=2)}
+
+
+def both(call: Callable[[str], Any]) -> tuple[Any, Any]:
+    """What runs on this device, and the reference."""
+    return call("auto"), call("torch")
+
+
+def linears_right(ground: Ground) -> None:
+    for (tokens, width, _), (scheme, quantize) in product(WIDTHS, QUANTIZERS.items()):
+        name = f"int8 linear {scheme} {tokens}x{width}->264"
+        x = ground.random(1, tokens, width, seed=1)
+        weight = quantize(ground.random(264, width, seed=5) / width ** 0.5)
+        bias = ground.random(264, seed=6)
+        with ground.trying(name):
+            got, want = both(lambda impl: int8_linear(x, weight, bias, gelu=True, impl=impl))
+            ground.tell(f"{name}, GELU", relative_error=difference(got, want))
+            gate = ground.random(1, 1, 264, dtype=torch.float32, seed=7)
+            residual = ground.random(1, tokens, 264, dtype=torch.float32, seed=8)
+            got, want = both(lambda impl: int8_linear(x, weight, bias, gate=gate, residual=residual, impl=impl))
+            ground.tell(f"{name}, gated", relative_error=difference(got, want))
+
+
+def attention_right(ground: Ground) -> None:
+    for dtype, (queries, keys, head_dim) in product((torch.bfloat16, torch.float16), ATTENTIONS):
+        name = f"int8 attention {queries}x{keys}x{head_dim} {dtype}"
+        with ground.trying(name):
+            q, k, v = qkv(ground, queries, keys, head_dim, dtype)
+            ground.tell(name, relative_error=difference(*both(lambda impl: int8_attention(q, k, v, impl=impl))))
+
+
+def sparse_right(ground: Ground) -> None:
+    cases = product((torch.bfloat16, torch.float16), ATTENTIONS, (False, True), ((128, 64), (64, 128)))
+    for dtype, (queries, keys, head_dim), int8, (block_q, block_k) in cases:
+        name = f"sparse attention{', int8' * int8} {block_q}x{block_k} {queries}x{keys}x{head_dim} {dtype}"
+        with ground.trying(name):
+            q, k, v = qkv(ground, queries, keys, head_dim, dtype)
+            proj = ground.random(head_dim, head_dim, seed=3), ground.random(head_dim, seed=4)
+            how = dict(keep_ratio=0.5, proj=proj, int8=int8, block_q=block_q, block_k=block_k)
+            ground.tell(name, relative_error=difference(*both(lambda impl: sparse_attention(q, k, v, impl=impl, **how))))
+
+
+def qkv(ground: Ground, queries: int, keys: int, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    return tuple(ground.random(2, rows, 2, head_dim, dtype=dtype, seed=seed)
+                 for seed, rows in enumerate((queries, keys, keys)))
+
+
+def models_right(ground: Ground) -> None:
+    """The shipped model in three ways against fp32, eager, as a CUDA graph, and compiled."""
+    from model.graphs import Graphed
+    from model.turbo import compile_blocks
+    for card, precision, attention in ((DEMO, "bf16", "dense"), (DEMO, "int8", "sage"), (DEMO_SPARSE, "bf16", "sparse")):
+        name = f"{card.name} {precision} {attention}"
+        with ground.trying(name):
+            dit = card.dit(card.folder, ground.device, precision, attention)
+            exact = card.dit(card.folder, ground.device, "fp32", card.attentions[0])
+            latent, text = ground.random(1, 16, 13, 8, 8, dtype=torch.float32), [ground.random(7, 128)]
+            timestep = torch.tensor([500.0], device=ground.device)
+            given = latent, timestep, dit.embed_text(text)
+            plain = dit(*given)
+            ground.tell(name, of_fp32=difference(plain, exact(latent, timestep, exact.embed_text(text))))
+            if ground.on_gpu:
+                graphed = Graphed(dit.forward)
+                ground.tell(f"{name}, CUDA graph", of_eager=difference(graphed(*given), plain),
+                            again=difference(graphed(*given), plain))
+            if not ground.tiny:
+                began = time.perf_counter()
+                compile_blocks(dit)
+                ground.tell(f"{name}, compiled", of_eager=difference(dit(*given), plain),
+                            compile_s=time.perf_counter() - began)
+
+
+def parity(ground: Ground) -> None:
+    """Two blocks at full width and length: each precision and attention against fp32 on this device."""
+    for name in ("demo",) if ground.tiny else ("wan2.1-t2v-1.3b", "linum-v2-360p", "wan2.1-t2v-14b"):
+        card, want = with_layers(CATALOG[name], 2), None
+        # of 14B at 480p: in fp32 its attention at 720p takes the whole part
+        shape = VideoShape(frames=5, height=64, width=64) if ground.tiny else card.shape_for(
+            "480p" if "480p" in card.resolutions else None)[0]
+        for precision, attention in (("fp32", "dense"), ("bf16", "dense"), ("int8", "dense"), ("int8", "sage")):
+            with ground.trying(f"{name} {precision} {attention}"):
+                dit = new_dit(card, ground.device, precision, attention)
+                got = dit(*inputs(card, dit, shape, ground.device))
+                want = got if want is None else want
+                ground.tell(f"{name}, 2 blocks, {precision}, {attention}", of_fp32=difference(got, want),
+                            finite=bool(got.isfinite().all()))
+                del dit
+
+
+def vae_right(ground: Ground) -> None:
+    """The decoder in bf16, and in fp32 with TF32, against fp32."""
+    card = DEMO if ground.tiny else CATALOG["wan2.1-t2v-1.3b"]
+    latent = ground.random(1, 16, *((3, 8, 8) if ground.tiny else (5, 60, 104)), dtype=torch.float32)
+    want = None
+    for precision, tf32 in (("fp32", False), ("fp32", True), ("bf16", False)):
+        with ground.trying(f"VAE {precision}, TF32 {tf32}"):
+            torch.backends.cudnn.allow_tf32 = tf32
+            vae = new_vae(card, ground.device, precision)
+            got = vae.decode(latent.to(vae.from_latent.weight.dtype)).float()
+            want = got if want is None else want
+            ground.tell(f"VAE decode {list(latent.shape)} {precision}, TF32 {tf32}", of_fp32=difference(got, want),
+                        finite=bool(got.isfinite().all()))
+    torch.backends.cudnn.allow_tf32 = True
+
+
+def tests(ground: Ground) -> None:
+    """The tests that need a CUDA device."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "--maxfail=30",
+               "--continue-on-collection-errors", "--durations=8", *(KIT_TESTS if not ground.tiny else KIT_TESTS[:1])]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "4"})
+    said = done.stdout.strip().splitlines() or done.stderr.strip().splitlines() or ["nothing said"]
+    print(done.stdout[-20_000:], done.stderr[-4000:])
+    ground.tell("pytest -m gpu", said=said[-1].strip("= "), exit=done.returncode,
+                failures=[line[:200] for line in said if line.startswith(("FAILED", "ERROR"))][:30])
+
+
+PARTS: dict[str, Callable[[Ground], None]] = {
+    "norms-right": norms_right, "linears-right": linears_right, "attention-right": attention_right,
+    "sparse-right": sparse_right, "models-right": models_right, "parity": parity, "vae-right": vae_right,
+    "tests": tests}

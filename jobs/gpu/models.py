@@ -1,0 +1,77 @@
+"""Models of any size with random weights, made where they run: no file, and no 28 GB through a CPU.
+
+The numbers depend on a weight's name and the device alone, so a model has the same in every precision and attention.
+"""
+
+import math
+import zlib
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from model import turbo
+from model.card import ModelCard
+from model.catalog import LinumCard, WanCard
+from model.layers import compute_in
+from model.shapes import VideoShape
+from model.wan_vae import WanVAE, channels_last
+
+
+def new_dit(card: ModelCard, device: str, precision: str, attention: str) -> nn.Module:
+    """A transformer as `turbo.build` makes it of a file; INT8 layers are quantised in rows."""
+    with torch.device("meta"):
+        dit = card.new_dit().eval().requires_grad_(False)
+    fill(dit, device)
+    with torch.device("meta"):
+        if precision != "fp32" or attention != "dense" or card.sparsity.tuned:
+            turbo.refit(dit, attention, card.sparsity)
+    fill(dit.requires_grad_(False), device)             # the projection of tuned weights
+    if precision != "fp32":
+        compute_in(dit, torch.bfloat16)
+    for place, layer in turbo.linears_of_blocks(dit) if precision == "int8" else ():
+        dit.set_submodule(place, turbo.settled(place, turbo.Int8Linear.of(layer)))
+    return dit.eval()
+
+
+def new_vae(card: ModelCard, device: str, precision: str) -> WanVAE:
+    with torch.device("meta"):
+        vae = WanVAE(card.vae_config).eval().requires_grad_(False)
+    fill(vae, device)
+    return channels_last(compute_in(vae, torch.bfloat16) if precision == "bf16" else vae)
+
+
+def fill(model: nn.Module, device: str) -> None:
+    """Give every tensor that has no memory yet some: normals that keep the size of what passes, gains 1, biases 0."""
+    for place, module in list(model.named_modules()):
+        for kind in (module._parameters, module._buffers):
+            for leaf, tensor in kind.items():
+                if tensor is not None and tensor.is_meta:
+                    made = filled(f"{place}.{leaf}", tensor, device)
+                    kind[leaf] = made if kind is module._buffers else nn.Parameter(made, requires_grad=False)
+
+
+def filled(name: str, like: Tensor, device: str) -> Tensor:
+    made = torch.empty(like.shape, dtype=like.dtype, device=device)
+    if like.ndim < 2:
+        return made.fill_(1.0 if name.endswith("weight") else 0.0)
+    if name.endswith("gamma"):                          # of a channel norm: [C, 1, 1, 1]
+        return made.fill_(1.0)
+    generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
+    spread = 0.02 if "modulation" in name else math.prod(like.shape[1:]) ** -0.5
+    return made.normal_(0.0, spread, generator=generator)
+
+
+def with_layers(card: ModelCard, layers: int) -> ModelCard:
+    return replace(card, dit_fields={**card.dit_fields, "layers": layers})
+
+
+def inputs(card: LinumCard | WanCard, dit: nn.Module, shape: VideoShape, device: str) -> tuple[Any, ...]:
+    """What a forward takes: latent, timestep, and a text of 40 rows as the model keeps it."""
+    generator = torch.Generator(device).manual_seed(1)
+    grid = card.grid.of(shape)
+    text = torch.randn(40, card.dit_config.text_dim, generator=generator, device=device).bfloat16()
+    context = dit.embed([text]) if isinstance(card, WanCard) else dit.embed_text([text])
+    latent = torch.randn(1, card.dit_config.latent_channels, *grid[1:], generator=generator, device=device)
+    return latent, torch.tensor([500.0], device=device), context

@@ -1,0 +1,115 @@
+"""One part of the kit, in its own process: `python -m jobs.gpu.part NAME --found FILE`."""
+
+import argparse
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+SECONDS, LEAST = 0.3, 3                                 # of one measurement: as long, and as many calls, at least
+
+
+@dataclass(kw_only=True)
+class Ground:
+    """Where a part works and where it says what it found."""
+
+    device: str
+    tiny: bool                                          # sizes of a dry run
+    file: TextIO
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device == "cuda"
+
+    def tell(self, what: str, **figures: Any) -> None:
+        """A line, written down at once."""
+        self.file.write(json.dumps({"what": what} | figures) + "\n")
+        self.file.flush()
+        print(what, figures, flush=True)
+
+    @contextlib.contextmanager
+    def trying(self, what: str) -> Iterator[None]:
+        """What fails here costs one line; a lost context ends the part, since nothing after it would hold."""
+        import torch
+        try:
+            yield
+        except Exception as error:
+            self.tell(what, failed=f"{type(error).__name__}: {str(error).strip()[:400]}")
+            self.failures.append(what)
+            del error
+            if self.on_gpu:
+                torch.cuda.synchronize()
+                torch.cuda.empty_cache()
+
+    def wait(self) -> None:
+        import torch
+        if self.on_gpu:
+            torch.cuda.synchronize()
+
+    def ms(self, call: Callable[[], Any], seconds: float = SECONDS, least: int = LEAST) -> float:
+        """Milliseconds of a call: the median by the device's own clock, after two that warm up."""
+        import torch
+        if not self.on_gpu:
+            began = time.perf_counter()
+            call()
+            return 1e3 * (time.perf_counter() - began)
+        call(), call()
+        self.wait()
+        taken: list[float] = []
+        until = time.perf_counter() + seconds
+        while len(taken) < least or time.perf_counter() < until:
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call()
+            stop.record()
+            stop.synchronize()
+            taken.append(start.elapsed_time(stop))
+        return sorted(taken)[len(taken) // 2]
+
+    def random(self, *shape: int, dtype: Any = None, seed: int = 0) -> Any:
+        """Standard normals, drawn on the device: a CPU's generator takes ten seconds for 1e9 of them."""
+        import torch
+        generator = torch.Generator(self.device).manual_seed(seed)
+        return torch.randn(shape, generator=generator, device=self.device).to(dtype or torch.bfloat16)
+
+    def peak_gb(self) -> float:
+        """Of memory since the last look, in 1e9 bytes."""
+        import torch
+        if not self.on_gpu:
+            return 0.0
+        peak = torch.cuda.max_memory_allocated() / 1e9
+        torch.cuda.reset_peak_memory_stats()
+        return peak
+
+
+def difference(got: Any, want: Any) -> float:
+    """|got - want| / |want|, in fp32; not a number where either is."""
+    got, want = got.float(), want.float()
+    return ((got - want).norm() / want.norm()).item()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    from jobs.gpu import checks, timings
+    parts = {**checks.PARTS, **timings.PARTS}
+    parser = argparse.ArgumentParser()
+    parser.add_argument("part", choices=parts)
+    parser.add_argument("--found", type=Path, required=True)
+    parser.add_argument("--tiny", action="store_true")
+    args = parser.parse_args(arguments)
+    import torch
+    # children of this one (compilers) must not each take all cores
+    os.environ.setdefault("OMP_NUM_THREADS", "4")
+    with args.found.open("w") as file:
+        ground = Ground(device="cuda" if torch.cuda.is_available() else "cpu", tiny=args.tiny, file=file)
+        with torch.inference_mode():
+            parts[args.part](ground)
+    return 1 if ground.failures else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

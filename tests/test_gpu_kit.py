@@ -1,0 +1,88 @@
+"""The kit for a GPU's first minutes: here on a CPU, in sizes of a dry run, without what a bare GPU machine lacks."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from jobs.gpu import checks, timings
+from jobs.gpu.kit import PARTS, Kit, Part, groups
+
+ROOT = Path(__file__).resolve().parent.parent
+ABSENT = ("ray", "av", "pydantic", "boto3", "botocore", "ftfy", "diffusers", "typer")
+
+
+@pytest.fixture
+def bare(tmp_path, monkeypatch):
+    """An environment of child processes in which those modules cannot be imported, and no git is found."""
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(textwrap.dedent(f"""
+        import sys
+        class Absent:
+            def find_spec(self, name, path=None, target=None):
+                if name.split(".")[0] in {ABSENT!r}:
+                    raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+        sys.meta_path.insert(0, Absent())
+    """))
+    monkeypatch.setenv("PYTHONPATH", f"{site}{os.pathsep}{ROOT}")
+    monkeypatch.setenv("PATH", str(tmp_path / "no-programs"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return site
+
+
+def test_the_whole_kit_runs_in_a_dry_run_without_what_a_bare_gpu_machine_lacks(bare, tmp_path):
+    # the tests that need a device would all be skipped here
+    names = ",".join(part.name for part in PARTS if part.name != "tests")
+    done = subprocess.run([sys.executable, "-m", "jobs.gpu", "--tiny", "--out", str(tmp_path / "out"), "--only", names],
+                          capture_output=True, text=True, timeout=600, cwd=tmp_path)
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert done.returncode == 0, done.stdout + done.stderr + report
+    known = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert sorted(part["part"] for part in known["parts"] if part["status"] == "done") == sorted(names.split(","))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["log.txt", "report.md", "results.json"]
+    told = {part["part"]: {row["what"] for row in part["rows"]} for part in known["parts"]}
+    assert all(told[name] for name in told if name != "big"), told
+
+
+def test_every_part_has_its_function_and_what_is_timed_runs_alone():
+    assert {part.name for part in PARTS} == set(checks.PARTS) | set(timings.PARTS)
+    assert {part.name for part in PARTS if part.times} == set(timings.PARTS)
+    assert all(len(group) == 1 for group in groups(PARTS) if group[0].times)
+
+
+@pytest.mark.parametrize("what, status", [
+    ("raise RuntimeError('lost')", "failed, exit 1"), ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)",
+                                                      "ended by signal 11"), ("import time; time.sleep(600)", "out of time")])
+def test_a_part_that_crashes_or_hangs_costs_only_itself(what, status, tmp_path, monkeypatch):
+    """A stand-in for the parts' process: jobs.gpu.part of another folder."""
+    fake = tmp_path / "jobs" / "gpu"
+    fake.mkdir(parents=True)
+    for folder in (fake.parent, fake):
+        (folder / "__init__.py").touch()
+    (fake / "part.py").write_text(textwrap.dedent(f"""
+        import argparse, json
+        parser = argparse.ArgumentParser()
+        parser.add_argument("part"), parser.add_argument("--found")
+        args = parser.parse_args()
+        open(args.found, "w").write(json.dumps(dict(what="a figure", ms=1.5)) + chr(10) + '{{"cut off')
+        if args.part == "bad":
+            {what}
+    """))
+    monkeypatch.setattr("jobs.gpu.kit.ROOT", tmp_path)
+    parts = [Part(name=name, box_s=3.0 if name == 'bad' else 60.0, times=True) for name in ("good", "bad", "good")]
+    assert Kit(out=tmp_path / "out", budget_s=180.0).run(parts) == 3
+    known = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [part["status"] for part in known["parts"]] == ["done", status, "done"]
+    assert all(part["rows"] == [{"what": "a figure", "ms": 1.5}] for part in known["parts"])
+    assert "a figure: ms 1.5" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_parts_for_which_no_time_is_left_say_so(tmp_path):
+    assert Kit(out=tmp_path, budget_s=1.0).run(PARTS) == 3
+    known = json.loads((tmp_path / "results.json").read_text())
+    assert {part["status"] for part in known["parts"]} == {"not begun: no time left"}
