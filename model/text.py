@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import ftfy
 import torch
 import transformers                                     # loads its parts when they are asked for, so not in annotations
 from torch import Tensor
@@ -89,8 +88,23 @@ class UMT5TextEncoder(T5TextEncoder):
 
 
 def cleaned(text: str) -> str:
-    """Broken encodings mended, HTML entities resolved twice, every run of white space made one space."""
-    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
+    """Broken encodings mended, HTML entities resolved twice, every run of white space made one space.
+
+    Raises ImportError for a text that only ftfy can mend, where it is not installed.
+    """
+    return " ".join(html.unescape(html.unescape(mended(text))).split())
+
+
+def mended(text: str) -> str:
+    """ftfy's text; it leaves printable ASCII without entities as it is, so it is imported for other texts alone."""
+    if text.isascii() and text.isprintable() and "&" not in text:
+        return text
+    try:
+        import ftfy
+    except ImportError as error:
+        raise ImportError("a text beyond plain ASCII is cleaned by ftfy for this model, and ftfy is not installed: "
+                          "pip install ftfy") from error
+    return ftfy.fix_text(text)
 
 
 def load_tokenizer(folder: Path, name: str) -> "transformers.PreTrainedTokenizerBase":

@@ -1,9 +1,11 @@
 """Wan's encoders of text and picture against the release, and the texts as they are cleaned first."""
 
 import json
+import sys
 
 import pytest
 import torch
+from hypothesis import given, strategies
 
 from golden import E2E, Golden, error
 from model import checkpoint, keys
@@ -59,7 +61,22 @@ def test_bf16_is_bf16_throughout_and_near_fp32(tmp_path):
     ("", ""),
 ])
 def test_texts_are_cleaned_as_the_release_cleans_them(tmp_path, text, said):
+    pytest.importorskip("ftfy", reason="needs ftfy: pip install ftfy")
     assert cleaned(text) == said
+
+
+@given(strategies.text(strategies.characters(min_codepoint=32, max_codepoint=126, exclude_characters="&")))
+def test_printable_ascii_without_entities_needs_no_mending(text):
+    ftfy = pytest.importorskip("ftfy", reason="needs ftfy, to compare with: pip install ftfy")
+    assert ftfy.fix_text(text) == text
+
+
+def test_only_a_text_beyond_it_needs_ftfy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ftfy", None)      # as if it were not installed
+    assert cleaned("a  red fox ") == "a red fox"
+    for text in ("caf\u00e9", "&lt;", "a\tb"):
+        with pytest.raises(ImportError, match="not installed: pip install ftfy"):
+            cleaned(text)
 
 
 def test_what_is_encoded_is_the_cleaned_text(tmp_path):
