@@ -7,21 +7,18 @@ from typing import Any
 from actors.as_asked import AsAsked
 from actors.clip_writer import ClipWriter
 from actors.decoder import Decoder
-from actors.denoiser import Denoiser
+from actors.denoisers import DENOISERS
 from actors.image_encoder import ImageTextEncoder
 from actors.shelf import EMBEDDINGS, Drop, Fetch, Keep
 from actors.steps import KeepSampled
 from actors.text_encoder import TextEncoder
-from actors.turbo_denoiser import StudentDenoiser, TurboWanDenoiser
-from actors.wan_denoiser import WanDenoiser
-from model.catalog import LinumCard, ModelCard, StudentCard, TurboCard, WanCard
+from model.catalog import ModelCard
 from model.weights import locate
 from pipeline.gate import Gate
 from pipeline.images import read_image
 from pipeline.stages import Stage, Step
 from pipeline.store import Store, bring
 
-DENOISERS = {LinumCard: Denoiser, StudentCard: StudentDenoiser, WanCard: WanDenoiser, TurboCard: TurboWanDenoiser}
 ENCODED_AHEAD = 1000                    # clips whose prompts are encoded before the encoder makes room for a sampler
 
 

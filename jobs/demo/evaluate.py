@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 
 from actors.decoder import Decoder
+from actors.denoisers import DENOISERS
 from actors.messages import Frames, Request
 from actors.text_encoder import TextEncoder
 from jobs.demo.checker import read_attributes
 from jobs.demo.world import ATTRIBUTES, Scene, describe
 from model.catalog import DEMO, ModelCard
-from pipeline.text_to_video import DENOISERS
 
 
 def unseen(count: int, *, seed: int = 7) -> list[tuple[Scene, str]]:
