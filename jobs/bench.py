@@ -1,10 +1,20 @@
-"""`dailies bench [WHAT]`: what things cost and how good they are, measured here and now; device, versions, commit."""
+"""`dailies bench [WHAT]`: what things cost and how good they are, measured here and now; device, versions, commit.
 
+`python -m jobs.bench` is the same from a checkout, and on a machine with torch and Triton alone it measures what can be
+measured with them.
+"""
+
+import argparse
 import json as jsonlib
 import os
 import platform
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
+
+from jobs.usage import UsageError
 
 Rows = Iterator[tuple[str, dict[str, Any]]]
 
@@ -14,7 +24,6 @@ def bench(what: str | None, model: str | None = None, *, random_weights: bool = 
 
     model: of the part "model", this model's transformer and not the VAE; of the part "clip", this model.
     """
-    from jobs.settings import UsageError
     if what is not None and what not in PARTS:
         raise UsageError(f"bench has no part {what!r}. There are: {', '.join(PARTS)}")
     if (model is not None or random_weights) and what not in OF_A_MODEL:
@@ -28,7 +37,7 @@ def bench(what: str | None, model: str | None = None, *, random_weights: bool = 
         print(", ".join(f"{name} {value}" for name, value in about.items()))
     cases = []
     for part in [what] if what else PARTS:
-        for case, figures in OF_A_MODEL[part](model, random_weights) if model else PARTS[part]():
+        for case, figures in measured(part, model, random_weights, alone=what is not None):
             cases.append({"part": part, "case": case, **figures})
             if not json:
                 said = ", ".join(f"{name} {shown(value)}" for name, value in figures.items())
@@ -36,6 +45,18 @@ def bench(what: str | None, model: str | None = None, *, random_weights: bool = 
     if json:
         print(jsonlib.dumps({**about, "cases": cases}))
     return 0
+
+
+def measured(part: str, model: str | None, random_weights: bool, *, alone: bool) -> Rows:
+    """The part's rows.  Where a library that it needs is not installed: UsageError if it is asked for alone, or else
+    a row that says so, and the other parts follow."""
+    try:
+        yield from OF_A_MODEL[part](model, random_weights) if model else PARTS[part]()
+    except ModuleNotFoundError as error:
+        if alone:
+            raise UsageError(f"bench {part} needs {error.name}, which is not installed: "
+                             f"pip install {error.name}") from error
+        yield "not measured", {"not installed": error.name}
 
 
 def demo() -> Rows:
@@ -125,12 +146,58 @@ OF_A_MODEL: dict[str, Callable[[str, bool], Rows]] = {"model": transformer, "cli
 
 def machine() -> dict[str, str]:
     import torch
-
-    from jobs.bench_pipeline import commit
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
     return {"device": f"{device} ({platform.machine()})", "torch": torch.__version__,
             "python": platform.python_version(), "commit": commit()}
 
 
+def commit() -> str:
+    """As git describes it; where git is not installed, as the checkout's own files say."""
+    home = Path(__file__).resolve().parent.parent
+    try:
+        done = subprocess.run(["git", "-C", str(home), "describe", "--always", "--dirty"], capture_output=True, text=True)
+        return done.stdout.strip() or "unknown"
+    except OSError:
+        return f"{noted[:7]} or later" if (noted := commit_in(home / ".git")) else "unknown"
+
+
+def commit_in(git: Path) -> str | None:
+    """The hash that HEAD names in the folder that git keeps, or in the one that a worktree's file points at."""
+    try:
+        if git.is_file():
+            git = git.parent / git.read_text().removeprefix("gitdir:").strip()
+        head = (git / "HEAD").read_text().strip()
+        if not head.startswith("ref: "):
+            return head
+        shared = git / (git / "commondir").read_text().strip() if (git / "commondir").exists() else git
+        branch = head.removeprefix("ref: ")
+        if (shared / branch).exists():
+            return (shared / branch).read_text().strip()
+        packed = (line.split() for line in (shared / "packed-refs").read_text().splitlines())
+        return next((words[0] for words in packed if words[1:] == [branch]), None)
+    except OSError:
+        return None
+
+
 def shown(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """`dailies bench` without the libraries of its command line."""
+    parser = argparse.ArgumentParser(prog="python -m jobs.bench", description="Time a part of dailies against a named "
+                                     "peer in the same run.")
+    parser.add_argument("what", nargs="?", metavar="WHAT", help=f"one of {', '.join(PARTS)}; default: all of them")
+    parser.add_argument("model", nargs="?", metavar="NAME",
+                        help="`model`: this model's transformer; `clip`: a clip of it")
+    parser.add_argument("--random-weights", action="store_true", help="with NAME: weights are made up")
+    parser.add_argument("--json", action="store_true", help="one JSON object, and nothing else")
+    try:
+        return bench(**vars(parser.parse_args(arguments)))
+    except UsageError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

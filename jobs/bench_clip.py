@@ -19,16 +19,15 @@ import torch
 from torch import nn
 
 from actors.decoder import Decoder
+from actors.denoisers import DENOISERS
 from actors.messages import Request
 from actors.text_encoder import TextEncoder
-from jobs.runs import card_named
-from jobs.settings import UsageError
+from jobs.usage import UsageError, card_named
 from model import checkpoint, keys, turbo
 from model.card import ModelCard
 from model.catalog import DEMO, LinumCard
 from model.text import new_encoder
 from model.wan_vae import WanVAE
-from pipeline.text_to_video import DENOISERS
 
 CLIPS, LONG_S = 3, 60.0                                # timed, of which the median counts; but one of a slow model
 PROMPTS = ("a red square moves left on a white background", "a small blue circle moves up fast",

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from jobs.bench_kernels import roof, seconds_of
-from jobs.runs import card_named
-from jobs.settings import UsageError
+from jobs.usage import UsageError, card_named
 from model import checkpoint, keys
 from model.catalog import CATALOG, WanCard
 from model.graphs import Graphed

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from jobs.settings import UsageError
+from jobs.usage import UsageError
 from model import checkpoint, keys
 from model.wan_vae import WanVAE, WanVAEConfig, channels_last
 

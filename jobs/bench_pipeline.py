@@ -7,7 +7,6 @@
 import json
 import platform
 import resource
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.messages import Clip, Embedding, Latent, Request
+from jobs.bench import commit
 from model.shapes import VideoShape
 from pipeline.stages import Outcome, Stage, Step
 
@@ -114,12 +114,6 @@ def overlap(clips: int = 200, gpus: int = 4, shares: dict[str, float] | None = N
 
 def rss_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-
-def commit() -> str:
-    done = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
-                          capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
 
 
 def rows(what: str) -> Iterator[tuple[str, dict[str, float]]]:

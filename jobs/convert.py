@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jobs.render import card_named
-from jobs.settings import UsageError
+from jobs.usage import UsageError, card_named
 from kernels.int8_linear import quantize_rows
 from model import checkpoint, keys, turbo
 from model.card import Layout, ModelCard

@@ -21,9 +21,10 @@ from actors.messages import Clip, Failure, Request
 from actors.shelf import EMBEDDINGS, LATENTS, clear
 from actors.steps import STEPS
 from jobs.progress import Display, View, counted, duration_text, printable
-from jobs.runs import bucket_text, card_named, clip_of
-from jobs.settings import RenderJob, UsageError
+from jobs.runs import bucket_text, clip_of
+from jobs.settings import RenderJob
 from jobs.signals import on_signals
+from jobs.usage import UsageError, card_named
 from model.catalog import ModelCard
 from model.weights import fingerprint, locate, weights_files
 from pipeline.budget import Budget

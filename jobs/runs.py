@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.progress import counted, duration_text, printable
-from jobs.settings import UsageError, suggestion
+from jobs.usage import UsageError, card_named
 from model.catalog import CATALOG, ModelCard
 from model.weights import CheckpointError, locate, missing_files, weights_files
 from pipeline import ledger
@@ -197,13 +197,6 @@ def retry(uri: str, where: list[str], *, json: bool) -> int:
     else:
         print("No failed row" + (" of these" if conditions else "") + "; nothing was changed")
     return 0
-
-
-def card_named(name: str) -> ModelCard:
-    if name not in CATALOG:
-        raise UsageError(f"no model is called {name!r}.{suggestion(name, list(CATALOG))} "
-                         f"There are: {', '.join(CATALOG)}")
-    return CATALOG[name]
 
 
 def models(name: str | None, weights: str | None, *, json: bool) -> int:

@@ -1,6 +1,5 @@
 """What a person can say about a render, from flags and from a TOML file, checked before anything heavy is imported."""
 
-import difflib
 import tomllib
 from collections.abc import Mapping
 from datetime import datetime, time, timedelta
@@ -9,14 +8,11 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from jobs.usage import UsageError, suggestion
 from pipeline.complaints import shown
 
 Count = Annotated[int, Field(ge=1)]
 Amount = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-
-class UsageError(Exception):
-    """The command cannot work as it was given; nothing was started or written."""
 
 
 class RenderJob(BaseModel):
@@ -125,11 +121,6 @@ def read_config(path: Path, known: list[str]) -> dict[str, Any]:
         # TOML has times of its own: until = 07:00:00
         settings[name] = value.isoformat() if isinstance(value, (time, datetime)) else value
     return settings
-
-
-def suggestion(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    return f" Did you mean {close[0]}?" if close else ""
 
 
 def problem(detail: Mapping[str, Any], flags: set[str], config: Path | None) -> str:

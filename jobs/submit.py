@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 from urllib.parse import urlsplit
 
-from jobs.settings import UsageError
+from jobs.usage import UsageError
 
 HOME = Path(__file__).resolve().parent.parent
 PACKAGES = ("kernels", "model", "actors", "pipeline", "jobs")

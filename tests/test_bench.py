@@ -1,0 +1,71 @@
+"""dailies bench as it runs where little is installed: no Ray, PyAV, pydantic, boto3, ftfy, typer, and no git."""
+
+import shutil
+import subprocess
+
+import pytest
+from bare import ABSENT, run_bare
+
+from jobs.bench import commit_in
+
+# tiny sizes, one clip, and no waiting for good times
+QUICK = """
+import sys
+from jobs import bench, bench_clip, bench_kernels
+from kernels import cases
+bench_kernels.SECONDS = 0
+cases.CPU_TOKENS = cases.Tokens(tokens=5, width=64, heads=1)
+cases.CPU_LAYERS = cases.layers_of_block(40, 64, 96)
+cases.CPU_ATTENTION = cases.Attention(queries=130, keys=130, heads=1, head_dim=64)
+bench_clip.CLIPS = 1
+sys.exit(bench.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["kernels"], "kernels: sparse attention"),
+    (["clip", "demo"], "mp4 not timed: av is not installed")], ids=lambda value: value[0])
+def test_a_part_is_timed_where_little_is_installed(arguments, said, tmp_path):
+    done = run_bare(["-c", QUICK, *arguments], tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert said in done.stdout and "failed" not in done.stdout, done.stdout
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["nothing"], "bench has no part 'nothing'"),
+    (["clip", "nothing", "--random-weights"], "no model is called 'nothing'"),
+    (["pipeline"], "bench pipeline needs ray, which is not installed: pip install ray")])
+def test_what_cannot_be_measured_there_is_one_sentence(arguments, said, tmp_path):
+    done = run_bare(["-m", "jobs.bench", *arguments], tmp_path)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-3000:]
+    assert said in done.stderr
+
+
+def test_the_libraries_are_indeed_absent_there(tmp_path):
+    script = f"""
+import importlib.util, shutil
+assert not [name for name in {ABSENT!r} if importlib.util.find_spec(name)]
+assert shutil.which("git") is None"""
+    done = run_bare(["-c", script], tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_commit_is_read_without_git(tmp_path):
+    def git(*arguments):
+        return subprocess.run(["git", "-C", str(tmp_path / "it"), "-c", "user.name=a", "-c", "user.email=a@b",
+                               *arguments], check=True, capture_output=True, text=True).stdout.strip()
+
+    if shutil.which("git") is None:
+        pytest.skip("needs git, to compare with")
+    (tmp_path / "it").mkdir()
+    git("init", "--quiet")
+    assert commit_in(tmp_path / "it" / ".git") is None
+    git("commit", "--quiet", "--allow-empty", "--message", "first")
+    assert commit_in(tmp_path / "it" / ".git") == git("rev-parse", "HEAD")
+    git("worktree", "add", "--quiet", "-b", "side", str(tmp_path / "side"))
+    assert commit_in(tmp_path / "side" / ".git") == git("rev-parse", "side")
+    git("pack-refs", "--all")
+    assert commit_in(tmp_path / "side" / ".git") == git("rev-parse", "side")
+    git("checkout", "--quiet", "--detach")
+    assert commit_in(tmp_path / "it" / ".git") == git("rev-parse", "HEAD")
+    assert commit_in(tmp_path / "nothing") is None
