@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jobs.bench import commit
 from jobs.gpu.report import markdown
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -137,7 +138,7 @@ class Kit:
               f"{f', {failed} failed' if failed else ''}", flush=True)
 
     def write(self) -> None:
-        about = dict(command=f"{Path(sys.executable).name} -m jobs.gpu {' '.join(sys.argv[1:])}".strip(),
+        about = dict(commit=commit(), command=f"{Path(sys.executable).name} -m jobs.gpu {' '.join(sys.argv[1:])}".strip(),
                      seconds=round(time.monotonic() - self.began, 1), tiny=self.tiny)
         known = {"about": about, "parts": self.results}
         for name, text in (("results.json", json.dumps(known, indent=1)), ("report.md", markdown(known))):
