@@ -1,8 +1,9 @@
 """Each kernel against a named rival: on a GPU at the shapes that are rendered, on a CPU at 2,340 tokens.
 
-Every line first checks that both give the same, then times them in turns, and keeps the best of each. `roof` is the
-share of what the device does at most, which is measured here, in the same run: bytes of a long copy, operations of
-torch's own large square product in the same number format.
+Every line first checks that both give the same, then times them in turns, and keeps the best of each. A rival that
+gives something else, or nothing, is not timed, and the line says so. `roof` is the share of what the device does
+at most, which is measured here, in the same run: bytes of a long copy, operations of torch's own large square product
+in the same number format.
 """
 
 import math
@@ -35,13 +36,21 @@ def rows() -> Rows:
     on_gpu = torch.cuda.is_available()
     device = "cuda" if on_gpu else "cpu"
     for tokens in cases.RENDERED_TOKENS if on_gpu else [cases.CPU_TOKENS]:
-        yield from norms(tokens, device)
+        yield from begun(f"norms {tokens}", norms(tokens, device))
     for layer in cases.RENDERED_LAYERS if on_gpu else cases.CPU_LAYERS:
-        yield from layers(layer, device)
+        yield from begun(f"int8 linear {layer}", layers(layer, device))
     if not on_gpu:
-        yield from packed_layers(*cases.CPU_LAYERS)
+        yield from begun("int8 layers, packed", packed_layers(*cases.CPU_LAYERS))
     for case in cases.RENDERED_ATTENTION if on_gpu else [cases.CPU_ATTENTION]:
-        yield from attentions(case, device)
+        yield from begun(f"attention {case}", attentions(case, device))
+
+
+def begun(name: str, lines: Rows) -> Rows:
+    """The lines; a line instead of them where what they share cannot be made."""
+    try:
+        yield from lines
+    except Exception as error:
+        yield name, {"failed": said(error)}
 
 
 def norms(case: cases.Tokens, device: str) -> Rows:
@@ -99,7 +108,6 @@ def layers(case: cases.Layer, device: str) -> Rows:
         y = F.gelu(y, approximate="tanh") if case.gelu else y
         return torch.addcmul(given["residual"], given["gate"], y.float()) if case.gated else y
 
-    wide = x.float(), weight.float()
     in_rows = quantize_rows(weight)
     calls = {"dailies": lambda: int8_linear(x, in_rows, **given), "torch bf16": lambda: full(x, weight)}
     if device == "cuda":
@@ -110,6 +118,7 @@ def layers(case: cases.Layer, device: str) -> Rows:
             x, None, *in_rows, given["bias"], case.gelu, given.get("gate"), given.get("residual"), dtype)
         calls["dailies, blocks"] = lambda: int8_linear(x, in_blocks, **given)
     else:
+        wide = x.float(), weight.float()
         calls["torch fp32"] = lambda: full(*wide)
     yield against(f"int8 linear {case}", device, 2 * math.prod(shape) * case.outputs, "int8", calls, bound=0.05)
 
@@ -183,19 +192,36 @@ def against(name: str, device: str, work: int, kind: str, calls: Calls,
             bound: float = 1e-2) -> tuple[str, dict[str, Any]]:
     """A line: ms of each, ours over each rival's, and our share of the roof, for `work` bytes or operations of a kind.
 
-    Raises RuntimeError where a rival's results differ by more than `bound`, relative to their norm.
+    A rival is not timed that fails, or whose results differ by more than `bound`, relative to the norm of ours; where
+    ours fails, nothing is.
     """
     ours, *rivals = calls
-    want = flat(calls[ours]())
-    for rival in rivals:
-        for got, expected in zip(flat(calls[rival]()), want, strict=True):
+    try:
+        want = flat(calls[ours]())
+        wrong = {rival: what for rival in rivals if (what := wrong_with(calls[rival], want, bound))}
+        seconds = timed({call: run for call, run in calls.items() if call not in wrong}, device)
+        figures: dict[str, Any] = {f"{call}, ms": 1e3 * taken for call, taken in seconds.items()}
+        figures |= {f"of {rival}": seconds[ours] / seconds[rival] for rival in rivals if rival in seconds}
+        return name, figures | {f"roof ({kind})": work / seconds[ours] / roof(kind, device)} | wrong
+    except Exception as error:
+        return name, {"failed": said(error)}
+
+
+def wrong_with(call: Callable, want: tuple[Tensor, ...], bound: float) -> str | None:
+    """Why a rival is not timed; None for one that gives what is wanted."""
+    try:
+        for got, expected in zip(flat(call()), want, strict=True):
             difference = ((got.float() - expected.float()).norm() / expected.float().norm()).item()
-            if difference > bound:
-                raise RuntimeError(f"{name}: {rival} differs by {difference:.2g}, more than {bound}")
-    seconds = timed(calls, device)
-    figures = {f"{call}, ms": 1e3 * taken for call, taken in seconds.items()}
-    figures |= {f"of {rival}": seconds[ours] / seconds[rival] for rival in rivals}
-    return name, figures | {f"roof ({kind})": work / seconds[ours] / roof(kind, device)}
+            if not difference <= bound:                # nor is it a number
+                return f"differs by {difference:.2g}, more than {bound}"
+    except Exception as error:
+        return f"failed: {said(error)}"
+    return None
+
+
+def said(error: Exception) -> str:
+    """The first line of what it says."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
 
 
 def timed(calls: Calls, device: str) -> dict[str, float]:

@@ -1,18 +1,23 @@
 """Shapes for tests and benchmarks: those that are rendered, and awkward ones, with what may fill them."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+LARGE = 1 << 20
 FILLS = ("normal", "constant rows", "large mean", "outlier channel", "zero tiles")
 
 
 def fill(kind: str, shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32,
          device: str = "cpu") -> Tensor:
-    """Activations [..., N, D], of one seed the same on every device."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(shape, generator=generator)
+    """Activations [..., N, D].  Up to LARGE numbers, those of one seed are the same on every device.
+
+    More are drawn where they are used: a billion takes a CPU's generator ten seconds.
+    """
+    where = "cpu" if math.prod(shape) <= LARGE else device
+    x = torch.randn(shape, generator=torch.Generator(where).manual_seed(seed), device=where)
     if kind == "constant rows":                        # of whole numbers: their mean is exact, so their norm is zero
         x = x[..., :1].mul(8).round().expand(shape).clone()
     elif kind == "large mean":                         # shows lanes beyond the row that count in the variance
