@@ -4,6 +4,7 @@
 """
 
 import hashlib
+import re
 import resource
 import sys
 import time
@@ -139,7 +140,7 @@ class Worker:
         except Exception as error:
             if type(error).__name__ == "OutOfMemoryError" and self.gpu:
                 self.torch.cuda.empty_cache()
-            elif type(error).__name__ == "AcceleratorError" or "CUDA error" in str(error):
+            elif lost_context(error):
                 self.broken = True
             if len(values) > 1:                         # one bad value must not cost its neighbours
                 return [made for value in values for made in self.run(step, [value])]
@@ -150,6 +151,39 @@ class Worker:
         if self.gpu:
             return self.torch.cuda.max_memory_allocated(self.gpu)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+# Who words it: torch, the driver through torch, Triton, cuDNN, cuBLAS and its siblings, NCCL, the kernel's log, NVML;
+# then CUDA's own words, which any library may pass on, and the names of its errors.
+LOST = re.compile(r"""
+    CUDA[ ]error | CUDA[ ]driver[ ]error | Triton[ ]Error[ ]\[CUDA] | cuDNN[ ]error | CUDNN_STATUS_ | cuBLAS
+    | (?:cuFFT|cuSOLVER|cuRAND|cuSPARSE)[ ]error | NCCL[ ]error | unhandled[ ]cuda[ ]error | nccl\w+Error
+    | \bXid\b | fallen[ ]off[ ]the[ ]bus | GPU[ ]is[ ]lost
+    | illegal[ ](?:memory[ ]access|instruction) | misaligned[ ]address | device-side[ ]assert
+    | unspecified[ ]launch[ ]failure | launch[ ]timed[ ]out | hardware[ ]stack[ ]error | invalid[ ]program[ ]counter
+    | uncorrectable[ ](?:ECC|NVLink)[ ]error | driver[ ]shutting[ ]down | context[ ]is[ ]destroyed
+    | cudaError\w+ | CUDA_ERROR_\w+""", re.I | re.X)
+
+# The same libraries in an error after which the device goes on: no memory, no room for one kernel, arguments that are
+# refused before anything runs.
+GOES_ON = re.compile(r"""
+    out[ ]of[ ]memory | out[ ]of[ ]resource | too[ ]many[ ]resources | _STATUS_(?:ALLOC_FAILED|NOT_SUPPORTED|BAD_PARAM)
+    | _STATUS_INVALID_VALUE | invalid[ ](?:configuration[ ])?argument | OUT_OF_(?:MEMORY|RESOURCES) | MemoryAllocation
+    | LaunchOutOfResources""", re.I | re.X)
+
+
+def lost_context(error: BaseException | None) -> bool:
+    """Whether this error, or the one that it was raised from, says that the process can no longer use its GPU.
+
+    Only RuntimeErrors do, which is what the libraries raise: other errors may quote a row's text.
+    """
+    while error is not None:
+        said = str(error)
+        if isinstance(error, RuntimeError) and not GOES_ON.search(said):
+            if type(error).__name__ == "AcceleratorError" or LOST.search(said):
+                return True
+        error = error.__cause__
+    return False
 
 
 def digest_of(error: Exception) -> str:

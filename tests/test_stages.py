@@ -9,7 +9,7 @@ from fake_stages import calls, fake_stages
 
 from actors.messages import Clip, Embedding, Failure, Latent
 from jobs.bench_pipeline import pretend_request, pretend_stages
-from pipeline.stages import Stage, Step, Worker, readdress, run_local
+from pipeline.stages import Stage, Step, Worker, lost_context, readdress, run_local
 from pipeline.store import StoreError
 
 
@@ -33,6 +33,68 @@ class OnGPU:
 
     def __call__(self, batch):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+LOST = [
+    "CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be asynchronously reported",
+    "CUDA error: device-side assert triggered",
+    "CUDA error: unspecified launch failure",
+    "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx(handle, opa, opb, m, n, k)`",
+    "CUBLAS_STATUS_NOT_INITIALIZED",
+    "CUDA driver error: unknown error",
+    "Triton Error [CUDA]: an illegal memory access was encountered",
+    "Triton Error [CUDA]: unspecified launch failure",
+    "backend='inductor' raised:\nRuntimeError: Triton Error [CUDA]: misaligned address",
+    "cuDNN error: CUDNN_STATUS_EXECUTION_FAILED",
+    "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION",
+    "CUDNN_STATUS_MAPPING_ERROR",
+    "cuFFT error: CUFFT_EXEC_FAILED",
+    "NCCL Error 1: unhandled cuda error (run with NCCL_DEBUG=INFO for details)",
+    "NCCL error in: NCCLUtils.cpp:77, unhandled system error\nncclSystemError: System call (e.g. socket) failed",
+    "NVRM: Xid (PCI:0000:3b:00): 79, pid=1234, GPU has fallen off the bus.",
+    "Unable to determine the device handle for GPU 0000:3B:00.0: GPU is lost.",
+    "uncorrectable ECC error encountered", "driver shutting down", "context is destroyed",
+    "cudaErrorIllegalAddress", "CUDA_ERROR_LAUNCH_FAILED",
+]
+KEPT = [
+    "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 139.81 GiB",
+    "CUDA error: out of memory",
+    "CUDA driver error: out of memory",
+    "Triton Error [CUDA]: out of memory",
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    "CUDNN_STATUS_ALLOC_FAILED", "CUDA_ERROR_OUT_OF_MEMORY", "cudaErrorMemoryAllocation",
+    "out of resource: shared memory, Required: 131072, Hardware limit: 101376. Reducing block sizes or `num_stages` may "
+    "help.",
+    "CUDA error: too many resources requested for launch",
+    "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if you passed in a non-contiguous input.",
+    "cuDNN error: CUDNN_STATUS_BAD_PARAM",
+    "Triton Error [CUDA]: invalid argument",
+    "GET was unable to find an engine to execute this computation",
+    "mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)", "the prompt is of an excluded Xidian", "",
+]
+
+
+@pytest.mark.parametrize("said", LOST)
+def test_a_lost_context_is_recognised_whoever_words_it(said):
+    assert lost_context(RuntimeError(said))
+    wrapped = ValueError("the block could not be run")
+    wrapped.__cause__ = RuntimeError(said)
+    assert lost_context(wrapped)
+
+
+@pytest.mark.parametrize("said", KEPT)
+def test_an_error_after_which_the_device_goes_on_is_no_lost_context(said):
+    assert not lost_context(RuntimeError(said))
+
+
+def test_torchs_own_kinds_of_error_are_told_apart():
+    torch = pytest.importorskip("torch")
+    assert lost_context(torch.AcceleratorError("whatever it says"))
+    assert not lost_context(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
+
+
+def test_a_rows_text_is_no_lost_context():
+    assert not lost_context(ValueError("prompt: a screen that shows CUDA error: an illegal memory access"))
 
 
 def worker(*actors, stage: str = "sample") -> Worker:
