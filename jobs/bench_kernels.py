@@ -19,7 +19,7 @@ from torch import Tensor
 from kernels import cases
 from kernels.int8_attention import int8_attention
 from kernels.int8_linear import int_mm, int8_linear, packed, quantize_blocks, quantize_rows, reference
-from kernels.norm import modulated_norm, quantized_modulated_norm, rms_rope
+from kernels.norm import modulated_norm, quantized_modulated_norm, rms_norm, rms_rope
 from kernels.sparse_attention import sparse_attention
 from kernels.sparse_attention.reference import kept_blocks, pool
 from model.layers import RMSNorm, rotary_table, rotate
@@ -91,6 +91,9 @@ def norms(case: cases.Tokens, device: str) -> Rows:
     yield against(f"RMS norm, rotary of q and k {case}", device, elements * 2 * (2 + 2), "bytes", {
         "dailies": lambda: rms_rope(q, k, norm.weight, norm.weight, rope, heads=case.heads),
         f"{by(device)} as the model is written": model_rope})
+    model_rms = compiled(lambda: norm(q).bfloat16())
+    yield against(f"RMS norm of cross-attention's q {case}", device, elements * (2 + 2), "bytes", {
+        "dailies": lambda: rms_norm(q, norm.weight), f"{by(device)} as the model is written": model_rms})
 
 
 def layers(case: cases.Layer, device: str) -> Rows:

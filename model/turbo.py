@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from kernels.int8_attention import int8_attention
 from kernels.int8_linear import BLOCK, Quantized, dequantize, int8_linear, packed, quantize_rows
-from kernels.norm import after_linear, modulated_norm, pieces, quantized_modulated_norm, rms_rope
+from kernels.norm import after_linear, modulated_norm, quantized_modulated_norm, rms_norm, rms_rope
 from kernels.sparse_attention import sparse_attention
 from model import checkpoint
 from model.checkpoint import StoredTensor
@@ -197,7 +197,6 @@ class TurboBlock(nn.Module):
         self.norm_attn, self.norm_cross, self.norm_ffn = block.norm_attn, block.norm_cross, block.norm_ffn
         self.attn = TurboSelfAttention(block.attn, attention, sparsity)
         self.cross, self.ffn_in, self.ffn_out = block.cross, block.ffn_in, block.ffn_out
-        self.cross.norm_q = TurboRMSNorm(block.cross.norm_q)
         # asked here, because a compiler cannot
         self.has_bf16_products = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
@@ -239,7 +238,7 @@ def cross_attention(cross: nn.Module, x: Tensor | Quantized, context: tuple[Tens
     if isinstance(cross.q, PackedInt8Linear):
         q = after_linear.rms_norm(x, cross.q.weight, cross.norm_q.weight, eps=cross.norm_q.eps, dtype=torch.bfloat16)
     else:
-        q = cross.norm_q(cross.q(x))
+        q = rms_norm(cross.q(x), cross.norm_q.weight, eps=cross.norm_q.eps)
     q = q.unflatten(-1, (cross.heads, -1))
     y = attention(q, *context[:2])
     return y + attention(q, *context[2:]) if len(context) > 2 else y
@@ -274,18 +273,6 @@ class TurboHead(nn.Module):
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         shift, scale = (self.modulation + time[:, None]).split(1, dim=1)
         return self.linear(normed(x, self.norm, self.linear, scale=scale, shift=shift)[1])
-
-
-class TurboRMSNorm(RMSNorm):
-    """RMSNorm; on a CPU rounded once, and a few rows at a time."""
-
-    def __init__(self, base: RMSNorm):
-        nn.Module.__init__(self)
-        self.weight, self.eps = base.weight, base.eps
-        self.step = pieces.rows_at_once()               # asked here, because a compiler cannot
-
-    def forward(self, x: Tensor) -> Tensor:
-        return pieces.rms_norm(x, self.weight, self.eps, self.step) if x.is_cpu else super().forward(x)
 
 
 class TurboSelfAttention(nn.Module):

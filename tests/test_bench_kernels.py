@@ -22,7 +22,7 @@ def quick(monkeypatch):
 def test_every_line_compares_and_has_its_figures(quick):
     lines = [*bench_kernels.norms(TOKENS, "cpu"), *bench_kernels.packed_layers(*LAYERS),
              *(line for layer in LAYERS for line in bench_kernels.layers(layer, "cpu"))]
-    assert len(lines) == 8 and len({name for name, _ in lines}) == 8
+    assert len(lines) == 9 and len({name for name, _ in lines}) == 9
     for _, figures in lines:
         assert "dailies, ms" in figures and any(name.startswith("of torch") for name in figures)
         assert all(math.isfinite(figure) and figure > 0 for figure in figures.values())

@@ -44,17 +44,20 @@ def kernels(arch):
     around = dict(gain="*fp32", bias="*fp32", scale="*fp32", shift="*fp32", stream="*fp32", y="*i8", scales="*fp32",
                   mean_rstd="*fp32", N="i32", D="i32:16")
     block = triton.next_power_of_2(5120)
+    rows, warps = norm.tiling(block)
     yield "quantise rows", (linear.quantize_rows_kernel, quantiser | dict(stride="i32:16"), dict(BLOCK_K=block), 8, 3,
                             unfused)
     yield "norm, int8", (norm.modulated_norm_kernel, around | dict(x="*fp32", update="*bf16", gate="*fp32", eps="fp32"),
-                         has | dict(HAS_UPDATE=True, HAS_GATE=True, OUTPUT="rows", BLOCK_D=block), norm.warps(block),
+                         has | dict(HAS_UPDATE=True, HAS_GATE=True, OUTPUT="rows", ROWS=rows, BLOCK_D=block), warps,
                          3, unfused)
     yield "norm, blocks", (norm.quantize_norm_blocks_kernel, around, has | dict(TILE=128), 8, 3, unfused)
     yield "rms, rope", (norm.rms_rope_kernel, dict.fromkeys(("q", "k", "q_out", "k_out"), "*bf16")
                         | dict.fromkeys(("q_gain", "k_gain", "cos", "sin"), "*fp32")
                         | dict.fromkeys(("q_sample", "q_row", "k_sample", "k_row", "PAIRS", "HEAD_PAIRS"), "i32:16")
                         | dict(N="i32", eps="fp32"),
-                        dict(BLOCK_PAIRS=block // 2), norm.warps(block), 3, {})
+                        dict(ROWS=rows, BLOCK_PAIRS=block // 2), warps, 3, {})
+    yield "rms", (norm.rms_norm_kernel, dict(x="*bf16", gain="*fp32", y="*bf16", M="i32", D="i32:16", stride="i32:16",
+                                             eps="fp32"), dict(ROWS=rows, BLOCK_D=block), warps, 3, {})
 
 
 def report(arch):

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from golden import error
 
 from kernels import cases
-from kernels.int8_linear import dequantize
-from kernels.norm import modulated_norm, quantized_modulated_norm, rms_rope
+from kernels.int8_linear import Quantized, dequantize
+from kernels.norm import modulated_norm, quantized_modulated_norm, rms_norm, rms_rope
 from model.layers import RMSNorm, rotary_table, rotate
 
 PARTS = {"norm alone": (), "affine": ("gain", "bias"), "modulated": ("scale", "shift"), "residual": ("update",),
@@ -135,6 +135,40 @@ def test_rms_rope_is_what_the_models_do():
         assert_close(y, rotate(norm(x).unflatten(-1, (case.heads, -1)), rope), 1e-6)
 
 
+@pytest.mark.parametrize("impl", ["torch", "pieces", "triton"])
+@pytest.mark.parametrize("case, kind", FILLED, ids=str)
+def test_rms_norm_follows_the_float64_formula(case, kind, impl, triton_device):
+    device = triton_device if impl == "triton" else "cpu"
+    x = cases.fill(kind, (case.batch, case.tokens, 2 * case.width), 0, device=device)[..., :case.width]     # strided
+    gain = 1 + cases.fill("normal", (case.width,), 1, device=device)
+    want = F.rms_norm(x.double().cpu(), (case.width,), gain.double().cpu(), eps=1e-6)
+    assert_close(rms_norm(x, gain, impl=impl), want, 1e-6)
+    half = rms_norm(x.half(), gain, impl=impl)
+    assert half.dtype == torch.float16 and half.is_contiguous()
+    assert_close(half, F.rms_norm(x.half().double().cpu(), (case.width,), gain.double().cpu(), eps=1e-6), 1e-3)
+
+
+@pytest.mark.parametrize("rows", [2, 4])
+def test_a_program_of_several_rows_says_what_one_of_one_row_says(rows, triton_device, monkeypatch):
+    """Ragged: some rows of the last program of a sample are another's, or nobody's."""
+    from kernels.norm import kernel
+    x, given = norm_inputs(BATCH, "large mean", PARTS["all"], device=triton_device)
+    q, k, q_gain, k_gain, rope = rope_inputs(BATCH, device=triton_device)
+
+    def results():
+        yield from modulated_norm(x, **given, impl="triton")
+        for scheme in ("rows", "blocks"):
+            stream, (values, scales) = quantized_modulated_norm(x, scheme, **given, impl="triton")
+            yield from (stream, dequantize(Quantized(values, scales)) if scheme == "rows" else scales)
+        yield from rms_rope(q, k, q_gain, k_gain, rope, heads=BATCH.heads, impl="triton")
+        yield rms_norm(q, q_gain, impl="triton")
+
+    want = list(results())
+    monkeypatch.setattr(kernel, "tiling", lambda block: (rows, 4))
+    for got, wanted in zip(results(), want, strict=True):
+        assert_close(got, wanted, 1e-6)
+
+
 def test_norms_compile_in_one_graph(triton_device):
     x, given = norm_inputs(SMALL, "normal", PARTS["all"], device=triton_device)
     q, k, q_gain, k_gain, rope = rope_inputs(SMALL, device=triton_device)
@@ -142,7 +176,8 @@ def test_norms_compile_in_one_graph(triton_device):
     def link(x, impl):
         stream, y = modulated_norm(x, **given, impl=impl)
         _, (values, scales) = quantized_modulated_norm(stream, "rows", scale=given["scale"], impl=impl)
-        return stream, y, values, scales, *rms_rope(q, k, q_gain, k_gain, rope, heads=1, dtype=torch.float16, impl=impl)
+        turned = rms_rope(q, k, q_gain, k_gain, rope, heads=1, dtype=torch.float16, impl=impl)
+        return stream, y, values, scales, *turned, rms_norm(q, q_gain, impl=impl)
 
     for impl in ("torch", "pieces", "triton"):
         compiled = torch.compile(link, fullgraph=True, backend="aot_eager")
@@ -158,6 +193,7 @@ def test_the_operators_are_what_they_say_to_a_compiler(impl, triton_device):
         torch.library.opcheck(torch.ops.dailies.modulated_norm, (x, *given.values(), 1e-6, output, impl))
     q, k, q_gain, k_gain, rope = rope_inputs(SMALL, device=device)
     torch.library.opcheck(torch.ops.dailies.rms_rope, (q, k, q_gain, k_gain, *rope, 1, 1e-6, torch.float16, impl))
+    torch.library.opcheck(torch.ops.dailies.rms_norm, (q, q_gain, 1e-6, torch.float16, impl))
 
 
 def test_what_does_not_fit_is_refused_by_name():
@@ -172,6 +208,8 @@ def test_what_does_not_fit_is_refused_by_name():
         modulated_norm(x.double())
     with pytest.raises(ValueError, match=r"needs cos \[3, 1, 32\].*got \[3, 1, 16\]"):
         rms_rope(x, x, torch.ones(64), torch.ones(64), (torch.zeros(3, 1, 16),) * 2, heads=1)
+    with pytest.raises(ValueError, match=r"needs gain \[64\].*got \[32\]"):
+        rms_norm(x, torch.ones(32))
 
 
 @pytest.mark.gpu
@@ -188,3 +226,5 @@ def test_norms_of_rendered_shapes_in_bf16(case):
     both = (rms_rope(q, k, q_gain, k_gain, rope, heads=case.heads, impl=impl) for impl in ("triton", "torch"))
     for got, want in zip(*both, strict=True):
         torch.testing.assert_close(got, want, rtol=1.6e-2, atol=1e-2)
+    got, want = (rms_norm(q, q_gain, impl=impl) for impl in ("triton", "torch"))
+    torch.testing.assert_close(got, want, rtol=1.6e-2, atol=1e-2)

@@ -2,7 +2,7 @@
 
 A block is a chain of  x = x + gate * update;  y = layer_norm(x) * gain + bias, then y * (1 + scale) + shift;  y into a
 linear layer.  Each such link is one call here, and can leave y in int8 for kernels/int8_linear. The other norm is that
-of queries and keys: RMS over the full width, then rotary positions per head.
+of queries and keys: RMS over the full width, and in self-attention rotary positions per head behind it.
 """
 
 from typing import Literal
@@ -54,6 +54,21 @@ def rms_rope(q: Tensor, k: Tensor, q_gain: Tensor, k_gain: Tensor, rope: Rope, *
     if impl == "auto":
         impl = "triton" if q.is_cuda else "pieces"
     return torch.ops.dailies.rms_rope(q, k, q_gain, k_gain, *rope, heads, eps, dtype or q.dtype, impl)
+
+
+def rms_norm(x: Tensor, gain: Tensor, *, eps: float = 1e-6, dtype: torch.dtype | None = None,
+             impl: Impl = "auto") -> Tensor:
+    """x / rms(x) * gain over the last axis, in `dtype` (by default x's): the queries of cross-attention.
+
+    x [..., D], fp32, bf16 or fp16; gain [D].  fp32 inside, rounded once.
+    Raises ValueError for any other shape or dtype.
+    """
+    if x.ndim < 1:
+        raise ValueError("rms_norm needs x [..., D]; got a number")
+    check("rms_norm", x, {"x": (x, tuple(x.shape)), "gain": (gain, (x.shape[-1],))})
+    if impl == "auto":
+        impl = "triton" if x.is_cuda else "pieces"
+    return torch.ops.dailies.rms_norm(x, gain, eps, dtype or x.dtype, impl)
 
 
 def _modulated_norm(x: Tensor, update: Tensor | None, gate: Tensor | None, gain: Tensor | None, bias: Tensor | None,
@@ -141,3 +156,18 @@ def _(q: Tensor, k: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Te
       dtype: torch.dtype, impl: str) -> tuple[Tensor, Tensor]:
     shape = (*q.shape[:-1], heads, q.shape[-1] // heads)
     return q.new_empty(shape, dtype=dtype), k.new_empty(shape, dtype=dtype)
+
+
+@torch.library.custom_op("dailies::rms_norm", mutates_args=())
+def rms_norm_op(x: Tensor, gain: Tensor, eps: float, dtype: torch.dtype, impl: str) -> Tensor:
+    if impl == "torch":
+        return reference.rms_norm(x, gain, eps, dtype)
+    if impl == "pieces":
+        return pieces.rms_norm(x, gain, eps, dtype)
+    from kernels.norm import kernel
+    return kernel.rms_norm(x, gain, eps, dtype)
+
+
+@rms_norm_op.register_fake
+def _(x: Tensor, gain: Tensor, eps: float, dtype: torch.dtype, impl: str) -> Tensor:
+    return x.new_empty(x.shape, dtype=dtype)

@@ -1,7 +1,10 @@
-"""Layer norm with residual, modulation and quantisation, and RMS norm with rotary positions, in Triton.
+"""Layer norm with residual, modulation and quantisation, and RMS norm with or without rotary positions, in Triton.
 
 Letters  B samples  N tokens  D width.  Statistics are two-pass in fp32: the mean first, then the squares about it, in
 which lanes beyond the row count as nothing (the published fast layer norm lets them count as mean^2).
+
+A program does ROWS tokens, side by side: gains, scales, shifts and gates, which are the same for all tokens of a
+sample, are then read from the L2 cache once for all of them. How many: `tiling`.
 """
 
 import torch
@@ -32,37 +35,43 @@ def modulate(y, gain, bias, scale, shift, sample, column, inside, D, HAS_GAIN: t
 def modulated_norm_kernel(x, update, gate, gain, bias, scale, shift, stream, y, scales, mean_rstd, N, D, eps,
                           HAS_UPDATE: tl.constexpr, HAS_GATE: tl.constexpr, HAS_GAIN: tl.constexpr,
                           HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr,
-                          OUTPUT: tl.constexpr, BLOCK_D: tl.constexpr):
-    """One program does one token, which stays in registers: read once, every result written once.
+                          OUTPUT: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """One program does ROWS tokens of one sample, which stay in registers: read once, every result written once.
 
-    OUTPUT "float" writes y; "rows" int8 y and the token's scale; "blocks" mean and 1 / deviation for the tile kernel.
+    Grid (B * N / ROWS rounded up).  OUTPUT "float" writes y; "rows" int8 y and each token's scale; "blocks" mean and
+    1 / deviation for the tile kernel.
     """
-    row = tl.program_id(0).to(tl.int64)
-    sample = row // N
-    column = tl.arange(0, BLOCK_D)
-    inside = column < D
-    at = row * D + column
+    per_sample = tl.cdiv(N, ROWS)
+    program = tl.program_id(0).to(tl.int64)
+    sample = program // per_sample
+    token = program % per_sample * ROWS + tl.arange(0, ROWS)
+    row, real = sample * N + token, token < N
+    column = tl.arange(0, BLOCK_D)[None, :]
+    in_row = column < D
+    inside = real[:, None] & in_row
+    at = row[:, None] * D + column
     z = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     if HAS_UPDATE:
         added = tl.load(update + at, mask=inside, other=0.0).to(tl.float32)
         if HAS_GATE:
-            added *= tl.load(gate + sample * D + column, mask=inside, other=0.0).to(tl.float32)
+            added *= tl.load(gate + sample * D + column, mask=in_row, other=0.0).to(tl.float32)
         kept = (z + added).to(stream.dtype.element_ty)
         tl.store(stream + at, kept, mask=inside)
         z = kept.to(tl.float32)                        # what is normalised is what the next reader finds
-    mean = tl.sum(z, 0) / D
-    centred = tl.where(inside, z - mean, 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / D + eps)
+    mean = tl.sum(z, 1) / D
+    centred = tl.where(in_row, z - mean[:, None], 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / D + eps)
     if OUTPUT == "blocks":
-        tl.store(mean_rstd + 2 * row, mean)
-        tl.store(mean_rstd + 2 * row + 1, rstd)
+        tl.store(mean_rstd + 2 * row, mean, mask=real)
+        tl.store(mean_rstd + 2 * row + 1, rstd, mask=real)
     else:
-        z = modulate(centred * rstd, gain, bias, scale, shift, sample, column, inside, D,
+        z = modulate(centred * rstd[:, None], gain, bias, scale, shift, sample, column, in_row, D,
                      HAS_GAIN, HAS_BIAS, HAS_SCALE, HAS_SHIFT)
         if OUTPUT == "rows":
-            amax = tl.maximum(tl.max(tl.abs(tl.where(inside, z, 0.0)), 0), 1e-8)
-            tl.store(y + at, round_half_even(z * tl.div_rn(127.0, amax)).to(tl.int8), mask=inside)
-            tl.store(scales + row, tl.div_rn(amax, 127.0))
+            amax = tl.maximum(tl.max(tl.abs(tl.where(in_row, z, 0.0)), 1), 1e-8)
+            grow = tl.div_rn(tl.full((ROWS,), 127.0, tl.float32), amax)
+            tl.store(y + at, round_half_even(z * grow[:, None]).to(tl.int8), mask=inside)
+            tl.store(scales + row, tl.div_rn(amax, tl.full((ROWS,), 127.0, tl.float32)), mask=real)
         else:
             tl.store(y + at, z.to(y.dtype.element_ty), mask=inside)
 
@@ -91,30 +100,48 @@ def quantize_norm_blocks_kernel(stream, mean_rstd, gain, bias, scale, shift, y, 
 
 @triton.jit
 def rms_rope_kernel(q, k, q_gain, k_gain, cos, sin, q_out, k_out, N, q_sample, q_row, k_sample, k_row, PAIRS,
-                    HEAD_PAIRS, eps, BLOCK_PAIRS: tl.constexpr):
-    """One program does one token of q (grid axis 1: 0) or of k (1): norm over the full width, then each pair turned."""
-    row = tl.program_id(0).to(tl.int64)
-    sample, token = row // N, row % N
-    column = tl.arange(0, 2 * BLOCK_PAIRS)             # read and written in one piece, split in registers
-    inside = column < 2 * PAIRS
+                    HEAD_PAIRS, eps, ROWS: tl.constexpr, BLOCK_PAIRS: tl.constexpr):
+    """One program does ROWS tokens of one sample of q (grid axis 1: 0) or of k (1): norm over the full width, then
+    each pair turned.  Grid (B * N / ROWS rounded up, 2)."""
+    per_sample = tl.cdiv(N, ROWS)
+    program = tl.program_id(0).to(tl.int64)
+    sample = program // per_sample
+    token = (program % per_sample * ROWS + tl.arange(0, ROWS))[:, None]
+    real = token < N
+    column = tl.arange(0, 2 * BLOCK_PAIRS)[None, :]    # read and written in one piece, split in registers
+    in_row = column < 2 * PAIRS
+    inside = real & in_row
     if tl.program_id(1) == 0:
         x = tl.load(q + sample * q_sample + token * q_row + column, mask=inside, other=0.0).to(tl.float32)
-        gain = tl.load(q_gain + column, mask=inside, other=0.0).to(tl.float32)
+        gain = tl.load(q_gain + column, mask=in_row, other=0.0).to(tl.float32)
     else:
         x = tl.load(k + sample * k_sample + token * k_row + column, mask=inside, other=0.0).to(tl.float32)
-        gain = tl.load(k_gain + column, mask=inside, other=0.0).to(tl.float32)
-    rstd = 1.0 / tl.sqrt(tl.sum(x * x, 0) / (2 * PAIRS) + eps)
-    a, b = tl.split(tl.reshape(x * rstd * gain, (BLOCK_PAIRS, 2)))
-    pair = tl.arange(0, BLOCK_PAIRS)
+        gain = tl.load(k_gain + column, mask=in_row, other=0.0).to(tl.float32)
+    rstd = 1.0 / tl.sqrt(tl.sum(x * x, 1) / (2 * PAIRS) + eps)
+    a, b = tl.split(tl.reshape(x * rstd[:, None] * gain, (ROWS, BLOCK_PAIRS, 2)))
+    pair = tl.arange(0, BLOCK_PAIRS)[None, :]
     angle = token * HEAD_PAIRS + pair % HEAD_PAIRS
-    c = tl.load(cos + angle, mask=pair < PAIRS, other=0.0)
-    s = tl.load(sin + angle, mask=pair < PAIRS, other=0.0)
-    turned = tl.reshape(tl.join(a * c - b * s, a * s + b * c), (2 * BLOCK_PAIRS,))
-    at = row * (2 * PAIRS) + column
+    c = tl.load(cos + angle, mask=real & (pair < PAIRS), other=0.0)
+    s = tl.load(sin + angle, mask=real & (pair < PAIRS), other=0.0)
+    turned = tl.reshape(tl.join(a * c - b * s, a * s + b * c), (ROWS, 2 * BLOCK_PAIRS))
+    at = (sample * N + token) * (2 * PAIRS) + column
     if tl.program_id(1) == 0:
         tl.store(q_out + at, turned.to(q_out.dtype.element_ty), mask=inside)
     else:
         tl.store(k_out + at, turned.to(k_out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def rms_norm_kernel(x, gain, y, M, D, stride, eps, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """One program does ROWS of the M rows, which stay in registers between their sums of squares and their results."""
+    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    column = tl.arange(0, BLOCK_D)[None, :]
+    in_row = column < D
+    inside = (row < M) & in_row
+    z = tl.load(x + row * stride + column, mask=inside, other=0.0).to(tl.float32)
+    rstd = 1.0 / tl.sqrt(tl.sum(z * z, 1) / D + eps)
+    z *= rstd[:, None] * tl.load(gain + column, mask=in_row, other=0.0).to(tl.float32)
+    tl.store(y + row * D + column, z.to(y.dtype.element_ty), mask=inside)
 
 
 def modulated_norm(x: Tensor, update: Tensor | None, gate: Tensor | None, gain: Tensor | None, bias: Tensor | None,
@@ -137,11 +164,12 @@ def modulated_norm(x: Tensor, update: Tensor | None, gate: Tensor | None, gain: 
     if not x.numel():
         return results
     block = triton.next_power_of_2(width)
+    rows, warps = tiling(block)
     # without fused multiply-adds a value is rounded to int8 as in the reference, and memory is what it waits for
-    modulated_norm_kernel[(batch * tokens,)](
+    modulated_norm_kernel[(batch * triton.cdiv(tokens, rows),)](
         x, update, gate, gain, bias, scale, shift, stream, y, scales, mean_rstd, tokens, width, eps,
         HAS_UPDATE=update is not None, HAS_GATE=gate is not None, **has,
-        OUTPUT=output if output in ("rows", "blocks") else "float", BLOCK_D=block, num_warps=warps(block),
+        OUTPUT=output if output in ("rows", "blocks") else "float", ROWS=rows, BLOCK_D=block, num_warps=warps,
         enable_fp_fusion=False)
     if output == "blocks":
         quantize_norm_blocks_kernel[(tiles[1], tiles[0], batch)](
@@ -157,13 +185,32 @@ def rms_rope(q: Tensor, k: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, 
     q_out, k_out = (torch.empty(shape, dtype=dtype, device=q.device) for _ in range(2))
     if q.numel():
         block = triton.next_power_of_2(width // 2)
-        rms_rope_kernel[(batch * tokens, 2)](
+        rows, warps = tiling(2 * block)
+        rms_rope_kernel[(batch * triton.cdiv(tokens, rows), 2)](
             q, k, q_gain.contiguous(), k_gain.contiguous(), cos.contiguous(), sin.contiguous(), q_out, k_out, tokens,
-            q.stride(0), q.stride(1), k.stride(0), k.stride(1), width // 2, width // heads // 2, eps, BLOCK_PAIRS=block,
-            num_warps=warps(2 * block))
+            q.stride(0), q.stride(1), k.stride(0), k.stride(1), width // 2, width // heads // 2, eps, ROWS=rows,
+            BLOCK_PAIRS=block, num_warps=warps)
     return q_out, k_out
 
 
-def warps(block: int) -> int:
-    """16 values a lane up to 4,096 channels, 32 for 5,120, which still fit the registers."""
-    return min(8, max(1, block // 512))
+def rms_norm(x: Tensor, gain: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    width = x.shape[-1]
+    rows_of_x = x.reshape(-1, width)
+    if rows_of_x.stride(-1) != 1:
+        rows_of_x = rows_of_x.contiguous()
+    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    if y.numel():
+        block = triton.next_power_of_2(width)
+        rows, warps = tiling(block)
+        rms_norm_kernel[(triton.cdiv(len(rows_of_x), rows),)](
+            rows_of_x, gain.contiguous(), y, len(rows_of_x), width, rows_of_x.stride(0), eps, ROWS=rows, BLOCK_D=block,
+            num_warps=warps)
+    return y
+
+
+def tiling(block: int) -> tuple[int, int]:
+    """Rows of a program and its warps, of rows that are padded to `block` channels.
+
+    16 values a lane up to 4,096 channels, 32 for 5,120, which still fit the registers.
+    """
+    return 1, min(8, max(1, block // 512))

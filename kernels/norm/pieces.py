@@ -89,11 +89,11 @@ def turned(parts: Iterable[Iterable[tuple[slice, Tensor]]], shape: tuple[int, in
     return y
 
 
-def rms_norm(x: Tensor, gain: Tensor, eps: float, step: int = ROWS) -> Tensor:
-    """x / rms(x) * gain over the last axis, rounded once, to x's dtype.  step: of rows_at_once."""
-    y, gain = torch.empty_like(x), gain.float()
+def rms_norm(x: Tensor, gain: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """x / rms(x) * gain over the last axis, rounded once, to `dtype`."""
+    y, gain = torch.empty(x.shape, dtype=dtype), gain.float()
     into = y.view(-1, x.shape[-1])
-    for rows, part in fp32_rows(x.reshape(-1, x.shape[-1]), step):
+    for rows, part in fp32_rows(x.reshape(-1, x.shape[-1]), rows_at_once()):
         into[rows] = normed_(part, gain, eps)
     return y
 

@@ -1,4 +1,4 @@
-"""Layer norm with residual and modulation, RMS norm with rotary positions, in plain torch; written to be believed."""
+"""Layer norm with residual and modulation, RMS norm, and that with rotary positions, in plain torch; to be believed."""
 
 import torch
 from torch import Tensor
@@ -30,7 +30,10 @@ def modulated_norm(x: Tensor, update: Tensor | None, gate: Tensor | None, gain: 
 
 
 def rms_rope(x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float, dtype: torch.dtype) -> Tensor:
-    y = x.float()
-    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * gain.float()
-    a, b = y.unflatten(-1, (heads, -1, 2)).unbind(-1)
+    a, b = rms_norm(x, gain, eps, torch.float32).unflatten(-1, (heads, -1, 2)).unbind(-1)
     return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).to(dtype)
+
+
+def rms_norm(x: Tensor, gain: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    y = x.float()
+    return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * gain.float()).to(dtype)
