@@ -29,6 +29,7 @@ from model.keys import KeyTable
 from model.layers import FullPrecisionLinear, Linear, RMSNorm, SelfAttention, attention
 from model.weights import CheckpointError
 
+SHAPES = 1000                                           # of clips that one process may compile for
 Attend = Callable[[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None], Tensor]
 
 
@@ -182,6 +183,9 @@ def compile_blocks(dit: nn.Module, backend: str = "inductor") -> None:
     """
     for block in dit.blocks:
         block.compile(backend=backend, fullgraph=True, dynamic=False)
+    # by default a ninth shape is an error
+    limits = torch._dynamo.config.patch(recompile_limit=SHAPES, accumulated_recompile_limit=SHAPES)
+    dit.forward = limits(dit.forward)
 
 
 class TurboBlock(nn.Module):

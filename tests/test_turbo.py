@@ -236,3 +236,20 @@ def test_blocks_are_compiled_once_for_each_shape_of_clip(precision, attention):
         assert counter.frame_count == 2
         with torch.compiler.set_stance("force_eager"):
             assert torch.equal(dit(latent, time, context), want)
+
+
+@torch.inference_mode()
+def test_more_shapes_of_clip_are_compiled_than_dynamo_allows_by_default():
+    from torch._dynamo import config
+    torch._dynamo.reset()
+    counter, shapes = CompileCounterWithBackend("eager"), config.recompile_limit + 1
+    dit = DEMO.dit(DEMO.folder, "cpu", "bf16")
+    torch.manual_seed(1)
+    context, time = dit.embed_text([torch.randn(7, 128)]), torch.tensor([700.0])
+    latents = [torch.randn(1, 16, frames, 4, 4) for frames in range(1, shapes + 1)]
+    want = [dit(latent, time, context) for latent in latents]
+    turbo.compile_blocks(dit, backend=counter)
+    for _ in range(2):
+        for latent, velocity in zip(latents, want, strict=True):
+            assert error(dit(latent, time, context), velocity) < 1e-5
+    assert counter.frame_count == shapes == config.recompile_limit + 1          # as others find it
