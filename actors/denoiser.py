@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from actors.messages import Embedding, Latent, Request
 from model.catalog import ModelCard
-from model.graphs import Graphed
+from model.graphs import CudaGraphs, Graphed
 from model.guidance import AdaptiveProjectedGuidance, AverageToo, classifier_free
 from model.samplers import STRAIGHT, Steps, Streams, Velocity, euler
 from model.schedules import flow_match_sigmas
@@ -54,10 +54,11 @@ class Denoiser:
 
     def __init__(self, card: ModelCard, weights: Path, device: str = "cpu", *, precision: str | None = None,
                  attention: str | None = None, threads: int = 1, noise: Callable[..., Tensor] = noise,
-                 compiled: bool = False):
+                 compiled: bool = False, graphs: bool | None = None):
         """threads: torch's, for the whole process; fixed, since the last bits of a result may depend on it.
         noise: where a clip starts, and what is put back on its way.  compiled: by torch.compile, at the first clip of
-        each shape, and on a GPU recorded as one CUDA graph; not in the safe profile.
+        each shape.  graphs: whether a forward is recorded as one CUDA graph when a shape of clip comes again; by
+        default on a GPU, and never where weights move.  In the safe profile neither is used.
 
         Raises CheckpointError.
         """
@@ -66,11 +67,13 @@ class Denoiser:
         self.precision, self.attention = precision or card.precision_on(device), attention or card.attentions[0]
         self.fallbacks = card.fallbacks(weights, device, self.precision)
         self.load(weights)
-        self.compiled, self.safe, self.graphs = compiled, False, []
-        for dit in self.transformers if compiled else ():
-            compile_blocks(dit)
-            if device.startswith("cuda") and not self.weights_move:
-                self.graphs.append(Graphed(dit.forward))
+        self.compiled, self.safe, self.made, self.graphs = compiled, False, set(), []
+        record = CudaGraphs()
+        for dit in self.transformers:
+            if compiled:
+                compile_blocks(dit)
+            if (device.startswith("cuda") if graphs is None else graphs) and not self.weights_move:
+                self.graphs.append(Graphed(dit.forward, record))
                 dit.forward = self.graphs[-1]
 
     def load(self, weights: Path) -> None:
@@ -81,12 +84,19 @@ class Denoiser:
         return [self.dit]
 
     @contextmanager
-    def uncompiled(self) -> Iterator[None]:
+    def profile(self, of_batch: tuple[str, int]) -> Iterator[None]:
+        """Neither compiled nor recorded in the safe profile; and nothing is recorded for the first batch of a bucket
+        and size, since there may be no second one."""
         with ExitStack() as stack:
             for graphed in self.graphs:
-                stack.enter_context(graphed.set_aside())
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+                if self.safe:
+                    stack.enter_context(graphed.set_aside())
+                elif of_batch not in self.made:
+                    stack.enter_context(graphed.pause())
+            if self.safe and self.compiled:
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
             yield
+        self.made.add(of_batch)
 
     @torch.inference_mode()
     def __call__(self, batch: list[Embedding], steps: Steps = STRAIGHT) -> list[Latent]:
@@ -97,7 +107,7 @@ class Denoiser:
         requests = [embedding.request for embedding in batch]
         self.check(requests)
         start = torch.stack([self.noise(request, self.card.grid) for request in requests]).to(self.device)
-        with self.uncompiled() if self.compiled and self.safe else nullcontext():
+        with self.profile((requests[0].bucket, len(batch))):
             video = self.sample(batch, start, steps)
         made = list(zip(batch, video.cpu(), strict=True))
         broken = [embedding.request.clip_id for embedding, latent in made if not latent.isfinite().all()]

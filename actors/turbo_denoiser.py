@@ -39,7 +39,7 @@ class StudentDenoiser(FewSteps):
         contexts = [self.dit.embed_text([embedding.prompt[0].to(self.device)]) for embedding in batch]
 
         def velocity(streams: Streams, sigma: float) -> Streams:
-            time = torch.tensor([rcm_timestep(sigma)], device=self.device)
+            time = torch.full((1,), rcm_timestep(sigma), device=self.device)    # no copy, which waits for the GPU
             return tuple(self.dit(video, time, context) for video, context in zip(streams, contexts, strict=True))
         return velocity
 
@@ -57,7 +57,7 @@ class TurboWanDenoiser(FewSteps, WanDenoiser):
             if expert not in contexts:
                 contexts.clear()                        # the other's turn is over
                 contexts[expert] = [self.context(dit, embedding, embedding.prompt) for embedding in batch]
-            time = torch.tensor([rcm_timestep(sigma)], device=self.device)
+            time = torch.full((1,), rcm_timestep(sigma), device=self.device)    # no copy, which waits for the GPU
             return tuple(dit(video, time, context, condition)
                          for video, context, condition in zip(streams, contexts[expert], conditions, strict=True))
         return velocity

@@ -66,7 +66,7 @@ class WanDenoiser(Denoiser):
                 contexts.clear()                        # the other's turn is over
                 contexts[expert] = [self.contexts(dit, embedding) for embedding in batch]
             guidance = scale * (1.0, self.card.low_noise_guidance)[expert]
-            time = torch.tensor([timestep], device=self.device)
+            time = torch.full((1,), timestep, device=self.device)      # made there: a copy would wait for the GPU
             return tuple(
                 classifier_free(dit(video, time, prompt, condition), dit(video, time, negative, condition), guidance)
                 for video, (prompt, negative), condition in zip(streams, contexts[expert], conditions, strict=True))

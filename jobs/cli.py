@@ -81,7 +81,7 @@ def render_options(
         metavar="dense|sage|sparse", help="sage: INT8 logits; sparse: the best blocks of keys alone.  "
         "[default: the model's; dense, but for models tuned for sparse]")] = None,
     compile: Annotated[bool | None, typer.Option(
-        "--compile/--no-compile", help="Compile the diffusion model (torch.compile, on a GPU with a CUDA graph): "
+        "--compile/--no-compile", help="Compile the diffusion model (torch.compile): "
         "minutes at the first clip of each shape; the last bits may differ.")] = None,
     batch: Annotated[int | None, typer.Option(
         metavar="N", help="Clips sampled at once; above 1 the last bits may differ.  [default: 1]")] = None,

@@ -18,7 +18,6 @@ from actors.text_encoder import TextEncoder
 from golden import E2E, E2E_CARD, Golden, e2e_request, error
 from graph_recorder import Recorder
 from model import checkpoint
-from model.graphs import Graphed
 from model.shapes import LatentGrid, VideoShape
 
 
@@ -92,17 +91,22 @@ def test_latents_are_denormalised_with_the_checkpoints_own_statistics(decoder):
     assert (pixels - golden.outputs["frames"]).abs().max() < golden.tolerance["frames"]
 
 
-def test_recorded_forwards_end_in_the_same_latent_and_are_set_aside_for_a_clip_that_failed_twice(encoder, denoiser):
+def test_recorded_forwards_end_in_the_same_latent_and_are_set_aside_for_a_clip_that_failed_twice(
+        encoder, denoiser, monkeypatch):
+    recorder = Recorder()
+    monkeypatch.setattr("actors.denoiser.CudaGraphs", lambda: recorder)
     embeddings = encoder([e2e_request(clip_id=f"{seed:064x}", seed=seed) for seed in (1, 2)])
-    recorded, recorder = Denoiser(E2E_CARD, E2E), Recorder()
-    recorded.dit.forward = Graphed(recorded.dit.forward, recorder)
-    recorded.compiled, recorded.graphs = True, [recorded.dit.forward]
-    for embedding in embeddings:
+    recorded = Denoiser(E2E_CARD, E2E, graphs=True)
+    for embedding, made in zip(embeddings, (0, 1), strict=True):                # from the second clip of a shape on
         assert torch.equal(recorded([embedding])[0].streams[0], denoiser([embedding])[0].streams[0])
-    assert recorder.made == 1
+        assert recorder.made == made
     recorded.safe = True
     assert torch.equal(recorded(embeddings[:1])[0].streams[0], denoiser(embeddings[:1])[0].streams[0])
     assert recorder.made == 1 and not recorded.graphs[0].recordings
+
+
+def test_on_a_cpu_nothing_is_recorded_unless_it_is_asked_for(denoiser):
+    assert not denoiser.graphs
 
 
 def test_noise_is_decided_by_seed_and_shape_alone_and_is_the_recorded_one():

@@ -1,4 +1,4 @@
-"""Forwards recorded per shape: the same results, new inputs in the old places, few kept; on a GPU, CUDA's graphs."""
+"""Forwards recorded when a shape comes again: same results, new inputs in the old places, few kept; CUDA's graphs."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 from golden import error
 from graph_recorder import Recorder
 from model.catalog import DEMO, DEMO_SPARSE
-from model.graphs import KEPT, Graphed
+from model.graphs import KEPT, CudaGraphs, Graphed
 
 
 def inputs(dit, frames=2, words=7, seed=1):
@@ -21,7 +21,7 @@ def inputs(dit, frames=2, words=7, seed=1):
 def test_a_replay_is_of_the_inputs_it_is_given():
     dit, recorder = DEMO.dit(DEMO.folder, "cpu", "fp32"), Recorder()
     graphed = Graphed(dit.forward, recorder)
-    for seed, words in ((1, 7), (2, 7), (3, 12)):
+    for seed, words in ((1, 7), (2, 7), (3, 12), (4, 7)):
         given = inputs(dit, words=words, seed=seed)
         assert torch.equal(graphed(*given), dit(*given))
     assert recorder.made == 1                           # texts are padded: one shape
@@ -31,30 +31,74 @@ def test_a_replay_is_of_the_inputs_it_is_given():
 def test_a_result_outlives_the_next_replay():
     dit = DEMO.dit(DEMO.folder, "cpu", "fp32")
     graphed = Graphed(dit.forward, Recorder())
+    graphed(*inputs(dit, seed=3))
     first = graphed(*inputs(dit, seed=1))
     kept = first.clone()
     graphed(*inputs(dit, seed=2))
     assert torch.equal(first, kept)
 
 
-def test_each_shape_has_its_recording_and_the_oldest_goes():
+def test_a_shape_is_recorded_when_it_comes_again_and_the_oldest_recording_goes():
     recorder = Recorder()
     graphed = Graphed(lambda x, pair, nothing: x + pair[0] if nothing is None else x, recorder)
-    for length in (1, 2, 1, 2, 3, 3, 1):
+    made = []
+    for length in (*range(1, KEPT + 2), 1, 1, *range(2, KEPT + 2), 1):
         x = torch.full((length,), float(length))
         assert torch.equal(graphed(x, (x, x), None), 2 * x)
-    assert recorder.made == 4 and len(graphed.recordings) == KEPT
+        made.append(recorder.made)
+    firsts, again = [0] * (KEPT + 1), [1, 1, *range(2, KEPT + 2)]
+    assert made == [*firsts, *again, KEPT + 2] and len(graphed.recordings) == KEPT
+
+
+def test_nothing_is_recorded_during_a_pause_but_recordings_are_replayed():
+    recorder = Recorder()
+    graphed = Graphed(lambda x: 2 * x, recorder)
+    one, two = torch.ones(1), torch.ones(2)
+    graphed(one), graphed(one)
+    with graphed.pause():
+        assert torch.equal(graphed(two), 2 * two) and torch.equal(graphed(two), 2 * two)
+        graphed(one)
+    assert recorder.made == 1 and len(graphed.recordings) == 1
+    graphed(two)
+    assert recorder.made == 2
 
 
 def test_set_aside_it_records_nothing_and_holds_nothing():
     recorder = Recorder()
     graphed = Graphed(lambda x: 2 * x, recorder)
     x = torch.ones(3)
-    graphed(x)
+    graphed(x), graphed(x)
     with graphed.set_aside():
         assert torch.equal(graphed(x), 2 * x) and not graphed.recordings
     graphed(x)
     assert recorder.made == 2
+
+
+def test_what_cannot_be_recorded_runs_as_it_is_and_is_said_once(caplog):
+    def record(run):
+        raise RuntimeError("no room")
+    graphed, x = Graphed(lambda x: 2 * x, record), torch.ones(3)
+    for _ in range(4):
+        assert torch.equal(graphed(x), 2 * x)
+    assert [entry.message for entry in caplog.records] == [
+        "this shape of clip runs without a CUDA graph, which may be slower: no room"]
+
+
+def test_a_forward_that_does_not_fit_beside_the_recordings_runs_without_them():
+    def forward(x):
+        if len(x) > 1 and graphed.recordings:
+            raise torch.OutOfMemoryError
+        if len(x) > 2:
+            raise torch.OutOfMemoryError
+        return 2 * x
+    recorder = Recorder()
+    graphed = Graphed(forward, recorder)
+    one, two = torch.ones(1), torch.ones(2)
+    graphed(one), graphed(one)
+    assert torch.equal(graphed(two), 2 * two) and not graphed.recordings
+    assert torch.equal(graphed(one), 2 * one) and recorder.made == 1            # it would be in the way again
+    with pytest.raises(torch.OutOfMemoryError):
+        graphed(torch.ones(3))
 
 
 def test_what_cannot_be_copied_is_refused():
@@ -73,3 +117,22 @@ def test_a_cuda_graph_says_what_the_model_says(card, precision, attention):
         for seed in (1, 2, 3):
             given = inputs(dit, frames, seed=seed)
             assert error(graphed(*given), dit(*given)) < 1e-3
+
+
+@pytest.mark.gpu
+@torch.inference_mode()
+def test_recordings_share_their_memory_and_one_that_breaks_off_leaves_the_device_as_it_was():
+    record, stream = CudaGraphs(), torch.cuda.current_stream()
+    graphed = Graphed(lambda x: (x + 1).square().sum(0), record)
+    waits = Graphed(lambda x: x * x.sum().item(), record)
+    small, large = (torch.ones(1 << 26, width, device="cuda") for width in (1, 2))
+    for x in (large, large, small, small, 2 * large, 2 * small):
+        assert torch.equal(graphed(x), (x + 1).square().sum(0))
+    assert len(graphed.recordings) == 2 and len(record.alive) == 2
+    few = torch.ones(3, device="cuda")
+    for _ in range(3):
+        assert torch.equal(waits(few), 3 * few) and torch.cuda.current_stream() == stream
+    assert waits.refused and torch.equal(graphed(large), (large + 1).square().sum(0))
+    with graphed.set_aside():
+        pass
+    assert not record.alive and torch.equal(graphed(large), (large + 1).square().sum(0)) and len(record.alive) == 1
