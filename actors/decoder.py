@@ -9,7 +9,7 @@ from actors.messages import Frames, Latent
 from actors.room import room_on
 from model.catalog import ModelCard
 from model.shapes import VideoShape
-
+from model.wan_vae import SLAB
 
 SAFE_SHARE = 4              # a clip that has failed twice is decoded in a quarter of the memory that is free
 
@@ -43,14 +43,15 @@ class Decoder:
         video = (latent.streams[0].to(self.device) - self.bias) / self.scale        # fp32, before the VAE rounds it
         video = video[None].to(self.vae.from_latent.weight.dtype)
         room = room_on(self.device) // (SAFE_SHARE if self.safe else 1)
-        rows = self.vae.rows_within(room, self.vae.decoder, *video.shape[2:])
+        slab = self.vae.slab_within(room)
+        rows = self.vae.rows_within(room, self.vae.decoder, *video.shape[2:], slab)
         notes = ()
-        while (rgb := self.pixels(video, latent.request.shape, rows)) is None:
-            rows = -(-rows // 2)
+        while (rgb := self.pixels(video, latent.request.shape, rows, slab)) is None:
+            rows, slab = -(-rows // 2), max(SLAB, slab // 4)
             notes = (f"decoded {rows * self.vae.config.space_stride} rows at a time: the GPU had no memory for more",)
         return Frames(request=latent.request, rgb=rgb, fallbacks=latent.fallbacks + notes)
 
-    def pixels(self, video: Tensor, shape: VideoShape, rows: int) -> Tensor | None:
+    def pixels(self, video: Tensor, shape: VideoShape, rows: int, slab: int) -> Tensor | None:
         """uint8 [frames, height, width, 3] on the CPU, filled piece by piece; None where the GPU's memory ran out.
 
         On a GPU a piece is copied while the next one is decoded.
@@ -59,7 +60,7 @@ class Decoder:
         rgb = torch.empty(size, dtype=torch.uint8, pin_memory=self.copies is not None)
         finite = torch.ones(shape.frames, dtype=torch.bool, device=self.device)     # looked at last: looking waits
         try:
-            for at, top, piece in self.vae.decode_pieces(video, rows=rows):
+            for at, top, piece in self.vae.decode_pieces(video, rows=rows, slab=slab):
                 finite[at:at + piece.shape[2]] &= piece.isfinite().all(dim=4).all(dim=3).all(dim=1)[0]
                 pixels = to_uint8(piece[0]).permute(1, 2, 3, 0).contiguous()
                 self.copy(pixels, rgb[at:at + len(pixels), top:top + pixels.shape[1]])
@@ -82,8 +83,11 @@ class Decoder:
             return
         self.copies.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.copies):
-            for picture, room in zip(pixels, place, strict=True):       # of a band, only one frame's rows lie together
-                room.copy_(picture, non_blocking=True)
+            if place.is_contiguous():
+                place.copy_(pixels, non_blocking=True)
+            else:
+                for picture, room in zip(pixels, place, strict=True):   # of a band only one frame's rows lie together
+                    room.copy_(picture, non_blocking=True)
         pixels.record_stream(self.copies)
 
 

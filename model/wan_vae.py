@@ -10,16 +10,27 @@ chunk   latent steps coded together. Every convolution in time remembers the las
 band    rows coded together. It is given all the rows its result depends on (`Band`), so bands meet exactly, where tiles
         that are blended only hide their seams. The attention sees whole frames: it is in the lowest stage, never cut.
 slab    frames that one layer works on at a time, so that what it makes on the way stays small (`slabs`).
+
+What stands around a convolution is torch's own operators ("eager"), which a CPU is fastest with, or on a GPU
+kernels/around_conv: then a convolution runs without its bias, and what is behind it adds it.
 """
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SLAB = 2 ** 22                                          # elements; more at a time is no faster
+from kernels.around_conv import FLOATS, add_bias, channels_adjacent, enlarge, norm_silu
+
+Impl = Literal["auto", "eager", "torch", "triton"]     # the last two: of kernels/around_conv
+
+SLAB = 2 ** 22                                          # elements; more at a time is no faster on a CPU
+LARGEST_SLAB = 2 ** 30                                  # cuDNN counts in 31 bits, and a window is somewhat more
+SLABS_AT_ONCE = 4                                       # that a layer makes on the way
+SLAB_SHARE = 0.25                                       # of the memory for a clip: what these may take
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +53,11 @@ class WanVAEConfig:
 class Memory:
     """One clip's way through an encoder or decoder: what its earlier chunks and slabs left behind.
 
-    learns: gradients are wanted; then every layer takes the clip whole, and writes nothing in place.
+    learns: gradients are wanted; then every layer takes the clip whole, and writes nothing in place.  slab: elements.
     """
 
-    def __init__(self, *, learns: bool = False):
-        self.learns = learns
+    def __init__(self, *, learns: bool = False, slab: int | None = None, impl: Impl = "eager"):
+        self.learns, self.slab, self.impl = learns, slab or SLAB, impl
         self.first_chunk = self.last_chunk = True
         self.frames: dict[nn.Module, Tensor] = {}       # the last input frames of every convolution in time
         self.rooms: dict[nn.Module, Tensor] = {}        # where those of the layer at work lie, with room for a slab
@@ -61,16 +72,23 @@ class Memory:
     def window(self, conv: nn.Module, x: Tensor, keep: int) -> tuple[Tensor, int]:
         """A buffer for conv's next input [B, C, past + T, H, W], and past: how many remembered frames it begins with.
 
-        The caller writes the other T, shaped like x. past is `keep`, or less where the clip begins.
+        The caller writes the other T, shaped like x. past is `keep`, or where the clip begins less, for torch's own
+        operators; for kernels zeros stand there.
         """
-        remembered = self.frames.get(conv)
-        past = 0 if remembered is None else remembered.shape[2]
+        remembered, room = self.frames.get(conv), self.rooms.get(conv)
+        begins = remembered is None and self.impl != "eager"
+        past = keep if begins else 0 if remembered is None else remembered.shape[2]
         frames = past + x.shape[2]
-        room = self.rooms.get(conv)
+        apart = room is None or past and remembered.storage_offset() >= past * room.stride(2)
         if room is None or room.shape[2] < frames:
             room = self.rooms[conv] = empty_clip(x, keep + x.shape[2])
-        for frame in range(past):                       # one by one: they may move forward within the room
-            room[:, :, frame] = remembered[:, :, frame]
+        if begins:
+            room[:, :, :past].zero_()
+        elif apart and past:
+            room[:, :, :past] = remembered
+        else:
+            for frame in range(past):                   # one by one: they move forward within the room, by less
+                room[:, :, frame] = remembered[:, :, frame]
         self.frames[conv] = room[:, :, max(0, frames - keep):frames]
         return room[:, :, :frames], past
 
@@ -85,21 +103,24 @@ class Memory:
 
 
 class WanVAE(nn.Module):
+    """impl: "auto" is kernels on a GPU and torch's own operators elsewhere; set another to compare."""
+
     def __init__(self, config: WanVAEConfig):
         super().__init__()
-        self.config = config
+        self.config, self.impl = config, "auto"
         channels = config.latent_channels
         self.encoder = Encoder(config)
         self.to_moments = nn.Conv3d(2 * channels, 2 * channels, 1)
         self.from_latent = nn.Conv3d(channels, channels, 1)
         self.decoder = Decoder(config)
 
-    def encode(self, video: Tensor, *, chunk: int | None = None, rows: int | None = None) -> tuple[Tensor, Tensor]:
+    def encode(self, video: Tensor, *, chunk: int | None = None, rows: int | None = None,
+               slab: int | None = None) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of the latent, each [B, C, T, H / 8, W / 8], not normalised.
 
         video [B, 3, F, H, W] in [-1, 1]; F is 4n + 1, H and W multiples of 8.  chunk: latent steps; None is what takes
-        least memory.  rows: of the latent, per band; None is all.  The result is the same.  Where gradients are
-        wanted, the clip is coded whole.
+        least memory.  rows: of the latent, per band; None is all.  slab: elements that a layer makes at a time; None
+        is what suits the device.  The result is the same.  Where gradients are wanted, the clip is coded whole.
         Raises ValueError for other frame counts or sizes.
         """
         frames, height, width = video.shape[2:]
@@ -108,10 +129,11 @@ class WanVAE(nn.Module):
             raise ValueError(f"video must have {time}n + 1 frames and sides that are multiples of {space}; "
                              f"got {frames} frames of {height}x{width}. Crop or resample it first")
         steps, height, width = (frames - 1) // time + 1, height // space, width // space
-        chunk, rows = self.pieces(self.encoder, video, steps, height, width, chunk, rows)
+        slab = slab or self.slab_within()
+        chunk, rows = self.pieces(self.encoder, video, steps, height, width, chunk, rows, slab)
         lowest = None
         for band in bands(height, rows, *self.encoder.reach()):
-            memory = Memory(learns=self.learns(video))
+            memory = self.memory(video, slab)
             for start, stop in memory.chunks(steps, chunk):
                 seen = video[:, :, max(0, time * (start - 1) + 1):time * (stop - 1) + 1]
                 part = self.encoder.begin(seen[:, :, :, space * band.top:space * band.bottom], memory)
@@ -122,19 +144,20 @@ class WanVAE(nn.Module):
                 if lowest is None:
                     lowest = empty_clip(part, steps, height)
                 lowest[:, :, start:stop, band.start:band.stop] = part
-        moments = convolve(self.to_moments, self.encoder.finish(lowest, Memory(learns=self.learns(video))))
+        moments = convolve(self.to_moments, self.encoder.finish(lowest, self.memory(video, slab)))
         mean, log_variance = moments.chunk(2, dim=1)
         return mean, log_variance
 
-    def decode(self, latent: Tensor, *, chunk: int | None = None, rows: int | None = None) -> Tensor:
+    def decode(self, latent: Tensor, *, chunk: int | None = None, rows: int | None = None,
+               slab: int | None = None) -> Tensor:
         """Pixels [B, 3, F, 8H, 8W], about [-1, 1], not clamped.
 
-        latent [B, C, T, H, W], not normalised; chunk, rows as in encode.
+        latent [B, C, T, H, W], not normalised; chunk, rows, slab as in encode.
         """
         time, space = self.config.time_stride, self.config.space_stride
         steps, height, width = latent.shape[2:]
         frames, pixels = time * (steps - 1) + 1, None
-        for at, top, piece in self.decode_pieces(latent, chunk=chunk, rows=rows):
+        for at, top, piece in self.decode_pieces(latent, chunk=chunk, rows=rows, slab=slab):
             if piece.shape[2:4] == (frames, space * height):
                 return piece
             if pixels is None:
@@ -142,17 +165,18 @@ class WanVAE(nn.Module):
             pixels[:, :, at:at + piece.shape[2], top:top + piece.shape[3]] = piece
         return pixels
 
-    def decode_pieces(self, latent: Tensor, *, chunk: int | None = None,
-                      rows: int | None = None) -> Iterator[tuple[int, int, Tensor]]:
+    def decode_pieces(self, latent: Tensor, *, chunk: int | None = None, rows: int | None = None,
+                      slab: int | None = None) -> Iterator[tuple[int, int, Tensor]]:
         """decode(), piece by piece: first frame, first row, pixels [B, 3, f, h, 8W]: a clip is never whole in memory.
 
         Bands come from the top, and the pieces of a band in the order of time.
         """
         steps, height, width = latent.shape[2:]
-        chunk, rows = self.pieces(self.decoder, latent, steps, height, width, chunk, rows)
-        lowest = self.decoder.begin(convolve(self.from_latent, latent), Memory(learns=self.learns(latent)))
+        slab = slab or self.slab_within()
+        chunk, rows = self.pieces(self.decoder, latent, steps, height, width, chunk, rows, slab)
+        lowest = self.decoder.begin(convolve(self.from_latent, latent), self.memory(latent, slab))
         for band in bands(height, rows, *self.decoder.reach()):
-            memory = Memory(learns=self.learns(latent))
+            memory = self.memory(latent, slab)
             for start, stop in memory.chunks(steps, chunk):
                 seen = lowest[:, :, start:stop, band.top:band.bottom].clone(memory_format=torch.channels_last_3d)
                 yield (max(0, self.config.time_stride * (start - 1) + 1), self.config.space_stride * band.start,
@@ -161,30 +185,52 @@ class WanVAE(nn.Module):
     def learns(self, x: Tensor) -> bool:
         return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
 
+    def memory(self, x: Tensor, slab: int) -> Memory:
+        if self.learns(x):
+            return Memory(learns=True)
+        kernels = x.is_cuda and x.dtype in FLOATS
+        return Memory(slab=slab, impl=self.impl if self.impl != "auto" else "triton" if kernels else "eager")
+
     def pieces(self, part: "Encoder | Decoder", x: Tensor, steps: int, height: int, width: int, chunk: int | None,
-               rows: int | None) -> tuple[int, int]:
+               rows: int | None, slab: int) -> tuple[int, int]:
         """chunk and rows as they are said, or else as they should be."""
         if self.learns(x):
             return steps, height
         rows = rows or height
-        return chunk or part.needs().chunk(steps, len(x) * rows * width), rows
+        return chunk or part.needs().chunk(steps, len(x) * rows * width, slab), rows
 
-    def rows_within(self, budget: int, part: "Encoder | Decoder", steps: int, height: int, width: int) -> int:
+    def slab_within(self, budget: int | None = None) -> int:
+        """Elements of a slab where a clip may take `budget` bytes, on a GPU by default a quarter of its memory.
+
+        A power of two, so that it is the same on every GPU of a kind; a CPU's is SLAB whatever the budget.
+        """
+        weight = self.from_latent.weight
+        if not weight.is_cuda:
+            return SLAB
+        if budget is None:
+            budget = torch.cuda.get_device_properties(weight.device).total_memory // 4
+        most = int(SLAB_SHARE * budget / (SLABS_AT_ONCE * weight.itemsize))
+        return min(max(SLAB, 2 ** (max(1, most).bit_length() - 1)), LARGEST_SLAB)
+
+    def rows_within(self, budget: int, part: "Encoder | Decoder", steps: int, height: int, width: int,
+                    slab: int | None = None) -> int:
         """Rows for encode or decode with which one clip takes at most `budget` bytes, as many as may be; at least 1.
 
-        part: self.encoder or self.decoder.  steps, height, width: of the latent.
+        part: self.encoder or self.decoder.  steps, height, width: of the latent.  slab: as in encode.
         """
         for count in range(1, height):
             rows = -(-height // count)
-            if self.bytes_needed(part, steps, height, width, rows) <= budget:
+            if self.bytes_needed(part, steps, height, width, rows, slab) <= budget:
                 return rows
         return 1
 
-    def bytes_needed(self, part: "Encoder | Decoder", steps: int, height: int, width: int, rows: int) -> int:
+    def bytes_needed(self, part: "Encoder | Decoder", steps: int, height: int, width: int, rows: int,
+                     slab: int | None = None) -> int:
         """About what coding a clip takes at its worst moment, beside weights and pixels. Bands may take half of it."""
         cells = width * max(band.bottom - band.top for band in bands(height, rows, *part.reach()))
         lowest = self.config.width * self.config.multipliers[-1] * steps * height * width
-        return self.from_latent.weight.itemsize * (lowest + max(2 * lowest, part.needs().elements(steps, cells)))
+        most = part.needs().elements(steps, cells, slab or self.slab_within())
+        return self.from_latent.weight.itemsize * (lowest + max(2 * lowest, most))
 
 
 class Encoder(nn.Module):
@@ -309,6 +355,9 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
         """x is used up: the result may lie where it was."""
+        if memory.impl != "eager":
+            return self.by_kernels(x, memory)
+
         def branch(slab: Tensor) -> Tensor:
             return self.conv2(self.conv1(slab, memory, self.norm1), memory, self.norm2)
 
@@ -319,6 +368,25 @@ class ResBlock(nn.Module):
             return x + branch(x)
         for slab in pieces:
             slab += branch(slab)
+        return x
+
+    def by_kernels(self, x: Tensor, memory: Memory) -> Tensor:
+        x = adjacent(x)
+
+        def summed(slab: Tensor) -> Tensor:
+            # the first convolution's result is let go before the second runs
+            window = self.conv2.entered(self.conv1.unbiased(slab, memory, self.norm1), memory, self.norm2,
+                                        self.conv1.bias)
+            y = unbiased(self.conv2, window)
+            if isinstance(self.shortcut, nn.Identity):
+                return add_bias(y, self.conv2.bias, slab, residual=slab, impl=memory.impl)
+            return add_bias(y, self.conv2.bias, y, residual=adjacent(convolve(self.shortcut, slab)), impl=memory.impl)
+
+        pieces = map(summed, slabs(x, memory, self.conv1.out_channels))
+        if not isinstance(self.shortcut, nn.Identity):
+            return joined(pieces, x.shape[2])
+        for _ in pieces:
+            pass
         return x
 
 
@@ -376,6 +444,8 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels // 2, 3, padding=1)
 
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
+        if memory.impl != "eager":
+            return self.by_kernels(x, memory)
         if self.time_conv is None:
             return joined(map(self.enlarged, slabs(x, memory, 4 * x.shape[1])), x.shape[2])
         first = 1 if memory.first_chunk else 0          # it never enters the convolution in time
@@ -387,6 +457,33 @@ class Upsample(nn.Module):
                 yield self.enlarged(self.doubled(slab, memory))
 
         return joined(pieces(), 2 * x.shape[2] - first)
+
+    def by_kernels(self, x: Tensor, memory: Memory) -> Tensor:
+        times = 1 if self.time_conv is None else 2
+        alone = 1 if times == 2 and memory.first_chunk else 0
+        frames, made, whole = times * x.shape[2] - alone, 0, None
+        for slab in slabs(adjacent(x), memory, 4 * times * x.shape[1]):
+            y = as_clip(unbiased(self.conv, as_frames(self.larger(slab, memory, 0 if made else alone))), len(x))
+            y = adjacent(y)
+            if y.shape[2] == frames:
+                return add_bias(y, self.conv.bias, y, impl=memory.impl)
+            whole = empty_clip(y, frames) if whole is None else whole
+            add_bias(y, self.conv.bias, whole[:, :, made:made + y.shape[2]], impl=memory.impl)
+            made += y.shape[2]
+        return whole
+
+    def larger(self, x: Tensor, memory: Memory, alone: int) -> Tensor:
+        """What the convolution over pictures sees.  alone: 1 where x begins with the clip's first frame, else 0."""
+        batch, channels, frames, height, width = x.shape
+        if self.time_conv is None:
+            return enlarge(x, empty((batch, channels, frames, 2 * height, 2 * width), x), impl=memory.impl)
+        larger = empty((batch, channels, 2 * frames - alone, 2 * height, 2 * width), x)
+        if alone:
+            enlarge(x[:, :, :1], larger[:, :, :1], impl=memory.impl)
+        if frames > alone:
+            enlarge(self.time_conv.unbiased(x[:, :, alone:], memory), larger[:, :, alone:], bias=self.time_conv.bias,
+                    impl=memory.impl)
+        return larger
 
     def doubled(self, x: Tensor, memory: Memory) -> Tensor:
         """[B, C, 2T, H, W]: the first half of the convolution's channels is the even frames, the second the odd."""
@@ -412,6 +509,8 @@ class CausalConv(nn.Conv3d):
         keep = self.kernel_size[0] - 1
         if memory.learns:
             return super().forward(F.pad(F.silu(norm(x)) if norm else x, (0, 0, 0, 0, keep, 0)))
+        if memory.impl != "eager":
+            return convolve(self, self.entered(x, memory, norm))
         window, past = memory.window(self, x, keep)
         if norm:
             F.silu(norm(x, out=window[:, :, past:]), inplace=True)
@@ -426,6 +525,20 @@ class CausalConv(nn.Conv3d):
         y = joined((self(slab, memory, norm) for slab in slabs(x, memory, self.out_channels)), x.shape[2])
         memory.settle()
         return y
+
+    def unbiased(self, x: Tensor, memory: Memory, norm: "ChannelNorm | None" = None) -> Tensor:
+        """forward() for kernels, which add the bias to what they read."""
+        return unbiased(self, self.entered(x, memory, norm))
+
+    def entered(self, x: Tensor, memory: Memory, norm: "ChannelNorm | None" = None,
+                bias: Tensor | None = None) -> Tensor:
+        """The window of x, for kernels.  bias: of the convolution that made x; it is added before the norm."""
+        window, past = memory.window(self, x, self.kernel_size[0] - 1)
+        if norm is None:
+            window[:, :, past:] = x
+        else:
+            norm_silu(adjacent(x), norm.gamma.flatten(), window[:, :, past:], bias=bias, impl=memory.impl)
+        return window
 
     def starting(self, window: Tensor, past: int) -> Iterator[Tensor]:
         """Where a clip begins: the taps that would meet zeros are left out."""
@@ -480,17 +593,17 @@ class Needs:
             frames = frames * 2 ** in_time if up else frames // 2 ** in_time
         return cls(remembered, per_step, per_slab)
 
-    def chunk(self, steps: int, cells: int) -> int:
+    def chunk(self, steps: int, cells: int, slab: int | None = None) -> int:
         """Latent steps to code together: all, where that takes no more memory, or else as few as are worth a call."""
-        chunk = min(steps, max(1, SLAB // (cells * self.per_step)))
+        chunk = min(steps, max(1, (slab or SLAB) // (cells * self.per_step)))
         return steps if self.per_step * (steps - chunk) <= self.remembered else chunk
 
-    def elements(self, steps: int, cells: int) -> int:
+    def elements(self, steps: int, cells: int, slab: int) -> int:
         """All of these at their largest at once, which is somewhat more than there ever is."""
-        chunk = self.chunk(steps, cells)
+        chunk = self.chunk(steps, cells, slab)
         frame = cells * self.per_slab                   # half of it is made per frame, half is there once
         lasting = cells * (self.per_step * chunk + (self.remembered if chunk < steps else 0))
-        return lasting + (frame + max(frame, 8 * SLAB)) // 2
+        return lasting + (frame + max(frame, 2 * SLABS_AT_ONCE * slab)) // 2
 
 
 @dataclass(frozen=True)
@@ -531,9 +644,21 @@ def convolve(conv: nn.Conv2d | nn.Conv3d, x: Tensor, weight: Tensor | None = Non
     return conv._conv_forward(x, weight, conv.bias)
 
 
+def unbiased(conv: nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
+    """conv(x) without its bias, which torch would add in a pass of its own."""
+    y = conv._conv_forward(x, conv.weight, None)
+    return adjacent(y) if y.ndim == 5 else y
+
+
+def adjacent(x: Tensor) -> Tensor:
+    """x [B, C, T, H, W] as kernels/around_conv takes it: as it is where cuDNN made it, or else a copy."""
+    return x if channels_adjacent(x) else x.contiguous(memory_format=torch.channels_last_3d)
+
+
 def slabs(x: Tensor, memory: Memory, channels: int = 1) -> Iterator[Tensor]:
-    """x in time, as few frames at a time as make about SLAB elements.  channels: made on the way, if more than x's."""
-    size = x.shape[2] if memory.learns else SLAB // (len(x) * max(channels, x.shape[1]) * x.shape[3] * x.shape[4])
+    """x in time, as few frames at a time as make about a slab.  channels: made on the way, if more than x's."""
+    made = len(x) * max(channels, x.shape[1]) * x.shape[3] * x.shape[4]
+    size = x.shape[2] if memory.learns else memory.slab // made
     yield from x.split(max(1, size), dim=2) if x.shape[2] else ()
 
 
@@ -551,8 +676,11 @@ def joined(pieces: Iterable[Tensor], frames: int) -> Tensor:
 
 
 def empty_clip(x: Tensor, frames: int, height: int | None = None) -> Tensor:
-    shape = (*x.shape[:2], frames, height or x.shape[3], x.shape[4])
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
+    return empty((*x.shape[:2], frames, height or x.shape[3], x.shape[4]), x)
+
+
+def empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last_3d)
 
 
 def as_frames(x: Tensor) -> Tensor:

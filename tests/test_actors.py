@@ -191,11 +191,11 @@ def test_a_gpu_whose_memory_runs_out_decodes_fewer_rows_at_a_time_and_the_clip_s
     whole, = decoder([latent])
     decode_pieces, most = decoder.vae.decode_pieces, 3
 
-    def short_of_memory(video, rows):
-        yield next(decode_pieces(video, rows=rows))     # something was copied already
+    def short_of_memory(video, rows, slab):
+        yield next(decode_pieces(video, rows=rows, slab=slab))      # something was copied already
         if rows > most:
             raise torch.OutOfMemoryError
-        yield from decode_pieces(video, rows=rows)
+        yield from decode_pieces(video, rows=rows, slab=slab)
 
     monkeypatch.setattr(decoder.vae, "decode_pieces", short_of_memory)
     frames, = decoder([latent])

@@ -58,6 +58,21 @@ def kernels(arch):
                         dict(ROWS=rows, BLOCK_PAIRS=block // 2), warps, 3, {})
     yield "rms", (norm.rms_norm_kernel, dict(x="*bf16", gain="*fp32", y="*bf16", M="i32", D="i32:16", stride="i32:16",
                                              eps="fp32"), dict(ROWS=rows, BLOCK_D=block), warps, 3, {})
+    yield from around_conv()
+
+
+def around_conv():
+    from kernels.around_conv import kernel as around
+    steps = dict.fromkeys(("x_clip", "x_frame", "residual_clip", "residual_frame", "out_clip", "out_frame"), "i64:16")
+    for dtype, (channels, block) in product(("bf16", "fp32"), ((96, 128), (384, 512))):
+        given = dict.fromkeys(("x", "out", "residual"), f"*{dtype}") | steps | dict(
+            gamma="*fp32", bias=f"*{dtype}", PIXELS="i32:16", W="i32", C="i32:16", root="fp32")
+        blocks = dict(BLOCK_P=around.VALUES // block, BLOCK_C=block)
+        for name, function, constants in (
+                ("norm and SiLU", around.norm_silu_kernel, dict(HAS_BIAS=True)),
+                ("bias and residual", around.add_bias_kernel, dict(HAS_RESIDUAL=True)),
+                ("enlarge", around.enlarge_kernel, dict(HAS_BIAS=True, PAIRS=2))):
+            yield f"{name}, {channels} channels in {dtype}", (function, given, constants | blocks, around.WARPS, 3, {})
 
 
 def report(arch):

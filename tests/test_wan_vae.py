@@ -12,9 +12,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from golden import Golden, error
+from launches import Launches
 from model import checkpoint, keys, wan_vae
+from model.layers import compute_in
 from model.wan_vae import Band, Memory, WanVAE, WanVAEConfig, channels_last
 
 CASES = [("wan_vae_a", "weights"), ("wan_vae_b_diffusers", "weights"), ("wan_vae_b_diffusers", "weights_diffusers")]
@@ -71,6 +75,28 @@ def test_a_clip_in_pieces_equals_the_whole_clip_for_any_config(data):
         for way in (cut, {}):
             assert error(vae.decode(latent, **way), pixels) < 1e-9
             assert max(map(error, vae.encode(video, **way), latents)) < 1e-9
+
+
+@pytest.mark.parametrize("clips, steps, height, impl, ways", [
+    *((clips, steps, height, "torch", [{}, dict(chunk=1), dict(chunk=2, slab=2 ** 10),
+                                       dict(rows=3, chunk=3, slab=2 ** 13), dict(slab=2 ** 30)])
+      for clips, steps, height in ((1, 4, 4), (2, 3, 5))),
+    (2, 3, 4, "triton", [dict(rows=3, chunk=2, slab=2 ** 12)])])
+def test_kernels_code_as_torchs_operators_do_however_the_clip_is_cut(clips, steps, height, impl, ways, triton_device):
+    torch.manual_seed(clips)
+    config = WanVAEConfig(width=6, res_blocks=1, multipliers=(1, 2, 2), halve_time=(False, True))
+    vae = channels_last(WanVAE(config)).requires_grad_(False)
+    for weight in vae.parameters():
+        weight.add_(torch.randn_like(weight), alpha=0.05)           # gains that are not one
+    latent = torch.randn(clips, 16, steps, height, 3)
+    vae.impl = "eager"
+    pixels = vae.decode(latent)
+    moments = vae.encode(pixels)
+    vae.to(triton_device).impl = impl
+    for way in ways:
+        assert error(vae.decode(latent.to(triton_device), **way).cpu(), pixels) < 1e-4
+        for got, want in zip(vae.encode(pixels.to(triton_device), **way), moments, strict=True):
+            assert error(got.cpu(), want) < 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +164,40 @@ def test_bands_are_as_few_as_fit():
         assert vae.rows_within(needed[2], part, 31, 90, 160) == 30
         assert vae.rows_within(0, part, 31, 90, 160) == 1
     assert 8e9 < vae.bytes_needed(vae.decoder, 31, 90, 160, 90) < 16e9
+
+
+def test_a_slab_is_what_the_memory_of_a_gpu_allows_and_a_cpus_stays():
+    """H200, H100, a card of 24 GB, one of 8 GB; in fp32 as many bytes, and never more than half of what a clip may."""
+    vae = WanVAE(WanVAEConfig(width=2))
+    assert vae.slab_within(2 ** 40) == vae.slab_within() == wan_vae.SLAB
+    assert vae.memory(torch.zeros(1), 1).impl == "eager"
+    for precision, slabs in ((torch.bfloat16, (30, 29, 27, 25)), (torch.float32, (29, 28, 26, 24))):
+        with FakeTensorMode():                          # of a GPU that need not be there
+            weight = torch.empty_strided((1,), (1,), dtype=precision, device="cuda")
+            vae.from_latent._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+        for memory, slab in zip((150e9, 85e9, 25e9, 8.4e9), slabs, strict=True):
+            assert vae.slab_within(int(memory / 4)) == 2 ** slab
+            assert vae.bytes_needed(vae.decoder, 1, 1, 1, 1, 2 ** slab) < memory / 8
+        assert vae.slab_within(2 ** 20) == wan_vae.SLAB
+        assert vae.requires_grad_(False).memory(weight, 1).impl == "triton"
+    assert vae.memory(weight.double(), 1).impl == "eager"           # which kernels/around_conv does not take
+
+
+@pytest.mark.parametrize("slab, launches, around", [(2 ** 28, 3000, 500), (2 ** 30, 850, 350)])
+def test_a_gpu_is_asked_to_do_little_beside_the_convolutions(slab, launches, around):
+    """81 frames of 480p in bf16. around: gigabytes moved by what is neither a convolution nor a product.
+
+    torch's own operators, with a CPU's slabs: 23,680 launches, 1,391 GB.
+    """
+    with torch.device("meta"):
+        vae = channels_last(compute_in(WanVAE(WanVAEConfig()), torch.bfloat16)).requires_grad_(False)
+        latent = torch.empty(1, 16, 21, 60, 104, dtype=torch.bfloat16)
+    vae.impl = "triton"
+    with Launches() as done:
+        frames = sum(piece.shape[2] for _, _, piece in vae.decode_pieces(latent, slab=slab))
+    assert frames == 81
+    assert 0.9 * launches < done.count.total() <= launches, done.count
+    assert 0.9 * around < done.around <= around, done.gigabytes
 
 
 @pytest.mark.parametrize("steps, height, width, chunk", [
