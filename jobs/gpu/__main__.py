@@ -19,7 +19,8 @@ def main(arguments: list[str] | None = None) -> int:
     unknown = sorted(set(wanted) - {part.name for part in PARTS})
     if unknown:
         parser.error(f"--only: no part {', '.join(unknown)}; there are {names}")
-    return Kit(out=args.out, budget_s=args.budget, tiny=args.tiny).run(
+    said = "".join([f" --budget {args.budget:g}", f" --only {args.only}" * bool(args.only), " --tiny" * args.tiny])
+    return Kit(out=args.out, budget_s=args.budget, tiny=args.tiny, command=f"python -m jobs.gpu --out OUT{said}").run(
         [part for part in PARTS if not wanted or part.name in wanted])
 
 

@@ -1,5 +1,6 @@
 """The parts that check: what is computed on this device against references and other precisions, on the same inputs."""
 
+import math
 import os
 import subprocess
 import sys
@@ -14,9 +15,10 @@ from torch import Tensor
 from jobs.gpu.kit import ROOT
 from jobs.gpu.models import inputs, new_dit, new_vae, with_layers
 from jobs.gpu.part import Ground, difference
+from kernels.around_conv import add_bias, enlarge, norm_silu
 from kernels.int8_attention import int8_attention
 from kernels.int8_linear import int8_linear, quantize_blocks, quantize_rows
-from kernels.norm import modulated_norm, quantized_modulated_norm, rms_rope
+from kernels.norm import modulated_norm, quantized_modulated_norm, rms_norm, rms_rope
 from kernels.sparse_attention import sparse_attention
 from model.catalog import CATALOG, DEMO, DEMO_SPARSE
 from model.layers import rotary_table
@@ -50,6 +52,8 @@ def norms_right(ground: Ground) -> None:
             rope = rotary_table((tokens, 1, 1), width // heads, ground.device)
             got, want = both(lambda impl: rms_rope(q, k, gain, gain, rope, heads=heads, impl=impl))
             ground.tell(f"rms, rope {tokens}x{width}", relative_error=max(map(difference, got, want)))
+            got, want = both(lambda impl: rms_norm(q, gain, impl=impl))
+            ground.tell(f"rms norm {tokens}x{width}", relative_error=difference(got, want))
 
 
 def around_norm(ground: Ground, width: int) -> dict[str, Tensor]:
@@ -117,6 +121,7 @@ def models_right(ground: Ground) -> None:
             ground.tell(name, of_fp32=difference(plain, exact(latent, timestep, exact.embed_text(text))))
             if ground.on_gpu:
                 graphed = Graphed(dit.forward)
+                graphed(*given)                         # a shape is recorded when it comes again
                 ground.tell(f"{name}, CUDA graph", of_eager=difference(graphed(*given), plain),
                             again=difference(graphed(*given), plain))
             if not ground.tiny:
@@ -124,6 +129,27 @@ def models_right(ground: Ground) -> None:
                 compile_blocks(dit)
                 ground.tell(f"{name}, compiled", of_eager=difference(dit(*given), plain),
                             compile_s=time.perf_counter() - began)
+
+
+def around_conv_right(ground: Ground) -> None:
+    """What stands around the VAE's convolutions, with results that are not overwritten left as NaN."""
+    for dtype, (channels, height, width) in product((torch.bfloat16, torch.float32), ((96, 30, 52), (384, 7, 9), (3, 5, 5))):
+        name = f"{channels}x{height}x{width} {dtype}"
+        with ground.trying(f"around a convolution {name}"):
+            x, residual = (ground.random(1, channels, 3, height, width, dtype=dtype, seed=seed).contiguous(
+                memory_format=torch.channels_last_3d) for seed in (0, 1))
+            gamma, bias = (ground.random(channels, dtype=dtype, seed=seed) for seed in (2, 3))
+
+            def into(shape: tuple[int, ...], call: Callable[..., Any], impl: str) -> Tensor:
+                return call(torch.full(shape, math.nan, dtype=dtype, device=ground.device).contiguous(
+                    memory_format=torch.channels_last_3d), impl)
+            large = (1, channels, 3, 2 * height, 2 * width)
+            for what, shape, call in (
+                    ("norm, SiLU", x.shape, lambda out, impl: norm_silu(x, gamma, out, bias=bias, impl=impl)),
+                    ("bias, residual", x.shape, lambda out, impl: add_bias(x, bias, out, residual=residual, impl=impl)),
+                    ("enlarge", large, lambda out, impl: enlarge(x, out, bias=bias, impl=impl))):
+                ground.tell(f"{what} {name}", relative_error=difference(
+                    into(shape, call, "auto"), into(shape, call, "torch")))
 
 
 def parity(ground: Ground) -> None:
@@ -148,13 +174,15 @@ def vae_right(ground: Ground) -> None:
     card = DEMO if ground.tiny else CATALOG["wan2.1-t2v-1.3b"]
     latent = ground.random(1, 16, *((3, 8, 8) if ground.tiny else (5, 60, 104)), dtype=torch.float32)
     want = None
-    for precision, tf32 in (("fp32", False), ("fp32", True), ("bf16", False)):
-        with ground.trying(f"VAE {precision}, TF32 {tf32}"):
+    for precision, tf32, impl in (("fp32", False, "eager"), ("fp32", False, "auto"), ("fp32", True, "auto"),
+                                  ("bf16", False, "eager"), ("bf16", False, "auto")):
+        with ground.trying(f"VAE {precision}, TF32 {tf32}, {impl}"):
             torch.backends.cudnn.allow_tf32 = tf32
             vae = new_vae(card, ground.device, precision)
+            vae.impl = impl
             got = vae.decode(latent.to(vae.from_latent.weight.dtype)).float()
             want = got if want is None else want
-            ground.tell(f"VAE decode {list(latent.shape)} {precision}, TF32 {tf32}", of_fp32=difference(got, want),
+            ground.tell(f"VAE decode {list(latent.shape)} {precision}, TF32 {tf32}, {impl}", of_fp32=difference(got, want),
                         finite=bool(got.isfinite().all()))
     torch.backends.cudnn.allow_tf32 = True
 
@@ -172,5 +200,6 @@ def tests(ground: Ground) -> None:
 
 PARTS: dict[str, Callable[[Ground], None]] = {
     "norms-right": norms_right, "linears-right": linears_right, "attention-right": attention_right,
-    "sparse-right": sparse_right, "models-right": models_right, "parity": parity, "vae-right": vae_right,
+    "sparse-right": sparse_right, "around-conv-right": around_conv_right, "models-right": models_right,
+    "parity": parity, "vae-right": vae_right,
     "tests": tests}

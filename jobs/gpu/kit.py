@@ -37,14 +37,15 @@ class Part:
 # By worth: what is not known without them, and what the others wait for.
 PARTS = (
     Part(name="machine", box_s=60, times=True),
-    Part(name="norms-right", box_s=120, times=False),
-    Part(name="linears-right", box_s=120, times=False),
-    Part(name="attention-right", box_s=120, times=False),
-    Part(name="sparse-right", box_s=120, times=False),
-    Part(name="models-right", box_s=120, times=False),
-    Part(name="parity", box_s=120, times=False),
-    Part(name="vae-right", box_s=120, times=False),
-    Part(name="tests", box_s=120, times=False),
+    Part(name="norms-right", box_s=95, times=False),
+    Part(name="linears-right", box_s=95, times=False),
+    Part(name="attention-right", box_s=95, times=False),
+    Part(name="sparse-right", box_s=95, times=False),
+    Part(name="around-conv-right", box_s=95, times=False),
+    Part(name="models-right", box_s=95, times=False),
+    Part(name="parity", box_s=95, times=False),
+    Part(name="vae-right", box_s=95, times=False),
+    Part(name="tests", box_s=95, times=False),
     Part(name="kernels", box_s=80, times=True),
     Part(name="clip", box_s=120, times=True),
     Part(name="decode", box_s=60, times=True),
@@ -68,6 +69,7 @@ class Kit:
     out: Path
     budget_s: float
     tiny: bool = False
+    command: str = ""                                   # that began it, for the report
     began: float = field(default_factory=time.monotonic)
     results: list[dict[str, Any]] = field(default_factory=list)
 
@@ -138,8 +140,8 @@ class Kit:
               f"{f', {failed} failed' if failed else ''}", flush=True)
 
     def write(self) -> None:
-        about = dict(commit=commit(), command=f"{Path(sys.executable).name} -m jobs.gpu {' '.join(sys.argv[1:])}".strip(),
-                     seconds=round(time.monotonic() - self.began, 1), tiny=self.tiny)
+        about = dict(command=self.command, commit=commit(), seconds=round(time.monotonic() - self.began, 1),
+                     tiny=self.tiny)
         known = {"about": about, "parts": self.results}
         for name, text in (("results.json", json.dumps(known, indent=1)), ("report.md", markdown(known))):
             fresh = self.out / f".{name}"

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-SECONDS, LEAST = 0.3, 3                                 # of one measurement: as long, and as many calls, at least
+SECONDS, LEAST, MOST = 0.3, 3, 100                      # of one measurement; its calls
+FLUSHED = 1 << 29                                       # bytes: several times any cache, and a head start for the host
 
 
 @dataclass(kw_only=True)
@@ -21,6 +22,7 @@ class Ground:
     tiny: bool                                          # sizes of a dry run
     file: TextIO
     failures: list[str] = field(default_factory=list)
+    flushed: Any = None
 
     @property
     def on_gpu(self) -> bool:
@@ -51,25 +53,33 @@ class Ground:
         if self.on_gpu:
             torch.cuda.synchronize()
 
-    def ms(self, call: Callable[[], Any], seconds: float = SECONDS, least: int = LEAST) -> float:
-        """Milliseconds of a call: the median by the device's own clock, after two that warm up."""
+    def ms(self, call: Callable[[], Any], seconds: float = SECONDS) -> float:
+        """Milliseconds of a call: the median by the device's own clock.
+
+        Calls are queued, and before each the cache is written over: that hides what the host needs to launch one, and
+        nobody finds what the last one left.
+        """
         import torch
         if not self.on_gpu:
             began = time.perf_counter()
             call()
             return 1e3 * (time.perf_counter() - began)
-        call(), call()
+        if self.flushed is None:
+            self.flushed = torch.empty(FLUSHED, dtype=torch.int8, device=self.device)
+        call()
         self.wait()
-        taken: list[float] = []
-        until = time.perf_counter() + seconds
-        while len(taken) < least or time.perf_counter() < until:
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        began = time.perf_counter()
+        call()
+        self.wait()
+        count = max(LEAST, min(MOST, int(seconds / (time.perf_counter() - began))))
+        pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
+        for start, stop in pairs:
+            self.flushed.zero_()
             start.record()
             call()
             stop.record()
-            stop.synchronize()
-            taken.append(start.elapsed_time(stop))
-        return sorted(taken)[len(taken) // 2]
+        self.wait()
+        return sorted(start.elapsed_time(stop) for start, stop in pairs)[count // 2]
 
     def random(self, *shape: int, dtype: Any = None, seed: int = 0) -> Any:
         """Standard normals, drawn on the device: a CPU's generator takes ten seconds for 1e9 of them."""

@@ -18,13 +18,13 @@ from jobs.gpu.models import inputs, new_dit, new_vae
 from jobs.gpu.part import Ground
 from kernels.int8_attention import int8_attention
 from kernels.int8_linear import int8_linear, quantize_rows
-from kernels.norm import modulated_norm, quantized_modulated_norm, rms_rope
+from kernels.norm import modulated_norm, quantized_modulated_norm, rms_norm, rms_rope
 from kernels.sparse_attention import sparse_attention
-from model import wan_vae
 from model.card import ModelCard
 from model.catalog import CATALOG
 from model.layers import rotary_table
 from model.shapes import VideoShape
+from model.wan_vae import WanVAE
 
 WANTED = ("triton", "transformers", "ftfy", "pydantic", "av", "ray", "boto3", "diffusers", "pyarrow", "typer")
 TURBO_1_3B, TURBO_14B = "turbo-wan2.1-t2v-1.3b-480p", "turbo-wan2.1-t2v-14b-720p"
@@ -117,6 +117,7 @@ def norms(ground: Ground, tokens: int, width: int, heads: int) -> None:
         "residual, norm, modulation to int8": (
             11, lambda: quantized_modulated_norm(x, "rows", update=update, **around)),
         "rms, rope of q and k": (8, lambda: rms_rope(update, update, gain, gain, rope, heads=heads)),
+        "rms norm of q": (4, lambda: rms_norm(update, gain)),
         "quantise rows": (3, lambda: quantize_rows(update))}
     for what, (size, call) in calls.items():
         with ground.trying(what):
@@ -222,18 +223,22 @@ def decode(ground: Ground) -> None:
 
 
 def decodes(ground: Ground, card: ModelCard, shape: VideoShape) -> None:
+    """By kernels and by torch's own operators; slab: elements that a layer makes at a time, None as it chooses."""
     from actors.decoder import to_uint8
     _, *grid = card.grid.of(shape)
-    for precision, slab, benchmark in (("bf16", 28, False), ("bf16", 28, True), ("bf16", 22, False),
-                                       ("fp32", 28, False)):
-        name = f"decode {shape}, {precision}, slabs of 2^{slab}{', cuDNN chooses by time' * benchmark}"
-        with ground.trying(name), slabs_of(2 ** slab, benchmark):
+    for precision, impl, slab, benchmark in (("bf16", "auto", None, False), ("bf16", "auto", None, True),
+                                             ("fp32", "auto", None, False), ("bf16", "eager", 2 ** 28, False),
+                                             ("bf16", "eager", 2 ** 22, False)):
+        name = (f"decode {shape}, {precision}, {impl}, slabs of {slab or 'its choice'}"
+                f"{', cuDNN chooses by time' * benchmark}")
+        with ground.trying(name), cudnn_by_time(benchmark):
             vae = new_vae(card, ground.device, precision)
+            vae.impl = impl
             latent = ground.random(1, 16, *grid, dtype=vae.from_latent.weight.dtype)
 
-            def run(vae: wan_vae.WanVAE = vae, latent: Tensor = latent) -> float:
+            def run(vae: WanVAE = vae, latent: Tensor = latent, slab: int | None = slab) -> float:
                 began = time.perf_counter()
-                for _, _, piece in vae.decode_pieces(latent):
+                for _, _, piece in vae.decode_pieces(latent, slab=slab):
                     to_uint8(piece[0])
                 ground.wait()
                 return time.perf_counter() - began
@@ -243,13 +248,12 @@ def decodes(ground: Ground, card: ModelCard, shape: VideoShape) -> None:
 
 
 @contextmanager
-def slabs_of(size: int, benchmark: bool) -> Iterator[None]:
-    before = wan_vae.SLAB
-    wan_vae.SLAB, torch.backends.cudnn.benchmark = size, benchmark
+def cudnn_by_time(wanted: bool) -> Iterator[None]:
+    torch.backends.cudnn.benchmark = wanted
     try:
         yield
     finally:
-        wan_vae.SLAB, torch.backends.cudnn.benchmark = before, False
+        torch.backends.cudnn.benchmark = False
 
 
 def profile(ground: Ground) -> None:
@@ -262,18 +266,17 @@ def profile(ground: Ground) -> None:
     given = inputs(card, dit, some_shape(ground, card), ground.device)
     vae = new_vae(card, ground.device, "bf16")
     latent = ground.random(1, 16, *card.grid.of(some_shape(ground, card))[1:], dtype=vae.from_latent.weight.dtype)
-    with slabs_of(2 ** 28, False):
-        for name, call in (("step", lambda: dit(*given)), ("decode", lambda: list(vae.decode_pieces(latent)))):
+    for name, call in (("step", lambda: dit(*given)), ("decode", lambda: list(vae.decode_pieces(latent)))):
+        call()
+        ground.wait()
+        with profiled(activities=kinds) as seen:
             call()
             ground.wait()
-            with profiled(activities=kinds) as seen:
-                call()
-                ground.wait()
-            events = [event for event in seen.key_averages() if event.self_device_time_total > 0]
-            total = sum(event.self_device_time_total for event in events)
-            ground.tell(f"{name}: all kernels", ms=total / 1e3, launches=sum(event.count for event in events))
-            for event in sorted(events, key=lambda event: -event.self_device_time_total)[:16]:
-                ground.tell(f"{name}: {event.key[:100]}", ms=event.self_device_time_total / 1e3, calls=event.count)
+        events = [event for event in seen.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA]
+        total = sum(event.self_device_time_total for event in events)
+        ground.tell(f"{name}: all kernels", ms=total / 1e3, launches=sum(event.count for event in events))
+        for event in sorted(events, key=lambda event: -event.self_device_time_total)[:16]:
+            ground.tell(f"{name}: {event.key[:100]}", ms=event.self_device_time_total / 1e3, calls=event.count)
 
 
 def big(ground: Ground) -> None:
