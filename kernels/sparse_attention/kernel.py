@@ -2,7 +2,8 @@
 
     pool        a program means one block of rows; torch picks the kept blocks from the means
     summarise   a program sums phi(k)^T v and phi(k) over a stretch of tokens; torch adds the stretches and projects
-    attend      a program takes one block of queries through its kept blocks, then adds its linear branch
+    attend      a program takes one block of queries, or a part of it, through its kept blocks, then adds its linear
+                branch
 
 All addresses are int64, all sums fp32 or int32, and in one order: the result is the same every time.
 """
@@ -65,14 +66,24 @@ def attend(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, linear: tuple[Tensor, 
         near_q, near_k = q, k
         q_scale = k_scale = kept                       # a pointer that is not followed
     mixed, total, bias = linear or (kept, kept, kept)
+    rows, columns, warps = tile(v.dtype, block_q, block_k)
     with torch.cuda.device_of(q):
-        _attend[(triton.cdiv(queries, block_q), batch * heads)](
+        _attend[(triton.cdiv(queries, rows), batch * heads)](
             near_q, near_k, v, q, q_scale, k_scale, kept, mixed, total, bias, out, queries, k.shape[1], heads,
             *near_q.stride()[:3], *near_k.stride()[:3], *v.stride()[:3], *q.stride()[:3],
             head_dim ** -0.5 * LOG2_E, LINEAR_EPS / k.shape[1], KEEP=kept.shape[-1], HEAD_DIM=head_dim,
-            BLOCK_Q=block_q, BLOCK_K=block_k, INT8=int8, LINEAR=linear is not None,
-            num_warps=8 if block_q > 64 else 4, num_stages=stages_of(v))
+            BLOCK_Q=block_q, BLOCK_K=block_k, ROWS=rows, COLUMNS=columns, INT8=int8, LINEAR=linear is not None,
+            num_warps=warps, num_stages=stages_of(v))
     return out
+
+
+def tile(dtype: torch.dtype, block_q: int, block_k: int) -> tuple[int, int, int]:
+    """Queries and keys that a program holds at once, and its warps: the whole blocks, but for fp32 parts of them.
+
+    Whole blocks of 128 channels in fp32 need 128 to 192 KB of shared memory, of which most GPUs have 99.
+    """
+    rows, columns = (min(block_q, 32), min(block_k, 64)) if dtype == torch.float32 else (block_q, block_k)
+    return rows, columns, 8 if rows > 64 else 4
 
 
 @triton.jit
@@ -114,25 +125,30 @@ def _attend(near_q, near_k, v, q, q_scale, k_scale, kept, mixed, total, bias, ou
             q_stride_b, q_stride_n, q_stride_h, k_stride_b, k_stride_n, k_stride_h, v_stride_b, v_stride_n, v_stride_h,
             phi_stride_b, phi_stride_n, phi_stride_h, to_base_2, linear_eps,
             KEEP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-            INT8: tl.constexpr, LINEAR: tl.constexpr):
-    """A block of queries of one head over its kept blocks.  near_q, near_k: q and k or their int8; phi strides: q's."""
-    block, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    row = (block * BLOCK_Q + tl.arange(0, BLOCK_Q)).to(tl.int64)[:, None]
+            ROWS: tl.constexpr, COLUMNS: tl.constexpr, INT8: tl.constexpr, LINEAR: tl.constexpr):
+    """ROWS queries of one head over the kept blocks of the block that they are of, COLUMNS keys at once.
+
+    near_q, near_k: q and k or their int8; phi strides: q's.
+    """
+    first, head = tl.program_id(0) * ROWS, tl.program_id(1).to(tl.int64)
+    block, blocks = first // BLOCK_Q, tl.cdiv(queries, BLOCK_Q)
+    row = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     channel = tl.arange(0, HEAD_DIM)[None, :]
     batch, slot = head // heads, head % heads
     near_q += batch * q_stride_b + slot * q_stride_h
     near_k += batch * k_stride_b + slot * k_stride_h
     v += batch * v_stride_b + slot * v_stride_h
-    kept += (head * tl.num_programs(0) + block) * KEEP
+    kept += (head * blocks + block) * KEEP
     query = tl.load(near_q + row * q_stride_n + channel, mask=row < queries, other=0)
     if INT8:
-        to_base_2 *= tl.load(q_scale + head * tl.num_programs(0) + block)
+        to_base_2 *= tl.load(q_scale + head * blocks + block)
     else:
         query = query.to(v.dtype.element_ty)
-    top, weight_sum, near = start_softmax(BLOCK_Q, HEAD_DIM)
-    for i in range(KEEP):                              # known when it is compiled: a run has a few shapes of video
-        key_block = tl.load(kept + i)
-        key_row = (key_block * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)
+    top, weight_sum, near = start_softmax(ROWS, HEAD_DIM)
+    PARTS: tl.constexpr = BLOCK_K // COLUMNS           # the first has a key that is real
+    for i in range(KEEP * PARTS):                      # known when it is compiled: a run has a few shapes of video
+        key_block = tl.load(kept + i // PARTS)
+        key_row = (key_block * BLOCK_K + i % PARTS * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)
         real = (key_row < keys)[:, None]
         key = tl.load(near_k + key_row[:, None] * k_stride_n + channel, mask=real, other=0)
         value = tl.load(v + key_row[:, None] * v_stride_n + channel, mask=real, other=0.0)
@@ -149,7 +165,7 @@ def _attend(near_q, near_k, v, q, q_scale, k_scale, kept, mixed, total, bias, ou
         phi = channel_softmax(tl.load(q + row * phi_stride_n + channel, mask=row < queries, other=0.0))
         summary = tl.load(mixed + (head * HEAD_DIM + tl.arange(0, HEAD_DIM)[:, None]) * HEAD_DIM + channel)
         key_sum = tl.load(total + head * HEAD_DIM + channel)
-        far = tl.dot(phi.to(summary.dtype), summary, input_precision="ieee")      # once: tf32x3 is short of room
+        far = tl.dot(phi.to(summary.dtype), summary, input_precision="tf32x3")
         result += far / (tl.sum(phi * key_sum, 1) + linear_eps)[:, None] + tl.load(bias + channel).to(tl.float32)
     place = (batch * queries + row) * heads + slot                              # of out [B, N, heads]
     tl.store(out + place * HEAD_DIM + channel, result.to(out.dtype.element_ty), mask=row < queries)
