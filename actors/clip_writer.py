@@ -201,6 +201,8 @@ def provenance(request: Request) -> dict[str, str]:
             "attention": request.attention, "clip_id": request.clip_id}
     if request.image is not None:
         said["image_sha256"] = request.image.sha256
+    if request.decode_precision is not None:
+        said["decode_precision"] = request.decode_precision
     return {key: readable(value) for key, value in said.items()}
 
 

@@ -22,14 +22,15 @@ class Decoder:
     """Latents in, Frames out; one VAE on one device. Making it loads; calling it only computes."""
 
     def __init__(self, card: ModelCard, weights: Path, device: str = "cpu", *, precision: str | None = None,
-                 threads: int = 1):
-        """threads: torch's, for the whole process; fixed, since the last bits of a result may depend on it.
+                 decode_precision: str | None = None, threads: int = 1):
+        """precision: of the model; decode_precision: of the VAE, None for what the model's card gives it.
+        threads: torch's, for the whole process; fixed, since the last bits of a result may depend on it.
 
         Raises CheckpointError.
         """
         torch.set_num_threads(threads)
         self.card, self.device, self.safe = card, device, False
-        self.vae = card.vae(weights, device, precision)
+        self.vae = card.vae(weights, device, precision, decode_precision)
         self.scale, self.bias = (t.to(device).view(-1, 1, 1, 1) for t in card.latent_statistics(weights))
         self.copies = torch.cuda.Stream(device) if device.startswith("cuda") else None
 

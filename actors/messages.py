@@ -39,6 +39,7 @@ class Request:
     precision: str                  # fp32, bf16, int8
     attention: str                  # dense, sage, sparse
     image: FirstFrame | None = None     # for a model that takes one
+    decode_precision: str | None = None     # fp32 or bf16: of the VAE, where it is not the model's own
 
     @property
     def embedding_key(self) -> str:

@@ -77,6 +77,9 @@ def render_options(
     precision: Annotated[str | None, typer.Option(
         metavar="fp32|bf16|int8", help="int8: the transformer's linear layers, the rest bf16.  "
         "[default: bf16 on a GPU, fp32 on a CPU, int8 of INT8 weights]")] = None,
+    decode_precision: Annotated[str | None, typer.Option(
+        metavar="fp32|bf16", help="Of the VAE that makes pixels of latents.  "
+        "[default: the model's; fp32 for Wan, as it was released]")] = None,
     attention: Annotated[str | None, typer.Option(
         metavar="dense|sage|sparse", help="sage: INT8 logits; sparse: the best blocks of keys alone.  "
         "[default: the model's; dense, but for models tuned for sparse]")] = None,

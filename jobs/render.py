@@ -89,9 +89,10 @@ class Night:
         """What decides which clips this run has: a run folder holds one such run."""
         plan = self.plan
         images = {"images_digest": plan.images_digest} if plan.images_digest else {}
+        decode = {"decode_precision": plan.decode_precision} if plan.decode_precision else {}
         return {"manifest_digest": plan.manifest.digest, **images, "model": plan.card.name,
                 "weights_fingerprint": plan.weights_fingerprint, "precision": plan.precision,
-                "attention": plan.attention, **plan.defaults.model_dump()}
+                "attention": plan.attention, **decode, **plan.defaults.model_dump()}
 
 
 def prepare(job: RenderJob) -> Night:
@@ -114,6 +115,7 @@ def prepare(job: RenderJob) -> Night:
     device = job.device or device_of(job.ray)
     precision = job.precision or before.get("precision") or card.precision_in(weights, device)
     attention = job.attention or before.get("attention") or card.attentions[0]
+    decode_precision = job.decode_precision or before.get("decode_precision")
     for name, value, allowed in (("precision", precision, card.precisions), ("attention", attention, card.attentions)):
         if value not in allowed:
             raise UsageError(f"--{name} must be {' or '.join(allowed)} for {card.name}; got {value}")
@@ -122,7 +124,8 @@ def prepare(job: RenderJob) -> Night:
     if card.takes_image and manifest.table.num_rows >= MANY_IMAGES:
         print(f"reading the images of {counted(manifest.table.num_rows, 'row')}", file=sys.stderr, flush=True)
     plan = Plan.make(manifest, card, defaults, weights_fingerprint=fingerprint(weights_files(card, weights)),
-                     precision=precision, attention=attention, skip_invalid=job.skip_invalid)
+                     precision=precision, attention=attention, decode_precision=decode_precision,
+                     skip_invalid=job.skip_invalid)
     if job.strict and (fallbacks or plan.roundings):
         said = "; ".join([*fallbacks, *(f"{counted(rows, 'row')}: {note}" for note, rows in plan.roundings[:10])])
         raise UsageError(f"--strict, and not every row can be rendered as asked: {said}")
@@ -303,9 +306,9 @@ def work(night: Night, book: Book, todo: Iterable[Request], num_clips: int, budg
     if weights and "://" not in weights:                # the processes that read it may run in another folder
         weights = str(Path(weights).expanduser().absolute())
     stages = text_to_video(night.card, weights, night.store, device=night.device, precision=night.plan.precision,
-                           attention=night.plan.attention, strict=job.strict, compiled=job.compile, batch=job.batch,
-                           samplers=job.samplers, threads=job.threads_per_sampler or 1,
-                           keep_latents=job.keep_latents)
+                           attention=night.plan.attention, decode_precision=night.plan.decode_precision,
+                           strict=job.strict, compiled=job.compile, batch=job.batch, samplers=job.samplers,
+                           threads=job.threads_per_sampler or 1, keep_latents=job.keep_latents)
     with Display(total=num_clips, view=view) as display:
         def on_progress(progress: cluster.Progress) -> None:
             display.update(progress)

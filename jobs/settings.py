@@ -34,6 +34,7 @@ class RenderJob(BaseModel):
     guidance: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
 
     precision: Literal["fp32", "bf16", "int8"] | None = None
+    decode_precision: Literal["fp32", "bf16"] | None = None
     attention: Literal["dense", "sage", "sparse"] | None = None
     compile: bool = False                               # the diffusion model, for each shape of clip
     batch: Count = 1                                    # clips sampled at once, of one shape and course

@@ -96,15 +96,23 @@ class ModelCard:
         """The text encoder, loaded.  Raises CheckpointError."""
         raise NotImplementedError
 
-    def vae(self, weights: Path, device: str, precision: str | None = None) -> "WanVAE":
-        """The VAE, loaded, in eval mode; either published key layout.  Raises CheckpointError."""
+    def vae(self, weights: Path, device: str, precision: str | None = None,
+            decode_precision: str | None = None) -> "WanVAE":
+        """The VAE, loaded, in eval mode; either published key layout.  decode_precision: fp32 or bf16, else its own.
+
+        Raises CheckpointError.
+        """
         from model import checkpoint, keys
         from model.wan_vae import WanVAE, channels_last
         from model.weights import layout_in, stored_at
         vae = checkpoint.build(lambda: WanVAE(self.vae_config), stored_at(weights, layout_in(self, weights).vae),
                                keys.WAN_VAE, keys.WAN_VAE_DIFFUSERS, name=self.name, device=device,
-                               precision=precision or self.precision_on(device))
+                               precision=decode_precision or self.vae_precision(precision or self.precision_on(device)))
         return channels_last(vae)
+
+    def vae_precision(self, precision: str) -> str:
+        """What the VAE runs when nobody says: fp32 or bf16, by the precision of the rest."""
+        return "fp32" if precision == "fp32" else "bf16"
 
     @property
     def dit_tables(self) -> tuple["KeyTable", ...]:

@@ -218,9 +218,9 @@ class WanCard(ModelCard):
                                 stored_at(weights, layout_in(self, weights).image_encoder), keys.CLIP_VISION,
                                 name=self.name, device=device, precision=precision or self.precision_on(device))
 
-    def vae(self, weights: Path, device: str, precision: str | None = None) -> "WanVAE":
-        """The VAE, in fp32 whatever the precision of the rest, as the releases run it.  Raises CheckpointError."""
-        return super().vae(weights, device, "fp32")
+    def vae_precision(self, precision: str) -> str:
+        """fp32 whatever the precision of the rest, as the releases run it."""
+        return "fp32"
 
     def latent_statistics(self, weights: Path) -> tuple["Tensor", "Tensor"]:
         """scale and bias, each [C] fp32: normalised latent = latent * scale + bias."""
@@ -263,12 +263,9 @@ class TurboCard(WanCard):
         from model import keys
         return keys.TURBO_WAN, keys.TURBO_WAN_TRAINED
 
-    def vae(self, weights: Path, device: str, precision: str | None = None) -> "WanVAE":
-        """The VAE, in bf16 unless all is fp32: TurboDiffusion does not run it in fp32 as Wan does.
-
-        Raises CheckpointError.
-        """
-        return ModelCard.vae(self, weights, device, precision)
+    def vae_precision(self, precision: str) -> str:
+        """bf16 unless all is fp32: TurboDiffusion does not run it in fp32 as Wan does."""
+        return ModelCard.vae_precision(self, precision)
 
 
 LINUM_V2_360P = LinumCard(

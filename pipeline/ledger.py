@@ -45,6 +45,7 @@ COLUMNS = pa.schema({
     "quality.motion": pa.float64(), "quality.flicker": pa.float64(), "quality.psnr_db": pa.float64(),
     "quality.audio_peak": pa.float64(), "quality.audio_clipped": pa.float64(),
     "quality.seed": pa.int64(),                        # what the clip was made with, if not with the row's own seed
+    "decode_precision": pa.string(),                   # of the VAE, where it is not the model's own
 })
 NO_COLUMNS = pa.schema([])
 
@@ -156,7 +157,7 @@ def row_of(name: str, value: "Clip | Failure", outcome: "Outcome | None" = None,
         "negative_prompt": request.negative_prompt, "width": request.shape.width, "height": request.shape.height,
         "frames": request.shape.frames, "fps": request.fps, "steps": request.num_steps, "guidance": request.guidance,
         "model": request.model, "weights_fingerprint": request.weights_fingerprint, "precision": request.precision,
-        "attention": request.attention, "finished_at": datetime.now(UTC),
+        "attention": request.attention, "decode_precision": request.decode_precision, "finished_at": datetime.now(UTC),
     }
     if hasattr(value, "error_type"):
         row |= {"status": "failed", "error_type": value.error_type, "fallbacks": [],

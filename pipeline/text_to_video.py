@@ -24,10 +24,11 @@ ENCODED_AHEAD = 1000                    # clips whose prompts are encoded before
 
 def text_to_video(card: ModelCard, weights: str | None, store: Store, *, device: str, precision: str, attention: str,
                   batch: int = 1, samplers: int | None = None, threads: int = 1, keep_latents: bool = False,
-                  strict: bool = False, compiled: bool = False) -> list[Stage]:
+                  strict: bool = False, compiled: bool = False, decode_precision: str | None = None) -> list[Stage]:
     """weights: as `locate` takes them; each machine finds or fetches its own.  threads: of a sampler, and fixed,
     because the last bits of a latent may depend on it.  keep_latents: leave them in the run folder after publishing.
     strict: a clip that was not made as its row asks fails before the next stage.  compiled: the diffusion model.
+    decode_precision: of the VAE, None for the model's own.
     """
     def model(actor: Callable[..., Any], threads: int = 1, name: str | None = None, **options: Any) -> Step:
         return Step(actor=with_weights, name=name, args=dict(actor=actor, card=card, weights=weights, device=device,
@@ -39,7 +40,8 @@ def text_to_video(card: ModelCard, weights: str | None, store: Store, *, device:
     encode = Step(actor=Keep, args=dict(step=encoder, store=store, folder=EMBEDDINGS))
     sampler = model(DENOISERS[type(card)], threads, attention=attention, compiled=compiled)
     sample = Step(actor=KeepSampled, args=dict(step=sampler, store=store))
-    publish = [*fetch, model(Decoder, name="decode"), Step(actor=Gate), Step(actor=ClipWriter, args=dict(store=store))]
+    decode = model(Decoder, name="decode", decode_precision=decode_precision)
+    publish = [*fetch, decode, Step(actor=Gate), Step(actor=ClipWriter, args=dict(store=store))]
     if not keep_latents:
         publish.append(Step(actor=Drop, args=dict(store=store)))
     return [

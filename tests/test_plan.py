@@ -23,7 +23,7 @@ from model.catalog import CATALOG
 from pipeline.complaints import ManifestError
 from pipeline.images import ALLOWED_IMAGE
 from pipeline.manifest import Manifest
-from pipeline.plan import Defaults, Plan, clip_id_of
+from pipeline.plan import Defaults, Plan, clip_id_of, with_another_seed
 
 DEMO = replace(CATALOG["demo"], num_steps=20, guidance=3.0)     # whatever its tuning is: the clip_id below is for these
 I2V = CATALOG["wan2.1-i2v-14b"]
@@ -262,6 +262,23 @@ def test_a_clip_id_is_the_hash_of_canonical_json(prompt, negative, seed, guidanc
                 num_steps=20, precision="fp32", prompt=prompt, seed=seed, weights_fingerprint="w", width=64)
     canonical = json.dumps(said, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
     assert clip_id_of(**said) == hashlib.sha256(canonical).hexdigest()
+
+
+def test_the_precision_of_decoding_names_other_clips_only_where_it_is_not_the_models_own(tmp_path):
+    """DEMO in fp32 decodes in fp32."""
+    pq.write_table(pa.table({"prompt": ["a"], "seed": [1]}), tmp_path / "m.parquet")
+    said, requests = {}, {}
+    for decode in (None, "fp32", "bf16"):
+        plan = Plan.make(Manifest.read(str(tmp_path / "m.parquet")), DEMO, weights_fingerprint="w", precision="fp32",
+                         decode_precision=decode)
+        [requests[decode]] = plan.requests()
+        said[decode] = plan.summary()["settings"].get("decode_precision")
+    assert said == {None: None, "fp32": None, "bf16": "bf16"} and requests[None] == requests["fp32"]
+    assert requests["bf16"].decode_precision == "bf16" and requests["bf16"].clip_id != requests[None].clip_id
+    assert requests["bf16"].embedding_key == requests[None].embedding_key
+    again = with_another_seed(requests["bf16"])
+    assert again.decode_precision == "bf16"
+    assert again.clip_id != with_another_seed(replace(requests["bf16"], decode_precision=None)).clip_id
 
 
 def test_urgent_clips_come_first_then_shapes_then_buckets_then_prompts(tmp_path):

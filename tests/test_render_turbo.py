@@ -6,6 +6,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
+from actors.decoder import Decoder
 from golden import GOLDENS
 from jobs.cli import main
 from model import checkpoint, turbo
@@ -108,6 +109,8 @@ def test_the_vae_of_a_turbo_model_is_bf16_as_it_is_released(tmp_path, capsys):
         assert TURBO_TINY.vae(weights, "cpu", precision).from_latent.weight.dtype == dtype
     write_weights(tmp_path / "wan")
     assert WAN_TINY.vae(tmp_path / "wan", "cpu", "bf16").from_latent.weight.dtype == torch.float32
+    decoder = Decoder(WAN_TINY, tmp_path / "wan", precision="fp32", decode_precision="bf16")
+    assert decoder.vae.from_latent.weight.dtype == torch.bfloat16
 
 
 def test_one_quant_file_of_a_folder_with_both_can_be_named(tmp_path, capsys):

@@ -68,6 +68,29 @@ def test_prompts_become_clips(name, in_process, tmp_path, capsys):
     assert code == 0 and again["rendered"] == 0
 
 
+def test_wan_decodes_in_bf16_where_it_is_asked_to_and_plan_run_and_ledger_say_so(in_process, tmp_path, capsys):
+    weights, path = tmp_path / "weights", manifest(tmp_path, ROWS[:1])
+    write_weights(weights, WAN_TINY)
+    bf16 = ("--decode-precision", "bf16")
+    assert render(capsys, path, tmp_path / "own", "wan-tiny", weights)[0] == 0
+    assert render(capsys, path, tmp_path / "bf16", "wan-tiny", weights, *bf16)[0] == 0
+    [own], [ours] = (rows_of(tmp_path / out).values() for out in ("own", "bf16"))
+    assert (own["decode_precision"], ours["decode_precision"]) == (None, "bf16")
+    assert own["clip_id"] != ours["clip_id"] and own["precision"] == ours["precision"] == "fp32"
+    identities = [json.loads((tmp_path / out / "run.json").read_text())["identity"] for out in ("own", "bf16")]
+    assert identities[1] == identities[0] | {"decode_precision": "bf16"}
+    # a run goes on as it began: with what it keeps, with nothing said, and with its own default said
+    for out, options in (("bf16", ()), ("bf16", bf16), ("own", ()), ("own", ("--decode-precision", "fp32"))):
+        code, said = render(capsys, path, tmp_path / out, "wan-tiny", weights, *options)
+        assert (code, said["rendered"]) == (0, 0)
+    what = "--model", "wan-tiny", "--weights", str(weights), "--device", "cpu"
+    for out, precision, before, now in (("own", "bf16", "None", "bf16"), ("bf16", "fp32", "bf16", "None")):
+        assert main(["render", str(path), "--out", str(tmp_path / out), *what, "--decode-precision", precision]) == 2
+        assert f"decode_precision was {before}, is {now}" in capsys.readouterr().err
+    assert main(["plan", str(path), "--out", str(tmp_path / "plan"), *what, *bf16]) == 0
+    assert "decode_precision bf16" in capsys.readouterr().out
+
+
 def test_the_plan_of_a_wan_model_tells_its_defaults(in_process, tmp_path, capsys):
     write_weights(tmp_path / "weights", WAN_TINY)
     assert main(["plan", str(manifest(tmp_path, [{"prompt": "a"}, {"prompt": "b", "duration_s": 2.1}])),
