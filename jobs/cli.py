@@ -75,13 +75,14 @@ def render_options(
     guidance: Annotated[float | None, typer.Option(
         metavar="X", help="For rows that do not say.  [default: the model's]")] = None,
     precision: Annotated[str | None, typer.Option(
-        metavar="fp32|bf16|int8", help="int8: the transformer's linear layers, the rest bf16.  "
-        "[default: bf16 on a GPU, fp32 on a CPU, int8 of INT8 weights]")] = None,
+        metavar="fp32|bf16|int8|auto", help="int8: the transformer's linear layers, the rest bf16; auto: the fastest on "
+        "this GPU, as measured.  [default: bf16 on a GPU, fp32 on a CPU, int8 of INT8 weights]")] = None,
     decode_precision: Annotated[str | None, typer.Option(
         metavar="fp32|bf16", help="Of the VAE that makes pixels of latents.  "
         "[default: the model's; fp32 for Wan, as it was released]")] = None,
     attention: Annotated[str | None, typer.Option(
-        metavar="dense|sage|sparse", help="sage: INT8 logits; sparse: the best blocks of keys alone.  "
+        metavar="dense|sage|sparse|auto", help="sage: INT8 logits; sparse: the best blocks of keys alone; auto: the "
+        "fastest on this GPU, as measured, but sparse only for models tuned for it.  "
         "[default: the model's; dense, but for models tuned for sparse]")] = None,
     compile: Annotated[bool | None, typer.Option(
         "--compile/--no-compile", help="Compile the diffusion model (torch.compile): "

@@ -26,6 +26,7 @@ from jobs.settings import RenderJob
 from jobs.signals import on_signals
 from jobs.usage import UsageError, card_named
 from model.catalog import ModelCard
+from model.ways import AUTO, CAPABILITIES, Gpu, Way, fastest
 from model.weights import fingerprint, locate, weights_files
 from pipeline.budget import Budget
 from pipeline.gate import REJECTED
@@ -80,6 +81,7 @@ class Night:
     fallbacks: tuple[str, ...]                          # of every clip, as far as they are known before
     has_begun: bool                                     # the folder holds this run already
     began: float                                        # monotonic
+    chosen_because: str                                 # of precision and attention, where they were to be chosen
 
     @property
     def device(self) -> str:
@@ -113,8 +115,8 @@ def prepare(job: RenderJob) -> Night:
     found = read_run(store)
     before = found["identity"] if found else {}         # a run keeps its own, wherever it is continued
     device = job.device or device_of(job.ray)
-    precision = job.precision or before.get("precision") or card.precision_in(weights, device)
-    attention = job.attention or before.get("attention") or card.attentions[0]
+    way = way_of(job, card, weights, device, found)
+    precision, attention = way.precision, way.attention
     decode_precision = job.decode_precision or before.get("decode_precision")
     for name, value, allowed in (("precision", precision, card.precisions), ("attention", attention, card.attentions)):
         if value not in allowed:
@@ -130,10 +132,45 @@ def prepare(job: RenderJob) -> Night:
         said = "; ".join([*fallbacks, *(f"{counted(rows, 'row')}: {note}" for note, rows in plan.roundings[:10])])
         raise UsageError(f"--strict, and not every row can be rendered as asked: {said}")
     night = Night(job=job, card=card, store=store, plan=plan, fallbacks=fallbacks, has_begun=found is not None,
-                  began=began)
+                  began=began, chosen_because=way.because)
     if found is not None:
         check_run(store, found, night.identity())
     return night
+
+
+def way_of(job: RenderJob, card: ModelCard, weights: Path, device: str, found: dict[str, Any] | None) -> Way:
+    """Precision and attention: as they are said, as the run that is continued has them, chosen, or the model's own.
+
+    Raises UsageError where they are to be chosen for GPUs of several kinds.
+    """
+    said = {"precision": job.precision, "attention": job.attention}
+    if found:                                           # a run keeps its own, wherever it is continued
+        before = found["identity"]
+        said = {name: value if value not in (None, AUTO) else before[name] for name, value in said.items()}
+        return Way(**said, because=found.get("chosen_because") or "")
+    own = card.precision_in(weights, device)
+    if AUTO not in said.values():
+        return Way(precision=said["precision"] or own, attention=said["attention"] or card.attentions[0], because="")
+    # weights that are INT8 already run in nothing else
+    precision = own if own == "int8" else None if said["precision"] == AUTO else said["precision"] or own
+    attention = None if said["attention"] == AUTO else said["attention"] or card.attentions[0]
+    gpus = gpus_of(job.ray) if device == "cuda" else ()
+    if len(gpus) > 1:
+        raise UsageError(f"the machines have GPUs of several kinds ({', '.join(gpu.name for gpu in gpus)}), and one run "
+                         "has one precision and attention: say which, --precision NAME --attention NAME")
+    return fastest(card, gpus[0] if gpus else None, precision=precision, attention=attention)
+
+
+@cache
+def gpus_of(ray: str) -> tuple[Gpu, ...]:
+    """The kinds of GPU that will do the work."""
+    if ray == "local":
+        import torch
+        return Gpu(name=torch.cuda.get_device_name(), capability=torch.cuda.get_device_capability()),
+    from pipeline import cluster
+    with cluster.connect(ray):
+        kinds = sorted({node.gpu for node in cluster.nodes() if node.gpus})
+    return tuple(Gpu(name=kind or "a GPU without a name", capability=CAPABILITIES.get(kind)) for kind in kinds)
 
 
 @cache
@@ -167,7 +204,7 @@ def begin(night: Night) -> None:
         "device": night.device, "rows": summary["rows"], "invalid_rows": summary["invalid_rows"],
         "planned_rows": summary["planned_rows"], "clips": summary["clips"], "duplicates": summary["duplicates"],
         "settings": summary["settings"], "buckets": summary["buckets"], "more_buckets": summary["more_buckets"],
-        "roundings": summary["roundings"], "job": night.job.model_dump(),
+        "roundings": summary["roundings"], "job": night.job.model_dump(), "chosen_because": night.chosen_because,
         "versions": {name: version_of(name) for name in PACKAGES} | {"python": platform.python_version()},
         "began_at": datetime.now(UTC).isoformat(timespec="seconds"),
     })
@@ -186,6 +223,7 @@ class Book:
     def __init__(self, night: Night, lease: Lease | None = None):
         """lease: needed to write."""
         self.store, self.plan, self.limit, self.lease = night.store, night.plan, night.job.limit, lease
+        self.chosen_because = night.chosen_because or None
         self.ledger = Ledger.open(self.store, self.plan.manifest.user.schema)
         keys = self.plan.keys()
         left = self.ledger.pending(keys)
@@ -279,7 +317,8 @@ class Book:
 
     def append(self, rows: list[PlannedRow], value: Any, outcome: Outcome | None) -> None:
         self.lease.check()
-        self.ledger.append([row_of(row.id, value, outcome, seed=row.seed) for row in rows],
+        self.ledger.append([row_of(row.id, value, outcome, seed=row.seed) | {"chosen_because": self.chosen_because}
+                            for row in rows],
                            self.plan.user_columns([row.row for row in rows]))
 
     def counts(self) -> dict[str, int]:
@@ -407,6 +446,8 @@ def notes_of(night: Night) -> list[str]:
     """What will not be quite as asked, for a person."""
     plan, summary = night.plan, night.plan.summary()
     notes = list(night.fallbacks)
+    if night.chosen_because:
+        notes.append(f"{plan.precision} with {plan.attention} attention: {night.chosen_because}")
     if plan.attention == "sparse" and not plan.card.tuned_for_sparse:
         notes.append(f"{plan.card.name} was not tuned for sparse attention: each block of tokens sees the "
                      f"{plan.card.keep_ratio:.0%} of the others that agree with it best, "

@@ -33,9 +33,9 @@ class RenderJob(BaseModel):
     steps: Count | None = None
     guidance: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
 
-    precision: Literal["fp32", "bf16", "int8"] | None = None
+    precision: Literal["fp32", "bf16", "int8", "auto"] | None = None
     decode_precision: Literal["fp32", "bf16"] | None = None
-    attention: Literal["dense", "sage", "sparse"] | None = None
+    attention: Literal["dense", "sage", "sparse", "auto"] | None = None
     compile: bool = False                               # the diffusion model, for each shape of clip
     batch: Count = 1                                    # clips sampled at once, of one shape and course
     samplers: Count | None = None                       # copies of the diffusion model

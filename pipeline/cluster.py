@@ -166,7 +166,14 @@ def reachable(address: str) -> str:
 def nodes() -> list[Node]:
     """The machines of the connected cluster that are alive."""
     return [Node(id=node["NodeID"], host=node["NodeManagerHostname"], cpus=node["Resources"].get("CPU", 0.0),
-                 gpus=node["Resources"].get("GPU", 0.0)) for node in ray.nodes() if node["Alive"]]
+                 gpus=node["Resources"].get("GPU", 0.0), gpu=gpu_of(node["Resources"]))
+            for node in ray.nodes() if node["Alive"]]
+
+
+def gpu_of(resources: dict[str, float]) -> str:
+    """The kind of a node's GPUs; Ray says it as a resource of that name. Empty: it has none, or Ray does not know it."""
+    kind = "accelerator_type:"
+    return next((name.removeprefix(kind) for name in resources if name.startswith(kind)), "")
 
 
 class Process:

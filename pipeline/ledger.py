@@ -46,6 +46,7 @@ COLUMNS = pa.schema({
     "quality.audio_peak": pa.float64(), "quality.audio_clipped": pa.float64(),
     "quality.seed": pa.int64(),                        # what the clip was made with, if not with the row's own seed
     "decode_precision": pa.string(),                   # of the VAE, where it is not the model's own
+    "chosen_because": pa.string(),                     # why this precision and attention, where they were left to us
 })
 NO_COLUMNS = pa.schema([])
 

@@ -22,6 +22,7 @@ class Node:
     cpus: float
     gpus: float = 0.0
     host: str = ""
+    gpu: str = ""                                       # the kind, as Ray names it
 
     @property
     def cpu_share(self) -> float:

@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,7 @@ class Kit:
               f"{f', {failed} failed' if failed else ''}", flush=True)
 
     def write(self) -> None:
-        about = dict(command=self.command, commit=commit(), seconds=round(time.monotonic() - self.began, 1),
+        about = dict(command=self.command, commit=commit(), on=str(date.today()), seconds=round(time.monotonic() - self.began, 1),
                      tiny=self.tiny)
         known = {"about": about, "parts": self.results}
         for name, text in (("results.json", json.dumps(known, indent=1)), ("report.md", markdown(known))):

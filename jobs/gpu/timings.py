@@ -1,6 +1,7 @@
 """The parts that time: this device's roofs, our kernels beside their rivals, and whole models with random weights."""
 
 import importlib.util
+import math
 import os
 import platform
 import shutil
@@ -30,6 +31,7 @@ WANTED = ("triton", "transformers", "ftfy", "pydantic", "av", "ray", "boto3", "d
 TURBO_1_3B, TURBO_14B = "turbo-wan2.1-t2v-1.3b-480p", "turbo-wan2.1-t2v-14b-720p"
 # tokens, width, feed-forward, heads of 81 frames: Wan 1.3B at 480p, Wan 14B at 720p
 SIZES = ((32760, 1536, 8960, 12), (75600, 5120, 13824, 40))
+SMALLER = VideoShape(frames=81, height=480, width=832)  # for 14B with dense attention, which at 720p takes 10 s
 TINY_SIZES = ((256, 256, 512, 2),)
 
 
@@ -158,10 +160,13 @@ def attentions(ground: Ground, tokens: int, width: int, heads: int) -> None:
 
 
 def clip(ground: Ground) -> None:
-    """A step of Wan 1.3B turbo at 480p in each way, and the text encoder."""
+    """A step of Wan 1.3B at 480p in each way, distilled and not, and the text encoder."""
     card = CATALOG["demo-turbo" if ground.tiny else TURBO_1_3B]
-    for precision, attention in (("int8", "sparse"), ("bf16", "sparse"), ("int8", "sage"), ("bf16", "dense")):
+    for precision, attention in (("int8", "sparse"), ("bf16", "sparse"), ("int8", "sage"), ("bf16", "sage")):
         steps(ground, card, precision, attention, ways=(precision, attention) == ("int8", "sparse"))
+    card = CATALOG["demo" if ground.tiny else "wan2.1-t2v-1.3b"]
+    for precision, attention in (("bf16", "dense"), ("int8", "dense"), ("int8", "sage")):
+        steps(ground, card, precision, attention, ways=False)
     if not ground.tiny:
         with ground.trying("umT5"):
             encoder = new_encoder_of(card, ground.device)
@@ -199,7 +204,9 @@ def steps(ground: Ground, card: ModelCard, precision: str, attention: str, *, wa
         dit(*given)
         host = 1e3 * (time.perf_counter() - began)
         ground.wait()
-        ground.tell(name, eager_ms=eager, host_ms=host, peak_gb=ground.peak_gb(), built_s=built_s)
+        ground.tell(name, eager_ms=eager, host_ms=host, peak_gb=ground.peak_gb(), built_s=built_s, model=card.name,
+                    precision=precision, attention=attention, width=card.dit_config.width, tuned=card.tuned_for_sparse,
+                    tokens=math.prod(given[0].shape[2:]) // math.prod(card.dit_config.patch))
         if ways and ground.on_gpu:
             graphed = Graphed(dit.forward)
             ground.tell(f"{name}, CUDA graph", ms=ground.ms(lambda: graphed(*given)), peak_gb=ground.peak_gb())
@@ -284,6 +291,10 @@ def big(ground: Ground) -> None:
     if ground.tiny:
         return
     steps(ground, CATALOG[TURBO_14B], "int8", "sparse", ways=False)
+    for precision, attention in (("bf16", "sparse"), ("int8", "sage")):
+        steps(ground, CATALOG[TURBO_14B], precision, attention, ways=False)
+    for precision, attention in (("bf16", "dense"), ("int8", "dense"), ("int8", "sage")):
+        steps(ground, CATALOG["wan2.1-t2v-14b"], precision, attention, ways=False, shape=SMALLER)
     linum = CATALOG["linum-v2-720p"]
     shape = VideoShape(frames=121, height=720, width=1280)
     steps(ground, linum, "bf16", "dense", ways=False, shape=shape)
