@@ -41,15 +41,16 @@ def kernels(arch):
     quantiser = dict(x="*bf16", values="*i8", scales="*fp32", K="i32:16")
     yield "quantise blocks", (linear.quantize_blocks_kernel, quantiser | dict(M="i32"), dict(TILE=128), 8, 3, unfused)
     has = dict(HAS_GAIN=True, HAS_BIAS=True, HAS_SCALE=True, HAS_SHIFT=True)
+    joins = dict(HAS_EARLIER=True, HAS_EARLIER_GATE=True, HAS_UPDATE=True, HAS_GATE=True, KEEP=True)
     around = dict(gain="*fp32", bias="*fp32", scale="*fp32", shift="*fp32", stream="*fp32", y="*i8", scales="*fp32",
                   mean_rstd="*fp32", N="i32", D="i32:16")
     block = triton.next_power_of_2(5120)
     rows, warps = norm.tiling(block)
     yield "quantise rows", (linear.quantize_rows_kernel, quantiser | dict(stride="i32:16"), dict(BLOCK_K=block), 8, 3,
                             unfused)
-    yield "norm, int8", (norm.modulated_norm_kernel, around | dict(x="*fp32", update="*bf16", gate="*fp32", eps="fp32"),
-                         has | dict(HAS_UPDATE=True, HAS_GATE=True, OUTPUT="rows", ROWS=rows, BLOCK_D=block), warps,
-                         3, unfused)
+    yield "norm, int8", (norm.modulated_norm_kernel, around | dict(
+        x="*fp32", earlier="*bf16", earlier_gate="*fp32", update="*bf16", gate="*fp32", eps="fp32"),
+                         has | joins | dict(OUTPUT="rows", ROWS=rows, BLOCK_D=block), warps, 3, unfused)
     yield "norm, blocks", (norm.quantize_norm_blocks_kernel, around, has | dict(TILE=128), 8, 3, unfused)
     yield "rms, rope", (norm.rms_rope_kernel, dict.fromkeys(("q", "k", "q_out", "k_out"), "*bf16")
                         | dict.fromkeys(("q_gain", "k_gain", "cos", "sin"), "*fp32")

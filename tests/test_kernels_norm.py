@@ -1,5 +1,7 @@
 """kernels/norm: references against float64, Triton against the references, and what a compiler sees."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -98,6 +100,28 @@ def test_a_quantised_norm_is_the_norm_within_half_a_step(scheme, bound):
     assert error(dequantize(quantised), y) <= bound * 1.001
 
 
+@pytest.mark.parametrize("impl", ["torch", "pieces", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_an_update_that_is_given_again_and_joins_later_leaves_the_same_stream_and_norms(dtype, impl, triton_device):
+    device = triton_device if impl == "triton" else "cpu"
+    x, given = norm_inputs(BATCH, "normal", PARTS["all"], dtype, device)
+    update, gate = (given.pop(part) for part in ("update", "gate"))
+    second, how = update.flip(-1).contiguous(), dict(given, impl=impl)
+    for norm in (modulated_norm, *(partial(quantized_modulated_norm, scheme=scheme) for scheme in ("rows", "blocks"))):
+        stream, y = norm(x, update=update, gate=gate, **how)
+        both, z = norm(stream, update=second, **how)
+        same, late_y = norm(x, update=update, gate=gate, keep=False, **how)
+        late_both, late_z = norm(x, earlier=(update, gate), update=second, **how)
+        assert same is x and late_both.dtype == dtype
+        assert_close(late_both, both, 1e-6 if dtype == torch.float32 else 1e-3)
+        for got, want in ((late_y, y), (late_z, z)):
+            if norm is modulated_norm:
+                assert_close(got, want, 1e-6 if dtype == torch.float32 else 1e-3)
+            else:
+                torch.testing.assert_close(got.scales, want.scales, rtol=1e-5, atol=1e-8)
+                assert (got.values.int() - want.values.int()).abs().max() <= 1
+
+
 def test_rows_of_zeros_and_constants_become_zeros():
     x = torch.zeros(1, 3, 64)
     x[0, 1] = 5
@@ -190,7 +214,10 @@ def test_the_operators_are_what_they_say_to_a_compiler(impl, triton_device):
     device = triton_device if impl == "triton" else "cpu"
     x, given = norm_inputs(SMALL, "normal", PARTS["all"], device=device)
     for output in ("float16", "rows", "blocks"):
-        torch.library.opcheck(torch.ops.dailies.modulated_norm, (x, *given.values(), 1e-6, output, impl))
+        operands = (x, *given.values(), 1e-6, output, impl)
+        torch.library.opcheck(torch.ops.dailies.modulated_norm, operands)
+        for late in ((x, None, True), (x, given["gate"], False), (None, None, False)):
+            torch.library.opcheck(torch.ops.dailies.modulated_norm, (*operands, *late), test_utils="test_faketensor")
     q, k, q_gain, k_gain, rope = rope_inputs(SMALL, device=device)
     torch.library.opcheck(torch.ops.dailies.rms_rope, (q, k, q_gain, k_gain, *rope, 1, 1e-6, torch.float16, impl))
     torch.library.opcheck(torch.ops.dailies.rms_norm, (q, q_gain, 1e-6, torch.float16, impl))
@@ -204,6 +231,8 @@ def test_what_does_not_fit_is_refused_by_name():
         modulated_norm(x.transpose(0, 1))
     with pytest.raises(ValueError, match="gates an update"):
         modulated_norm(x, gate=torch.zeros(2, 1, 64))
+    with pytest.raises(ValueError, match="joins an earlier one before it; got no update"):
+        modulated_norm(x, earlier=(x, None))
     with pytest.raises(ValueError, match=r"needs x .*float64"):
         modulated_norm(x.double())
     with pytest.raises(ValueError, match=r"needs cos \[3, 1, 32\].*got \[3, 1, 16\]"):

@@ -238,6 +238,47 @@ def test_blocks_are_compiled_once_for_each_shape_of_clip(precision, attention):
             assert torch.equal(dit(latent, time, context), want)
 
 
+@pytest.mark.parametrize("precision, attention, most", [
+    ("fp32", "dense", 1e-5), ("fp32", "sparse", 1e-5), ("int8", "dense", 1e-2)])
+@torch.inference_mode()
+def test_updates_that_join_late_on_a_gpu_join_as_on_a_cpu(precision, attention, most, triton_device, monkeypatch):
+    """Where there is no GPU tensors pretend to be on one, and the kernels run in Triton's interpreter."""
+    torch.manual_seed(0)
+    dit = TURBO_TINY.new_dit().requires_grad_(False).eval()
+    turbo.refit(dit, attention, replace(TURBO_TINY.sparsity, tuned=attention == "sparse"))
+    for name, parameter in dit.named_parameters():
+        parameter.data.normal_(0, 0.15).add_(1.0 if "norm" in name and not name.endswith("bias") else 0.0)
+    for place, layer in turbo.linears_of_blocks(dit) if precision == "int8" else ():
+        dit.set_submodule(place, turbo.Int8Linear.of(layer))
+    given = torch.randn(2, 16, 2, 8, 8), torch.tensor([700.0, 300.0])
+    context = dit.embed([torch.randn(5, 32), torch.randn(9, 32)])
+    want, returned = dit(*given, context), []
+    for block in dit.blocks:
+        block.register_forward_hook(lambda _, inputs, output: returned.append(output))
+    if triton_device == "cpu":
+        monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+        monkeypatch.setattr(torch.Tensor, "is_cpu", False)
+        got = dit(*given, context)
+    else:
+        dit.to("cuda")
+        context = replace(context, keys=tuple(key.cuda() for key in context.keys),
+                          values=tuple(value.cuda() for value in context.values))
+        got = dit(*(part.cuda() for part in given), context).cpu()
+    assert all(isinstance(output, turbo.Late) == (precision == "fp32") for output in returned) and len(returned) == 2
+    assert error(got, want) < most
+
+
+def test_gelu_in_the_product_is_gelu_behind_it(triton_device, monkeypatch):
+    torch.manual_seed(0)
+    layer, x = Linear(64, 96).bfloat16().requires_grad_(False), torch.randn(2, 5, 64).bfloat16()
+    want = torch.nn.functional.gelu(layer(x).float(), approximate="tanh")
+    if triton_device == "cpu":
+        monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+        monkeypatch.setattr(torch.Tensor, "is_cpu", False)
+    got = turbo.gelu_linear(x.to(triton_device), layer.to(triton_device), has_bf16_products=False)
+    assert got.shape == (2, 5, 96) and got.dtype == torch.bfloat16 and error(got.float().cpu(), want) < 0.01
+
+
 @torch.inference_mode()
 def test_more_shapes_of_clip_are_compiled_than_dynamo_allows_by_default():
     from torch._dynamo import config

@@ -15,9 +15,11 @@ from kernels.norm import pieces, reference
 
 Impl = Literal["auto", "torch", "pieces", "triton"]
 Rope = tuple[Tensor, Tensor]
+Update = tuple[Tensor, Tensor | None]                  # and its gate
 
 
-def modulated_norm(x: Tensor, *, update: Tensor | None = None, gate: Tensor | None = None, gain: Tensor | None = None,
+def modulated_norm(x: Tensor, *, update: Tensor | None = None, gate: Tensor | None = None,
+                   earlier: Update | None = None, keep: bool = True, gain: Tensor | None = None,
                    bias: Tensor | None = None, scale: Tensor | None = None, shift: Tensor | None = None,
                    eps: float = 1e-6, dtype: torch.dtype | None = None, impl: Impl = "auto") -> tuple[Tensor, Tensor]:
     """The stream x + gate * update, in x's dtype, and its layer norm, modulated, in `dtype` (by default x's).
@@ -25,19 +27,23 @@ def modulated_norm(x: Tensor, *, update: Tensor | None = None, gate: Tensor | No
     x, update [B, N, D] contiguous, fp32, bf16 or fp16.  gate, scale, shift [B, 1, D]; gain, bias [D].  What is not
     given is left out: without update the stream is x itself. Arithmetic is fp32; the norm is that of the stream as it
     is returned.
+    keep=False: the stream is not written, and x is returned in its place. Its update is then given again with the next
+    one, as `earlier`, an update and its gate that join before. To read an update of 16 bits twice is fewer bytes than
+    to write a stream of 32 bits.
     Raises ValueError for any other shape or dtype.
     """
     output = str(dtype or x.dtype).removeprefix("torch.")
-    stream, values = _modulated_norm(x, update, gate, gain, bias, scale, shift, eps, output, impl)
+    stream, values = _modulated_norm(x, update, gate, earlier, keep, gain, bias, scale, shift, eps, output, impl)
     return stream, values[0]
 
 
 def quantized_modulated_norm(x: Tensor, scheme: Literal["rows", "blocks"], *, update: Tensor | None = None,
-                             gate: Tensor | None = None, gain: Tensor | None = None, bias: Tensor | None = None,
-                             scale: Tensor | None = None, shift: Tensor | None = None, eps: float = 1e-6,
+                             gate: Tensor | None = None, earlier: Update | None = None, keep: bool = True,
+                             gain: Tensor | None = None, bias: Tensor | None = None, scale: Tensor | None = None,
+                             shift: Tensor | None = None, eps: float = 1e-6,
                              impl: Impl = "auto") -> tuple[Tensor, Quantized]:
     """modulated_norm whose second result is int8: quantize_rows or quantize_blocks of the norm in fp32."""
-    stream, values = _modulated_norm(x, update, gate, gain, bias, scale, shift, eps, scheme, impl)
+    stream, values = _modulated_norm(x, update, gate, earlier, keep, gain, bias, scale, shift, eps, scheme, impl)
     return stream, Quantized(*values)
 
 
@@ -71,27 +77,31 @@ def rms_norm(x: Tensor, gain: Tensor, *, eps: float = 1e-6, dtype: torch.dtype |
     return torch.ops.dailies.rms_norm(x, gain, eps, dtype or x.dtype, impl)
 
 
-def _modulated_norm(x: Tensor, update: Tensor | None, gate: Tensor | None, gain: Tensor | None, bias: Tensor | None,
-                    scale: Tensor | None, shift: Tensor | None, eps: float, output: str,
-                    impl: Impl) -> tuple[Tensor, list[Tensor]]:
-    check_modulated_norm(x, update, gate, gain, bias, scale, shift)
+def _modulated_norm(x: Tensor, update: Tensor | None, gate: Tensor | None, earlier: Update | None, keep: bool,
+                    gain: Tensor | None, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None, eps: float,
+                    output: str, impl: Impl) -> tuple[Tensor, list[Tensor]]:
+    first, first_gate = earlier or (None, None)
+    check_modulated_norm(x, update, gate, first, first_gate, gain, bias, scale, shift)
     if impl == "auto":
         impl = "triton" if x.is_cuda else "pieces"
-    results = torch.ops.dailies.modulated_norm(x, update, gate, gain, bias, scale, shift, eps, output, impl)
-    return (x, results) if update is None else (results[0], results[1:])
+    results = torch.ops.dailies.modulated_norm(x, update, gate, gain, bias, scale, shift, eps, output, impl,
+                                               first, first_gate, keep)
+    return (results[0], results[1:]) if keep and update is not None else (x, results)
 
 
-def check_modulated_norm(x: Tensor, update: Tensor | None, gate: Tensor | None, gain: Tensor | None,
-                         bias: Tensor | None, scale: Tensor | None, shift: Tensor | None) -> None:
+def check_modulated_norm(x: Tensor, update: Tensor | None, gate: Tensor | None, earlier: Tensor | None,
+                         earlier_gate: Tensor | None, gain: Tensor | None, bias: Tensor | None, scale: Tensor | None,
+                         shift: Tensor | None) -> None:
     if x.ndim != 3 or not x.is_contiguous():
         raise ValueError(f"modulated_norm needs x [B, N, D], contiguous; got {list(x.shape)}, strides {x.stride()}")
-    batch, tokens, width = x.shape
+    batch, tokens, width = whole = x.shape
+    per_sample = (batch, 1, width)
     check("modulated_norm", x, {
-        "x": (x, (batch, tokens, width)), "update": (update, (batch, tokens, width)),
-        "gate": (gate, (batch, 1, width)), "scale": (scale, (batch, 1, width)), "shift": (shift, (batch, 1, width)),
+        "x": (x, whole), "update": (update, whole), "earlier": (earlier, whole), "gate": (gate, per_sample),
+        "earlier's gate": (earlier_gate, per_sample), "scale": (scale, per_sample), "shift": (shift, per_sample),
         "gain": (gain, (width,)), "bias": (bias, (width,))})
-    if gate is not None and update is None:
-        raise ValueError("modulated_norm gates an update; got a gate alone")
+    if update is None and (gate is not None or earlier is not None):
+        raise ValueError("modulated_norm gates an update, and joins an earlier one before it; got no update")
 
 
 def check_rms_rope(q: Tensor, k: Tensor, q_gain: Tensor, k_gain: Tensor, rope: Rope, heads: int) -> None:
@@ -118,20 +128,26 @@ def check(name: str, x: Tensor, wanted: dict[str, tuple[Tensor | None, tuple[int
 
 @torch.library.custom_op("dailies::modulated_norm", mutates_args=())
 def modulated_norm_op(x: Tensor, update: Tensor | None, gate: Tensor | None, gain: Tensor | None, bias: Tensor | None,
-                      scale: Tensor | None, shift: Tensor | None, eps: float, output: str, impl: str) -> list[Tensor]:
-    """The stream, if there is an update, then y; `output`: y's dtype, or the scheme, for int8 values and scales."""
-    if impl == "torch":
-        return reference.modulated_norm(x, update, gate, gain, bias, scale, shift, eps, output)
-    if impl == "pieces":
-        return pieces.modulated_norm(x, update, gate, gain, bias, scale, shift, eps, output)
-    from kernels.norm import kernel                    # Triton is imported only where it runs
-    return kernel.modulated_norm(x, update, gate, gain, bias, scale, shift, eps, output)
+                      scale: Tensor | None, shift: Tensor | None, eps: float, output: str, impl: str,
+                      earlier: Tensor | None = None, earlier_gate: Tensor | None = None,
+                      keep: bool = True) -> list[Tensor]:
+    """The stream, if there is an update and it is kept, then y; `output`: y's dtype, or the scheme, for int8 values and
+    scales."""
+    if impl == "triton":
+        from kernels.norm import kernel                # Triton is imported only where it runs
+        return kernel.modulated_norm(x, update, gate, earlier, earlier_gate, keep, gain, bias, scale, shift, eps, output)
+    norm = {"torch": reference, "pieces": pieces}[impl].modulated_norm
+    if earlier is not None:                            # in a pass of its own: where passes count it is not asked for
+        x = reference.joined(x, earlier, earlier_gate)
+    results = norm(x, update, gate, gain, bias, scale, shift, eps, output)
+    return results if keep or update is None else results[1:]
 
 
 @modulated_norm_op.register_fake
 def _(x: Tensor, update: Tensor | None, gate: Tensor | None, gain: Tensor | None, bias: Tensor | None,
-      scale: Tensor | None, shift: Tensor | None, eps: float, output: str, impl: str) -> list[Tensor]:
-    stream = [] if update is None else [torch.empty_like(x)]
+      scale: Tensor | None, shift: Tensor | None, eps: float, output: str, impl: str, earlier: Tensor | None = None,
+      earlier_gate: Tensor | None = None, keep: bool = True) -> list[Tensor]:
+    stream = [torch.empty_like(x)] if keep and update is not None else []
     batch, tokens, width = x.shape
     if output == "rows":
         return [*stream, torch.empty_like(x, dtype=torch.int8), x.new_empty((batch, tokens), dtype=torch.float32)]

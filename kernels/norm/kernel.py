@@ -32,8 +32,18 @@ def modulate(y, gain, bias, scale, shift, sample, column, inside, D, HAS_GAIN: t
 
 
 @triton.jit
-def modulated_norm_kernel(x, update, gate, gain, bias, scale, shift, stream, y, scales, mean_rstd, N, D, eps,
-                          HAS_UPDATE: tl.constexpr, HAS_GATE: tl.constexpr, HAS_GAIN: tl.constexpr,
+def join(z, update, gate, at, inside, at_gate, in_row, DTYPE: tl.constexpr, HAS_GATE: tl.constexpr):
+    """z + gate * update, rounded as a stream of this dtype is."""
+    added = tl.load(update + at, mask=inside, other=0.0).to(tl.float32)
+    if HAS_GATE:
+        added *= tl.load(gate + at_gate, mask=in_row, other=0.0).to(tl.float32)
+    return (z + added).to(DTYPE)
+
+
+@triton.jit
+def modulated_norm_kernel(x, earlier, earlier_gate, update, gate, gain, bias, scale, shift, stream, y, scales,
+                          mean_rstd, N, D, eps, HAS_EARLIER: tl.constexpr, HAS_EARLIER_GATE: tl.constexpr,
+                          HAS_UPDATE: tl.constexpr, HAS_GATE: tl.constexpr, KEEP: tl.constexpr, HAS_GAIN: tl.constexpr,
                           HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr,
                           OUTPUT: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
     """One program does ROWS tokens of one sample, which stay in registers: read once, every result written once.
@@ -51,12 +61,13 @@ def modulated_norm_kernel(x, update, gate, gain, bias, scale, shift, stream, y, 
     inside = real[:, None] & in_row
     at = row[:, None] * D + column
     z = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    if HAS_EARLIER:
+        z = join(z, earlier, earlier_gate, at, inside, sample * D + column, in_row, x.dtype.element_ty,
+                 HAS_EARLIER_GATE).to(tl.float32)
     if HAS_UPDATE:
-        added = tl.load(update + at, mask=inside, other=0.0).to(tl.float32)
-        if HAS_GATE:
-            added *= tl.load(gate + sample * D + column, mask=in_row, other=0.0).to(tl.float32)
-        kept = (z + added).to(stream.dtype.element_ty)
-        tl.store(stream + at, kept, mask=inside)
+        kept = join(z, update, gate, at, inside, sample * D + column, in_row, x.dtype.element_ty, HAS_GATE)
+        if KEEP:
+            tl.store(stream + at, kept, mask=inside)
         z = kept.to(tl.float32)                        # what is normalised is what the next reader finds
     mean = tl.sum(z, 1) / D
     centred = tl.where(in_row, z - mean[:, None], 0.0)
@@ -144,12 +155,15 @@ def rms_norm_kernel(x, gain, y, M, D, stride, eps, ROWS: tl.constexpr, BLOCK_D: 
     tl.store(y + row * D + column, z.to(y.dtype.element_ty), mask=inside)
 
 
-def modulated_norm(x: Tensor, update: Tensor | None, gate: Tensor | None, gain: Tensor | None, bias: Tensor | None,
+def modulated_norm(x: Tensor, update: Tensor | None, gate: Tensor | None, earlier: Tensor | None,
+                   earlier_gate: Tensor | None, keep: bool, gain: Tensor | None, bias: Tensor | None,
                    scale: Tensor | None, shift: Tensor | None, eps: float, output: str) -> list[Tensor]:
     batch, tokens, width = x.shape
-    update, gate, gain, bias, scale, shift = (part if part is None else part.contiguous()
-                                              for part in (update, gate, gain, bias, scale, shift))
-    stream = None if update is None else torch.empty_like(x)
+    update, gate, earlier, earlier_gate, gain, bias, scale, shift = (
+        part if part is None else part.contiguous()
+        for part in (update, gate, earlier, earlier_gate, gain, bias, scale, shift))
+    # blocks are scaled in a second pass, over the stream
+    stream = torch.empty_like(x) if update is not None and (keep or output == "blocks") else None
     y = torch.empty_like(x, dtype=torch.int8 if output in ("rows", "blocks") else getattr(torch, output))
     scales = mean_rstd = None
     if output == "rows":
@@ -160,15 +174,16 @@ def modulated_norm(x: Tensor, update: Tensor | None, gate: Tensor | None, gain: 
         mean_rstd = torch.empty((batch, tokens, 2), dtype=torch.float32, device=x.device)
     has = dict(HAS_GAIN=gain is not None, HAS_BIAS=bias is not None,
                HAS_SCALE=scale is not None, HAS_SHIFT=shift is not None)
-    results = [part for part in (stream, y, scales) if part is not None]
+    results = [part for part in (stream if keep else None, y, scales) if part is not None]
     if not x.numel():
         return results
     block = triton.next_power_of_2(width)
     rows, warps = tiling(block)
     # without fused multiply-adds a value is rounded to int8 as in the reference, and memory is what it waits for
     modulated_norm_kernel[(batch * triton.cdiv(tokens, rows),)](
-        x, update, gate, gain, bias, scale, shift, stream, y, scales, mean_rstd, tokens, width, eps,
-        HAS_UPDATE=update is not None, HAS_GATE=gate is not None, **has,
+        x, earlier, earlier_gate, update, gate, gain, bias, scale, shift, stream, y, scales, mean_rstd, tokens, width,
+        eps, HAS_EARLIER=earlier is not None, HAS_EARLIER_GATE=earlier_gate is not None, HAS_UPDATE=update is not None,
+        HAS_GATE=gate is not None, KEEP=stream is not None, **has,
         OUTPUT=output if output in ("rows", "blocks") else "float", ROWS=rows, BLOCK_D=block, num_warps=warps,
         enable_fp_fusion=False)
     if output == "blocks":

@@ -8,10 +8,8 @@ from kernels.int8_linear import reference as int8
 
 def modulated_norm(x: Tensor, update: Tensor | None, gate: Tensor | None, gain: Tensor | None, bias: Tensor | None,
                    scale: Tensor | None, shift: Tensor | None, eps: float, output: str) -> list[Tensor]:
-    stream = x.float()
-    if update is not None:
-        stream = (stream + (update.float() if gate is None else gate.float() * update.float())).to(x.dtype).float()
-    kept = [] if update is None else [stream.to(x.dtype)]
+    kept = [] if update is None else [joined(x, update, gate)]
+    stream = (kept or [x])[0].float()
     centred = stream - stream.mean(-1, keepdim=True)
     y = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
     if gain is not None:
@@ -27,6 +25,11 @@ def modulated_norm(x: Tensor, update: Tensor | None, gate: Tensor | None, gain: 
     if output == "blocks":
         return [*kept, *int8.quantize_blocks(y)]
     return [*kept, y.to(getattr(torch, output))]
+
+
+def joined(x: Tensor, update: Tensor, gate: Tensor | None) -> Tensor:
+    """x + gate * update in x's dtype."""
+    return (x.float() + (update.float() if gate is None else gate.float() * update.float())).to(x.dtype)
 
 
 def rms_rope(x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float, dtype: torch.dtype) -> Tensor:
