@@ -26,3 +26,13 @@ def machine_memory(root: Path = Path("/")) -> int:
         except (FileNotFoundError, ValueError):         # not of this version, or "max": no limit
             continue
     return min(limits)
+
+
+def free_memory(root: Path = Path("/")) -> int:
+    """Bytes that programs could still take here, by the kernel's count; all of it where the kernel does not say."""
+    memory = machine_memory(root)
+    try:
+        lines = (root / "proc/meminfo").read_text().splitlines()
+    except FileNotFoundError:                           # not Linux
+        return memory
+    return min([memory, *(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))])

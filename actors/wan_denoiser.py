@@ -7,29 +7,39 @@ from torch import Tensor
 
 from actors.denoiser import Denoiser
 from actors.messages import Embedding
+from actors.room import free_memory
 from model.guidance import classifier_free
+from model.offload import HostCopy, num_bytes
 from model.samplers import Steps, Streams, Velocity, dpm_solver, unipc
 from model.schedules import wan_sigmas, whole_timestep
 from model.wan import Context, WanDiT
 
 SOLVERS = {"unipc": unipc, "dpm++": dpm_solver}
 SAMPLERS_SHARE = 0.75                                   # of a GPU's memory; the rest is for decoder and encoder
+HOST_SHARE = 0.5                                        # of the free host memory, for experts that take turns
 
 
 class WanDenoiser(Denoiser):
     """Embeddings in, Latents out. The clips of a batch are computed one by one, so a batch changes no bit of them.
 
-    What they share is the turn of an expert: where two do not fit on the GPU, they change places once per batch.
+    What they share is the turn of an expert: where two do not fit on the GPU, they change places once per batch. Where
+    the host has room for both they stay there too, and a turn copies one in and none back.
     """
 
     def load(self, weights: Path) -> None:
         first = self.card.dit(weights, self.device, self.precision, self.attention)
-        self.experts, self.running = [first], 0
+        self.experts, self.running, self.kept = [first], 0, []
         for expert in range(1, self.card.num_experts):
             if not self.fits_twice(first):              # made where it will run: what is made depends on that
-                first.to("cpu")
+                if 2 * num_bytes(first) <= HOST_SHARE * free_memory():
+                    self.kept.append(HostCopy(first))
+                    self.kept[0].leave()
+                else:
+                    first.to("cpu")
                 self.running, self.weights_move = expert, True
             self.experts.append(self.card.dit(weights, self.device, self.precision, self.attention, expert=expert))
+        if self.kept:
+            self.kept.append(HostCopy(self.experts[1]))
 
     @property
     def transformers(self) -> list[WanDiT]:
@@ -74,11 +84,14 @@ class WanDenoiser(Denoiser):
 
     def turn(self, expert: int) -> WanDiT:
         """This expert on the device; if it waited elsewhere, the other waits there now."""
-        if self.running != expert:
+        if self.running != expert and self.kept:
+            self.kept[self.running].leave()
+            self.kept[expert].bring(self.device)
+        elif self.running != expert:
             home = next(self.experts[expert].parameters()).device
             self.experts[self.running].to(home)
             self.experts[expert].to(self.device)
-            self.running = expert
+        self.running = expert
         return self.experts[expert]
 
     def contexts(self, dit: WanDiT, embedding: Embedding) -> tuple[Context, Context]:
@@ -96,7 +109,3 @@ class WanDenoiser(Denoiser):
             raise ValueError(f"{self.card.name} makes video from {wanted}; "
                              f"clip {embedding.request.clip_id} comes {'with' if embedding.image else 'without'} one")
         return embedding.image[0][None].to(self.device) if embedding.image else None
-
-
-def num_bytes(dit: WanDiT) -> int:
-    return sum(tensor.numel() * tensor.itemsize for tensor in (*dit.parameters(), *dit.buffers()))

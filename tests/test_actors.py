@@ -13,7 +13,7 @@ import torch
 from actors.decoder import Decoder, NonFiniteFrames, to_uint8
 from actors.denoiser import Denoiser, NonFiniteLatent, noise
 from actors.messages import Embedding, Latent
-from actors.room import machine_memory, room_on
+from actors.room import free_memory, machine_memory, room_on
 from actors.text_encoder import TextEncoder
 from golden import E2E, E2E_CARD, Golden, e2e_request, error
 from graph_recorder import Recorder
@@ -216,6 +216,16 @@ def test_a_container_has_the_memory_of_its_limit(tmp_path):
         (tmp_path / "sys/fs/cgroup" / name).write_text(f"{limit}\n")
         assert machine_memory(tmp_path) == limit
     assert 0 < room_on("cpu") < machine
+
+
+def test_free_memory_is_what_the_kernel_says_and_no_more_than_the_containers_limit(tmp_path):
+    assert free_memory(tmp_path) == machine_memory(tmp_path)
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 64000 kB\nMemAvailable: 4000 kB\n")
+    assert free_memory(tmp_path) == 4_096_000
+    (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
+    (tmp_path / "sys/fs/cgroup/memory.max").write_text("3000000\n")
+    assert free_memory(tmp_path) == 3_000_000
 
 
 def test_a_text_is_encoded_once_while_it_is_remembered(monkeypatch):

@@ -12,6 +12,7 @@ from actors.messages import Embedding, Latent, Request
 from actors.text_encoder import TextEncoder
 from actors.wan_denoiser import WanDenoiser
 from golden import Golden, error
+from model.offload import HostCopy
 from model.shapes import VideoShape
 from wan_tiny import WAN_TINY, WAN_TINY_A14B, WAN_TINY_I2V_A14B, write_weights
 
@@ -99,6 +100,64 @@ def test_experts_that_do_not_fit_together_take_turns_once_per_batch_and_give_the
     assert all(torch.equal(latent.streams[0], want.streams[0]) for latent in got)
     denoiser([embedding] * 2)
     assert [place for place, _ in moves] == [0, 1, 1, 0, 0, 1]
+
+
+def test_experts_that_take_turns_are_copied_from_host_memory_and_never_back(a14b, monkeypatch):
+    golden, folder, card, embedding = a14b
+    want, = denoiser_of(golden, folder, card)([embedding])
+    monkeypatch.setattr(WanDenoiser, "fits_twice", lambda self, dit: False)
+    denoiser = denoiser_of(golden, folder, card)
+    assert denoiser.weights_move and denoiser.running == 1 and len(denoiser.kept) == 2
+    kept = [[host.clone() for _, host in copy.pairs] for copy in denoiser.kept]
+    moves = []
+    for place, copy in enumerate(denoiser.kept):
+        for way in ("bring", "leave"):
+            def move(*device, place=place, way=way, copy=copy):
+                moves.append((place, way))
+                getattr(HostCopy, way)(copy, *device)
+            monkeypatch.setattr(copy, way, move)
+    for latent in denoiser([embedding] * 3):
+        assert torch.equal(latent.streams[0], want.streams[0])
+    assert moves == [(1, "leave"), (0, "bring"), (0, "leave"), (1, "bring")]
+    for copy, before in zip(denoiser.kept, kept, strict=True):
+        for (weight, host), values in zip(copy.pairs, before, strict=True):
+            assert torch.equal(host, values) and torch.equal(weight, values)
+    assert all(weight.data_ptr() == host.data_ptr() for weight, host in denoiser.kept[0].pairs)     # it waits there
+
+
+def test_without_room_on_the_host_experts_are_moved(a14b, monkeypatch):
+    golden, folder, card, embedding = a14b
+    want, = denoiser_of(golden, folder, card)([embedding])
+    monkeypatch.setattr(WanDenoiser, "fits_twice", lambda self, dit: False)
+    monkeypatch.setattr("actors.wan_denoiser.free_memory", lambda: 1000)
+    denoiser = denoiser_of(golden, folder, card)
+    assert denoiser.weights_move and not denoiser.kept
+    assert torch.equal(denoiser([embedding])[0].streams[0], want.streams[0])
+
+
+def test_a_host_copy_holds_weights_of_any_kind_side_by_side():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 3).bfloat16(), torch.nn.LayerNorm(3), torch.nn.Linear(3, 7))
+    model.register_buffer("codes", torch.randint(-128, 127, (3, 5), dtype=torch.int8))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    copy = HostCopy(model)
+    assert len({host.untyped_storage().data_ptr() for _, host in copy.pairs}) == 1
+    with torch.inference_mode():
+        for turn in (copy.leave, lambda: copy.bring("cpu")):
+            turn()
+            assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert isinstance(model[0].weight, torch.nn.Parameter) and not model[0].weight.is_inference()
+
+
+@pytest.mark.gpu
+def test_a_host_copy_is_pinned_and_comes_back_to_the_gpu():
+    model = torch.nn.Linear(300, 200).cuda()
+    before, copy = model.weight.detach().clone(), HostCopy(model)
+    used = torch.cuda.memory_allocated()
+    copy.leave()
+    assert model.weight.is_cpu and model.weight.is_pinned() and torch.cuda.memory_allocated() < used
+    copy.bring("cuda")
+    assert torch.equal(model.weight, before)
 
 
 def test_guidance_of_the_low_noise_expert_is_a_share_of_the_rows(weights, monkeypatch):
