@@ -33,11 +33,14 @@ def kernels(arch):
     unfused = dict(enable_fp_fusion=False)
     for in_blocks, residual in product((False, True), repeat=2):
         name = ("blocks" if in_blocks else "rows") + ", gated" * residual
-        rows, columns, depth, warps, stages = linear.tile(in_blocks, residual, SHARED[arch])
-        yield f"int8 linear, {name}", (linear.int8_linear_kernel, LINEAR, dict(
+        tiling = linear.tiling_for(arch, SHARED[arch], in_blocks, residual)
+        tiles = dict(x=f"tensordesc<i8[{tiling.rows}, {tiling.depth}]>", w=f"tensordesc<i8[{tiling.columns}, {tiling.depth}]>",
+                     y=f"tensordesc<bf16[{tiling.rows}, {tiling.columns // tiling.parts}]>") if tiling.descriptors else {}
+        yield f"int8 linear, {name}", (linear.int8_linear_kernel, LINEAR | tiles, dict(
             HAS_BIAS=True, GELU=not residual, HAS_GATE=residual, HAS_RESIDUAL=residual, IN_BLOCKS=in_blocks,
-            STEPS=1536 // depth, WHOLE_K=True, BLOCK_M=rows, BLOCK_N=columns, BLOCK_K=depth,
-            GROUP_M=linear.GROUP), warps, stages, {})
+            STEPS=1536 // tiling.depth, WHOLE_K=True, BLOCK_M=tiling.rows, BLOCK_N=tiling.columns, BLOCK_K=tiling.depth,
+            GROUP_M=linear.GROUP, PARTS=tiling.parts, LOADS_TILES=tiling.descriptors, STORES_TILES=tiling.descriptors),
+            tiling.warps, tiling.stages, {"maxnreg": tiling.registers} if tiling.registers else {})
     quantiser = dict(x="*bf16", values="*i8", scales="*fp32", K="i32:16")
     yield "quantise blocks", (linear.quantize_blocks_kernel, quantiser | dict(M="i32"), dict(TILE=128), 8, 3, unfused)
     has = dict(HAS_GAIN=True, HAS_BIAS=True, HAS_SCALE=True, HAS_SHIFT=True)
@@ -104,7 +107,7 @@ def report(arch):
         found[name] = {"matrix": sorted(set(re.findall(r"(?:wgmma\.mma_async|mma\.sync)[\w.]*", ptx))),
                        "shared": built.metadata.shared,
                        "spilled": max(map(int, re.findall(r"(\d+) bytes spill stores", said))),
-                       "wide": bool(re.search(r"ld\.global\.v4|cp\.async\.cg.*0x10", ptx))}
+                       "wide": bool(re.search(r"ld\.global\.v4|cp\.async\.cg.*0x10|cp\.async\.bulk\.tensor", ptx))}
     return found
 
 
