@@ -44,8 +44,9 @@ class Decoder:
         video = (latent.streams[0].to(self.device) - self.bias) / self.scale        # fp32, before the VAE rounds it
         video = video[None].to(self.vae.from_latent.weight.dtype)
         room = room_on(self.device) // (SAFE_SHARE if self.safe else 1)
-        slab = self.vae.slab_within(room)
-        rows = self.vae.rows_within(room, self.vae.decoder, *video.shape[2:], slab)
+        clip = self.vae.decoder, *video.shape[2:]
+        rows = self.vae.rows_within(room, *clip)
+        slab = self.vae.slab_within(room, *clip, rows)
         notes = ()
         while (rgb := self.pixels(video, latent.request.shape, rows, slab)) is None:
             rows, slab = -(-rows // 2), max(SLAB, slab // 4)

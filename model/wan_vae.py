@@ -129,8 +129,7 @@ class WanVAE(nn.Module):
             raise ValueError(f"video must have {time}n + 1 frames and sides that are multiples of {space}; "
                              f"got {frames} frames of {height}x{width}. Crop or resample it first")
         steps, height, width = (frames - 1) // time + 1, height // space, width // space
-        slab = slab or self.slab_within()
-        chunk, rows = self.pieces(self.encoder, video, steps, height, width, chunk, rows, slab)
+        chunk, rows, slab = self.pieces(self.encoder, video, steps, height, width, chunk, rows, slab)
         lowest = None
         for band in bands(height, rows, *self.encoder.reach()):
             memory = self.memory(video, slab)
@@ -172,8 +171,7 @@ class WanVAE(nn.Module):
         Bands come from the top, and the pieces of a band in the order of time.
         """
         steps, height, width = latent.shape[2:]
-        slab = slab or self.slab_within()
-        chunk, rows = self.pieces(self.decoder, latent, steps, height, width, chunk, rows, slab)
+        chunk, rows, slab = self.pieces(self.decoder, latent, steps, height, width, chunk, rows, slab)
         lowest = self.decoder.begin(convolve(self.from_latent, latent), self.memory(latent, slab))
         for band in bands(height, rows, *self.decoder.reach()):
             memory = self.memory(latent, slab)
@@ -192,17 +190,31 @@ class WanVAE(nn.Module):
         return Memory(slab=slab, impl=self.impl if self.impl != "auto" else "triton" if kernels else "eager")
 
     def pieces(self, part: "Encoder | Decoder", x: Tensor, steps: int, height: int, width: int, chunk: int | None,
-               rows: int | None, slab: int) -> tuple[int, int]:
-        """chunk and rows as they are said, or else as they should be."""
+               rows: int | None, slab: int | None) -> tuple[int, int, int]:
+        """chunk, rows and slab as they are said, or else as they should be."""
+        rows = height if self.learns(x) else rows or height
+        slab = slab or self.slab_within(None, part, steps, height, width, rows)
         if self.learns(x):
-            return steps, height
-        rows = rows or height
-        return chunk or part.needs().chunk(steps, len(x) * rows * width, slab), rows
+            return steps, rows, slab
+        return chunk or part.needs().chunk(steps, len(x) * rows * width, slab), rows, slab
 
-    def slab_within(self, budget: int | None = None) -> int:
-        """Elements of a slab where a clip may take `budget` bytes, on a GPU by default a quarter of its memory.
+    def rows_within(self, budget: int, part: "Encoder | Decoder", steps: int, height: int, width: int) -> int:
+        """Rows for encode or decode with which one clip takes at most `budget` bytes, as many as may be; at least 1.
 
-        A power of two, so that it is the same on every GPU of a kind; a CPU's is SLAB whatever the budget.
+        part: self.encoder or self.decoder.  steps, height, width: of the latent.  It is in slabs of SLAB elements then.
+        """
+        for count in range(1, height):
+            rows = -(-height // count)
+            if self.bytes_needed(part, steps, height, width, rows) <= budget:
+                return rows
+        return 1
+
+    def slab_within(self, budget: int | None, part: "Encoder | Decoder", steps: int, height: int, width: int,
+                    rows: int) -> int:
+        """Elements of a slab with which a clip in bands of so many rows takes at most `budget` bytes; at least SLAB.
+
+        A CPU's is SLAB; a GPU's a power of two, so that GPUs of a kind agree, for which no clip is cut into more bands:
+        they cost more than small slabs.  budget None: a quarter of a GPU's memory.
         """
         weight = self.from_latent.weight
         if not weight.is_cuda:
@@ -210,26 +222,17 @@ class WanVAE(nn.Module):
         if budget is None:
             budget = torch.cuda.get_device_properties(weight.device).total_memory // 4
         most = int(SLAB_SHARE * budget / (SLABS_AT_ONCE * weight.itemsize))
-        return min(max(SLAB, 2 ** (max(1, most).bit_length() - 1)), LARGEST_SLAB)
-
-    def rows_within(self, budget: int, part: "Encoder | Decoder", steps: int, height: int, width: int,
-                    slab: int | None = None) -> int:
-        """Rows for encode or decode with which one clip takes at most `budget` bytes, as many as may be; at least 1.
-
-        part: self.encoder or self.decoder.  steps, height, width: of the latent.  slab: as in encode.
-        """
-        for count in range(1, height):
-            rows = -(-height // count)
-            if self.bytes_needed(part, steps, height, width, rows, slab) <= budget:
-                return rows
-        return 1
+        slab = min(2 ** (max(SLAB, most).bit_length() - 1), LARGEST_SLAB)
+        while slab > SLAB and self.bytes_needed(part, steps, height, width, rows, slab) > budget:
+            slab //= 2
+        return slab
 
     def bytes_needed(self, part: "Encoder | Decoder", steps: int, height: int, width: int, rows: int,
                      slab: int | None = None) -> int:
         """About what coding a clip takes at its worst moment, beside weights and pixels. Bands may take half of it."""
         cells = width * max(band.bottom - band.top for band in bands(height, rows, *part.reach()))
         lowest = self.config.width * self.config.multipliers[-1] * steps * height * width
-        most = part.needs().elements(steps, cells, slab or self.slab_within())
+        most = part.needs().elements(steps, cells, slab or SLAB)
         return self.from_latent.weight.itemsize * (lowest + max(2 * lowest, most))
 
 
@@ -400,7 +403,10 @@ class FrameAttention(nn.Module):
         self.proj = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
-        return joined(map(self.attended, slabs(x, memory, 3 * x.shape[1])), x.shape[2])
+        made = 3 * x.shape[1]
+        if memory.impl != "eager":                      # attention that keeps its weights makes as much of them
+            made = max(made, x.shape[3] * x.shape[4])
+        return joined(map(self.attended, slabs(x, memory, made)), x.shape[2])
 
     def attended(self, x: Tensor) -> Tensor:
         frames = as_frames(x)                                                   # [B*T, C, H, W]
