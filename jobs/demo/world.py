@@ -4,6 +4,7 @@ A `Scene` holds what the sentence may say (shape, colour, background, direction,
 (where the shape starts, small variations of shade, radius and pace), so that one sentence has many clips.
 """
 
+import itertools
 import math
 import random
 from dataclasses import dataclass, field
@@ -97,6 +98,69 @@ class Scene:
         return video * 2 - 1, coverage
 
 
+# Every combination of attributes, and which of them training may see. A scene is one of these and its variation.
+KINDS = tuple(dict(zip(ATTRIBUTES, values, strict=True)) for values in itertools.product(*ATTRIBUTES.values()))
+SEEN_KINDS = tuple(i for i, kind in enumerate(KINDS) if not Scene(**kind).held_out)
+
+
+class Painter:
+    """Draws many scenes at once from tensors on one device: the pictures of `Scene.render`, with nothing on the host.
+
+    So a GPU that trains need not wait for a CPU, and a step that draws can be recorded as a CUDA graph.
+    Letters  B scenes  F frames; a kind is an index into KINDS.
+    """
+
+    def __init__(self, device: str | torch.device):
+        def table(of_kind) -> Tensor:
+            return torch.tensor([of_kind(kind) for kind in KINDS], dtype=torch.float64, device=device)
+
+        self.seen = torch.tensor(SEEN_KINDS, device=device)
+        self.shapes = table(lambda kind: list(EXTENTS).index(kind["shape"])).long()
+        self.radii, self.speeds = table(lambda kind: RADII[kind["size"]]), table(lambda kind: SPEEDS[kind["speed"]])
+        self.directions = table(lambda kind: DIRECTIONS[kind["direction"]])                  # [kinds, 2], x and y
+        self.extents = table(lambda kind: EXTENTS[kind["shape"]])                            # left, up, right, down
+        self.shades = table(lambda kind: (*COLORS[kind["color"]], *BACKGROUNDS[kind["background"]])).float()
+        self.cells = torch.arange(SIZE, device=device) + 0.5
+
+    def of(self, scenes: "list[Scene]") -> tuple[Tensor, Tensor]:
+        """Kinds and variations of these."""
+        device = self.seen.device
+        return (torch.tensor([KINDS.index(scene.attributes) for scene in scenes], device=device),
+                torch.tensor([scene.variation for scene in scenes], device=device))
+
+    def draw(self, count: int) -> tuple[Tensor, Tensor]:
+        """Kinds [B] that training may see, all alike as in Scene.draw, and variations [B, 10], by torch's generator."""
+        picked = torch.randint(len(self.seen), (count,), device=self.seen.device)
+        return self.seen[picked], torch.rand(count, 10, device=self.seen.device)
+
+    def render(self, kinds: Tensor, variation: Tensor, frames: int, *, start: int | Tensor = 0,
+               total: int | None = None) -> tuple[Tensor, Tensor]:
+        """Video [B, 3, F, 64, 64] in [-1, 1] and coverage [B, F, 64, 64] in [0, 1].
+
+        kinds [B], variation [B, 10] in [0, 1].  start: the same for all, or [B] and then with total.
+        """
+        wide = variation.double()                      # sums of places are made in Python's floats by `Scene` too
+        radius = self.radii[kinds] * (0.94 + 0.12 * wide[:, 0])
+        velocity = (self.speeds[kinds] * (0.9 + 0.2 * wide[:, 1]))[:, None] * self.directions[kinds]
+        before, after = (self.extents[kinds] * radius[:, None] + 1.5).unflatten(1, (2, 2)).unbind(1)     # [B, 2] each
+        travel = velocity * ((start + frames if total is None else total) - 1)
+        low, high = before - travel.clamp_max(0), SIZE - after - travel.clamp_min(0)
+        first = torch.where(high > low, low + wide[:, 2:4] * (high - low), (low + high) / 2)
+        time = torch.arange(frames, device=radius.device) + (start[:, None] if isinstance(start, Tensor) else start)
+        centres = (first[:, None] + velocity[:, None] * time[..., None]).float()                     # [B, F, 2]
+        radius = radius.float()[:, None, None, None]
+        x = (self.cells - centres[:, :, None, None, 0]) / radius                                     # [B, F, 1, 64]
+        y = (self.cells[:, None] - centres[:, :, None, None, 1]) / radius
+        shape, away = self.shapes[kinds][:, None, None, None], None
+        for i, name in enumerate(EXTENTS):
+            apart = distance(name, x, y)
+            away = apart if away is None else torch.where(shape == i, apart, away)
+        coverage = (0.5 - away * radius).clamp(0, 1)
+        colors = ((self.shades[kinds] + (variation[:, 4:] - 0.5) * 16) / 255).clamp(0, 1)
+        shape, background = colors[..., None, None, None].unflatten(1, (2, 3)).unbind(1)             # [B, 3, 1, 1, 1]
+        return (background + (shape - background) * coverage[:, None]) * 2 - 1, coverage
+
+
 def distance(shape: str, x: Tensor, y: Tensor) -> Tensor:
     """Signed distance to the edge of a shape of radius 1 around the origin, negative inside; y points down."""
     if shape == "circle":
@@ -146,3 +210,10 @@ def describe(scene: Scene, rng: random.Random, *, still: bool = False, complete:
     sentence = rng.choice(IMAGE_SENTENCES if still else CLIP_SENTENCES).format(verb=rng.choice(VERBS), **words)
     sentence = " ".join(sentence.split()).replace(" ,", ",").replace(" and ,", ",")
     return sentence.removesuffix(".") + "." if rng.random() < 0.2 else sentence
+
+
+def unseen(count: int, *, seed: int = 7) -> list[tuple[Scene, str]]:
+    """Scenes and complete sentences from a seed not used in training; every second is a combination kept from it."""
+    rng = random.Random(f"unseen {seed}")
+    scenes = [Scene.draw(rng, held_out=i % 2 == 1) for i in range(count)]
+    return [(scene, describe(scene, rng)) for scene in scenes]
