@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from jobs.demo.checker import read_attributes
+from jobs.demo.checker import follow, read_attributes
 from jobs.demo.world import ATTRIBUTES, SIZE, WORDS, Scene, describe
 
 
@@ -46,6 +46,30 @@ def test_checker_is_not_fooled_by_the_answer_it_did_not_see():
     assert backwards["direction"] == opposite[scene.direction]
     assert {k: v for k, v in backwards.items() if k != "direction"} == {
         k: v for k, v in scene.attributes.items() if k != "direction"}
+
+
+def test_a_drawn_shape_is_followed_in_every_frame():
+    rng = random.Random(8)
+    for _ in range(40):
+        scene = Scene.draw(rng, held_out=None)
+        track = follow(to_uint8(scene.render(49)[0]), scene.shape)
+        assert track.colors == (scene.color,) * 49
+        assert track.iou.min() > 0.88 and track.strayed.max() < 0.5, (scene, track.iou.min())
+
+
+def test_a_shape_that_changes_on_the_way_is_seen_where_it_does():
+    rng = random.Random(9)
+    scene = Scene.draw(rng)
+    others = dict(shape="cross" if scene.shape != "cross" else "circle",
+                  color="blue" if scene.color != "blue" else "red")
+    changed = Scene(**{**scene.attributes, **others}, variation=scene.variation)
+    clip = torch.cat((to_uint8(scene.render(49)[0])[:37], to_uint8(changed.render(49)[0])[37:]))
+    track = follow(clip, scene.shape)
+    assert track.colors == (scene.color,) * 37 + (others["color"],) * 12
+    assert track.iou[:37].min() > 0.88 and track.iou[37:].max() < 0.8
+    nothing = clip.clone()
+    nothing[20:] = nothing[0, 0, 0]
+    assert follow(nothing, scene.shape).colors[20:] == ("",) * 29 and not follow(nothing, scene.shape).iou[20:].any()
 
 
 @pytest.mark.parametrize("frames", [25, 49])

@@ -1,6 +1,10 @@
-"""How much of what a prompt says the demo model shows: prompts it never saw, rendered, and read back by the checker."""
+"""How much of what a prompt says the demo model shows: prompts it never saw, rendered, and read back by the checker.
 
-import random
+python -m jobs.demo.evaluate --model demo --weights model/demo --prompts 200
+"""
+
+import argparse
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,16 +15,11 @@ from actors.decoder import Decoder
 from actors.denoisers import DENOISERS
 from actors.messages import Frames, Request
 from actors.text_encoder import TextEncoder
-from jobs.demo.checker import read_attributes
-from jobs.demo.world import ATTRIBUTES, Scene, describe
-from model.catalog import DEMO, ModelCard
+from jobs.demo.checker import Track, follow, read_attributes
+from jobs.demo.world import ATTRIBUTES, unseen
+from model.catalog import CATALOG, DEMO, ModelCard
 
-
-def unseen(count: int, *, seed: int = 7) -> list[tuple[Scene, str]]:
-    """Scenes and complete sentences from a seed not used in training; every second is a combination kept from it."""
-    rng = random.Random(f"unseen {seed}")
-    scenes = [Scene.draw(rng, held_out=i % 2 == 1) for i in range(count)]
-    return [(scene, describe(scene, rng)) for scene in scenes]
+STRAY_PX = 2.0
 
 
 def render_prompts(prompts: list[str], card: ModelCard, weights: Path, device: str, *, num_steps: int | None = None,
@@ -42,18 +41,20 @@ def render_prompts(prompts: list[str], card: ModelCard, weights: Path, device: s
 def evaluate(count: int = 200, *, weights: Path | None = None, device: str = "cpu", num_steps: int | None = None,
              guidance: float | None = None, precision: str | None = None, attention: str = "dense",
              card: ModelCard = DEMO, keep: list[torch.Tensor] | None = None) -> dict:
-    """Shares of right attributes, in all, by attribute, for seen and held-out combinations; CPU seconds per 2 s clip.
+    """Shares of right attributes, in all, by attribute, for seen and held-out combinations; CPU seconds per 2 s clip;
+    and what is seen of the shape frame by frame (`by_frame`).
 
     keep: is given the frames of every clip.
     """
     cases = unseen(count)
     right = {name: 0 for name in ATTRIBUTES}
     by_kind = {False: [0, 0], True: [0, 0]}
-    wrong, began = [], time.process_time()
+    wrong, tracks, began = [], [], time.process_time()
     frames = render_prompts([sentence for _, sentence in cases], card, weights or card.folder, device,
                             num_steps=num_steps, guidance=guidance, precision=precision, attention=attention)
     for (scene, sentence), shown in zip(cases, frames, strict=True):
         seen = read_attributes(shown.rgb)
+        tracks.append((follow(shown.rgb, scene.shape), scene.color))
         if keep is not None:
             keep.append(shown.rgb)
         missed = {name: seen[name] for name, value in scene.attributes.items() if seen[name] != value}
@@ -67,10 +68,45 @@ def evaluate(count: int = 200, *, weights: Path | None = None, device: str = "cp
             "by_attribute": {name: hits / count for name, hits in right.items()},
             "held_out_combinations": by_kind[True][0] / max(1, by_kind[True][1]),
             "seen_combinations": by_kind[False][0] / max(1, by_kind[False][1]),
-            "cpu_s_per_clip": (time.process_time() - began) / count, "wrong": wrong}
+            **by_frame(tracks), "cpu_s_per_clip": (time.process_time() - began) / count, "wrong": wrong}
+
+
+def by_frame(tracks: list[tuple[Track, str]]) -> dict[str, float]:
+    """Of all frames of all clips: shares with the right colour and within STRAY_PX of a straight path; the median IoU
+    with the shape that was asked for, its mean in the first and in the last quarter, and that of one by the other.
+
+    tracks: what was followed, and the colour that was asked for.
+    """
+    iou = torch.stack([track.iou for track, _ in tracks])                                       # [clips, frames]
+    quarter = max(1, iou.shape[1] // 4)
+    first, last = iou[:, :quarter].mean().item(), iou[:, -quarter:].mean().item()
+    right = sum(seen == color for track, color in tracks for seen in track.colors)
+    strayed = torch.stack([track.strayed for track, _ in tracks])
+    return {"frames_of_right_color": right / iou.numel(), "frames_in_place": (strayed < STRAY_PX).float().mean().item(),
+            "iou_median": iou.median().item(), "iou_first_quarter": first, "iou_last_quarter": last,
+            "iou_last_by_first": last / max(first, 1e-6)}
 
 
 def psnr(clips: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
     """Of uint8 frames, in dB over all of them together."""
     errors = [(got.float() - want.float()).square().mean() for got, want in zip(clips, wanted, strict=True)]
     return (10 * torch.log10(255 ** 2 / torch.stack(errors).mean())).item()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=DEMO.name,
+                        choices=[card.name for card in CATALOG.values() if card.folder == DEMO.folder])
+    parser.add_argument("--weights", type=Path, default=DEMO.folder, help="a folder laid out as model/demo, whole")
+    parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--guidance", type=float)
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    card = CATALOG[args.model]
+    figures = evaluate(args.prompts, weights=args.weights, device=args.device, card=card, guidance=args.guidance,
+                       precision="fp32", attention=card.attentions[0])
+    print(json.dumps(dict(model=card.name) | figures, indent=2))
+
+
+if __name__ == "__main__":
+    main()
