@@ -50,7 +50,7 @@ from model.catalog import DEMO, DEMO_SPARSE, DEMO_TURBO
 from model.guidance import classifier_free
 from model.layers import Linear, SelfAttention, rotate
 from model.linum import LinumDiT, TextContext
-from model.schedules import rcm_sigmas, rcm_timestep
+from model.schedules import rcm_sigmas
 from model.text import T5TextEncoder
 from model.turbo import Sparsity
 
@@ -196,7 +196,12 @@ def consistency_loss(data: Tensor, rng: random.Random, teacher: Predict, student
     generator = torch.Generator().manual_seed(rng.getrandbits(62))
     noise = torch.randn(data.shape, generator=generator).to(data.device)
     place = torch.randint(len(places) - 1, (len(data),), generator=generator)
-    here, there = (per_clip(places[at].to(data.device)) for at in (place, place + 1))
+    return loss_at(places[place].to(data.device), places[place + 1].to(data.device), data, noise, teacher, student)
+
+
+def loss_at(here: Tensor, there: Tensor, data: Tensor, noise: Tensor, teacher: Predict, student: Predict) -> Tensor:
+    """here, there: sigmas [B] of each clip's place and of the next one."""
+    here, there = per_clip(here), per_clip(there)
     noisy = torch.lerp(data, noise, here)
     with torch.no_grad():
         x, sigma = noisy, here
@@ -216,9 +221,8 @@ def guided_velocity(teacher: LinumDiT, x: Tensor, sigma: Tensor, texts: TextCont
 
 
 def student_velocity(student: LinumDiT, x: Tensor, sigma: Tensor, texts: TextContext) -> Tensor:
-    """Given the timesteps that its sampler will give it."""
-    timesteps = [rcm_timestep(s) for s in sigma.tolist()]
-    return student(x, torch.tensor(timesteps, device=x.device), texts)
+    """Given the timesteps that its sampler will give it, those of `rcm_timestep`."""
+    return student(x, (1000 * sigma.float()).bfloat16().float(), texts)
 
 
 def per_clip(sigma: Tensor) -> Tensor:

@@ -55,11 +55,9 @@ class Optimizers:
     """
 
     def __init__(self, model: nn.Module, lr: float):
-        outer = ("conv_in", "conv_out", "embed", "head", "shared", "_in.")
         self.matrices, rest = [], []
         for name, p in model.named_parameters():
-            inner = p.ndim >= 2 and p[0].numel() > 1 and min(len(p), p[0].numel()) > 8
-            if inner and "modulation" != name.rpartition(".")[2] and not any(part in name for part in outer):
+            if is_inner(name, p):
                 self.matrices.append((p, nn.Parameter(as_matrix(p.data))))
             else:
                 rest.append(p)
@@ -80,6 +78,13 @@ class Optimizers:
     def load_state_dict(self, state: dict) -> None:
         self.adam.load_state_dict(state["adam"])
         self.muon.load_state_dict(state["muon"])
+
+
+def is_inner(name: str, p: Tensor) -> bool:
+    """Whether Muon trains this parameter."""
+    outer = ("conv_in", "conv_out", "embed", "head", "shared", "_in.")
+    matrix = p.ndim >= 2 and p[0].numel() > 1 and min(len(p), p[0].numel()) > 8
+    return matrix and "modulation" != name.rpartition(".")[2] and not any(part in name for part in outer)
 
 
 def as_matrix(weight: Tensor) -> Tensor:

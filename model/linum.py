@@ -78,6 +78,10 @@ class LinumDiT(nn.Module):
             raise ValueError(f"a text needs 1 to {self.config.text_len} rows; got {lengths}. "
                              "Truncate the prompt's tokens")
         rows = torch.stack([F.pad(text, (0, 0, 0, self.config.text_len - len(text))) for text in texts])
+        return self.embed_rows(rows)
+
+    def embed_rows(self, rows: Tensor) -> TextContext:
+        """embed_text() of texts that are padded already: rows [B, text_len, text_dim], zero past each text's end."""
         rows = self.text_out(F.gelu(self.text_in(rows), approximate="tanh"))
         keys, values = zip(*(block.cross.keys_values(rows) for block in self.blocks), strict=True)
         return TextContext(keys=keys, values=values)
