@@ -49,6 +49,7 @@ PARTS = (
     Part(name="tests", box_s=95, times=False),
     Part(name="kernels", box_s=80, times=True),
     Part(name="clip", box_s=120, times=True),
+    Part(name="night", box_s=70, times=True),
     Part(name="decode", box_s=60, times=True),
     Part(name="profile", box_s=50, times=True),
     Part(name="big", box_s=120, times=True),

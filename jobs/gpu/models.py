@@ -42,6 +42,17 @@ def new_vae(card: ModelCard, device: str, precision: str) -> WanVAE:
     return channels_last(compute_in(vae, torch.bfloat16) if precision == "bf16" else vae)
 
 
+def new_encoder(card: WanCard, device: str) -> nn.Module:
+    """umT5 in bf16, which takes ids."""
+    from model.text import new_encoder as new
+    with torch.device("meta"):
+        encoder = new("umT5", dict(card.text_encoder_fields)).to(torch.bfloat16)
+    encoder = encoder.to_empty(device=device).requires_grad_(False)
+    for parameter in encoder.parameters():
+        parameter.normal_(0, 0.02)
+    return encoder
+
+
 def fill(model: nn.Module, device: str) -> None:
     """Give every tensor that has no memory yet some: normals that keep the size of what passes, gains 1, biases 0."""
     for place, module in list(model.named_modules()):

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from jobs.gpu.checks import around_norm
-from jobs.gpu.models import inputs, new_dit, new_vae
+from jobs.gpu.models import inputs, new_dit, new_encoder, new_vae
+from jobs.gpu.night import night
 from jobs.gpu.part import Ground
 from kernels.int8_attention import int8_attention
 from kernels.int8_linear import int8_linear, quantize_rows
@@ -169,20 +170,10 @@ def clip(ground: Ground) -> None:
         steps(ground, card, precision, attention, ways=False)
     if not ground.tiny:
         with ground.trying("umT5"):
-            encoder = new_encoder_of(card, ground.device)
+            encoder = new_encoder(card, ground.device)
             ids = torch.randint(0, 900, (1, 120), device=ground.device)
             ground.tell("umT5, a prompt of 120 tokens", ms=ground.ms(
                 lambda: encoder(input_ids=ids).last_hidden_state), peak_gb=ground.peak_gb())
-
-
-def new_encoder_of(card: ModelCard, device: str) -> torch.nn.Module:
-    from model.text import new_encoder
-    with torch.device("meta"):
-        encoder = new_encoder("umT5", dict(card.text_encoder_fields)).to(torch.bfloat16)
-    encoder = encoder.to_empty(device=device)
-    for parameter in encoder.parameters():
-        parameter.data.normal_(0, 0.02)
-    return encoder
 
 
 def steps(ground: Ground, card: ModelCard, precision: str, attention: str, *, ways: bool,
@@ -301,5 +292,5 @@ def big(ground: Ground) -> None:
     decodes(ground, linum, shape)
 
 
-PARTS: dict[str, Callable[[Ground], None]] = {"machine": machine, "kernels": kernels, "clip": clip, "decode": decode,
-                                              "profile": profile, "big": big}
+PARTS: dict[str, Callable[[Ground], None]] = {"machine": machine, "kernels": kernels, "clip": clip, "night": night,
+                                              "decode": decode, "profile": profile, "big": big}
