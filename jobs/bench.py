@@ -19,11 +19,16 @@ from jobs.usage import UsageError
 Rows = Iterator[tuple[str, dict[str, Any]]]
 
 
-def bench(what: str | None, model: str | None = None, *, random_weights: bool = False, json: bool) -> int:
+def bench(what: str | None, model: str | None = None, *, random_weights: bool = False, json: bool,
+          **of_clip: Any) -> int:
     """Run one part or all; prints a line of figures per case.  Raises UsageError for a part that does not exist.
 
     model: of the part "model", this model's transformer and not the VAE; of the part "clip", this model.
+    of_clip: ways, steps, frames, size, as bench_clip.rows takes them; None is not said.
     """
+    of_clip = {name: value for name, value in of_clip.items() if value is not None}
+    if of_clip and (what != "clip" or model is None):
+        raise UsageError(f"--{next(iter(of_clip))} is of a clip of a model: dailies bench clip NAME")
     if what is not None and what not in PARTS:
         raise UsageError(f"bench has no part {what!r}. There are: {', '.join(PARTS)}")
     if (model is not None or random_weights) and what not in OF_A_MODEL:
@@ -37,7 +42,7 @@ def bench(what: str | None, model: str | None = None, *, random_weights: bool = 
         print(", ".join(f"{name} {value}" for name, value in about.items()))
     cases = []
     for part in [what] if what else PARTS:
-        for case, figures in measured(part, model, random_weights, alone=what is not None):
+        for case, figures in measured(part, model, random_weights, of_clip, alone=what is not None):
             cases.append({"part": part, "case": case, **figures})
             if not json:
                 said = ", ".join(f"{name} {shown(value)}" for name, value in figures.items())
@@ -47,11 +52,11 @@ def bench(what: str | None, model: str | None = None, *, random_weights: bool = 
     return 0
 
 
-def measured(part: str, model: str | None, random_weights: bool, *, alone: bool) -> Rows:
+def measured(part: str, model: str | None, random_weights: bool, of_clip: dict[str, Any], *, alone: bool) -> Rows:
     """The part's rows.  Where a library that it needs is not installed: UsageError if it is asked for alone, or else
     a row that says so, and the other parts follow."""
     try:
-        yield from OF_A_MODEL[part](model, random_weights) if model else PARTS[part]()
+        yield from OF_A_MODEL[part](model, random_weights, **of_clip) if model else PARTS[part]()
     except ModuleNotFoundError as error:
         if alone:
             raise UsageError(f"bench {part} needs {error.name}, which is not installed: "
@@ -127,10 +132,10 @@ def clips() -> Rows:
             yield from clip(card.name)
 
 
-def clip(name: str, random_weights: bool = False) -> Rows:
+def clip(name: str, random_weights: bool = False, **of_clip: Any) -> Rows:
     """One clip of a model, stage by stage."""
     from jobs.bench_clip import rows
-    yield from rows(name, random_weights=random_weights)
+    yield from rows(name, random_weights=random_weights, **of_clip)
 
 
 def kernels() -> Rows:
@@ -141,7 +146,7 @@ def kernels() -> Rows:
 
 PARTS: dict[str, Callable[[], Rows]] = {"demo": demo, "quality": quality, "pipeline": pipeline, "memory": memory,
                                         "model": model, "kernels": kernels, "clip": clips}
-OF_A_MODEL: dict[str, Callable[[str, bool], Rows]] = {"model": transformer, "clip": clip}
+OF_A_MODEL: dict[str, Callable[..., Rows]] = {"model": transformer, "clip": clip}
 
 
 def machine() -> dict[str, str]:
@@ -191,6 +196,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("model", nargs="?", metavar="NAME",
                         help="`model`: this model's transformer; `clip`: a clip of it")
     parser.add_argument("--random-weights", action="store_true", help="with NAME: weights are made up")
+    parser.add_argument("--ways", metavar="WAY,WAY", help="of `clip NAME`: int8:sparse,bf16:dense:compiled")
+    parser.add_argument("--steps", type=int, metavar="N", help="of `clip NAME`")
+    parser.add_argument("--frames", type=int, metavar="N", help="of `clip NAME`")
+    parser.add_argument("--size", metavar="WIDTHxHEIGHT", help="of `clip NAME`")
     parser.add_argument("--json", action="store_true", help="one JSON object, and nothing else")
     try:
         return bench(**vars(parser.parse_args(arguments)))

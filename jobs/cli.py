@@ -269,6 +269,15 @@ def bench(what: Annotated[str | None, typer.Argument(metavar="[WHAT]", help="Wha
               metavar="[NAME]", help="`bench model`: this model's transformer; `bench clip`: a clip of it.")] = None,
           random_weights: Annotated[bool, typer.Option(
               "--random-weights", help="With NAME: weights are made up; nothing is downloaded.")] = False,
+          ways: Annotated[str | None, typer.Option(
+              metavar="WAY,WAY", help="`bench clip NAME`: some ways to run it, as int8:sparse or bf16:dense:compiled.  "
+              "[default: all]")] = None,
+          steps: Annotated[int | None, typer.Option(
+              metavar="N", help="`bench clip NAME`: of the clip.  [default: the model's]")] = None,
+          frames: Annotated[int | None, typer.Option(
+              metavar="N", help="`bench clip NAME`: of the clip.  [default: the model's]")] = None,
+          size: Annotated[str | None, typer.Option(
+              metavar="WIDTHxHEIGHT", help="`bench clip NAME`: of the clip.  [default: the model's]")] = None,
           json: Json = False) -> int:
     """Time a part of dailies against a named peer in the same run.
 
@@ -276,10 +285,10 @@ def bench(what: Annotated[str | None, typer.Argument(metavar="[WHAT]", help="Wha
     Examples:
       dailies bench pipeline
       dailies bench model wan2.1-t2v-1.3b --random-weights
-      dailies bench clip turbo-wan2.1-t2v-1.3b-480p --random-weights
+      dailies bench clip turbo-wan2.1-t2v-1.3b-480p --random-weights --ways int8:sparse
     """
     from jobs.bench import bench
-    return bench(what, model, random_weights=random_weights, json=json)
+    return bench(what, model, random_weights=random_weights, ways=ways, steps=steps, frames=frames, size=size, json=json)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -41,9 +41,12 @@ class T5TextEncoder:
         if self.model.config.d_model != width:
             raise CheckpointError(f"{name}: {encoder} gives rows of {self.model.config.d_model} numbers; "
                                   f"the model takes {width}")
-        checkpoint.load(self.model, encoder, *self.tables, name=name, device=device,
-                        dtypes=torch.float32 if precision == "fp32" else torch.bfloat16)
+        self.load(encoder, name, torch.float32 if precision == "fp32" else torch.bfloat16)
         self.model.requires_grad_(False).eval()
+
+    def load(self, encoder: Path, name: str, dtype: torch.dtype) -> None:
+        """The weights onto the device.  Raises CheckpointError."""
+        checkpoint.load(self.model, encoder, *self.tables, name=name, device=self.device, dtypes=dtype)
 
     def describe(self, encoder: Path, config: Mapping[str, Any] | None, name: str) -> "transformers.PreTrainedModel":
         try:

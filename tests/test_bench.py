@@ -24,7 +24,9 @@ sys.exit(bench.main(sys.argv[1:]))
 
 @pytest.mark.parametrize("arguments, said", [
     (["kernels"], "kernels: sparse attention"),
-    (["clip", "demo"], "mp4 not timed: av is not installed")], ids=lambda value: value[0])
+    (["clip", "demo", "--ways", "fp32:dense"], "mp4 not timed: av is not installed"),
+    (["clip", "demo-turbo", "--random-weights", "--ways", "int8:sparse", "--frames", "9"], "int8, sparse attention: encode s")],
+    ids=lambda value: " ".join(value[:3]) if isinstance(value, list) else "")
 def test_a_part_is_timed_where_little_is_installed(arguments, said, tmp_path):
     done = run_bare(["-c", QUICK, *arguments], tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]

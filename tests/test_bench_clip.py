@@ -1,4 +1,4 @@
-"""dailies bench clip: each stage of one clip, of shipped models and of random weights in published layouts."""
+"""dailies bench clip: each stage of one clip, of shipped models and of random weights."""
 
 from dataclasses import replace
 
@@ -6,6 +6,7 @@ import pytest
 
 from jobs import bench_clip
 from jobs.cli import main
+from jobs.gpu import models
 from model.catalog import CATALOG, DEMO
 from turbo_tiny import TURBO_TINY
 from wan_tiny import WAN_TINY, WAN_TINY_I2V
@@ -15,7 +16,7 @@ from wan_tiny import WAN_TINY, WAN_TINY_I2V
     replace(WAN_TINY, text_encoder_fields=WAN_TINY.text_encoder_fields | dict(vocab_size=400)),
     replace(TURBO_TINY, text_encoder_fields=TURBO_TINY.text_encoder_fields | dict(vocab_size=400)),
     replace(DEMO, name="linum-tiny", folder=None, dit_file="dit/tiny.safetensors", num_steps=2)], ids=lambda c: c.name)
-def test_random_weights_load_and_every_stage_is_timed(card, monkeypatch):
+def test_random_weights_are_made_and_every_stage_is_timed(card, monkeypatch):
     monkeypatch.setitem(CATALOG, card.name, card)
     monkeypatch.setitem(bench_clip.T5_XXL, "num_layers", 1)
     monkeypatch.setattr(bench_clip, "CLIPS", 1)
@@ -26,7 +27,44 @@ def test_random_weights_load_and_every_stage_is_timed(card, monkeypatch):
         assert all(figures[f"{stage} s"] > 0 for stage in ("encode", "sample", "decode", "mp4"))
 
 
+def test_the_ways_and_the_clip_can_be_chosen(monkeypatch):
+    monkeypatch.setattr(bench_clip, "CLIPS", 1)
+    chosen = dict(ways="bf16:sparse,int8:sage", steps=2, frames=9, size="64x32")
+    found = list(bench_clip.rows("demo", random_weights=False, **chosen))
+    assert [name for name, _ in found] == [
+        "demo, 64x32x9, 2 steps, bf16, sparse attention", "demo, 64x32x9, 2 steps, int8, sage attention"]
+    assert all(figures["sample s"] > 0 for _, figures in found)
+
+
+def test_encoder_and_decoder_are_loaded_once_for_the_ways_of_one_precision(monkeypatch):
+    made = []
+    for actor in ("TextEncoder", "Decoder"):
+        monkeypatch.setattr(bench_clip, actor, lambda *_, name=actor, real=getattr(bench_clip, actor), **options: (
+            made.append((name, options["precision"])) or real(**options)))
+    monkeypatch.setattr(bench_clip, "CLIPS", 1)
+    list(bench_clip.rows("demo", random_weights=True, ways="fp32:dense,bf16:dense,int8:dense", steps=1, frames=5))
+    assert made == [(actor, precision) for precision in ("fp32", "bf16") for actor in ("TextEncoder", "Decoder")]
+
+
+def test_a_way_that_fails_costs_its_line(monkeypatch):
+    def fail(self, *_, **__):
+        raise RuntimeError("no room\nfor it")
+
+    monkeypatch.setattr(bench_clip, "CLIPS", 1)
+    monkeypatch.setattr(bench_clip.RandomWeights, "dit", lambda self, weights, device, precision, attention: (
+        fail(self) if precision == "bf16" else models.new_dit(self, device, precision, attention)))
+    (_, first), (_, second) = bench_clip.rows("demo", random_weights=True, ways="bf16:dense,int8:dense", steps=1)
+    assert first == {"failed": "RuntimeError: no room\nfor it"} and second["sample s"] > 0
+
+
 @pytest.mark.parametrize("arguments, said", [
+    (["clip", "demo", "--ways", "int8"], "PRECISION:ATTENTION or PRECISION:ATTENTION:compiled"),
+    (["clip", "demo", "--ways", "fp8:dense"], "of bf16, fp32, int8 and dense, sage, sparse; got 'fp8:dense'"),
+    (["clip", "demo", "--frames", "1000"], "frames must be 1 to"),
+    (["clip", "demo", "--size", "63x64"], "width must be a multiple of"),
+    (["clip", "demo-turbo", "--steps", "5"], "1 to 4 steps; got 5"),
+    (["clip", "--steps", "5"], "--steps is of a clip of a model: dailies bench clip NAME"),
+    (["model", "wan2.1-t2v-1.3b", "--random-weights", "--ways", "int8:dense"], "--ways is of a clip of a model"),
     (["clip", "wan2.1-t2v-1.3b"], "say --random-weights"),
     (["clip", "--random-weights"], "dailies bench clip NAME --random-weights"),
     (["clip", "nothing"], "no model is called 'nothing'"),
