@@ -1,20 +1,21 @@
 """One forward of a Wan transformer against diffusers': the same random weights, latent, text and threads, in turns.
 
 On a CPU two blocks of the model and 2,340 tokens; on a GPU the whole model and the whole clip that it makes by default.
+The weights are made where they run. Where diffusers is not installed, ours are timed alone.
 """
 
 import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from jobs.bench_kernels import roof, seconds_of
+from jobs.gpu import models
 from jobs.usage import UsageError, card_named
 from model import checkpoint, keys
 from model.catalog import CATALOG, WanCard
@@ -37,7 +38,7 @@ class Inputs:
 
 @torch.inference_mode()
 def rows(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """A line for each way to run the model.  Raises UsageError for a model without a peer, or without diffusers."""
+    """A line for each way to run the model.  Raises UsageError for a model without a peer."""
     card, device = card_with_peer(name), "cuda" if torch.cuda.is_available() else "cpu"
     grid = card.grid.of(card.shape_for()[0])[1:]
     if device == "cpu":
@@ -49,20 +50,21 @@ def rows(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
                    text=torch.randn(1, config.text_len, config.text_dim, device=device))
     calls: dict[tuple[str, ...], Callable[[], Tensor]] = {}
     text_calls: dict[tuple[str, ...], Callable[[], Any]] = {}
-    with TemporaryDirectory() as folder:
-        write_weights(Path(folder), card)
-        for precision in ("fp32", "bf16") if device == "cpu" else ("bf16",):
-            calls["diffusers", precision] = diffusers_forward(Path(folder), config, precision, given)
-        for precision, attention in WAYS:
-            if ("diffusers", precision) in calls or precision == "int8":
-                dit = card.dit_from(Path(folder) / "dailies.safetensors", device, precision, attention)
-                way = precision, attention
-                calls[way], text_calls[way] = our_forward(dit, dit, given)
-                if device == "cuda":
-                    calls[*way, "CUDA graph"], _ = our_forward(dit, Graphed(dit.forward), given)
+    precisions = ("fp32", "bf16", "int8") if device == "cpu" else ("bf16", "int8")
+    if has_peer := find_spec("diffusers") is not None:
+        exact = models.new_dit(card, device, "fp32", "dense")
+        for precision in precisions[:-1]:
+            calls["diffusers", precision] = diffusers_forward(exact, precision, given)
+        del exact
+    for way in WAYS:
+        if way[0] in precisions:
+            dit = models.new_dit(card, device, *way)
+            calls[way], text_calls[way] = our_forward(dit, dit, given)
+            if device == "cuda":
+                calls[*way, "CUDA graph"], _ = our_forward(dit, Graphed(dit.forward), given)
     outputs = {way: call() for way, call in calls.items()}
     wall, cpu = in_turns(calls, device)
-    want = outputs["diffusers", "bf16"]
+    want = outputs["diffusers" if has_peer else "bf16", "bf16" if has_peer else "dense"]
     tokens = math.prod(side // step for side, step in zip(grid, config.patch, strict=True))
     for way, text_call in text_calls.items():
         figures: dict[str, Any] = {"ms": 1e3 * wall[way]}
@@ -75,7 +77,10 @@ def rows(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
         text_call()
         figures["text ms, once a clip"] = 1e3 * seconds_of(text_call, device)
         figures[f"roof ({NUMBERS[way[0]]})"] = operations(config, tokens) / wall[way] / roof(NUMBERS[way[0]], device)
-        figures["relative difference"] = ((outputs[way] - want).norm() / want.norm()).item()
+        difference = "relative difference" if has_peer else "relative difference from ours in bf16"
+        figures[difference] = ((outputs[way] - want).norm() / want.norm()).item()
+        if not has_peer:
+            figures["diffusers"] = "not timed: it is not installed"
         yield f"{name} forward, {config.layers} blocks, {tokens:,} tokens, {way[0]}, {way[1]} attention", figures
 
 
@@ -84,19 +89,7 @@ def card_with_peer(name: str) -> WanCard:
     if card_named(name).name not in comparable:
         raise UsageError("bench model compares with diffusers' text-to-video transformer of Wan: "
                          f"{', '.join(comparable)}; got {name}")
-    try:
-        import diffusers  # noqa: F401
-    except ImportError:
-        raise UsageError("bench model compares with diffusers, which is not installed: "
-                         "pip install 'dailies[dev]'") from None
     return CATALOG[name]
-
-
-def write_weights(folder: Path, card: WanCard) -> None:
-    """Random ones, under the names of both."""
-    dit = card.new_dit()
-    checkpoint.save(folder / "dailies.safetensors", checkpoint.released_state(dit, keys.WAN))
-    checkpoint.save(folder / "diffusers.safetensors", checkpoint.released_state(dit, keys.WAN_DIFFUSERS))
 
 
 def our_forward(dit: WanDiT, forward: Callable[..., Tensor],
@@ -106,9 +99,10 @@ def our_forward(dit: WanDiT, forward: Callable[..., Tensor],
     return lambda: forward(given.latent, given.timestep, context, None), lambda: dit.embed(list(given.text))
 
 
-def diffusers_forward(folder: Path, config: WanConfig, precision: str, given: Inputs) -> Callable[[], Tensor]:
-    """With the modules in fp32 that from_pretrained keeps there."""
+def diffusers_forward(ours: WanDiT, precision: str, given: Inputs) -> Callable[[], Tensor]:
+    """Of the weights of ours, with the modules in fp32 that from_pretrained keeps there."""
     import diffusers
+    config = ours.config
     diffusers.logging.set_verbosity_error()
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     with torch.device("meta"):
@@ -116,9 +110,8 @@ def diffusers_forward(folder: Path, config: WanConfig, precision: str, given: In
             num_attention_heads=config.heads, attention_head_dim=config.width // config.heads, num_layers=config.layers,
             ffn_dim=config.ffn)
     kept = dit._keep_in_fp32_modules
-    state = {}
-    for name, tensor in checkpoint.views(checkpoint.stored_tensors(folder / "diffusers.safetensors")):
-        state[name] = tensor.to(torch.float32 if any(part in name for part in kept) else dtype, copy=True)
+    state = {name: tensor.to(torch.float32 if any(part in name for part in kept) else dtype, copy=True)
+             for name, tensor in checkpoint.released_state(ours, keys.WAN_DIFFUSERS).items()}
     dit.load_state_dict(state, assign=True)
     dit.rope = type(dit.rope)(config.width // config.heads, config.patch, 1024)       # its tables are in no file
     dit.to(given.latent.device).eval().requires_grad_(False)
