@@ -1,7 +1,6 @@
 """The parts that check: what is computed on this device against references and other precisions, on the same inputs."""
 
 import math
-import os
 import subprocess
 import sys
 import time
@@ -30,7 +29,8 @@ WIDTHS = ((129, 1536, 12), (70, 5120, 40), (260, 1664, 13))
 # queries, keys, head_dim: more than a block, other keys than queries, one row over, fewer than a block
 ATTENTIONS = ((200, 200, 128), (70, 193, 128), (129, 129, 64), (5, 5, 64))
 KIT_TESTS = ("tests/test_graphs.py", "tests/test_kernels_norm.py", "tests/test_kernels_int8_linear.py",
-             "tests/test_kernels_int8_attention.py", "tests/test_kernels_sparse_attention.py", "tests/test_actors.py")
+             "tests/test_kernels_int8_attention.py", "tests/test_kernels_sparse_attention.py",
+             "tests/test_kernels_around_conv.py", "tests/test_actors.py", "tests/test_wan_actors.py")
 
 
 def norms_right(ground: Ground) -> None:
@@ -188,13 +188,16 @@ def vae_right(ground: Ground) -> None:
 
 
 def tests(ground: Ground) -> None:
-    """The tests that need a CUDA device."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "--maxfail=30",
+    """The tests that need a CUDA device; each is in the log as soon as it is through."""
+    command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", "-p", "no:cacheprovider", "--maxfail=30", "--tb=short",
                "--continue-on-collection-errors", "--durations=8", *(KIT_TESTS if not ground.tiny else KIT_TESTS[:1])]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "4"})
-    said = done.stdout.strip().splitlines() or done.stderr.strip().splitlines() or ["nothing said"]
-    print(done.stdout[-20_000:], done.stderr[-4000:])
-    ground.tell("pytest -m gpu", said=said[-1].strip("= "), exit=done.returncode,
+    said: list[str] = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT) as process:
+        for line in process.stdout:
+            said.append(line.strip())
+            print(line, end="", flush=True)
+    ground.tell("pytest -m gpu", said=next((line.strip("= ") for line in reversed(said) if line), "nothing"),
+                exit=process.returncode,
                 failures=[line[:200] for line in said if line.startswith(("FAILED", "ERROR"))][:30])
 
 
