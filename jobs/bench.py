@@ -30,7 +30,7 @@ def bench(what: str | None, model: str | None = None, *, random_weights: bool = 
     if of_clip and (what != "clip" or model is None):
         raise UsageError(f"--{next(iter(of_clip))} is of a clip of a model: dailies bench clip NAME")
     if what is not None and what not in PARTS:
-        raise UsageError(f"bench has no part {what!r}. There are: {', '.join(PARTS)}")
+        raise UsageError(f"bench has no part {what!r}. There are: {', '.join(PARTS)}; and, with files of its own, gpu")
     if (model is not None or random_weights) and what not in OF_A_MODEL:
         raise UsageError(f"a model is named for: {', '.join(OF_A_MODEL)}; as in: dailies bench clip NAME")
     if what == "model" and (model is None) == random_weights:

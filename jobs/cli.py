@@ -278,6 +278,12 @@ def bench(what: Annotated[str | None, typer.Argument(metavar="[WHAT]", help="Wha
               metavar="N", help="`bench clip NAME`: of the clip.  [default: the model's]")] = None,
           size: Annotated[str | None, typer.Option(
               metavar="WIDTHxHEIGHT", help="`bench clip NAME`: of the clip.  [default: the model's]")] = None,
+          out: Annotated[str | None, typer.Option(
+              metavar="DIR", help="`bench gpu`: folder for results.json, report.md and log.txt.")] = None,
+          budget: Annotated[float | None, typer.Option(
+              metavar="SECONDS", help="`bench gpu`: for all its parts together.  [default: 540]")] = None,
+          only: Annotated[str | None, typer.Option(metavar="PART,PART", help="`bench gpu`: some of its parts.")] = None,
+          tiny: Annotated[bool, typer.Option("--tiny", help="`bench gpu`: sizes of a dry run; a CPU will do.")] = False,
           json: Json = False) -> int:
     """Time a part of dailies against a named peer in the same run.
 
@@ -286,7 +292,14 @@ def bench(what: Annotated[str | None, typer.Argument(metavar="[WHAT]", help="Wha
       dailies bench pipeline
       dailies bench model wan2.1-t2v-1.3b --random-weights
       dailies bench clip turbo-wan2.1-t2v-1.3b-480p --random-weights --ways int8:sparse
+      dailies bench gpu --out found
     """
+    if what == "gpu" and model is None and not random_weights:
+        from jobs.gpu.__main__ import run
+        return run(out, budget=budget or 540, only=only, tiny=tiny, json=json)
+    if out or budget or only or tiny:
+        from jobs.usage import UsageError
+        raise UsageError("--out, --budget, --only and --tiny are of: dailies bench gpu")
     from jobs.bench import bench
     return bench(what, model, random_weights=random_weights, ways=ways, steps=steps, frames=frames, size=size, json=json)
 

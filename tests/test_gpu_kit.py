@@ -82,6 +82,26 @@ def test_a_part_that_crashes_or_hangs_costs_only_itself(what, status, tmp_path, 
     assert "a figure: ms 1.5" in (tmp_path / "out" / "report.md").read_text()
 
 
+@pytest.mark.parametrize("arguments, message", [
+    (["gpu"], "a folder for what is found is needed: dailies bench gpu --out DIR"),
+    (["gpu", "--out", "o", "--only", "clip,clop"], "the kit has no part clop. There are: machine, "),
+    (["gpu", "--out", "o", "--budget", "-1"], "--budget is the seconds for all parts together; got -1"),
+    (["kernels", "--out", "o"], "--out, --budget, --only and --tiny are of: dailies bench gpu")])
+def test_bad_usage_is_one_message_and_exit_2(arguments, message, capsys, tmp_path, monkeypatch):
+    from jobs.cli import main
+    monkeypatch.chdir(tmp_path)
+    assert main(["bench", *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_as_json_it_prints_what_was_found_and_nothing_else(tmp_path, capsys):
+    from jobs.cli import main
+    assert main(["bench", "gpu", "--out", str(tmp_path), "--tiny", "--only", "machine", "--json"]) == 0
+    part, = json.loads(capsys.readouterr().out)["parts"]
+    assert part["rows"][0]["what"] == "versions"
+
+
 def test_parts_for_which_no_time_is_left_say_so(tmp_path):
     assert Kit(out=tmp_path, budget_s=1.0).run(PARTS) == 3
     known = json.loads((tmp_path / "results.json").read_text())

@@ -23,6 +23,7 @@ from jobs.gpu.report import markdown
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 LEAST_S = 10.0                                          # a part that has less is not begun
+SLOWER = 4                                              # a dry run on a CPU that is busy with something else
 LOG_BYTES, TAIL = 200_000, 1500                         # of a part's output that is kept; of a failed one's, shown
 
 
@@ -72,6 +73,7 @@ class Kit:
     budget_s: float
     tiny: bool = False
     command: str = ""                                   # that began it, for the report
+    silent: bool = False                                # nothing on standard output
     began: float = field(default_factory=time.monotonic)
     results: list[dict[str, Any]] = field(default_factory=list)
 
@@ -87,7 +89,7 @@ class Kit:
             except KeyboardInterrupt:
                 print("interrupted; what was measured so far is written", file=sys.stderr)
                 return 130
-        print(f"wrote {self.out / 'report.md'} and results.json")
+        self.say(f"wrote {self.out / 'report.md'} and results.json")
         return 0 if all(result["status"] == "done" for result in self.results) else 3
 
     def run_group(self, parts: Sequence[Part], work: Path) -> None:
@@ -98,7 +100,7 @@ class Kit:
             if left < LEAST_S:
                 self.record(dict(part=part.name, status="not begun: no time left", seconds=0.0, rows=[]))
             else:
-                running.append(self.start(part, min(part.box_s, left), work))
+                running.append(self.start(part, min(part.box_s * (SLOWER if self.tiny else 1), left), work))
         try:
             while running:
                 for one in list(running):
@@ -138,12 +140,16 @@ class Kit:
         self.results.append(result)
         self.write()
         failed = sum("failed" in row for row in result["rows"])
-        print(f"{result['part']}: {result['status']}, {result['seconds']} s, {len(result['rows'])} lines"
-              f"{f', {failed} failed' if failed else ''}", flush=True)
+        self.say(f"{result['part']}: {result['status']}, {result['seconds']} s, {len(result['rows'])} lines"
+                 f"{f', {failed} failed' if failed else ''}")
+
+    def say(self, line: str) -> None:
+        if not self.silent:
+            print(line, flush=True)
 
     def write(self) -> None:
-        about = dict(command=self.command, commit=commit(), on=str(date.today()), seconds=round(time.monotonic() - self.began, 1),
-                     tiny=self.tiny)
+        about = dict(command=self.command, commit=commit(), on=str(date.today()), tiny=self.tiny,
+                     seconds=round(time.monotonic() - self.began, 1))
         known = {"about": about, "parts": self.results}
         for name, text in (("results.json", json.dumps(known, indent=1)), ("report.md", markdown(known))):
             fresh = self.out / f".{name}"

@@ -220,13 +220,16 @@ def decode(ground: Ground) -> None:
     decodes(ground, CATALOG["demo" if ground.tiny else TURBO_1_3B], some_shape(ground, CATALOG[TURBO_1_3B]))
 
 
-def decodes(ground: Ground, card: ModelCard, shape: VideoShape) -> None:
-    """By kernels and by torch's own operators; slab: elements that a layer makes at a time, None as it chooses."""
+DECODES = (("bf16", "auto", None, False), ("bf16", "auto", None, True), ("fp32", "auto", None, False),
+           ("bf16", "eager", 2 ** 28, False), ("bf16", "eager", 2 ** 22, False))
+
+
+def decodes(ground: Ground, card: ModelCard, shape: VideoShape, ways: tuple[tuple, ...] = DECODES) -> None:
+    """ways: precision; by kernels or torch's own operators; elements that a layer makes at a time, None as it chooses;
+    whether cuDNN chooses by time."""
     from actors.decoder import to_uint8
     _, *grid = card.grid.of(shape)
-    for precision, impl, slab, benchmark in (("bf16", "auto", None, False), ("bf16", "auto", None, True),
-                                             ("fp32", "auto", None, False), ("bf16", "eager", 2 ** 28, False),
-                                             ("bf16", "eager", 2 ** 22, False)):
+    for precision, impl, slab, benchmark in ways:
         name = (f"decode {shape}, {precision}, {impl}, slabs of {slab or 'its choice'}"
                 f"{', cuDNN chooses by time' * benchmark}")
         with ground.trying(name), cudnn_by_time(benchmark):
@@ -289,7 +292,7 @@ def big(ground: Ground) -> None:
     linum = CATALOG["linum-v2-720p"]
     shape = VideoShape(frames=121, height=720, width=1280)
     steps(ground, linum, "bf16", "dense", ways=False, shape=shape)
-    decodes(ground, linum, shape)
+    decodes(ground, linum, shape, DECODES[:1])
 
 
 PARTS: dict[str, Callable[[Ground], None]] = {"machine": machine, "kernels": kernels, "clip": clip, "night": night,
