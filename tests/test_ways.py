@@ -56,7 +56,7 @@ def test_where_nobody_measured_the_architecture_decides(measured):
     measured(bf16_dense=500.0, int8_dense=400.0)
     assert "nobody has measured" in fastest(WAN_14B, H200).because          # another width
     for card, gpu, wanted in ((WAN_14B, H200, ("int8", "dense")), (WAN, L40, ("int8", "sage")),
-                              (WAN, Gpu(name="H100", capability=(9, 0)), ("bf16", "dense")),
+                              (WAN, Gpu(name="H100", capability=(9, 0)), ("int8", "dense")),
                               (WAN_14B, Gpu(name="B200", capability=(10, 0)), ("bf16", "dense")),
                               (WAN, Gpu(name="some card", capability=None), ("bf16", "dense")),
                               (TURBO, L40, ("int8", "sage")), (TURBO, Gpu(name="A100", capability=(8, 0)), ("int8", "sparse"))):

@@ -21,7 +21,7 @@ def entries_of(known: Mapping[str, Any]) -> list[dict[str, Any]]:
     versions = next(row for row in rows if row["what"] == "versions")
     found: dict[tuple, dict[str, Any]] = {}
     for row in rows:
-        if "eager_ms" in row:
+        if "eager_ms" in row and "model" in row:
             entry = found.setdefault((row["model"], row["tokens"]), dict(
                 gpu=gpu, on=known["about"]["on"], versions=f"torch {versions['torch']}, triton {versions['triton']}",
                 model=row["model"], width=row["width"], tokens=row["tokens"], tuned=row["tuned"], ms={}))
