@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from actors.device_lock import NO_LOCK
 from actors.messages import Frames, Latent
 from actors.room import room_on
 from model.catalog import ModelCard
@@ -20,6 +21,8 @@ class NonFiniteFrames(ArithmeticError):
 
 class Decoder:
     """Latents in, Frames out; one VAE on one device. Making it loads; calling it only computes."""
+
+    lock = NO_LOCK                                      # the worker's
 
     def __init__(self, card: ModelCard, weights: Path, device: str = "cpu", *, precision: str | None = None,
                  decode_precision: str | None = None, threads: int = 1):
@@ -37,7 +40,8 @@ class Decoder:
     @torch.inference_mode()
     def __call__(self, batch: list[Latent]) -> list[Frames]:
         """Raises NonFiniteFrames, and OutOfMemoryError where a GPU has no memory for the smallest pieces."""
-        return [self.decode(latent) for latent in batch]
+        with self.lock:
+            return [self.decode(latent) for latent in batch]
 
     def decode(self, latent: Latent) -> Frames:
         """A clip too large for the memory is decoded in bands of rows, which meet exactly."""

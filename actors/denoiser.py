@@ -1,7 +1,8 @@
 """The actor that turns embeddings into latents: the diffusion model and its course from noise to video."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from actors.device_lock import NO_LOCK
 from actors.messages import Embedding, Latent, Request
 from model.catalog import ModelCard
 from model.graphs import CudaGraphs, Graphed
@@ -19,6 +21,7 @@ from model.shapes import LatentGrid
 from model.turbo import compile_blocks
 
 Guide = Callable[[Tensor, Tensor], Tensor]              # velocities with and without the prompt in, one out
+DRAWN_AT_ONCE = 2**16                                   # numbers; numpy lets no other thread run meanwhile
 
 
 class NonFiniteLatent(ArithmeticError):
@@ -38,18 +41,51 @@ def noise(request: Request, grid: LatentGrid, draw: int = 0) -> Tensor:
     shape = grid.of(request.shape)
     pairs = -(-math.prod(shape) // 2)
     philox = np.random.Philox(key=request.seed, counter=draw << 192)
-    uniform = (philox.random_raw(2 * pairs) >> np.uint64(11)) * 2.0 ** -53                                  # [0, 1)
+    raw = np.concatenate([philox.random_raw(min(DRAWN_AT_ONCE, 2 * pairs - start))
+                          for start in range(0, 2 * pairs, DRAWN_AT_ONCE)])
+    uniform = (raw >> np.uint64(11)) * 2.0 ** -53                                                           # [0, 1)
     radius, angle = np.sqrt(-2 * np.log1p(-uniform[:pairs])), 2 * np.pi * uniform[pairs:]
     normal = np.concatenate((radius * np.cos(angle), radius * np.sin(angle)))[:math.prod(shape)]
     return torch.from_numpy(normal).reshape(shape).bfloat16().float()
+
+
+class NoiseAhead:
+    """`noise`, drawn by a thread before it is wanted: a draw takes the CPU as long as a fast model's step the GPU."""
+
+    def __init__(self, noise: Callable[..., Tensor]):
+        self.noise = noise
+        self.thread = ThreadPoolExecutor(1, "noise")
+        self.coming: dict[tuple[str, int], Future[Tensor]] = {}
+
+    def begin(self, requests: Sequence[Request], grid: LatentGrid, draws: int) -> None:
+        """Draws 0 to draws - 1 of these clips are going to be asked for."""
+        for draw in range(draws):
+            for request in requests:
+                self.coming[request.clip_id, draw] = self.thread.submit(self.draw, request, grid, draw)
+
+    def __call__(self, request: Request, grid: LatentGrid, draw: int = 0) -> Tensor:
+        coming = self.coming.pop((request.clip_id, draw), None)
+        return self.draw(request, grid, draw) if coming is None else coming.result()
+
+    def draw(self, request: Request, grid: LatentGrid, draw: int) -> Tensor:
+        return self.noise(request, grid, draw) if draw else self.noise(request, grid)
+
+    def forget(self, requests: Sequence[Request]) -> None:
+        """What a clip that was begun elsewhere did not need."""
+        clips = {request.clip_id for request in requests}
+        for key in [key for key in list(self.coming) if key[0] in clips]:
+            self.coming.pop(key).cancel()
 
 
 class Denoiser:
     """Embeddings in, Latents out; one diffusion model on one device. Making it loads; calling it only computes.
 
     This is Linum's course from noise to video; another family has its own `load` and `sample`.
+    Threads may call it side by side: one computes, and the noise of the next clip is drawn meanwhile.
     """
 
+    lock = NO_LOCK                                      # the worker's
+    draws_per_step = False                              # fresh noise for each step, or for the first alone
     weights_move = False                                # away from the device and back, while clips are made
 
     def __init__(self, card: ModelCard, weights: Path, device: str = "cpu", *, precision: str | None = None,
@@ -63,7 +99,7 @@ class Denoiser:
         Raises CheckpointError.
         """
         torch.set_num_threads(threads)
-        self.card, self.device, self.noise = card, device, noise
+        self.card, self.device, self.noise = card, device, NoiseAhead(noise)
         self.precision, self.attention = precision or card.precision_on(device), attention or card.attentions[0]
         self.fallbacks = card.fallbacks(weights, device, self.precision)
         self.load(weights)
@@ -106,10 +142,14 @@ class Denoiser:
         """
         requests = [embedding.request for embedding in batch]
         self.check(requests)
-        start = torch.stack([self.noise(request, self.card.grid) for request in requests]).to(self.device)
-        with self.profile((requests[0].bucket, len(batch))):
-            video = self.sample(batch, start, steps)
-        made = list(zip(batch, video.cpu(), strict=True))
+        self.noise.begin(requests, self.card.grid, requests[0].num_steps if self.draws_per_step else 1)
+        try:
+            start = torch.stack([self.noise(request, self.card.grid) for request in requests])
+            with self.lock, self.profile((requests[0].bucket, len(batch))):
+                video = self.sample(batch, start.to(self.device), steps).cpu()
+        finally:
+            self.noise.forget(requests)
+        made = list(zip(batch, video, strict=True))
         broken = [embedding.request.clip_id for embedding, latent in made if not latent.isfinite().all()]
         if broken:
             raise NonFiniteLatent(f"sampling ended in NaN or infinity for {', '.join(broken)}; try another seed, "

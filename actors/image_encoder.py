@@ -25,7 +25,7 @@ class ImageTextEncoder(TextEncoder):
                  precision: str | None = None, threads: int = 1, remember: int = 32):
         """read: the file at a FirstFrame's uri.  The rest and what is raised as TextEncoder; remember: images, too."""
         super().__init__(card, weights, device, precision=precision, threads=threads, remember=remember)
-        self.card, self.device, self.read = card, device, read
+        self.card, self.read = card, read
         self.vae = card.vae(weights, device, precision)
         self.scale, self.bias = (t.to(device).view(-1, 1, 1, 1) for t in card.latent_statistics(weights))
         self.clip = None if card.clip_fields is None else card.image_encoder(weights, device, precision)
@@ -38,12 +38,12 @@ class ImageTextEncoder(TextEncoder):
         if request.image is None:
             raise ValueError(f"{self.card.name} makes video from an image; clip {request.clip_id} comes without one")
         key = request.image.sha256, request.shape
-        if key not in self.recent_images:
-            self.recent_images[key] = self.encode_image(request.image, request.shape)
+        image, notes = self.recent_images.get(key) or self.encode_image(request.image, request.shape)
+        with self.lock:
+            self.recent_images[key] = image, notes
+            self.recent_images.move_to_end(key)
             if len(self.recent_images) > self.remember:
                 self.recent_images.popitem(last=False)
-        self.recent_images.move_to_end(key)
-        image, notes = self.recent_images[key]
         return replace(embedding, image=image, fallbacks=embedding.fallbacks + notes)
 
     @torch.inference_mode()
@@ -59,9 +59,10 @@ class ImageTextEncoder(TextEncoder):
                              "the new one into another output folder")
         whole = decode(data)
         pixels = cropped(whole, shape, self.card.side_step)
-        made = [self.condition(pixels, shape).cpu()]
-        if self.clip is not None:
-            made.append(self.clip(pixels[None].to(self.device))[0].float().cpu())
+        with self.lock:
+            made = [self.condition(pixels, shape).cpu()]
+            if self.clip is not None:
+                made.append(self.clip(pixels[None].to(self.device))[0].float().cpu())
         return tuple(made), () if pixels.shape == whole.shape else (f"image {said(whole)} cropped to {said(pixels)}",)
 
     def condition(self, pixels: Tensor, shape: VideoShape) -> Tensor:

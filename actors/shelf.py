@@ -7,6 +7,7 @@ travel.
 
 import hashlib
 import json
+import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Protocol
 
 from torch import Tensor, uint8
 
+from actors.device_lock import NO_LOCK, DeviceLock
 from actors.messages import Clip, Embedding, Failure, Latent, Request
 from model.checkpoint import pack, unpack
 from model.weights import CheckpointError
@@ -49,12 +51,16 @@ class Shelved:
 
 
 class Keep:
-    """A step whose results stay on the shelf: its values in, a Shelved for each out. Works only for what is missing."""
+    """A step whose results stay on the shelf: its values in, a Shelved for each out. Works only for what is missing.
+
+    Threads may call it side by side: while one computes, another looks for the next value or saves the last one. It
+    returns when its results are saved.
+    """
 
     def __init__(self, step: MakesStep, store: Shelf, folder: str):
         """folder: EMBEDDINGS for a step that makes them, LATENTS for one that makes those."""
         self.step, self.store, self.folder = step.make(), store, folder
-        self.partly = False                             # whether something of the last batch had been done before
+        self.mine = threading.local()                   # of each thread that calls
 
     def __call__(self, batch: list) -> list[Shelved | Failure]:
         results = [value if isinstance(value, Failure) else self.find(request_of(value)) for value in batch]
@@ -83,6 +89,25 @@ class Keep:
         return shelved
 
     @property
+    def partly(self) -> bool:
+        """Whether something of this thread's last batch had been done before."""
+        return getattr(self.mine, "partly", False)
+
+    @partly.setter
+    def partly(self, partly: bool) -> None:
+        self.mine.partly = partly
+
+    @property
+    def lock(self) -> DeviceLock:
+        """Of the step inside, which takes it while it computes."""
+        return getattr(self.step, "lock", NO_LOCK)
+
+    @lock.setter
+    def lock(self, lock: DeviceLock) -> None:
+        if hasattr(self.step, "lock"):
+            self.step.lock = lock
+
+    @property
     def safe(self) -> bool:
         """Of the step inside, if it knows of such a profile."""
         return getattr(self.step, "safe", False)
@@ -96,6 +121,11 @@ class Keep:
     def device(self) -> str | None:
         """Of the step inside."""
         return getattr(self.step, "device", None)
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether the step inside has its device to itself while it computes."""
+        return getattr(self.step, "takes_turns", True)
 
 
 class Fetch:

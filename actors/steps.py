@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from actors.device_lock import Halted
 from actors.messages import Embedding, Failure, Request
 from actors.shelf import LATENTS, Damaged, Keep, MakesStep, Shelf, Shelved, sealed, shelf_key, unsealed
 from model.samplers import State, Steps, Streams
@@ -22,10 +23,6 @@ from model.samplers import State, Steps, Streams
 STEPS = "steps"                                         # folder of the run
 SAVE_SHARE = 0.01                                       # of the work may be saving it
 SAVE_AFTER_S = 30.0                                     # less is not worth it: a process takes as long to start
-
-
-class Halted(Exception):
-    """Sampling was stopped between two steps; what was done is saved."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,11 +65,12 @@ class KeepSampled(Keep):
         return results
 
     def sample(self, batch: list[Embedding], saved: list[Saved | None]) -> list[Shelved | Failure]:
-        request, began = batch[0].request, time.monotonic()
+        request, began, waited_s = batch[0].request, time.monotonic(), self.lock.waited_s
         steps = SavedSteps(self, [embedding.request for embedding in batch], saved)
         try:
             latents = self.step(batch, steps)
-            step_s = (time.monotonic() - began) / (request.num_steps - steps.begun)
+            worked_s = time.monotonic() - began - (self.lock.waited_s - waited_s)
+            step_s = worked_s / (request.num_steps - steps.begun)
             self.course_s[request.bucket] = request.num_steps * step_s
             made = [self.keep(latent) for latent in latents]
         except ArithmeticError:                         # what was saved may be where it went wrong
@@ -119,6 +117,7 @@ class SavedSteps(Steps):
     def begin(self, start: State) -> tuple[int, State]:
         if self.keeper.halted():
             raise Halted("stopped before another step was begun")
+        self.since = time.monotonic()                   # until now it has waited for the clip before
         if not self.begun:
             return 0, start
         slots = zip(*(found.state for found in self.saved), strict=True)
@@ -134,10 +133,18 @@ class SavedSteps(Steps):
         if time.monotonic() - self.since >= max(SAVE_AFTER_S, self.keeper.save_s / SAVE_SHARE):
             with suppress(Exception):                   # the store's trouble: it may be over when the latent is made
                 self.save(step, state)
+        if self.keeper.lock.is_wanted():
+            self.give_way(state)
+
+    def give_way(self, state: State) -> None:
+        """To a decoder on the same GPU."""
+        wait_for_device(state)
+        began = time.monotonic()
+        self.keeper.lock.give_way()
+        self.since += time.monotonic() - began
 
     def save(self, step: int, state: State) -> None:
-        if state[0][0].is_cuda:
-            torch.cuda.synchronize(state[0][0].device)  # what the GPU has still to do is no cost of saving
+        wait_for_device(state)                          # what the GPU has still to do is no cost of saving
         began = time.monotonic()
         try:
             self.on_shelf = self.requests
@@ -147,6 +154,11 @@ class SavedSteps(Steps):
         finally:
             self.since = time.monotonic()
             self.keeper.save_s = self.since - began
+
+
+def wait_for_device(state: State) -> None:
+    if state[0][0].is_cuda:
+        torch.cuda.synchronize(state[0][0].device)
 
 
 def clips_of(streams: Streams) -> list[Tensor]:

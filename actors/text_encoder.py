@@ -7,12 +7,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from actors.device_lock import NO_LOCK
 from actors.messages import Embedding, Request
 from model.catalog import ModelCard
 
 
 class TextEncoder:
-    """Requests in, Embeddings out; one text encoder on one device. Making it loads; calling it only computes."""
+    """Requests in, Embeddings out; one text encoder on one device. Making it loads; calling it only computes.
+
+    Threads may call it side by side.
+    """
+
+    lock = NO_LOCK                                      # the worker's
+    takes_turns = False                                 # with a sampler on its GPU: a prompt takes 20 ms, a step longer
 
     def __init__(self, card: ModelCard, weights: Path, device: str = "cpu", *, precision: str | None = None,
                  threads: int = 1, remember: int = 32):
@@ -22,6 +29,7 @@ class TextEncoder:
         Raises CheckpointError.
         """
         torch.set_num_threads(threads)
+        self.device = device
         self.model = card.text_encoder(weights, device, precision)
         self.remember = remember
         self.recent: OrderedDict[str, Tensor] = OrderedDict()          # the negative prompt is mostly the same
@@ -35,18 +43,21 @@ class TextEncoder:
 
     def cuts(self, request: Request) -> tuple[str, ...]:
         """What of the request's texts the model does not read."""
-        cuts = {"prompt": self.model.cut(request.prompt), "negative prompt": self.model.cut(request.negative_prompt)}
+        with self.lock:                                 # a tokenizer does not bear two threads
+            cuts = {"prompt": self.model.cut(request.prompt),
+                    "negative prompt": self.model.cut(request.negative_prompt)}
         return tuple(f"{name} cut to {self.model.max_tokens} tokens, {tokens} left out"
                      for name, tokens in cuts.items() if tokens)
 
     def encode(self, text: str) -> Tensor:
         """[L, E] on the CPU."""
-        if text not in self.recent:
-            self.recent[text] = self.model(text)
-            if len(self.recent) > self.remember:
-                self.recent.popitem(last=False)
-        self.recent.move_to_end(text)
-        return self.recent[text]
+        with self.lock:
+            if text not in self.recent:
+                self.recent[text] = self.model(text)
+                if len(self.recent) > self.remember:
+                    self.recent.popitem(last=False)
+            self.recent.move_to_end(text)
+            return self.recent[text]
 
     def release(self) -> None:
         """Give the memory back at once; the actor is of no use afterwards."""

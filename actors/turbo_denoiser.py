@@ -15,6 +15,7 @@ class FewSteps(Denoiser):
     """rCM's course, of whichever family the velocity is. The clips of a batch are computed one by one."""
 
     solver = "rcm"
+    draws_per_step = True
 
     def sample(self, batch: list[Embedding], start: Tensor, steps: Steps) -> Tensor:
         requests = [embedding.request for embedding in batch]

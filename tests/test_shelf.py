@@ -1,11 +1,15 @@
 """What a stage made waits on the shelf: whole, found again, made anew where it is damaged."""
 
 import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from actors.device_lock import NO_LOCK, DeviceLock
 from actors.messages import Clip, Embedding, Failure, Latent, Request
 from actors.shelf import EMBEDDINGS, LATENTS, Drop, Fetch, Keep, clear, shelf_key
 from model.shapes import VideoShape
@@ -168,6 +172,36 @@ def test_latents_go_when_their_clips_are_published_and_the_rest_at_the_end(store
     for folder in (EMBEDDINGS, LATENTS):
         clear(store, (info.key for info in store.list(f"{folder}/")))
     assert list(store.list()) == []
+
+
+def test_while_a_latent_is_saved_the_next_is_sampled_and_its_answer_waits_for_it(tmp_path):
+    """Were saving in the sampler's way, the second clip would never begin and the first never be saved."""
+    store, began, answers = open_store(str(tmp_path)), {1: threading.Event(), 2: threading.Event()}, []
+    put = store.put
+
+    def slow_put(key, data):
+        if key == shelf_key(LATENTS, request(1)):
+            assert began[2].wait(60) and not answers
+        put(key, data)
+
+    class Turns(Sampler):
+        lock = NO_LOCK
+
+        def __call__(self, batch):
+            with self.lock:
+                began[batch[0].request.seed].set()
+                return super().__call__(batch)
+
+    store.put = slow_put
+    keep = Keep(SimpleNamespace(make=Turns), store, LATENTS)
+    keep.lock = DeviceLock()
+    embeddings = Encoder()([request(1), request(2)])
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(keep, embeddings[:1])
+        assert began[1].wait(60)
+        second = threads.submit(keep, embeddings[1:])
+        answers += first.result()
+        assert store.get(answers[0].key) and second.result()[0].key == shelf_key(LATENTS, request(2))
 
 
 def test_keep_tells_the_device_of_its_step(store):
