@@ -16,6 +16,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,13 +31,14 @@ from ray import exceptions as rex
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from actors.device_lock import Halted
 from actors.messages import Failure, Request
-from actors.steps import Halted
 from pipeline.budget import Budget
 from pipeline.crew import Alive, Answer, Broken, Call, Copy, Done, Hello
 from pipeline.driver import ClusterError, Driver, Progress, Stop
 from pipeline.placement import Node
-from pipeline.stages import Outcome, Report, Stage, Step, Worker, readdress
+from pipeline.pool import Pool
+from pipeline.stages import Outcome, Stage, Worker, readdress
 from pipeline.store import PATIENCE, NotFound, StoreError
 
 __all__ = ["ClusterError", "Progress", "Stop", "connect", "nodes", "run"]
@@ -177,47 +179,74 @@ def gpu_of(resources: dict[str, float]) -> str:
 
 
 class Process:
-    """One stage's Worker in a process of its own. Making it is quick, so that a broken model speaks up in load."""
+    """One stage's Worker in a process of its own. Making it is quick, so that a broken model speaks up in load.
+
+    Calls of `work` come in threads, as many at a time as the stage's concurrency.
+    """
 
     def __init__(self, threads: int):
         os.environ["OMP_NUM_THREADS"] = str(threads)    # before the steps arrive, and torch with them
-        self.waited_before_s = 0.0
-        self.working = self.leaving = False
+        self.worker: Worker | None = None
+        self.at_work: dict[int, float] = {}             # serials of calls -> what this process had waited by then
+        self.recalled: set[int] = set()                 # calls that are not to begin
+        self.stopped: set[int] = set()                  # calls that are to stop where they can
+        self.mine = threading.local()                   # of each thread: its call's serial
+        self.leaving = False
         signal.signal(signal.SIGTERM, self.leave)       # Ray's handler would end it in the middle of the work
 
     def hello(self) -> tuple[str, ...]:
         return tuple(ray.get_runtime_context().get_accelerator_ids().get("GPU", ()))
 
-    def load(self, stage: str, steps: tuple[Step, ...], threads: int, name: str) -> None:
-        self.worker = Worker(stage, steps, threads, name=f"{name}@{socket.gethostname()}", halted=self.halted)
+    def load(self, stage: Stage, name: str) -> None:
+        name, steps, pool = f"{name}@{socket.gethostname()}", stage.steps, None
+        if not stage.processes:
+            steps += stage.then
+        worker = Worker(stage.name, steps, stage.threads, name=name, halted=self.is_halted, recalled=self.is_recalled,
+                        concurrency=stage.concurrency)
+        if stage.processes:
+            worker.pool = Pool(stage.name, stage.then, stage.processes, name=name, device=worker.device)
+        self.worker = worker
 
     def leave(self, number: int, frame: Any) -> None:
         """The machine is wanted back: finish or save what is being done, and take nothing new."""
         self.leaving = True
-        if not self.working:
+        if not self.at_work:
             sys.exit(1)
 
-    def halted(self) -> bool:
-        return self.leaving or ray.get_runtime_context().is_canceled()
+    def is_halted(self) -> bool:
+        return self.leaving or self.mine.serial in self.stopped
+
+    def is_recalled(self) -> bool:
+        return self.is_halted() or self.mine.serial in self.recalled
 
     def ping(self) -> None:
         pass
 
     @ray.method(concurrency_group="beside")             # answers while `work` runs
-    def store_wait_s(self) -> float:
-        return PATIENCE.seconds() - self.waited_before_s
+    def stop(self, serial: int, at_work: bool) -> None:
+        """That call is not to begin; at_work: if it has, it is to stop where it can."""
+        (self.stopped if at_work else self.recalled).add(serial)
 
-    def work(self, requests: list[Request], safe: bool, last: bool, *values: Any) -> Any:
+    @ray.method(concurrency_group="beside")
+    def kept_waiting_s(self) -> float:
+        """Of the call that is at work longest: by the store, and by others on its GPU."""
+        now_s, before = self.waited_s(), dict(self.at_work)
+        return now_s - before[min(before)] if before else 0.0
+
+    def waited_s(self) -> float:
+        return PATIENCE.seconds() + (self.worker.kept_waiting_s() if self.worker else 0.0)
+
+    def work(self, serial: int, requests: list[Request], safe: bool, last: bool, *values: Any) -> Any:
         """An answer, and unless `last` a value per request, to be left in the object store."""
-        self.waited_before_s = PATIENCE.seconds()
         if values:
             given = [readdress(value, request) for value, request in zip(values, requests, strict=True)]
         else:
             given = requests
         made: list = [None] * len(requests)
-        self.working = True
+        self.mine.serial = serial
+        self.at_work[serial] = self.waited_s()
         try:
-            if self.leaving:
+            if self.is_recalled():
                 raise Halted("not begun")
             made, report = self.worker(given, safe)
             told = made if last else [value if isinstance(value, Failure) else None for value in made]
@@ -229,7 +258,9 @@ class Process:
         except Halted as error:
             answer = Broken(how="node" if self.leaving else "cancelled", reason=f"told to end: {error}")
         finally:
-            self.working = False
+            del self.at_work[serial]
+            self.stopped.discard(serial)
+            self.recalled.discard(serial)
         return answer if last else [answer, *made]
 
 
@@ -253,6 +284,7 @@ class RayCrew:
         cpus = math.floor(post.cpus * self.nodes_now[post.node].cpu_share * 1e4) / 1e4      # Ray's unit is 0.0001
         copy.handle = self.process.options(
             num_cpus=cpus, num_gpus=post.gpus, max_restarts=0, max_task_retries=0,
+            max_concurrency=copy.stage.concurrency,
             scheduling_strategy=NodeAffinitySchedulingStrategy(post.node, soft=False)).remote(copy.stage.threads)
 
     def end(self, copy: Copy) -> None:
@@ -265,27 +297,27 @@ class RayCrew:
         if call.kind == "work":
             method = actor.work.options(num_returns=1 if call.last else 1 + len(call.rows))
             values = [row.value for row in call.rows] if call.copy.place else []
-            returned = method.remote([row.request for row in call.rows], call.safe, call.last, *values)
+            returned = method.remote(call.serial, [row.request for row in call.rows], call.safe, call.last, *values)
             call.handle, *call.values = [returned] if call.last else returned
         elif call.kind == "load":
-            call.handle = actor.load.remote(stage.name, stage.steps, stage.threads, call.copy.name)
+            call.handle = actor.load.remote(stage, call.copy.name)
         else:
             call.handle = getattr(actor, call.kind).remote()
         self.pending[call.handle] = call
 
     def cancel(self, call: Call) -> None:
-        done, _ = ray.wait([call.copy.calls[0].handle], timeout=0)
-        if done:                                        # then this one is done, or has just begun and is let finish
-            return
-        ray.cancel(call.handle)
-        if call is call.copy.calls[0]:                  # Ray says at once that it is, while it still saves
-            del self.pending[call.handle]
-            call.handle = call.copy.handle.ping.remote()    # answered when the process is free again
-            self.pending[call.handle] = call
+        call.copy.handle.stop.remote(call.serial, at_work=True)
 
-    def store_wait_s(self, copy: Copy) -> float:
+    def recall(self, call: Call) -> None:
+        call.copy.handle.stop.remote(call.serial, at_work=False)
+        before = list(call.copy.calls)[:call.copy.stage.concurrency]
+        if call in before or ray.wait([other.handle for other in before], timeout=0)[0]:
+            return                                      # it has begun, or does so now that another is done
+        ray.cancel(call.handle)                         # what only waits there need not wait for its answer
+
+    def kept_waiting_s(self, copy: Copy) -> float:
         try:
-            return ray.get(copy.handle.store_wait_s.remote(), timeout=BESIDE_S)
+            return ray.get(copy.handle.kept_waiting_s.remote(), timeout=BESIDE_S)
         except rex.RayError:                            # it does not answer: it hangs, or is dead
             return 0.0
 
@@ -335,8 +367,6 @@ class RayCrew:
             raise
         if call.kind == "hello":
             return Hello(devices=answer)
-        if call.kind == "work" and answer is None:      # the ping behind a call that was cancelled at work
-            return Broken(how="cancelled", reason="what it did is on the shelf")
         return answer if call.kind == "work" else Alive()
 
     def machine_lost(self, copy: Copy, error: rex.ActorDiedError) -> bool:

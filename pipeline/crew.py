@@ -67,7 +67,7 @@ class Call:
     values: list = field(default_factory=list)      # references to what it will make, one per row; set by the crew
     safe: bool = False                  # see Row.safe
     last: bool = False                  # what it makes comes back in the answer, and `values` stays empty
-    began: float = 0.0                  # when it was submitted, or the call before it ended
+    began: float = 0.0                  # when it was submitted, or became the first of its copy
     handle: Any = None                  # the crew's own
 
 
@@ -106,7 +106,8 @@ Answer = Hello | Alive | Done | Broken
 
 
 class Crew(Protocol):
-    """Processes on machines. A copy does its calls, and answers them, in the order they were submitted."""
+    """Processes on machines. A copy begins its calls in the order they were submitted, as many at once as its stage's
+    concurrency, and answers each when it is done."""
 
     def now(self) -> float: ...
     def nodes(self) -> list[Node]: ...
@@ -114,5 +115,6 @@ class Crew(Protocol):
     def end(self, copy: Copy) -> None: ...
     def submit(self, call: Call) -> None: ...
     def cancel(self, call: Call) -> None: ...            # not begun: it never does; at work: it stops where it can
-    def store_wait_s(self, copy: Copy) -> float: ...    # of what it does now: seconds in which the store kept it waiting
+    def recall(self, call: Call) -> None: ...           # not begun: it never does; at work: it is let finish
+    def kept_waiting_s(self, copy: Copy) -> float: ...  # of its first call: by the store, by others on its GPU
     def wait(self, timeout_s: float) -> Iterable[tuple[Call, Answer]]: ...

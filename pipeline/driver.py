@@ -160,12 +160,13 @@ class Driver:
         for line in self.lines[:-1]:
             line.queue.clear()
             for copy in line.copies:
-                if len(copy.calls) > 1 and not self.drained:
-                    self.crew.cancel(copy.calls[-1])
-                head = copy.calls[0] if copy.calls else None
-                if self.stop.saving and head and head.kind == "work" and head not in self.stopped:
-                    self.stopped.add(head)
-                    self.crew.cancel(head)
+                calls = [call for call in copy.calls if call.kind == "work"]
+                for call in () if self.drained else calls[1:]:
+                    self.crew.recall(call)
+                for call in calls if self.stop.saving else ():
+                    if call not in self.stopped:
+                        self.stopped.add(call)
+                        self.crew.cancel(call)
         self.drained = True
 
     def timeout_s(self) -> float:
@@ -213,18 +214,18 @@ class Driver:
     # Work.
 
     def dispatch(self, line: Line) -> None:
-        """One call at work in each copy, and one more waiting there, unless so few rows are left that one would idle."""
+        """As many calls in each copy as keep it busy, unless so few rows are left that another would idle."""
         last = line.index == len(self.lines) - 1
         if not line.queue or self.draining and not (last and line.index):
             return
         if not last and line.stage.window is None and not self.lines.has_room(self.lines[line.index + 1]):
             return
         ready = line.ready
-        for depth in (1, 2):
-            if depth == 2 and self.unbegun(line) <= len(ready):
+        for depth in range(1, line.stage.depth + 1):
+            if depth > 1 and self.unbegun(line) <= len(ready):
                 return
             for copy in ready:
-                if len(copy.calls) >= depth or copy.calls and any(row.alone for row in copy.calls[-1].rows):
+                if len(copy.calls) >= depth or copy.calls and any(row.shares_none for row in copy.calls[-1].rows):
                     continue
                 while (rows := line.take(copy)) and not (last and line.index) and not self.fits(line, copy, rows):
                     self.budget.left_out += len(rows)
@@ -243,13 +244,12 @@ class Driver:
             return True
         request, name, now = rows[0].request, line.stage.name, self.crew.now()
         seconds = self.path_s(line, request) + (len(rows) - 1) * self.budget.seconds(name, request)
-        if copy.calls and copy.calls[0].rows:
-            head = copy.calls[0]
-            takes_s = len(head.rows) * self.budget.seconds(name, head.rows[0].request)
-            seconds += max(0.0, takes_s - (now - head.began))
+        for place, call in enumerate(call for call in copy.calls if call.rows):
+            takes_s = len(call.rows) * self.budget.seconds(name, call.rows[0].request) * line.pace_share
+            seconds += takes_s if place else max(0.0, takes_s - (now - call.began))
         if line.stage.window is None:                   # what works ahead of a long queue is not judged by its length
             for later in self.lines.all[line.index + 1:]:
-                seconds += len(later.queue) * (later.seconds or 0.0) / max(1, len(later.ready))
+                seconds += len(later.queue) * (later.pace_s or 0.0) / max(1, len(later.ready))
         return self.budget.fits(seconds, now)
 
     def path_s(self, line: Line, request: Request) -> float:
@@ -274,9 +274,10 @@ class Driver:
         if isinstance(answer, Broken) and answer.how in ("died", "hung", "node", "load"):
             self.died(copy, answer)
             return
+        was_first = call is copy.calls[0]
         copy.calls.remove(call)
         copy.since = self.crew.now()
-        if copy.calls:
+        if copy.calls and was_first:
             copy.calls[0].began = copy.since
         if isinstance(answer, Hello):
             copy.post = replace(copy.post, devices=answer.devices)
@@ -296,10 +297,12 @@ class Driver:
 
     def made(self, line: Line, copy: Copy, call: Call, answer: Done) -> None:
         spent = sum(answer.report.seconds.values())
+        pace_s = spent if answer.report.pace_s is None else answer.report.pace_s
         line.store_trouble = 0
         bucket, whole = call.rows[0].request.bucket, not answer.report.partly
         if whole:
             line.seconds = spent if line.seconds is None else 0.9 * line.seconds + 0.1 * spent
+            line.pace_s = pace_s if line.pace_s is None else 0.9 * line.pace_s + 0.1 * pace_s
         if whole and not any(isinstance(made, Failure) for made in answer.made):
             self.budget.measured(line.stage.name, call.rows[0].request, spent)
             if bucket not in copy.buckets:
@@ -387,7 +390,7 @@ class Driver:
     # Processes.
 
     def died(self, copy: Copy, answer: Broken) -> None:
-        """A process is gone, and its first call pays. If the second may have done it, both are suspects and none pays."""
+        """A process is gone, and its first call pays. If another may have done it, all are suspects and none pays."""
         line, calls, state = self.lines[copy.place], list(copy.calls), copy.state
         if answer.how == "node":
             self.shunned_until[copy.post.node] = self.crew.now() + SHUN_S
@@ -395,7 +398,7 @@ class Driver:
         self.end(copy)
         what = {"died": "it died", "hung": "ended", "node": "its machine was lost", "load": "it could not start", "gpu": "replaced"}
         self.note(f"{copy.name}: {what[answer.how]}: {answer.reason}")
-        certain = len(calls) == 1 or at_work_s > ANSWER_S
+        certain = len(calls) == 1 or line.stage.concurrency == 1 and at_work_s > ANSWER_S
         for place, call in reversed(list(enumerate(calls))):
             for row in reversed(call.rows):
                 line.in_flight -= 1
@@ -433,7 +436,7 @@ class Driver:
             return
         copy.state = "leaving"
         for call in list(copy.calls)[1:]:
-            self.crew.cancel(call)
+            self.crew.recall(call)
 
     def tend_windows(self) -> None:
         """The stage that works ahead gives its resources back when enough is ready, and returns when that runs low."""
@@ -477,7 +480,7 @@ class Driver:
         return [node for node in self.nodes if self.shunned_until.get(node.id, 0.0) <= self.crew.now()]
 
     def seconds(self) -> dict[str, float]:
-        return {line.stage.name: line.seconds for line in self.lines if line.seconds is not None}
+        return {line.stage.name: line.pace_s for line in self.lines if line.pace_s is not None}
 
     def look(self) -> None:
         """See to the machines: now and then, and whenever a copy came or went."""
@@ -510,7 +513,7 @@ class Driver:
         head = copy.calls[0] if copy.calls else None
         if head and head.kind == "work":
             at_work_s, limit_s = now - head.began, self.limit_s(head)
-            if at_work_s > limit_s and at_work_s - self.crew.store_wait_s(copy) > limit_s:
+            if at_work_s > limit_s and at_work_s - self.crew.kept_waiting_s(copy) > limit_s:
                 return Broken(how="hung", reason=f"no answer after {at_work_s:.0f} s, where it may take {limit_s:.0f} s")
         return None
 

@@ -40,6 +40,7 @@ COLUMNS = pa.schema({
     "worker": pa.string(), "device": pa.string(), "queue_s": pa.float64(), "encode_s": pa.float64(),
     "sample_s": pa.float64(), "decode_s": pa.float64(), "publish_s": pa.float64(), "peak_memory_bytes": pa.int64(),
     "finished_at": pa.timestamp("us", tz="UTC"),
+    "gpu_s": pa.float64(),                             # of encode_s, sample_s, decode_s: on a GPU; null on CPUs
     # of the gate (gate.py), and of the clip that was decoded again; null for clips that were found published
     "quality.verdict": pa.string(), "quality.brightness": pa.float64(), "quality.contrast": pa.float64(),
     "quality.motion": pa.float64(), "quality.flicker": pa.float64(), "quality.psnr_db": pa.float64(),
@@ -172,7 +173,7 @@ def row_of(name: str, value: "Clip | Failure", outcome: "Outcome | None" = None,
         row["fallbacks"] = [*row["fallbacks"], f"rejected with seed {seed}, and made with seed {request.seed}"]
     if outcome is not None:
         row |= {"attempts": outcome.attempts, "queue_s": outcome.queue_s, "worker": outcome.worker,
-                "device": outcome.device, "peak_memory_bytes": outcome.peak_memory_bytes}
+                "device": outcome.device, "peak_memory_bytes": outcome.peak_memory_bytes, "gpu_s": outcome.gpu_s}
         row |= {f"{step}_s": outcome.seconds.get(step) for step in ("encode", "sample", "decode", "publish")}
     return row
 

@@ -9,6 +9,8 @@ from typing import Any
 from pipeline.crew import Copy, Row
 from pipeline.stages import Outcome, Stage
 
+FOR_LATER = 256             # rows that may wait for copies that are about to start on GPUs: those have work meanwhile
+
 
 @dataclass(eq=False, kw_only=True, slots=True)
 class Shared:
@@ -34,7 +36,8 @@ class Line:
         self.done = self.in_flight = 0
         self.failed_starts = self.store_trouble = 0         # with no success since
         self.not_before = 0.0
-        self.seconds: float | None = None
+        self.seconds: float | None = None   # of work on a value
+        self.pace_s: float | None = None    # after which a copy takes the next
         self.first_s = 0.0                  # the longest that a copy took for its first value of a bucket
         self.streak: set[str] = set()       # clips that failed here since it last made one, on any copy
         self.withheld: list[Outcome] = []   # failures of the streak: are they the rows' own?
@@ -42,6 +45,11 @@ class Line:
     @property
     def ready(self) -> list[Copy]:
         return [copy for copy in self.copies if copy.state == "ready"]
+
+    @property
+    def pace_share(self) -> float:
+        """Of a value's seconds, those in which the copy could not have taken another."""
+        return self.pace_s / self.seconds if self.pace_s and self.seconds else 1.0
 
     @property
     def rows(self) -> int:
@@ -150,6 +158,8 @@ class Lines:
     def has_room(self, line: Line) -> bool:
         """May the line take another row?"""
         if line.stage.window is None:
+            if line.stage.shares_gpus and (not line.ready or len(line.ready) < len(line.copies)):
+                return len(line.queue) < FOR_LATER
             feeders = len(self.all[line.index - 1].copies) if line.index else 0
             return len(line.queue) < max(4, 2 * line.stage.batch * len(line.copies), feeders)
         return line.open and line.rows + self.ahead(line) < self.window(line)

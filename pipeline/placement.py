@@ -2,11 +2,18 @@
 
 GPUs are hard: a copy's share lies on one GPU (or on whole GPUs), and shares of one GPU never exceed it. CPU cores are
 soft: a node may promise half a core more than it has, since light stages mostly wait.
+
+A share of a GPU is a share of its memory. Its time is one, and whoever is on it takes turns: a second copy of a stage
+there would have no time of its own, so there is never one. Copies of different stages fill it: where every GPU has a
+sampler and a decoder, none of them waits, whatever the ratio of their seconds, and sampling and decoding have all of
+the time there is (`most_per_s`).
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 from pipeline.stages import Stage
 
@@ -66,15 +73,19 @@ class Room:
                 names.setdefault(device, len(names))
             places = [names[device] for device in post.devices if names[device] < len(gpus)]
         else:
-            places = self.places(post.node, post.gpus) or []
+            places = self.places(post.node, post.gpus, post.stage) or self.places(post.node, post.gpus) or []
         for place in places:
             gpus[place] -= min(1.0, post.gpus)
         self.held.append((post, places))
 
-    def places(self, node: str, gpus: float) -> list[int] | None:
-        """The GPUs of a node that such a copy would get, the fullest that fit first; None: it does not fit."""
+    def places(self, node: str, gpus: float, stage: str | None = None) -> list[int] | None:
+        """The GPUs of a node that such a copy would get, the fullest that fit first; None: it does not fit.
+
+        stage: none of those that have a copy of this stage.
+        """
         need = min(1.0, gpus)
-        fitting = [place for place, free in enumerate(self.gpus[node]) if free >= need - EPSILON]
+        taken = {place for post, places in self.held if post.node == node and post.stage == stage for place in places}
+        fitting = [place for place, free in enumerate(self.gpus[node]) if free >= need - EPSILON and place not in taken]
         fitting.sort(key=lambda place: self.gpus[node][place])
         count = round(max(1.0, gpus)) if gpus else 0
         return fitting[:count] if len(fitting) >= count else None
@@ -82,7 +93,7 @@ class Room:
     def node_for(self, stage: Stage) -> str | None:
         """The node where a copy fits and leaves the fewest GPUs free; None where it fits nowhere."""
         fitting = [node for node in self.nodes if self.nodes[node].cpus and self.cpus[node] >= stage.cpus - EPSILON
-                   and self.places(node, stage.gpus) is not None]
+                   and self.places(node, stage.gpus, stage.name) is not None]
         return min(fitting, key=lambda node: (sum(self.gpus[node]), -self.cpus[node]), default=None)
 
     def post(self, stage: Stage, node: str) -> Post:
@@ -109,10 +120,11 @@ def hires(stages: Sequence[Stage], nodes: Sequence[Node], posts: Sequence[Post],
     """The copies to start now, in order.
 
     limits: the most copies of a stage that have work; 0 for a stage that gave its resources back.
-    seconds: measured per value, for the stages that have been measured.
+    seconds: after which a copy takes the next value, for the stages that have been measured.
     First one copy of each stage (`Stage.copies` of them where that is set), those that give back before all others,
     and nobody else until they have their place. Then each next copy goes to the stage that holds the others back, until
-    it fits nowhere.
+    it fits nowhere. At last, of the stages that share GPUs and have been measured, one beside every copy of another: a
+    GPU whose sampler has a decoder beside it is never idle.
     """
     room = Room(nodes, posts)
     count = {stage.name: sum(post.stage == stage.name for post in posts) for stage in stages}
@@ -141,6 +153,10 @@ def hires(stages: Sequence[Stage], nodes: Sequence[Node], posts: Sequence[Post],
         slowest = min(open_stages, key=lambda stage: count[stage.name] / cost[stage.name])
         if count[slowest.name] >= wanted(slowest) or not hire(slowest):
             break
+    for stage in stages:
+        while (stage.shares_gpus and stage.window is None and stage.name in seconds
+               and count[stage.name] < wanted(stage) and hire(stage)):
+            pass
     return new
 
 
@@ -168,10 +184,14 @@ def room_on(node: Node, stage: Stage, room: Room, here: list[tuple[Post, list[in
     options: list[tuple[int, list[Post]]] = []
     for place, free in enumerate(room.gpus[node.id]):
         leaving: list[Post] = []
+        alone = [post for post, places in here if place in places and free + min(1.0, post.gpus) >= need - EPSILON]
+        if alone and free < need - EPSILON:             # the smallest that is enough: a decoder is back sooner
+            leaving.append(min(alone, key=lambda post: post.gpus))
+            free += min(1.0, leaving[0].gpus)
         for post, places in here:
             if free >= need - EPSILON:
                 break
-            if place in places:
+            if place in places and not any(post is other for other in leaving):
                 leaving.append(post)
                 free += min(1.0, post.gpus)
         if free >= need - EPSILON:
@@ -190,6 +210,25 @@ def room_on(node: Node, stage: Stage, room: Room, here: list[tuple[Post, list[in
             ended.append(post)
             free_cpus += post.cpus
     return ended if free_cpus >= stage.cpus - EPSILON else []
+
+
+def most_per_s(stages: Sequence[Stage], posts: Sequence[Post], *, held_s: Mapping[str, float],
+               pace_s: Mapping[str, float]) -> float:
+    """Values per second that these copies can make, if none of them ever waits for anything but a GPU.
+
+    held_s: of a GPU's time per value, by stage; pace_s: after which a copy of it takes the next value, at best.
+    Whatever stages one picks, their GPU time must come from the GPUs on which they have a copy; and where that holds for
+    every choice, there is a division of the GPUs' time that reaches it (Hall's theorem, for flows).
+    posts: with `devices`.
+    """
+    names = [stage.name for stage in stages if any(post.stage == stage.name for post in posts)]
+    on_gpus = [name for name in names if held_s.get(name)]
+    rates = [sum(post.stage == name for post in posts) / pace_s[name] for name in names if pace_s.get(name)]
+    for size in range(1, len(on_gpus) + 1):
+        for chosen in combinations(on_gpus, size):
+            gpus = {(post.node, device) for post in posts if post.stage in chosen for device in post.devices}
+            rates.append(len(gpus) / sum(held_s[name] for name in chosen))
+    return min(rates, default=math.inf)
 
 
 def by_size(stages: Sequence[Stage]) -> list[Stage]:

@@ -7,15 +7,17 @@ import hashlib
 import re
 import resource
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import PurePath
-from typing import Any
+from typing import Any, Protocol
 
+from actors.device_lock import DeviceLock, Halted
 from actors.messages import Clip, Failure, Request
-from actors.steps import Halted
 from pipeline.store import NotFound, StoreError
 
 
@@ -37,7 +39,10 @@ class Stage:
 
     name: str                                           # encode, sample, publish: names its seconds in the ledger
     steps: tuple[Step, ...]                             # in one process, so what passes between them never travels
-    gpus: float = 0.0                                   # of one copy: a share of one GPU, or whole GPUs
+    then: tuple[Step, ...] = ()                         # after them, in processes of its own beside it (pool.py):
+    processes: int = 0                                  # so many; 0: in the same process
+    concurrency: int = 1                                # calls within at once: one computes, others fetch, save, wait
+    gpus: float = 0.0                                   # of one copy: a share of a GPU's memory, or whole GPUs
     cpus: float = 1.0                                   # of one copy; whole cores are its torch threads, at least one
     copies: int | None = None                           # None: as many as fit (placement.py)
     batch: int = 1                                      # values per call, all of one bucket
@@ -48,6 +53,20 @@ class Stage:
         if self.gpus < 0 or self.gpus > 1 and self.gpus % 1:
             raise ValueError(f"stage {self.name}: gpus must be a share of one GPU or a whole number; "
                              f"got {self.gpus:g}")
+        if self.concurrency <= self.processes:
+            raise ValueError(f"stage {self.name}: {self.processes} processes need a concurrency of "
+                             f"{self.processes + 1} or more, so that one value is made while they work; "
+                             f"got {self.concurrency}")
+
+    @property
+    def shares_gpus(self) -> bool:
+        """It leaves a part of its GPU's memory to other stages, and takes turns with them."""
+        return 0 < self.gpus < 1
+
+    @property
+    def depth(self) -> int:
+        """Calls that one copy is given at once: so that one waits there, it never does."""
+        return max(2, self.concurrency)
 
     @property
     def threads(self) -> int:
@@ -59,12 +78,14 @@ class Stage:
 class Report:
     """What one call of a worker cost."""
 
-    seconds: dict[str, float]                           # per value, by step name
+    seconds: dict[str, float]                           # per value, by step name; not what it waited for others
     worker: str
     device: str
     peak_memory_bytes: int                              # of the GPU in this call, or of the process since its start
     partly: bool = False                                # some was done in an earlier call: the seconds are no measure
     broken: bool = False                                # the GPU's context is lost, and every later call would fail
+    pace_s: float | None = None                         # per value, where there is always a next one; None: the sum
+    held_s: float = 0.0                                 # per value, with its GPU to itself; 0 on a CPU
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,18 +99,31 @@ class Outcome:
     worker: str | None = None                           # where it spent the most seconds, or failed
     device: str | None = None                           # of that worker
     peak_memory_bytes: int | None = None                # the largest of the stages'
+    gpu_s: float | None = None                          # with a GPU to itself, in all stages; None: on CPUs
+
+
+class WorksOn(Protocol):
+    """What does the rest beside a worker (pool.py)."""
+
+    def room(self, requests: Sequence[Request]) -> AbstractContextManager[Any]: ...
+    def kept_waiting_s(self) -> float: ...
+    def __call__(self, values: list, safe: bool) -> tuple[list, Report]: ...
 
 
 class Worker:
     """One copy of a stage. Making it loads; calling it never raises for a value's sake.
 
     StoreError and NotFound pass through: an unusable store or a lost input is not the value's fault. So does Halted.
+    Threads may call it side by side: steps that compute on its device take `lock` meanwhile.
     """
 
     def __init__(self, stage: str, steps: Iterable[Step], threads: int, name: str = "local",
-                 halted: Callable[[], bool] | None = None):
-        """halted: asked where a step can stop in the middle and lose nothing: is it to?"""
-        self.stage, self.threads, self.name = stage, threads, name
+                 halted: Callable[[], bool] | None = None, recalled: Callable[[], bool] = lambda: False,
+                 pool: "WorksOn | None" = None, concurrency: int = 1):
+        """halted: asked where a step can stop in the middle and lose nothing: is it to?  recalled: asked before a step
+        computes: is it not to begin?  pool: works on what the steps have made.  concurrency: threads that call.
+        """
+        self.stage, self.threads, self.name, self.pool, self.concurrency = stage, threads, name, pool, concurrency
         self.broken = False
         self.steps = [(step.name or stage, step.make()) for step in steps]
         for _, step in self.steps:
@@ -100,6 +134,33 @@ class Worker:
         self.safe_steps = [step for _, step in self.steps if hasattr(step, "safe")]
         self.gpu = next((device for device in devices if device.startswith("cuda")), None)
         self.device = self.torch.cuda.get_device_name(self.gpu) if self.gpu else "cpu"
+        self.mine = threading.local()                   # of each thread that calls
+        device_id = self.device_id()
+        self.on_gpu = self.gpu is not None or device_id is not None
+        self.lock = DeviceLock(device_id, recalled, entered=self.began_on_device, leaving=self.ended_on_device)
+        for _, step in self.steps:
+            if hasattr(step, "lock"):
+                step.lock = self.lock
+
+    def device_id(self) -> str | None:
+        """What all processes on this machine call the GPU of this one; None without, and for who takes no turns."""
+        if not all(getattr(step, "takes_turns", True) for _, step in self.steps):
+            return None
+        if self.gpu:
+            return str(self.torch.cuda.get_device_properties(self.gpu).uuid)
+        return next((name for _, step in self.steps if (name := getattr(step, "device_id", None))), None)
+
+    def began_on_device(self) -> None:
+        if self.gpu:
+            self.torch.cuda.reset_peak_memory_stats(self.gpu)
+
+    def ended_on_device(self) -> None:
+        if self.gpu and not self.broken:
+            self.mine.peak = self.torch.cuda.max_memory_allocated(self.gpu)
+
+    def kept_waiting_s(self) -> float:
+        """By other processes on its device, in all, and by the store behind those of its pool."""
+        return self.lock.kept_waiting_s() + (self.pool.kept_waiting_s() if self.pool else 0.0)
 
     def __call__(self, values: list, safe: bool = False) -> tuple[list, Report]:
         """What the steps make of the values, in order. A Failure passes untouched, or stands for what failed here.
@@ -112,19 +173,41 @@ class Worker:
             self.torch.cuda.empty_cache()
         if self.torch:
             self.torch.set_num_threads(self.threads)    # each time: in run_local, stages share one process
-        if self.gpu:
-            self.torch.cuda.reset_peak_memory_stats(self.gpu)
-        values, seconds = list(values), {}
+        self.mine.peak, held_s = 0, self.lock.held_s
+        with self.pool.room([request_of(value) for value in values]) if self.pool else nullcontext():
+            values, seconds = self.make(list(values))
+            report = Report(seconds=seconds, worker=self.name, device=self.device, broken=self.broken,
+                            partly=any(getattr(step, "partly", False) for _, step in self.steps),
+                            held_s=(self.lock.held_s - held_s) / max(1, len(values)) if self.on_gpu else 0.0,
+                            peak_memory_bytes=0 if self.broken else self.peak_memory())
+            if self.pool and not self.broken:
+                values, theirs = self.pool(values, safe)
+                report = self.with_pool(report, theirs)
+        return values, replace(report, pace_s=self.pace_s(report))
+
+    def pace_s(self, report: Report) -> float:
+        """Of this many threads that take turns on one device."""
+        return max(report.pace_s or 0.0, report.held_s, sum(report.seconds.values()) / self.concurrency)
+
+    def with_pool(self, mine: Report, theirs: Report) -> Report:
+        seconds = dict(mine.seconds)
+        for name, spent in theirs.seconds.items():
+            seconds[name] = seconds.get(name, 0.0) + spent
+        return replace(mine, seconds=seconds, pace_s=theirs.pace_s,
+                       peak_memory_bytes=mine.peak_memory_bytes or theirs.peak_memory_bytes)
+
+    def make(self, values: list) -> tuple[list, dict[str, float]]:
+        """What the steps of this process make, and the seconds of each, without what this thread waited for others."""
+        seconds: dict[str, float] = {}
         for name, step in self.steps:
-            began = time.perf_counter()
+            began, waited_s = time.perf_counter(), self.lock.waited_s
             places = [place for place, value in enumerate(values) if not isinstance(value, Failure)]
             for place, made in zip(places, self.run(step, [values[place] for place in places]), strict=True):
                 failed = isinstance(made, Failure)
                 values[place] = replace(made, worker=self.name, device=self.device) if failed else made
-            seconds[name] = seconds.get(name, 0.0) + (time.perf_counter() - began) / max(1, len(values))
-        return values, Report(seconds=seconds, worker=self.name, device=self.device, broken=self.broken,
-                              partly=any(getattr(step, "partly", False) for _, step in self.steps),
-                              peak_memory_bytes=0 if self.broken else self.peak_memory())
+            spent = time.perf_counter() - began - (self.lock.waited_s - waited_s)
+            seconds[name] = seconds.get(name, 0.0) + spent / max(1, len(values))
+        return values, seconds
 
     def run(self, step: Callable[[list], list], values: list) -> list:
         if not values:
@@ -149,7 +232,7 @@ class Worker:
 
     def peak_memory(self) -> int:
         if self.gpu:
-            return self.torch.cuda.max_memory_allocated(self.gpu)
+            return self.mine.peak or self.torch.cuda.max_memory_allocated(self.gpu)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -206,7 +289,7 @@ def readdress(value: Any, request: Request) -> Any:
 
 def run_local(stages: Iterable[Stage], requests: Iterable[Request]) -> Iterator[Outcome]:
     """Each request through all stages, one after the other, in this process. The definition of a pipeline."""
-    workers = [(stage, Worker(stage.name, stage.steps, stage.threads)) for stage in stages]
+    workers = [(stage, Worker(stage.name, (*stage.steps, *stage.then), stage.threads)) for stage in stages]
     shared: dict[str, tuple[str, Any]] = {}             # stage -> the last key and what it made
     for request in requests:
         value, reports = request, []
@@ -235,4 +318,5 @@ def outcome(value: Clip | Failure, reports: list[Report], *, attempts: int = 1,
                    queue_s=0.0 if waited_s is None else max(0.0, waited_s - sum(seconds.values())),
                    worker=failed and failed.worker or longest and longest.worker,
                    device=failed and failed.device or longest and longest.device,
+                   gpu_s=sum(report.held_s for report in reports) or None,
                    peak_memory_bytes=max((report.peak_memory_bytes for report in reports), default=None))

@@ -1,6 +1,7 @@
 """Text, or text and an image, to video: which actors, in what order, and what one copy of each needs."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
@@ -22,6 +23,20 @@ from pipeline.store import Store, bring
 ENCODED_AHEAD = 1000                    # clips whose prompts are encoded before the encoder makes room for a sampler
 
 
+@dataclass(frozen=True, kw_only=True)
+class Overlap:
+    """What goes on side by side around one device."""
+
+    calls: int                          # in an encoder or sampler: one computes; others fetch, draw noise, save
+    writers: int                        # processes beside a decoder that look at frames, encode them and publish
+
+
+# A GPU must never wait for a CPU: 3 calls cover a sampler's fetch before and its save behind; 2 writers make a clip in
+# half of its 1.9 CPU seconds (480p, 81 frames), where sampling and decoding it take the GPU longer. On a CPU all of it
+# wants the same cores, and one after the other is as quick.
+OVERLAP = {"cuda": Overlap(calls=3, writers=2), "cpu": Overlap(calls=1, writers=0)}
+
+
 def text_to_video(card: ModelCard, weights: str | None, store: Store, *, device: str, precision: str, attention: str,
                   batch: int = 1, samplers: int | None = None, threads: int = 1, keep_latents: bool = False,
                   strict: bool = False, compiled: bool = False, decode_precision: str | None = None) -> list[Stage]:
@@ -35,22 +50,27 @@ def text_to_video(card: ModelCard, weights: str | None, store: Store, *, device:
                                                              precision=precision, threads=threads, **options))
 
     on_gpu = device.startswith("cuda")
+    overlap = OVERLAP["cuda" if on_gpu else "cpu"]
     encoder = model(ImageTextEncoder, read=read_image) if card.takes_image else model(TextEncoder)
     fetch = (Step(actor=Fetch, args=dict(store=store)), *([Step(actor=AsAsked)] if strict else []))
     encode = Step(actor=Keep, args=dict(step=encoder, store=store, folder=EMBEDDINGS))
     sampler = model(DENOISERS[type(card)], threads, attention=attention, compiled=compiled)
     sample = Step(actor=KeepSampled, args=dict(step=sampler, store=store))
     decode = model(Decoder, name="decode", decode_precision=decode_precision)
-    publish = [*fetch, decode, Step(actor=Gate), Step(actor=ClipWriter, args=dict(store=store))]
+    write = [Step(actor=Gate), Step(actor=ClipWriter, args=dict(store=store))]
     if not keep_latents:
-        publish.append(Step(actor=Drop, args=dict(store=store)))
+        write.append(Step(actor=Drop, args=dict(store=store)))
     return [
-        Stage(name="encode", steps=(encode,), gpus=0.25 if on_gpu else 0.0,
+        Stage(name="encode", steps=(encode,), gpus=0.25 if on_gpu else 0.0, concurrency=overlap.calls,
               key=attrgetter("embedding_key"), window=ENCODED_AHEAD),
-        Stage(name="sample", steps=(*fetch, sample), gpus=0.75 if on_gpu else 0.0,
+        Stage(name="sample", steps=(*fetch, sample), gpus=0.75 if on_gpu else 0.0, concurrency=overlap.calls,
               cpus=float(threads), copies=samplers, batch=max(batch, card.clips_per_turn)),
-        # one process, so frames never travel; on a CPU it needs a fraction of what sampling needs
-        Stage(name="publish", steps=tuple(publish), gpus=0.25 if on_gpu else 0.0, cpus=2.0 if on_gpu else 0.5),
+        # Frames never travel: who writes them is on the decoder's machine. Beside the sampler, not in its process: a
+        # clip that kills the decoder costs no sampling, and DeviceLock gives each the GPU while the other has no use
+        # for it. On a CPU it needs a fraction of what sampling needs.
+        Stage(name="publish", steps=(*fetch, decode), then=tuple(write),
+              processes=overlap.writers, concurrency=overlap.writers + 2 if overlap.writers else 1,
+              gpus=0.25 if on_gpu else 0.0, cpus=2.0 if on_gpu else 0.5),
     ]
 
 

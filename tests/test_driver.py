@@ -52,7 +52,9 @@ class SimulatedCrew:
                 call.kind = "cancelled"
         heapq.heapify(self.events)
 
-    def store_wait_s(self, copy: Copy) -> float:
+    recall = cancel
+
+    def kept_waiting_s(self, copy: Copy) -> float:
         return self.store_waits_s
 
     def submit(self, call: Call) -> None:
@@ -222,6 +224,32 @@ def test_a_row_that_kills_its_process_is_charged_and_its_neighbours_are_not():
     failed, = [outcome.value for outcome in outcomes if isinstance(outcome.value, Failure)]
     assert failed.request.seed == 7 and failed.error_type == "WorkerDied" and "signal 9" in failed.error
     assert attempts == {seed: 3 if seed == 7 else 1 for seed in range(40)}
+
+
+def test_where_several_rows_are_at_work_in_one_process_a_death_charges_none_until_one_dies_alone():
+    crew = SimulatedCrew(box(4), SLEEPS_S, fault=failing("sample", {7, 20}, dying("signal 11")))
+    _, outcomes = drive(crew, pretend_stages(gpus=SHARED, concurrency=3), requests(40))
+    attempts = {outcome.value.request.seed: outcome.attempts for outcome in outcomes}
+    assert attempts == {seed: 3 if seed in (7, 20) else 1 for seed in range(40)}
+    assert {outcome.value.request.seed for outcome in outcomes if isinstance(outcome.value, Failure)} == {7, 20}
+
+
+@pytest.mark.parametrize("concurrency, calls", [(1, 2), (2, 2), (4, 4)])
+def test_a_copy_is_given_as_many_calls_as_it_has_threads_and_two_at_least(concurrency, calls):
+    crew, most = SimulatedCrew(box(1), SLEEPS_S | {"sample": 5.0}), []
+    driver = Driver(crew, pretend_stages(gpus=SHARED, concurrency=concurrency), requests(30))
+    for _ in driver.outcomes():
+        most.append(max(len(copy.calls) for copy in driver.lines[1].copies))
+    assert max(most) == calls
+
+
+def test_a_decoder_makes_room_for_the_encoder_and_the_sampler_goes_on():
+    """On one GPU; what is sampled meanwhile waits for the decoder."""
+    crew, notes = SimulatedCrew(box(1), {"encode": 0.2, "sample": 1.0, "publish": 0.5}), []
+    _, outcomes = drive(crew, pretend_stages(gpus=SHARED, window=100), requests(300),
+                        on_progress=lambda progress: notes.extend(progress.notes))
+    assert len(outcomes) == 300 and any(note.startswith("publish") and "makes room" in note for note in notes)
+    assert Counter(copy.stage.name for copy in crew.started)["sample"] == 1
 
 
 def test_a_suspect_shares_no_batch_so_one_poison_costs_one_row():

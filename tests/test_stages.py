@@ -2,11 +2,14 @@
 
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 from fake_stages import calls, fake_stages
 
+from actors.device_lock import NO_LOCK
 from actors.messages import Clip, Embedding, Failure, Latent
 from jobs.bench_pipeline import pretend_request, pretend_stages
 from pipeline.stages import Stage, Step, Worker, lost_context, readdress, run_local
@@ -190,6 +193,39 @@ def test_threads_belong_to_the_stage_and_not_to_the_machine():
         assert seen == [2]
     finally:
         torch.set_num_threads(before)
+
+
+def test_processes_beside_a_stage_need_a_thread_each_and_one_more():
+    with pytest.raises(ValueError, match="2 processes need a concurrency of 3 or more.*got 2"):
+        Stage(name="publish", steps=(), processes=2, concurrency=2)
+
+
+def test_run_local_makes_what_comes_after_in_the_same_process():
+    stage = Stage(name="publish", steps=(Step(actor=Twice),), then=(Step(actor=Twice),), processes=1, concurrency=2)
+    sums = Worker("publish", (*stage.steps, *stage.then), threads=1)
+    assert sums([1, 2])[0] == [4, 8]
+
+
+class Locked:
+    """Has the device for a while, and nothing on a CPU for as long."""
+
+    lock = NO_LOCK
+    device_id = None
+
+    def __call__(self, batch):
+        time.sleep(0.05)
+        with self.lock:
+            time.sleep(0.05)
+        return batch
+
+
+def test_threads_take_turns_on_a_device_and_what_they_wait_is_not_their_work():
+    locked = worker(Locked)
+    with ThreadPoolExecutor(4) as threads:
+        reports = [report for _, report in threads.map(lambda seed: locked([pretend_request(seed)]), range(8))]
+    assert locked.lock is not NO_LOCK and max(locked.lock.held_s, locked.lock.waited_s) == 0     # of this thread
+    assert all(report.seconds["sample"] >= 0.1 and report.pace_s >= 0.1 for report in reports)
+    assert all(report.held_s == 0.0 for report in reports)              # it names no GPU
 
 
 def test_a_share_of_several_gpus_is_refused():

@@ -57,6 +57,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--good", type=int, default=500, help="rows of the poison night; default: %(default)s")
     parser.add_argument("--poison", type=int, default=10, help="rows of each kind; default: %(default)s")
     parser.add_argument("--sample-s", type=float, default=0.5, help="seconds of sampling a clip; default: %(default)s")
+    parser.add_argument("--overlap", action="store_true",
+                        help="as on GPUs: several calls in a process at once, clips written by processes of their own")
     parser.add_argument("--seed", type=int, default=1, help="of all that is random; default: %(default)s")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout instead of tables")
     parser.add_argument("--write", action="store_true", help="the tables also into docs/measurements/")

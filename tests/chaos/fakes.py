@@ -43,6 +43,7 @@ class Script:
     sample_s: float = 0.2               # of a clip, as the next two
     decode_s: float = 0.03
     ahead: int = 250                    # clips encoded ahead
+    overlap: bool = False               # as on GPUs, though it is CPUs
     least_limit_s: float | None = None  # what a row may always take in a stage; None: as it ships
     fill: str | None = None             # clips, ledger or latents: the disk is full when the run comes to write there
     ballast: str | None = None          # the file that fills it
@@ -135,6 +136,7 @@ class NotedKeep(KeepSampled):
 class NotedWriter(ClipWriter):
     def __init__(self, *, script: Script, **options):
         self.script = script
+        script.note_process("publish")                  # the decoder's, or one beside it
         super().__init__(**options)
 
     def publish(self, frames: Frames) -> Clip:

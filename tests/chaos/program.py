@@ -27,6 +27,7 @@ def put_fakes_in(script: fakes.Script) -> None:
     recipe.KeepSampled = partial(fakes.NotedKeep, script=script)
     recipe.ClipWriter = partial(fakes.NotedWriter, script=script)
     recipe.ENCODED_AHEAD = script.ahead
+    recipe.OVERLAP["cpu"] = recipe.OVERLAP["cuda" if script.overlap else "cpu"]
     driver.LEAST_LIMIT_S = script.least_limit_s or driver.LEAST_LIMIT_S
     if script.fill:
         render.open_store = partial(FillingStore, folder=script.fill, ballast=script.ballast)

@@ -71,7 +71,7 @@ def s3(folder: Path, options: argparse.Namespace, rng: random.Random) -> dict[st
 def killed_night(folder: Path, out: str, cluster: Machines, options: argparse.Namespace, rng: random.Random,
                  weather: Weather | None = None) -> dict[str, Any]:
     write_manifest(folder, [f"clip {number}" for number in range(options.clips)])
-    script = Script(notes=str(folder / "notes.jsonl"), sample_s=options.sample_s)
+    script = Script(notes=str(folder / "notes.jsonl"), sample_s=options.sample_s, overlap=options.overlap)
     expiries = options.kills // KILLS_PER_EXPIRY if weather else 0
     with Night(folder=folder, out=out, machines=cluster, script=script, rng=rng, kills=options.kills,
                num_clips=options.clips, weather=weather, expiries=expiries) as night:
@@ -134,7 +134,8 @@ def poison(folder: Path, options: argparse.Namespace, rng: random.Random) -> dic
     prompts += [f"good {number}" for number in range(good)]
     rng.shuffle(prompts)
     write_manifest(folder, prompts)
-    script = Script(notes=str(folder / "notes.jsonl"), sample_s=options.sample_s, least_limit_s=LIMIT_S)
+    script = Script(notes=str(folder / "notes.jsonl"), sample_s=options.sample_s, overlap=options.overlap,
+                    least_limit_s=LIMIT_S)
     with machines(folder) as cluster:
         with Night(folder=folder, out=str(folder / "out"), machines=cluster, script=script, rng=rng) as night:
             night.run(ends_with=(3,))

@@ -1,0 +1,198 @@
+"""Processes beside a worker: frames in memory that both see, deaths that cost one value, nothing left behind."""
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from actors import handover
+from actors.messages import Clip, Failure, Frames, Latent
+from jobs.bench_pipeline import pretend_request
+from model.shapes import VideoShape
+from pipeline import pool as pools
+from pipeline.pool import ChildFailed, Pool
+from pipeline.stages import Stage, Step, Worker, request_of, run_local
+from pipeline.store import NotFound, StoreError
+
+ROOT, HERE = Path(__file__).resolve().parent.parent, Path(__file__).resolve().parent
+
+
+@dataclass
+class Decode:
+    """Frames whose pixels say which clip they are of."""
+
+    def __call__(self, batch):
+        return [Frames(request=request, rgb=torch.full((9, 64, 64, 3), request.seed, dtype=torch.uint8))
+                for request in map(request_of, batch)]
+
+
+@dataclass
+class Write:
+    """A clip that says what was in its frames and who wrote it; by seed, what goes wrong."""
+
+    folder: Path
+    safe: bool = False
+
+    def __call__(self, batch):
+        return [self.write(frames) for frames in batch]
+
+    def write(self, frames):
+        seed = frames.request.seed
+        (self.folder / f"{seed}-{os.getpid()}").touch()
+        match seed:
+            case 101:
+                raise ValueError("nobody can write this")
+            case 102:
+                os.kill(os.getpid(), signal.SIGKILL)
+            case 103:
+                ctypes.string_at(0)
+            case 104:
+                raise StoreError("access denied")
+            case 105:
+                raise NotFound("it is gone")
+            case 106:
+                time.sleep(3600)
+        assert frames.rgb.eq(seed).all() and frames.rgb.shape == (9, 64, 64, 3)
+        return Clip(request=frames.request, uri="", sha256=str(os.getpid()), num_bytes=frames.rgb.nbytes,
+                    duration_s=1.0, fallbacks=("safe",) if self.safe else ())
+
+
+class Broken:
+    def __init__(self):
+        raise ValueError("x264 is missing")
+
+
+def latent(seed: int) -> Latent:
+    return Latent(request=pretend_request(seed), streams=())
+
+
+@pytest.fixture(scope="module")
+def worker(tmp_path_factory):
+    """As cluster.Process has it, with two processes, which outlive a test."""
+    written = tmp_path_factory.mktemp("written")
+    pool = Pool("publish", [Step(actor=Write, args={"folder": written})], 2, name="publish-1@here", device="a GPU")
+    yield Worker("publish", [Step(actor=Decode, name="decode")], threads=1, name="publish-1@here", pool=pool,
+                 concurrency=4)
+    pool.close()
+
+
+def test_values_pass_whole_and_large_tensors_in_memory_without_a_name():
+    mine, theirs = socket.socketpair()
+    value = {"large": torch.randn(3, 200, 200), "bf16": torch.randn(70_000).bfloat16(), "small": torch.arange(5),
+             "strided": torch.randn(400, 300).T, "words": ["a"]}
+    before = len(os.listdir("/proc/self/fd"))
+    with ThreadPoolExecutor(1) as other:
+        got = other.submit(handover.receive, theirs)
+        handover.send(mine, value)
+        got = got.result()
+    assert got.keys() == value.keys() and got["words"] == ["a"]
+    for name in ("large", "bf16", "small", "strided"):
+        assert got[name].dtype == value[name].dtype and torch.equal(got[name], value[name])
+    assert any("memfd:dailies" in line for line in Path("/proc/self/maps").read_text().splitlines())
+    del got
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert not any("memfd:dailies" in line for line in Path("/proc/self/maps").read_text().splitlines())
+    mine.close()
+    with pytest.raises(handover.Closed):
+        handover.receive(theirs)
+
+
+def test_what_is_made_beside_the_worker_is_what_run_local_makes(worker, tmp_path):
+    (tmp_path / "local").mkdir()
+    stage = Stage(name="publish", steps=(Step(actor=Decode, name="decode"),), processes=2, concurrency=4,
+                  then=(Step(actor=Write, args={"folder": tmp_path / "local"}),))
+    requests = [pretend_request(seed) for seed in range(8)]
+    wanted = {outcome.value.request.seed: outcome for outcome in run_local([stage], requests)}
+    with ThreadPoolExecutor(4) as threads:
+        answers = list(threads.map(lambda request: worker([latent(request.seed)]), requests))
+    for (clip,), report in answers:
+        assert replace(clip, sha256="") == replace(wanted[clip.request.seed].value, sha256="")
+        assert report.seconds.keys() == wanted[clip.request.seed].seconds.keys() == {"decode", "publish"}
+        assert report.pace_s >= max(report.seconds["publish"] / 2, sum(report.seconds.values()) / 4)
+    writers = {clip.sha256 for (clip,), _ in answers}
+    assert len(writers) == 2 and str(os.getpid()) not in writers and worker.pool.bytes == 0
+
+
+@pytest.mark.parametrize("seed, error_type, said", [
+    (101, "ValueError", "nobody can write this"), (102, "WorkerDied", "signal 9, SIGKILL"),
+    (103, "WorkerDied", "signal 11, SIGSEGV")])
+def test_a_bad_clip_costs_one_clip_and_its_process_is_replaced(seed, error_type, said, worker):
+    (failure,), report = worker([latent(seed)])
+    assert isinstance(failure, Failure) and failure.error_type == error_type and said in failure.error
+    assert (failure.stage, failure.worker, failure.device) == ("publish", "publish-1@here", "a GPU")
+    assert not report.broken
+    for number in range(4):
+        (clip,), _ = worker([latent(number)])
+        assert isinstance(clip, Clip)
+    assert all(child.process.poll() is None for child in worker.pool.children)
+
+
+@pytest.mark.parametrize("seed, error, said", [(104, StoreError, "access denied"), (105, NotFound, "it is gone")])
+def test_trouble_that_is_no_clips_fault_passes_through(seed, error, said, worker):
+    with pytest.raises(error, match=said):
+        worker([latent(seed)])
+    assert isinstance(worker([latent(1)])[0][0], Clip)
+
+
+def test_the_safe_profile_reaches_the_pool_and_failures_pass_it_untouched(worker):
+    failure = Failure(request=pretend_request(5), stage="sample", error_type="ValueError", error="no")
+    values, _ = worker([failure, latent(1)], safe=True)
+    assert values[0] is failure and values[1].fallbacks == ("safe",)
+    assert worker([latent(1)])[0][0].fallbacks == ()
+
+
+def test_steps_that_cannot_be_made_are_said_while_loading():
+    with pytest.raises(ValueError, match="x264 is missing"):
+        Pool("publish", [Step(actor=Broken)], 1, name="publish-1", device="cpu")
+    with pytest.raises(ChildFailed, match="did not start: exit code 3"):
+        Pool("publish", [Step(actor=os._exit, args={"status": 3})], 1, name="publish-1", device="cpu")
+
+
+def test_no_more_bytes_of_frames_are_on_their_way_than_there_may_be(monkeypatch):
+    pool = object.__new__(Pool)
+    pool.bytes, pool.changed, most = 0, threading.Condition(), []
+    shape = VideoShape(frames=9, height=64, width=64)
+    requests = [replace(pretend_request(seed), shape=shape) for seed in range(12)]
+    monkeypatch.setattr(pools, "FRAMES_BYTES", 2.5 * pools.frame_bytes(requests[0]))
+
+    def carry(request):
+        with pool.room([request]):
+            most.append(pool.bytes)
+            time.sleep(0.01)
+
+    with ThreadPoolExecutor(6) as threads:
+        list(threads.map(carry, requests))
+        monkeypatch.setattr(pools, "FRAMES_BYTES", 1)
+        list(threads.map(carry, requests))              # larger than all there is: one at a time
+    assert max(most[:12]) == 2 * pools.frame_bytes(requests[0]) and max(most[12:]) == pools.frame_bytes(requests[0])
+    assert pool.bytes == 0
+
+
+def test_a_killed_worker_leaves_no_process_and_no_frames(tmp_path):
+    """Its children hang in the middle of a clip."""
+    script = ("import os, sys\nfrom pathlib import Path\nfrom test_pool import *\n"
+              "step = Step(actor=Write, args={'folder': Path(sys.argv[1])})\n"
+              "pool = Pool('publish', [step], 1, name='p', device='')\n"
+              "print(pool.children[0].process.pid, flush=True)\n"
+              "Worker('publish', [Step(actor=Decode)], threads=1, pool=pool)([latent(106)])\n")
+    parent = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True,
+                              env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(HERE)])})
+    child = int(parent.stdout.readline())
+    while not list(tmp_path.glob("106-*")):
+        time.sleep(0.05)
+    assert "memfd:dailies" in Path(f"/proc/{child}/maps").read_text()
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 30
+    while Path(f"/proc/{child}").exists() and "Z" not in Path(f"/proc/{child}/stat").read_text().rpartition(")")[2]:
+        assert time.monotonic() < deadline, "a child outlived its worker"
+        time.sleep(0.05)
