@@ -11,6 +11,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ from jobs.usage import UsageError
 Rows = Iterator[tuple[str, dict[str, Any]]]
 
 
-def bench(what: str | None, model: str | None = None, *, random_weights: bool = False, json: bool,
-          **of_clip: Any) -> int:
+def bench(what: str | None, model: str | None = None, *, random_weights: bool = False, gpu_shapes: bool = False,
+          json: bool, **of_clip: Any) -> int:
     """Run one part or all; prints a line of figures per case.  Raises UsageError for a part that does not exist.
 
     model: of the part "model", this model's transformer and not the VAE; of the part "clip", this model.
+    gpu_shapes: of the part "pipeline", how busy GPUs are kept.
     of_clip: ways, steps, frames, size, as bench_clip.rows takes them; None is not said.
     """
     of_clip = {name: value for name, value in of_clip.items() if value is not None}
@@ -37,12 +39,16 @@ def bench(what: str | None, model: str | None = None, *, random_weights: bool = 
         raise UsageError("a transformer is timed with random weights: dailies bench model NAME --random-weights")
     if random_weights and model is None:
         raise UsageError(f"--random-weights are of a model: dailies bench {what} NAME --random-weights")
+    if gpu_shapes and what != "pipeline":
+        raise UsageError("--gpu-shapes are of the pipeline: dailies bench pipeline --gpu-shapes")
+    parts = PARTS | ({"pipeline": busy_gpus} if gpu_shapes else {})
     about = machine()
     if not json:
         print(", ".join(f"{name} {value}" for name, value in about.items()))
     cases = []
     for part in [what] if what else PARTS:
-        for case, figures in measured(part, model, random_weights, of_clip, alone=what is not None):
+        rows = partial(OF_A_MODEL[part], model, random_weights, **of_clip) if model else parts[part]
+        for case, figures in measured(part, rows, alone=what is not None):
             cases.append({"part": part, "case": case, **figures})
             if not json:
                 said = ", ".join(f"{name} {shown(value)}" for name, value in figures.items())
@@ -52,11 +58,11 @@ def bench(what: str | None, model: str | None = None, *, random_weights: bool = 
     return 0
 
 
-def measured(part: str, model: str | None, random_weights: bool, of_clip: dict[str, Any], *, alone: bool) -> Rows:
+def measured(part: str, rows: Callable[[], Rows], *, alone: bool) -> Rows:
     """The part's rows.  Where a library that it needs is not installed: UsageError if it is asked for alone, or else
     a row that says so, and the other parts follow."""
     try:
-        yield from OF_A_MODEL[part](model, random_weights, **of_clip) if model else PARTS[part]()
+        yield from rows()
     except ModuleNotFoundError as error:
         if alone:
             raise UsageError(f"bench {part} needs {error.name}, which is not installed: "
@@ -104,6 +110,12 @@ def pipeline() -> Rows:
     """The driver with stages that only sleep; the peer is the ideal, with no driver at all."""
     from jobs.bench_pipeline import rows
     yield from rows("all")
+
+
+def busy_gpus() -> Rows:
+    """The driver with pretended GPUs; the peer is what the seconds of sampling and decoding leave room for."""
+    from jobs.bench_pipeline import rows
+    yield from rows("gpu-shapes")
 
 
 def memory() -> Rows:
@@ -196,6 +208,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("model", nargs="?", metavar="NAME",
                         help="`model`: this model's transformer; `clip`: a clip of it")
     parser.add_argument("--random-weights", action="store_true", help="with NAME: weights are made up")
+    parser.add_argument("--gpu-shapes", action="store_true", help="of `pipeline`: how busy GPUs are kept")
     parser.add_argument("--ways", metavar="WAY,WAY", help="of `clip NAME`: int8:sparse,bf16:dense:compiled")
     parser.add_argument("--steps", type=int, metavar="N", help="of `clip NAME`")
     parser.add_argument("--frames", type=int, metavar="N", help="of `clip NAME`")

@@ -2,6 +2,7 @@
 
     python -m jobs.bench_pipeline overhead        driver seconds per clip with empty stages, and its memory
     python -m jobs.bench_pipeline overlap         how busy 4 samplers are kept: encode 20, sample 500, publish 100 ms
+    python -m jobs.bench_pipeline gpu-shapes      how busy GPUs are kept, in the shapes of gpu_shapes.py
 """
 
 import json
@@ -117,6 +118,9 @@ def rss_bytes() -> int:
 
 
 def rows(what: str) -> Iterator[tuple[str, dict[str, float]]]:
+    if what == "gpu-shapes":
+        from jobs import gpu_shapes
+        yield from gpu_shapes.rows()
     if what in ("overhead", "all"):
         yield "overhead, empty stages", overhead()
     if what in ("overlap", "all"):

@@ -284,12 +284,15 @@ def bench(what: Annotated[str | None, typer.Argument(metavar="[WHAT]", help="Wha
               metavar="SECONDS", help="`bench gpu`: for all its parts together.  [default: 540]")] = None,
           only: Annotated[str | None, typer.Option(metavar="PART,PART", help="`bench gpu`: some of its parts.")] = None,
           tiny: Annotated[bool, typer.Option("--tiny", help="`bench gpu`: sizes of a dry run; a CPU will do.")] = False,
+          gpu_shapes: Annotated[bool, typer.Option(
+              "--gpu-shapes", help="`bench pipeline`: how busy 1, 2 and 8 pretended GPUs are kept.")] = False,
           json: Json = False) -> int:
     """Time a part of dailies against a named peer in the same run.
 
     \b
     Examples:
       dailies bench pipeline
+      dailies bench pipeline --gpu-shapes
       dailies bench model wan2.1-t2v-1.3b --random-weights
       dailies bench clip turbo-wan2.1-t2v-1.3b-480p --random-weights --ways int8:sparse
       dailies bench gpu --out found
@@ -301,7 +304,8 @@ def bench(what: Annotated[str | None, typer.Argument(metavar="[WHAT]", help="Wha
         from jobs.usage import UsageError
         raise UsageError("--out, --budget, --only and --tiny are of: dailies bench gpu")
     from jobs.bench import bench
-    return bench(what, model, random_weights=random_weights, ways=ways, steps=steps, frames=frames, size=size, json=json)
+    return bench(what, model, random_weights=random_weights, gpu_shapes=gpu_shapes, ways=ways, steps=steps, frames=frames,
+                 size=size, json=json)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,0 +1,61 @@
+"""GPUs that are never idle: the real driver and placement, on pretended GPUs in simulated time, and a little in Ray."""
+
+import pytest
+from jobs import gpu_shapes
+from jobs.gpu_shapes import BOXES, CLIPS_PER_GPU, SHAPES, box, in_ray, pipeline, simulate
+from pipeline.forecast import forecast
+from pipeline.placement import Node, NoRoom, Post, hires, most_per_s
+from pipeline.stages import Stage
+
+
+@pytest.mark.parametrize("gpus", BOXES)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
+def test_samplers_and_decoders_keep_every_gpu_busy_and_the_forecast_says_when_they_are_done(shape, gpus):
+    """In simulated time: shares and seconds are decisions, not timings."""
+    found = simulate(shape, gpus, CLIPS_PER_GPU[shape.name] * gpus)
+    assert found["busy"] >= 0.95, found
+    assert found["foretold_seconds"] == pytest.approx(found["seconds"], rel=0.05), found
+    assert found["foretold_clips_per_hour"] == pytest.approx(found["clips_per_hour"], rel=0.05), found
+
+
+def test_one_gpu_has_one_process_at_a_time_in_ray_and_every_clip_is_made():
+    """Real processes, locks and pools; 'in_ray' raises where two had a GPU at once."""
+    short, clips = SHAPES[0].scaled(0.1), set()
+    found = in_ray(short, 1, 12, lambda outcome: clips.add(outcome.value.request.seed))
+    assert clips == set(range(12)) and found["clips"] == 12
+
+
+@pytest.mark.parametrize("gpus", BOXES)
+def test_measured_seconds_never_give_a_gpu_two_decoders_or_a_decoder_a_samplers_place(gpus):
+    for pace in ({"sample": 0.8, "publish": 2.2}, {"sample": 13.0, "publish": 2.6}, {"sample": 0.1, "publish": 9.0}):
+        posts = hires(pipeline(), box(gpus), [], limits={"encode": 0, "sample": 10**9, "publish": 10**9}, seconds=pace)
+        assert sorted(post.stage for post in posts) == ["publish"] * gpus + ["sample"] * gpus
+
+
+def post(stage: str, *devices: int) -> Post:
+    return Post(stage=stage, node="a", gpus=0.5, cpus=1, devices=tuple(map(str, devices)))
+
+
+@pytest.mark.parametrize("posts, most", [
+    ([post("sample", 0), post("decode", 0)], 1 / 3),                            # one GPU's time is shared
+    ([post("sample", 0), post("decode", 1)], 1 / 2),                            # two GPUs, and the slower one decides
+    ([post("sample", 0), post("sample", 1), post("decode", 1)], 2 / 3),         # both are busy all the time
+    ([post("sample", 0), post("decode", 0), post("decode", 1)], 1 / 2),         # the second decoder leaves it to sample
+    ([post("sample", 0), post("sample", 1), post("sample", 2), post("decode", 0)], 1.0)])
+def test_copies_make_what_the_gpus_they_are_on_have_time_for(posts, most):
+    stages = [Stage(name="sample", steps=()), Stage(name="decode", steps=())]
+    held_s = {"sample": 2.0, "decode": 1.0}
+    assert most_per_s(stages, posts, held_s=held_s, pace_s={}) == pytest.approx(most)
+    assert most_per_s(stages, posts, held_s=held_s, pace_s={"decode": 10.0}) == pytest.approx(
+        sum(post.stage == "decode" for post in posts) / 10)
+
+
+def test_a_forecast_of_machines_that_are_too_small_says_so():
+    with pytest.raises(NoRoom, match="fits on no machine"):
+        forecast(pipeline(), [Node(id="a", cpus=8)], SHAPES[0].costs, clips=10)
+
+
+def test_the_bench_has_a_row_for_each_shape_and_box(monkeypatch):
+    monkeypatch.setattr(gpu_shapes, "CLIPS_PER_GPU", dict.fromkeys(CLIPS_PER_GPU, 2))
+    monkeypatch.setattr(gpu_shapes, "in_ray", lambda *_: {})
+    assert len(list(gpu_shapes.rows())) == len(SHAPES) * len(BOXES) + 2
