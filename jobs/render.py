@@ -1,15 +1,18 @@
 """One run, there and back: settings in; clips, a ledger and an exit code out."""
 
 import json as jsonlib
+import math
+import os
 import platform
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Container, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
@@ -29,14 +32,16 @@ from model.catalog import ModelCard
 from model.ways import AUTO, CAPABILITIES, Gpu, Way, fastest
 from model.weights import fingerprint, locate, weights_files
 from pipeline.budget import Budget
+from pipeline.forecast import Forecast, forecast, measured_costs
 from pipeline.gate import REJECTED
 from pipeline.lease import Lease
 from pipeline.ledger import SUCCESS, Ledger, invalid_row, keys_of, read, row_of, write_success
 from pipeline.manifest import Manifest
 from pipeline.objects import PROBE
 from pipeline.plan import Defaults, Plan, PlannedRow, with_another_seed
+from pipeline.placement import Node, NoRoom
 from pipeline.runfile import check_run, claim_run, read_run
-from pipeline.stages import Outcome
+from pipeline.stages import Outcome, Stage
 from pipeline.store import FolderStore, Store, StoreError, bring, open_store
 from pipeline.text_to_video import text_to_video
 
@@ -182,6 +187,16 @@ def device_of(ray: str) -> str:
     from pipeline import cluster
     with cluster.connect(ray):
         return "cuda" if any(node.gpus for node in cluster.nodes()) else "cpu"
+
+
+def machines_of(ray: str) -> list[Node]:
+    """What the work will be done on."""
+    if ray == "local":
+        import torch
+        return [Node(id="here", host="this machine", cpus=os.cpu_count() or 1, gpus=torch.cuda.device_count())]
+    from pipeline import cluster
+    with cluster.connect(ray):
+        return cluster.nodes()
 
 
 def check_weights(night: Night) -> None:
@@ -341,13 +356,7 @@ def work(night: Night, book: Book, todo: Iterable[Request], num_clips: int, budg
     from pipeline import cluster                        # Ray is wanted only where there is something to do
     job, stop = night.job, cluster.Stop()
     book.lease.on_lost = stop.now
-    weights = job.weights
-    if weights and "://" not in weights:                # the processes that read it may run in another folder
-        weights = str(Path(weights).expanduser().absolute())
-    stages = text_to_video(night.card, weights, night.store, device=night.device, precision=night.plan.precision,
-                           attention=night.plan.attention, decode_precision=night.plan.decode_precision,
-                           strict=job.strict, compiled=job.compile, batch=job.batch, samplers=job.samplers,
-                           threads=job.threads_per_sampler or 1, keep_latents=job.keep_latents)
+    stages = stages_of(night)
     with Display(total=num_clips, view=view) as display:
         def on_progress(progress: cluster.Progress) -> None:
             display.update(progress)
@@ -366,6 +375,16 @@ def work(night: Night, book: Book, todo: Iterable[Request], num_clips: int, budg
                     display.note(f"{counted(len(todo), 'clip')} rejected: made again with another seed, as asked")
                     display.total = len(todo)
     return stop
+
+
+def stages_of(night: Night) -> list[Stage]:
+    job, weights = night.job, night.job.weights
+    if weights and "://" not in weights:                # the processes that read it may run in another folder
+        weights = str(Path(weights).expanduser().absolute())
+    return text_to_video(night.card, weights, night.store, device=night.device, precision=night.plan.precision,
+                         attention=night.plan.attention, decode_precision=night.plan.decode_precision,
+                         strict=job.strict, compiled=job.compile, batch=job.batch, samplers=job.samplers,
+                         threads=job.threads_per_sampler or 1, keep_latents=job.keep_latents)
 
 
 def interruptible(stop: Any, display: Display) -> AbstractContextManager[None]:
@@ -482,9 +501,10 @@ def show_plan(job: RenderJob, *, json: bool) -> int:
     """Print what `render` would do; writes nothing."""
     night = prepare(job)
     check_weights(night)
-    summary = night.plan.summary()
+    summary, foretold = night.plan.summary(), foretell(night)
     if json:
-        print(jsonlib.dumps(summary | {"out": night.store.uri, "device": night.device, "exit_code": 0}))
+        print(jsonlib.dumps(summary | {"out": night.store.uri, "device": night.device, "forecast": foretold,
+                                       "exit_code": 0}))
         return 0
     settings = summary["settings"]
     images = f", {counted(summary['images'], 'image')}" if summary["images"] else ""
@@ -498,4 +518,43 @@ def show_plan(job: RenderJob, *, json: bool) -> int:
         print(f"          and {summary['more_buckets']:,} more buckets")
     for note in notes_of(night):
         print(printable(note))
+    if foretold is None:
+        print("how long it will take is known when some of its clips are made: dailies render ... --limit 10")
+    elif foretold["clips"]:
+        held = f", {foretold['gpu_hours']:,.2f} GPU hours on {counted(foretold['gpus'], 'GPU')}"
+        held = held if foretold["gpus"] else ""
+        cost = f", {foretold['cost']:,.2f} USD" if "cost" in foretold else ""
+        print(f"{counted(foretold['clips'], 'clip')} to make: {duration_text(foretold['seconds'])}{held}{cost}, "
+              f"done at {datetime.fromisoformat(foretold['done_at']):%Y-%m-%d %H:%M} if begun now; judged by "
+              f"{counted(foretold['measured_clips'], 'clip')} of this run, without what processes take to start")
     return 0
+
+
+def foretell(night: Night) -> dict[str, Any] | None:
+    """What the clips that are not made yet will take here, by those that are; None where nobody knows."""
+    if not night.has_begun:
+        return None
+    shape = ["width", "height", "frames", "steps", "guidance"]
+    seconds = ["encode_s", "sample_s", "decode_s", "publish_s", "gpu_s"]
+    table = read(night.store, ["clip_id", "status", *shape, *seconds])
+    done = list({row["clip_id"]: row for row in table.to_pylist() if row["status"] == "done"}.values())
+    made = Counter(tuple(row[name] for name in shape) for row in done)
+    stages, machines, found = stages_of(night), machines_of(night.job.ray), []
+    encoded = night.plan.num_prompts / max(1, night.plan.num_clips)
+    for bucket in night.plan.buckets():
+        clips = max(0, bucket["clips"] - made[tuple(bucket[name] for name in shape)])
+        if (costs := measured_costs(done, bucket)) is None:
+            return None
+        try:
+            found.append((clips, forecast(stages, machines, costs, clips, encoded=math.ceil(encoded * clips))))
+        except NoRoom:
+            return None                                 # render will say so
+    return said_of(found, sum(row["sample_s"] is not None for row in done), night.job.price)
+
+
+def said_of(found: list[tuple[int, Forecast]], measured: int, price: float | None) -> dict[str, Any]:
+    seconds, gpu_hours = (sum(getattr(each, name) for _, each in found) for name in ("seconds", "gpu_hours"))
+    return {"clips": sum(clips for clips, _ in found), "seconds": round(seconds, 1), "gpu_hours": round(gpu_hours, 4),
+            "gpus": round(3600 * gpu_hours / seconds) if seconds else 0, "measured_clips": measured,
+            "done_at": (datetime.now(UTC).astimezone() + timedelta(seconds=seconds)).isoformat(timespec="seconds"),
+            **({} if price is None else {"cost": round(price * gpu_hours, 2)})}

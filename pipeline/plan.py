@@ -155,6 +155,11 @@ class Plan:
         return len(self.first)
 
     @property
+    def num_prompts(self) -> int:
+        """Distinct pairs of prompt and negative prompt."""
+        return len(np.unique(self.rows.prompt_pair[self.source]))
+
+    @property
     def num_planned_rows(self) -> int:
         """Rows that the ledger will have, but for those set aside."""
         return len(self.source)
@@ -214,7 +219,7 @@ class Plan:
 
     def summary(self) -> dict[str, Any]:
         """What `dailies plan` shows, ready for JSON. Seconds and cost are not in it."""
-        buckets = self._buckets()
+        buckets = self.buckets()
         return {
             "manifest": self.manifest.name,
             "manifest_digest": self.manifest.digest,
@@ -225,7 +230,7 @@ class Plan:
             "planned_rows": self.num_planned_rows,
             "clips": self.num_clips,
             "duplicates": self.num_planned_rows - self.num_clips,
-            "prompts": len(np.unique(self.rows.prompt_pair[self.source])),
+            "prompts": self.num_prompts,
             "images": len(np.unique(self.rows.image[self.source])) if self.card.takes_image else 0,
             "settings": self.defaults.model_dump() | {"fps": self.card.fps, "precision": self.precision,
                                                       "attention": self.attention}
@@ -238,7 +243,7 @@ class Plan:
             "complaints": self.complaints.as_json(),
         }
 
-    def _buckets(self) -> list[dict[str, Any]]:
+    def buckets(self) -> list[dict[str, Any]]:
         """Each bucket in the order in which its first clip is rendered."""
         rows = self.source[self.first[self.order]]
         _, at, counts = np.unique(self.rows.bucket[rows], return_index=True, return_counts=True)

@@ -1,0 +1,66 @@
+"""What `dailies plan` foretells, by the clips of the run that are made."""
+
+import json
+from contextlib import nullcontext
+
+import pytest
+import tiny  # noqa: F401: adds the model to the catalogue
+from jobs.cli import main
+from pipeline import cluster, stages
+from pipeline.forecast import Cost, forecast, measured_costs
+from pipeline.placement import Node
+from pipeline.stages import Stage
+
+BUCKET = dict(width=832, height=480, frames=81, steps=4)
+
+
+def row(sample_s=1.0, gpu_s=1.6, steps=4, **changes):
+    return BUCKET | dict(encode_s=0.1, sample_s=sample_s, decode_s=0.9, publish_s=2.0, gpu_s=gpu_s, steps=steps) | changes
+
+
+def test_what_clips_cost_are_the_medians_of_their_bucket_and_a_gpus_part_of_them_is_what_was_measured():
+    costs = measured_costs([row(), row(sample_s=9.0, gpu_s=9.6), row(), row(sample_s=None), row(steps=50)], BUCKET)
+    assert sum(cost.held_s for cost in costs.values()) == pytest.approx(1.6)
+    assert sum(cost.held_s + cost.beside_s for cost in costs.values()) == pytest.approx(0.1 + 1.0 + 0.9)
+    assert costs["publish"].pool_s == 2.0
+
+
+def test_a_bucket_that_was_not_seen_costs_what_the_nearest_does_by_its_work():
+    costs = measured_costs([row(), row(steps=400, sample_s=500.0)], BUCKET | {"steps": 8})
+    whole = {name: cost.held_s + cost.beside_s for name, cost in costs.items()}
+    assert whole == pytest.approx({"encode": 0.1, "sample": 2.0, "publish": 1.8}) and costs["publish"].pool_s == 4.0
+    assert measured_costs([row(sample_s=None)], BUCKET) is None and measured_costs([], BUCKET) is None
+
+
+def test_on_cpus_all_seconds_of_a_copy_count_and_no_gpu_is_held():
+    costs = measured_costs([row(gpu_s=None, encode_s=0.0)], BUCKET)
+    pipeline = [Stage(name="sample", steps=()), Stage(name="publish", steps=(), cpus=0.5)]
+    found = forecast(pipeline, [Node(id="a", cpus=4)], costs, clips=100)
+    assert found.gpu_hours == 0.0 and found.copies["sample"] + 0.5 * found.copies["publish"] <= 4.5
+    assert found.clips_per_hour == pytest.approx(3600 * min(found.copies["sample"] / 1.0, found.copies["publish"] / 2.9))
+
+
+def test_nothing_left_takes_no_time():
+    costs = {"sample": Cost(held_s=1.0)}
+    assert forecast([Stage(name="sample", steps=())], [Node(id="a", cpus=4)], costs, clips=0).seconds == 0.0
+
+
+def test_plan_says_how_long_the_rest_will_take_once_clips_are_made(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cluster, "connect", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(cluster, "run", lambda steps, requests, **_: stages.run_local(steps, requests))
+    manifest = tmp_path / "night.jsonl"
+    manifest.write_text("".join(json.dumps({"prompt": f"a fox {number}", "frames": 5}) + "\n" for number in range(8)))
+    said = [str(manifest), "--out", str(tmp_path / "out"), "--model", "tiny", "--device", "cpu"]
+
+    def plan(*options):
+        assert main(["plan", *said, *options]) == 0
+        return capsys.readouterr().out
+
+    assert json.loads(plan("--json"))["forecast"] is None
+    assert "known when some of its clips are made" in plan()
+    assert main(["render", *said, "--limit", "3", "--json"]) in (0, 4)
+    capsys.readouterr()
+    foretold = json.loads(plan("--json", "--price", "2"))["forecast"]
+    assert (foretold["clips"], foretold["measured_clips"], foretold["gpus"]) == (5, 3, 0)
+    assert foretold["seconds"] > 0 and foretold["gpu_hours"] == foretold["cost"] == 0
+    assert "5 clips to make: " in plan() and "judged by 3 clips of this run" in plan()
