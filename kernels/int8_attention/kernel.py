@@ -49,9 +49,12 @@ def stages_of(v: Tensor) -> int:
 
     fp32 values of 128 channels fit those alone, in blocks of 64 keys; elsewhere Triton says OutOfResources.
     """
-    if v.dtype == torch.float32:
+    return stages_for(v.dtype, v.is_cuda and torch.cuda.get_device_capability(v.device) in ((8, 0), (9, 0), (10, 0)))
+
+
+def stages_for(dtype: torch.dtype, roomy: bool) -> int:
+    if dtype == torch.float32:
         return 1
-    roomy = v.is_cuda and torch.cuda.get_device_capability(v.device) in ((8, 0), (9, 0), (10, 0))
     return 3 if roomy else 2
 
 

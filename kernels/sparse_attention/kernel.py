@@ -80,10 +80,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, linear: tuple[Tensor, 
 def tile(dtype: torch.dtype, block_q: int, block_k: int) -> tuple[int, int, int]:
     """Queries and keys that a program holds at once, and its warps: the whole blocks, but for fp32 parts of them.
 
-    Whole blocks of 128 channels in fp32 need 128 to 192 KB of shared memory, of which most GPUs have 99.
+    Whole blocks of 128 channels in fp32 need 128 to 192 KB of shared memory, of which most GPUs have 99, and more
+    registers than there are.
     """
-    rows, columns = (min(block_q, 32), min(block_k, 64)) if dtype == torch.float32 else (block_q, block_k)
-    return rows, columns, 8 if rows > 64 else 4
+    if dtype == torch.float32:
+        return min(block_q, 32), min(block_k, 32), 8
+    return block_q, block_k, 8 if block_q > 64 else 4
 
 
 @triton.jit
