@@ -49,6 +49,14 @@ def test_the_whole_kit_runs_in_a_dry_run_without_what_a_bare_gpu_machine_lacks(b
     assert all(told[name] for name in told if name != "big"), told
 
 
+def test_the_readmes_table_is_made_of_the_committed_results():
+    from jobs.gpu.report import put_into, table
+    results, readme = ROOT / "docs" / "measurements" / "2026-11-29-h200.json", (ROOT / "README.md").read_text()
+    assert put_into(readme, table(json.loads(results.read_text()))) == readme
+    with pytest.raises(ValueError, match="a line <!-- figures of a GPU"):
+        put_into("no marks", "")
+
+
 def test_every_part_has_its_function_and_what_is_timed_runs_alone():
     assert {part.name for part in PARTS} == set(checks.PARTS) | set(timings.PARTS)
     assert {part.name for part in PARTS if part.times} == set(timings.PARTS)

@@ -7,10 +7,17 @@ writes that table between the README's two marks.
 
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-BEGIN, END = "<!-- gpu figures: made by jobs.gpu.report -->", "<!-- end of gpu figures -->"
+BEGIN, END = "<!-- figures of a GPU: made by jobs.gpu.report -->", "<!-- end of the figures of a GPU -->"
+# of which parts the README shows which lines, by what they say, and what their figures are called there
+SHOWN = {"machine": ("copy", "bf16 8192"), "parity": ("bf16, dense", "int8, dense"),
+         "clip": ("int8, sparse", "bf16, sparse", "int8, sage", "umT5"), "night": ("prompt to MP4",),
+         "decode": ("its choice", "slabs of 4194304")}
+UNITS = {"eager_ms": "{:.0f} ms", "ms": "{:.0f} ms", "seconds": "{:.2f} s", "clips_an_hour": "{:,.0f} clips an hour",
+         "tb_s": "{:.1f} TB/s", "tflops": "{:.0f} TFLOP/s", "of_fp32": "{:.2%} from fp32", "peak_gb": "{:.1f} GB at most"}
 
 
 def markdown(known: dict[str, Any]) -> str:
@@ -34,3 +41,41 @@ def shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return ", ".join(map(shown, value)) if isinstance(value, list) else str(value)
+
+
+def table(known: Mapping[str, Any]) -> str:
+    """The figures that a reader of the README wants, with device, versions, date and command."""
+    rows = {part["part"]: part["rows"] for part in known["parts"]}
+    device = next(row for row in rows["machine"] if "capability" in row)
+    versions = next(row for row in rows["machine"] if row["what"] == "versions")
+    lines = [f"{device['what']}, torch {versions['torch']}, Triton {versions['triton']}, {known['about']['on']}, commit "
+             f"{known['about']['commit']}; random weights at the published sizes:", "", "| | |", "| --- | --- |"]
+    for part, wanted in SHOWN.items():
+        for row in rows.get(part, []):
+            figures = [unit.format(row[name]) for name, unit in UNITS.items() if isinstance(row.get(name), (int, float))]
+            if figures and any(words in row["what"] for words in wanted):
+                lines.append(f"| {row['what']} | {', '.join(figures)} |")
+    return "\n".join(lines)
+
+
+def put_into(document: str, made: str) -> str:
+    """The document with another table between its marks.  Raises ValueError where they are not there."""
+    before, _, rest = document.partition(BEGIN)
+    old, _, after = rest.partition(END)
+    if not rest or END not in rest:
+        raise ValueError(f"a line {BEGIN} and a line {END} are needed; write them where the table is to be")
+    return f"{before}{BEGIN}\n{made}\n{END}{after}"
+
+
+def main(arguments: Sequence[str]) -> int:
+    if len(arguments) != 2:
+        print(__doc__, file=sys.stderr)
+        return 2
+    results, document = map(Path, arguments)
+    document.write_text(put_into(document.read_text(encoding="utf-8"), table(json.loads(results.read_text()))),
+                        encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
