@@ -21,7 +21,7 @@ test: $(VENV)/.installed-dev            ## set up (the S3 test server too), then
 	@$(VENV)/bin/python -m tests.s3.install
 	@$(VENV)/bin/python -m pytest $(ARGS)
 
-test-gpu: $(VENV)/.installed-gpu        ## set up with Triton, then run the tests that need a CUDA device
+test-gpu: $(VENV)/.installed-gpu        ## set up with Triton, then test on a CUDA device (without a network: pytest -m gpu)
 	@$(VENV)/bin/python -m pytest -m gpu $(ARGS)
 
 chaos: $(VENV)/.installed-dev           ## nights of kills, bad stores, poison and full disks; ARGS="poison --good 50" for one

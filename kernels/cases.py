@@ -106,7 +106,7 @@ class Attention:
 
 # blocks are of 64 or 128 rows: fewer rows than one, a last block of one row, other keys than queries
 AWKWARD_ATTENTION = [
-    Attention(queries=5, keys=5, heads=1, head_dim=64), Attention(queries=129, keys=129, heads=2, head_dim=64),
+    Attention(queries=5, keys=5, heads=2, head_dim=64), Attention(queries=129, keys=129, heads=2, head_dim=64),
     Attention(batch=2, queries=70, keys=193, heads=1, head_dim=128),
     Attention(queries=200, keys=200, heads=1, head_dim=128)]
 RENDERED_ATTENTION = [Attention(queries=32760, keys=32760, heads=12, head_dim=128),

@@ -1,7 +1,11 @@
-"""What tests share: a real S3 server, started when a test asks for it, stores in it or in a folder, and Triton."""
+"""What tests share: a real S3 server, started when a test asks for it, stores in it or in a folder, and Triton.
+
+What can run where little is installed does: a file that needs an absent library is skipped, and says which one.
+"""
 
 import os
 import secrets
+from pathlib import Path
 
 import pytest
 
@@ -13,17 +17,60 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     import torch
     torch.set_num_threads(1)                            # as results are made; more wait for each other on two cores
-    if not torch.cuda.is_available():
+    if torch.cuda.is_available():
+        torch.backends.cudnn.allow_tf32 = False         # what is called fp32 is compared as fp32
+    else:
         os.environ["TRITON_INTERPRET"] = "1"            # before Triton is imported and a kernel defined: they ask
 
 
+def pytest_ignore_collect(collection_path, config):
+    """With `-m gpu`, files without such a test are not imported: it takes longer than the tests."""
+    if config.option.markexpr == "gpu" and collection_path.match("test_*.py"):
+        text = collection_path.read_text(encoding="utf-8")
+        return True if "mark.gpu" not in text and "triton_device" not in text else None
+    return None
+
+
+def pytest_pycollect_makemodule(module_path, parent):
+    return Module.from_parent(parent, path=module_path)
+
+
+class Module(pytest.Module):
+    """A file of tests; where a library from outside is absent, its tests are skipped."""
+
+    def collect(self):
+        try:
+            return list(super().collect())
+        except self.CollectError as error:
+            if not isinstance(error.__cause__, ModuleNotFoundError) or is_ours(absent := error.__cause__.name):
+                raise
+            library = absent.partition(".")[0]
+            return pytest.skip(f"needs {library}, which is not installed: pip install 'dailies[dev]'",
+                               allow_module_level=True)
+
+
+def is_ours(module):
+    """Whether it would lie in this repository: then its absence is a mistake."""
+    root, here = module.partition(".")[0], Path(__file__).parent
+    return any((folder / root).is_dir() or (folder / f"{root}.py").exists() for folder in (here, here.parent))
+
+
+@pytest.hookimpl(tryfirst=True)                         # before -m chooses
 def pytest_collection_modifyitems(config, items):
     import torch
     for item in items:
+        if torch.cuda.is_available() and runs_triton(item):
+            item.add_marker(pytest.mark.gpu)
         if "slow" in item.keywords and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="takes minutes; run it with: make test ARGS=--slow"))
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device; run it there with: make test-gpu"))
+
+
+def runs_triton(item):
+    """Whether it would launch a kernel: one that compares implementations does for Triton's alone."""
+    of = item.callspec.params.get("impl", "triton") if hasattr(item, "callspec") else "triton"
+    return "triton_device" in getattr(item, "fixturenames", ()) and of == "triton"
 
 
 @pytest.fixture(scope="session")

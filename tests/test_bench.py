@@ -1,10 +1,11 @@
 """dailies bench as it runs where little is installed: no Ray, PyAV, pydantic, boto3, ftfy, typer, and no git."""
 
+import os
 import shutil
 import subprocess
 
 import pytest
-from bare import ABSENT, run_bare
+from bare import ABSENT, ROOT, run_bare
 
 from jobs.bench import commit_in
 
@@ -25,8 +26,9 @@ sys.exit(bench.main(sys.argv[1:]))
 @pytest.mark.parametrize("arguments, said", [
     (["kernels"], "kernels: sparse attention"),
     (["clip", "demo", "--ways", "fp32:dense"], "mp4 not timed: av is not installed"),
-    (["clip", "demo-turbo", "--random-weights", "--ways", "int8:sparse", "--frames", "9"], "int8, sparse attention: encode s")],
-    ids=lambda value: " ".join(value[:3]) if isinstance(value, list) else "")
+    (["clip", "demo-turbo", "--random-weights", "--ways", "int8:sparse", "--frames", "9"],
+     "int8, sparse attention: encode s")],
+    ids=("kernels", "a clip", "a clip of random weights"))
 def test_a_part_is_timed_where_little_is_installed(arguments, said, tmp_path):
     done = run_bare(["-c", QUICK, *arguments], tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -41,6 +43,25 @@ def test_what_cannot_be_measured_there_is_one_sentence(arguments, said, tmp_path
     done = run_bare(["-m", "jobs.bench", *arguments], tmp_path)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-3000:]
     assert said in done.stderr
+
+
+def test_the_tests_that_need_a_gpu_are_found_where_little_is_installed(tmp_path):
+    done = run_bare(["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"], tmp_path)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "error" not in done.stdout and "skipped" in done.stdout
+
+
+def test_a_file_of_tests_that_needs_an_absent_library_is_skipped_and_says_so(tmp_path):
+    done = run_bare(["-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "tests/test_clip_writer.py"], tmp_path)
+    assert "1 skipped" in done.stdout and "needs av, which is not installed: pip install" in done.stdout, done.stdout
+
+
+def test_a_test_that_imports_what_we_do_not_have_is_an_error_all_the_same(tmp_path):
+    (tmp_path / "test_wrong.py").write_text("import jobs.nothing\n")
+    done = run_bare(["-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml"),
+                     "--confcutdir", "/", "-p", "conftest", str(tmp_path / "test_wrong.py")], tmp_path,
+                    PYTHONPATH=os.pathsep.join((str(tmp_path), str(ROOT), str(ROOT / "tests"))))
+    assert done.returncode == 2 and "No module named 'jobs.nothing'" in done.stdout, done.stdout
 
 
 def test_the_libraries_are_indeed_absent_there(tmp_path):

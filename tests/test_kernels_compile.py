@@ -18,7 +18,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}     # bytes that one program may have
+# bytes that one program may have
+SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 # what a kernel multiplies: of the first beginning that fits its name
 PRODUCTS = {"int8 linear": {"s8"}, "int8 attention, bf16": {"bf16", "s8"}, "sparse attention, bf16": {"bf16"},
             "sparse attention, int8, bf16": {"bf16", "s8"}, "summarise, bf16": {"bf16"}}

@@ -69,7 +69,8 @@ def test_triton_norm_follows_the_float64_formula(case, kind, parts, triton_devic
 
 def test_a_16_bit_stream_is_normalised_as_it_is_stored(triton_device):
     x, given = norm_inputs(BATCH, "normal", PARTS["all"], torch.float16, triton_device)
-    wanted = [modulated_norm(x, **given, dtype=torch.float32, impl=impl) for impl in ("torch", "triton", "pieces")]
+    impls = ("torch", "triton", "pieces") if triton_device == "cpu" else ("torch", "triton")
+    wanted = [modulated_norm(x, **given, dtype=torch.float32, impl=impl) for impl in impls]
     for stream, y in wanted:
         assert torch.equal(stream.cpu(), wanted[0][0].cpu()) and stream.dtype == torch.float16
         assert_close(y, wanted[0][1], 1e-6)
@@ -203,7 +204,7 @@ def test_norms_compile_in_one_graph(triton_device):
         turned = rms_rope(q, k, q_gain, k_gain, rope, heads=1, dtype=torch.float16, impl=impl)
         return stream, y, values, scales, *turned, rms_norm(q, q_gain, impl=impl)
 
-    for impl in ("torch", "pieces", "triton"):
+    for impl in ("torch", "pieces", "triton") if triton_device == "cpu" else ("torch", "triton"):
         compiled = torch.compile(link, fullgraph=True, backend="aot_eager")
         for got, want in zip(compiled(x, impl), link(x, impl), strict=True):
             assert torch.equal(got, want)
