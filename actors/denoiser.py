@@ -104,11 +104,12 @@ class Denoiser:
         self.fallbacks = card.fallbacks(weights, device, self.precision)
         self.load(weights)
         self.compiled, self.safe, self.made, self.graphs = compiled, False, set(), []
+        recorded = (device.startswith("cuda") if graphs is None else graphs) and not self.weights_move
         record = CudaGraphs()
-        for dit in self.transformers:
+        for dit in self.transformers if compiled or recorded else ():
             if compiled:
                 compile_blocks(dit)
-            if (device.startswith("cuda") if graphs is None else graphs) and not self.weights_move:
+            if recorded:
                 self.graphs.append(Graphed(dit.forward, record))
                 dit.forward = self.graphs[-1]
 
