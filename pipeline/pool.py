@@ -135,7 +135,7 @@ class Child:
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
                                     "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         with theirs:
-            command = [sys.executable, "-c", f"from pipeline.pool import serve; serve({theirs.fileno()})"]
+            command = [sys.executable, "-P", "-c", f"from pipeline.pool import serve; serve({theirs.fileno()})"]
             self.process = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()],
                                             stdin=subprocess.DEVNULL)
 
