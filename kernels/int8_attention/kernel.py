@@ -49,7 +49,8 @@ def stages_of(v: Tensor) -> int:
 
     fp32 values of 128 channels fit those alone, in blocks of 64 keys; elsewhere Triton says OutOfResources.
     """
-    return stages_for(v.dtype, v.is_cuda and torch.cuda.get_device_capability(v.device) in ((8, 0), (9, 0), (10, 0)))
+    on_gpu = v.device.type == "cuda"
+    return stages_for(v.dtype, on_gpu and torch.cuda.get_device_capability(v.device) in ((8, 0), (9, 0), (10, 0)))
 
 
 def stages_for(dtype: torch.dtype, roomy: bool) -> int:
