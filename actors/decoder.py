@@ -72,7 +72,7 @@ class Decoder:
                 self.copy(pixels, rgb[at:at + len(pixels), top:top + pixels.shape[1]])
                 del piece, pixels                       # before the next is made
         except torch.OutOfMemoryError:
-            if rows == 1:
+            if rows == 1 and slab <= SLAB:
                 raise
             return None
         finally:

@@ -68,10 +68,14 @@ class DeviceLock:
                 if self.queue[0] is not me and self.halted():
                     self.queue.remove(me)
                     raise Halted("not begun")
-        self.take()
-        self.mine.waited_s = self.waited_s + time.perf_counter() - began
-        self.mine.since = time.perf_counter()
-        self.entered()
+        try:
+            self.take()
+            self.mine.waited_s = self.waited_s + time.perf_counter() - began
+            self.mine.since = time.perf_counter()
+            self.entered()
+        except BaseException:                           # or all others would wait for ever
+            self.leave()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -79,10 +83,13 @@ class DeviceLock:
             self.leaving()
         finally:
             self.mine.held_s = self.held_s + time.perf_counter() - self.mine.since
-            self.release()
-            with self.changed:
-                self.queue.popleft()
-                self.changed.notify_all()
+            self.leave()
+
+    def leave(self) -> None:
+        self.release()
+        with self.changed:
+            self.queue.popleft()
+            self.changed.notify_all()
 
     def is_wanted(self) -> bool:
         """Whether another process waits for the device that this thread has."""
@@ -116,8 +123,9 @@ class DeviceLock:
             self.kept_s, self.kept_since = self.kept_waiting_s(), None
 
     def release(self) -> None:
-        if self.device is not None:
-            fcntl.flock(self.device, fcntl.LOCK_UN)
+        for file in (self.device, self.turnstile):      # the second only where taking the first has failed
+            if file is not None:
+                fcntl.flock(file, fcntl.LOCK_UN)
 
     def __del__(self) -> None:
         for file in (self.turnstile, self.device):

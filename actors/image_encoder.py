@@ -16,6 +16,7 @@ from actors.room import room_on
 from actors.text_encoder import TextEncoder
 from model.catalog import WanCard
 from model.shapes import VideoShape
+from model.wan_vae import SLAB
 
 
 class ImageTextEncoder(TextEncoder):
@@ -76,7 +77,8 @@ class ImageTextEncoder(TextEncoder):
         video[:, :, 0] = first.to(self.device)
         _, *grid = self.card.grid.of(shape)
         rows = self.vae.rows_within(room_on(self.device), self.vae.encoder, *grid)
-        latent = self.vae.encode(video.to(self.vae.from_latent.weight.dtype), rows=rows)[0][0].float()
+        # in small slabs: one image a clip, beside a sampler that may hold most of the memory
+        latent = self.vae.encode(video.to(self.vae.from_latent.weight.dtype), rows=rows, slab=SLAB)[0][0].float()
         latent = latent * self.scale + self.bias
         mask = latent.new_zeros(self.card.grid.time_stride, *latent.shape[1:])
         mask[:, 0] = 1

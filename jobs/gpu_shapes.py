@@ -25,7 +25,7 @@ from jobs.bench_pipeline import Pretend, pretend_request, pretend_value
 from model.catalog import CATALOG
 from pipeline.crew import Alive, Answer, Broken, Call, Copy, Done, Hello
 from pipeline.driver import Driver
-from pipeline.forecast import Cost, forecast, measured_costs
+from pipeline.forecast import Cost, forecast, measured_costs, rows_by_work
 from pipeline.ledger import row_of
 from pipeline.placement import Node
 from pipeline.stages import Outcome, Report, Stage, Step
@@ -236,7 +236,7 @@ def simulate(shape: Shape, gpus: int, clips: int) -> dict[str, float]:
     assert len(outcomes) == clips
     # as `dailies plan` does it, from what the ledger would say of the first
     rows = [row_of("", outcome.value, outcome) for outcome in outcomes[:MEASURED]]
-    foretold = forecast(stages, box(gpus), measured_costs(rows, rows[0]), clips)
+    foretold = forecast(stages, box(gpus), measured_costs(rows_by_work(rows), rows[0]), clips)
     busy = busy_shares([(stage, str(gpu), *times) for stage, gpu, *times in crew.busy], gpus)
     span_s = max(end for *_, end in crew.busy) - min(start for _, _, start, _ in crew.busy)
     return {"clips": clips, **busy, "clips_per_hour": 3600 * clips / span_s,

@@ -32,7 +32,7 @@ from model.catalog import ModelCard
 from model.ways import AUTO, CAPABILITIES, Gpu, Way, fastest
 from model.weights import fingerprint, locate, weights_files
 from pipeline.budget import Budget
-from pipeline.forecast import Forecast, forecast, measured_costs
+from pipeline.forecast import Forecast, forecast, measured_costs, rows_by_work, work_of
 from pipeline.gate import REJECTED
 from pipeline.lease import Lease
 from pipeline.ledger import SUCCESS, Ledger, invalid_row, keys_of, read, row_of, write_success
@@ -157,13 +157,15 @@ def way_of(job: RenderJob, card: ModelCard, weights: Path, device: str, found: d
     if AUTO not in said.values():
         return Way(precision=said["precision"] or own, attention=said["attention"] or card.attentions[0], because="")
     # weights that are INT8 already run in nothing else
-    precision = own if own == "int8" else None if said["precision"] == AUTO else said["precision"] or own
+    precision = None if said["precision"] == AUTO and own != "int8" else own if said["precision"] in (None, AUTO) else (
+        said["precision"])
     attention = None if said["attention"] == AUTO else said["attention"] or card.attentions[0]
     gpus = gpus_of(job.ray) if device == "cuda" else ()
     if len(gpus) > 1:
         raise UsageError(f"the machines have GPUs of several kinds ({', '.join(gpu.name for gpu in gpus)}), and one run "
                          "has one precision and attention: say which, --precision NAME --attention NAME")
-    return fastest(card, gpus[0] if gpus else None, precision=precision, attention=attention)
+    gpu = gpus[0] if gpus else Gpu(name="a GPU that is not there yet", capability=None) if device == "cuda" else None
+    return fastest(card, gpu, precision=precision, attention=attention)
 
 
 @cache
@@ -171,7 +173,8 @@ def gpus_of(ray: str) -> tuple[Gpu, ...]:
     """The kinds of GPU that will do the work."""
     if ray == "local":
         import torch
-        return Gpu(name=torch.cuda.get_device_name(), capability=torch.cuda.get_device_capability()),
+        return tuple({Gpu(name=torch.cuda.get_device_name(place), capability=torch.cuda.get_device_capability(place))
+                      for place in range(torch.cuda.device_count())})
     from pipeline import cluster
     with cluster.connect(ray):
         kinds = sorted({node.gpu for node in cluster.nodes() if node.gpus})
@@ -501,7 +504,11 @@ def show_plan(job: RenderJob, *, json: bool) -> int:
     """Print what `render` would do; writes nothing."""
     night = prepare(job)
     check_weights(night)
-    summary, foretold = night.plan.summary(), foretell(night)
+    summary, foretold, no_room = night.plan.summary(), None, ""
+    try:
+        foretold = foretell(night)
+    except NoRoom as error:
+        no_room = str(error)
     if json:
         print(jsonlib.dumps(summary | {"out": night.store.uri, "device": night.device, "forecast": foretold,
                                        "exit_code": 0}))
@@ -518,7 +525,9 @@ def show_plan(job: RenderJob, *, json: bool) -> int:
         print(f"          and {summary['more_buckets']:,} more buckets")
     for note in notes_of(night):
         print(printable(note))
-    if foretold is None:
+    if no_room:
+        print(printable(f"not to be made here: {no_room}"))
+    elif foretold is None:
         print("how long it will take is known when some of its clips are made: dailies render ... --limit 10")
     elif foretold["clips"]:
         held = f", {foretold['gpu_hours']:,.2f} GPU hours on {counted(foretold['gpus'], 'GPU')}"
@@ -531,25 +540,34 @@ def show_plan(job: RenderJob, *, json: bool) -> int:
 
 
 def foretell(night: Night) -> dict[str, Any] | None:
-    """What the clips that are not made yet will take here, by those that are; None where nobody knows."""
+    """What the clips that are not made yet will take here, by those that are; None where none is.  Raises NoRoom."""
     if not night.has_begun:
         return None
     shape = ["width", "height", "frames", "steps", "guidance"]
     seconds = ["encode_s", "sample_s", "decode_s", "publish_s", "gpu_s"]
     table = read(night.store, ["clip_id", "status", *shape, *seconds])
     done = list({row["clip_id"]: row for row in table.to_pylist() if row["status"] == "done"}.values())
-    made = Counter(tuple(row[name] for name in shape) for row in done)
+    # a failed clip is not made again either, until `retry` says so
+    ended = Counter(tuple(row[name] for name in shape)
+                    for row in {row["clip_id"]: row for row in table.to_pylist() if row["clip_id"]}.values())
     stages, machines, found = stages_of(night), machines_of(night.job.ray), []
     encoded = night.plan.num_prompts / max(1, night.plan.num_clips)
+    left: Counter[float] = Counter()                    # clips by work: buckets of equal work cost the same
+    of_work: dict[float, dict[str, Any]] = {}
+    room = night.job.limit or night.plan.num_clips
     for bucket in night.plan.buckets():
-        clips = max(0, bucket["clips"] - made[tuple(bucket[name] for name in shape)])
-        if (costs := measured_costs(done, bucket)) is None:
-            return None
-        try:
+        clips = min(room, max(0, bucket["clips"] - ended[tuple(bucket[name] for name in shape)]))
+        left[work_of(bucket)] += clips
+        of_work.setdefault(work_of(bucket), bucket)
+        room -= clips
+    measured = rows_by_work(done)
+    if not measured:
+        return None
+    for work, clips in left.items():
+        if clips:
+            costs = measured_costs(measured, of_work[work])
             found.append((clips, forecast(stages, machines, costs, clips, encoded=math.ceil(encoded * clips))))
-        except NoRoom:
-            return None                                 # render will say so
-    return said_of(found, sum(row["sample_s"] is not None for row in done), night.job.price)
+    return said_of(found, sum(map(len, measured.values())), night.job.price)
 
 
 def said_of(found: list[tuple[int, Forecast]], measured: int, price: float | None) -> dict[str, Any]:

@@ -479,9 +479,7 @@ def train(out: Path, device: str, clock: Clock, sizes: Sizes, record: Record, *,
     after = vae_quality(vae, sizes.judged, frames=sizes.frames, device=device)
     better = done is not None and worst(after) > worst(before)
     record.add("vae", dict(quality=after, better=better, **(done or {})))
-    if better:
-        save_vae(vae, out / "demo" / DEMO.vae_file)
-    else:
+    if not better:
         convolve_frames(shipped, isinstance(vae.encoder.conv_in, FrameConv))
         vae = shipped
     torch.backends.cudnn.benchmark = device == "cuda"    # few shapes are left; as when recording was tried
@@ -498,6 +496,8 @@ def train(out: Path, device: str, clock: Clock, sizes: Sizes, record: Record, *,
     done = guarded(record, "dit", lambda: learn(course, clock.until("dit"), lessons, record, trial))
     if done is None:
         return
+    if better:                                          # with the DiT that knows its latents, and not before
+        save_vae(vae, out / "demo" / DEMO.vae_file)
     write(dit, DEMO, out / "demo")
     dit.requires_grad_(False)
     for name, model, course in courses_after(dit, lessons, device):
@@ -550,10 +550,10 @@ def main() -> None:
     about = dict(device=torch.cuda.get_device_name() if args.device == "cuda" else "CPU", torch=torch.__version__,
                  python=sys.version.split()[0], budget_s=args.budget_s, frozen_encoder=args.freeze_encoder)
     record = Record(args.out, about, began)
-    last = threading.Timer(args.budget_s + GRACE_S, give_up, [record])
+    trial = Trial(args.out, wanted=args.device == "cuda")
+    last = threading.Timer(args.budget_s + GRACE_S, give_up, [record, trial])
     last.daemon = True
     last.start()
-    trial = Trial(args.out, wanted=args.device == "cuda")
     try:
         clock = Clock(began + args.budget_s, SHARES)
         train(args.out, args.device, clock, sizes, record, frozen=args.freeze_encoder, trial=trial)
@@ -562,8 +562,9 @@ def main() -> None:
     record.add("seconds", round(time.monotonic() - began, 1))
 
 
-def give_up(record: Record) -> None:
+def give_up(record: Record, trial: Trial) -> None:
     """A course that hangs cannot be ended from within; what the others wrote is there."""
+    trial.end()
     record.say("over the budget: a course did not end by the clock. What was written before it stands")
     os._exit(3)
 

@@ -21,7 +21,7 @@ NEAR = 1.5                                              # widths further apart t
 
 # Where nobody has measured. Matrix units decide: INT8 products are twice (Ampere, Hopper) or four times (GeForce, L4,
 # L40) as fast as bf16's, and missing in what Triton makes for data-centre Blackwell. On Hopper cuDNN's attention is 1.2
-# times as fast as ours with INT8 logits, and INT8 layers gain at every width (an H200, 2026-11-29).
+# times as fast as ours with INT8 logits, and INT8 layers gain at widths 1536 and 5120 (an H200, 2026-11-29).
 BY_ARCHITECTURE: dict[tuple[int, int], tuple[str, str]] = {
     (8, 0): ("int8", "dense"), (8, 6): ("int8", "sage"), (8, 9): ("int8", "sage"), (9, 0): ("int8", "dense"),
     (10, 0): ("bf16", "dense"), (10, 3): ("bf16", "dense"), (12, 0): ("int8", "sage")}

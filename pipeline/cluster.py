@@ -38,7 +38,7 @@ from pipeline.crew import Alive, Answer, Broken, Call, Copy, Done, Hello
 from pipeline.driver import ClusterError, Driver, Progress, Stop
 from pipeline.placement import Node
 from pipeline.pool import Pool
-from pipeline.stages import Outcome, Stage, Worker, readdress
+from pipeline.stages import Outcome, Stage, Worker, WorkerUnfit, readdress
 from pipeline.store import PATIENCE, NotFound, StoreError
 
 __all__ = ["ClusterError", "Progress", "Stop", "connect", "nodes", "run"]
@@ -255,6 +255,8 @@ class Process:
             answer = Broken(how="store", reason=str(error))
         except NotFound as error:
             answer = Broken(how="input", reason=str(error))
+        except WorkerUnfit as error:
+            answer = Broken(how="node", reason=str(error))
         except Halted as error:
             answer = Broken(how="node" if self.leaving else "cancelled", reason=f"told to end: {error}")
         finally:

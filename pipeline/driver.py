@@ -402,9 +402,9 @@ class Driver:
         for place, call in reversed(list(enumerate(calls))):
             for row in reversed(call.rows):
                 line.in_flight -= 1
-                if answer.how == "died":
+                if answer.how in ("died", "hung"):
                     row.alone = row.alone or place == 0 or not certain
-                if place == 0 and (answer.how == "died" and certain or answer.how == "hung"):
+                if place == 0 and answer.how in ("died", "hung") and certain:
                     self.charge(row, worker_died(row, line, answer, copy), copy)
                 elif place or answer.how not in ("died", "node") or self.lost(row, line, answer.reason):
                     line.queue.appendleft(row)

@@ -67,18 +67,21 @@ def forecast(stages: Sequence[Stage], nodes: Sequence[Node], costs: Mapping[str,
                             for stage in stages if stage not in ahead})
 
 
-def measured_costs(rows: Iterable[Mapping[str, Any]], bucket: Mapping[str, Any]) -> dict[str, Cost] | None:
-    """What a clip of this bucket costs in each stage: the medians of the bucket's ledger rows, or of the bucket nearest
-    to it in work, that much more or less; None where none was measured.
-
-    rows: of the ledger, done.  bucket, and rows too: width, height, frames, steps.
-    """
+def rows_by_work(rows: Iterable[Mapping[str, Any]]) -> dict[float, list[Mapping[str, Any]]]:
+    """Those of the ledger's rows that were measured; rows: done, with width, height, frames, steps and seconds."""
     by_work: dict[float, list[Mapping[str, Any]]] = defaultdict(list)
     for row in rows:
         if row["sample_s"] is not None:
             by_work[work_of(row)].append(row)
-    if not by_work:
-        return None
+    return by_work
+
+
+def measured_costs(by_work: Mapping[float, Sequence[Mapping[str, Any]]], bucket: Mapping[str, Any]) -> dict[str, Cost]:
+    """What a clip of this bucket costs in each stage: the medians of the bucket's ledger rows, or of the bucket nearest
+    to it in work, that much more or less.
+
+    by_work: of rows_by_work, not empty.  bucket: width, height, frames, steps.
+    """
     wanted = work_of(bucket)
     nearest = min(by_work, key=lambda work: abs(math.log(work / wanted)))
 

@@ -27,7 +27,7 @@ from typing import Any
 
 from actors import handover
 from actors.messages import Failure, Request
-from pipeline.stages import Report, Step, Worker, request_of
+from pipeline.stages import Report, Step, Worker, WorkerUnfit, request_of
 from pipeline.store import PATIENCE
 
 FRAMES_BYTES = 2 * 2**30                # of clips between their decoding and their answer; one clip may be larger
@@ -79,7 +79,7 @@ class Pool:
         return self.waited_s
 
     def __call__(self, values: list, safe: bool) -> tuple[list, Report]:
-        """A Failure passes untouched.  Raises what the steps raise that is no value's fault: StoreError, NotFound."""
+        """A Failure passes untouched.  Raises what is no value's fault: StoreError, NotFound, WorkerUnfit."""
         seconds: dict[str, float] = {}
         made, peak = list(values), 0
         for place, value in enumerate(values):
@@ -95,12 +95,14 @@ class Pool:
     def work(self, value: Any, safe: bool) -> tuple[Any, Report]:
         child, began = self.free.get(), time.perf_counter()
         try:
+            if child.process.poll() is not None:        # while it had nothing to do: no clip's doing
+                child = self.replace(child)
             answer = child.ask((value, safe))
         except handover.Closed:
             answer = f"its process ended at work: {ended(child.end())}"
             child = self.replace(child)
         except OSError as error:                        # no memory, no descriptor: the worker's, and not the clip's
-            answer = f"its frames could not be handed over: {error}"
+            raise WorkerUnfit(f"frames of stage {self.stage} could not be handed over: {error}") from error
         finally:
             self.free.put(child)
         if isinstance(answer, BaseException):
@@ -114,11 +116,13 @@ class Pool:
         return made, report
 
     def replace(self, child: "Child") -> "Child":
-        """One that cannot start is found dead, and replaced again, by the value that gets it next."""
-        replacement = Child(self)
-        self.children[self.children.index(child)] = replacement
-        with suppress(Exception):
+        """Raises WorkerUnfit where none can be started."""
+        try:
+            replacement = Child(self)
+            self.children[self.children.index(child)] = replacement
             replacement.wait_until_ready()
+        except (OSError, ChildFailed) as error:
+            raise WorkerUnfit(f"a process of stage {self.stage} ended, and no other could start: {error}") from error
         return replacement
 
     def close(self) -> None:

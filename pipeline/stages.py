@@ -110,6 +110,10 @@ class WorksOn(Protocol):
     def __call__(self, values: list, safe: bool) -> tuple[list, Report]: ...
 
 
+class WorkerUnfit(RuntimeError):
+    """What a worker stands on is gone: no memory, no processes. No value is to blame, and no later one would fare better."""
+
+
 class Worker:
     """One copy of a stage. Making it loads; calling it never raises for a value's sake.
 
@@ -180,7 +184,7 @@ class Worker:
                             partly=any(getattr(step, "partly", False) for _, step in self.steps),
                             held_s=(self.lock.held_s - held_s) / max(1, len(values)) if self.on_gpu else 0.0,
                             peak_memory_bytes=0 if self.broken else self.peak_memory())
-            if self.pool and not self.broken:
+            if self.pool:                               # a Failure passes it; frames are on the CPU already
                 values, theirs = self.pool(values, safe)
                 report = self.with_pool(report, theirs)
         return values, replace(report, pace_s=self.pace_s(report))

@@ -144,3 +144,15 @@ def test_a_folder_that_others_can_write_to_is_not_used(tmp_path):
     lock = DeviceLock("gpu")
     with lock:
         assert lock.turnstile is None and not lock.is_wanted()
+
+
+def test_a_turn_that_cannot_begin_is_over_at_once():
+    def no_room():
+        raise OSError("no locks available")
+
+    lock = DeviceLock(entered=no_room)
+    with pytest.raises(OSError, match="no locks"), lock:
+        raise AssertionError("it has begun")
+    lock.entered = lambda: None
+    with lock:                                          # nobody waits for the one that never was
+        assert len(lock.queue) == 1

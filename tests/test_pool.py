@@ -20,7 +20,7 @@ from jobs.bench_pipeline import pretend_request
 from model.shapes import VideoShape
 from pipeline import pool as pools
 from pipeline.pool import ChildFailed, Pool
-from pipeline.stages import Stage, Step, Worker, request_of, run_local
+from pipeline.stages import Stage, Step, Worker, WorkerUnfit, request_of, run_local
 from pipeline.store import NotFound, StoreError
 
 ROOT, HERE = Path(__file__).resolve().parent.parent, Path(__file__).resolve().parent
@@ -134,6 +134,31 @@ def test_a_bad_clip_costs_one_clip_and_its_process_is_replaced(seed, error_type,
         (clip,), _ = worker([latent(number)])
         assert isinstance(clip, Clip)
     assert all(child.process.poll() is None for child in worker.pool.children)
+
+
+def test_a_process_that_dies_while_it_has_nothing_to_do_costs_no_clip(worker):
+    for child in worker.pool.children:
+        os.kill(child.process.pid, signal.SIGKILL)
+        child.process.wait()
+    assert all(isinstance(worker([latent(number)])[0][0], Clip) for number in range(4))
+
+
+def test_where_no_process_can_be_started_the_worker_is_unfit_and_the_clip_not_to_blame(worker, monkeypatch):
+    def no_memory(pool):
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(pools, "Child", no_memory)
+    for child in worker.pool.children:
+        os.kill(child.process.pid, signal.SIGKILL)
+        child.process.wait()
+    with pytest.raises(WorkerUnfit, match="no other could start: .*Cannot allocate memory"):
+        worker([latent(1)])
+
+
+def test_frames_that_were_made_before_the_gpu_was_lost_are_still_published(worker):
+    worker.broken = True                                # by another thread, meanwhile
+    (clip,), report = worker([latent(3)])
+    assert isinstance(clip, Clip) and report.broken
 
 
 @pytest.mark.parametrize("seed, error, said", [(104, StoreError, "access denied"), (105, NotFound, "it is gone")])

@@ -94,6 +94,20 @@ def test_the_kits_results_become_entries_of_the_table():
     assert (entry["gpu"], entry["on"], entry["model"]) == ("NVIDIA H200", "2026-01-02", WAN.name)
 
 
+@pytest.mark.parametrize("own, precision, attention, wanted", [
+    ("int8", "auto", "auto", "int8"), ("int8", None, "auto", "int8"), ("int8", "bf16", "auto", "bf16"),
+    ("bf16", None, "auto", "bf16"), ("bf16", "auto", "dense", "int8")])
+def test_auto_of_one_setting_leaves_the_other_as_it_is_said(own, precision, attention, wanted, monkeypatch, tmp_path):
+    from jobs import render
+    from jobs.settings import RenderJob
+    monkeypatch.setattr(render, "gpus_of", lambda ray: (H200,))
+    monkeypatch.setattr(type(WAN_14B), "precision_in", lambda card, weights, device: own)
+    job = RenderJob(manifest="m", out="o", precision=precision, attention=attention)
+    assert render.way_of(job, WAN_14B, tmp_path, "cuda", None).precision == wanted
+    monkeypatch.setattr(render, "gpus_of", lambda ray: ())             # of a cluster that grows a GPU when it is asked to
+    assert "CPU" not in render.way_of(job, WAN_14B, tmp_path, "cuda", None).because
+
+
 def test_auto_is_a_setting_and_plan_run_and_ledger_say_what_was_chosen_and_why(tmp_path, capsys):
     from jobs.cli import main
     from pipeline import ledger

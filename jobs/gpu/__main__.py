@@ -1,6 +1,7 @@
 """`python -m jobs.gpu --out DIR`, from a bare checkout; `dailies bench gpu --out DIR` is the same."""
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -36,6 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", metavar="PART,PART", help=f"of {', '.join(part.name for part in PARTS)}")
     parser.add_argument("--tiny", action="store_true", help="sizes of a dry run; a CPU will do")
     parser.add_argument("--json", action="store_true", help="print what was found, and nothing else")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)           # so that it ends its parts too
     try:
         return run(**vars(parser.parse_args(arguments)))
     except UsageError as error:

@@ -123,7 +123,7 @@ def models_right(ground: Ground) -> None:
                 graphed = Graphed(dit.forward)
                 graphed(*given)                         # a shape is recorded when it comes again
                 ground.tell(f"{name}, CUDA graph", of_eager=difference(graphed(*given), plain),
-                            again=difference(graphed(*given), plain))
+                            again=difference(graphed(*given), plain), recorded=len(graphed.recordings))
             if not ground.tiny:
                 began = time.perf_counter()
                 compile_blocks(dit)

@@ -200,7 +200,8 @@ def steps(ground: Ground, card: ModelCard, precision: str, attention: str, *, wa
                     tokens=math.prod(given[0].shape[2:]) // math.prod(card.dit_config.patch))
         if ways and ground.on_gpu:
             graphed = Graphed(dit.forward)
-            ground.tell(f"{name}, CUDA graph", ms=ground.ms(lambda: graphed(*given)), peak_gb=ground.peak_gb())
+            ground.tell(f"{name}, CUDA graph", ms=ground.ms(lambda: graphed(*given)), peak_gb=ground.peak_gb(),
+                        recorded=len(graphed.recordings))
             del graphed
             with ground.trying(f"{name}, compiled"):
                 began = time.perf_counter()
