@@ -5,6 +5,7 @@ What can run where little is installed does: a file that needs an absent library
 
 import os
 import secrets
+import signal
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     import torch
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:      # begun in the background: children would ignore it too
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)                            # as results are made; more wait for each other on two cores
     if torch.cuda.is_available():
         torch.backends.cudnn.allow_tf32 = False         # what is called fp32 is compared as fp32
