@@ -511,7 +511,7 @@ def show_plan(job: RenderJob, *, json: bool) -> int:
         no_room = str(error)
     if json:
         print(jsonlib.dumps(summary | {"out": night.store.uri, "device": night.device, "forecast": foretold,
-                                       "exit_code": 0}))
+                                       "no_room": no_room or None, "exit_code": 0}))
         return 0
     settings = summary["settings"]
     images = f", {counted(summary['images'], 'image')}" if summary["images"] else ""
@@ -536,6 +536,8 @@ def show_plan(job: RenderJob, *, json: bool) -> int:
         print(f"{counted(foretold['clips'], 'clip')} to make: {duration_text(foretold['seconds'])}{held}{cost}, "
               f"done at {datetime.fromisoformat(foretold['done_at']):%Y-%m-%d %H:%M} if begun now; judged by "
               f"{counted(foretold['measured_clips'], 'clip')} of this run, without what processes take to start")
+    else:
+        print("nothing is left to make")
     return 0
 
 
@@ -546,10 +548,10 @@ def foretell(night: Night) -> dict[str, Any] | None:
     shape = ["width", "height", "frames", "steps", "guidance"]
     seconds = ["encode_s", "sample_s", "decode_s", "publish_s", "gpu_s"]
     table = read(night.store, ["clip_id", "status", *shape, *seconds])
-    done = list({row["clip_id"]: row for row in table.to_pylist() if row["status"] == "done"}.values())
+    ended_clips = {row["clip_id"]: row for row in table.to_pylist() if row["clip_id"]}.values()
     # a failed clip is not made again either, until `retry` says so
-    ended = Counter(tuple(row[name] for name in shape)
-                    for row in {row["clip_id"]: row for row in table.to_pylist() if row["clip_id"]}.values())
+    ended = Counter(tuple(row[name] for name in shape) for row in ended_clips)
+    done = [row for row in ended_clips if row["status"] == "done"]
     stages, machines, found = stages_of(night), machines_of(night.job.ray), []
     encoded = night.plan.num_prompts / max(1, night.plan.num_clips)
     left: Counter[float] = Counter()                    # clips by work: buckets of equal work cost the same
