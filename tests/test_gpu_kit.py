@@ -1,45 +1,20 @@
 """The kit for a GPU's first minutes: here on a CPU, in sizes of a dry run, without what a bare GPU machine lacks."""
 
 import json
-import os
-import subprocess
-import sys
 import textwrap
-from pathlib import Path
 
 import pytest
+from bare import ABSENT, ROOT, run_bare
 
 from jobs.gpu import checks, timings
 from jobs.gpu.kit import PARTS, Kit, Part, groups
 
-ROOT = Path(__file__).resolve().parent.parent
-ABSENT = ("ray", "av", "pydantic", "boto3", "botocore", "ftfy", "diffusers", "typer")
 
-
-@pytest.fixture
-def bare(tmp_path, monkeypatch):
-    """An environment of child processes in which those modules cannot be imported, and no git is found."""
-    site = tmp_path / "site"
-    site.mkdir()
-    (site / "sitecustomize.py").write_text(textwrap.dedent(f"""
-        import sys
-        class Absent:
-            def find_spec(self, name, path=None, target=None):
-                if name.split(".")[0] in {ABSENT!r}:
-                    raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-        sys.meta_path.insert(0, Absent())
-    """))
-    monkeypatch.setenv("PYTHONPATH", f"{site}{os.pathsep}{ROOT}")
-    monkeypatch.setenv("PATH", str(tmp_path / "no-programs"))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    return site
-
-
-def test_the_whole_kit_runs_in_a_dry_run_without_what_a_bare_gpu_machine_lacks(bare, tmp_path):
+def test_the_whole_kit_runs_in_a_dry_run_without_what_a_bare_gpu_machine_lacks(tmp_path):
     # the tests that need a device would all be skipped here
     names = ",".join(part.name for part in PARTS if part.name != "tests")
-    done = subprocess.run([sys.executable, "-m", "jobs.gpu", "--tiny", "--out", str(tmp_path / "out"), "--only", names],
-                          capture_output=True, text=True, timeout=600, cwd=tmp_path)
+    done = run_bare(["-m", "jobs.gpu", "--tiny", "--out", str(tmp_path / "out"), "--only", names], tmp_path,
+                    absent=(*ABSENT, "botocore", "diffusers"))
     report = (tmp_path / "out" / "report.md").read_text()
     assert done.returncode == 0, done.stdout + done.stderr + report
     known = json.loads((tmp_path / "out" / "results.json").read_text())
