@@ -11,6 +11,7 @@ who gives way does not get the device back before who waits for it. A process th
 """
 
 import fcntl
+import logging
 import os
 import tempfile
 import threading
@@ -20,6 +21,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Self
+
+log = logging.getLogger(__name__)
 
 POLL_S = 0.1                                            # between two looks whether one who waits is told to stop
 
@@ -147,9 +150,10 @@ def lock_files(device: str) -> tuple[int, int] | tuple[None, None]:
         folder.mkdir(mode=0o700, exist_ok=True)
         found = folder.lstat()
         if found.st_uid != os.getuid() or found.st_mode & 0o077 or folder.is_symlink():
-            return None, None
+            raise PermissionError(f"{folder} is not a folder that only this user can write to")
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         turnstile, held = (os.open(folder / f"{kind}-{name}", flags, 0o600) for kind in ("turnstile", "device"))
         return turnstile, held
-    except OSError:
+    except OSError as error:
+        log.warning("processes on one GPU do not take turns, and seconds of stages count those of others: %s", error)
         return None, None

@@ -38,8 +38,8 @@ from pipeline.lease import Lease
 from pipeline.ledger import SUCCESS, Ledger, invalid_row, keys_of, read, row_of, write_success
 from pipeline.manifest import Manifest
 from pipeline.objects import PROBE
-from pipeline.plan import Defaults, Plan, PlannedRow, with_another_seed
 from pipeline.placement import Node, NoRoom
+from pipeline.plan import Defaults, Plan, PlannedRow, with_another_seed
 from pipeline.runfile import check_run, claim_run, read_run
 from pipeline.stages import Outcome, Stage
 from pipeline.store import FolderStore, Store, StoreError, bring, open_store

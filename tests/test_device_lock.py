@@ -156,3 +156,12 @@ def test_a_turn_that_cannot_begin_is_over_at_once():
     lock.entered = lambda: None
     with lock:                                          # nobody waits for the one that never was
         assert len(lock.queue) == 1
+
+
+def test_where_another_could_write_to_the_locks_nobody_takes_turns_and_it_is_said(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(device_lock.tempfile, "gettempdir", lambda: str(tmp_path))
+    (tmp_path / f"dailies-{os.getuid()}").mkdir(mode=0o777)
+    (tmp_path / f"dailies-{os.getuid()}").chmod(0o777)
+    with DeviceLock("gpu-1") as lock:
+        assert not lock.is_wanted()
+    assert "do not take turns" in caplog.text and "only this user" in caplog.text
