@@ -556,7 +556,8 @@ def foretell(night: Night) -> dict[str, Any] | None:
     encoded = night.plan.num_prompts / max(1, night.plan.num_clips)
     left: Counter[float] = Counter()                    # clips by work: buckets of equal work cost the same
     of_work: dict[float, dict[str, Any]] = {}
-    room = night.job.limit or night.plan.num_clips
+    # --limit is of the plan's first clips, and those are made first
+    room = max(0, (night.job.limit or night.plan.num_clips) - ended.total())
     for bucket in night.plan.buckets():
         clips = min(room, max(0, bucket["clips"] - ended[tuple(bucket[name] for name in shape)]))
         left[work_of(bucket)] += clips

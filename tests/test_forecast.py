@@ -64,3 +64,5 @@ def test_plan_says_how_long_the_rest_will_take_once_clips_are_made(tmp_path, cap
     assert (foretold["clips"], foretold["measured_clips"], foretold["gpus"]) == (5, 3, 0)
     assert foretold["seconds"] > 0 and foretold["gpu_hours"] == foretold["cost"] == 0
     assert "5 clips to make: " in plan() and "judged by 3 clips of this run" in plan()
+    assert "2 clips to make: " in plan("--limit", "5")                      # of the plan's first, 3 of which are made
+    assert "nothing is left to make" in plan("--limit", "3")
