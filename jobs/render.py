@@ -162,8 +162,8 @@ def way_of(job: RenderJob, card: ModelCard, weights: Path, device: str, found: d
     attention = None if said["attention"] == AUTO else said["attention"] or card.attentions[0]
     gpus = gpus_of(job.ray) if device == "cuda" else ()
     if len(gpus) > 1:
-        raise UsageError(f"the machines have GPUs of several kinds ({', '.join(gpu.name for gpu in gpus)}), and one run "
-                         "has one precision and attention: say which, --precision NAME --attention NAME")
+        raise UsageError(f"the machines have GPUs of several kinds ({', '.join(gpu.name for gpu in gpus)}), and one "
+                         "run has one precision and attention: say which, --precision NAME --attention NAME")
     gpu = gpus[0] if gpus else Gpu(name="a GPU that is not there yet", capability=None) if device == "cuda" else None
     return fastest(card, gpu, precision=precision, attention=attention)
 

@@ -1,4 +1,4 @@
-"""The fastest way to run a transformer on a GPU: as it was measured on one of its kind, or as its architecture suggests.
+"""The fastest way to run a transformer on a GPU: as measured on one of its kind, or as its architecture suggests.
 
 What was measured is in ways.json, which jobs/gpu/ways.py makes of the kit's results: per GPU, the milliseconds of a
 forward of models of one width, in each precision and attention. A way that loses there is never chosen.
@@ -16,8 +16,8 @@ from model.card import ModelCard
 
 AUTO = "auto"                                           # what a person says who wants the fastest
 MEASURED = Path(__file__).with_name("ways.json")
-WORTH = 0.02                                            # a way that gains less than this share is not worth leaving the default
-NEAR = 1.5                                              # widths further apart than this factor say nothing of each other
+WORTH = 0.02                                            # a way that gains less is not worth leaving the default
+NEAR = 1.5                                              # widths further apart than this factor say nothing
 
 # Where nobody has measured. Matrix units decide: INT8 products are twice (Ampere, Hopper) or four times (GeForce, L4,
 # L40) as fast as bf16's, and missing in what Triton makes for data-centre Blackwell. On Hopper cuDNN's attention is 1.2
@@ -63,7 +63,8 @@ def fastest(card: ModelCard, gpu: Gpu | None, *, precision: str | None = None, a
             return Way(precision=best[0], attention=best[1], because=(
                 f"the fastest of {len(known)} ways measured on {found['gpu']} on {found['on']} with {found['model']}: "
                 f"{known[best]:,.0f} ms a forward"
-                + (f", {known[default]:,.0f} in {' and '.join(default)}" if default in known and best != default else "")))
+                + (f", {known[default]:,.0f} in {' and '.join(default)}" if default in known and best != default
+                   else "")))
     suggested = by_architecture(card, gpu)
     way = precision or suggested[0], attention or suggested[1]
     return Way(precision=way[0], attention=way[1], because=(

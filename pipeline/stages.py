@@ -111,7 +111,7 @@ class WorksOn(Protocol):
 
 
 class WorkerUnfit(RuntimeError):
-    """What a worker stands on is gone: no memory, no processes. No value is to blame, and no later one would fare better."""
+    """What a worker stands on is gone: no memory, no processes. No value is to blame; none would fare better."""
 
 
 class Worker:

@@ -9,7 +9,8 @@ from jobs.gpu.kit import PARTS, Kit
 from jobs.usage import UsageError
 
 
-def run(out: str | None, *, budget: float = 540, only: str | None = None, tiny: bool = False, json: bool = False) -> int:
+def run(out: str | None, *, budget: float = 540, only: str | None = None, tiny: bool = False,
+        json: bool = False) -> int:
     """The kit's parts, or `only` some; 0 where all ended well, 3 otherwise.  Raises UsageError.
 
     json: on standard output nothing but what OUT/results.json holds.

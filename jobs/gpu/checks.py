@@ -97,7 +97,8 @@ def sparse_right(ground: Ground) -> None:
             q, k, v = qkv(ground, queries, keys, head_dim, dtype)
             proj = ground.random(head_dim, head_dim, seed=3), ground.random(head_dim, seed=4)
             how = dict(keep_ratio=0.5, proj=proj, int8=int8, block_q=block_q, block_k=block_k)
-            ground.tell(name, relative_error=difference(*both(lambda impl: sparse_attention(q, k, v, impl=impl, **how))))
+            ground.tell(name, relative_error=difference(
+                *both(lambda impl: sparse_attention(q, k, v, impl=impl, **how))))
 
 
 def qkv(ground: Ground, queries: int, keys: int, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -109,7 +110,8 @@ def models_right(ground: Ground) -> None:
     """The shipped model in three ways against fp32, eager, as a CUDA graph, and compiled."""
     from model.graphs import Graphed
     from model.turbo import compile_blocks
-    for card, precision, attention in ((DEMO, "bf16", "dense"), (DEMO, "int8", "sage"), (DEMO_SPARSE, "bf16", "sparse")):
+    for card, precision, attention in ((DEMO, "bf16", "dense"), (DEMO, "int8", "sage"),
+                                       (DEMO_SPARSE, "bf16", "sparse")):
         name = f"{card.name} {precision} {attention}"
         with ground.trying(name):
             dit = card.dit(card.folder, ground.device, precision, attention)
@@ -133,7 +135,8 @@ def models_right(ground: Ground) -> None:
 
 def around_conv_right(ground: Ground) -> None:
     """What stands around the VAE's convolutions, with results that are not overwritten left as NaN."""
-    for dtype, (channels, height, width) in product((torch.bfloat16, torch.float32), ((96, 30, 52), (384, 7, 9), (3, 5, 5))):
+    shapes = (96, 30, 52), (384, 7, 9), (3, 5, 5)
+    for dtype, (channels, height, width) in product((torch.bfloat16, torch.float32), shapes):
         name = f"{channels}x{height}x{width} {dtype}"
         with ground.trying(f"around a convolution {name}"):
             x, residual = (ground.random(1, channels, 3, height, width, dtype=dtype, seed=seed).contiguous(
@@ -182,15 +185,15 @@ def vae_right(ground: Ground) -> None:
             vae.impl = impl
             got = vae.decode(latent.to(vae.from_latent.weight.dtype)).float()
             want = got if want is None else want
-            ground.tell(f"VAE decode {list(latent.shape)} {precision}, TF32 {tf32}, {impl}", of_fp32=difference(got, want),
-                        finite=bool(got.isfinite().all()))
+            ground.tell(f"VAE decode {list(latent.shape)} {precision}, TF32 {tf32}, {impl}",
+                        of_fp32=difference(got, want), finite=bool(got.isfinite().all()))
     torch.backends.cudnn.allow_tf32 = True
 
 
 def tests(ground: Ground) -> None:
     """The tests that need a CUDA device; each is in the log as soon as it is through."""
-    command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", "-p", "no:cacheprovider", "--maxfail=30", "--tb=short",
-               "--continue-on-collection-errors", "--durations=8", *(KIT_TESTS if not ground.tiny else KIT_TESTS[:1])]
+    command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", "-p", "no:cacheprovider", "--maxfail=30",
+               "--tb=short", "--continue-on-collection-errors", "--durations=8", *(KIT_TESTS if not ground.tiny else KIT_TESTS[:1])]
     said: list[str] = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT) as process:
         for line in process.stdout:

@@ -19,7 +19,7 @@ from jobs.bench_clip import Bench, Way, request_of, with_random_weights
 from jobs.gpu.part import Ground
 from model.catalog import CATALOG
 
-CLIPS, WRITERS, AHEAD = 12, 6, 8                        # clips; processes that write them; clips not yet written, at most
+CLIPS, WRITERS, AHEAD = 12, 6, 8                        # clips; processes that write; clips not yet written, at most
 FIRST = 3                                               # clips that choose kernels and record the graph: not counted
 STAGES = ("encode", "sample", "decode")
 
@@ -55,7 +55,8 @@ def night(ground: Ground) -> None:
         wall_s = time.perf_counter() - began
     of_gpu = sum(sum(seconds[stage]) for stage in STAGES)
     with_mp4 = min(seconds["mp4"]) >= 0
-    ground.tell(f"{card.name}, {asked.shape}, {card.num_steps} steps, {way}: prompt to MP4, {clips - FIRST} clips in a row",
+    ground.tell(f"{card.name}, {asked.shape}, {card.num_steps} steps, {way}: prompt to MP4, "
+                f"{clips - FIRST} clips in a row",
                 **{f"{stage}_s": statistics.median(seconds[stage]) for stage in (*STAGES, *["mp4"] * with_mp4)},
                 mp4="timed" if with_mp4 else "not timed: av is not installed", gpu_s_a_clip=of_gpu / (clips - FIRST),
                 stages_busy=of_gpu / gpu_s, last_mp4_after_s=wall_s - gpu_s,

@@ -17,7 +17,8 @@ SHOWN = {"machine": ("copy", "bf16 8192"), "parity": ("bf16, dense", "int8, dens
          "clip": ("int8, sparse", "bf16, sparse", "int8, sage", "umT5"), "night": ("prompt to MP4",),
          "decode": ("its choice", "slabs of 4194304")}
 UNITS = {"eager_ms": "{:.0f} ms", "ms": "{:.0f} ms", "seconds": "{:.2f} s", "clips_an_hour": "{:,.0f} clips an hour",
-         "tb_s": "{:.1f} TB/s", "tflops": "{:.0f} TFLOP/s", "of_fp32": "{:.2%} from fp32", "peak_gb": "{:.1f} GB at most"}
+         "tb_s": "{:.1f} TB/s", "tflops": "{:.0f} TFLOP/s", "of_fp32": "{:.2%} from fp32",
+         "peak_gb": "{:.1f} GB at most"}
 
 
 def markdown(known: dict[str, Any]) -> str:
@@ -48,11 +49,11 @@ def table(known: Mapping[str, Any]) -> str:
     rows = {part["part"]: part["rows"] for part in known["parts"]}
     device = next(row for row in rows["machine"] if "capability" in row)
     versions = next(row for row in rows["machine"] if row["what"] == "versions")
-    lines = [f"{device['what']}, torch {versions['torch']}, Triton {versions['triton']}, {known['about']['on']}, commit "
-             f"{known['about']['commit']}; random weights at the published sizes:", "", "| | |", "| --- | --- |"]
+    lines = [f"{device['what']}, torch {versions['torch']}, Triton {versions['triton']}, {known['about']['on']}, "
+             f"commit {known['about']['commit']}; random weights at the published sizes:", "", "| | |", "| --- | --- |"]
     for part, wanted in SHOWN.items():
         for row in rows.get(part, []):
-            figures = [unit.format(row[name]) for name, unit in UNITS.items() if isinstance(row.get(name), (int, float))]
+            figures = [unit.format(row[name]) for name, unit in UNITS.items() if name in row]
             if figures and any(words in row["what"] for words in wanted):
                 lines.append(f"| {row['what']} | {', '.join(figures)} |")
     return "\n".join(lines)
