@@ -5,16 +5,16 @@ Nothing heavy is imported here: `dailies --help` must be instant, and torch, ray
 
 import inspect
 import json as jsonlib
-import os
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
 
+from jobs.process import leave, speak_safely
 from jobs.signals import on_signals
 
 HELP = """Render tonight, look tomorrow: large text-to-video batches, from a manifest of prompts to clips in a folder
@@ -48,6 +48,24 @@ class Commands(TyperGroup):
 
 app = typer.Typer(cls=Commands, help=HELP, no_args_is_help=True, add_completion=False, rich_markup_mode=None,
                   pretty_exceptions_enable=False)
+
+
+def say_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import PackageNotFoundError, version
+        try:
+            found = version("dailies")
+        except PackageNotFoundError:                    # a checkout, or what a submitted job brings
+            found = "(not installed: run from its folder)"
+        typer.echo(f"dailies {found}")
+        raise typer.Exit
+
+
+@app.callback()
+def dailies(version: Annotated[bool, typer.Option("--version", is_eager=True, callback=say_version,
+                                                  help="Which version this is.")] = False) -> None:
+    pass
+
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, and nothing else there.")]
 RunUri = Annotated[str, typer.Argument(metavar="URI", help="The run folder: a local folder or s3://bucket/prefix.")]
@@ -308,10 +326,29 @@ def bench(what: Annotated[str | None, typer.Argument(metavar="[WHAT]", help="Wha
                  size=size, json=json)
 
 
+def program() -> NoReturn:
+    """`dailies` as a process: its exit code is the command's, and 1 with a traceback is our own mistake."""
+    speak_safely()
+    code = 1
+    try:
+        code = main()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        leave(code)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; whatever goes wrong becomes one message and an exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     log_plainly()
+    if no_text := [argument for argument in arguments if not is_text(argument)]:
+        encoding = sys.getfilesystemencoding()
+        advice = "Rename it, or link to it by another name" if encoding == "utf-8" else "Set PYTHONUTF8=1, or rename it"
+        return fail(2, f"{no_text[0]!r} has bytes that are no text in {encoding}, and a run is written down as text. {advice}",
+                    arguments)
     try:
         # jobs/render.py answers both signals itself while clips are made, and saves more
         with on_signals(signal.default_int_handler, signal.SIGTERM):
@@ -321,14 +358,20 @@ def main(arguments: list[str] | None = None) -> int:
         return fail(2, error.format_message() + hint, arguments)
     except (Interrupted, typer.Abort):
         return fail(130, "Interrupted; the same command continues.", arguments)
-    except BrokenPipeError:                             # `dailies status URI | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except Exception as error:
         from jobs.settings import exit_code_of
         if (code := exit_code_of(error)) is None:
             raise                                       # our own mistake: the traceback is what helps
         return fail(code, str(error), arguments, getattr(error, "complaints", None))
+
+
+def is_text(argument: str) -> bool:
+    """False where it names a file by bytes that are no text: Python stands lone surrogates in for them."""
+    try:
+        argument.encode()
+        return True
+    except UnicodeEncodeError:
+        return False
 
 
 def log_plainly() -> None:
@@ -357,4 +400,4 @@ def fail(code: int, message: str, arguments: list[str], complaints: Any = None) 
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

@@ -81,8 +81,10 @@ class Display:
         self.total, self.view, self.stream = total, view, stream or sys.stderr
         self.done = self.failed = 0
         self.stages: tuple[StageProgress, ...] = ()
-        self.rates: dict[str, Rate] = defaultdict(Rate)     # by stage; "" is the whole
-        self.rates[""].add(time.monotonic(), 0)
+        self.rates: dict[str, Rate] = defaultdict(Rate)     # by stage
+        self.made, self.ended = Rate(), Rate()          # clips; and those that failed too, which are left no more
+        for rate in (self.made, self.ended):
+            rate.add(time.monotonic(), 0)
         self.lock, self.over = threading.Lock(), threading.Event()
         self.began = time.monotonic()
         self.live = None
@@ -113,7 +115,8 @@ class Display:
         now = time.monotonic()
         with self.lock:
             self.done, self.failed, self.stages = progress.done, progress.failed, progress.stages
-            self.rates[""].add(now, progress.done + progress.failed)
+            self.made.add(now, progress.done)
+            self.ended.add(now, progress.done + progress.failed)
             for stage in progress.stages:
                 self.rates[stage.name].add(now, stage.done)
         for note in progress.notes:
@@ -129,16 +132,17 @@ class Display:
             print(printable(text), file=self.stream, flush=True)
 
     def headline(self) -> str:
-        ended, per_s = self.done + self.failed, self.rates[""].per_s(time.monotonic())
+        now = time.monotonic()
+        ended, per_s = self.done + self.failed, self.ended.per_s(now)
         failed = f", {self.failed:,} failed" if self.failed else ""
         if ended >= self.total:
             left = "finishing"
         elif per_s is None:
-            left = f"for {duration_text(time.monotonic() - self.began)}"
+            left = f"for {duration_text(now - self.began)}"
         else:
             eta_s = (self.total - ended) / per_s
             left = f"ETA {duration_text(eta_s)} ({time.strftime('%H:%M', time.localtime(time.time() + eta_s))})"
-        return f"{ended:,}/{self.total:,} clips{failed}  {rate_text(per_s)}  {left}"
+        return f"{ended:,}/{self.total:,} clips{failed}  {rate_text(self.made.per_s(now))}  {left}"
 
     def line(self) -> str:
         with self.lock:

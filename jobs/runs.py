@@ -18,10 +18,10 @@ from model.catalog import CATALOG, ModelCard
 from model.weights import CheckpointError, locate, missing_files, weights_files
 from pipeline import ledger
 from pipeline.lease import Lease
+from pipeline.pace import WAIT_AND_WORK, pace
 from pipeline.runfile import read_run
 from pipeline.store import NotFound, Store, open_store
 
-RATE_OVER = timedelta(hours=1)                          # clips per hour is what was made in the last hour of work
 STALE = timedelta(minutes=15)                           # without a row for so long, nobody promises an ETA
 READERS = 4
 LINE_EVERY_S = 10.0
@@ -46,10 +46,11 @@ def status(uri: str, *, json: bool) -> int:
         return 0
     print(f"{store.uri}: {said['done']:,} of {counted(said['rows'], 'row')} done, {said['failed']:,} failed, "
           f"{said['pending']:,} pending" + ("; finished" if said["finished"] else ""))
-    if said["clips_per_hour"] is not None:
-        eta = f", ETA {duration_text(said['eta_s'])}" if said["eta_s"] is not None else ""
-        print(f"{said['clips_per_hour']:,.1f} clips per hour{eta}; last row "
-              f"{duration_text(said['last_row_s_ago'])} ago")
+    pace_said = [f"{said['clips_per_hour']:,.1f} clips per hour"] if said["clips_per_hour"] is not None else []
+    pace_said += [f"ETA {duration_text(said['eta_s'])}"] if said["eta_s"] is not None else []
+    pace_said += [f"last row {duration_text(said['last_row_s_ago'])} ago"] if said["last_row_s_ago"] is not None else []
+    if pace_said:
+        print(", ".join(pace_said))
     for bucket in said["buckets"]:
         print(f"  {bucket['done']:>9,} done {bucket['failed']:>7,} failed {bucket['pending']:>9,} pending  "
               f"{bucket['bucket']}")
@@ -61,8 +62,9 @@ def status(uri: str, *, json: bool) -> int:
 def progress_of(store: Store, run: dict[str, Any]) -> dict[str, Any]:
     """Rows done, failed and pending, in all and clips by bucket; clips per hour and the seconds that are left."""
     shape = ["width", "height", "frames", "steps", "guidance"]
-    table = ledger.read(store, ["status", "error_type", "clip_id", "finished_at", "worker", *shape])
-    columns = {name: table[name].to_pylist() for name in ("status", "error_type", "clip_id", "finished_at", "worker")}
+    names = ["status", "error_type", "clip_id", "finished_at", "worker", *WAIT_AND_WORK]
+    table = ledger.read(store, [*names, *shape])
+    columns = {name: table[name].to_pylist() for name in names}
     counts = Counter(columns["status"])
     rows = run["planned_rows"] + run["invalid_rows"]
     per_hour, last = pace(columns)
@@ -84,21 +86,6 @@ def progress_of(store: Store, run: dict[str, Any]) -> dict[str, Any]:
                                        zip(columns["error_type"], columns["status"], strict=True)
                                        if status == "failed").most_common()),
     }
-
-
-def pace(columns: dict[str, list]) -> tuple[float | None, datetime | None]:
-    """Clips per hour over the last hour of work, and when the last row was written. Adopted clips do not count."""
-    made: dict[str, datetime] = {}
-    for clip_id, finished_at, worker in zip(columns["clip_id"], columns["finished_at"], columns["worker"], strict=True):
-        if worker is not None:
-            made[clip_id] = finished_at
-    last = max((at for at in columns["finished_at"] if at), default=None)
-    if not made:
-        return None, last
-    latest = max(made.values())
-    recent = sorted(at for at in made.values() if latest - at <= RATE_OVER)
-    seconds = (latest - recent[0]).total_seconds()
-    return ((len(recent) - 1) * 3600 / seconds if seconds > 0 else None), last
 
 
 def buckets_of(run: dict[str, Any], rows: Iterator[tuple[str | None, str, tuple]]) -> list[dict[str, Any]]:

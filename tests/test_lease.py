@@ -51,6 +51,20 @@ def test_a_lease_is_renewed_while_it_is_held_and_given_back_at_the_end(store):
         assert said(store)["id"] != first["id"]
 
 
+def test_a_run_folder_that_was_given_back_is_taken_without_a_word(store, monkeypatch):
+    with Lease.take(store):
+        pass
+    monkeypatch.setattr(lease, "is_alive", lambda pid, started: False)      # the driver of yesterday, on this machine
+    notes = []
+    with Lease.take(store, tell=notes.append):
+        pass
+    assert notes == []
+    leave(store, machine=lease.this_machine(), released=False)
+    with Lease.take(store, tell=notes.append):
+        pass
+    assert len(notes) == 1 and "this one goes on in its place" in notes[0]
+
+
 def test_a_second_driver_is_refused_and_told_who_works_there(store):
     with Lease.take(store) as first:
         for wait in (False, True):

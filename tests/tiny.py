@@ -3,7 +3,6 @@
 python tests/tiny.py render prompts.csv --out out/ --model tiny
 """
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,5 +19,5 @@ TINY = replace(
 CATALOG[TINY.name] = TINY
 
 if __name__ == "__main__":
-    from jobs.cli import main
-    sys.exit(main())
+    from jobs.cli import program
+    program()

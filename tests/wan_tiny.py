@@ -71,5 +71,5 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["write"]:
         write_weights(Path(sys.argv[3]), CATALOG[sys.argv[2]])
         sys.exit()
-    from jobs.cli import main
-    sys.exit(main())
+    from jobs.cli import program
+    program()

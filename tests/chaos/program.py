@@ -5,11 +5,10 @@
 
 import json
 import os
-import sys
 from functools import partial
 
 from jobs import render
-from jobs.cli import main
+from jobs.cli import program
 from model.catalog import LinumCard
 from pipeline import driver
 from pipeline import text_to_video as recipe
@@ -35,4 +34,4 @@ def put_fakes_in(script: fakes.Script) -> None:
 
 if __name__ == "__main__":
     put_fakes_in(fakes.Script(**json.loads(os.environ[SCRIPT])))
-    sys.exit(main())
+    program()

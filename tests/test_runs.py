@@ -1,0 +1,110 @@
+"""What can be asked of a run folder, and how the program ends."""
+
+import os
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from jobs.cli import main
+from pipeline.pace import WAIT_AND_WORK, pace
+
+ROOT = Path(__file__).resolve().parent.parent
+EVENING = datetime(2026, 1, 31, 22, 0, tzinfo=UTC)
+
+
+def row(number, after_s, *, status="done", worker="publish-1@host", **seconds):
+    """A ledger row that was written so long after the evening began."""
+    return {"clip_id": f"{number:064x}", "status": status, "worker": worker,
+            "finished_at": EVENING + timedelta(seconds=after_s), "sample_s": 10.0, **seconds}
+
+
+def rate(*rows):
+    names = ["status", "clip_id", "finished_at", "worker", *WAIT_AND_WORK]
+    return pace({name: [row.get(name) for row in rows] for name in names})[0]
+
+
+def test_a_rate_counts_clips_that_were_made_over_the_time_in_which_they_were():
+    hour = [row(number, 20 * number + 10) for number in range(180)]
+    assert rate(*(row(number, 10 * number + 10) for number in range(180))) == pytest.approx(360)
+    assert rate(*hour) == pytest.approx(360)            # between two of them nothing was made
+    assert rate(*hour, *(row(1000 + number, 3000, status="failed") for number in range(500))) == pytest.approx(360)
+    assert rate(*hour, *(row(1000 + number, 3000, worker=None) for number in range(500))) == pytest.approx(360)
+    assert rate(*hour, *hour) == pytest.approx(360)     # rows that share a clip
+    # on two machines at a time; and a night before this one, which is long over
+    assert rate(*hour, *(row(1000 + number, 20 * number + 10) for number in range(180))) == pytest.approx(720)
+    assert rate(row(1, -86_400), *hour) == pytest.approx(360)
+
+
+def test_rows_that_were_written_in_one_moment_make_no_rate_of_their_own():
+    assert rate(*(row(number, 1e-4 * number, status="failed") for number in range(8))) is None
+    assert rate(*(row(number, 1e-4 * number, sample_s=None) for number in range(8))) is None
+    assert rate(row(1, 75, queue_s=64.0, sample_s=1.0), row(2, 76, queue_s=65.0, sample_s=1.0)) == pytest.approx(
+        2 * 3600 / 66)
+    assert rate() is None
+
+
+# How the program ends.
+
+def program(*arguments, **options):
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, stderr=subprocess.PIPE, timeout=120, **options)
+
+
+LEAVES = """
+import atexit, sys, tempfile, threading, time
+from jobs.process import leave, speak_safely
+speak_safely()
+folder = tempfile.TemporaryDirectory(dir=sys.argv[1])
+atexit.register(lambda: print("at the end"))
+threading.Thread(target=time.sleep, args=(3600,)).start()
+print("said", end="")
+leave(3)
+"""
+
+
+def test_the_program_leaves_with_its_exit_code_whatever_its_threads_do(tmp_path):
+    """A thread of a C library that asks for the interpreter at its end aborts it; tests/exit_codes.py counts that."""
+    done = program("-c", LEAVES, tmp_path, stdout=subprocess.PIPE)
+    assert (done.returncode, done.stdout, done.stderr) == (3, b"saidat the end\n", b"")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_nobody_reads_ends_no_command_and_changes_no_exit_code():
+    read, write = os.pipe()
+    os.close(read)
+    lines = "from jobs.process import *\nspeak_safely()\nfor _ in range(9999): print('line'); print('line', file=sys.stderr)\n"
+    for code in (0, 3):
+        assert subprocess.run([sys.executable, "-c", f"{lines}\nleave({code})"], cwd=ROOT, stdout=write, stderr=write,
+                              timeout=120).returncode == code
+    done = program("-m", "jobs.cli", "render", "--help", stdout=write)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, b"")
+    with open("/dev/full", "wb") as full:               # a log on a full disk: what is not written is told of
+        done = program("-m", "jobs.cli", "--help", stdout=full)
+    assert done.returncode == 1 and b"could not be written: No space left" in done.stderr
+
+
+def test_a_terminal_that_knows_no_other_letters_gets_them_in_numbers():
+    code = "from jobs.process import *\nspeak_safely()\nprint('日本 \\udcfc é')\nleave(0)"
+    done = program("-c", code, stdout=subprocess.PIPE,
+                   env={**os.environ, "PYTHONIOENCODING": "latin-1", "PYTHONUTF8": "0"})
+    assert (done.returncode, done.stdout) == (0, b"\\u65e5\\u672c \\udcfc \xe9\n")
+
+
+@pytest.mark.parametrize("arguments", [
+    ["render", "one.parquet", "--out", "r\udcfcn"], ["plan", "n\udcfc.csv", "--out", "out"], ["status", "r\udcfcn"],
+    ["verify", "r\udcfcn"], ["models", "--weights", "\udcff"], ["render", "m.csv", "--out", "o", "--config", "\udcff"],
+    ["submit", "m.csv", "--out", "/r\udcfcn", "--address", "http://h:1"]], ids=lambda arguments: arguments[0])
+def test_a_name_that_is_no_text_is_one_message_and_exit_2(arguments, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    said = capsys.readouterr()
+    assert "has bytes that are no text" in said.err and "Rename it" in said.err and said.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_program_says_its_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("dailies ")
