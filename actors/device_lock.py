@@ -13,14 +13,14 @@ who gives way does not get the device back before who waits for it. A process th
 import fcntl
 import logging
 import os
-import tempfile
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from typing import Self
+
+from model.private import lock_folder
 
 log = logging.getLogger(__name__)
 
@@ -145,12 +145,8 @@ def lock_files(device: str) -> tuple[int, int] | tuple[None, None]:
     share the GPU as CUDA has it.
     """
     name = "".join(char if char.isalnum() or char == "-" else "_" for char in device)
-    folder = Path(tempfile.gettempdir()) / f"dailies-{os.getuid()}"
     try:
-        folder.mkdir(mode=0o700, exist_ok=True)
-        found = folder.lstat()
-        if found.st_uid != os.getuid() or found.st_mode & 0o077 or folder.is_symlink():
-            raise PermissionError(f"{folder} is not a folder that only this user can write to")
+        folder = lock_folder()
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         turnstile, held = (os.open(folder / f"{kind}-{name}", flags, 0o600) for kind in ("turnstile", "device"))
         return turnstile, held

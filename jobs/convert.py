@@ -24,9 +24,11 @@ from model import checkpoint, keys, turbo
 from model.card import Layout, ModelCard
 from model.catalog import LinumCard
 from model.clip import from_open_clip
+from model.private import cache_folder
 from model.text import new_encoder
 from model.weights import INDEX, PICKLES, CheckpointError, first_line, is_file, listed
-from pipeline.store import Store, bring, open_store
+from pipeline.fetch import bring
+from pipeline.store import Store, open_store
 
 SHARD_BYTES = 4_000_000_000                             # a bucket takes 5 GB in one request
 HOME = Path(__file__).resolve().parent.parent
@@ -53,7 +55,7 @@ def convert(source: str, model: str, to: str, *, precision: str | None = None, j
         raise UsageError(f"--precision must be int8, or not given to leave the weights as they are; got {precision}")
     card, store = card_named(model), open_store(to)
     if "://" in source:
-        path = bring(source, Path(tempfile.gettempdir()) / "dailies-convert")
+        path = bring(source, cache_folder() / "weights")
     else:
         path = Path(source).expanduser()
     layout, parts = found_parts(card, path)

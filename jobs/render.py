@@ -32,6 +32,7 @@ from model.catalog import ModelCard
 from model.ways import AUTO, CAPABILITIES, Gpu, Way, fastest
 from model.weights import fingerprint, locate, weights_files
 from pipeline.budget import Budget
+from pipeline.fetch import bring
 from pipeline.forecast import Forecast, forecast, measured_costs, rows_by_work, work_of
 from pipeline.gate import REJECTED
 from pipeline.lease import Lease
@@ -42,7 +43,7 @@ from pipeline.placement import Node, NoRoom
 from pipeline.plan import Defaults, Plan, PlannedRow, with_another_seed
 from pipeline.runfile import check_run, claim_run, read_run
 from pipeline.stages import Outcome, Stage
-from pipeline.store import FolderStore, Store, StoreError, bring, open_store
+from pipeline.store import FolderStore, Store, StoreError, open_store
 from pipeline.text_to_video import text_to_video
 
 PACKAGES = ("dailies", "torch", "transformers", "ray", "av", "pyarrow")      # whose versions run.json tells

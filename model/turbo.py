@@ -10,7 +10,9 @@ releases, NAME.int8_weight and NAME.scale; the scales are per output channel whe
 the releases.
 """
 
+import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +30,7 @@ from model import checkpoint
 from model.checkpoint import StoredTensor
 from model.keys import KeyTable
 from model.layers import FullPrecisionLinear, Linear, RMSNorm, SelfAttention, attention
+from model.private import cache_folder, private_folder
 from model.weights import CheckpointError
 
 SHAPES = 1000                                           # of clips that one process may compile for
@@ -184,6 +187,9 @@ def compile_blocks(dit: nn.Module, backend: str = "inductor") -> None:
     """
     for block in dit.blocks:
         block.compile(backend=backend, fullgraph=True, dynamic=False)
+    with suppress(OSError):                             # torch's own place is a known name below /tmp, and code is read
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR",
+                              str(private_folder(cache_folder() / "inductor", below=cache_folder())))
     # by default a ninth shape is an error
     limits = torch._dynamo.config.patch(recompile_limit=SHAPES, accumulated_recompile_limit=SHAPES)
     dit.forward = limits(dit.forward)

@@ -3,15 +3,23 @@
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
 
 from model.card import Layout, ModelCard
+from model.private import cache_folder, open_regular, private_folder
 
 PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 INDEX = ".index.json"                                   # of a file's shards, behind the file's name
+SHARD = re.compile(r"[^/\x00]{1,240}\.safetensors")
+SMALL_KINDS, SMALL_BYTES = (".json", ".model"), 64_000_000     # that lie beside the weights; the largest has 34 MB
+INDEX_BYTES = 16_000_000
+CACHE_BYTES = 100_000_000
+MAX_JSON_TABLES = 1_500_000                             # the pieces of a vocabulary are lists; the largest has 262,000
 TEXT_ENCODER_SHARDS = "model.safetensors" + INDEX
 
 
@@ -24,7 +32,7 @@ def locate(weights: str | Path | None, card: ModelCard, fetch: Callable[[str, Pa
 
     weights: a folder, `s3://bucket/prefix`, or None for the weights that come with dailies or, for a published model,
     the Hugging Face cache, or the hub itself.
-    fetch: brings what is at a URI into a cache folder (pipeline.store.bring).
+    fetch: brings what is at a URI into a cache folder (pipeline.fetch.bring).
     Raises CheckpointError, naming what is missing and where it was looked for; and what fetch raises.
     """
     if weights is None:
@@ -119,22 +127,34 @@ def is_file(part: str) -> bool:
 
 
 def fingerprint(files: Mapping[str, Path]) -> str:
-    """SHA-256 over the sorted (name, SHA-256 of content); a file is read again only when size or time has changed."""
+    """SHA-256 over the sorted (name, SHA-256 of content); a file is read again only when size, time or inode differ.
+
+    Raises CheckpointError for what is no regular file.
+    """
     cache = cache_folder() / "sha256.json"
     known: dict[str, str] = {}
-    with suppress(OSError, ValueError, TypeError):      # no cache yet, or not one: everything is read
-        known = dict(json.loads(cache.read_text()))
+    with suppress(OSError, ValueError, TypeError, RecursionError):      # no cache of ours: everything is read
+        private_folder(cache.parent)
+        with open_regular(cache) as file:
+            known = dict(json.loads(file.read(CACHE_BYTES)))
     before, total = dict(known), hashlib.sha256()
     for name in sorted(files):
         path = files[name].resolve()
-        stat = path.stat()
-        key = f"{path} {stat.st_size} {stat.st_mtime_ns}"
+        try:
+            stat = path.stat()
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        key = f"{path} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}"
         if not isinstance(known.get(key), str):
-            with path.open("rb") as file:
+            with weights_file(path) as file:
+                if path.suffix in SMALL_KINDS and stat.st_size > SMALL_BYTES:
+                    raise CheckpointError(f"{path} has {stat.st_size:,} bytes; a {path.suffix} file of a model has at "
+                                          f"most {SMALL_BYTES:,}")
                 known[key] = hashlib.file_digest(file, "sha256").hexdigest()
         total.update(f"{name}\0{known[key]}\n".encode())
     if known != before:
         with suppress(OSError):                         # a home that cannot be written costs time, not the run
+            private_folder(cache.parent)
             write_atomically(cache, json.dumps(known).encode())
     return total.hexdigest()
 
@@ -177,17 +197,45 @@ def from_hub(card: ModelCard) -> Path:
 def weight_map(index: Path) -> dict[str, str]:
     """Tensor name -> file name, of a sharded checkpoint's index.  Raises CheckpointError for anything else."""
     try:
-        said = json.loads(index.read_text())["weight_map"]
+        said = read_json(index, INDEX_BYTES)["weight_map"]
         # a shard lies beside its index: anything with a path in its name is not ours to open
-        if all(isinstance(name, str) and Path(file).name == file for name, file in said.items()):
+        if all(SHARD.fullmatch(file) and file.isprintable() for file in said.values()):
             return said
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (KeyError, TypeError, AttributeError):
         pass
-    raise CheckpointError(f"{index} is not a checkpoint index: it needs a weight_map, tensor names to files beside it")
+    raise CheckpointError(f"{index} is not a checkpoint index: it needs a weight_map, tensor names to .safetensors files "
+                          "beside it")
 
 
-def cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dailies"
+def read_json(path: Path, at_most: int) -> Any:
+    """A small file of a weights folder.  Raises CheckpointError for what is no regular file, longer, or no JSON."""
+    data = read_small(path, at_most)
+    # every bracket and comma becomes an object of 50 bytes and more
+    if max(data.count(b"["), data.count(b"{"), data.count(b",") // 4) > MAX_JSON_TABLES:
+        raise CheckpointError(f"{path} has more than {MAX_JSON_TABLES:,} lists or tables; no such file of a model has")
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON: {first_line(error)[:200]}. Fetch it again") from error
+
+
+def read_small(path: Path, at_most: int) -> bytes:
+    """Raises CheckpointError for what is no regular file, or longer than at_most bytes."""
+    with weights_file(path) as file:
+        data = file.read(at_most + 1)
+    if len(data) > at_most:
+        raise CheckpointError(f"{path} is longer than the {at_most:,} bytes that such a file may have; is it another one?")
+    return data
+
+
+def weights_file(path: Path) -> BinaryIO:
+    """A file of a weights folder, open for reading; never waits.  Raises CheckpointError for all but regular files."""
+    try:
+        return open_regular(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -49,6 +49,7 @@ class ObjectInfo:
     num_bytes: int
     modified_s: float                   # since 1970
     sha256: str | None = None           # of the content; None in a list, where finding out would read every object
+    etag: str | None = None             # of a bucket's list: another one where the content is another
 
 
 class Store(ABC):

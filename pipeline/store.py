@@ -1,6 +1,5 @@
 """Where a run lives: `open_store` gives a folder (objects.py) or an S3 bucket, behind one small interface."""
 
-import fcntl
 import hashlib
 import logging
 import os
@@ -17,7 +16,7 @@ from urllib.parse import urlsplit
 from pipeline.objects import (PROBE, FolderStore, NoAccess, NotFound, ObjectInfo, Store, StoreError, TooLarge, arriving,
                               check_size, checked, opened, sha256_of)
 
-__all__ = ["FolderStore", "NoAccess", "NotFound", "ObjectInfo", "S3Store", "Store", "StoreError", "TooLarge", "bring",
+__all__ = ["FolderStore", "NoAccess", "NotFound", "ObjectInfo", "S3Store", "Store", "StoreError", "TooLarge",
            "open_store"]
 
 T = TypeVar("T")
@@ -43,45 +42,6 @@ def open_store(uri: str | Path) -> Store:
     if {"", ".", ".."} & set(prefix.split("/")) and prefix:
         raise StoreError(f"{text}: a prefix must not have empty parts, '.' or '..'; expected s3://bucket/prefix")
     return S3Store.open(bucket, prefix)
-
-
-def bring(uri: str | Path, cache: Path) -> Path:
-    """What lies at `uri`, one object or all that is below it, as a local path; a local `uri` is returned as it is.
-
-    Objects are kept below `cache` and downloaded again only when their size or time has changed; what is no longer in
-    the bucket is removed there too.  Raises NotFound where there is nothing.
-    """
-    store = open_store(uri)
-    if not isinstance(store, S3Store):
-        return store.root
-    target = cache / (urlsplit(store.endpoint_url or "//aws").netloc.replace(":", "-")) / store.bucket / store.prefix
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with open(target.with_name(f".{target.name}.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)            # the workers of one machine share one download
-        folder, _, name = store.prefix.rpartition("/")
-        siblings = S3Store(store.bucket, folder, store.endpoint_url, store.region)
-        alone = next(siblings.list(name), None) if name else None      # the key itself sorts before all it begins
-        if alone is not None and alone.key == name:
-            refresh(siblings, alone, target)
-            return target
-        infos = list(store.list())
-        if not infos:
-            raise NotFound(f"{store.uri}: there is no such object, and nothing below it")
-        for info in infos:
-            refresh(store, info, target / checked(info.key))
-        for path in set(target.rglob("*")) - {target / info.key for info in infos}:
-            if path.is_file():
-                path.unlink()
-    return target
-
-
-def refresh(store: Store, info: ObjectInfo, path: Path) -> None:
-    if path.is_file():
-        stat = path.stat()
-        if stat.st_size == info.num_bytes and abs(stat.st_mtime - info.modified_s) < 0.001:
-            return
-    store.download(info.key, path)
-    os.utime(path, (info.modified_s, info.modified_s))
 
 
 class Patience:
@@ -237,7 +197,8 @@ class S3Store(Store):
             for entry in found.get("Contents", ()):
                 key = entry["Key"].removeprefix(self.base)
                 if key and not key.endswith("/"):       # a folder that some console has drawn
-                    yield ObjectInfo(key=key, num_bytes=entry["Size"], modified_s=entry["LastModified"].timestamp())
+                    yield ObjectInfo(key=key, num_bytes=entry["Size"], modified_s=entry["LastModified"].timestamp(),
+                                     etag=entry.get("ETag"))
             if not found.get("IsTruncated"):
                 return
             page["ContinuationToken"] = found["NextContinuationToken"]

@@ -15,10 +15,11 @@ from actors.steps import KeepSampled
 from actors.text_encoder import TextEncoder
 from model.catalog import ModelCard
 from model.weights import locate
+from pipeline.fetch import bring
 from pipeline.gate import Gate
 from pipeline.images import read_image
 from pipeline.stages import Stage, Step
-from pipeline.store import Store, bring
+from pipeline.store import Store
 
 ENCODED_AHEAD = 1000                    # clips whose prompts are encoded before the encoder makes room for a sampler
 

@@ -3,12 +3,12 @@
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
 
 import pytest
-from actors import device_lock
 from actors.device_lock import DeviceLock, Halted
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,7 +24,7 @@ def other_process(device: str, *lines: str) -> subprocess.Popen:
 @pytest.fixture(autouse=True)
 def private_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr(device_lock.tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "tempdir", None)
 
 
 def in_thread(work) -> threading.Thread:
@@ -136,15 +136,19 @@ def test_gpus_do_not_wait_for_each_other():
         pass
 
 
-def test_a_folder_that_others_can_write_to_is_not_used_and_that_is_said(tmp_path, caplog):
+def test_a_folder_that_others_can_write_to_is_not_used_and_that_is_said(tmp_path, caplog, monkeypatch):
     folder = tmp_path / f"dailies-{os.getuid()}"
     with DeviceLock("gpu"):
         assert folder.stat().st_mode & 0o777 == 0o700 and len(list(folder.iterdir())) == 2
     folder.chmod(0o777)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with DeviceLock("gpu"):                             # they take turns by a folder in the cache
+        assert len(list((tmp_path / "cache").rglob("device-gpu"))) == 1 and not caplog.text
+    (tmp_path / "cache/dailies").chmod(0o777)
     lock = DeviceLock("gpu")
     with lock:
         assert lock.turnstile is None and not lock.is_wanted()
-    assert "do not take turns" in caplog.text and "only this user" in caplog.text
+    assert "do not take turns" in caplog.text and "of this user's alone" in caplog.text
 
 
 def test_a_turn_that_cannot_begin_is_over_at_once():

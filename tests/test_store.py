@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from pipeline.store import NotFound, S3Store, StoreError, bring, open_store
+from pipeline.store import NotFound, S3Store, StoreError, open_store
 
 KEY = "clips/ab/abcd.mp4"
 
@@ -348,34 +348,6 @@ def test_a_killed_writer_leaves_no_half_object_and_its_rest_is_swept_later(tmp_p
     assert keys(store) == ["a"]
     store.probe()
     assert young.exists() and not old.exists()
-
-
-def test_bring_downloads_what_has_changed_and_nothing_else(bucket, s3_bucket, tmp_path):
-    for key in ("weights/dit/a.safetensors", "weights/dit/b.safetensors", "weights-old/c"):
-        bucket.put(key, key.encode())
-    folder = bring(f"{s3_bucket}/weights/", tmp_path)
-    found = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    assert found == ["dit/a.safetensors", "dit/b.safetensors"]
-    assert (folder / "dit/a.safetensors").read_bytes() == b"weights/dit/a.safetensors"
-
-    bucket.delete("weights/dit/a.safetensors")
-    bucket.put("weights/dit/b.safetensors", b"another size")
-    assert bring(f"{s3_bucket}/weights", tmp_path) == folder
-    assert (folder / "dit/b.safetensors").read_bytes() == b"another size"
-    assert not (folder / "dit/a.safetensors").exists()
-    before = (folder / "dit/b.safetensors").stat().st_ino
-    bring(f"{s3_bucket}/weights", tmp_path)
-    assert (folder / "dit/b.safetensors").stat().st_ino == before
-
-
-def test_bring_takes_one_object_or_a_local_path(bucket, s3_bucket, tmp_path):
-    bucket.put("in/prompts.parquet", b"rows")
-    bucket.put("in/prompts.parquet.bak", b"old")
-    path = bring(f"{s3_bucket}/in/prompts.parquet", tmp_path)
-    assert path.name == "prompts.parquet" and path.read_bytes() == b"rows"
-    assert bring(tmp_path / "local", tmp_path) == tmp_path / "local"
-    with pytest.raises(NotFound, match="no such object, and nothing below it"):
-        bring(f"{s3_bucket}/in/prompts", tmp_path)
 
 
 def test_listing_a_large_bucket_takes_every_page(bucket, monkeypatch):
