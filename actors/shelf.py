@@ -7,6 +7,7 @@ travel.
 
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from model.weights import CheckpointError
 
 EMBEDDINGS, LATENTS = "embeddings", "latents"           # folders of the run
 CONNECTIONS = 16                                        # at a time, where many objects are removed
+MADE_HERE = re.compile(r"(embeddings|latents|steps)/([0-9a-f]{2})/\2[0-9a-f]{62}\.safetensors")
 
 
 class Shelf(Protocol):
@@ -171,6 +173,11 @@ def clear(store: Shelf, keys: Iterable[str]) -> None:
     with ThreadPoolExecutor(CONNECTIONS) as pool:
         for _ in pool.map(store.delete, keys):
             pass
+
+
+def is_ours(key: str) -> bool:
+    """Whether `shelf_key` could have made it. Whatever else lies in a folder of the shelf is not ours to remove."""
+    return MADE_HERE.fullmatch(key) is not None
 
 
 def shelf_key(folder: str, request: Request) -> str:

@@ -21,7 +21,7 @@ from typing import Any
 
 from actors.clip_writer import clip_key
 from actors.messages import Clip, Failure, Request
-from actors.shelf import EMBEDDINGS, LATENTS, clear
+from actors.shelf import EMBEDDINGS, LATENTS, clear, is_ours
 from actors.steps import STEPS
 from jobs.progress import Display, View, counted, duration_text, printable
 from jobs.runs import bucket_text, clip_of
@@ -38,7 +38,7 @@ from pipeline.gate import REJECTED
 from pipeline.lease import Lease
 from pipeline.ledger import SUCCESS, Ledger, invalid_row, keys_of, read, row_of, write_success
 from pipeline.manifest import Manifest
-from pipeline.objects import PROBE
+from pipeline.objects import PROBE, PROBE_KEY
 from pipeline.placement import Node, NoRoom
 from pipeline.plan import Defaults, Plan, PlannedRow, with_another_seed
 from pipeline.runfile import check_run, claim_run, read_run
@@ -446,12 +446,14 @@ def clear_shelf(night: Night) -> None:
     """Remove what only a run under way needs. A failed clip's latent stays: a retry need not sample again."""
     store, begun_at = night.store, time.time() - (time.monotonic() - night.began)
     for folder in (EMBEDDINGS, STEPS):
-        clear(store, [info.key for info in store.list(f"{folder}/")])
+        clear(store, [info.key for info in store.list(f"{folder}/") if is_ours(info.key)])
     # of drivers that were killed in the middle of a probe; later ones may be another driver's that starts now
-    clear(store, [info.key for info in store.list(PROBE) if info.modified_s < begun_at])
+    clear(store, [info.key for info in store.list(PROBE)
+                  if PROBE_KEY.fullmatch(info.key) and info.modified_s < begun_at])
     if night.job.keep_latents:
         return
-    latents = {info.key: info.key.rpartition("/")[2].removesuffix(".safetensors") for info in store.list(f"{LATENTS}/")}
+    latents = {info.key: info.key.rpartition("/")[2].removesuffix(".safetensors")
+               for info in store.list(f"{LATENTS}/") if is_ours(info.key)}
     if latents:
         rows = read(store, ["clip_id", "status"])
         statuses = zip(rows["clip_id"].to_pylist(), rows["status"].to_pylist(), strict=True)

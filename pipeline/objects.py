@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import io
 import os
+import re
 import secrets
 import shutil
 import time
@@ -17,11 +18,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
+
+from pipeline.beneath import FILE, Unfit, below, open_file, refuse_strange, sync, top_folder
 
 TEMPORARY = ".tmp"                      # in a folder: what is being written; a killed writer leaves its file there
 PROBE = "probe-"                        # begins the key of what is written to try a store; a killed driver may leave one
+PROBE_KEY = re.compile(PROBE + "[0-9a-f]{16}")
 STALE_S = 24 * 3600                     # nobody writes one file for a day
+MADE_HERE = re.compile(r"[0-9a-f]{32}")                 # a name in TEMPORARY
+MAX_DEPTH = 32                          # of folders in a run folder; a run's own are two deep
+# what a run keeps at the top of its folder
+OF_A_RUN = {TEMPORARY, "run.json", "lease.json", "_SUCCESS.json", "ledger", "clips", "posters", "latents", "embeddings",
+            "steps", "manifests", "picks", "report"}
 
 
 class StoreError(RuntimeError):
@@ -126,51 +135,56 @@ class Store(ABC):
 
 
 class FolderStore(Store):
-    """A folder on one file system with hard links; made when the first object is written."""
+    """A folder on one file system with hard links; made when the first object is written.
+
+    The folder itself may be a link; below it none is followed, nothing but regular files is opened, and nothing but
+    what was made here is swept away.
+    """
 
     def __init__(self, root: Path):
         self.root = root.expanduser().absolute()
         self.uri = str(self.root)
 
     def create(self, key: str, data: bytes | Path, *, metadata: dict[str, str] | None = None) -> bool:
-        path = self.path(key)
-        with self.explained("write"), self.written(data) as temporary:
-            make_folder(path.parent)
+        with self.explained("write"), self.written(data) as (top, source), self.place(top, key, make=True) as (at, name):
             try:
-                os.link(temporary, path)
+                os.link(source.name, name, src_dir_fd=source.folder, dst_dir_fd=at, follow_symlinks=False)
             except FileExistsError:
                 return False
-            sync_folder(path.parent)
+            sync(at)
         return True
 
     def put(self, key: str, data: bytes | Path, *, metadata: dict[str, str] | None = None) -> None:
-        path = self.path(key)
-        with self.explained("write"), self.written(data) as temporary:
-            make_folder(path.parent)
-            os.replace(temporary, path)
-            sync_folder(path.parent)
+        with self.explained("write"), self.written(data) as (top, source), self.place(top, key, make=True) as (at, name):
+            os.replace(source.name, name, src_dir_fd=source.folder, dst_dir_fd=at)
+            sync(at)
 
     def swap(self, key: str, old: bytes, new: bytes, *, atomic: bool = True) -> bool:
-        path = self.path(key)
-        with self.explained("write"), self.written(new) as temporary:
-            while True:
-                try:
-                    file = open(path, "r+b")            # network file systems lock only what may be written
-                except FileNotFoundError:
-                    return False
-                with file:
-                    if atomic:                          # the system lets go of it when a process is killed
-                        fcntl.flock(file, fcntl.LOCK_EX)
-                    if not is_still(file, path):
-                        continue                        # somebody swapped while we waited
-                    if file.read() != old:
-                        return False
-                    os.replace(temporary, path)
-                    sync_folder(path.parent)
-                    return True
+        with self.explained("write"), self.written(new) as (top, source):
+            try:
+                with self.place(top, key) as (at, name):
+                    while True:                         # again where somebody swapped while we waited
+                        if (done := self.swapped(at, name, key, old, source, atomic)) is not None:
+                            return done
+            except FileNotFoundError:
+                return False
+
+    def swapped(self, at: int, name: str, key: str, old: bytes, source: "Temporary", atomic: bool) -> bool | None:
+        """Whether the content was `old`, and `source` is in its place; None where that cannot be told yet."""
+        with open_file(at, name, key, os.O_RDWR) as file:       # network file systems lock only what may be written
+            if atomic:                                  # the system lets go of it when a process is killed
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if not os.path.samestat(os.fstat(file.fileno()), os.stat(name, dir_fd=at, follow_symlinks=False)):
+                return None
+            if file.read() != old:
+                return False
+            os.replace(source.name, name, src_dir_fd=source.folder, dst_dir_fd=at)
+            sync(at)
+            return True
 
     def can_swap(self) -> bool:
-        with self.explained("write"), self.written(b"") as temporary, open(temporary, "r+b") as file:
+        with self.explained("write"), self.written(b"") as (_, source), \
+                open_file(source.folder, source.name, TEMPORARY, os.O_RDWR) as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX)
             except OSError as error:
@@ -180,84 +194,127 @@ class FolderStore(Store):
         return True
 
     def get(self, key: str, *, at_most: int | None = None) -> bytes:
-        with self.explained("read", key), open(self.path(key), "rb") as file:
+        with self.explained("read", key), self.reading(key) as file:
             check_size(os.fstat(file.fileno()).st_size, at_most)
             return file.read()
 
     def download(self, key: str, path: Path) -> None:
-        with self.explained("read", key), arriving(path) as temporary:
-            shutil.copyfile(self.path(key), temporary)
+        with self.explained("read", key), self.reading(key) as file, arriving(path) as temporary, \
+                open(temporary, "xb") as copy:
+            shutil.copyfileobj(file, copy, 1 << 20)
 
     def head(self, key: str) -> ObjectInfo | None:
-        path = self.path(key)
         try:
-            with self.explained("read", key):
-                stat = path.stat()
-                return ObjectInfo(key=key, num_bytes=stat.st_size, modified_s=stat.st_mtime, sha256=sha256_of(path))
+            with self.explained("read", key), self.reading(key) as file:
+                stat = os.fstat(file.fileno())
+                return ObjectInfo(key=key, num_bytes=stat.st_size, modified_s=stat.st_mtime,
+                                  sha256=hashlib.file_digest(file, "sha256").hexdigest())
         except NotFound:
             return None
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         folder = prefix.rpartition("/")[0]
+        names = checked(folder).split("/") if folder else []
         with self.explained("read"):
-            yield from self.walk(self.path(folder) if folder else self.root, f"{folder}/" if folder else "", prefix)
+            try:
+                with top_folder(self.root) as top, below(top, names) as at:
+                    yield from self.walk(at, f"{folder}/" if folder else "", prefix)
+            except (FileNotFoundError, NotADirectoryError):
+                return
 
-    def walk(self, folder: Path, base: str, prefix: str) -> Iterator[ObjectInfo]:
-        try:
-            with os.scandir(folder) as scan:
-                # with its slash a folder sorts as its keys do
-                entries = sorted((f"{entry.name}/" if entry.is_dir() else entry.name, entry) for entry in scan)
-        except (FileNotFoundError, NotADirectoryError):
-            return
+    def walk(self, at: int, base: str, prefix: str) -> Iterator[ObjectInfo]:
+        if base.count("/") > MAX_DEPTH:
+            raise StoreError(f"{self.uri}: folders lie {MAX_DEPTH} deep in it, which no run makes. Choose another one")
+        with os.scandir(at) as scan:
+            # with its slash a folder sorts as its keys do
+            entries = sorted((f"{entry.name}/" if entry.is_dir(follow_symlinks=False) else entry.name, entry)
+                             for entry in scan)
         for name, entry in entries:
             key = base + name
             if key == f"{TEMPORARY}/" or not key.startswith(prefix):
                 continue
-            if name.endswith("/"):
-                yield from self.walk(folder / entry.name, key, prefix)
-                continue
             with suppress(FileNotFoundError):           # removed since the scan
-                stat = entry.stat()
+                if name.endswith("/"):
+                    with below(at, [entry.name]) as inner:
+                        yield from self.walk(inner, key, prefix)
+                    continue
+                if not entry.is_file(follow_symlinks=False):
+                    refuse_strange(at, entry.name, key)
+                stat = entry.stat(follow_symlinks=False)
                 yield ObjectInfo(key=key, num_bytes=stat.st_size, modified_s=stat.st_mtime)
 
     def delete(self, key: str) -> None:
-        with suppress(NotFound), self.explained("write", key):
-            self.path(key).unlink()
+        with suppress(NotFound), self.explained("write", key), top_folder(self.root) as top, \
+                self.place(top, key) as (at, name):
+            os.unlink(name, dir_fd=at)                  # of a link the link
 
     def probe(self) -> None:
         super().probe()
-        for left in (self.root / TEMPORARY).iterdir():
-            with suppress(FileNotFoundError):
-                if left.stat().st_mtime < time.time() - STALE_S:
-                    left.unlink()
+        with self.explained("read"), top_folder(self.root) as top:
+            self.refuse_planted(top)
+            with below(top, [TEMPORARY]) as temporary:
+                for name in os.listdir(temporary):
+                    if MADE_HERE.fullmatch(name):
+                        with suppress(FileNotFoundError):
+                            stat = os.stat(name, dir_fd=temporary, follow_symlinks=False)
+                            if stat.st_mtime < time.time() - STALE_S:
+                                os.unlink(name, dir_fd=temporary)
 
-    def path(self, key: str) -> Path:
-        return self.root / checked(key)
+    def refuse_planted(self, top: int) -> None:
+        """Raises Unfit for a link or a special file among what a run keeps here, before anything is begun."""
+        with os.scandir(top) as scan:
+            names = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in scan if entry.name in OF_A_RUN]
+        for name, is_folder in names:
+            if not is_folder:
+                refuse_strange(top, name, name)
+                continue
+            with below(top, [name]) as folder, os.scandir(folder) as scan:
+                for entry in scan:
+                    if not (entry.is_dir(follow_symlinks=False) or entry.is_file(follow_symlinks=False)):
+                        refuse_strange(folder, entry.name, f"{name}/{entry.name}")
 
     @contextmanager
-    def written(self, data: bytes | Path) -> Iterator[Path]:
-        """A temporary file of this file system that holds `data`, on the disk and not only in memory."""
-        make_folder(self.root / TEMPORARY)
-        temporary = self.root / TEMPORARY / secrets.token_hex(16)
-        try:
-            with open(temporary, "xb") as file:
-                if isinstance(data, Path):
-                    with open(data, "rb") as source:
-                        shutil.copyfileobj(source, file, 1 << 20)
-                else:
-                    file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            yield temporary
-        finally:
-            temporary.unlink(missing_ok=True)
+    def place(self, top: int, key: str, make: bool = False) -> Iterator[tuple[int, str]]:
+        """The open folder that has the key's object, and the object's name there."""
+        *names, name = checked(key).split("/")
+        with below(top, names, make=make) as folder:
+            yield folder, name
+
+    @contextmanager
+    def reading(self, key: str) -> Iterator[BinaryIO]:
+        with top_folder(self.root) as top, self.place(top, key) as (at, name), open_file(at, name, key) as file:
+            yield file
+
+    @contextmanager
+    def written(self, data: bytes | Path) -> Iterator[tuple[int, "Temporary"]]:
+        """The root, open, and a temporary file below it that holds `data`, on the disk and not only in memory."""
+        make_folder(self.root)
+        with top_folder(self.root) as top, below(top, [TEMPORARY], make=True) as folder:
+            name = secrets.token_hex(16)
+            descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | FILE, 0o666, dir_fd=folder)
+            try:
+                with open(descriptor, "wb") as file:
+                    if isinstance(data, Path):
+                        with open(data, "rb") as source:
+                            shutil.copyfileobj(source, file, 1 << 20)
+                    else:
+                        file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                yield top, Temporary(folder, name)
+            finally:
+                with suppress(FileNotFoundError):
+                    os.unlink(name, dir_fd=folder)
 
     @contextmanager
     def explained(self, action: str, key: str | None = None) -> Iterator[None]:
         try:
             yield
+        except Unfit as error:
+            raise StoreError(f"{self.uri}: cannot {action}: {error.what}. A run folder holds folders and regular files "
+                             "alone, and no link in it is followed. Move it away, or choose another folder") from None
         except OSError as error:
-            if key is not None and isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError)):
+            if key is not None and isinstance(error, (FileNotFoundError, NotADirectoryError)):
                 raise NotFound(f"{self.uri_of(key)}: no such object") from None
             advice = {errno.ENOSPC: "Free some space", errno.EDQUOT: "Free some of your quota",
                       errno.EXDEV: "Keep the whole folder on one file system",
@@ -266,6 +323,13 @@ class FolderStore(Store):
                       errno.EMFILE: "Raise the limit of open files (ulimit -n)"}
             step = advice.get(error.errno or 0, "Check that it is a folder that you may use, or choose another one")
             raise StoreError(f"{self.uri}: cannot {action}: {error.strerror or error}. {step}") from error
+
+
+class Temporary(NamedTuple):
+    """A file that only its writer knows."""
+
+    folder: int                         # open
+    name: str
 
 
 def checked(key: str) -> str:
@@ -278,14 +342,6 @@ def checked(key: str) -> str:
 def check_size(num_bytes: int, at_most: int | None) -> None:
     if at_most is not None and num_bytes > at_most:
         raise TooLarge(f"{num_bytes:,} bytes")
-
-
-def is_still(file: BinaryIO, path: Path) -> bool:
-    """Whether the open file is the one that has this name now."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def sha256_of(data: bytes | Path) -> str:
@@ -313,16 +369,5 @@ def make_folder(path: Path) -> None:
     if not path.is_dir():
         make_folder(path.parent)
         path.mkdir(exist_ok=True)
-        sync_folder(path.parent)
-
-
-def sync_folder(path: Path) -> None:
-    """Puts the names in a folder on the disk: without it a power cut may take a file that was there."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):     # file systems that keep no such promise
-            raise
-    finally:
-        os.close(descriptor)
+        with top_folder(path.parent) as parent:
+            sync(parent)

@@ -542,12 +542,37 @@ def test_a_signal_before_the_work_has_begun_gives_the_lease_back(number, tmp_pat
 def test_what_a_driver_left_that_was_killed_while_it_tried_the_store_is_cleared(tmp_path, capsys, one_process):
     manifest, out = write_manifest(tmp_path / "night.jsonl", [{"prompt": "a fox", "frames": 5}]), tmp_path / "out"
     store = open_store(str(out))
-    store.put("probe-left", b"first")
-    store.put("probe-of-another-driver", b"first")
+    left, of_another_driver = "probe-0123456789abcdef", "probe-fedcba9876543210"
+    for key in (left, of_another_driver, "probe-of-a-person"):
+        store.put(key, b"first")
     an_hour_from_now = time.time() + 3600
-    os.utime(out / "probe-of-another-driver", (an_hour_from_now, an_hour_from_now))
+    os.utime(out / of_another_driver, (an_hour_from_now, an_hour_from_now))
     assert render(capsys, manifest, out)[0] == 0
-    assert [info.key for info in store.list("probe-")] == ["probe-of-another-driver"]
+    assert [info.key for info in store.list("probe-")] == [of_another_driver, "probe-of-a-person"]
+
+
+def test_only_what_a_run_has_made_is_removed_at_its_end(tmp_path, capsys, one_process):
+    """Names as a shelf has them, of 64 hexadecimal digits; nothing is removed through a link, nothing else at all."""
+    manifest, out = write_manifest(tmp_path / "night.jsonl", [{"prompt": "a fox", "frames": 5}]), tmp_path / "out"
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    shelved = f"ab/ab{'0' * 62}.safetensors"
+    for folder in ("embeddings", "steps", "latents"):
+        for name in (shelved, f"zz/{shelved[3:]}", "ab/thesis.txt", "thesis.safetensors", "ab/ab.safetensors"):
+            (out / folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (out / folder / name).write_bytes(b"x")
+    assert render(capsys, manifest, out)[0] == 0
+    for folder in ("embeddings", "steps", "latents"):
+        assert sorted(str(path.relative_to(out / folder)) for path in (out / folder).rglob("*") if path.is_file()) == \
+            ["ab/ab.safetensors", "ab/thesis.txt", "thesis.safetensors", f"zz/{shelved[3:]}"]
+    (victim / "ab").mkdir()
+    (victim / shelved).write_bytes(b"x")
+    for place in (".tmp", "embeddings", "steps", "latents", "clips", "ledger", "steps/zz", "latents/ab"):
+        out = tmp_path / place.replace("/", "-")
+        (out / place).parent.mkdir(parents=True)
+        (out / place).symlink_to(victim)
+        assert render(capsys, manifest, out)[0] == 2, place
+        assert [path.name for path in victim.rglob("*") if path.is_file()] == [shelved.rpartition("/")[2]]
 
 
 def test_a_run_that_reaches_its_deadline_ends_with_4_and_the_next_night_continues(tmp_path, capsys, request):

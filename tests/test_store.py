@@ -341,13 +341,14 @@ def test_opening_a_folder_makes_nothing_and_a_relative_one_stays_where_it_was(tm
 def test_a_killed_writer_leaves_no_half_object_and_its_rest_is_swept_later(tmp_path):
     store = open_store(tmp_path)
     store.put("a", b"x")
-    old, young = tmp_path / ".tmp" / "old", tmp_path / ".tmp" / "young"
-    for path in (old, young):
+    old, young, of_a_person = (tmp_path / ".tmp" / name for name in ("0" * 32, "1" * 32, "thesis.txt"))
+    for path in (old, young, of_a_person):
         path.write_bytes(b"half")
-    os.utime(old, (0, 0))
+    for path in (old, of_a_person):
+        os.utime(path, (0, 0))
     assert keys(store) == ["a"]
     store.probe()
-    assert young.exists() and not old.exists()
+    assert young.exists() and not old.exists() and of_a_person.exists()
 
 
 def test_listing_a_large_bucket_takes_every_page(bucket, monkeypatch):
