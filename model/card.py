@@ -150,6 +150,12 @@ class ModelCard:
         from model import turbo
         return turbo.fallbacks(self.dit_tensors(weights), device, precision)
 
+    def decode_fallbacks(self, device: str, precision: str | None, decode_precision: str | None) -> tuple[str, ...]:
+        """As fallbacks, of a VAE that is to decode in bf16 where the rest is fp32."""
+        from kernels import cpu
+        in_bf16 = decode_precision == "bf16" and (precision or self.precision_on(device)) == "fp32"
+        return tuple(f"decoding {note}" for note in cpu.instead_of_bf16()) if in_bf16 and device == "cpu" else ()
+
     def dit_tensors(self, weights: Path) -> Mapping[str, "StoredTensor"]:
         """What the file of the (first) transformer says it holds."""
         from model import checkpoint

@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from kernels import cpu
 from model.keys import KeyTable
 from model.layers import takes_low_precision
 from model.weights import INDEX, PICKLES, CheckpointError, first_line, listed, weight_map
@@ -48,17 +49,16 @@ def build(make: Callable[[], Model], path: Path, *tables: KeyTable, name: str, d
 
     It is described on the meta device, so the weights are the only copy. precision: fp32, or bf16 (or int8, of which
     the rest is bf16) for the linear and convolution weights alone: gains and modulation stay fp32, and with them the
-    residual stream.
+    residual stream. A CPU that has no bf16 products is given fp32 (kernels/cpu.py).
     tables: the layouts the file may have. name: of the model, for messages. settle: see load.
     Raises CheckpointError, before any weight is read when names, shapes or dtypes do not fit.
     """
     with torch.device("meta"):
         model = make()
-    dtypes = {}
+    dtypes, lower = {}, cpu.dtype_of(precision, device)
     for prefix, module in model.named_modules():
-        low = precision != "fp32" and takes_low_precision(module)
         for leaf, _ in module.named_parameters(prefix=prefix, recurse=False):
-            dtypes[leaf] = torch.bfloat16 if low else torch.float32
+            dtypes[leaf] = lower if takes_low_precision(module) else torch.float32
     load(model, path, *tables, name=name, device=device, dtypes=dtypes, settle=settle)
     return model.requires_grad_(False).eval()
 

@@ -1,5 +1,7 @@
 """Guidance: how the velocity with the prompt and the velocity without it become one."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ def classifier_free(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
 class AdaptiveProjectedGuidance:
     """APG with momentum: guidance averaged over steps, bounded in length per frame, its share along cond removed.
 
-    One object serves one run of the sampler over a batch: it remembers the running average from step to step.
+    One object serves one clip and one run of the sampler: it remembers the running average from step to step.
     The base is cond and the factor is scale, so with everything else off it equals classifier_free at 1 + scale.
     Source   Sadat et al. 2024 (arXiv 2410.02416), as the Linum v2 release applies it.
     """
@@ -40,15 +42,17 @@ class AdaptiveProjectedGuidance:
 
 
 class AverageToo(Steps):
-    """Steps whose state has the running average of APG behind what the sampler carries."""
+    """Steps whose state has the running averages of APG behind what the sampler carries; a guide for each stream."""
 
-    def __init__(self, guide: AdaptiveProjectedGuidance, steps: Steps):
-        self.guide, self.steps = guide, steps
+    def __init__(self, guides: Sequence[AdaptiveProjectedGuidance], steps: Steps):
+        self.guides, self.steps = guides, steps
 
     def begin(self, start: State) -> tuple[int, State]:
         nothing = tuple(torch.zeros_like(x, dtype=torch.float32) for x in start[0])
-        begun, (*state, (self.guide.average,)) = self.steps.begin((*start, nothing))
+        begun, (*state, averages) = self.steps.begin((*start, nothing))
+        for guide, average in zip(self.guides, averages, strict=True):
+            guide.average = average
         return begun, tuple(state)
 
     def done(self, step: int, state: State) -> None:
-        self.steps.done(step, (*state, (self.guide.average,)))
+        self.steps.done(step, (*state, tuple(guide.average for guide in self.guides)))

@@ -10,6 +10,7 @@ import torch
 import transformers                                     # loads its parts when they are asked for, so not in annotations
 from torch import Tensor
 
+from kernels import cpu
 from model import checkpoint, keys
 from model.weights import CheckpointError, first_line
 
@@ -41,7 +42,7 @@ class T5TextEncoder:
         if self.model.config.d_model != width:
             raise CheckpointError(f"{name}: {encoder} gives rows of {self.model.config.d_model} numbers; "
                                   f"the model takes {width}")
-        self.load(encoder, name, torch.float32 if precision == "fp32" else torch.bfloat16)
+        self.load(encoder, name, cpu.dtype_of(precision, device))
         self.model.requires_grad_(False).eval()
 
     def load(self, encoder: Path, name: str, dtype: torch.dtype) -> None:

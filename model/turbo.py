@@ -5,7 +5,8 @@ of it. In fp32 with dense attention nothing is refitted: that is the model as it
 compared to.
 
 Of a model in int8, the linear layers of its blocks are INT8 and the rest is bf16, as TurboDiffusion publishes it:
-patches, text, time, head and the projection of sparse attention stay. Their names in a file are those of the -quant
+patches, text, time, head and the projection of sparse attention stay. On a CPU without such products both are computed
+in fp32 (kernels/cpu.py). Their names in a file are those of the -quant
 releases, NAME.int8_weight and NAME.scale; the scales are per output channel where we quantise, per 128 x 128 tile in
 the releases.
 """
@@ -22,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels import cpu
 from kernels.int8_attention import int8_attention
 from kernels.int8_linear import BLOCK, Quantized, dequantize, int8_linear, packed, quantize_rows
 from kernels.norm import after_linear, modulated_norm, quantized_modulated_norm, rms_norm, rms_rope
@@ -33,6 +35,7 @@ from model.layers import FullPrecisionLinear, Linear, RMSNorm, SelfAttention, at
 from model.private import cache_folder, private_folder
 from model.weights import CheckpointError
 
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 SHAPES = 1000                                           # of clips that one process may compile for
 Attend = Callable[[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None], Tensor]
 
@@ -82,18 +85,15 @@ def scheme_of(stored: Mapping[str, StoredTensor]) -> str | None:
 
 def fallbacks(stored: Mapping[str, StoredTensor], device: str, precision: str) -> tuple[str, ...]:
     """What runs instead of what was asked for, known from a file's header and this machine."""
-    if precision != "int8" or not device.startswith("cpu"):
+    if precision == "fp32" or not device.startswith("cpu"):
         return ()
-    if not has_int8_products():
-        return "INT8 layers run in bf16 with INT8 weights: this CPU has no INT8 products",
-    if scheme_of(stored) == "blocks":
-        return "INT8 weights with scales per block are scaled per row: a CPU has no fast product of blocks",
-    return ()
-
-
-def has_int8_products() -> bool:
-    """Whether torch._int_mm is faster than fp32 here; without the instructions it is many times slower."""
-    return torch.cpu._is_vnni_supported()
+    notes = []
+    if precision == "int8" and not cpu.has_int8_products():
+        notes.append(f"INT8 weights are computed with in {NAMES[cpu.dtype_of(precision, device)]}: "
+                     "this CPU has no INT8 products")
+    elif precision == "int8" and scheme_of(stored) == "blocks":
+        notes.append("INT8 weights with scales per block are scaled per row: a CPU has no fast product of blocks")
+    return *notes, *cpu.instead_of_bf16()
 
 
 def linears_of_blocks(dit: nn.Module) -> list[tuple[str, Linear]]:
@@ -107,7 +107,7 @@ def settled(place: str, module: nn.Module) -> nn.Module:
     if isinstance(module, Unquantized) and not module.weight.is_meta:
         module = Int8Linear.of(module)
     if isinstance(module, Int8Linear) and module.int8_weight.is_cpu:
-        return PackedInt8Linear(module) if has_int8_products() else module.dequantized()
+        return PackedInt8Linear(module) if cpu.has_int8_products() else module.dequantized(cpu.dtype_of("int8", "cpu"))
     return module
 
 
@@ -143,13 +143,13 @@ class Int8Linear(nn.Module):
     def scheme(self) -> str:
         return "rows" if self.scale.ndim == 1 else "blocks"
 
-    def dequantized(self) -> Linear:
+    def dequantized(self, dtype: torch.dtype) -> Linear:
         rows, columns = self.int8_weight.shape
         with torch.device("meta"):
             linear = Linear(columns, rows, bias=self.bias is not None)
-        linear.weight = nn.Parameter(dequantize(self.quantized, torch.bfloat16), requires_grad=False)
+        linear.weight = nn.Parameter(dequantize(self.quantized, dtype), requires_grad=False)
         if self.bias is not None:
-            linear.bias = nn.Parameter(self.bias.bfloat16(), requires_grad=False)
+            linear.bias = nn.Parameter(self.bias.to(dtype), requires_grad=False)
         return linear
 
     def forward(self, x: Tensor | Quantized) -> Tensor:
@@ -165,9 +165,10 @@ class PackedInt8Linear(nn.Module):
         super().__init__()
         rows = layer.quantized if layer.scheme == "rows" else quantize_rows(dequantize(layer.quantized))
         self.weight = packed.pack(rows, layer.bias)
+        self.dtype = cpu.dtype_of("int8", "cpu")        # of what it makes
 
     def forward(self, x: Tensor | Quantized) -> Tensor:
-        return packed.linear(x, self.weight, torch.bfloat16)
+        return packed.linear(x, self.weight, self.dtype)
 
 
 Layer = Linear | Int8Linear | PackedInt8Linear
@@ -216,8 +217,7 @@ class TurboBlock(nn.Module):
         self.norm_attn, self.norm_cross, self.norm_ffn = block.norm_attn, block.norm_cross, block.norm_ffn
         self.attn = TurboSelfAttention(block.attn, attention, sparsity)
         self.cross, self.ffn_in, self.ffn_out = block.cross, block.ffn_in, block.ffn_out
-        # asked here, because a compiler cannot
-        self.has_bf16_products = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        self.has_gelu_in_product = cpu.has_gelu_in_product()       # asked here, because a compiler cannot
 
     def forward(self, x: Tensor | Late, modulation: Tensor,
                 *context_rope: tuple[Tensor, ...] | Tensor) -> Tensor | Late:
@@ -241,7 +241,7 @@ class TurboBlock(nn.Module):
             x, h = joined(x, y, self.attn.o, self.norm_cross, self.cross.q, gate=gate_attn)
             x, h = joined(x, cross_attention(self.cross, h, context), self.cross.o, self.norm_ffn, self.ffn_in,
                           scale=scale_ffn, shift=shift_ffn)
-        return feed_forward(x, h, self.ffn_in, self.ffn_out, gate_ffn, self.has_bf16_products)
+        return feed_forward(x, h, self.ffn_in, self.ffn_out, gate_ffn, self.has_gelu_in_product)
 
 
 def normed(x: Tensor | Late, norm: nn.LayerNorm, before: Layer, **around: Any) -> tuple[Tensor, Tensor | Quantized]:
@@ -267,7 +267,7 @@ def joined(x: Tensor, y: Tensor, out: Layer, norm: nn.LayerNorm, before: Layer,
 def cross_attention(cross: nn.Module, x: Tensor | Quantized, context: tuple[Tensor, ...]) -> Tensor:
     """Of either family, but for the last layer.  context: key and value of the text, and then of the image if any."""
     if isinstance(cross.q, PackedInt8Linear):
-        q = after_linear.rms_norm(x, cross.q.weight, cross.norm_q.weight, eps=cross.norm_q.eps, dtype=torch.bfloat16)
+        q = after_linear.rms_norm(x, cross.q.weight, cross.norm_q.weight, eps=cross.norm_q.eps, dtype=cross.q.dtype)
     else:
         q = rms_norm(cross.q(x), cross.norm_q.weight, eps=cross.norm_q.eps)
     q = q.unflatten(-1, (cross.heads, -1))
@@ -276,7 +276,7 @@ def cross_attention(cross: nn.Module, x: Tensor | Quantized, context: tuple[Tens
 
 
 def feed_forward(x: Tensor, h: Tensor | Quantized, into: Layer, out: Layer, gate: Tensor,
-                 has_bf16_products: bool) -> Tensor | Late:
+                 has_gelu_in_product: bool) -> Tensor | Late:
     """x + gate * out(gelu(into(h))); on a GPU, where the layers are not INT8, the sum is still to be done."""
     if isinstance(into, PackedInt8Linear):
         packed.feed_forward_(x, h, into.weight, out.weight, gate)
@@ -284,13 +284,13 @@ def feed_forward(x: Tensor, h: Tensor | Quantized, into: Layer, out: Layer, gate
     if isinstance(into, Int8Linear):
         h = int8_linear(h, into.quantized, into.bias, gelu=True, dtype=torch.bfloat16)
         return int8_linear(h, out.quantized, out.bias, gate=gate, residual=x)
-    update = out(gelu_linear(h, into, has_bf16_products))
+    update = out(gelu_linear(h, into, has_gelu_in_product))
     return Late(x, update, gate) if x.is_cuda else torch.addcmul(x, gate, update)
 
 
-def gelu_linear(x: Tensor, linear: Linear, has_bf16_products: bool) -> Tensor:
+def gelu_linear(x: Tensor, linear: Linear, has_gelu_in_product: bool) -> Tensor:
     """gelu(linear(x)); in bf16 oneDNN on a CPU, or cuBLASLt on a GPU, does both in one."""
-    if x.is_cpu and linear.weight.dtype == torch.bfloat16 and has_bf16_products:
+    if x.is_cpu and linear.weight.dtype == torch.bfloat16 and has_gelu_in_product:
         return torch.ops.mkldnn._linear_pointwise(x, linear.weight, linear.bias, "gelu", [], "tanh")
     if x.is_cuda and linear.weight.dtype == torch.bfloat16:
         y = torch._addmm_activation(linear.bias, x.flatten(0, 1), linear.weight.mT, use_gelu=True)      # the tanh form

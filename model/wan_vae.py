@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels import cpu
 from kernels.around_conv import FLOATS, add_bias, channels_adjacent, enlarge, norm_silu
 
 Impl = Literal["auto", "eager", "torch", "triton"]     # the last two: of kernels/around_conv
@@ -644,9 +645,7 @@ def convolve(conv: nn.Conv2d | nn.Conv3d, x: Tensor, weight: Tensor | None = Non
     times slower.
     """
     weight = conv.weight if weight is None else weight
-    known = x.is_cpu and x.dtype == weight.dtype and (
-        x.dtype == torch.float32 or x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    if known and torch.backends.mkldnn.is_available() and not torch.is_autocast_enabled("cpu"):
+    if x.is_cpu and x.dtype == weight.dtype and cpu.convolves(x.dtype) and not torch.is_autocast_enabled("cpu"):
         return torch.mkldnn_convolution(x, weight, conv.bias, conv.padding, conv.stride, conv.dilation, conv.groups)
     return conv._conv_forward(x, weight, conv.bias)
 

@@ -63,6 +63,7 @@ def test_a_block_is_rounded_to_half_a_step_and_its_last_rows_have_a_scale_of_the
     assert not reference.quantize_blocks(torch.zeros(1, 5, 1, 64), 128, reference.EPS)[0].any()
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 8e-3)], ids=str)
 @pytest.mark.parametrize("case, kind", CASES, ids=str)
 def test_int_mm_follows_the_reference(case, kind, dtype, bound):

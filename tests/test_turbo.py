@@ -7,6 +7,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from golden import Golden, error
+from kernels import cpu
 from kernels.int8_linear import dequantize, quantize_blocks
 from model import checkpoint, keys, turbo
 from model.catalog import CATALOG, DEMO, TurboCard
@@ -18,7 +19,8 @@ from wan_tiny import WAN_TINY_I2V
 
 TURBO = [name for name, card in CATALOG.items() if isinstance(card, TurboCard)]
 IN_ROWS = "INT8 weights with scales per block are scaled per row: a CPU has no fast product of blocks"
-CPU_WITHOUT = "INT8 layers run in bf16 with INT8 weights: this CPU has no INT8 products"
+CPU_WITHOUT = "INT8 weights are computed with in {}: this CPU has no INT8 products"
+IN_FP32 = "computed in fp32 instead of bf16: this CPU has no bf16 products"
 
 
 def golden_dit(precision="fp32", **changes):
@@ -47,12 +49,14 @@ def test_the_released_transformer_with_sparse_attention_is_ours():
         assert error(got, golden.outputs[name]) < golden.tolerance["value"], name
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("precision, most", [("bf16", 0.02), ("int8", 0.06)])
 def test_lower_precisions_stay_near_the_release(precision, most):
     golden, dit = golden_dit(precision)
     got, want = velocity(golden, dit), golden.outputs["velocity"]
     assert ((got - want).norm() / want.norm()).item() < most
-    assert dit.head.linear.weight.dtype == torch.float32 and dit.blocks[0].attn.proj.weight.dtype == torch.bfloat16
+    assert dit.head.linear.weight.dtype == torch.float32
+    assert dit.blocks[0].attn.proj.weight.dtype == cpu.dtype_of(precision, "cpu")
 
 
 @pytest.mark.parametrize("name", TURBO)
@@ -111,7 +115,8 @@ def test_plain_quant_and_training_names_load_strictly(tmp_path):
             TURBO_TINY.dit_from(saved(tmp_path, quant), "meta", precision)
 
 
-def test_int8_layers_of_a_file_keep_their_values_and_half_the_bytes(tmp_path, monkeypatch):
+@pytest.mark.cpu
+def test_int8_layers_of_a_file_keep_their_values_as_this_processor_runs_them():
     torch.manual_seed(0)
     layer = Linear(300, 200)
     blocks = turbo.Int8Linear(300, 200, scheme="blocks", bias=True)
@@ -119,25 +124,28 @@ def test_int8_layers_of_a_file_keep_their_values_and_half_the_bytes(tmp_path, mo
     blocks.bias.data.copy_(layer.bias)
     values = dequantize(blocks.quantized)
     x = torch.randn(2, 9, 300)
-    monkeypatch.setattr(turbo, "has_int8_products", lambda: False)
-    plain = turbo.settled("blocks.0.ffn_in", blocks)
-    assert isinstance(plain, Linear) and torch.equal(plain.weight, values.bfloat16())
-    monkeypatch.setattr(turbo, "has_int8_products", lambda: True)
-    rows = turbo.settled("blocks.0.ffn_in", blocks)
-    assert isinstance(rows, turbo.PackedInt8Linear) and not list(rows.buffers())       # one packed copy, and no other
-    assert ((rows(x).float() - layer(x)).norm() / layer(x).norm()).item() < 0.03 and rows(x).dtype == torch.bfloat16
+    low = cpu.dtype_of("int8", "cpu")
+    runs = turbo.settled("blocks.0.ffn_in", blocks)
+    assert ((runs(x).float() - layer(x)).norm() / layer(x).norm()).item() < 0.03 and runs(x).dtype == low
+    if cpu.has_int8_products():
+        assert isinstance(runs, turbo.PackedInt8Linear) and not list(runs.buffers())   # one packed copy, and no other
+    else:
+        assert isinstance(runs, Linear) and torch.equal(runs.weight, values.to(low))
 
 
-@pytest.mark.parametrize("has, scheme, said", [
-    (True, "rows", ()), (False, "rows", (CPU_WITHOUT,)),
-    (True, "blocks", (IN_ROWS,)), (False, "blocks", (CPU_WITHOUT,))])
-def test_what_runs_instead_is_said(has, scheme, said, monkeypatch, tmp_path):
-    monkeypatch.setattr(turbo, "has_int8_products", lambda: has)
+@pytest.mark.parametrize("int8, bf16, scheme, said", [
+    (True, True, "rows", ()), (True, True, "blocks", (IN_ROWS,)), (True, False, "rows", (IN_FP32,)),
+    (False, True, "rows", (CPU_WITHOUT.format("bf16"),)), (False, False, "rows", (CPU_WITHOUT.format("fp32"), IN_FP32)),
+    (False, False, "blocks", (CPU_WITHOUT.format("fp32"), IN_FP32))])
+def test_what_runs_instead_is_said(int8, bf16, scheme, said, monkeypatch, tmp_path):
+    monkeypatch.setattr(cpu, "has_int8_products", lambda: int8)
+    monkeypatch.setattr(cpu, "has_bf16_products", lambda: bf16)
     scale = torch.ones(3) if scheme == "rows" else torch.ones(1, 1)
     file = saved(tmp_path, {"a.int8_weight": torch.ones(3, 3, dtype=torch.int8), "a.scale": scale})
     stored = checkpoint.stored_tensors(file)
     assert turbo.fallbacks(stored, "cpu", "int8") == said
-    assert turbo.fallbacks(stored, "cuda", "int8") == turbo.fallbacks(stored, "cpu", "bf16") == ()
+    assert turbo.fallbacks(stored, "cpu", "bf16") == (() if bf16 else (IN_FP32,))
+    assert turbo.fallbacks(stored, "cuda", "int8") == turbo.fallbacks(stored, "cpu", "fp32") == ()
 
 
 def demo_velocity(precision, attention, **changes):
@@ -177,7 +185,7 @@ def test_a_clip_of_a_batch_is_the_clip_alone():
     time = torch.tensor([700.0, 700.0])
     both = dit(latent, time, dit.embed_text(rows))
     alone = dit(latent[1:], time[1:], dit.embed_text(rows[1:]))
-    assert ((both[1:] - alone).norm() / alone.norm()).item() < 0.02
+    assert ((both[1:] - alone).norm() / alone.norm()).item() < 0.02    # and so samplers give it one by one
 
 
 @pytest.mark.parametrize("precision, most", [("fp32", 1e-5), ("int8", 0.03)])
@@ -275,7 +283,7 @@ def test_gelu_in_the_product_is_gelu_behind_it(triton_device, monkeypatch):
     if triton_device == "cpu":
         monkeypatch.setattr(torch.Tensor, "is_cuda", True)
         monkeypatch.setattr(torch.Tensor, "is_cpu", False)
-    got = turbo.gelu_linear(x.to(triton_device), layer.to(triton_device), has_bf16_products=False)
+    got = turbo.gelu_linear(x.to(triton_device), layer.to(triton_device), has_gelu_in_product=False)
     assert got.shape == (2, 5, 96) and got.dtype == torch.bfloat16 and error(got.float().cpu(), want) < 0.01
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kernels import cpu
 from model import turbo
 from model.card import ModelCard
 from model.catalog import LinumCard, WanCard
@@ -28,8 +29,7 @@ def new_dit(card: ModelCard, device: str, precision: str, attention: str) -> nn.
         if precision != "fp32" or attention != "dense" or card.sparsity.tuned:
             turbo.refit(dit, attention, card.sparsity)
     fill(dit.requires_grad_(False), device)             # the projection of tuned weights
-    if precision != "fp32":
-        compute_in(dit, torch.bfloat16)
+    compute_in(dit, cpu.dtype_of(precision, device))
     for place, layer in turbo.linears_of_blocks(dit) if precision == "int8" else ():
         dit.set_submodule(place, turbo.settled(place, turbo.Int8Linear.of(layer)))
     return dit.eval()
@@ -39,7 +39,7 @@ def new_vae(card: ModelCard, device: str, precision: str) -> WanVAE:
     with torch.device("meta"):
         vae = WanVAE(card.vae_config).eval().requires_grad_(False)
     fill(vae, device)
-    return channels_last(compute_in(vae, torch.bfloat16) if precision == "bf16" else vae)
+    return channels_last(compute_in(vae, cpu.dtype_of(precision, device)))
 
 
 def new_encoder(card: WanCard, device: str) -> nn.Module:

@@ -1,5 +1,7 @@
 """INT8 linear layers with scales in rows through torch._int_mm: the library's product, torch for what surrounds it.
 
+Where a CPU has no such products, the integers are multiplied in fp32 (kernels/cpu.py).
+
 On a CPU the work goes in pieces that stay in the cache, in buffers that are used again: whole tensors cost more in
 memory traffic and fresh pages than the product itself. On a GPU, where it is the rival of our kernel, all goes at once.
 """
@@ -10,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import cpu
 from kernels.int8_linear import reference
 
 TILE_ROWS, TILE_COLUMNS = 256, 2048                    # of one product, for each thread: 2 MB of int32, a core's L2
@@ -30,17 +33,17 @@ def int8_linear(x: Tensor, x_scales: Tensor | None, weight: Tensor, weight_scale
     samples = [slice(None)] if gate is None else range(len(x))
     tile_rows = TILE_ROWS * torch.get_num_threads()
     for columns in pieces(len(weight), TILE_COLUMNS):
-        operand, column_scales = weight[columns].mT, weight_scales[columns]
+        operand, column_scales = cpu.int8_operand(weight[columns].mT), weight_scales[columns]
         addend = None if bias is None else bias[columns]
         piece_rows = rows_of(len(column_scales))
-        sums = torch.empty(tile_rows, len(column_scales), dtype=torch.int32)
+        sums = torch.empty(tile_rows, len(column_scales), dtype=cpu.sum_dtype(operand))
         buffer, spare = torch.empty(2, piece_rows, len(column_scales))
         for sample in samples:
             values, scales = x[sample].reshape(-1, x.shape[-1]), x_scales[sample].reshape(-1, 1)
             into = y[sample].view(-1, len(weight))[:, columns]
             onto = None if residual is None else residual[sample].reshape(-1, len(weight))[:, columns]
             for tile in pieces(len(values), tile_rows):
-                torch._int_mm(values[tile], operand, out=sums[:tile.stop - tile.start])
+                cpu.int8_product(values[tile], operand, out=sums[:tile.stop - tile.start])
                 for piece in pieces(tile.stop - tile.start, piece_rows):
                     rows = slice(tile.start + piece.start, tile.start + piece.stop)
                     z = buffer[:piece.stop - piece.start].copy_(sums[piece]).mul_(column_scales)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels import cpu
 from kernels.int8_linear import Quantized, int_mm
 from kernels.int8_linear.int_mm import gelu_of_twice_, joined, pieces, quantize_rows_
 
@@ -34,7 +35,13 @@ class Packed(NamedTuple):
 
 
 def pack(weight: Quantized, bias: Tensor | None = None) -> Packed:
-    """weight: of quantize_rows.  bias [N]."""
+    """weight: of quantize_rows.  bias [N].
+
+    Raises ValueError on a CPU without INT8 products, where oneDNN's are slow and, adding in 16 bits, wrong.
+    """
+    if not cpu.has_int8_products():
+        raise ValueError(f"a packed layer needs a CPU with INT8 products (VNNI); this is {cpu.described()}. "
+                         "int8_linear takes the weight as it is")
     return Packed(torch.ops.onednn.qlinear_prepack(weight.values, None), weight.scales.float(),
                   torch.zeros(len(weight.scales), dtype=torch.int32), None if bias is None else bias.float())
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import cpu
 from kernels.int8_attention.reference import quantize_blocks, smooth
 from kernels.sparse_attention.reference import INT8_EPS, LINEAR_EPS, kept_blocks, pool
 
@@ -51,7 +52,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, weight: Tensor | None, 
             near_keys, near_values = near_keys[:, :length - pad], near_values[:, :length - pad]
         if int8:
             scale = (k_scale.index_select(0, blocks) * q_scale[first]).repeat_interleave(block_k)
-            logits = torch._int_mm(queries[rows], near_keys[0].T).float().mul_(scale[:near_keys.shape[1]])
+            logits = cpu.int8_product(queries[rows], cpu.int8_operand(near_keys[0].T)).float()
+            logits.mul_(scale[:near_keys.shape[1]])
             near = logits.softmax(-1).to(v.dtype) @ near_values[0]
         else:
             query = queries[rows].unflatten(0, (count, -1))

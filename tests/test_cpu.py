@@ -1,0 +1,124 @@
+"""What a processor can do is asked in one place, obeyed everywhere, and right on the least one that is supported."""
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels import cases, cpu
+from kernels.int8_linear import int8_linear, quantize_rows
+from kernels.sparse_attention import sparse_attention
+from model.wan_vae import convolve
+
+ROOT = Path(__file__).parent.parent
+# torch's own variable and oneDNN's: what they choose from is what x86-64 with AVX2 alone has
+LEAST = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+ASKED = ("has_onednn", "has_bf16_products", "has_int8_products", "has_gelu_in_product", "described")
+
+
+@pytest.fixture
+def pretend(monkeypatch):
+    """Another processor: its architecture, what torch makes use of, instructions, and whether torch has oneDNN."""
+    def become(machine, capability, *instructions, onednn=True, bf16=True, limit=""):
+        monkeypatch.setattr(platform, "machine", lambda: machine)
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: onednn)
+        for name in ("vnni", "avx512_bf16", "amx_tile"):
+            monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda name=name: name in instructions)
+        ops = type("ops", (), {"_is_mkldnn_bf16_supported": staticmethod(lambda: bf16)} if onednn else {})
+        monkeypatch.setattr(torch.ops, "mkldnn", ops)
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+        forget()
+
+    def forget():
+        for name in ASKED:
+            getattr(cpu, name).cache_clear()
+
+    yield become
+    monkeypatch.undo()
+    forget()
+
+
+@pytest.mark.parametrize("processor, int8, bf16", [
+    (dict(machine="x86_64", capability="AVX2", bf16=False), False, False),                     # Zen 3, Haswell
+    (dict(machine="x86_64", capability="AVX512"), False, False),                               # Skylake
+    (dict(machine="x86_64", capability="AVX512", instructions=["vnni"]), True, False),         # Ice Lake
+    (dict(machine="x86_64", capability="AVX512", instructions=["vnni", "avx512_bf16"]), True, True),    # Zen 4
+    (dict(machine="AMD64", capability="AVX512", instructions=["vnni", "avx512_bf16", "amx_tile"]), True, True),
+    (dict(machine="x86_64", capability="AVX512", instructions=["vnni", "avx512_bf16"], onednn=False), False, False),
+    (dict(machine="x86_64", capability="AVX512", instructions=["vnni", "avx512_bf16"], limit="AVX2"), False, False),
+    (dict(machine="x86_64", capability="AVX512", instructions=["vnni", "avx512_bf16"], limit="avx512_core_vnni"),
+     True, False),
+    (dict(machine="aarch64", capability="DEFAULT", bf16=False), False, False),                 # Graviton 2
+    (dict(machine="aarch64", capability="SVE256"), False, True),                               # Graviton 3
+    (dict(machine="arm64", capability="DEFAULT", onednn=False), False, False)])                # a Mac
+def test_a_processor_is_known_by_what_torch_and_onednn_may_use(processor, int8, bf16, pretend):
+    pretend(processor.pop("machine"), processor.pop("capability"), *processor.pop("instructions", ()), **processor)
+    assert (cpu.has_int8_products(), cpu.has_bf16_products()) == (int8, bf16)
+    assert cpu.convolves(torch.float32) == cpu.has_onednn() and cpu.convolves(torch.bfloat16) == bf16
+    assert cpu.dtype_of("bf16", "cpu") == cpu.dtype_of("int8", "cpu") == (torch.bfloat16 if bf16 else torch.float32)
+    assert cpu.dtype_of("fp32", "cuda") == torch.float32 and cpu.dtype_of("int8", "cuda:0") == torch.bfloat16
+    assert bool(cpu.instead_of_bf16()) != bf16 and cpu.described()
+
+
+def test_where_torch_has_no_onednn_convolutions_are_torchs_own(pretend):
+    conv, x = torch.nn.Conv2d(3, 4, 3), torch.randn(1, 3, 8, 8)
+    pretend("arm64", "DEFAULT", onednn=False)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert torch.equal(convolve(conv.to(dtype), x.to(dtype)), conv(x.to(dtype)))
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("channels", [64, 1000])
+def test_products_of_integers_are_exact(channels):
+    """With AVX2 alone oneDNN's are not: it adds pairs in 16 bits."""
+    a, b = torch.randint(-127, 128, (40, channels)), torch.randint(-127, 128, (channels, 24))
+    a[0], b[:, 0] = 127, 127
+    operand = cpu.int8_operand(b.to(torch.int8))
+    got = torch.empty(40, 24, dtype=cpu.sum_dtype(operand))
+    assert torch.equal(cpu.int8_product(a.to(torch.int8), operand, out=got).long(), a @ b)
+    assert torch.equal(cpu.int8_product(a.to(torch.int8), operand).long(), a @ b)
+
+
+@pytest.mark.cpu
+def test_int8_layers_and_attention_are_their_references():
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(2, 70, 1500), quantize_rows(torch.randn(48, 1500)), torch.randn(48)
+    got, want = (int8_linear(x, weight, bias, gelu=True, impl=impl) for impl in ("int_mm", "torch"))
+    assert (got - want).abs().max() < 1e-5 * want.abs().max()
+    case = cases.Attention(queries=200, keys=200, heads=2, head_dim=64)
+    q, k, v = case.inputs("normal", seed=3)
+    got, want = (sparse_attention(q, k, v, keep_ratio=0.5, int8=True, impl=impl) for impl in ("gather", "torch"))
+    assert (got - want).norm() < 1e-4 * want.norm()
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("conv, shape", [(torch.nn.Conv2d(3, 8, 3), (1, 3, 9, 9)),
+                                         (torch.nn.Conv3d(3, 8, 3), (1, 3, 4, 9, 9))], ids=("2d", "3d"))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.inference_mode()
+def test_a_convolution_of_any_dtype_is_made(conv, shape, dtype):
+    x = torch.randn(shape).to(dtype)
+    got, want = convolve(conv.to(dtype), x), conv.double()(x.double())
+    assert got.dtype == dtype and (got - want).norm() < (1e-5 if dtype == torch.float32 else 0.02) * want.norm()
+
+
+@pytest.mark.skipif(not cpu.is_x86() or not cpu.has_avx512(), reason="is the least processor already, or no x86-64")
+def test_what_depends_on_the_processor_is_right_on_the_least_one_too():
+    """The tests that are marked so, in a process that takes this machine for one with AVX2 alone."""
+    files = sorted(path for path in Path(__file__).parent.glob("test_*.py") if "mark.cpu" in path.read_text())
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "cpu", "-p", "no:cacheprovider", *files]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | LEAST, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-5000:]
+    assert "passed" in done.stdout and "failed" not in done.stdout
+
+
+@pytest.mark.cpu
+@pytest.mark.skipif({name: os.environ.get(name) for name in LEAST} != LEAST, reason="of the process that pretends")
+def test_a_process_that_pretends_is_the_least_processor():
+    assert not cpu.has_bf16_products() and not cpu.has_int8_products()
+    assert "AVX2" in cpu.described() and cpu.dtype_of("int8", "cpu") == torch.float32
