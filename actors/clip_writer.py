@@ -82,6 +82,7 @@ class ClipWriter:
         return Clip(request=request, uri=self.store.uri_of(clip_key(request.clip_id)), sha256=sha256,
                     num_bytes=num_bytes, duration_s=request.shape.frames / request.fps,
                     has_audio=frames.audio is not None, fallbacks=frames.fallbacks + padding_note(request),
+                    determinism=frames.determinism,
                     quality={**frames.quality, "psnr_db": psnr_db})
 
     def store_once(self, key: str, path: Path, clip_id: str) -> tuple[str, int]:

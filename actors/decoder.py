@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from actors.determinism import class_on
 from actors.device_lock import NO_LOCK
 from actors.messages import Frames, Latent
 from actors.room import room_on
@@ -33,6 +34,8 @@ class Decoder:
         """
         torch.set_num_threads(threads)
         self.card, self.device, self.safe = card, device, False
+        self.determinism = class_on(device, threads=threads)
+        self.fallbacks = card.decode_fallbacks(device, precision, decode_precision)
         self.vae = card.vae(weights, device, precision, decode_precision)
         self.scale, self.bias = (t.to(device).view(-1, 1, 1, 1) for t in card.latent_statistics(weights))
         self.copies = torch.cuda.Stream(device) if device.startswith("cuda") else None
@@ -51,11 +54,13 @@ class Decoder:
         clip = self.vae.decoder, *video.shape[2:]
         rows = self.vae.rows_within(room, *clip)
         slab = self.vae.slab_within(room, *clip, rows)
-        notes = ()
+        notes = self.fallbacks
         while (rgb := self.pixels(video, latent.request.shape, rows, slab)) is None:
             rows, slab = -(-rows // 2), max(SLAB, slab // 4)
-            notes = (f"decoded {rows * self.vae.config.space_stride} rows at a time: the GPU had no memory for more",)
-        return Frames(request=latent.request, rgb=rgb, fallbacks=latent.fallbacks + notes)
+            notes = (*self.fallbacks, f"decoded {rows * self.vae.config.space_stride} rows at a time: "
+                                      "the GPU had no memory for more")
+        return Frames(request=latent.request, rgb=rgb, fallbacks=latent.fallbacks + notes,
+                      determinism=(*latent.determinism, self.determinism))
 
     def pixels(self, video: Tensor, shape: VideoShape, rows: int, slab: int) -> Tensor | None:
         """uint8 [frames, height, width, 3] on the CPU, filled piece by piece; None where the GPU's memory ran out.

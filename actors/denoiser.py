@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from actors.determinism import class_on
 from actors.device_lock import NO_LOCK
 from actors.messages import Embedding, Latent, Request
 from model.catalog import ModelCard
@@ -82,6 +83,9 @@ class Denoiser:
 
     This is Linum's course from noise to video; another family has its own `load` and `sample`.
     Threads may call it side by side: one computes, and the noise of the next clip is drawn meanwhile.
+
+    The clips of a batch are computed one by one, so a batch changes no bit of them: as one tensor they would meet other
+    products, whose last bits guidance makes visible within a few steps.
     """
 
     lock = NO_LOCK                                      # the worker's
@@ -99,6 +103,7 @@ class Denoiser:
         Raises CheckpointError.
         """
         torch.set_num_threads(threads)
+        self.threads = threads
         self.card, self.device, self.noise = card, device, NoiseAhead(noise)
         self.precision, self.attention = precision or card.precision_on(device), attention or card.attentions[0]
         self.fallbacks = card.fallbacks(weights, device, self.precision)
@@ -121,19 +126,19 @@ class Denoiser:
         return [self.dit]
 
     @contextmanager
-    def profile(self, of_batch: tuple[str, int]) -> Iterator[None]:
-        """Neither compiled nor recorded in the safe profile; and nothing is recorded for the first batch of a bucket
-        and size, since there may be no second one."""
+    def profile(self, bucket: str) -> Iterator[None]:
+        """Neither compiled nor recorded in the safe profile; and nothing is recorded for the first batch of a bucket,
+        since there may be no second one."""
         with ExitStack() as stack:
             for graphed in self.graphs:
                 if self.safe:
                     stack.enter_context(graphed.set_aside())
-                elif of_batch not in self.made:
+                elif bucket not in self.made:
                     stack.enter_context(graphed.pause())
             if self.safe and self.compiled:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             yield
-        self.made.add(of_batch)
+        self.made.add(bucket)
 
     @torch.inference_mode()
     def __call__(self, batch: list[Embedding], steps: Steps = STRAIGHT) -> list[Latent]:
@@ -146,7 +151,7 @@ class Denoiser:
         self.noise.begin(requests, self.card.grid, requests[0].num_steps if self.draws_per_step else 1)
         try:
             start = torch.stack([self.noise(request, self.card.grid) for request in requests])
-            with self.lock, self.profile((requests[0].bucket, len(batch))):
+            with self.lock, self.profile(requests[0].bucket):
                 video = self.sample(batch, start.to(self.device), steps).cpu()
         finally:
             self.noise.forget(requests)
@@ -156,7 +161,13 @@ class Denoiser:
             raise NonFiniteLatent(f"sampling ended in NaN or infinity for {', '.join(broken)}; try another seed, "
                                   f"a lower guidance than {requests[0].guidance:g}, or precision fp32")
         return [Latent(request=embedding.request, streams=(latent.clone(),),
-                       fallbacks=embedding.fallbacks + self.notes(embedding.request)) for embedding, latent in made]
+                       fallbacks=embedding.fallbacks + self.notes(embedding.request),
+                       determinism=(*embedding.determinism, self.determinism)) for embedding, latent in made]
+
+    @property
+    def determinism(self) -> str:
+        """The class of what is sampled now."""
+        return class_on(self.device, threads=self.threads, compiled=self.compiled and not self.safe)
 
     def notes(self, request: Request) -> tuple[str, ...]:
         """What is done here instead of what the request asks for."""
@@ -175,35 +186,33 @@ class Denoiser:
         """From noise to latents, [B, C, T, H, W] fp32."""
         request = batch[0].request
         sigmas = flow_match_sigmas(request.num_steps, self.card.shift).tolist()
-        guide = self.guide(request.guidance)
-        if isinstance(guide, AdaptiveProjectedGuidance):
-            steps = AverageToo(guide, steps)
-        video, = euler(self.velocity(batch, guide), (start,), sigmas, steps)
-        return video
+        guides = [self.guide(request.guidance) for _ in batch]
+        if isinstance(guides[0], AdaptiveProjectedGuidance):
+            steps = AverageToo(guides, steps)
+        return torch.cat(euler(self.velocity(batch, guides), start.split(1), sigmas, steps))
 
-    def velocity(self, batch: list[Embedding], guide: Guide) -> Velocity:
-        """The guided velocity of a batch of clips, for a sampler. Their texts' keys and values are made here, once."""
-        prompts = [embedding.prompt[0].to(self.device) for embedding in batch]
-        negatives = [embedding.negative[0].to(self.device) for embedding in batch]
-        if self.card.pair_guidance:
-            both = self.dit.embed_text(prompts + negatives)
-
-            def predict(video: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
-                return self.dit(video.repeat(2, 1, 1, 1, 1), timestep.repeat(2), both).chunk(2)
-        else:
-            prompt, negative = self.dit.embed_text(prompts), self.dit.embed_text(negatives)
-
-            def predict(video: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
-                return self.dit(video, timestep, prompt), self.dit(video, timestep, negative)
+    def velocity(self, batch: list[Embedding], guides: Sequence[Guide]) -> Velocity:
+        """The guided velocity of clips, each a stream of its own with its own guide, for a sampler. Their texts' keys
+        and values are made here, once."""
+        predictions = [self.prediction(embedding) for embedding in batch]
 
         def velocity(streams: Streams, sigma: float) -> Streams:
-            video, = streams
-            timestep = torch.full((len(video),), 1000 * sigma, device=self.device)
-            return guide(*predict(video, timestep)),
+            timestep = torch.full((1,), 1000 * sigma, device=self.device)
+            return tuple(guide(*predict(video, timestep))
+                         for video, predict, guide in zip(streams, predictions, guides, strict=True))
         return velocity
 
+    def prediction(self, embedding: Embedding) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Of one clip: video [1, C, T, H, W] and timestep [1] in, the velocities with its prompt and without it out."""
+        prompt, negative = (text[0].to(self.device) for text in (embedding.prompt, embedding.negative))
+        if self.card.pair_guidance:
+            both = self.dit.embed_text([prompt, negative])
+            return lambda video, timestep: self.dit(video.repeat(2, 1, 1, 1, 1), timestep.repeat(2), both).chunk(2)
+        contexts = [self.dit.embed_text([text]) for text in (prompt, negative)]
+        return lambda video, timestep: tuple(self.dit(video, timestep, context) for context in contexts)
+
     def guide(self, scale: float) -> Guide:
-        """How the two velocities become one; APG remembers, so it is made anew for each run of the sampler."""
+        """How the two velocities become one; APG remembers, so it is made anew for each clip and run of the sampler."""
         if self.card.guider == "cfg":
             return lambda cond, uncond: classifier_free(cond, uncond, scale)
         return AdaptiveProjectedGuidance(scale, momentum=self.card.apg_momentum, max_norm=self.card.apg_max_norm,

@@ -62,6 +62,7 @@ class Embedding:
     negative: tuple[Tensor, ...]
     image: tuple[Tensor, ...] = ()  # of the first frame: what is seen beside the latent [C, T, H, W], then CLIP's rows
     fallbacks: tuple[str, ...] = ()  # what was done instead of what was asked for; later values carry it on
+    determinism: tuple[str, ...] = ()   # the class of every stage so far (determinism.py), empty where nobody knows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +70,7 @@ class Latent:
     request: Request
     streams: tuple[Tensor, ...]     # video [C, T, H, W] as the DiT has it (normalised), then audio [C, A, M]
     fallbacks: tuple[str, ...] = ()
+    determinism: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +79,7 @@ class Frames:
     rgb: Tensor                     # uint8 [frames, height, width, 3]
     audio: Tensor | None = None     # [samples, 2] in [-1, 1]; None is silence
     fallbacks: tuple[str, ...] = ()
+    determinism: tuple[str, ...] = ()
     quality: Mapping[str, float | str] = field(default_factory=dict)    # what was measured; the ledger's quality.*
 
 
@@ -89,6 +92,7 @@ class Clip:
     duration_s: float
     has_audio: bool = False
     fallbacks: tuple[str, ...] = ()
+    determinism: tuple[str, ...] = ()
     quality: Mapping[str, float | str] = field(default_factory=dict)
 
 

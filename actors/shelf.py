@@ -197,17 +197,20 @@ def packed(value: Embedding | Latent, key: str) -> bytes:
         tensors |= numbered("image", value.image)
     else:
         tensors = numbered("stream", value.streams)
-    return sealed(tensors, {"key": key, "kind": type(value).__name__, "fallbacks": json.dumps(value.fallbacks)})
+    return sealed(tensors, {"key": key, "kind": type(value).__name__, "fallbacks": json.dumps(value.fallbacks),
+                            "determinism": json.dumps(value.determinism)})
 
 
 def opened(data: bytes, shelved: Shelved) -> Embedding | Latent:
     """What `packed` was given, as an answer to the request of `shelved`.  Raises Damaged."""
     tensors, metadata = unsealed(data, shelved.key)
-    fallbacks = tuple(json.loads(metadata["fallbacks"]))
+    # of a run that an older version began nobody knows the class
+    said = dict(fallbacks=tuple(json.loads(metadata["fallbacks"])),
+                determinism=tuple(json.loads(metadata.get("determinism", "[]"))))
     if metadata["kind"] == "Embedding":
         return Embedding(request=shelved.request, prompt=counted("prompt", tensors),
-                         negative=counted("negative", tensors), image=counted("image", tensors), fallbacks=fallbacks)
-    return Latent(request=shelved.request, streams=counted("stream", tensors), fallbacks=fallbacks)
+                         negative=counted("negative", tensors), image=counted("image", tensors), **said)
+    return Latent(request=shelved.request, streams=counted("stream", tensors), **said)
 
 
 def sealed(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:

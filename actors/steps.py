@@ -10,13 +10,13 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from actors.device_lock import Halted
-from actors.messages import Embedding, Failure, Request
+from actors.messages import Embedding, Failure, Latent, Request
 from actors.shelf import LATENTS, Damaged, Keep, MakesStep, Shelf, Shelved, sealed, shelf_key, unsealed
 from model.samplers import State, Steps, Streams
 
@@ -31,6 +31,7 @@ class Saved:
 
     step: int                                           # steps done
     state: tuple[Tensor, ...]                           # what the sampler carries, of this clip; on the CPU
+    determinism: str                                    # the class of who made the steps until here
 
 
 class KeepSampled(Keep):
@@ -72,7 +73,7 @@ class KeepSampled(Keep):
             worked_s = time.monotonic() - began - (self.lock.waited_s - waited_s)
             step_s = worked_s / (request.num_steps - steps.begun)
             self.course_s[request.bucket] = request.num_steps * step_s
-            made = [self.keep(latent) for latent in latents]
+            made = [self.keep(continued(latent, found)) for latent, found in zip(latents, saved, strict=True)]
         except ArithmeticError:                         # what was saved may be where it went wrong
             self.forget(steps)
             raise
@@ -97,12 +98,16 @@ class KeepSampled(Keep):
         if metadata.get("course") != self.step.course(request):
             self.store.delete(key)
             return None
-        return Saved(step=int(metadata["step"]), state=tuple(tensors[str(place)] for place in range(len(tensors))))
+        return Saved(step=int(metadata["step"]), state=tuple(tensors[str(place)] for place in range(len(tensors))),
+                     determinism=metadata.get("determinism", "not known"))
 
-    def save(self, request: Request, step: int, state: Sequence[Tensor]) -> None:
+    def save(self, request: Request, step: int, state: Sequence[Tensor], before: Saved | None) -> None:
+        """before: where the clip stood when it was begun here."""
         key = shelf_key(STEPS, request)
         tensors = {str(place): tensor.cpu() for place, tensor in enumerate(state)}
-        self.store.put(key, sealed(tensors, {"key": key, "course": self.step.course(request), "step": str(step)}))
+        determinism = after(before, getattr(self.step, "determinism", "not known"))
+        self.store.put(key, sealed(tensors, {"key": key, "course": self.step.course(request), "step": str(step),
+                                            "determinism": determinism}))
 
 
 class SavedSteps(Steps):
@@ -150,10 +155,24 @@ class SavedSteps(Steps):
             self.on_shelf = self.requests
             slots = [clips_of(streams) for streams in state]
             for place, request in enumerate(self.requests):
-                self.keeper.save(request, step, [clips[place] for clips in slots])
+                self.keeper.save(request, step, [clips[place] for clips in slots], self.saved[place])
         finally:
             self.since = time.monotonic()
             self.keeper.save_s = self.since - began
+
+
+def after(before: Saved | None, now: str) -> str:
+    """The class of steps of which `now` made those after `before`."""
+    if before is None or before.determinism == now or before.determinism.endswith(f" then {now}"):
+        return now if before is None else before.determinism
+    return f"{before.determinism} then {now}"
+
+
+def continued(latent: Latent, before: Saved | None) -> Latent:
+    """The latent, which says of its class who made the first steps."""
+    if before is None or not latent.determinism:
+        return latent
+    return replace(latent, determinism=(*latent.determinism[:-1], after(before, latent.determinism[-1])))
 
 
 def wait_for_device(state: State) -> None:

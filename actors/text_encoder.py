@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from actors.determinism import class_on
 from actors.device_lock import NO_LOCK
 from actors.messages import Embedding, Request
 from model.catalog import ModelCard
@@ -29,7 +30,7 @@ class TextEncoder:
         Raises CheckpointError.
         """
         torch.set_num_threads(threads)
-        self.device = device
+        self.device, self.determinism = device, class_on(device, threads=threads)
         self.model = card.text_encoder(weights, device, precision)
         self.remember = remember
         self.recent: OrderedDict[str, Tensor] = OrderedDict()          # the negative prompt is mostly the same
@@ -39,7 +40,8 @@ class TextEncoder:
 
     def embed(self, request: Request) -> Embedding:
         return Embedding(request=request, prompt=(self.encode(request.prompt),),
-                         negative=(self.encode(request.negative_prompt),), fallbacks=self.cuts(request))
+                         negative=(self.encode(request.negative_prompt),), fallbacks=self.cuts(request),
+                         determinism=(self.determinism,))
 
     def cuts(self, request: Request) -> tuple[str, ...]:
         """What of the request's texts the model does not read."""

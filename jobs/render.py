@@ -128,7 +128,8 @@ def prepare(job: RenderJob) -> Night:
         if value not in allowed:
             raise UsageError(f"--{name} must be {' or '.join(allowed)} for {card.name}; got {value}")
     # of a cluster's machines it is known when they are at work
-    fallbacks = card.fallbacks(weights, device, precision) if job.ray == "local" else ()
+    fallbacks = () if job.ray != "local" else (
+        *card.fallbacks(weights, device, precision), *card.decode_fallbacks(device, precision, decode_precision))
     if card.takes_image and manifest.table.num_rows >= MANY_IMAGES:
         print(f"reading the images of {counted(manifest.table.num_rows, 'row')}", file=sys.stderr, flush=True)
     plan = Plan.make(manifest, card, defaults, weights_fingerprint=fingerprint(weights_files(card, weights)),
@@ -224,7 +225,7 @@ def begin(night: Night) -> None:
         "planned_rows": summary["planned_rows"], "clips": summary["clips"], "duplicates": summary["duplicates"],
         "settings": summary["settings"], "buckets": summary["buckets"], "more_buckets": summary["more_buckets"],
         "roundings": summary["roundings"], "job": night.job.model_dump(), "chosen_because": night.chosen_because,
-        "versions": {name: version_of(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "fallbacks": list(night.fallbacks), "versions": {name: version_of(name) for name in PACKAGES} | {"python": platform.python_version()},
         "began_at": datetime.now(UTC).isoformat(timespec="seconds"),
     })
 

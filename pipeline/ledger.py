@@ -29,6 +29,7 @@ if TYPE_CHECKING:                       # they need torch, and `dailies status` 
 FOLDER, SUCCESS = "ledger/", "_SUCCESS.json"
 READERS = 8                             # parts read at a time
 MAX_ERROR_CHARACTERS = 4000
+STAGES = ("encode", "sample", "decode")
 COLUMNS = pa.schema({
     "id": pa.string(), "clip_id": pa.string(), "status": pa.string(),                  # done or failed
     "uri": pa.string(), "sha256": pa.string(), "bytes": pa.int64(),
@@ -48,6 +49,8 @@ COLUMNS = pa.schema({
     "quality.seed": pa.int64(),                        # what the clip was made with, if not with the row's own seed
     "decode_precision": pa.string(),                   # of the VAE, where it is not the model's own
     "chosen_because": pa.string(),                     # why this precision and attention, where they were left to us
+    # what the last bits depend on beside clip_id (actors/determinism.py); null for clips that were found published
+    "determinism": pa.string(),
 })
 NO_COLUMNS = pa.schema([])
 
@@ -166,7 +169,8 @@ def row_of(name: str, value: "Clip | Failure", outcome: "Outcome | None" = None,
                 "error": said(value.error) + (f" [stack {value.stack}]" if value.stack else "")}
     else:
         row |= {"status": "done", "uri": value.uri, "sha256": value.sha256, "bytes": value.num_bytes,
-                "duration_s": value.duration_s, "has_audio": value.has_audio, "fallbacks": list(value.fallbacks)}
+                "duration_s": value.duration_s, "has_audio": value.has_audio, "fallbacks": list(value.fallbacks),
+                "determinism": class_of(value.determinism)}
     row |= {f"quality.{name}": measure for name, measure in value.quality.items()}
     if request.seed != seed:
         row["quality.seed"] = request.seed
@@ -176,6 +180,13 @@ def row_of(name: str, value: "Clip | Failure", outcome: "Outcome | None" = None,
                 "device": outcome.device, "peak_memory_bytes": outcome.peak_memory_bytes, "gpu_s": outcome.gpu_s}
         row |= {f"{step}_s": outcome.seconds.get(step) for step in ("encode", "sample", "decode", "publish")}
     return row
+
+
+def class_of(stages: Sequence[str]) -> str | None:
+    """The determinism class of a clip whose stages had these; None where nobody knows."""
+    if len(set(stages)) < 2:
+        return next(iter(stages), None)
+    return "; ".join(f"{stage}: {of_stage}" for stage, of_stage in zip(STAGES, stages, strict=False))
 
 
 def invalid_row(name: str, prompt: str | None, error: str) -> dict[str, Any]:

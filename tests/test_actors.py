@@ -17,6 +17,7 @@ from actors.room import free_memory, machine_memory, room_on
 from actors.text_encoder import TextEncoder
 from golden import E2E, E2E_CARD, Golden, e2e_request, error
 from graph_recorder import Recorder
+from kernels import cpu
 from model import checkpoint
 from model.shapes import LatentGrid, VideoShape
 
@@ -132,7 +133,7 @@ def test_noise_is_standard_normal_and_every_bit_of_the_seed_counts():
     assert all(abs((a * b).mean()) < 0.005 for a, b in permutations(drawn, 2))
 
 
-def test_a_batch_starts_from_the_same_noise_and_ends_within_50_db(encoder, denoiser, decoder):
+def test_a_batch_changes_no_bit_of_its_clips(encoder, denoiser):
     prompts = ("a red fox", "snow", "a", "the fox runs over")
     requests = [e2e_request(clip_id=str(i), prompt=prompt, seed=i) for i, prompt in enumerate(prompts)]
     embeddings, started = encoder(requests), {}
@@ -143,12 +144,12 @@ def test_a_batch_starts_from_the_same_noise_and_ends_within_50_db(encoder, denoi
         return start
 
     watching = Denoiser(E2E_CARD, E2E, noise=watched)
-    together = decoder(watching(embeddings))
-    alone = [decoder(watching([embedding]))[0] for embedding in embeddings]
+    together = watching(embeddings)
+    alone = [watching([embedding])[0] for embedding in embeddings]
     assert all(torch.equal(*starts) for starts in started.values()) and len(started) == 4
     for one, of_batch in zip(alone, together, strict=True):
         assert one.request == of_batch.request
-        assert psnr(of_batch.rgb, one.rgb) >= 50
+        assert torch.equal(of_batch.streams[0], one.streams[0]) and of_batch.determinism == one.determinism
 
 
 def test_a_clip_does_not_depend_on_what_the_worker_made_before(encoder, denoiser, decoder):
@@ -286,10 +287,11 @@ def test_pixels_are_truncated_as_the_release_does():
     assert to_uint8(torch.tensor([-2, -1, -0.999, 0, 0.999, 1, 7])).tolist() == [0, 0, 0, 127, 254, 255, 255]
 
 
+@pytest.mark.cpu
 def test_bf16_runs_the_same_path_and_stays_near(encoder):
     request = e2e_request(precision="bf16")
     embedding, = TextEncoder(E2E_CARD, E2E, precision="bf16")([request])
-    assert embedding.prompt[0].dtype == torch.bfloat16
+    assert embedding.prompt[0].dtype == cpu.dtype_of("bf16", "cpu")
     latent, = Denoiser(E2E_CARD, E2E, precision="bf16")([embedding])
     assert latent.streams[0].dtype == torch.float32
     want, = Denoiser(E2E_CARD, E2E)(encoder([e2e_request()]))

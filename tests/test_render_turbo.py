@@ -9,7 +9,8 @@ import torch
 from actors.decoder import Decoder
 from golden import GOLDENS
 from jobs.cli import main
-from model import checkpoint, turbo
+from kernels import cpu
+from model import checkpoint
 from model.catalog import CATALOG, DEMO
 from model.weights import fingerprint, locate, weights_files
 from pipeline import cluster, ledger, stages
@@ -17,7 +18,8 @@ from pipeline.store import open_store
 from turbo_tiny import TURBO_TINY, TURBO_TINY_I2V, publish
 from wan_tiny import WAN_TINY, write_weights
 
-INT8_ON_CPU = ["INT8 weights with scales per block are scaled per row: a CPU has no fast product of blocks"]
+INT8_ON_CPU = ("INT8 weights with scales per block are scaled per row: a CPU has no fast product of blocks"
+               if cpu.has_int8_products() else "INT8 weights are computed with in fp32: this CPU has no INT8 products")
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +28,6 @@ def in_process(monkeypatch):
         monkeypatch.setitem(CATALOG, card.name, card)
     monkeypatch.setattr(cluster, "connect", lambda *_, **__: nullcontext())
     monkeypatch.setattr(cluster, "run", lambda steps, requests, **_: stages.run_local(steps, requests))
-    monkeypatch.setattr(turbo, "has_int8_products", lambda: True)       # whatever this machine has: slow is fine here
 
 
 def manifest(folder, *rows):
@@ -69,7 +70,7 @@ def test_a_published_turbo_model_renders_in_four_steps(quant, tmp_path, capsys):
     rows = rows_of(tmp_path / "out")
     for row in rows.values():
         assert (row["attention"], row["precision"], row["guidance"]) == ("sparse", "int8" if quant else "fp32", 0.0)
-        assert row["fallbacks"][:1] == (INT8_ON_CPU if quant else row["fallbacks"][:1])
+        assert row["fallbacks"][:1] == ([INT8_ON_CPU] if quant else row["fallbacks"][:1])
     assert rows["c"]["fallbacks"][-1] == TURBO_TINY.negative_unused
     assert "1 row: " + TURBO_TINY.negative_unused in said["notes"]
     assert len({row["sha256"] for row in rows.values()}) == 3
@@ -133,15 +134,21 @@ def test_models_says_which_files_come_from_where(capsys):
         assert part in out, part
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("options, precision, attention", [
-    (("--precision", "int8"), "int8", "dense"), (("--attention", "sparse"), "fp32", "sparse"),
+    (("--precision", "int8"), "int8", "dense"), (("--precision", "bf16"), "bf16", "dense"),
+    (("--attention", "sparse"), "fp32", "sparse"),
     (("--precision", "int8", "--attention", "sage"), "int8", "sage")])
 def test_the_demo_model_renders_accelerated(options, precision, attention, tmp_path, capsys):
     path = manifest(tmp_path, {"id": "a", "prompt": "a red circle moves left", "frames": 9, "steps": 2})
-    code, said, err = render(capsys, path, tmp_path / "out", "demo", *options, "--strict")
+    instead = DEMO.fallbacks(DEMO.folder, "cpu", precision)
+    code, said, err = render(capsys, path, tmp_path / "out", "demo", *options, *([] if instead else ["--strict"]))
     assert code == 0 and said["rendered"] == 1, err
     row = rows_of(tmp_path / "out")["a"]
-    assert (row["precision"], row["attention"], row["fallbacks"]) == (precision, attention, [])
+    assert (row["precision"], row["attention"], row["fallbacks"]) == (precision, attention, list(instead))
+    assert set(instead) <= set(said["notes"])
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["fallbacks"] == list(instead)
+    assert cpu.described() in row["determinism"] and "1 thread, torch" in row["determinism"]
     assert any("demo was not tuned for sparse attention" in note for note in said["notes"]) == (attention == "sparse")
     code, said, _ = render(capsys, path, tmp_path / "out", "demo")      # a run keeps what it was begun with
     assert code == 0 and said["rendered"] == 0
@@ -150,10 +157,10 @@ def test_the_demo_model_renders_accelerated(options, precision, attention, tmp_p
 def test_strict_refuses_a_fallback_before_anything_starts_or_before_the_next_stage(tmp_path, capsys, monkeypatch):
     path = manifest(tmp_path, {"id": "a", "prompt": "a red circle moves left", "frames": 9, "steps": 2},
                     {"id": "b", "prompt": "a red circle " * 40, "frames": 9, "steps": 2})
-    monkeypatch.setattr(turbo, "has_int8_products", lambda: False)
+    monkeypatch.setattr(cpu, "has_int8_products", lambda: False)
     code, said, _ = render(capsys, path, tmp_path / "out", "demo", "--precision", "int8", "--strict")
     assert code == 2
-    assert "--strict, and not every row can be rendered as asked: INT8 layers run in bf16" in said["error"]
+    assert "--strict, and not every row can be rendered as asked: INT8 weights are computed with in" in said["error"]
     assert not (tmp_path / "out").exists()
     code, said, _ = render(capsys, path, tmp_path / "out", "demo", "--strict")
     assert code == 3 and said["done"] == 1

@@ -129,7 +129,7 @@ def test_a_clip_can_be_stopped_again_and_again(name, denoisers, tmp_path):
     assert latents(store, [embedding]) == latents(straight, [embedding])
 
 
-@pytest.mark.parametrize("name", ["two-experts", "rcm"])
+@pytest.mark.parametrize("name", ["apg", "apg-in-pairs", "two-experts", "rcm"])
 def test_clips_of_a_batch_are_continued_in_any_other_batch(name, denoisers, tmp_path):
     denoiser = denoisers(name)
     embeddings = [embedding_for(denoiser, seed) for seed in range(4)]
@@ -144,23 +144,6 @@ def test_clips_of_a_batch_are_continued_in_any_other_batch(name, denoisers, tmp_
     shelved = keep_of(denoiser, store)([embeddings[3], embeddings[0], embeddings[2]])
     assert [value.request.seed for value in shelved] == [3, 0, 2]
     assert latents(store, embeddings) == latents(straight, embeddings) and folders(store) == {LATENTS}
-
-
-def test_clips_that_are_computed_together_are_continued_together_or_apart(denoisers, tmp_path):
-    """Linum's batch is one tensor: the same batch gives the same bytes, another one differs in the last bits."""
-    denoiser = denoisers("apg")
-    embeddings = [embedding_for(denoiser, seed) for seed in range(2)]
-    straight, store, apart = (open_store(str(tmp_path / name)) for name in ("straight", "out", "apart"))
-    keep_of(denoiser, straight)(embeddings)
-    for each in (store, apart):
-        with pytest.raises(Halted):
-            keep_of(denoiser, each, halt_at=2)(embeddings)
-    keep_of(denoiser, store)(embeddings)
-    assert latents(store, embeddings) == latents(straight, embeddings)
-    for embedding in reversed(embeddings):
-        keep_of(denoiser, apart)([embedding])
-    for got, want in zip(latents(apart, embeddings), latents(straight, embeddings), strict=True):
-        torch.testing.assert_close(checkpoint.unpack(got)[0]["stream.0"], checkpoint.unpack(want)[0]["stream.0"])
 
 
 def other_course(data, store, denoiser):
