@@ -64,7 +64,10 @@ class ClipWriter:
     """Encodes frames to a temporary file and publishes it by one conditional create; holds nothing between clips."""
 
     def __init__(self, store: ClipStore, audio_rate: int = 48_000):
+        """Raises av.codec.codec.UnknownCodecError where this PyAV cannot write such a clip."""
         self.store, self.audio_rate = store, audio_rate
+        for name in ("libx264", "aac"):
+            av.codec.Codec(name, "w")
 
     def __call__(self, batch: list[Frames]) -> list[Clip]:
         return [self.publish(frames) for frames in batch]

@@ -5,6 +5,7 @@ The memory has no name (memfd_create): only who is handed its descriptor can ope
 process that has it ends, however that ends. A value whose receiver was killed is made again from what is stored.
 """
 
+import errno
 import io
 import mmap
 import os
@@ -19,6 +20,7 @@ from torch import Tensor
 
 LEAST_BYTES = 2**16                                     # of a tensor; smaller ones go with the rest
 MOST_TENSORS = 64                                       # of one value
+FULL = {errno.ENOMEM, errno.ENOBUFS, errno.EMFILE, errno.ENFILE, errno.ETOOMANYREFS}
 HEAD = struct.Struct("<QI")                             # bytes of the rest, tensors
 
 
@@ -37,6 +39,8 @@ def send(connection: socket.socket, value: Any) -> None:
             socket.send_fds(connection, [HEAD.pack(len(data), len(files))], files)
             connection.sendall(data)
         except OSError as error:
+            if error.errno in FULL:
+                raise
             raise Closed(str(error)) from error
     finally:
         for file in files:
@@ -44,12 +48,15 @@ def send(connection: socket.socket, value: Any) -> None:
 
 
 def receive(connection: socket.socket) -> Any:
-    """Raises Closed; TimeoutError where the connection has a limit."""
+    """Raises Closed; TimeoutError where the connection has a limit; OSError or MemoryError where there is no room for
+    the value, after which nothing more can be received.
+    """
+    files: list[int] = []
     try:
         head, files, _, _ = socket.recv_fds(connection, HEAD.size, MOST_TENSORS)
         while 0 < len(head) < HEAD.size:
             head += connection.recv(HEAD.size - len(head)) or fail()
-        length, _ = HEAD.unpack(head or fail())
+        length, sent = HEAD.unpack(head or fail())
         data, at = memoryview(bytearray(length)), 0
         while at < length:
             at += connection.recv_into(data[at:]) or fail()
@@ -58,6 +65,8 @@ def receive(connection: socket.socket) -> Any:
     except OSError as error:
         raise Closed(str(error)) from error
     try:
+        if len(files) < sent:                           # the system drops what this process has no descriptor for
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         return Opener(io.BytesIO(data), files).load()
     finally:
         for file in files:

@@ -13,6 +13,7 @@ import ipaddress
 import logging
 import math
 import os
+import re
 import signal
 import socket
 import sys
@@ -36,14 +37,17 @@ from actors.messages import Failure, Request
 from pipeline.budget import Budget
 from pipeline.crew import Alive, Answer, Broken, Call, Copy, Done, Hello
 from pipeline.driver import ClusterError, Driver, Progress, Stop
+from pipeline.faults import WorkerUnfit, machine_fault, store_trouble
 from pipeline.placement import Node
 from pipeline.pool import Pool
-from pipeline.stages import Outcome, Stage, Worker, WorkerUnfit, readdress
+from pipeline.stages import Outcome, Stage, Worker, readdress
 from pipeline.store import PATIENCE, NotFound, StoreError
 
 __all__ = ["ClusterError", "Progress", "Stop", "connect", "nodes", "run"]
 
 BESIDE_S = 5.0                      # within which a process answers beside its work
+MAKING_IT = "error raised in its creation task"         # Ray's words for an actor that could not be made
+TERMINAL = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")         # colours, which Ray puts into its errors
 OBJECT_STORE_BYTES = 512 * 2**20    # of a local cluster; what does not fit goes to its disk
 
 
@@ -197,7 +201,15 @@ class Process:
     def hello(self) -> tuple[str, ...]:
         return tuple(ray.get_runtime_context().get_accelerator_ids().get("GPU", ()))
 
-    def load(self, stage: Stage, name: str) -> None:
+    def load(self, stage: Stage, name: str) -> Broken | None:
+        """What kept it from being made, if something did."""
+        try:
+            self.make(stage, name)
+        except Exception as error:
+            return load_failed(error)
+        return None
+
+    def make(self, stage: Stage, name: str) -> None:
         name, steps, pool = f"{name}@{socket.gethostname()}", stage.steps, None
         if not stage.processes:
             steps += stage.then
@@ -255,15 +267,30 @@ class Process:
             answer = Broken(how="store", reason=str(error))
         except NotFound as error:
             answer = Broken(how="input", reason=str(error))
-        except WorkerUnfit as error:
-            answer = Broken(how="node", reason=str(error))
         except Halted as error:
             answer = Broken(how="node" if self.leaving else "cancelled", reason=f"told to end: {error}")
+        except Exception as error:                      # the worker's own, or of what is around it
+            if (unfit := machine_fault(error)) is None:
+                raise
+            answer = broken_by(unfit)
         finally:
             del self.at_work[serial]
             self.stopped.discard(serial)
             self.recalled.discard(serial)
         return answer if last else [answer, *made]
+
+
+def broken_by(unfit: WorkerUnfit) -> Broken:
+    return Broken(how="unfit", reason=str(unfit), sure=unfit.sure, lasting=unfit.lasting and unfit.sure)
+
+
+def load_failed(error: Exception) -> Broken:
+    """Steps that cannot be made on this machine, in the error's own words."""
+    if trouble := store_trouble(error):
+        return Broken(how="load", reason=str(trouble))
+    if unfit := machine_fault(error):
+        return Broken(how="unfit", reason=str(unfit), lasting=unfit.lasting)
+    return Broken(how="load", reason=f"{type(error).__name__}: {error}")
 
 
 class RayCrew:
@@ -352,11 +379,19 @@ class RayCrew:
         except rex.ActorUnavailableError as error:
             return Broken(how="node", reason=one_line(error))
         except rex.ActorDiedError as error:
+            if MAKING_IT in str(error):                 # its modules cannot be imported there, or the like
+                return Broken(how="load", reason=last_line(error))
             return Broken(how="node" if self.machine_lost(call.copy, error) else "died", reason=one_line(error))
         except (rex.ActorUnschedulableError, rex.TaskUnschedulableError, rex.NodeDiedError) as error:
             return Broken(how="node", reason=one_line(error))
-        except rex.OutOfMemoryError as error:
-            return Broken(how="died", reason=one_line(error))
+        except rex.OutOfMemoryError:
+            return Broken(how="unfit", sure=False, reason="its machine has run out of memory, and Ray's memory monitor "
+                          "ended it. Free memory there, or let fewer processes share it (--samplers)")
+        except (rex.OutOfDiskError, rex.ObjectStoreFullError) as error:
+            return Broken(how="unfit", reason=f"{last_line(error)} Free some of the disk of Ray's temporary folder there "
+                          "(RAY_TMPDIR, TMPDIR or /tmp)")
+        except rex.RuntimeEnvSetupError as error:
+            return Broken(how="load", reason=last_line(error))
         except rex.TaskCancelledError:
             return Broken(how="cancelled", reason="it had not begun")
         except rex.ObjectLostError:
@@ -364,19 +399,28 @@ class RayCrew:
         except rex.RayTaskError as error:
             if isinstance(error.cause, rex.ObjectLostError):
                 return Broken(how="input", reason="Ray has lost the object")
-            if call.kind == "load":
-                return Broken(how="load", reason=f"{type(error.cause).__name__}: {error.cause}")
-            raise
+            if call.kind != "work":                     # what it was to be made of cannot be read there
+                return Broken(how="load", reason=last_line(error))
+            unfit = machine_fault(error.cause)
+            if unfit is None:
+                raise
+            return broken_by(unfit)
         if call.kind == "hello":
             return Hello(devices=answer)
-        return answer if call.kind == "work" else Alive()
+        return answer if call.kind == "work" or answer is not None else Alive()
 
     def machine_lost(self, copy: Copy, error: rex.ActorDiedError) -> bool:
         return error.preempted or "node has died" in str(error) or copy.post.node not in {node.id for node in nodes()}
 
 
+def last_line(error: BaseException) -> str:
+    """Of Ray's page with another process's traceback: what that said in the end, as a terminal may show it."""
+    lines = [line.strip() for line in TERMINAL.sub("", str(error)).splitlines()]
+    return next((line for line in reversed(lines) if line), type(error).__name__)[:500]
+
+
 def one_line(error: BaseException) -> str:
     """The cause, of Ray's page-long messages: without the list of ids, and without what else it might have been."""
     lines = [line for line in str(error).splitlines() if not line.startswith("\t")]
-    said = " ".join(" ".join(lines).removeprefix(rex.ActorDiedError.BASE_ERROR_MSG).split())
+    said = " ".join(TERMINAL.sub("", " ".join(lines)).removeprefix(rex.ActorDiedError.BASE_ERROR_MSG).split())
     return said.partition(" Some common causes")[0][:300]

@@ -51,7 +51,10 @@ class Copy:
     post: Post
     state: str = "planned"              # planned, starting, loading, ready, leaving, ended
     calls: "deque[Call]" = field(default_factory=deque)
+    started: float = 0.0
     since: float = 0.0                  # when it was started, or its last call ended
+    rests_until: float = 0.0            # it gets nothing before: the store gave it trouble
+    store_trouble: int = 0              # of the store in succession, seconds apart
     buckets: set[str] = field(default_factory=set)      # of clips that it has made from the start
     failed: set[str] = field(default_factory=set)       # clips that failed here since it last made one
     blamed: set[str] = field(default_factory=set)       # clips that failed here and were made elsewhere
@@ -94,12 +97,15 @@ class Broken:
     """The call gave nothing.
 
     died: the process ended.  hung: it took too long, and was ended.  node: its machine was lost or cannot be reached.
-    load: its steps could not be made.  input: a value from an earlier stage is gone.  store: the store cannot be used.
+    unfit: its machine failed it: no disk, memory, GPU, library.  load: its steps could not be made.
+    input: a value from an earlier stage is gone.  store: the store cannot be used.
     cancelled: it had not begun, or stopped where it can be continued.
     """
 
     how: str
     reason: str
+    sure: bool = True                   # of unfit: it cannot have been what a single value asked for
+    lasting: bool = False               # of unfit: no other process on that machine would fare better, as after load
 
 
 Answer = Hello | Alive | Done | Broken

@@ -4,7 +4,9 @@ It knows no Ray: a `Crew` starts processes, hands them calls and brings back ans
 It holds a window of rows, never the whole night, so its memory is bounded.
 
 A row is charged an attempt for an exception of its own, for the death of a process that was working on it, and for
-taking too long. One that only waited there, or whose machine was lost, goes back to its line free of charge.
+taking too long. One that only waited there, or whose machine was lost, goes back to its line free of charge. So does
+one whose machine failed it (faults.py): that ends the process, and the row is tried on another machine, where there is
+one (fitness.py).
 
     attempt 1   as planned
     attempt 2   on another copy, where there is one
@@ -24,6 +26,7 @@ from actors.messages import Clip, Failure, Request
 from pipeline import placement
 from pipeline.budget import Budget
 from pipeline.crew import Answer, Broken, Call, Copy, Crew, Done, Hello, Row
+from pipeline.fitness import Fitness
 from pipeline.lines import Line, Lines
 from pipeline.placement import Node
 from pipeline.stages import Outcome, Stage, outcome
@@ -35,14 +38,17 @@ SHUN_S = 10.0               # a machine that was lost gets nothing, though the c
 IDLE_S = 2.0                # after which a process is asked whether it lives before it gets a row
 ANSWER_S = 1.0              # within which the answer to a call that is done has arrived
 PATIENCE_S = 600.0          # nothing runs and nothing can be started: then the run ends
-MOST_LOSSES = 10            # of machines under one row, before the row is suspected after all
+MOST_LOSSES = 10            # of machines under one row, before the row is suspected after all; so many times, too,
+                            # the memory of machines that made other rows before
 MOST_FAILED = 3             # different rows of one copy, in succession or blamed on it: then it is replaced
 FIRST_STREAK = 12           # different rows that fail in one stage, or six for each copy, before it made anything: and
 LONGEST_STREAK = 1000       # afterwards, in succession, since a whole bucket may be too large; then the run ends
 LEAST_LIMIT_S = 120.0       # a row may always take so long in a stage, not counting what it waits for the store,
 LIMIT = 10                  # and so many times as long as others of its kind
 MOST_DEAD_STARTS = 3        # and one for each copy, of a stage that has none alive; then the run ends
-MOST_STORE_TROUBLE = 5      # answers in a row, and one for each copy, that the store is unusable; then the run ends
+MOST_STORE_TROUBLE = 5      # answers of every copy in succession that the store is unusable; then the run ends
+MOVES_AFTER = 3             # such answers of one copy in succession: then it is started on another machine
+RESTS_S, LONGEST_REST_S = 0.5, 5.0      # after such an answer, longer each time: credentials may be renewed meanwhile
 SAFE_NOTE = "made in attempt {}, in the safe profile: alone, in a quarter of the memory"
 
 
@@ -103,6 +109,7 @@ class Driver:
         self.lost_inputs = 0                            # since the last Progress
         self.nodes: list[Node] = []
         self.shunned_until: dict[str, float] = {}       # by node
+        self.fitness = Fitness()
         self.serials = count(1)
         self.names = count(1)
         self.look_at = self.tell_at = self.count_at = -math.inf
@@ -227,6 +234,8 @@ class Driver:
             for copy in ready:
                 if len(copy.calls) >= depth or copy.calls and any(row.shares_none for row in copy.calls[-1].rows):
                     continue
+                if copy.rests_until > self.crew.now():
+                    continue
                 while (rows := line.take(copy)) and not (last and line.index) and not self.fits(line, copy, rows):
                     self.budget.left_out += len(rows)
                     for row in rows:
@@ -271,8 +280,8 @@ class Driver:
         if call not in copy.calls:                      # its copy has ended meanwhile
             return
         line = self.lines[copy.place]
-        if isinstance(answer, Broken) and answer.how in ("died", "hung", "node", "load"):
-            self.died(copy, answer)
+        if isinstance(answer, Broken) and answer.how in ("died", "hung", "node", "load", "unfit"):
+            self.died(copy, answer, call)
             return
         was_first = call is copy.calls[0]
         copy.calls.remove(call)
@@ -298,7 +307,7 @@ class Driver:
     def made(self, line: Line, copy: Copy, call: Call, answer: Done) -> None:
         spent = sum(answer.report.seconds.values())
         pace_s = spent if answer.report.pace_s is None else answer.report.pace_s
-        line.store_trouble = 0
+        copy.store_trouble = 0
         bucket, whole = call.rows[0].request.bucket, not answer.report.partly
         if whole:
             line.seconds = spent if line.seconds is None else 0.9 * line.seconds + 0.1 * spent
@@ -315,6 +324,7 @@ class Driver:
             if whole:
                 copy.buckets.add(bucket)
             copy.failed.clear()
+            self.fitness.made(copy)
             self.end_streak(line)
             if row.avoid not in (None, copy):
                 row.avoid.blamed.add(row.request.clip_id)
@@ -331,10 +341,6 @@ class Driver:
             self.fence(copy)
 
     def gave_nothing(self, line: Line, copy: Copy, call: Call, answer: Broken) -> None:
-        if answer.how == "store":
-            line.store_trouble += 1
-            if line.store_trouble > MOST_STORE_TROUBLE + len(line.copies):
-                raise StoreError(answer.reason)
         for row in reversed(call.rows):
             if answer.how == "input":
                 self.lost_inputs += 1
@@ -342,6 +348,21 @@ class Driver:
                     self.lines.restart(row)
             else:
                 line.queue.appendleft(row)
+        if answer.how == "store":
+            self.no_store(line, copy, answer)
+
+    def no_store(self, line: Line, copy: Copy, answer: Broken) -> None:
+        """The run ends where no copy has the store; where others may have it, this one is started elsewhere."""
+        now = self.crew.now()
+        if now < copy.rests_until:                      # another call met the same trouble
+            return
+        copy.store_trouble += 1
+        copy.rests_until = now + min(LONGEST_REST_S, RESTS_S * 2.0 ** (copy.store_trouble - 1))
+        elsewhere = [node for node in self.fitness.left(line.stage, self.nodes) if node.id != copy.post.node]
+        if copy.store_trouble >= MOVES_AFTER and elsewhere:
+            self.died(copy, replace(answer, how="unfit"))
+        elif all(other.store_trouble >= MOST_STORE_TROUBLE for other in line.copies):
+            raise StoreError(answer.reason)
 
     def charge(self, row: Row, failure: Failure, copy: Copy) -> None:
         """An attempt is used up: again, elsewhere if there is another copy, or never again."""
@@ -389,32 +410,58 @@ class Driver:
 
     # Processes.
 
-    def died(self, copy: Copy, answer: Broken) -> None:
-        """A process is gone, and its first call pays. If another may have done it, all are suspects and none pays."""
-        line, calls, state = self.lines[copy.place], list(copy.calls), copy.state
+    def died(self, copy: Copy, answer: Broken, call: Call | None = None) -> None:
+        """A process is gone, and its first call pays. If another may have done it, all are suspects and none pays.
+
+        call: that has met what is wrong with the machine.
+        """
+        line, calls, state, now = self.lines[copy.place], list(copy.calls), copy.state, self.crew.now()
         if answer.how == "node":
-            self.shunned_until[copy.post.node] = self.crew.now() + SHUN_S
-        at_work_s = self.crew.now() - calls[0].began if calls else 0.0
+            self.shunned_until[copy.post.node] = now + SHUN_S
+        at_work_s = now - calls[0].began if calls else 0.0
         self.end(copy)
-        what = {"died": "it died", "hung": "ended", "node": "its machine was lost", "load": "it could not start", "gpu": "replaced"}
-        self.note(f"{copy.name}: {what[answer.how]}: {answer.reason}")
+        self.note(f"{copy.name}: {what_became_of(copy, answer)}: {answer.reason}")
         certain = len(calls) == 1 or line.stage.concurrency == 1 and at_work_s > ANSWER_S
-        for place, call in reversed(list(enumerate(calls))):
-            for row in reversed(call.rows):
+        for place, each in reversed(list(enumerate(calls))):
+            for row in reversed(each.rows):
                 line.in_flight -= 1
                 if answer.how in ("died", "hung"):
                     row.alone = row.alone or place == 0 or not certain
-                if place == 0 and answer.how in ("died", "hung") and certain:
+                if each is call and answer.how == "unfit":
+                    self.failed_by_machine(row, line, copy, answer)
+                elif place == 0 and answer.how in ("died", "hung") and certain:
                     self.charge(row, worker_died(row, line, answer, copy), copy)
                 elif place or answer.how not in ("died", "node") or self.lost(row, line, answer.reason):
                     line.queue.appendleft(row)
-        if state in ("starting", "loading") and answer.how != "node":
+        if answer.how in ("unfit", "load"):
+            self.unfit(line, copy, answer, "start" if state in ("starting", "loading") else "work on any machine")
+        elif state in ("starting", "loading") and answer.how != "node":
             self.start_failed(line, answer)
 
+    def failed_by_machine(self, row: Row, line: Line, copy: Copy, answer: Broken) -> None:
+        """Back to its line, behind the others, which show whether they can be made there. Free of charge, unless it is
+        a matter of memory, and machines that made others had none for it again and again."""
+        if not answer.sure:
+            row.alone = True
+            if copy.buckets and not self.lost(row, line, answer.reason):
+                return
+        line.queue.append(row)
+
+    def unfit(self, line: Line, copy: Copy, answer: Broken, what: str) -> None:
+        """Leave that machine alone for a while. The run ends where none is left for the stage."""
+        self.fitness.failed(copy, answer, self.crew.now())
+        fitting = [node for node in self.nodes if placement.can_hold(node, line.stage)]
+        if any(other.state != "leaving" for other in line.copies) or not fitting:
+            return
+        if not self.fitness.left(line.stage, fitting):
+            told = self.fitness.told(line.stage.name, fitting).rstrip(".")
+            raise ClusterError(f"stage {line.stage.name} cannot {what}: {told}. No clip is charged for it; then run "
+                               "the same command again")
+
     def start_failed(self, line: Line, answer: Broken) -> None:
-        """If another copy lives, try again later. If none does, the run ends: at once where steps cannot be made."""
+        """If another copy lives, try again later. If none does, the run ends after a few tries."""
         line.failed_starts += 1
-        if not line.ready and (answer.how == "load" or line.failed_starts >= MOST_DEAD_STARTS + len(line.copies)):
+        if not line.ready and line.failed_starts >= MOST_DEAD_STARTS + len(line.copies):
             raise ClusterError(f"stage {line.stage.name} cannot start: {answer.reason}")
         line.not_before = self.crew.now() + min(600.0, 0.25 * 2.0 ** line.failed_starts)
 
@@ -460,7 +507,8 @@ class Driver:
     def someone_gains(self, line: Line) -> bool:
         posts = [copy.post for other in self.lines if other is not line for copy in other.copies]
         return bool(placement.hires(self.stages, self.usable(), posts,
-                                    limits=self.limits() | {line.stage.name: 0}, seconds=self.seconds()))
+                                    limits=self.limits() | {line.stage.name: 0}, seconds=self.seconds(),
+                                    barred=self.fitness.barred(self.crew.now())))
 
     def limits(self) -> dict[str, int]:
         """The most copies of each stage that would have work."""
@@ -529,7 +577,8 @@ class Driver:
 
     def place(self) -> None:
         for post in placement.hires(self.stages, self.usable(), [copy.post for copy in self.copies()],
-                                    limits=self.limits(), seconds=self.seconds()):
+                                    limits=self.limits(), seconds=self.seconds(),
+                                    barred=self.fitness.barred(self.crew.now())):
             line = next(line for line in self.lines if line.stage.name == post.stage)
             name = f"{post.stage}-{next(self.names)}"
             line.copies.append(Copy(name=name, stage=line.stage, place=line.index, post=post))
@@ -546,10 +595,12 @@ class Driver:
         staying = [copy for copy in self.copies() if copy.state != "leaving"]
         staying.sort(key=lambda copy: copy.state == "ready")
         posts = [copy.post for copy in staying]
-        if placement.Room(self.usable(), posts).node_for(line.stage) is not None:
+        barred = self.fitness.barred(self.crew.now())
+        nodes = [node for node in self.usable() if (line.stage.name, node.id) not in barred]
+        if placement.Room(nodes, posts).node_for(line.stage) is not None:
             return                                      # it has: who leaves is on the way
         keep = [] if line is first else [other.copies[-1].post for other in self.lines if other.copies and other.rows]
-        leaving = placement.make_room(line.stage, self.usable(), posts, keep)
+        leaving = placement.make_room(line.stage, nodes, posts, keep)
         for copy in staying:
             if any(copy.post is post for post in leaving):
                 self.note(f"{copy.name}: makes room for {line.stage.name}")
@@ -564,6 +615,7 @@ class Driver:
         for copy in self.copies():
             if copy.state == "planned" and (not copy.post.gpus or copy.post.gpus >= largest[copy.post.node]):
                 copy.state, copy.since = "starting", self.crew.now()
+                copy.started = copy.since
                 self.crew.start(copy)
                 self.call(copy, "hello")
                 self.call(copy, "load")
@@ -608,6 +660,11 @@ class Driver:
         ready = len(line.ready)
         return StageProgress(name=line.stage.name, copies=ready, starting=len(line.copies) - ready, done=line.done,
                              queued=len(line.queue) + line.sharing, in_flight=line.in_flight, seconds=line.seconds)
+
+
+def what_became_of(copy: Copy, answer: Broken) -> str:
+    return {"died": "it died", "hung": "ended", "node": "its machine was lost", "load": "it could not start",
+            "gpu": "replaced", "unfit": "ended, since its machine cannot do its work now"}[answer.how]
 
 
 def worker_died(row: Row, line: Line, answer: Broken, copy: Copy) -> Failure:

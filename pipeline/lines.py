@@ -34,7 +34,7 @@ class Line:
         self.copies: list[Copy] = []
         self.open = True                    # False: it gave its resources back
         self.done = self.in_flight = 0
-        self.failed_starts = self.store_trouble = 0         # with no success since
+        self.failed_starts = 0              # with no success since
         self.not_before = 0.0
         self.seconds: float | None = None   # of work on a value
         self.pace_s: float | None = None    # after which a copy takes the next

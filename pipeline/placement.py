@@ -11,7 +11,7 @@ the time there is (`most_per_s`).
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -55,7 +55,9 @@ class NoRoom(ValueError):
 class Room:
     """What is free: per node its cores, and each GPU by itself, because a share cannot be put together from two."""
 
-    def __init__(self, nodes: Sequence[Node], posts: Sequence[Post]):
+    def __init__(self, nodes: Sequence[Node], posts: Sequence[Post], barred: Collection[tuple[str, str]] = ()):
+        """barred: stage and node of each pair of which there is to be no copy."""
+        self.barred = barred
         self.nodes = {node.id: node for node in nodes}
         self.cpus = {node.id: node.cpus + SPARE_CPUS if node.cpus else 0.0 for node in nodes}
         self.gpus = {node.id: [1.0] * int(node.gpus) for node in nodes}
@@ -93,11 +95,16 @@ class Room:
     def node_for(self, stage: Stage) -> str | None:
         """The node where a copy fits and leaves the fewest GPUs free; None where it fits nowhere."""
         fitting = [node for node in self.nodes if self.nodes[node].cpus and self.cpus[node] >= stage.cpus - EPSILON
-                   and self.places(node, stage.gpus, stage.name) is not None]
+                   and (stage.name, node) not in self.barred and self.places(node, stage.gpus, stage.name) is not None]
         return min(fitting, key=lambda node: (sum(self.gpus[node]), -self.cpus[node]), default=None)
 
     def post(self, stage: Stage, node: str) -> Post:
         return Post(stage=stage.name, node=node, gpus=stage.gpus, cpus=stage.cpus)
+
+
+def can_hold(node: Node, stage: Stage) -> bool:
+    """Whether a copy of the stage fits on the node if it has nothing else to do."""
+    return Room([node], []).node_for(stage) is not None
 
 
 def check(stages: Sequence[Stage], nodes: Sequence[Node]) -> None:
@@ -116,9 +123,10 @@ def check(stages: Sequence[Stage], nodes: Sequence[Node]) -> None:
 
 
 def hires(stages: Sequence[Stage], nodes: Sequence[Node], posts: Sequence[Post], *, limits: Mapping[str, int],
-          seconds: Mapping[str, float]) -> list[Post]:
+          seconds: Mapping[str, float], barred: Collection[tuple[str, str]] = ()) -> list[Post]:
     """The copies to start now, in order.
 
+    barred: as Room takes it.
     limits: the most copies of a stage that have work; 0 for a stage that gave its resources back.
     seconds: after which a copy takes the next value, for the stages that have been measured.
     First one copy of each stage (`Stage.copies` of them where that is set), those that give back before all others,
@@ -126,7 +134,7 @@ def hires(stages: Sequence[Stage], nodes: Sequence[Node], posts: Sequence[Post],
     it fits nowhere. At last, of the stages that share GPUs and have been measured, one beside every copy of another: a
     GPU whose sampler has a decoder beside it is never idle.
     """
-    room = Room(nodes, posts)
+    room = Room(nodes, posts, barred)
     count = {stage.name: sum(post.stage == stage.name for post in posts) for stage in stages}
     new: list[Post] = []
 

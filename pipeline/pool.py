@@ -27,7 +27,8 @@ from typing import Any
 
 from actors import handover
 from actors.messages import Failure, Request
-from pipeline.stages import Report, Step, Worker, WorkerUnfit, request_of
+from pipeline.faults import WorkerUnfit, machine_fault
+from pipeline.stages import Report, Step, Worker, request_of
 from pipeline.store import PATIENCE
 
 FRAMES_BYTES = 2 * 2**30                # of clips between their decoding and their answer; one clip may be larger
@@ -101,8 +102,8 @@ class Pool:
         except handover.Closed:
             answer = f"its process ended at work: {ended(child.end())}"
             child = self.replace(child)
-        except OSError as error:                        # no memory, no descriptor: the worker's, and not the clip's
-            raise WorkerUnfit(f"frames of stage {self.stage} could not be handed over: {error}") from error
+        except (OSError, MemoryError) as error:         # no memory, no descriptor: the worker's, and not the clip's
+            raise unfit(f"frames of stage {self.stage} could not be handed over", error) from error
         finally:
             self.free.put(child)
         if isinstance(answer, BaseException):
@@ -121,8 +122,8 @@ class Pool:
             replacement = Child(self)
             self.children[self.children.index(child)] = replacement
             replacement.wait_until_ready()
-        except (OSError, ChildFailed) as error:
-            raise WorkerUnfit(f"a process of stage {self.stage} ended, and no other could start: {error}") from error
+        except Exception as error:                      # steps that were made before cannot be made now
+            raise unfit(f"a process of stage {self.stage} ended, and no other could start", error) from error
         return replacement
 
     def close(self) -> None:
@@ -171,6 +172,11 @@ class Child:
         return self.process.wait()
 
 
+def unfit(what: str, error: Exception) -> WorkerUnfit:
+    found = machine_fault(error)
+    return WorkerUnfit(f"{what}: {found or error}", lasting=found is not None and found.lasting)
+
+
 class StoreWaits:
     """A child's word that it waits for the store; `seconds` in all."""
 
@@ -211,7 +217,13 @@ def serve(descriptor: int) -> None:
             tell(portable(error))
             return
         while True:
-            value, safe = handover.receive(connection)
+            try:
+                value, safe = handover.receive(connection)
+            except (OSError, MemoryError) as error:
+                if isinstance(error, handover.Closed):
+                    return
+                tell(portable(error))                   # no room for it; where the next begins is not known
+                return
             try:
                 answer = worker([value], safe)
             except Exception as error:
@@ -234,7 +246,10 @@ def watch(connection: socket.socket, speaks: threading.Lock) -> None:
 
 
 def portable(error: Exception) -> Exception:
-    """The error itself where it can travel; what it says where it cannot."""
+    """The error itself where it can travel; what it says where it cannot. What is wrong with the machine is found here,
+    since what it was raised from does not travel.
+    """
+    error = machine_fault(error) or error
     try:
         if type(pickle.loads(pickle.dumps(error))) is type(error):
             return error

@@ -4,7 +4,6 @@
 """
 
 import hashlib
-import re
 import resource
 import sys
 import threading
@@ -18,6 +17,7 @@ from typing import Any, Protocol
 
 from actors.device_lock import DeviceLock, Halted
 from actors.messages import Clip, Failure, Request
+from pipeline.faults import WorkerUnfit, lost_context, machine_fault, store_trouble
 from pipeline.store import NotFound, StoreError
 
 
@@ -110,14 +110,10 @@ class WorksOn(Protocol):
     def __call__(self, values: list, safe: bool) -> tuple[list, Report]: ...
 
 
-class WorkerUnfit(RuntimeError):
-    """What a worker stands on is gone: no memory, no processes. No value is to blame; none would fare better."""
-
-
 class Worker:
     """One copy of a stage. Making it loads; calling it never raises for a value's sake.
 
-    StoreError and NotFound pass through: an unusable store or a lost input is not the value's fault. So does Halted.
+    What is not the value's fault passes through: StoreError, NotFound (a lost input), Halted, WorkerUnfit.
     Threads may call it side by side: steps that compute on its device take `lock` meanwhile.
     """
 
@@ -222,9 +218,14 @@ class Worker:
                 raise ValueError(f"{type(step).__name__} must return a value for each that it gets; "
                                  f"it got {len(values)} and returned {len(made)}")
             return list(made)
-        except (StoreError, NotFound, Halted):
+        except (StoreError, NotFound, Halted, WorkerUnfit):
             raise
         except Exception as error:
+            if trouble := store_trouble(error):
+                raise trouble from None
+            unfit = self.unfit(error)
+            if unfit and (unfit.sure or len(values) == 1):
+                raise unfit from error
             if type(error).__name__ == "OutOfMemoryError" and self.gpu:
                 self.torch.cuda.empty_cache()
             elif lost_context(error):
@@ -234,43 +235,16 @@ class Worker:
             return [Failure(request=request_of(values[0]), stage=self.stage, error_type=type(error).__name__,
                             error=str(error), stack=digest_of(error), about_row=getattr(error, "about_row", False))]
 
+    def unfit(self, error: Exception) -> WorkerUnfit | None:
+        """What is wrong with the machine or this process, if it is that and not the value."""
+        if self.broken and lost_context(error):         # under another thread's value
+            return WorkerUnfit("its GPU's context is lost", sure=False)
+        return machine_fault(error)
+
     def peak_memory(self) -> int:
         if self.gpu:
             return self.mine.peak or self.torch.cuda.max_memory_allocated(self.gpu)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-# Who words it: torch, the driver through torch, Triton, cuDNN, cuBLAS and its siblings, NCCL, the kernel's log, NVML;
-# then CUDA's own words, which any library may pass on, and the names of its errors.
-LOST = re.compile(r"""
-    CUDA[ ]error | CUDA[ ]driver[ ]error | Triton[ ]Error[ ]\[CUDA] | cuDNN[ ]error | CUDNN_STATUS_ | cuBLAS
-    | (?:cuFFT|cuSOLVER|cuRAND|cuSPARSE)[ ]error | NCCL[ ]error | unhandled[ ]cuda[ ]error | nccl\w+Error
-    | \bXid\b | fallen[ ]off[ ]the[ ]bus | GPU[ ]is[ ]lost
-    | illegal[ ](?:memory[ ]access|instruction) | misaligned[ ]address | device-side[ ]assert
-    | unspecified[ ]launch[ ]failure | launch[ ]timed[ ]out | hardware[ ]stack[ ]error | invalid[ ]program[ ]counter
-    | uncorrectable[ ](?:ECC|NVLink)[ ]error | driver[ ]shutting[ ]down | context[ ]is[ ]destroyed
-    | cudaError\w+ | CUDA_ERROR_\w+""", re.I | re.X)
-
-# The same libraries in an error after which the device goes on: no memory, no room for one kernel, arguments that are
-# refused before anything runs.
-GOES_ON = re.compile(r"""
-    out[ ]of[ ]memory | out[ ]of[ ]resource | too[ ]many[ ]resources | _STATUS_(?:ALLOC_FAILED|NOT_SUPPORTED|BAD_PARAM)
-    | _STATUS_INVALID_VALUE | invalid[ ](?:configuration[ ])?argument | OUT_OF_(?:MEMORY|RESOURCES) | MemoryAllocation
-    | LaunchOutOfResources""", re.I | re.X)
-
-
-def lost_context(error: BaseException | None) -> bool:
-    """Whether this error, or the one that it was raised from, says that the process can no longer use its GPU.
-
-    Only RuntimeErrors do, which is what the libraries raise: other errors may quote a row's text.
-    """
-    while error is not None:
-        said = str(error)
-        if isinstance(error, RuntimeError) and not GOES_ON.search(said):
-            if type(error).__name__ == "AcceleratorError" or LOST.search(said):
-                return True
-        error = error.__cause__
-    return False
 
 
 def digest_of(error: Exception) -> str:

@@ -612,7 +612,7 @@ def test_every_request_ends_once_whatever_breaks(seed):
             crew.machines = full
         if chance.random() >= breaks:
             return None
-        how = chance.choice(["died", "node", *(["input", "store", "cancelled", "failure"] if call.kind == "work" else [])])
+        how = chance.choice(["died", "node", *(["input", "store", "cancelled", "failure", "unfit"] if call.kind == "work" else [])])
         if how == "failure":
             return poisoned({chance.choice(call.rows).request.seed})(call)
         return Broken(how=how, reason="chance")
