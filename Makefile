@@ -24,7 +24,7 @@ test: $(VENV)/.installed-dev            ## set up (the S3 test server too), then
 test-gpu: $(VENV)/.installed-gpu        ## set up with Triton, then test on a CUDA device (without a network: pytest -m gpu)
 	@$(VENV)/bin/python -m pytest -m gpu $(ARGS)
 
-chaos: $(VENV)/.installed-dev           ## nights of kills, bad stores, poison and full disks; ARGS="poison --good 50" for one
+chaos: $(VENV)/.installed-dev           ## nights of kills, bad stores, poison, full disks and losses; ARGS="poison --good 50" for one
 	@$(VENV)/bin/python -m tests.s3.install
 	@$(VENV)/bin/python -m tests.chaos $(ARGS)
 

@@ -24,6 +24,7 @@ from model.private import lock_folder
 
 log = logging.getLogger(__name__)
 
+PID_BYTES = 20
 POLL_S = 0.1                                            # between two looks whether one who waits is told to stop
 
 
@@ -60,6 +61,11 @@ class DeviceLock:
         """By other processes, in all; may be asked by any thread."""
         since = self.kept_since
         return self.kept_s + (time.monotonic() - since if since else 0.0)
+
+    def waits_for(self) -> tuple[str, float] | None:
+        """The process that has the device now, and since when it is waited for, in seconds; any thread may ask."""
+        since = self.kept_since
+        return None if since is None or self.device is None else (holder(self.device), time.monotonic() - since)
 
     def __enter__(self) -> Self:
         """Raises Halted."""
@@ -122,6 +128,8 @@ class DeviceLock:
             fcntl.flock(self.turnstile, fcntl.LOCK_EX)
             fcntl.flock(self.device, fcntl.LOCK_EX)
             fcntl.flock(self.turnstile, fcntl.LOCK_UN)
+            with suppress(OSError):                     # a full disk: then nobody is told who has it
+                os.pwrite(self.device, f"{os.getpid():<{PID_BYTES}}".encode(), 0)
         finally:
             self.kept_s, self.kept_since = self.kept_waiting_s(), None
 
@@ -138,6 +146,16 @@ class DeviceLock:
 
 
 NO_LOCK = DeviceLock()                                  # of an actor that is used alone
+
+
+def holder(device: int) -> str:
+    """Who has, or last had, a device: its number and name.  device: its lock's file."""
+    try:
+        pid = int(os.pread(device, PID_BYTES, 0))
+        name = Path(f"/proc/{pid}/comm").read_text(errors="replace").strip()    # no arguments: they may be secret
+    except (OSError, ValueError):                       # ended, of another container, or nothing was written
+        return "another process"
+    return f"process {pid} ({name})"
 
 
 def lock_files(device: str) -> tuple[int, int] | tuple[None, None]:

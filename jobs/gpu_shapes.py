@@ -116,6 +116,9 @@ class SimulatedGPUs:
     def nodes(self) -> list[Node]:
         return self.machines
 
+    def waits_for(self, copy: Copy) -> None:
+        return None
+
     def kept_waiting_s(self, copy: Copy) -> float:
         return 0.0
 

@@ -245,6 +245,10 @@ class Process:
         now_s, before = self.waited_s(), dict(self.at_work)
         return now_s - before[min(before)] if before else 0.0
 
+    @ray.method(concurrency_group="beside")
+    def waits_for(self) -> tuple[str, float] | None:
+        return self.worker.lock.waits_for() if self.worker else None
+
     def waited_s(self) -> float:
         return PATIENCE.seconds() + (self.worker.kept_waiting_s() if self.worker else 0.0)
 
@@ -345,10 +349,10 @@ class RayCrew:
         ray.cancel(call.handle)                         # what only waits there need not wait for its answer
 
     def kept_waiting_s(self, copy: Copy) -> float:
-        try:
-            return ray.get(copy.handle.kept_waiting_s.remote(), timeout=BESIDE_S)
-        except rex.RayError:                            # it does not answer: it hangs, or is dead
-            return 0.0
+        return beside(copy.handle.kept_waiting_s) or 0.0
+
+    def waits_for(self, copy: Copy) -> tuple[str, float] | None:
+        return beside(copy.handle.waits_for)
 
     def wait(self, timeout_s: float) -> Iterator[tuple[Call, Answer]]:
         if not self.pending:
@@ -411,6 +415,14 @@ class RayCrew:
 
     def machine_lost(self, copy: Copy, error: rex.ActorDiedError) -> bool:
         return error.preempted or "node has died" in str(error) or copy.post.node not in {node.id for node in nodes()}
+
+
+def beside(method: Any) -> Any:
+    """A process's answer beside its work; None where there is none: it hangs, or is dead."""
+    try:
+        return ray.get(method.remote(), timeout=BESIDE_S)
+    except rex.RayError:
+        return None
 
 
 def last_line(error: BaseException) -> str:

@@ -54,6 +54,7 @@ class Copy:
     started: float = 0.0
     since: float = 0.0                  # when it was started, or its last call ended
     rests_until: float = 0.0            # it gets nothing before: the store gave it trouble
+    asked_at: float = 0.0               # whether it waits for another process on its GPU
     store_trouble: int = 0              # of the store in succession, seconds apart
     buckets: set[str] = field(default_factory=set)      # of clips that it has made from the start
     failed: set[str] = field(default_factory=set)       # clips that failed here since it last made one
@@ -123,4 +124,5 @@ class Crew(Protocol):
     def cancel(self, call: Call) -> None: ...            # not begun: it never does; at work: it stops where it can
     def recall(self, call: Call) -> None: ...           # not begun: it never does; at work: it is let finish
     def kept_waiting_s(self, copy: Copy) -> float: ...  # of its first call: by the store, by others on its GPU
+    def waits_for(self, copy: Copy) -> tuple[str, float] | None: ...    # who has its GPU, and for how many seconds
     def wait(self, timeout_s: float) -> Iterable[tuple[Call, Answer]]: ...

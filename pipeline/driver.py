@@ -43,6 +43,9 @@ MOST_LOSSES = 10            # of machines under one row, before the row is suspe
 MOST_FAILED = 3             # different rows of one copy, in succession or blamed on it: then it is replaced
 FIRST_STREAK = 12           # different rows that fail in one stage, or six for each copy, before it made anything: and
 LONGEST_STREAK = 1000       # afterwards, in succession, since a whole bucket may be too large; then the run ends
+ASKS_S = 60.0               # of one call on a GPU: then it is asked whether another process has that
+GPU_HELD_S = 1800.0         # by a process that is not ours, in one piece: steps and clips give it back much sooner
+SAVING_S = 10.0             # in which a run that is told to save may still publish what is sampled
 LEAST_LIMIT_S = 120.0       # a row may always take so long in a stage, not counting what it waits for the store,
 LIMIT = 10                  # and so many times as long as others of its kind
 MOST_DEAD_STARTS = 3        # and one for each copy, of a stage that has none alive; then the run ends
@@ -115,6 +118,7 @@ class Driver:
         self.look_at = self.tell_at = self.count_at = -math.inf
         self.busy_at = crew.now()                       # when something last ran
         self.changed, self.drained = True, False
+        self.saving_since: float | None = None
         self.stopped: set[Call] = set()                 # that were at work, and asked to stop where they can
 
     def outcomes(self) -> Iterator[Outcome]:
@@ -159,7 +163,7 @@ class Driver:
     def finished(self) -> bool:
         if self.draining:
             working = any(call.kind == "work" for line in self.lines for copy in line.copies for call in copy.calls)
-            return not working and not (len(self.lines) > 1 and self.lines[-1].queue)
+            return not working and not (len(self.lines) > 1 and self.lines[-1].queue and self.serves_last())
         return self.lines.held == 0 and self.coming is None
 
     def drain(self) -> None:
@@ -175,6 +179,14 @@ class Driver:
                         self.stopped.add(call)
                         self.crew.cancel(call)
         self.drained = True
+
+    def serves_last(self) -> bool:
+        """Whether the last stage may begin something. Who tells a run to save does not wait long, and a finished latent
+        is safe: a decoder that is only starting would be given hundreds."""
+        if not self.stop.saving:
+            return True
+        self.saving_since = self.crew.now() if self.saving_since is None else self.saving_since
+        return self.crew.now() - self.saving_since < SAVING_S
 
     def timeout_s(self) -> float:
         return max(0.0, min(0.5, self.look_at - self.crew.now()))
@@ -223,7 +235,7 @@ class Driver:
     def dispatch(self, line: Line) -> None:
         """As many calls in each copy as keep it busy, unless so few rows are left that another would idle."""
         last = line.index == len(self.lines) - 1
-        if not line.queue or self.draining and not (last and line.index):
+        if not line.queue or self.draining and not (last and line.index and self.serves_last()):
             return
         if not last and line.stage.window is None and not self.lines.has_room(self.lines[line.index + 1]):
             return
@@ -563,6 +575,19 @@ class Driver:
             at_work_s, limit_s = now - head.began, self.limit_s(head)
             if at_work_s > limit_s and at_work_s - self.crew.kept_waiting_s(copy) > limit_s:
                 return Broken(how="hung", reason=f"no answer after {at_work_s:.0f} s, where it may take {limit_s:.0f} s")
+            return self.kept_from_gpu(copy, now)
+        return None
+
+    def kept_from_gpu(self, copy: Copy, now: float) -> Broken | None:
+        """Tell of another process that has a copy's GPU, and give up on one that keeps it."""
+        if not copy.post.gpus or now - max(copy.calls[0].began, copy.asked_at) < ASKS_S:
+            return None
+        copy.asked_at = now
+        who, seconds = self.crew.waits_for(copy) or ("", 0.0)
+        if seconds > GPU_HELD_S:
+            return Broken(how="unfit", reason=f"{who} has had its GPU for {seconds:.0f} s. End it, or use another GPU")
+        if seconds > ASKS_S:
+            self.note(f"{copy.name}: waits for its GPU, which {who} has had for {seconds:.0f} s")
         return None
 
     def limit_s(self, call: Call) -> float:

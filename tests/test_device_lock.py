@@ -122,6 +122,20 @@ def test_another_process_waits_until_it_is_given_way_and_gives_it_back():
     assert lock.held_s < 30 and other.wait(30) == 0
 
 
+def test_who_waits_can_say_for_whom_and_since_when():
+    other = other_process("gpu", "with lock:", "    print('has', flush=True)", "    sys.stdin.readline()")
+    assert other.stdout.readline() == "has\n"
+    lock = DeviceLock("gpu")
+    assert lock.waits_for() is None
+    thread = in_thread(lambda: lock.__enter__() and lock.__exit__())
+    while (found := lock.waits_for()) is None or found[1] < 0.05:
+        time.sleep(0.01)
+    assert found[0].startswith(f"process {other.pid} (python") and found[1] < 60
+    other.communicate("go\n")
+    thread.join()
+    assert lock.waits_for() is None
+
+
 def test_a_process_that_is_killed_holds_nothing():
     other = other_process("gpu", "with lock:", "    print('has', flush=True)", "    time.sleep(600)")
     assert other.stdout.readline() == "has\n"

@@ -54,6 +54,9 @@ class SimulatedCrew:
 
     recall = cancel
 
+    def waits_for(self, copy: Copy) -> None:
+        return None
+
     def kept_waiting_s(self, copy: Copy) -> float:
         return self.store_waits_s
 
@@ -548,6 +551,36 @@ def test_saving_stops_what_is_being_sampled_charges_nobody_and_publishes_what_is
     sampled = len([1 for _, ended, _ in crew.worked["sample"] if ended <= stopped_at])
     assert sampled <= len(outcomes) <= sampled + 5 and driver.failed == 0
     assert crew.clock - stopped_at <= 2.0 and not crew.free_at
+
+
+def test_saving_leaves_what_waits_for_a_decoder_that_is_only_starting():
+    """Hundreds of latents are safe on the shelf, and whoever sends SIGTERM waits for seconds."""
+    crew, stop = SimulatedCrew(box(4), SLEEPS_S | {"sample": 0.05, "publish": 5.0}), Stop()
+    slow_to_load = crew.submit
+
+    def submit(call: Call) -> None:
+        crew.load_s = 60.0 if call.copy.stage.name == "publish" else 2.0
+        slow_to_load(call)
+
+    crew.submit = submit
+    driver = Driver(crew, pretend_stages(gpus=SHARED), requests(10_000), stop=stop)
+
+    def on_progress(progress):
+        if not stop.saving and progress.stages[2].queued > 200:
+            stop.save()
+            stop.at = crew.clock
+
+    driver.on_progress = on_progress
+    outcomes = list(driver.outcomes())
+    assert stop.saving and len(outcomes) <= 20 and crew.clock - stop.at < 20 and not crew.free_at
+
+
+def test_another_process_that_keeps_a_gpu_is_named_and_not_waited_for_without_end():
+    crew, notes = SimulatedCrew(box(1), SLEEPS_S | {"sample": 10_000.0}), []
+    crew.waits_for = lambda copy: ("process 7 (night.py)", crew.clock - 20.0)
+    with pytest.raises(ClusterError, match="sample cannot work .*process 7 .night.py. has had its GPU for [0-9]+ s. End it"):
+        drive(crew, pretend_stages(gpus=SHARED), requests(5), on_progress=lambda progress: notes.extend(progress.notes))
+    assert sum("waits for its GPU, which process 7 (night.py) has had for" in note for note in notes) > 20
 
 
 def test_seconds_of_a_clip_that_was_partly_done_before_are_no_measure_for_others():

@@ -1,4 +1,4 @@
-"""Chaos nights, from the command line: python -m tests.chaos [folder s3 drivers poison disk] [--kills 100 --clips 2000]
+"""Chaos nights, from the command line: python -m tests.chaos [folder s3 ... losses] [--kills 100 --clips 2000]
 
 Runs the real `dailies render` with a fake model (fakes.py) on a Ray cluster of several machines on this one, does to it
 what a bad night does, and counts what is left. Exit code 0: everything is as promised; 3: something is not.
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-SCENARIOS = ("folder", "s3", "drivers", "poison", "disk")
+SCENARIOS = ("folder", "s3", "drivers", "poison", "disk", "losses")
 IN_NAMESPACE = "CHAOS_IN_NAMESPACE"
 
 
@@ -56,6 +56,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--kills", type=int, default=100, help="of each of them; default: %(default)s")
     parser.add_argument("--good", type=int, default=500, help="rows of the poison night; default: %(default)s")
     parser.add_argument("--poison", type=int, default=10, help="rows of each kind; default: %(default)s")
+    parser.add_argument("--losses", type=int, default=200, help="rows of the night of losses; default: %(default)s")
     parser.add_argument("--sample-s", type=float, default=0.5, help="seconds of sampling a clip; default: %(default)s")
     parser.add_argument("--overlap", action="store_true",
                         help="as on GPUs: several calls in a process at once, clips written by processes of their own")

@@ -28,6 +28,7 @@ from actors.shelf import Shelved
 from actors.steps import KeepSampled
 from actors.text_encoder import TextEncoder
 from pipeline.lease import process_start
+from tests.chaos.losses import find_no_memory, meets
 
 PIECE_S = 0.02                          # sampling is so many sleeps, each noted when it begins
 POISON = re.compile(r"(raise|hang|segfault|allocate|nan|black) in (sample|decode)\b")
@@ -47,6 +48,7 @@ class Script:
     least_limit_s: float | None = None  # what a row may always take in a stage; None: as it ships
     fill: str | None = None             # clips, ledger or latents: the disk is full when the run comes to write there
     ballast: str | None = None          # the file that fills it
+    lost: str | None = None             # folder that says what machines have lost (losses.py)
 
     @property
     def pieces(self) -> int:
@@ -91,6 +93,8 @@ class FakeDenoiser(Denoiser):
             if not torch.equal(embedding.prompt[0], fingerprint(request.prompt)):
                 raise AssertionError(f"clip {request.clip_id} got the embedding of another prompt")
             self.script.note("sampling", clip=request.clip_id)
+            if meets(self.script.lost, "memory"):
+                find_no_memory()
             poison = poison_of(request, "sample")
             for _ in range(self.script.pieces):
                 self.script.note("piece", clip=request.clip_id)
@@ -141,6 +145,7 @@ class NotedWriter(ClipWriter):
 
     def publish(self, frames: Frames) -> Clip:
         self.script.note("writing", clip=frames.request.clip_id)
+        meets(self.script.lost, "disk")
         clip = super().publish(frames)
         self.script.note("written", clip=frames.request.clip_id)
         return clip

@@ -7,12 +7,15 @@ import secrets
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+
+from tests.chaos.losses import MACHINE
 
 START_S = 180.0                         # on a machine that is busy with other things
 STORE_BYTES = 80 * 2**20                # of a machine's object store; only references cross it
@@ -27,8 +30,10 @@ class CannotStart(RuntimeError):
 
 @dataclass(eq=False)
 class Machine:
+    name: str
     process: subprocess.Popen
     log: Path
+    temporary: Path                     # its processes' folder for temporary files
 
     @property
     def is_up(self) -> bool:
@@ -73,14 +78,18 @@ class Machines:
 
     def start(self, *options: str) -> Machine:
         self.started += 1
-        log = self.folder / f"machine-{self.started}.log"
+        name = f"machine-{self.started}"
+        log, temporary = self.folder / f"{name}.log", self.folder / f"{name}.tmp"
+        temporary.mkdir()
+        # Ray's own sockets need a short path
+        environment = os.environ | {MACHINE: name, "TMPDIR": str(temporary), "RAY_TMPDIR": tempfile.gettempdir()}
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *options, "--disable-usage-stats",
                    f"--object-store-memory={STORE_BYTES}", "--min-worker-port=0", "--max-worker-port=0",
                    "--dashboard-agent-listen-port=0", "--include-log-monitor=false"]
         with open(log, "wb") as said:
-            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=said, stderr=said,
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=said, stderr=said, env=environment,
                                        preexec_fn=end_with_parent)
-        return Machine(process, log)
+        return Machine(name, process, log, temporary)
 
     def add(self) -> None:
         """Takes seconds; it is not waited for."""

@@ -15,6 +15,7 @@ from pipeline import text_to_video as recipe
 from tests import tiny  # noqa: F401: adds the model to the catalogue
 from tests.chaos import fakes
 from tests.chaos.full_disk import FillingStore
+from tests.chaos.losses import GuardedStore
 
 SCRIPT = "CHAOS_SCRIPT"                 # in the environment: a fakes.Script as JSON
 
@@ -30,6 +31,8 @@ def put_fakes_in(script: fakes.Script) -> None:
     driver.LEAST_LIMIT_S = script.least_limit_s or driver.LEAST_LIMIT_S
     if script.fill:
         render.open_store = partial(FillingStore, folder=script.fill, ballast=script.ballast)
+    if script.lost:
+        render.open_store = partial(GuardedStore, lost=script.lost)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ NIGHTS = {"folder": "folder", "s3": "S3 with faults"}
 
 def report(found: dict[str, dict[str, Any]], options: argparse.Namespace) -> str:
     given = [f"--{name.replace('_', '-')} {getattr(options, name)}"
-             for name in ("clips", "kills", "good", "poison", "sample_s", "seed")]
+             for name in ("clips", "kills", "good", "poison", "losses", "sample_s", "seed")]
     lines = [f"# Chaos, {time.strftime('%Y-%m-%d')}", "",
              f"`python -m tests.chaos {' '.join([*options.scenarios, *given])}`",
              f"Commit {commit()}, {os.cpu_count()} cores, {platform.machine()}, "
@@ -26,7 +26,8 @@ def report(found: dict[str, dict[str, Any]], options: argparse.Namespace) -> str
              f"on {MACHINES} Ray machines of {CPUS:g} cores each, which only count, on this one."]
     if nights := [name for name in NIGHTS if name in found]:
         lines += ["", *killed_nights({NIGHTS[name]: found[name] for name in nights})]
-    for name, paragraph in (("drivers", drivers), ("poison", poison), ("disk", disk)):
+    for name, paragraph in (("drivers", drivers), ("poison", poison), ("disk", disk),
+                            ("losses", losses)):
         if name in found:
             lines += ["", *paragraph(found[name])]
     wrong = [f"- {name}: {said}" for name, figures in found.items() for said in figures["wrong"]]
@@ -80,3 +81,12 @@ def disk(figures: dict[str, Any]) -> Iterator[str]:
         if found := figures.get(kind):
             yield (f"- Disk full while writing {kind}: exit {found['exit_code']} after {found['published_before']} "
                    f"clips; with space again {found['objects']} objects, {found['rows_written']} rows.")
+
+
+def losses(figures: dict[str, Any]) -> Iterator[str]:
+    if "met" in figures:
+        lost = ", ".join(f"{what} after {seconds} s" for what, seconds in figures["lost_after_s"].items())
+        yield (f"- Of three machines one lost its folder for temporary files, one its memory, one its credentials "
+               f"({lost}): {figures['done']} of {figures['clips']} rows done in {figures['night_s']} s, "
+               f"{figures['failed']} failed, each with one attempt; the losses were met "
+               f"{sum(figures['met'].values())} times at work.")

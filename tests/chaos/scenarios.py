@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import time
 from collections import Counter
@@ -19,6 +20,7 @@ from pipeline.store import open_store
 from tests.chaos.fakes import Script
 from tests.chaos.full_disk import NoDisk, small_disk, spoilt
 from tests.chaos.judge import judge
+from tests.chaos.losses import KINDS, lose, met
 from tests.chaos.machines import CannotStart, Machines  # noqa: F401: for __main__
 from tests.chaos.night import GaveUp, Night, write_manifest
 from tests.chaos.weather import Weather
@@ -151,6 +153,40 @@ def poison(folder: Path, options: argparse.Namespace, rng: random.Random) -> dic
         if set(reasons[kind]) - types:
             found["wrong"].append(f"rows that {kind} must fail with {', '.join(types)}; got {dict(reasons[kind])}")
     return found | {"good": good, "poison": poisonous, "reasons": reasons, "night_s": round(night.seconds)}
+
+
+def losses(folder: Path, options: argparse.Namespace, rng: random.Random) -> dict[str, Any]:
+    """Of three machines one loses its room for temporary files, one its memory, one its credentials for the store.
+
+    Sampling is what memory is lacking for, so each kind of work is left to one machine at least.
+    """
+    lost = folder / "lost"
+    lost.mkdir()
+    clips = options.losses
+    write_manifest(folder, [f"clip {number}" for number in range(clips)])
+    script = Script(notes=str(folder / "notes.jsonl"), sample_s=options.sample_s, overlap=options.overlap,
+                    lost=str(lost))
+    with machines(folder) as cluster:
+        with Night(folder=folder, out=str(folder / "out"), machines=cluster, script=script, rng=rng) as night:
+            began, driver, told = time.monotonic(), night.start(), {}
+            for share, (what, machine) in enumerate(zip(KINDS, cluster.others, strict=True), start=1):
+                wait_for(lambda share=share: night.published() >= share * clips // 10, driver, night)
+                told[what] = round(time.monotonic() - began)
+                if what == "disk":
+                    shutil.rmtree(machine.temporary)
+                lose(script.lost, machine.name, what)
+            code = night.wait(driver)
+            seconds = time.monotonic() - began
+    missed = met(script.lost)
+    found = judge(night, clips=clips, rows=clips)
+    attempts = Counter(ledger.read(open_store(night.out), ["attempts"])["attempts"].to_pylist())
+    if code:
+        found["wrong"].append(f"the night must end with 0; got {code}: {night.said()} {night.errors()}")
+    if set(attempts) - {1}:
+        found["wrong"].append(f"every row must be charged one attempt; got {dict(attempts)}")
+    if missing := set(KINDS) - set(missed):
+        found["wrong"].append(f"every loss must have been met at work; nobody met {', '.join(sorted(missing))}")
+    return found | {"clips": clips, "night_s": round(seconds), "lost_after_s": told, "met": missed}
 
 
 def disk(folder: Path, options: argparse.Namespace, rng: random.Random) -> dict[str, Any]:
