@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from jobs.usage import UsageError, suggestion
 from pipeline.complaints import shown
+from pipeline.objects import plain_uri
 
 Count = Annotated[int, Field(ge=1)]
 Amount = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -53,6 +54,11 @@ class RenderJob(BaseModel):
     strict: bool = False                                # a fallback is an error
     keep_latents: bool = False
     take_over: bool = False                             # wait whether another driver stays silent, instead of refusing
+
+    @field_validator("manifest", "out", "weights", mode="before")
+    @classmethod
+    def in_one_spelling(cls, said: Any) -> Any:
+        return plain_uri(said) if isinstance(said, str) else said
 
     @field_validator("until")
     @classmethod

@@ -33,7 +33,7 @@ def bring(uri: str | Path, cache: Path) -> Path:
     target = cache / host / store.bucket / store.prefix
     with explained(store.uri), locked(target, top) as record:
         folder, _, name = store.prefix.rpartition("/")
-        siblings = S3Store(store.bucket, folder, store.endpoint_url, store.region)
+        siblings = S3Store(store.bucket, folder, store.endpoint_url, store.region, store.settings)
         alone = next(siblings.list(name), None) if name else None      # the key itself sorts before all it begins
         if alone is not None and alone.key == name:
             refresh(siblings, alone, target, record, top)

@@ -115,12 +115,16 @@ class Store(ABC):
     def delete(self, key: str) -> None:
         """Remove the object if there is one."""
 
+    def create_again(self, key: str, data: bytes) -> bool:
+        """As `create`, of a key that this process has just created and nobody else knows."""
+        return self.create(key, data)
+
     def probe(self) -> None:
         """Write, read, list and delete one small object.  Raises StoreError unless a second create of it is refused."""
         key = f"{PROBE}{secrets.token_hex(8)}"
         first = self.create(key, b"first")
         try:
-            second = self.create(key, b"second")
+            second = self.create_again(key, b"second")
             kept = self.get(key)
             listed = [info.key for info in self.list(key)]
         finally:
@@ -330,6 +334,12 @@ class Temporary(NamedTuple):
 
     folder: int                         # open
     name: str
+
+
+def plain_uri(uri: str) -> str:
+    """An S3 URI in the one spelling that the rest knows: s3a:// and S3:// are s3://; any other text as it is."""
+    scheme, colon, rest = uri.partition("://")
+    return f"s3://{rest}" if colon and scheme.lower() in ("s3", "s3a", "s3n") else uri
 
 
 def checked(key: str) -> str:

@@ -6,9 +6,12 @@ import pickle
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from jobs.settings import RenderJob
 from pipeline.store import NotFound, S3Store, StoreError, open_store
 
 KEY = "clips/ab/abcd.mp4"
@@ -255,10 +258,128 @@ def test_a_store_that_ignores_the_condition_is_refused(bucket, s3_server):
     assert keys(bucket) == []
 
 
+@pytest.mark.parametrize("status, code", [(409, "ObjectAlreadyExists"), (403, "FileAlreadyExists"), (400, "InvalidRequest"),
+                                          (304, "NotModified")])
+def test_a_store_that_says_exists_in_other_words_is_told_from_a_busy_one(
+        bucket, s3_server, monkeypatch, status, code):
+    """The probe knows what it has just written. A conflict may be one for a moment, and nothing waits a quarter hour."""
+    monkeypatch.setattr(S3Store, "WAIT_S", 0.05)
+    monkeypatch.setattr(S3Store, "SETTLE_S", 0.2)
+    s3_server.fault(method="PUT", match="probe", times=1000, status=status, code=code, after=True, on=412)
+    with pytest.raises(StoreError, match=f"answers {status} {code if status != 304 else ''}.*If-None-Match: . answered with 412"):
+        bucket.probe()
+    assert keys(bucket) == [] and not bucket.can_swap() and keys(bucket) == []
+
+
+def test_a_refusal_in_the_body_of_a_success_and_a_conflict_of_a_moment_are_understood(bucket, s3_server, monkeypatch):
+    monkeypatch.setattr(S3Store, "WAIT_S", 0.05)
+    monkeypatch.setattr(S3Store, "ATTEMPTS", 1)
+    s3_server.fault(method="PUT", match="probe", times=1000, status=200, code="PreconditionFailed", after=True, on=412)
+    bucket.probe()
+    s3_server.heal()
+    s3_server.fault(method="PUT", match="probe", times=2, status=409, after=True, on=412)
+    bucket.probe()
+    assert bucket.can_swap()
+
+
 def test_a_store_without_conditional_writes_is_refused(bucket, s3_server):
     s3_server.fault(method="PUT", match="probe", status=501, code="NotImplemented")
     with pytest.raises(StoreError, match="does not know conditional writes"):
         bucket.probe()
+
+
+@contextmanager
+def only_virtual_hosts(monkeypatch, tmp_path, config, **environment):
+    """A store that knows http://BUCKET.oss.test alone, behind a proxy on loopback; what hosts it was asked for."""
+    hosts = []
+
+    class Store(BaseHTTPRequestHandler):
+        def do_GET(self):
+            hosts.append(self.headers["Host"])
+            there = self.headers["Host"].startswith("night.")
+            body = b"<Error><Code>NoSuchKey</Code></Error>" if there else \
+                b"<Error><Code>SecondLevelDomainForbidden</Code><Message>Please use virtual hosted style.</Message></Error>"
+            self.send_response(404 if there else 403)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    (tmp_path / "config").write_text(config)
+    for name in [name for name in os.environ if name.startswith("AWS_") or name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Store) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for name, value in {"AWS_CONFIG_FILE": str(tmp_path / "config"), "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+                            "AWS_ENDPOINT_URL": "http://oss.test", "AWS_ACCESS_KEY_ID": "k", "AWS_REGION": "us-east-1",
+                            "AWS_SECRET_ACCESS_KEY": "s", "HTTP_PROXY": f"http://127.0.0.1:{server.server_port}",
+                            **environment}.items():
+            monkeypatch.setenv(name, value)
+        yield hosts
+        server.shutdown()
+
+
+VIRTUAL = "region = us-east-1\ns3 =\n    addressing_style = virtual\n"
+
+
+@pytest.mark.parametrize("config, environment", [
+    (f"[default]\n{VIRTUAL}", {}), (f"[default]\n[profile oss]\n{VIRTUAL}", {"AWS_PROFILE": "oss"}),
+    (f"[default]\n{VIRTUAL}services = ours\n[services ours]\ns3 =\n    endpoint_url = http://oss.test\n",
+     {"AWS_ENDPOINT_URL": "", "AWS_ENDPOINT_URL_S3": ""})], ids=["default", "profile", "services"])
+def test_the_users_aws_configuration_says_how_a_bucket_is_addressed(tmp_path, monkeypatch, config, environment):
+    with only_virtual_hosts(monkeypatch, tmp_path, config, **environment) as hosts:
+        for name in environment:
+            monkeypatch.delenv(name) if not environment[name] else None
+        store = open_store("s3://night/run")
+        monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)       # a worker elsewhere has no such file
+        monkeypatch.delenv("AWS_PROFILE", raising=False)
+        for each in (store, pickle.loads(pickle.dumps(store))):
+            with pytest.raises(NotFound):
+                each.get("run.json")
+    assert set(hosts) == {"night.oss.test"}
+
+
+def test_a_store_that_wants_the_bucket_in_the_hosts_name_is_explained(tmp_path, monkeypatch):
+    with only_virtual_hosts(monkeypatch, tmp_path, "") as hosts:
+        with pytest.raises(StoreError, match="bucket in the host's name .SecondLevelDomainForbidden.*addressing_style = virt"):
+            open_store("s3://night/run").get("run.json")
+    assert hosts == ["oss.test"]
+
+
+@pytest.mark.parametrize("code", ["SecondLevelDomainForbidden", "PathStyleDomainForbidden", "InvalidPathAccess"])
+def test_what_stores_say_of_a_path_style_is_known(code):
+    assert "addressing_style = virtual" in S3Store("night", "", None, None).advice("read", 403, code)
+
+
+def test_attempts_checksums_and_endpoints_are_the_users_where_they_say_so(tmp_path, monkeypatch):
+    config = f"[default]\n{VIRTUAL}    payload_signing_enabled = false\nmax_attempts = 7\nretry_mode = adaptive\n" \
+             "response_checksum_validation = when_supported\n"
+    with only_virtual_hosts(monkeypatch, tmp_path, config, AWS_MAX_ATTEMPTS="9"):
+        found = open_store("s3://night/run").client.meta.config
+        assert found.retries["total_max_attempts"] == 9 and found.retries["mode"] == "adaptive"
+        assert found.request_checksum_calculation == "when_required"
+        assert found.response_checksum_validation == "when_supported"
+        assert found.s3["payload_signing_enabled"] is False and found.s3["addressing_style"] == "virtual"
+        monkeypatch.setenv("AWS_ENDPOINT_URL", "https://bucket.vpce-1a2b.s3.us-east-1.vpce.amazonaws.com")
+        store = open_store("s3://night/run")
+        assert "vpce-1a2b" in store.endpoint_url and store.is_amazon
+        for url, kept in (("https://s3.eu-west-1.amazonaws.com", False), ("https://s3.us-west-2.amazonaws.com", False),
+                          ("https://s3.dualstack.us-west-2.amazonaws.com", True)):
+            monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+            assert open_store("s3://night/run").endpoint_url == (url if kept else None)
+        (tmp_path / "config").write_text("[default]\ns3 =\n    addressing_style = sideways\n")
+        with pytest.raises(StoreError, match="AWS settings of this machine are not usable: .*style sideways is invalid"):
+            open_store("s3://night/run")
+
+
+@pytest.mark.parametrize("scheme", ["S3", "s3a", "S3A", "s3n"])
+def test_every_spelling_of_s3_is_one_store(scheme, monkeypatch):
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    assert open_store(f"{scheme}://night/run").uri == "s3://night/run"
+    job = RenderJob(manifest=f"{scheme}://b/m.parquet", out=f"{scheme}://night/run", weights=f"{scheme}://b/w")
+    assert (job.manifest, job.out, job.weights) == ("s3://b/m.parquet", "s3://night/run", "s3://b/w")
 
 
 @pytest.mark.parametrize("setting, message", [

@@ -47,7 +47,8 @@ class Faults:
     A write with If-Match is answered with 501 by Swift; here its turn compares it with the ETag that was told last.
     A rule has `method` ("*" is any), `match` (part of the path), `times`, perhaps `header` (only requests that carry
     it) and `kind` (what it is counted as), and one of
-        status   answer with this status and `code`; with after = true the request is served first
+        status   answer with this status and `code`; with after = true the request is served first; with on = 412 besides,
+                 only where that was the answer
         drop     close the connection without an answer; `after` as above
         stall_s  wait this long, then serve
         cut      close the connection after so many bytes of the answer to a GET; the headers promise all of it
@@ -80,7 +81,8 @@ class Faults:
             with turn[1]:
                 wanted = env.pop("HTTP_IF_MATCH", None)
                 if wanted is not None and wanted != self.etags.get(env["PATH_INFO"]):
-                    return self.strike({"status": 412, "code": "PreconditionFailed"}, env, start_response)
+                    refusal = {"status": 412, "code": "PreconditionFailed"}
+                    return self.strike(rule if rule.get("on") == 412 else refusal, env, start_response)
                 said = []
                 body = self.app(env, lambda status, headers, exc_info=None: said.append((status, headers)))
                 answer = b"".join(body)
@@ -92,7 +94,8 @@ class Faults:
             turn[0] -= 1
             if not turn[0]:
                 self.turns.pop(env["PATH_INFO"], None)
-        if strikes:
+        status = int(said[-1][0].split()[0])
+        if strikes and rule.get("on", status) == status:
             return self.strike(rule, env, start_response)
         start_response(*said[-1])
         return [answer]
