@@ -19,7 +19,7 @@ render: $(VENV)/.installed              ## set up, then render examples/prompts.
 
 test: $(VENV)/.installed-dev            ## set up (the S3 test server too), then run the tests; ARGS="-k store" for some
 	@$(VENV)/bin/python -m tests.s3.install
-	@$(VENV)/bin/python -m pytest $(ARGS)
+	@$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 test-gpu: $(VENV)/.installed-gpu        ## set up with Triton, then test on a CUDA device (without a network: pytest -m gpu)
 	@$(VENV)/bin/python -m pytest -m gpu $(ARGS)
