@@ -282,7 +282,9 @@ def convert(source: Annotated[str, typer.Argument(
 
 
 @app.command()
-def bench(what: Annotated[str | None, typer.Argument(metavar="[WHAT]", help="What to time.  [default: all]")] = None,
+def bench(what: Annotated[str | None, typer.Argument(
+              metavar="[WHAT]", help="demo, quality, pipeline, memory, model, kernels, clip; or gpu.  "
+              "[default: all but gpu]")] = None,
           model: Annotated[str | None, typer.Argument(
               metavar="[NAME]", help="`bench model`: this model's transformer; `bench clip`: a clip of it.")] = None,
           random_weights: Annotated[bool, typer.Option(
