@@ -6,17 +6,15 @@ measured with them.
 
 import argparse
 import json as jsonlib
-import os
 import platform
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from actors.cores import usable_cores
 from jobs.usage import UsageError
 
 Rows = Iterator[tuple[str, dict[str, Any]]]
@@ -24,9 +22,7 @@ Rows = Iterator[tuple[str, dict[str, Any]]]
 
 def bench(what: str | None, model: str | None = None, *, random_weights: bool = False, gpu_shapes: bool = False,
           json: bool, **of_clip: Any) -> int:
-    """Run one part or all; prints a line of figures per case when it is known.  Returns 130 where it was stopped.
-
-    Raises UsageError for a part that does not exist.
+    """Run one part or all; prints a line of figures per case.  Raises UsageError for a part that does not exist.
 
     model: of the part "model", this model's transformer and not the VAE; of the part "clip", this model.
     gpu_shapes: of the part "pipeline", how busy GPUs are kept.
@@ -46,58 +42,20 @@ def bench(what: str | None, model: str | None = None, *, random_weights: bool = 
     if gpu_shapes and what != "pipeline":
         raise UsageError("--gpu-shapes are of the pipeline: dailies bench pipeline --gpu-shapes")
     parts = PARTS | ({"pipeline": busy_gpus} if gpu_shapes else {})
-    rows = {part: partial(OF_A_MODEL[part], model, random_weights, **of_clip) if model else parts[part]
-            for part in ([what] if what else PARTS)}
-    return run(rows, json=json, alone=what is not None)
-
-
-def run(parts: Mapping[str, Callable[[], Rows]], *, json: bool, alone: bool) -> int:
-    """alone: what is missing for a part is a UsageError."""
-    about, cases, tell = machine(), [], (lambda text: None) if json else partial(print, flush=True)
-    tell(", ".join(f"{name} {value}" for name, value in about.items()))
-    if not alone:
-        tell(f"{len(parts)} parts, one after the other: {', '.join(parts)}; one alone: dailies bench NAME")
-    stopped = False
-    try:
-        for part, rows in parts.items():
-            tell(f"{part}: {heading(rows)}")
-            with Patience(part, tell):
-                for case, figures in measured(part, rows, alone=alone):
-                    cases.append({"part": part, "case": case, **figures})
-                    tell(f"{part}: {case}: " + ", ".join(f"{name} {shown(value)}" for name, value in figures.items()))
-    except KeyboardInterrupt:
-        stopped = True
-        print(f"Stopped in part {part}, with {len(cases)} line{'s' if len(cases) != 1 else ''} measured. "
-              "The same command begins anew.", file=sys.stderr)
+    about = machine()
+    if not json:
+        print(", ".join(f"{name} {value}" for name, value in about.items()))
+    cases = []
+    for part in [what] if what else PARTS:
+        rows = partial(OF_A_MODEL[part], model, random_weights, **of_clip) if model else parts[part]
+        for case, figures in measured(part, rows, alone=what is not None):
+            cases.append({"part": part, "case": case, **figures})
+            if not json:
+                said = ", ".join(f"{name} {shown(value)}" for name, value in figures.items())
+                print(f"{part}: {case}: {said}", flush=True)
     if json:
-        print(jsonlib.dumps({**about, "cases": cases, **({"stopped": True} if stopped else {})}))
-    return 130 if stopped else 0
-
-
-def heading(rows: Callable[[], Rows]) -> str:
-    """What a part measures: the first sentence of its own words."""
-    said = " ".join((getattr(rows, "func", rows).__doc__ or "").split())
-    return said.partition(". ")[0].rstrip(".")
-
-
-class Patience:
-    """While the block runs and says nothing, a line now and then that it is at work."""
-
-    def __init__(self, part: str, tell: Callable[[str], None], every_s: float = 30.0):
-        self.part, self.tell, self.every_s, self.over = part, tell, every_s, threading.Event()
-
-    def __enter__(self) -> None:
-        self.thread = threading.Thread(target=self.watch, daemon=True)
-        self.thread.start()
-
-    def watch(self) -> None:
-        began = time.monotonic()
-        while not self.over.wait(self.every_s):
-            self.tell(f"{self.part}: at work for {time.monotonic() - began:.0f} s")
-
-    def __exit__(self, *_: object) -> None:
-        self.over.set()
-        self.thread.join()
+        print(jsonlib.dumps({**about, "cases": cases}))
+    return 0
 
 
 def measured(part: str, rows: Callable[[], Rows], *, alone: bool) -> Rows:
@@ -205,10 +163,8 @@ OF_A_MODEL: dict[str, Callable[..., Rows]] = {"model": transformer, "clip": clip
 
 def machine() -> dict[str, str]:
     import torch
-
-    from kernels import cpu
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else (
-        f"{os.cpu_count()} CPU cores, {cpu.described()}")
+    torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))     # torch knows an affinity, and no quota
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{usable_cores()} CPU cores"
     return {"device": f"{device} ({platform.machine()})", "torch": torch.__version__,
             "python": platform.python_version(), "commit": commit()}
 
