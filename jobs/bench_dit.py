@@ -17,15 +17,13 @@ from torch import Tensor
 from jobs.bench_kernels import roof, seconds_of
 from jobs.gpu import models
 from jobs.usage import UsageError, card_named
-from model import checkpoint, keys, turbo
+from model import checkpoint, keys
 from model.catalog import CATALOG, WanCard
 from model.graphs import Graphed
 from model.wan import WanConfig, WanDiT
 
 CPU_BLOCKS, CPU_GRID = 2, (3, 60, 52)                  # latent steps, height, width: 2,340 tokens
 REPEATS = 8                                            # in turns; the best counts
-SECONDS = 30.0                                         # for a line: there are fewer turns where they take longer
-LONG_S = 5.0                                           # what takes longer is not timed again for every line
 WAYS = (("fp32", "dense"), ("bf16", "dense"), ("bf16", "sparse"),
         ("int8", "dense"), ("int8", "sage"), ("int8", "sparse"))
 NUMBERS = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8"}
@@ -51,50 +49,39 @@ def rows(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
                    timestep=torch.tensor([500], device=device),
                    text=torch.randn(1, config.text_len, config.text_dim, device=device))
     calls: dict[tuple[str, ...], Callable[[], Tensor]] = {}
+    text_calls: dict[tuple[str, ...], Callable[[], Any]] = {}
     precisions = ("fp32", "bf16", "int8") if device == "cpu" else ("bf16", "int8")
     if has_peer := find_spec("diffusers") is not None:
         exact = models.new_dit(card, device, "fp32", "dense")
         for precision in precisions[:-1]:
             calls["diffusers", precision] = diffusers_forward(exact, precision, given)
         del exact
-        want = calls["diffusers", "bf16"]()
-    else:
-        dit = models.new_dit(card, device, "bf16", "dense")
-        want = our_forward(dit, dit, given)[0]()
-    times = Times(device)
-    for way in [way for way in WAYS if way[0] in precisions]:
-        dit = models.new_dit(card, device, *way)
-        ours, text_call = our_forward(dit, dit, given)
-        turns = {**calls, way: ours}
-        if device == "cuda":
-            turns[*way, "CUDA graph"], _ = our_forward(dit, Graphed(dit.forward), given)
-        output = ours()
-        for call in turns.values() if device == "cuda" else ():         # kernels are compiled and chosen
-            call()
-        times.take(turns)
-        figures = compared(way, list(calls), times) | {"text ms, once a clip": 1e3 * seconds_of(text_call, device)}
-        number = NUMBERS[way[0]] if device == "cuda" or not turbo.fallbacks({}, device, way[0]) else "float32"
-        tokens = math.prod(side // step for side, step in zip(grid, config.patch, strict=True))
-        figures[f"roof ({number})"] = operations(config, tokens) / times.wall[way] / roof(number, device)
+    for way in WAYS:
+        if way[0] in precisions:
+            dit = models.new_dit(card, device, *way)
+            calls[way], text_calls[way] = our_forward(dit, dit, given)
+            if device == "cuda":
+                calls[*way, "CUDA graph"], _ = our_forward(dit, Graphed(dit.forward), given)
+    outputs = {way: call() for way, call in calls.items()}
+    wall, cpu = in_turns(calls, device)
+    want = outputs["diffusers" if has_peer else "bf16", "bf16" if has_peer else "dense"]
+    tokens = math.prod(side // step for side, step in zip(grid, config.patch, strict=True))
+    for way, text_call in text_calls.items():
+        figures: dict[str, Any] = {"ms": 1e3 * wall[way]}
+        for peer in [peer for peer in calls if peer[0] == "diffusers"]:
+            figures |= {f"{' '.join(peer)} ms": 1e3 * wall[peer], f"of {' '.join(peer)}": wall[way] / wall[peer]}
+            if device == "cpu":                         # where other programs run too, this says more
+                figures[f"of its CPU seconds in {peer[1]}"] = cpu[way] / cpu[peer]
+        if (*way, "CUDA graph") in calls:
+            figures["ms as a CUDA graph"] = 1e3 * wall[*way, "CUDA graph"]
+        text_call()
+        figures["text ms, once a clip"] = 1e3 * seconds_of(text_call, device)
+        figures[f"roof ({NUMBERS[way[0]]})"] = operations(config, tokens) / wall[way] / roof(NUMBERS[way[0]], device)
         difference = "relative difference" if has_peer else "relative difference from ours in bf16"
-        figures[difference] = ((output - want).norm() / want.norm()).item()
+        figures[difference] = ((outputs[way] - want).norm() / want.norm()).item()
         if not has_peer:
             figures["diffusers"] = "not timed: it is not installed"
-        figures |= {"instead": "; ".join(notes)} if (notes := turbo.fallbacks({}, device, way[0])) else {}
         yield f"{name} forward, {config.layers} blocks, {tokens:,} tokens, {way[0]}, {way[1]} attention", figures
-
-
-def compared(way: tuple[str, str], peers: list[tuple[str, ...]], times: "Times") -> dict[str, Any]:
-    """A way's times, over those of its peers."""
-    figures: dict[str, Any] = {"ms": 1e3 * times.wall[way]}
-    for peer in peers:
-        figures |= {f"{' '.join(peer)} ms": 1e3 * times.wall[peer],
-                    f"of {' '.join(peer)}": times.wall[way] / times.wall[peer]}
-        if times.device == "cpu":                       # where other programs run too, this says more
-            figures[f"of its CPU seconds in {peer[1]}"] = times.cpu[way] / times.cpu[peer]
-    if (*way, "CUDA graph") in times.wall:
-        figures["ms as a CUDA graph"] = 1e3 * times.wall[*way, "CUDA graph"]
-    return figures
 
 
 def card_with_peer(name: str) -> WanCard:
@@ -132,25 +119,15 @@ def diffusers_forward(ours: WanDiT, precision: str, given: Inputs) -> Callable[[
     return lambda: dit(latent, given.timestep, text, return_dict=False)[0].float()
 
 
-class Times:
+def in_turns(calls: dict[tuple[str, ...], Callable[[], Tensor]], device: str) -> tuple[dict, dict]:
     """Seconds by the clock and of the processor, of each one's best; in turns, so that all meet the same machine."""
-
-    def __init__(self, device: str):
-        self.device = device
-        self.wall: dict[tuple[str, ...], float] = {}
-        self.cpu: dict[tuple[str, ...], float] = {}
-
-    def take(self, calls: dict[tuple[str, ...], Callable[[], Tensor]]) -> None:
-        """REPEATS turns, or as many as there is time for; each once at least, and what is slow no second time."""
-        until = time.perf_counter() + SECONDS
-        for turn in range(REPEATS):
-            for way, call in calls.items():
-                known = self.wall.get(way, math.inf)
-                if LONG_S < known < math.inf or turn and time.perf_counter() > until:
-                    continue
-                before = time.process_time()
-                self.wall[way] = min(known, seconds_of(call, self.device))
-                self.cpu[way] = min(self.cpu.get(way, math.inf), time.process_time() - before)
+    wall, cpu = dict.fromkeys(calls, math.inf), dict.fromkeys(calls, math.inf)
+    for _ in range(REPEATS):
+        for way, call in calls.items():
+            before = time.process_time()
+            wall[way] = min(wall[way], seconds_of(call, device))
+            cpu[way] = min(cpu[way], time.process_time() - before)
+    return wall, cpu
 
 
 def operations(config: WanConfig, tokens: int) -> int:

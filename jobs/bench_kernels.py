@@ -8,7 +8,7 @@ in the same number format.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import cases, cpu
+from kernels import cases
 from kernels.int8_attention import int8_attention
 from kernels.int8_linear import int_mm, int8_linear, packed, quantize_blocks, quantize_rows, reference
 from kernels.norm import modulated_norm, quantized_modulated_norm, rms_norm, rms_rope
@@ -25,11 +25,9 @@ from kernels.sparse_attention.reference import kept_blocks, pool
 from model.layers import RMSNorm, rotary_table, rotate
 
 Rows = Iterator[tuple[str, dict[str, Any]]]
-NOTHING: Mapping[str, float] = {}
 Calls = dict[str, Callable[[], Tensor | tuple]]
 
 SECONDS = 2.0                                          # for the calls of one line
-LONG_S = 5.0                                           # what takes longer on a CPU is timed once
 
 
 @torch.inference_mode()
@@ -41,10 +39,8 @@ def rows() -> Rows:
         yield from begun(f"norms {tokens}", norms(tokens, device))
     for layer in cases.RENDERED_LAYERS if on_gpu else cases.CPU_LAYERS:
         yield from begun(f"int8 linear {layer}", layers(layer, device))
-    if not on_gpu and cpu.has_int8_products():
+    if not on_gpu:
         yield from begun("int8 layers, packed", packed_layers(*cases.CPU_LAYERS))
-    elif not on_gpu:
-        yield "int8 layers, packed", {"not timed": "this CPU has no INT8 products, and a model computes them in fp32"}
     for case in cases.RENDERED_ATTENTION if on_gpu else [cases.CPU_ATTENTION]:
         yield from begun(f"attention {case}", attentions(case, device))
 
@@ -204,10 +200,9 @@ def against(name: str, device: str, work: int, kind: str, calls: Calls,
     """
     ours, *rivals = calls
     try:
-        want, once = flat(calls[ours]()), {}
-        wrong = {rival: what for rival in rivals if (what := wrong_with(calls[rival], want, bound, rival, once))}
-        once = {rival: taken for rival, taken in once.items() if device == "cpu" and taken > LONG_S}
-        seconds = timed({call: run for call, run in calls.items() if call not in wrong}, device, once)
+        want = flat(calls[ours]())
+        wrong = {rival: what for rival in rivals if (what := wrong_with(calls[rival], want, bound))}
+        seconds = timed({call: run for call, run in calls.items() if call not in wrong}, device)
         figures: dict[str, Any] = {f"{call}, ms": 1e3 * taken for call, taken in seconds.items()}
         figures |= {f"of {rival}": seconds[ours] / seconds[rival] for rival in rivals if rival in seconds}
         return name, figures | {f"roof ({kind})": work / seconds[ours] / roof(kind, device)} | wrong
@@ -215,13 +210,10 @@ def against(name: str, device: str, work: int, kind: str, calls: Calls,
         return name, {"failed": said(error)}
 
 
-def wrong_with(call: Callable, want: tuple[Tensor, ...], bound: float, name: str, once: dict[str, float]) -> str | None:
-    """Why a rival is not timed; None for one that gives what is wanted. What it took goes into `once`."""
+def wrong_with(call: Callable, want: tuple[Tensor, ...], bound: float) -> str | None:
+    """Why a rival is not timed; None for one that gives what is wanted."""
     try:
-        began = time.perf_counter()
-        given = flat(call())
-        once[name] = time.perf_counter() - began
-        for got, expected in zip(given, want, strict=True):
+        for got, expected in zip(flat(call()), want, strict=True):
             difference = ((got.float() - expected.float()).norm() / expected.float().norm()).item()
             if not difference <= bound:                # nor is it a number
                 return f"differs by {difference:.2g}, more than {bound}"
@@ -235,13 +227,12 @@ def said(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
 
 
-def timed(calls: Calls, device: str, once: Mapping[str, float] = NOTHING) -> dict[str, float]:
-    """Seconds of the best run of each; in turns, so that all meet the same machine.  once: of slow ones, known."""
-    best = {name: once.get(name, math.inf) for name in calls}
-    again = {name: call for name, call in calls.items() if name not in once}
-    until = time.perf_counter() + SECONDS * len(again)
+def timed(calls: Calls, device: str) -> dict[str, float]:
+    """Seconds of the best run of each; in turns, so that all meet the same machine."""
+    best = dict.fromkeys(calls, math.inf)
+    until = time.perf_counter() + SECONDS * len(calls)
     while time.perf_counter() < until or math.inf in best.values():
-        for name, call in again.items():
+        for name, call in calls.items():
             best[name] = min(best[name], seconds_of(call, device))
     return best
 
@@ -270,9 +261,8 @@ def roof(kind: str, device: str) -> float:
     a = cases.fill("normal", (size, size), 0, device=device)
     if kind == "int8":
         a = (10 * a).to(torch.int8)
-        b = cpu.int8_operand(a.mT)
-        y = torch.empty(size, size, dtype=cpu.sum_dtype(b), device=device)
-        return 2 * size ** 3 / timed({"product": lambda: cpu.int8_product(a, b, out=y)}, device)["product"]
+        y = torch.empty(size, size, dtype=torch.int32, device=device)
+        return 2 * size ** 3 / timed({"product": lambda: torch._int_mm(a, a.mT, out=y)}, device)["product"]
     a = a.to(getattr(torch, kind))
     return 2 * size ** 3 / timed({"product": lambda: a @ a.mT}, device)["product"]
 

@@ -23,16 +23,11 @@ def memory(clips: int = CLIPS) -> dict[str, float]:
         render = subprocess.Popen([sys.executable, "-m", "jobs.cli", "render", str(manifest), "--out", str(out)],
                                   stdout=log, stderr=subprocess.STDOUT)
         seen: dict[str, list[tuple[int, float]]] = {}
-        try:
-            while render.poll() is None:
-                time.sleep(1.0)
-                done = sum(1 for _ in out.glob("clips/*/*.mp4"))
-                for name, megabytes in resident(render.pid).items():
-                    seen.setdefault(name, []).append((done, megabytes))
-        finally:
-            if render.poll() is None:                   # stopped: what it begins is of use to nobody
-                render.terminate()
-                render.wait()
+        while render.poll() is None:
+            time.sleep(1.0)
+            done = sum(1 for _ in out.glob("clips/*/*.mp4"))
+            for name, megabytes in resident(render.pid).items():
+                seen.setdefault(name, []).append((done, megabytes))
         if render.returncode:
             log.seek(0)
             raise RuntimeError(f"render ended with {render.returncode}: {log.read()[-2000:]}")

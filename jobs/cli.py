@@ -5,6 +5,7 @@ Nothing heavy is imported here: `dailies --help` must be instant, and torch, ray
 
 import inspect
 import json as jsonlib
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -84,6 +85,9 @@ def render_options(
         metavar="local|auto|ADDRESS", help="Where the work runs: this machine, the cluster this machine belongs to, "
         "or the cluster at ADDRESS.  [default: local]")] = None,
     device: Annotated[str | None, typer.Option(metavar="cpu|cuda", help="[default: cuda where there is a GPU]")] = None,
+    cpus: Annotated[int | None, typer.Option(
+        metavar="N", help="Cores of this machine that a local run uses.  [default: all that this process may use: "
+        "affinity and the quota of its control group count]")] = None,
     resolution: Annotated[str | None, typer.Option(
         metavar="NAME|WIDTHxHEIGHT", help="For rows that do not say.  [default: the model's]")] = None,
     duration: Annotated[float | None, typer.Option(
@@ -198,6 +202,8 @@ def submit(options: dict[str, Any],
     from jobs.submit import submit
     if options.pop("ray") is not None:
         raise typer.BadParameter("submit runs on the cluster at --address; leave --ray out")
+    if options.pop("cpus") is not None:
+        raise typer.BadParameter("--cpus is of a local run: a cluster's machines say themselves what they have")
     config = options.pop("config")
     job = RenderJob.read(options, config)
     if job.until is not None:                           # 07:00 here, whatever the cluster's clock shows
@@ -282,9 +288,7 @@ def convert(source: Annotated[str, typer.Argument(
 
 
 @app.command()
-def bench(what: Annotated[str | None, typer.Argument(
-              metavar="[WHAT]", help="demo, quality, pipeline, memory, model, kernels, clip; or gpu.  "
-              "[default: all but gpu]")] = None,
+def bench(what: Annotated[str | None, typer.Argument(metavar="[WHAT]", help="What to time.  [default: all]")] = None,
           model: Annotated[str | None, typer.Argument(
               metavar="[NAME]", help="`bench model`: this model's transformer; `bench clip`: a clip of it.")] = None,
           random_weights: Annotated[bool, typer.Option(
@@ -345,6 +349,7 @@ def program() -> NoReturn:
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; whatever goes wrong becomes one message and an exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    import_nothing_from_here()
     log_plainly()
     if no_text := [argument for argument in arguments if not is_text(argument)]:
         encoding = sys.getfilesystemencoding()
@@ -374,6 +379,17 @@ def is_text(argument: str) -> bool:
         return True
     except UnicodeEncodeError:
         return False
+
+
+def import_nothing_from_here() -> None:
+    """Whatever .py files lie where the command is given, none is taken for a module of ours or of a library's: `python
+    -m`, and an empty entry of PYTHONPATH, would look there first. A checkout that is worked in stays."""
+    try:
+        here = os.path.realpath(os.curdir)
+    except OSError:                                     # it has been deleted
+        here = None
+    if here != os.path.realpath(Path(__file__).parent.parent):
+        sys.path[:] = [path for path in sys.path if path and os.path.realpath(path) != here]
 
 
 def log_plainly() -> None:

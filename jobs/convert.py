@@ -24,7 +24,7 @@ from model import checkpoint, keys, turbo
 from model.card import Layout, ModelCard
 from model.catalog import LinumCard
 from model.clip import from_open_clip
-from model.private import cache_folder
+from model.private import at_home, cache_folder
 from model.text import new_encoder
 from model.weights import INDEX, PICKLES, CheckpointError, first_line, is_file, listed
 from pipeline.fetch import bring
@@ -57,7 +57,7 @@ def convert(source: str, model: str, to: str, *, precision: str | None = None, j
     if "://" in source:
         path = bring(source, cache_folder() / "weights")
     else:
-        path = Path(source).expanduser()
+        path = at_home(source)
     layout, parts = found_parts(card, path)
     written = []
     for part in parts:

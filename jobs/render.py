@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.clip_writer import clip_key
+from actors.cores import usable_cores
 from actors.messages import Clip, Failure, Request
 from actors.shelf import EMBEDDINGS, LATENTS, clear, is_ours
 from actors.steps import STEPS
@@ -29,6 +30,7 @@ from jobs.settings import RenderJob
 from jobs.signals import on_signals
 from jobs.usage import UsageError, card_named
 from model.catalog import ModelCard
+from model.private import at_home
 from model.ways import AUTO, CAPABILITIES, Gpu, Way, fastest
 from model.weights import fingerprint, locate, weights_files
 from pipeline.budget import Budget
@@ -107,6 +109,7 @@ def prepare(job: RenderJob) -> Night:
     """Every complaint comes from here.  Raises UsageError, ManifestError, CheckpointError, OtherRun, StoreError."""
     began = time.monotonic()
     card = card_named(job.model)
+    cores_of(job)
     try:
         store = open_store(job.out)
     except StoreError as error:
@@ -194,14 +197,26 @@ def device_of(ray: str) -> str:
         return "cuda" if any(node.gpus for node in cluster.nodes()) else "cpu"
 
 
-def machines_of(ray: str) -> list[Node]:
+def machines_of(job: RenderJob) -> list[Node]:
     """What the work will be done on."""
-    if ray == "local":
+    if job.ray == "local":
         import torch
-        return [Node(id="here", host="this machine", cpus=os.cpu_count() or 1, gpus=torch.cuda.device_count())]
+        return [Node(id="here", host="this machine", cpus=cores_of(job), gpus=torch.cuda.device_count())]
     from pipeline import cluster
-    with cluster.connect(ray):
+    with cluster.connect(job.ray):
         return cluster.nodes()
+
+
+def cores_of(job: RenderJob) -> int | None:
+    """Of this machine, for a local run; None for a cluster.  Raises UsageError."""
+    if job.ray != "local":
+        if job.cpus is not None:
+            raise UsageError("--cpus is of a local run: a cluster's machines say themselves what they have")
+        return None
+    usable = usable_cores()
+    if job.cpus is not None and job.cpus > usable:
+        raise UsageError(f"--cpus must be at most {usable}, the cores that this process may use here; got {job.cpus}")
+    return job.cpus or usable
 
 
 def check_weights(night: Night) -> None:
@@ -367,8 +382,10 @@ def work(night: Night, book: Book, todo: Iterable[Request], num_clips: int, budg
             display.update(progress)
             book.tick()
 
+        if job.ray == "local":
+            display.note(f"starting Ray on this machine, for {counted(cores_of(job), 'core')}; it takes some seconds")
         # in this order: Ray takes SIGTERM for itself when it connects
-        with cluster.connect(job.ray), interruptible(stop, display):
+        with cluster.connect(job.ray, cpus=cores_of(job)), interruptible(stop, display):
             while todo and not (stop.draining or budget.is_over):
                 for outcome in cluster.run(stages, todo, max_attempts=job.max_attempts, on_progress=on_progress,
                                            stop=stop, budget=budget):
@@ -385,7 +402,7 @@ def work(night: Night, book: Book, todo: Iterable[Request], num_clips: int, budg
 def stages_of(night: Night) -> list[Stage]:
     job, weights = night.job, night.job.weights
     if weights and "://" not in weights:                # the processes that read it may run in another folder
-        weights = str(Path(weights).expanduser().absolute())
+        weights = str(at_home(weights).absolute())
     return text_to_video(night.card, weights, night.store, device=night.device, precision=night.plan.precision,
                          attention=night.plan.attention, decode_precision=night.plan.decode_precision,
                          strict=job.strict, compiled=job.compile, batch=job.batch, samplers=job.samplers,
@@ -556,7 +573,7 @@ def foretell(night: Night) -> dict[str, Any] | None:
     # a failed clip is not made again either, until `retry` says so
     ended = Counter(tuple(row[name] for name in shape) for row in ended_clips)
     done = [row for row in ended_clips if row["status"] == "done"]
-    stages, machines, found = stages_of(night), machines_of(night.job.ray), []
+    stages, machines, found = stages_of(night), machines_of(night.job), []
     encoded = night.plan.num_prompts / max(1, night.plan.num_clips)
     left: Counter[float] = Counter()                    # clips by work: buckets of equal work cost the same
     of_work: dict[float, dict[str, Any]] = {}

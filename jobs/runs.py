@@ -15,6 +15,7 @@ from typing import Any
 from jobs.progress import counted, duration_text, printable
 from jobs.usage import UsageError, card_named
 from model.catalog import CATALOG, ModelCard
+from model.private import at_home
 from model.weights import CheckpointError, locate, missing_files, weights_files
 from pipeline import ledger
 from pipeline.lease import Lease
@@ -226,7 +227,7 @@ def look_for_weights(card: ModelCard, weights: str | None) -> dict[str, Any]:
     try:
         folder = locate(weights, card)
     except CheckpointError as error:
-        near = Path(weights).expanduser() if weights else card.folder
+        near = at_home(weights) if weights else card.folder
         if near is None:                                # nothing complete in the hub's cache
             layout = card.layouts[0]
             needs = [part if part.endswith(".safetensors") else f"{part}/"

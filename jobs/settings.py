@@ -27,6 +27,7 @@ class RenderJob(BaseModel):
     weights: str | None = None                          # folder or s3://
     ray: str = "local"                                  # local, auto (the cluster around this machine) or an address
     device: Literal["cpu", "cuda"] | None = None
+    cpus: Count | None = None                           # of a local run: cores of this machine; None: all it may use
 
     # for rows that do not say
     resolution: str | None = None

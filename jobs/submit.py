@@ -29,6 +29,7 @@ from typing import Any, Protocol, TextIO
 from urllib.parse import urlsplit
 
 from jobs.usage import UsageError
+from model.private import at_home
 
 HOME = Path(__file__).resolve().parent.parent
 PACKAGES = ("kernels", "model", "actors", "pipeline", "jobs")
@@ -109,7 +110,7 @@ def pack(folder: Path, manifest: str, render_args: list[str]) -> list[str]:
     files = {f"{package}/{name}": file for package in PACKAGES for name, file in files_under(HOME / package)}
     named = manifest
     if "://" not in manifest:
-        named, found = local_manifest(Path(manifest).expanduser())
+        named, found = local_manifest(at_home(manifest))
         refuse_too_much(files | found)                 # before it is read
         files |= found | images_of(manifest, found)
     args = list(render_args)
@@ -263,7 +264,7 @@ def find_token() -> str | None:
     if token := os.environ.get("RAY_AUTH_TOKEN", "").strip():
         return token
     named = os.environ.get("RAY_AUTH_TOKEN_PATH")
-    path = Path(named).expanduser() if named else Path.home() / ".ray" / "auth_token"
+    path = at_home(named or "~/.ray/auth_token")
     try:
         token = path.read_text().strip()
     except OSError as error:

@@ -34,6 +34,11 @@ def cache_folder() -> Path:
         return Path(tempfile.gettempdir()) / f"dailies-{os.geteuid()}"
 
 
+def at_home(path: str | Path) -> Path:
+    """With the home in place of a leading ~; as it is where there is no such user, or none with a home."""
+    return Path(os.path.expanduser(path))
+
+
 def private_folder(path: Path, below: Path | None = None) -> Path:
     """The folder, made where it is not there, with every folder between `below` and it. They are mode 0700 afterwards.
 

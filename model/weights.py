@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from model.card import Layout, ModelCard
-from model.private import cache_folder, open_regular, private_folder
+from model.private import at_home, cache_folder, open_regular, private_folder
 
 PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 INDEX = ".index.json"                                   # of a file's shards, behind the file's name
@@ -42,7 +42,7 @@ def locate(weights: str | Path | None, card: ModelCard, fetch: Callable[[str, Pa
             raise CheckpointError(f"{card.name}: weights must be in a folder here; got {weights}. Copy them")
         folder = fetch(str(weights), cache_folder() / "weights")
     else:
-        folder = Path(weights).expanduser()
+        folder = at_home(weights)
         if folder.is_file() and folder.suffix in PICKLES:
             raise CheckpointError(f"{card.name}: {folder} is a pickle, and only safetensors are read at run time. "
                                   f"Convert once: dailies convert {folder} --model {card.name} --to FOLDER")
@@ -176,7 +176,9 @@ def from_hub(card: ModelCard) -> Path:
     wanted = [part if is_file(part) else f"{part}/*" for part in (*layout.parts, layout.tokenizer)]
     shards = [form for part in layout.parts if is_file(part)
               for form in (part + INDEX, part.removesuffix(".safetensors") + "-*-of-*.safetensors")]
-    ask = dict(repo_id=card.repo_id, allow_patterns=wanted + shards,
+    # its own, but for a user without a home, whose ~ it would give up on
+    cache = cache_folder() / "hub" if HF_HUB_CACHE.startswith("~") else HF_HUB_CACHE
+    ask = dict(repo_id=card.repo_id, allow_patterns=wanted + shards, cache_dir=cache,
                ignore_patterns=[f"*{suffix}" for suffix in PICKLES])
     try:
         folder = Path(snapshot_download(**ask, local_files_only=True))
@@ -189,7 +191,7 @@ def from_hub(card: ModelCard) -> Path:
         return Path(snapshot_download(**ask))
     except Exception as error:                          # the client raises many kinds: offline, gated, gone, disk full
         raise CheckpointError(
-            f"{card.name}: the weights ({', '.join(wanted)}) are neither in the Hugging Face cache {HF_HUB_CACHE} "
+            f"{card.name}: the weights ({', '.join(wanted)}) are neither in the Hugging Face cache {cache} "
             f"nor could {card.repo_id} be downloaded ({type(error).__name__}: {first_line(error)}). "
             f"Download the repository and name its folder with --weights") from error
 

@@ -29,11 +29,17 @@ from urllib.parse import urlsplit
 
 import ray
 from ray import exceptions as rex
+from ray._private import ray_constants
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+from ray._raylet import AuthenticationTokenLoader
+from ray.job_config import JobConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from actors.cores import usable_cores
 from actors.device_lock import Halted
 from actors.messages import Failure, Request
+from model.private import at_home
+from pipeline import local_ray
 from pipeline.budget import Budget
 from pipeline.crew import Alive, Answer, Broken, Call, Copy, Done, Hello
 from pipeline.driver import ClusterError, Driver, Progress, Stop
@@ -73,58 +79,109 @@ def connect(address: str = "local", *, cpus: int | None = None, gpus: int | None
     """A cluster for the time of the block: "local" starts one on this machine, "auto" finds the one around this process
     (RAY_ADDRESS, or `ray start` on this machine), HOST:PORT names one that this machine belongs to.
 
-    cpus, gpus: what a local one says it has; None: what the machine has.
-    A local one ends with this process, even when that is killed: raylet, GCS and workers within seconds, Ray's two
-    agents, which keep its standard output open, after a minute or two. Call it in the main thread: they end with the
-    thread that started them.
-    Ray listens on every network interface, also for a local cluster, and whoever gets in runs programs here: without
-    token authentication only a cluster on loopback is used.
+    cpus, gpus: what a local one says it has; None: the cores that this process may use, and the GPUs of the machine.
+    A local one listens on loopback only, asks for a token that is made for it, and keeps its files in a folder that
+    only this user can enter (local_ray.py). It ends with this process, even when that is killed: raylet, GCS and
+    workers within seconds, Ray's two agents, which keep its standard output open, after a minute or two. Call it in the
+    main thread: they end with the thread that started them.
+    Any other listens on every network interface, and whoever gets in runs programs there: without token authentication
+    only a cluster on loopback is used.
     Raises ClusterError with the next step when there is no such cluster, or it is open to everybody.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    local = address == "local"
-    token = guard_token(create=local)
-    if not local:
-        address = reachable(address)
-        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
-    # unset, it is Ray that makes a local cluster one with tokens
-    mode = os.environ.get("RAY_AUTH_MODE", "token" if local else "disabled").lower()
-    if mode == "disabled" and (local or not is_loopback(address.rpartition(":")[0])):
-        raise ClusterError(f"Ray at {address!r}: RAY_AUTH_MODE is {mode!r}, so whoever reaches this port could run "
-                           "programs here. Set RAY_AUTH_MODE=token, and start the cluster with it")
     ray._private.worker._worker_logs_enabled = False    # deaths are in Progress.notes, not across the terminal
-    options: dict[str, Any] = dict(address=address, namespace="dailies", log_to_driver=False,
-                                   logging_level=logging.CRITICAL)
-    if local:
-        options |= dict(include_dashboard=False, num_cpus=cpus, num_gpus=gpus, object_store_memory=OBJECT_STORE_BYTES)
-    for last in (False, True) if local else (True,):    # on a busy machine Ray may not come up within its own 30 s
+    with own_cluster(cpus, gpus) if address == "local" else another_cluster(address):
+        yield
+
+
+OPTIONS: dict[str, Any] = dict(namespace="dailies", log_to_driver=False, logging_level=logging.CRITICAL)
+
+
+@contextmanager
+def own_cluster(cpus: int | None, gpus: int | None) -> Iterator[None]:
+    refuse_without_token("local")
+    with local_ray.room() as folder:
         try:
-            context = ray.init(**options)
-            break
-        except Exception as error:                      # Ray raises bare Exceptions too
+            with local_ray.changed(local_ray.environment(folder)), on_loopback():
+                AuthenticationTokenLoader.instance().reset_cache()      # it keeps what it read in an earlier block
+                start(folder, address="local", include_dashboard=False, num_cpus=cpus or usable_cores(), num_gpus=gpus,
+                      object_store_memory=OBJECT_STORE_BYTES, _temp_dir=str(folder / local_ray.SESSION))
+            yield
+        finally:
             ray.shutdown()
-            if last:
-                next_step = ("Is the disk under /tmp full, or the machine out of memory?" if local else
-                             f"It needs Ray {ray.__version__}, as here, and the cluster's token in {token}")
-                raise ClusterError(f"Ray at {address!r} cannot be used: {error}. {next_step}") from error
+            AuthenticationTokenLoader.instance().reset_cache()
+
+
+def start(folder: Path, **options: Any) -> None:
+    """Raises ClusterError with what to do about it."""
+    for last in (False, False, True):                   # on a busy machine Ray may not come up within its own 30 s
+        try:
+            ray.init(job_config=Job(), **options, **OPTIONS)
+            return
+        except Exception as error:                      # Ray raises bare Exceptions too
+            next_step = local_ray.advice(error, folder)
+            ray.shutdown()
+            if last or next_step != local_ray.BUSY:
+                raise ClusterError(f"Ray does not start on this machine: {one_line(error)}. {next_step}") from error
+
+
+@contextmanager
+def on_loopback() -> Iterator[None]:
+    """Ray takes 127.0.0.1 for this machine's address, and listens there only, where it believes that there are no other
+    machines; its own switch for that is read when it is imported."""
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
     try:
-        if not local and context.dashboard_url and answers_anyone(f"http://{context.dashboard_url}"):
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextmanager
+def another_cluster(address: str) -> Iterator[None]:
+    named = f"{address!r}"
+    if address == "auto" and os.environ.get("RAY_ADDRESS"):
+        named = f"RAY_ADDRESS={os.environ['RAY_ADDRESS']!r}, which the environment sets and --ray auto obeys"
+    token = guard_token()
+    address = reachable(address, named)
+    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    refuse_without_token(address, named)
+    try:
+        context = ray.init(address=address, job_config=Job(), **OPTIONS)
+    except Exception as error:                          # Ray raises bare Exceptions too
+        ray.shutdown()
+        raise ClusterError(f"Ray at {named} cannot be used: {one_line(error)}. It needs Ray {ray.__version__}, as "
+                           f"here, and the cluster's token in {token}") from error
+    try:
+        if context.dashboard_url and answers_anyone(f"http://{context.dashboard_url}"):
             raise ClusterError(open_to_everybody(context.dashboard_url))
         yield
     finally:
         ray.shutdown()
 
 
-def guard_token(*, create: bool) -> Path:
-    """Ray writes its token readable for everyone; here it is made, and kept, for its owner only. Returns its path."""
-    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
-    with suppress(OSError):                             # not ours, or no home: Ray will say what it misses
-        if create and not path.exists() and "RAY_AUTH_TOKEN" not in os.environ:
-            from ray._private.authentication.authentication_token_generator import generate_new_authentication_token
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-                file.write(generate_new_authentication_token())
-        elif path.stat().st_uid == os.getuid() and path.stat().st_mode & 0o077:
+class Job(JobConfig):
+    """Workers import from where the driver does. Ray would add the folder that the driver was started in: a file
+    there of the name of one of our modules, or of a library's, would be imported in its place."""
+
+    def _serialize(self) -> str:
+        self._py_driver_sys_path = local_ray.paths_kept(self._py_driver_sys_path)
+        return super()._serialize()
+
+
+def refuse_without_token(address: str, named: str = "'local'") -> None:
+    """Unset, it is Ray that makes a local cluster one with tokens.  Raises ClusterError."""
+    mode = os.environ.get("RAY_AUTH_MODE", "token" if address == "local" else "disabled").lower()
+    if mode == "disabled" and (address == "local" or not is_loopback(address.rpartition(":")[0])):
+        raise ClusterError(f"Ray at {named}: RAY_AUTH_MODE is {mode!r}, so whoever reaches this port could run "
+                           "programs here. Set RAY_AUTH_MODE=token, and start the cluster with it")
+
+
+def guard_token() -> Path:
+    """Ray writes its token readable for everyone; here it is kept for its owner only. Where it is looked for."""
+    path = at_home(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token")
+    with suppress(OSError):                             # not there, or not ours
+        if path.stat().st_uid == os.getuid() and path.stat().st_mode & 0o077:
             path.chmod(0o600)
     return path
 
@@ -154,18 +211,23 @@ def open_to_everybody(address: str) -> str:
             "RAY_AUTH_MODE=token and a token (infra/rayjob.yaml does), or with --dashboard-host 127.0.0.1")
 
 
-def reachable(address: str) -> str:
-    """The cluster's HOST:PORT, once something answers there: Ray itself would try for minutes."""
-    if address.startswith("ray://"):
-        raise ClusterError(f"{address}: a Ray Client address cannot carry a render; use `dailies submit` with the "
+def reachable(address: str, named: str) -> str:
+    """The cluster's HOST:PORT, once something answers there: Ray itself would try for minutes.
+
+    named: what the person said, for messages.
+    """
+    said = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
+    if said.startswith("ray://"):
+        raise ClusterError(f"{named}: a Ray Client address cannot carry a render; use `dailies submit` with the "
                            "cluster's http://HEAD:8265, or run on a machine of the cluster with --ray auto")
     try:
         found = ray._private.services.canonicalize_bootstrap_address_or_die(address)
         host, _, port = found.rpartition(":")
         socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
     except (OSError, ValueError) as error:
-        raise ClusterError(f"no Ray cluster answers at {address!r}: {error}. Start one with `ray start --head`, "
-                           "name another with --ray HOST:6379, or use --ray local") from None
+        unset = "unset RAY_ADDRESS or " if named.startswith("RAY_ADDRESS") else ""
+        raise ClusterError(f"no Ray cluster answers at {named}: {error}. Start one with `ray start --head`, "
+                           f"{unset}name another with --ray HOST:6379, or use --ray local") from None
     return found
 
 

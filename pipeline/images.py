@@ -14,6 +14,7 @@ from pathlib import Path
 from threading import Lock
 
 from actors.image_file import ALLOWED, MAX_BYTES, ImageError, ImageSize, examine
+from model.private import at_home
 from pipeline.store import NoAccess, NotFound, S3Store, TooLarge, open_store
 
 READERS = 16                            # images read at a time: bounds memory, too
@@ -63,7 +64,7 @@ def locate(folder: str, name: str) -> str:
         if {"", ".", ".."} & set(name.split("/")):
             raise ImageError("outside the manifest's folder")
         return f"{folder.rstrip('/')}/{name}"
-    base = Path(folder).expanduser().resolve()
+    base = at_home(folder).resolve()
     try:
         path = (base / name).resolve()
     except (OSError, RuntimeError) as error:            # a link to itself; a name too long

@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
+from model.private import at_home
 from pipeline.complaints import shown
 
 FORMATS = {".parquet": "parquet", ".pq": "parquet", ".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl"}
@@ -55,7 +56,7 @@ def find_files(uri: str) -> list[ManifestFile]:
     name that begins with "." or "_".  Raises FileNotFoundError where there is none; StoreError for a bucket.
     """
     files = _in_bucket(uri) if uri.startswith("s3://") else _on_disk(uri)
-    if not files and Path(uri).expanduser().is_dir():
+    if not files and at_home(uri).is_dir():
         raise FileNotFoundError(f"a folder without a file in it that ends in {SUFFIXES}")
     if not files:
         raise FileNotFoundError("no such file")
@@ -63,7 +64,7 @@ def find_files(uri: str) -> list[ManifestFile]:
 
 
 def _on_disk(uri: str) -> list[ManifestFile]:
-    path = Path(uri).expanduser()
+    path = at_home(uri)
     if path.is_file():
         return [_local(path)]
     if path.is_dir():

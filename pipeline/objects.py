@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from model.private import at_home
 from pipeline.beneath import FILE, Unfit, below, open_file, refuse_strange, sync, top_folder
 
 TEMPORARY = ".tmp"                      # in a folder: what is being written; a killed writer leaves its file there
@@ -146,7 +147,7 @@ class FolderStore(Store):
     """
 
     def __init__(self, root: Path):
-        self.root = root.expanduser().absolute()
+        self.root = at_home(root).absolute()
         self.uri = str(self.root)
 
     def create(self, key: str, data: bytes | Path, *, metadata: dict[str, str] | None = None) -> bool:

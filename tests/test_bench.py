@@ -1,15 +1,12 @@
 """dailies bench as it runs where little is installed: no Ray, PyAV, pydantic, boto3, ftfy, typer, and no git."""
 
-import json as jsonlib
 import os
 import shutil
 import subprocess
-import threading
 
 import pytest
 from bare import ABSENT, ROOT, run_bare
 
-from jobs import bench, bench_model, cli
 from jobs.bench import commit_in
 
 # tiny sizes, one clip, and no waiting for good times
@@ -95,65 +92,3 @@ def test_the_commit_is_read_without_git(tmp_path):
     git("checkout", "--quiet", "--detach")
     assert commit_in(tmp_path / "it" / ".git") == git("rev-parse", "HEAD")
     assert commit_in(tmp_path / "nothing") is None
-
-
-def told(*cases, ends=None):
-    def rows():
-        """Some part. And more of it."""
-        yield from cases
-        if ends:
-            raise ends
-    return rows
-
-
-def test_every_part_is_named_before_it_is_measured_and_a_line_comes_when_it_is_known(capsys):
-    assert bench.run({"one": told(("a", {"s": 1.0})), "two": told(("b", {"s": 2.0}))}, json=False, alone=False) == 0
-    _, parts, *lines = capsys.readouterr().out.splitlines()
-    assert parts == "2 parts, one after the other: one, two; one alone: dailies bench NAME"
-    assert lines == ["one: Some part", "one: a: s 1", "two: Some part", "two: b: s 2"]
-
-
-@pytest.mark.parametrize("json", [False, True])
-def test_ctrl_c_says_that_it_was_stopped_and_what_was_measured_stays(json, capsys):
-    parts = {"one": told(("a", {"s": 1.0}), ends=KeyboardInterrupt()), "two": told(("b", {"s": 2.0}))}
-    assert bench.run(parts, json=json, alone=False) == 130
-    out, err = capsys.readouterr()
-    assert err == "Stopped in part one, with 1 line measured. The same command begins anew.\n"
-    if json:
-        said = jsonlib.loads(out)
-        assert said["stopped"] and said["cases"] == [{"part": "one", "case": "a", "s": 1.0}]
-    else:
-        assert "one: a: s 1" in out and "two: b" not in out
-
-
-def test_a_part_that_is_silent_for_long_says_that_it_is_at_work():
-    lines, said = [], threading.Event()
-    with bench.Patience("one", lambda text: (lines.append(text), said.set()), every_s=0.01):
-        assert said.wait(30)
-    before = len(lines)
-    assert lines[0] == "one: at work for 0 s"
-    assert not threading.Event().wait(0.05) and len(lines) == before
-
-
-def test_the_help_names_every_part(capsys):
-    assert cli.main(["bench", "--help"]) == 0
-    said = " ".join(capsys.readouterr().out.replace("\u2502", " ").split())
-    assert ", ".join(bench.PARTS) + "; or gpu" in said
-
-
-def test_a_peer_that_takes_too_long_costs_its_line_and_not_the_bench(monkeypatch):
-    pytest.importorskip("diffusers", reason="needs diffusers, the peer: pip install 'dailies[dev]'")
-    asked = []
-
-    def measured(peer, dtype, folder, seconds):
-        asked.append((peer, dtype))
-        if peer == "diffusers":
-            raise subprocess.TimeoutExpired(peer, seconds)
-        return {"seconds": 2.0}
-
-    monkeypatch.setattr(bench_model, "measured", measured)
-    monkeypatch.setattr(bench_model, "write_inputs", lambda folder: None)
-    found = list(bench_model.rows())
-    assert [figures for _, figures in found] == 2 * [
-        {"seconds": 2.0, "not timed": f"diffusers took more than {bench_model.SECONDS:.0f} s"}]
-    assert asked == [(peer, dtype) for dtype in ("fp32", "bf16") for peer in ("dailies", "diffusers")]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from jobs import bench_kernels
-from kernels import cases, cpu
+from kernels import cases
 
 TOKENS = cases.Tokens(tokens=5, width=64, heads=1)
 LAYERS = cases.layers_of_block(40, 64, 96)
@@ -18,13 +18,11 @@ def quick(monkeypatch):
     monkeypatch.setattr(bench_kernels, "roof", lambda kind, device: 1e12)
 
 
-@pytest.mark.cpu
 @torch.inference_mode()
 def test_every_line_compares_and_has_its_figures(quick):
-    lines = [*bench_kernels.norms(TOKENS, "cpu"),
-             *(bench_kernels.packed_layers(*LAYERS) if cpu.has_int8_products() else ()),
+    lines = [*bench_kernels.norms(TOKENS, "cpu"), *bench_kernels.packed_layers(*LAYERS),
              *(line for layer in LAYERS for line in bench_kernels.layers(layer, "cpu"))]
-    assert len(lines) == len({name for name, _ in lines}) == (9 if cpu.has_int8_products() else 7)
+    assert len(lines) == 9 and len({name for name, _ in lines}) == 9
     for _, figures in lines:
         assert "dailies, ms" in figures and any(name.startswith("of torch") for name in figures)
         assert all(math.isfinite(figure) and figure > 0 for figure in figures.values())
@@ -53,11 +51,3 @@ def test_what_fails_of_ours_costs_a_line_and_not_the_bench(quick, monkeypatch):
     failed = [name for name, figures in lines.items() if figures.get("failed") == "ValueError: no such shape"]
     assert failed == ["RMS norm, rotary of q and k 1x5x64", "int8 layers, packed"]
     assert len(lines) == 4 + 3 + 1 + 5 and all("dailies, ms" in lines[name] for name in lines if name not in failed)
-
-
-def test_what_is_slow_is_timed_by_the_call_that_compares_it(quick, monkeypatch):
-    monkeypatch.setattr(bench_kernels, "LONG_S", -1.0)
-    calls, x = [], torch.ones(3)
-    _, figures = bench_kernels.against("x", "cpu", 1, "bytes", {
-        "dailies": lambda: calls.append("ours") or x, "slow": lambda: calls.append("slow") or x})
-    assert calls.count("slow") == 1 and calls.count("ours") == 2 and figures["slow, ms"] > 0

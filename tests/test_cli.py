@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from jobs.cli import main
+import jobs
+from jobs.cli import import_nothing_from_here, main
 from jobs.settings import RenderJob, time_meant
 from tiny import TINY
 
@@ -335,3 +336,41 @@ def test_models_downloads_nothing(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     code, out, _ = said(capsys, "models", "linum-v2-720p", "--json")
     assert code == 0 and json.loads(out)["weights"]["missing"][0] == "dit/720p.safetensors"
+
+
+def test_nothing_is_imported_from_the_folder_that_the_command_is_given_in(tmp_path, monkeypatch):
+    """model.py, av.py or token.py there would be taken for ours: python -m, or an empty entry of PYTHONPATH."""
+    root, other = str(Path(jobs.__file__).parent.parent), "/usr/lib/python"
+    (tmp_path / "link").symlink_to(tmp_path)
+    monkeypatch.setattr(sys, "path", ["", str(tmp_path), f"{tmp_path}/link", root, other])
+    monkeypatch.chdir(root)
+    import_nothing_from_here()
+    assert sys.path[1] == str(tmp_path)                 # a checkout that is worked in
+    monkeypatch.chdir(tmp_path)
+    import_nothing_from_here()
+    assert sys.path == [root, other]
+
+
+@pytest.mark.parametrize("arguments", [
+    ["plan", "~no-such-user/m.csv", "--out", "o"], ["plan", "m.csv", "--out", "o", "--weights", "~no-such-user/w"],
+    ["status", "~no-such-user/o"], ["models", "--weights", "~no-such-user/w"], ["plan", "~/m.csv", "--out", "~/o"]],
+    ids=" ".join)
+def test_a_home_that_is_not_there_ends_no_command_with_a_traceback(arguments, tmp_path, monkeypatch, capsys):
+    """~ is taken as it is: of a user who does not exist, or of a user id without an entry and without HOME."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("os.getuid", lambda: 2**31 - 3)
+    (tmp_path / "m.csv").write_text("prompt\na fox\n")
+    assert said(capsys, *arguments)[0] in ((0,) if arguments[0] == "models" else (2, 5))
+
+
+def test_cores_that_there_are_not_and_cores_of_a_cluster_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("jobs.render.usable_cores", lambda: 4)
+    (tmp_path / "m.csv").write_text("prompt\na fox\n")
+    for more, word in ((("--cpus", "5"), "at most 4, the cores that this process may use here; got 5"),
+                       (("--cpus", "0"), "--cpus must be"),
+                       (("--cpus", "2", "--ray", "auto"), "--cpus is of a local run")):
+        assert main(["plan", str(tmp_path / "m.csv"), "--out", str(tmp_path / "out"), *more]) == 2
+        assert word in capsys.readouterr().err
+    assert main(["submit", "m.csv", "--out", "o", "--address", "http://h:8265", "--cpus", "2"]) == 2
+    assert "--cpus is of a local run" in capsys.readouterr().err

@@ -207,7 +207,7 @@ def test_no_cluster_at_the_address_is_said_within_seconds():
 
 def test_a_cluster_without_tokens_is_refused_unless_it_is_on_loopback(monkeypatch):
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    monkeypatch.setattr(cluster, "reachable", lambda address: address)
+    monkeypatch.setattr(cluster, "reachable", lambda address, named: address)
     for address in ("local", "192.0.2.7:6379"):
         with pytest.raises(ClusterError, match="whoever reaches this port.*Set RAY_AUTH_MODE=token"):
             with cluster.connect(address):
@@ -226,16 +226,29 @@ def test_a_run_needs_a_cluster():
 
 
 def test_the_token_is_for_its_owner_only(tmp_path, monkeypatch):
+    """Ray writes it readable for everybody; a local run needs none, and makes none."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
-    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
-    path = cluster.guard_token(create=True)
-    assert path == tmp_path / ".ray" / "auth_token" and len(path.read_text()) >= 32
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    token = path.read_text()
+    path = tmp_path / ".ray" / "auth_token"
+    assert cluster.guard_token() == path and not path.parent.exists()
+    path.parent.mkdir()
+    path.write_text("token")
     os.chmod(path, 0o644)
-    cluster.guard_token(create=True)
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600 and path.read_text() == token
+    cluster.guard_token()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600 and path.read_text() == "token"
+
+
+def test_an_address_from_the_environment_is_named_in_what_it_causes(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(ClusterError, match="RAY_ADDRESS='127.0.0.1:1', which the environment.*unset RAY_ADDRESS"):
+        with cluster.connect("auto"):
+            pass
+    monkeypatch.setenv("RAY_ADDRESS", "ray://127.0.0.1:10001")
+    with pytest.raises(ClusterError, match="RAY_ADDRESS='ray://127.0.0.1:10001'.*Ray Client"), cluster.connect("auto"):
+        pass
+    with pytest.raises(ClusterError, match="answers at '127.0.0.1:1'") as raised, cluster.connect("127.0.0.1:1"):
+        pass
+    assert "RAY_ADDRESS" not in str(raised.value)
 
 
 def test_a_killed_driver_leaves_no_process(tmp_path):

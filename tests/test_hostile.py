@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -27,7 +26,6 @@ from pipeline import cluster, ledger, manifest, manifest_parquet, stages
 from pipeline.store import open_store
 from tiny import TINY
 
-HERE = Path(__file__).resolve().parent
 HANG_S = 120
 
 
@@ -356,30 +354,3 @@ def test_what_is_logged_is_escaped_too():
               "logging.getLogger('store').warning('cannot write now (%s)', 'Slow\x1b[2JDown')")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
     assert r"cannot write now (Slow\x1b[2JDown)" in done.stderr and "\x1b" not in done.stderr
-
-
-# Secrets.
-
-SECRETS = {"AWS_ACCESS_KEY_ID": "AKID-stays-at-home-1", "AWS_SECRET_ACCESS_KEY": "secret-stays-at-home-2",
-           "AWS_SESSION_TOKEN": "session-stays-at-home-3", "HF_TOKEN": "hub-stays-at-home-4",
-           "MY_DATABASE_PASSWORD": "password-stays-at-home-5"}
-
-
-def test_what_the_environment_keeps_secret_is_written_nowhere(tmp_path):
-    """Not into the run folder, not to the terminal, and not into what Ray writes about its processes."""
-    (tmp_path / "night.csv").write_text("prompt,frames\na fox,5\nanother fox,9\n")
-    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as ray_folder:
-        env = {**os.environ, **SECRETS, "RAY_TMPDIR": ray_folder, "AWS_EC2_METADATA_DISABLED": "true"}
-        command = [sys.executable, HERE / "tiny.py", "render", tmp_path / "night.csv", "--model", "tiny", "--out"]
-        done = subprocess.run([*command, tmp_path / "out"], env=env, capture_output=True, text=True, timeout=500)
-        assert done.returncode == 0, done.stderr
-        urls = ["http://127.0.0.1:9", f"http://user:{SECRETS['AWS_SECRET_ACCESS_KEY']}@127.0.0.1:9"]
-        refused = [subprocess.run([*command, "s3://bucket/run"], capture_output=True, text=True, timeout=120,
-                                  env=env | {"AWS_ENDPOINT_URL": url, "NO_PROXY": "127.0.0.1"}) for url in urls]
-        assert [each.returncode for each in refused] == [5, 2], [each.stderr for each in refused]
-        printed = "".join(each.stdout + each.stderr for each in (done, *refused))
-        written = {path: path.read_bytes() for folder in (tmp_path, Path(ray_folder)) for path in folder.rglob("*")
-                   if path.is_file() and not path.is_symlink()}
-    assert any("session_" in str(path) for path in written) and any(path.name == "run.json" for path in written)
-    assert "stays-at-home" not in printed
-    assert [str(path) for path, content in written.items() if b"stays-at-home" in content] == []
