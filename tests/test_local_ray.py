@@ -162,7 +162,7 @@ def test_workers_never_import_from_the_folder_that_the_command_was_given_in(tmp_
 @pytest.mark.parametrize("error, log, step", [
     (OSError(errno.ENOSPC, "No space left on device"), "", "is full: make room"),
     (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), "", "is full: make room"),
-    (OSError(errno.EROFS, "Read-only file system", "/home/me/.ray"), "", "may not be written"),
+    (OSError(errno.EROFS, "Read-only file system", "/.ray"), "", "may not be written"),
     (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), "", "ulimit -n"),
     (BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN)), "", "ulimit -u"),
     (OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), "", "out of memory"),
