@@ -3,6 +3,7 @@
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,7 +60,7 @@ class ImageTextEncoder(TextEncoder):
             raise ImageError(f"{image.uri} has changed since this run was planned: put the old image back, or render "
                              "the new one into another output folder")
         whole = decode(data)
-        pixels = cropped(whole, shape, self.card.side_step)
+        pixels = whole if is_of(self.card, whole, shape) else cropped(whole, shape, self.card.side_step)
         with self.lock:
             made = [self.condition(pixels, shape).cpu()]
             if self.clip is not None:
@@ -88,6 +89,15 @@ class ImageTextEncoder(TextEncoder):
         del self.vae, self.clip
         self.recent_images.clear()
         super().release()
+
+
+def is_of(card: WanCard, pixels: Tensor, shape: VideoShape) -> bool:
+    """Whether a named size of the card is this shape for an image of this size, however its sides were rounded."""
+    for resolution in card.resolutions:
+        with suppress(ValueError):                      # too narrow an image for this name
+            if card.size_for_image(resolution, *pixels.shape[1:]) == (shape.height, shape.width):
+                return True
+    return False
 
 
 def cropped(pixels: Tensor, shape: VideoShape, step: int) -> Tensor:

@@ -12,12 +12,14 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
+from jobs import sandbox
 from jobs.usage import UsageError, card_named
 from kernels.int8_linear import quantize_rows
 from model import checkpoint, keys, turbo
@@ -25,11 +27,13 @@ from model.card import Layout, ModelCard
 from model.catalog import LinumCard
 from model.clip import from_open_clip
 from model.private import at_home, cache_folder
-from model.text import new_encoder
-from model.weights import INDEX, PICKLES, CheckpointError, first_line, is_file, listed
+from model.text import described_encoder
+from model.tokenizer import Tokenizer
+from model.weights import INDEX, PICKLES, SMALL_BYTES, SMALL_KINDS, CheckpointError, is_file, listed, read_small
 from pipeline.fetch import bring
 from pipeline.store import Store, open_store
 
+SAID_BYTES = 8000                                       # of what the reader of a pickle says
 SHARD_BYTES = 4_000_000_000                             # a bucket takes 5 GB in one request
 HOME = Path(__file__).resolve().parent.parent
 # of our environment, all that the process gets which opens a pickle
@@ -59,6 +63,9 @@ def convert(source: str, model: str, to: str, *, precision: str | None = None, j
     else:
         path = at_home(source)
     layout, parts = found_parts(card, path)
+    if path.is_dir() and (path / layout.tokenizer).is_dir():
+        Tokenizer(path / layout.tokenizer, card.name)   # which is copied as it is: it must be one that can be read
+    small = small_files(layout, path) if path.is_dir() else {}
     written = []
     for part in parts:
         tensors = dict(read(part.source, room_beside(store)))
@@ -74,8 +81,9 @@ def convert(source: str, model: str, to: str, *, precision: str | None = None, j
                 written.append({"file": name, "num_bytes": file.stat().st_size, "from": str(part.source)})
                 if not json:
                     print(f"{store.uri_of(name)}  {file.stat().st_size / 1e6:,.1f} MB  from {part.source}", flush=True)
-    if path.is_dir():
-        written += copy_small_files(layout, path, store)
+    for name, file in small.items():
+        publish(store, name, file)
+        written.append({"file": name, "num_bytes": file.stat().st_size, "from": str(file)})
     if json:
         print(jsonlib.dumps({"model": card.name, "to": store.uri, "files": written}))
     return 0
@@ -153,16 +161,41 @@ def read(path: Path, room: Path | None = None) -> Iterator[tuple[str, Tensor]]:
 
 
 def unpickle(path: Path, target: Path) -> None:
-    """The pickle's tensors as safetensors, by a process without our credentials.  Raises CheckpointError."""
+    """The pickle's tensors as safetensors, by a process without our credentials that the kernel shuts in.
+
+    target: a file that is not there yet.  Raises CheckpointError.
+    """
     environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
-    environment |= {"HOME": str(target.parent), "PYTHONPATH": str(HOME), "PYTHONSAFEPATH": "1"}
-    child = subprocess.run([sys.executable, "-m", "jobs.unpickle", str(path.absolute()), str(target.absolute())],
-                           env=environment, cwd=target.parent, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    environment |= {"HOME": str(target.parent), "PYTHONPATH": str(HOME), "PYTHONSAFEPATH": "1",
+                    "PYTHONDONTWRITEBYTECODE": "1"}
+    if path.exists() and not path.is_file():            # a pipe would be waited for, a device read without end
+        raise CheckpointError(f"{path} is no regular file; a pickle of weights is needed there")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    with open(target, "wb", opener=lambda name, _: os.open(name, flags, 0o600)) as made, \
+            tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors, sandbox.undumpable():
+        child = subprocess.run([sys.executable, sandbox.__file__, "jobs.unpickle", path.absolute(), str(made.fileno())],
+                               env=environment, cwd=target.parent, stdin=subprocess.DEVNULL, stdout=out, stderr=errors,
+                               pass_fds=[made.fileno()], start_new_session=True)
+        said, complaint = (text_of(file) for file in (out, errors))
+    for sentence in said.splitlines():
+        warn_once(sentence)
     if child.returncode == 2:
-        raise CheckpointError(child.stderr.strip())
+        raise CheckpointError(complaint)
     if child.returncode:
         raise CheckpointError(f"{path}: the process that reads it ended with {child.returncode}. Is there enough "
-                              f"memory, and disk for its tensors? {child.stderr.strip()[-300:]}")
+                              f"memory, and disk for its tensors? {complaint[-300:]}")
+
+
+def text_of(file: BinaryIO) -> str:
+    """The beginning of what a process has said, which may be anything."""
+    file.seek(0)
+    return "".join(char if char.isprintable() or char == "\n" else "?"
+                   for char in file.read(SAID_BYTES).decode(errors="replace")).strip()
+
+
+@cache
+def warn_once(sentence: str) -> None:
+    print(f"note: pickles are read by a process that is not shut in as it should be: {sentence}", file=sys.stderr)
 
 
 def split_clip(card: ModelCard, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
@@ -180,7 +213,7 @@ def quantized(card: ModelCard, tensors: Mapping[str, Tensor], path: Path) -> dic
     """With the weights of the blocks' linear layers in INT8, a scale per row: the names are those of model/turbo.py."""
     with torch.device("meta"):
         wanted = {f"{place}.weight" for place, _ in turbo.linears_of_blocks(card.new_dit())}
-    table = min(card.dit_tables, key=lambda table: len(table.unknown(tensors)))
+    table = keys.table_of(tensors, card.dit_tables)
     made: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if table.ours(name) in wanted:
@@ -235,9 +268,9 @@ def check(card: ModelCard, part: Part, folder: Path) -> None:
         return
     if part.kind == "text_encoder":
         config = part.source.with_name("config.json")
-        said = jsonlib.loads(config.read_text()) if config.is_file() else getattr(card, "text_encoder_fields", {})
+        said = config if config.is_file() else getattr(card, "text_encoder_fields", None)
         with torch.device("meta"):
-            model = new_encoder("T5" if isinstance(card, LinumCard) else "umT5", said)
+            model = described_encoder("T5" if isinstance(card, LinumCard) else "umT5", said or config, card.name)
         model.encoder.embed_tokens = model.shared
     else:
         model = described(card, part.kind)
@@ -262,15 +295,17 @@ def tables_of(card: ModelCard, kind: str) -> tuple[keys.KeyTable, ...]:
             "image_encoder": (keys.CLIP_VISION, keys.CLIP_ORIGINAL)}[kind]
 
 
-def copy_small_files(layout: Layout, folder: Path, store: Store) -> list[dict[str, Any]]:
-    """The tokenizer, and the config of a text encoder that is a folder."""
-    copied = []
-    for part in (layout.tokenizer, *(part for part in layout.parts if not part.endswith(".safetensors"))):
-        for file in sorted((folder / part).glob("*")):
-            if file.suffix in (".json", ".model") and not file.name.endswith(INDEX):
-                publish(store, f"{part}/{file.name}", file)
-                copied.append({"file": f"{part}/{file.name}", "num_bytes": file.stat().st_size, "from": str(file)})
-    return copied
+def small_files(layout: Layout, folder: Path) -> dict[str, Path]:
+    """The tokenizer, and the config of a text encoder that is a folder, by their names in the output.
+
+    Raises CheckpointError for what is no regular file, or larger than such files are.
+    """
+    parts = (layout.tokenizer, *(part for part in layout.parts if not part.endswith(".safetensors")))
+    found = {f"{part}/{file.name}": file for part in parts for file in sorted((folder / part).glob("*"))
+             if file.suffix in SMALL_KINDS and not file.name.endswith(INDEX)}
+    for file in found.values():
+        read_small(file, SMALL_BYTES)
+    return found
 
 
 def room_beside(store: Store) -> Path | None:

@@ -498,6 +498,7 @@ def notes_of(night: Night) -> list[str]:
     notes += [f"{counted(said['rows'], 'row')}: {said['note']}" for said in summary["roundings"]]
     if summary["more_roundings"]:
         notes.append(f"and {summary['more_roundings']:,} more kinds of rounding")
+    notes += [f"{counted(said['rows'], 'row')}: {said['note']}" for said in summary["notes"]]
     if summary["duplicates"]:
         ask = "asks" if summary["duplicates"] == 1 else "ask"
         notes.append(f"{counted(summary['duplicates'], 'row')} {ask} for a clip that another row asks for too: "

@@ -217,6 +217,7 @@ def describe(card: ModelCard, weights: str | None) -> dict[str, Any]:
                    "max_steps": card.max_steps, "max_guidance": card.max_guidance},
         "precisions": list(card.precisions), "attentions": list(card.attentions),
         "keep_ratio": card.keep_ratio, "tuned_for_sparse": card.tuned_for_sparse,
+        "differs": list(card.differs), "guidance_note": card.guidance_note,
         "sources": {repository: list(files) for repository, files in card.sources.items()},
         "memory_gb": dict(card.memory_gb), "weights": look_for_weights(card, weights),
     }
@@ -257,6 +258,8 @@ def print_model(model: dict[str, Any]) -> None:
     tuned = "was tuned" if model["tuned_for_sparse"] else "was not tuned"
     print(f"  attention   {', '.join(model['attentions'])}; sparse keeps {model['keep_ratio']:.0%} of the blocks of "
           f"keys, which this model {tuned} for")
+    for sentence in (*model["differs"], *([model["guidance_note"]] if model["guidance_note"] else [])):
+        print(f"  note        {sentence}")
     if memory:
         print(f"  GPU memory  {memory}")
     if weights["complete"]:

@@ -21,7 +21,8 @@ from jobs.demo.world import ATTRIBUTES, SIZE, WORDS, Scene, describe
 from model import checkpoint, keys
 from model.catalog import CATALOG
 from model.linum import LinumDiT
-from model.text import load_tokenizer, new_t5, new_tokenizer
+from model.text import new_t5
+from model.tokenizer import Tokenizer, new_tokenizer
 from model.wan_vae import WanVAE, channels_last
 
 SEED = 20
@@ -221,10 +222,10 @@ class Reader(nn.Module):
         return {name: head(mean) for name, head in self.heads.items()}
 
 
-def train_text(work: Path, device: str, tokenizer) -> nn.Module:
+def train_text(work: Path, device: str, tokenizer: Tokenizer) -> nn.Module:
     torch.manual_seed(SEED)
     width = CARD.dit_config.text_dim
-    encoder = new_t5(d_model=width, d_kv=32, d_ff=2 * width, num_layers=3, num_heads=4, vocab_size=len(tokenizer))
+    encoder = new_t5(d_model=width, d_kv=32, d_ff=2 * width, num_layers=3, num_heads=4, vocab_size=tokenizer.largest + 1)
     reader = Reader(encoder, width).to(device)
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
@@ -232,8 +233,7 @@ def train_text(work: Path, device: str, tokenizer) -> nn.Module:
         scenes = [Scene.draw(rng) for _ in range(TEXT_BATCH)]
         stills = [rng.random() < 0.2 for _ in scenes]
         sentences = [describe(scene, rng, still=still, complete=False) for scene, still in zip(scenes, stills, strict=True)]
-        batch = tokenizer(sentences, padding=True, return_tensors="pt").to(device)
-        said = reader(batch["input_ids"], batch["attention_mask"])
+        said = reader(*tokenizer.padded(sentences, device))
         loss, right = torch.zeros((), device=device), 0.0
         for name, values in ATTRIBUTES.items():
             unsaid = len(values)
@@ -284,7 +284,7 @@ def encode_scenes(vae: WanVAE, work: Path, device: str, name: str, count: int, f
     return scenes, torch.load(path, weights_only=True)
 
 
-def train_dit(work: Path, device: str, vae: WanVAE, encoder: nn.Module, tokenizer) -> LinumDiT:
+def train_dit(work: Path, device: str, vae: WanVAE, encoder: nn.Module, tokenizer: Tokenizer) -> LinumDiT:
     torch.manual_seed(SEED)
     scenes, latents = encode_scenes(vae, work, device, "clips", DIT_CLIPS, FRAMES)
     pictured, images = encode_scenes(vae, work, device, "images", DIT_IMAGES, 1)
@@ -304,9 +304,9 @@ def train_dit(work: Path, device: str, vae: WanVAE, encoder: nn.Module, tokenize
 
     @torch.no_grad()
     def embed(sentences: list[str]) -> list[Tensor]:
-        batch = tokenizer(sentences, padding=True, truncation=True, max_length=CARD.dit_config.text_len, return_tensors="pt").to(device)
-        rows = encoder(**batch).last_hidden_state
-        return [row[:n] for row, n in zip(rows, batch["attention_mask"].sum(dim=1).tolist(), strict=True)]
+        ids, mask = tokenizer.padded(sentences, device, CARD.dit_config.text_len)
+        rows = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        return [row[:n] for row, n in zip(rows, mask.sum(dim=1).tolist(), strict=True)]
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = rng_of("dit", step)
@@ -358,7 +358,7 @@ def main() -> None:
     tokenizer_folder = args.out / CARD.tokenizer_folder
     if not (tokenizer_folder / "tokenizer.json").exists():
         train_tokenizer(tokenizer_folder)
-    tokenizer = load_tokenizer(tokenizer_folder, CARD.name)
+    tokenizer = Tokenizer(tokenizer_folder, CARD.name)
     vae = train_vae(args.work, args.device) if args.only != "text" else None
     encoder = train_text(args.work, args.device, tokenizer) if args.only != "vae" else None
     if vae is not None and encoder is not None:

@@ -236,10 +236,8 @@ class Sentences:
         """[kinds, sentences, L, E], zero past each sentence's end."""
         rows, flat = [], [sentence for of_kind in sentences for sentence in of_kind]
         for start in range(0, len(flat), 4096):
-            batch = encoder.tokenizer(flat[start:start + 4096], padding=True, truncation=True, max_length=length,
-                                      return_tensors="pt").to(device)
-            mask = batch["attention_mask"]
-            said = encoder.model(input_ids=batch["input_ids"], attention_mask=mask).last_hidden_state * mask[..., None]
+            ids, mask = encoder.tokenizer.padded(flat[start:start + 4096], device, length)
+            said = encoder.model(input_ids=ids, attention_mask=mask).last_hidden_state * mask[..., None]
             rows.append(F.pad(said, (0, 0, 0, length - said.shape[1])).to(torch.bfloat16))
         return torch.cat(rows).unflatten(0, (len(sentences), -1))
 

@@ -54,6 +54,8 @@ class ModelCard:
     guidance: float
     negative_prompt: str = ""
     negative_unused: str = ""                           # what a row with one is told, where the model cannot use it
+    guidance_note: str = ""                             # what a row with its own is told, where it is not plain
+    differs: tuple[str, ...] = ()                       # from the release, by default, in sentences
     takes_image: bool = False                           # every row needs one, which becomes the first frame
     min_side: int = 128                                 # pixels
     side_step: int = 8                                  # sides are multiples of it
@@ -219,8 +221,7 @@ class ModelCard:
         area, step = math.prod(self.resolutions[resolution]), self.side_step
         sides = [math.isqrt(area * side // other) // step * step for side, other in ((height, width), (width, height))]
         if min(sides) < self.min_side:
-            raise ValueError(f"the clip's sides must be at least {self.min_side} for {self.name}; got "
-                             f"{sides[1]}x{sides[0]} at {resolution} for an image of {width}x{height}")
+            raise too_narrow(self, resolution, height, width, sides)
         return sides[0], sides[1]
 
     def frames_for(self, duration_s: float | None = None, frames: int | None = None) -> tuple[int, str | None]:
@@ -243,3 +244,8 @@ class ModelCard:
         if frames == self.fps * duration_s:
             return frames + 1, None
         return frames + 1, f"{duration_s:g} s rounded down to {frames / self.fps:g} s ({frames + 1} frames)"
+
+
+def too_narrow(card: ModelCard, resolution: str, height: int, width: int, sides: list[int]) -> ValueError:
+    return ValueError(f"the clip's sides must be at least {card.min_side} for {card.name}; got {sides[1]}x{sides[0]} at "
+                      f"{resolution} for an image of {width}x{height}")

@@ -3,12 +3,13 @@
 Importing this costs nothing heavy; torch and transformers come in when a card builds a model.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from model.card import Layout, ModelCard
+from model.card import Layout, ModelCard, too_narrow
 from model.shapes import VideoShape
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class LinumCard(ModelCard):
         from model.text import T5TextEncoder
         return T5TextEncoder(weights / self.text_encoder_folder, weights / self.tokenizer_folder, device,
                              name=self.name, precision=precision or self.precision_on(device),
-                             max_tokens=self.dit_config.text_len, width=self.dit_config.text_dim)
+                             max_tokens=self.dit_config.text_len, width=self.dit_config.text_dim).checked(self.name)
 
     def dit(self, weights: Path, device: str, precision: str | None = None, attention: str | None = None) -> "LinumDiT":
         """The diffusion transformer, loaded, in eval mode.  Raises CheckpointError."""
@@ -164,7 +165,7 @@ class WanCard(ModelCard):
     @property
     def dit_tables(self) -> tuple["KeyTable", ...]:
         from model import keys
-        return keys.WAN, keys.WAN_DIFFUSERS, keys.WAN_REPACKED
+        return keys.WAN, keys.WAN_DIFFUSERS
 
     @property
     def num_experts(self) -> int:
@@ -194,7 +195,7 @@ class WanCard(ModelCard):
         return UMT5TextEncoder(encoder, weights / layout.tokenizer, device, name=self.name,
                                precision=precision or self.precision_on(device), max_tokens=self.dit_config.text_len,
                                width=self.dit_config.text_dim,
-                               config=None if encoder.is_dir() else self.text_encoder_fields)
+                               config=None if encoder.is_dir() else self.text_encoder_fields).checked(self.name)
 
     def dit(self, weights: Path, device: str, precision: str | None = None, attention: str | None = None,
             expert: int = 0) -> "WanDiT":
@@ -229,6 +230,14 @@ class WanCard(ModelCard):
         return (1 / std).float(), (-torch.tensor(self.latent_mean, dtype=torch.float64) / std).float()
 
 
+TURBO_ATTENTION = (
+    "attention is sparse in bf16; the release's default is SageSLA, which --attention sage is here, with INT8 queries and "
+    "keys as there, and values in bf16 where the release has FP8")
+TURBO_SIZES = (
+    "a named size is an area in the image's aspect, as with the release's --adaptive_resolution; without that option the "
+    "release stretches every image to 16:9. WIDTHxHEIGHT is cropped to, never stretched")
+
+
 @dataclass(frozen=True, kw_only=True)
 class TurboCard(WanCard):
     """A Wan model that TurboDiffusion distilled to a few steps without guidance and tuned for sparse attention.
@@ -248,6 +257,19 @@ class TurboCard(WanCard):
     attentions: tuple[str, ...] = ("sparse", "sage")
     keep_ratio: float = 0.1
     tuned_for_sparse: bool = True
+    differs: tuple[str, ...] = (TURBO_ATTENTION,)
+
+    def size_for_image(self, resolution: str, height: int, width: int) -> tuple[int, int]:
+        """As the release's --adaptive_resolution: the area of a named size in the image's aspect, each side rounded to a
+        multiple of 16; so there may be a few pixels more than in the named size.
+        """
+        if resolution not in self.resolutions:
+            return self.size_for(resolution)
+        area, step = math.prod(self.resolutions[resolution]), self.side_step
+        sides = [step * round(math.sqrt(area * side / other) / step) for side, other in ((height, width), (width, height))]
+        if min(sides) < self.min_side:
+            raise too_narrow(self, resolution, height, width, sides)
+        return sides[0], sides[1]
 
     @property
     def layouts(self) -> tuple[Layout, ...]:
@@ -261,7 +283,7 @@ class TurboCard(WanCard):
     @property
     def dit_tables(self) -> tuple["KeyTable", ...]:
         from model import keys
-        return keys.TURBO_WAN, keys.TURBO_WAN_TRAINED
+        return keys.TURBO_WAN, keys.TURBO_WAN_WRAPPED
 
     def vae_precision(self, precision: str) -> str:
         """bf16 unless all is fp32: TurboDiffusion does not run it in fp32 as Wan does."""
@@ -375,6 +397,8 @@ WAN22_T2V_A14B = replace(
     shift=12.0,
     guidance=4.0,
     low_noise_guidance=0.75,                            # 3.0
+    guidance_note="guidance is of the expert for high noise, and that for low noise has 0.75 of it, as in the release's "
+                  "own 4 and 3; its command line gives one number to both",
     boundary=875,
     clips_per_turn=4,
 )
@@ -388,6 +412,7 @@ WAN22_I2V_A14B = replace(
     shift=5.0,
     guidance=3.5,
     low_noise_guidance=1.0,
+    guidance_note="",
     boundary=900,
     dit_fields=WAN_14B | dict(condition_channels=20),
     memory_gb={"encode": 22, "sample": 42, "publish": 16},
@@ -403,19 +428,21 @@ def turbo_sources(repository: str, *files: str) -> dict[str, tuple[str, ...]]:
 
 TURBO_WAN21_T2V_1_3B = TurboCard(
     name="turbo-wan2.1-t2v-1.3b-480p",
-    description="Wan 2.1 1.3B by TurboDiffusion: 1 to 4 steps, sparse attention, text to video at 832x480, up to 5 s",
+    description="Wan 2.1 1.3B by TurboDiffusion: 1 to 4 steps, sparse attention, text to video at 832x480 or 640x640, "
+                "up to 5 s",
     release="TurboWan2.1-T2V-1.3B-480P",
     sources=turbo_sources("TurboWan2.1-T2V-1.3B-480P", "TurboWan2.1-T2V-1.3B-480P.pth or -quant.pth"),
     resolutions={"480p": (480, 832)},
     resolution="480p",
-    max_pixels=480 * 832,
+    max_pixels=640 * 640,                               # published too, and a little more than 832x480
     memory_gb=WAN21_T2V_1_3B.memory_gb,
 )
 
 TURBO_WAN21_T2V_14B_480P = replace(
     TURBO_WAN21_T2V_1_3B,
     name="turbo-wan2.1-t2v-14b-480p",
-    description="Wan 2.1 14B by TurboDiffusion: 1 to 4 steps, sparse attention, text to video at 832x480, up to 5 s",
+    description="Wan 2.1 14B by TurboDiffusion: 1 to 4 steps, sparse attention, text to video at 832x480 or 640x640, "
+                "up to 5 s",
     release="TurboWan2.1-T2V-14B-480P",
     sources=turbo_sources("TurboWan2.1-T2V-14B-480P", "TurboWan2.1-T2V-14B-480P.pth or -quant.pth"),
     dit_fields=WAN_14B,
@@ -441,6 +468,7 @@ TURBO_WAN22_I2V_A14B = replace(
     sources=turbo_sources("TurboWan2.2-I2V-A14B-720P", "TurboWan2.2-I2V-A14B-high-720P.pth or -quant.pth",
                           "TurboWan2.2-I2V-A14B-low-720P.pth or -quant.pth"),
     takes_image=True,
+    differs=(TURBO_ATTENTION, TURBO_SIZES),
     sigma_max=200.0,
     boundary=900,
     clips_per_turn=4,

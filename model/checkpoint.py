@@ -5,6 +5,7 @@ Also the byte form in which tensors are kept between stages (`pack`, `unpack`).
 
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,18 +18,20 @@ import torch
 from torch import Tensor, nn
 
 from kernels import cpu
-from model.keys import KeyTable
+from model import foreign
+from model.keys import KeyTable, table_of
 from model.layers import takes_low_precision
-from model.weights import INDEX, PICKLES, CheckpointError, first_line, listed, weight_map
+from model.weights import INDEX, PICKLES, CheckpointError, first_line, listed, weight_map, weights_file
 
 Model = TypeVar("Model", bound=nn.Module)
 
-MAX_HEADER_BYTES = 100_000_000                          # what the safetensors format allows
+MAX_HEADER_BYTES = 25_000_000                           # the format allows 100 MB; of the largest model it is under 1
+MAX_TENSORS = 200_000
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }
+TWIN_NUMBERS = 2**24                                    # compared at once
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 
@@ -74,9 +77,11 @@ def load(model: nn.Module, path: Path, *tables: KeyTable, name: str, device: str
     Raises CheckpointError for tensors missing, unexpected, or of another shape or kind.
     """
     stored = stored_tensors(path)
-    table = min(tables, key=lambda t: len(t.unknown(stored)))
+    table = table_of(stored, tables)
     wanted = dict(model.named_parameters()) | dict(model.named_buffers())
-    found = match(stored, wanted, table, f"{name}: {path}")
+    where = f"{name}: {path}"
+    found = match(stored, wanted, table, where)
+    check_twins(stored, found, table, where)
     left = Counter(key.rpartition(".")[0] for key in wanted)
     for key, tensor in views({key: found[key] for key in wanted}):
         dtype = dtypes if isinstance(dtypes, torch.dtype) else dtypes.get(key, torch.float32)
@@ -97,10 +102,11 @@ def match(stored: Mapping[str, StoredTensor], wanted: Mapping[str, Tensor], tabl
     for released, tensor in stored.items():
         ours = table.ours(released)
         if not table.drops(released) and ours in wanted:
-            found.setdefault(ours, tensor)              # a tied tensor may be stored under both its names
+            found.setdefault(ours, tensor)              # a tied tensor may be stored under both its names: check_twins
     unexpected = [key for key in stored if not table.drops(key) and table.ours(key) not in wanted]
     missing = [f"{key} (there: {table.released(key)})" for key in wanted if key not in found]
-    next_step = f"Is it another model's file? If the release has changed, name them in {table.name}, model/keys.py"
+    kind = foreign.kind_of(stored, {name: tensor.shape for name, tensor in stored.items()})
+    next_step = f"Is it another model's file?{kind} If the release has changed, name them in {table.name}, model/keys.py"
     if missing:
         also = f", and {count(unexpected)} unexpected: {listed(unexpected)}" if unexpected else ""
         raise CheckpointError(f"{where}: {count(missing)} missing: {listed(missing)}{also}. {next_step}")
@@ -114,13 +120,30 @@ def match(stored: Mapping[str, StoredTensor], wanted: Mapping[str, Tensor], tabl
                  for key, tensor in found.items() if tensor.shape != shape(key, tensor)]
     if misshapen:
         raise CheckpointError(f"{where}: {count(misshapen)} of another shape: {listed(misshapen)}. "
-                              "Is it another model's file?")
+                              f"Is it another model's file?{kind}")
     for kind, dtypes in (("floating point", FLOATS), ("int8", {torch.int8})):
-        foreign = [f"{found[key].name} ({found[key].dtype})" for key, tensor in wanted.items()
-                   if tensor.dtype in dtypes and found[key].dtype not in dtypes]
-        if foreign:
-            raise CheckpointError(f"{where}: {count(foreign)} that must be {kind}: {listed(foreign)}")
+        others = [f"{found[key].name} ({found[key].dtype})" for key, tensor in wanted.items()
+                  if tensor.dtype in dtypes and found[key].dtype not in dtypes]
+        if others:
+            raise CheckpointError(f"{where}: {count(others)} that must be {kind}: {listed(others)}")
     return found
+
+
+def check_twins(stored: Mapping[str, StoredTensor], found: Mapping[str, StoredTensor], table: KeyTable,
+                where: str) -> None:
+    """Raises CheckpointError where a tensor is stored under two names and not the same under both: which is it?"""
+    for name, tensor in stored.items():
+        ours = table.ours(name)
+        twin = found.get(ours) if ours is not None and not table.drops(name) else None
+        if twin is None or twin.name == name:
+            continue
+        same = (twin.dtype, twin.shape) == (tensor.dtype, tensor.shape)
+        one, other = (tensor for _, tensor in views({"one": twin, "other": tensor})) if same else (None, None)
+        # in pieces, and as bytes: NaN is not equal to itself
+        if not same or not all(torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)) for a, b in
+                               zip(one.reshape(-1).split(TWIN_NUMBERS), other.reshape(-1).split(TWIN_NUMBERS))):
+            raise CheckpointError(f"{where}: {twin.name} and {name} are two names of one tensor, and hold different values. "
+                                  "Fetch it again, or keep the one that is right")
 
 
 def read(path: Path, names: Iterable[str], *, name: str) -> list[Tensor]:
@@ -170,21 +193,30 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     def bad(why: str) -> CheckpointError:
         return CheckpointError(f"{path} is not a whole safetensors file: {why}. Fetch it again")
 
-    if not path.is_file():
+    if path.is_dir() or not path.exists():
         raise CheckpointError(f"{path} is {'a folder' if path.is_dir() else 'missing'}; a .safetensors file is needed "
                               "there" + pickle_advice(path.parent))
     try:
-        with path.open("rb") as file:
-            file_bytes = path.stat().st_size
+        with weights_file(path) as file:
+            file_bytes = os.fstat(file.fileno()).st_size
             start = file.read(8)
             header_bytes = int.from_bytes(start, "little")
             fits = len(start) == 8 and header_bytes <= min(MAX_HEADER_BYTES, file_bytes - 8)
             if path.suffix in PICKLES or not fits and start[:2] in (b"PK", b"\x80\x02"):
                 raise CheckpointError(f"{path} is a pickle, which can run code; only safetensors are read. "
                                       f"Convert once: dailies convert {path} --model NAME --to FOLDER")
+            if start[:4] == b"GGUF":
+                raise CheckpointError(f"{path} is a GGUF file, quantised for llama.cpp and ComfyUI; only safetensors are "
+                                      "read. Fetch the model's .safetensors instead")
+            if not fits and header_bytes <= file_bytes - 8:
+                raise bad(f"its header announces {header_bytes:,} bytes, and {MAX_HEADER_BYTES:,} are allowed")
             if not fits:
                 raise bad(f"its {file_bytes} bytes cannot hold the header it announces")
-            said = json.loads(file.read(header_bytes), object_pairs_hook=once)
+            text = file.read(header_bytes)
+            # a table costs hundreds of bytes of memory, an entry of a tensor has one
+            if max(text.count(b"{"), text.count(b"[") // 2) > MAX_TENSORS:
+                raise bad(f"it announces more than {MAX_TENSORS:,} tensors")
+            said = json.loads(text, object_pairs_hook=once)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     except CheckpointError:
@@ -196,6 +228,10 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     metadata = said.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise bad("its metadata is not text")
+    low = {name: entry["dtype"] for name, entry in said.items()
+           if isinstance(entry, dict) and isinstance(entry.get("dtype"), str) and entry["dtype"] in foreign.QUANTIZED}
+    if low:
+        raise CheckpointError(foreign.quantized(path, low))
     tensors, spans = {}, []
     for name, entry in said.items():
         try:

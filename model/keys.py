@@ -36,6 +36,18 @@ class KeyTable:
                         flat=tuple(prefix + name for name in self.flat))
 
 
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "module.", "net.", "transformer.", "text_encoder.",
+            "text_model.", "vae.", "first_stage_model.")
+
+
+def table_of(stored: Iterable[str], tables: Iterable[KeyTable]) -> KeyTable:
+    """The table that knows most of the names; where all have one of the prefixes that tools put before them, with it."""
+    stored, tables = list(stored), list(tables)
+    every = [prefix for prefix in PREFIXES if stored and all(name.startswith(prefix) for name in stored)]
+    tables += [table.prefixed(prefix) for prefix in every for table in tables]
+    return min(tables, key=lambda table: len(table.unknown(stored)))
+
+
 def rewrite(name: str, rules: Iterable[tuple[str, str]]) -> str | None:
     for old, new in rules:
         found = re.match(re.escape(old).replace(r"\{\}", r"(\d+)"), name)
@@ -132,6 +144,11 @@ T5 = KeyTable(
         "encoder.block.{}.layer.1.": "encoder.block.{}.layer.1.",
         "encoder.final_layer_norm.": "encoder.final_layer_norm.",
     },
+    dropped={
+        "decoder.": "the half that writes texts",
+        "lm_head.": "of that half",
+        "spiece_model": "SentencePiece's model as bytes, put there for ComfyUI; the tokenizer is in its own folder",
+    },
 )
 
 WAN = KeyTable(
@@ -161,17 +178,20 @@ WAN = KeyTable(
     },
 )
 
-WAN_REPACKED = WAN.prefixed("model.diffusion_model.")          # as some tools store it
-
 # Distilled and tuned for sparse attention. In the -quant files a layer has int8_weight and scale for its weight: the
-# names are ours too (model/turbo.py). While training, every name has net. in front, and some tools leave it there.
+# names are ours too (model/turbo.py). While training, every name has net. in front (PREFIXES), and every block a
+# wrapper around it; some tools leave them there.
 TURBO_WAN = KeyTable(
     name="TURBO_WAN",
     rules={"blocks.{}.self_attn.attn_op.local_attn.proj_l.": "blocks.{}.attn.proj."} | WAN.rules,
     flat=("patch_embedding.weight",),                   # a linear layer there, of patches in the order c, t, h, w
 )
 
-TURBO_WAN_TRAINED = TURBO_WAN.prefixed("net.")
+TURBO_WAN_WRAPPED = KeyTable(
+    name="TURBO_WAN_WRAPPED",
+    rules={old.replace("blocks.{}.", "blocks.{}._checkpoint_wrapped_module."): new for old, new in TURBO_WAN.rules.items()},
+    flat=TURBO_WAN.flat,
+)
 
 DIFFUSERS_ATTENTION = {"to_q.": "q.", "to_k.": "k.", "to_v.": "v.", "to_out.0.": "o.",
                        "norm_q.": "norm_q.", "norm_k.": "norm_k."}
@@ -204,7 +224,7 @@ WAN_DIFFUSERS = KeyTable(
     dropped={"blocks.{}.attn2.norm_added_q.": "made by diffusers' attention, used by nothing"},
 )
 
-UMT5 = KeyTable(name="UMT5", rules=T5.rules)            # every block brings its relative positions; the names are T5's
+UMT5 = KeyTable(name="UMT5", rules=T5.rules, dropped=T5.dropped)            # every block brings its relative positions; the names are T5's
 
 UMT5_WAN = KeyTable(
     name="UMT5_WAN",
@@ -245,6 +265,11 @@ CLIP_VISION = KeyTable(
         "vision_model.encoder.layers.31.": "Wan takes the rows before the last block",
         "vision_model.post_layernorm.": "as that block",
         "vision_model.embeddings.position_ids": "0, 1, 2 and so on",
+        "visual_projection.": "of CLIPVisionModelWithProjection: it turns the first row, behind the last block, into one "
+                              "that is compared with texts; Wan takes all rows before that block",
+        "text_model.": "the text tower, which Wan does not use",
+        "text_projection.": "as the text tower",
+        "logit_scale": "as the text tower",
     },
 )
 

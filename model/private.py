@@ -4,6 +4,7 @@ A name below /tmp or in a shared cache can be made by anybody first: as a link t
 as a folder that they can write to, as a pipe that nobody ever writes to.
 """
 
+import errno
 import os
 import socket
 import stat
@@ -84,6 +85,10 @@ def open_regular(path: Path) -> BinaryIO:
         file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
     except ValueError as error:                         # a NUL in the name
         raise NotAFile(None, "not a name of a file", str(path)) from error
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            raise NotAFile(None, "it is a socket, or a device that is not there", str(path)) from error
+        raise
     try:
         mode = os.fstat(file).st_mode
         if not stat.S_ISREG(mode):

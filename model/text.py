@@ -1,10 +1,10 @@
 """T5 and umT5 text encoders: a prompt in, a row of numbers per token out; by transformers, from local files only."""
 
 import html
-import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import transformers                                     # loads its parts when they are asked for, so not in annotations
@@ -12,7 +12,15 @@ from torch import Tensor
 
 from kernels import cpu
 from model import checkpoint, keys
-from model.weights import CheckpointError, first_line
+from model.tokenizer import Tokenizer, refuse_code
+from model.weights import CheckpointError, first_line, read_json
+
+CONFIG_BYTES = 1_000_000
+# Of transformers' config what decides an encoder, and the largest that there could be: a layer more is a table more to
+# describe, so a number must not keep the reader busy for ever. The released ones have 24 layers and 256,384 pieces.
+LARGEST = dict(vocab_size=2**21, d_model=2**16, d_kv=2**12, d_ff=2**18, num_layers=256, num_heads=1024)
+POSITIONS = dict(relative_attention_num_buckets=2**12, relative_attention_max_distance=2**20)
+FEED_FORWARDS = ("gated-gelu", "relu")                  # of T5 v1.1 and umT5; of the first T5
 
 
 class T5TextEncoder:
@@ -35,9 +43,9 @@ class T5TextEncoder:
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         self.device, self.max_tokens = device, max_tokens
-        self.tokenizer = load_tokenizer(tokenizer, name)
+        self.tokenizer = Tokenizer(tokenizer, name)
         with torch.device("meta"):
-            self.model = self.describe(encoder, config, name)
+            self.model = described_encoder(self.family, config or encoder / "config.json", name)
         self.model.encoder.embed_tokens = self.model.shared             # one tensor, whatever the config says of tying
         if self.model.config.d_model != width:
             raise CheckpointError(f"{name}: {encoder} gives rows of {self.model.config.d_model} numbers; "
@@ -49,23 +57,24 @@ class T5TextEncoder:
         """The weights onto the device.  Raises CheckpointError."""
         checkpoint.load(self.model, encoder, *self.tables, name=name, device=self.device, dtypes=dtype)
 
-    def describe(self, encoder: Path, config: Mapping[str, Any] | None, name: str) -> "transformers.PreTrainedModel":
-        try:
-            return new_encoder(self.family, config or json.loads((encoder / "config.json").read_text()))
-        except Exception as error:                      # the config class checks its own values, with its own errors
-            raise CheckpointError(f"{name}: {encoder / 'config.json'} is not the config of a {self.family} encoder "
-                                  f"({type(error).__name__}: {first_line(error)})") from error
+    def checked(self, name: str) -> Self:
+        """Raises CheckpointError where the tokenizer has pieces that the encoder has no row for."""
+        rows = self.model.config.vocab_size
+        if self.tokenizer.largest >= rows:
+            raise CheckpointError(f"{name}: its tokenizer has a piece {self.tokenizer.largest}, and its text encoder {rows} "
+                                  "rows: they are not of one model. Fetch both from one repository")
+        return self
 
     def tokens(self, text: str) -> list[int]:
         """Token ids, the end mark last, which is all there is of an empty text.
 
         A long text is cut to max_tokens, and keeps the end mark.
         """
-        return self.tokenizer(self.prepared(text), truncation=True, max_length=self.max_tokens)["input_ids"]
+        return self.tokenizer.ids(self.prepared(text), self.max_tokens)
 
     def cut(self, text: str) -> int:
         """How many tokens of the text do not fit."""
-        return max(0, len(self.tokenizer(self.prepared(text), verbose=False)["input_ids"]) - self.max_tokens)
+        return max(0, len(self.tokenizer.ids(self.prepared(text))) - self.max_tokens)
 
     def prepared(self, text: str) -> str:
         """The text as the tokenizer gets it."""
@@ -111,23 +120,56 @@ def mended(text: str) -> str:
     return ftfy.fix_text(text)
 
 
-def load_tokenizer(folder: Path, name: str) -> "transformers.PreTrainedTokenizerBase":
+def described_encoder(family: str, config: Mapping[str, Any] | Path, name: str) -> "transformers.PreTrainedModel":
+    """new_encoder, of fields or of the file that has them.  Raises CheckpointError."""
+    where = config if isinstance(config, Path) else "what this program says of it"
     try:
-        return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:                          # it raises what its parsers raise
-        raise CheckpointError(f"{name}: {folder} does not hold a tokenizer that transformers can read "
-                              f"({type(error).__name__}: {first_line(error)})") from error
+        if isinstance(config, Path):
+            config = read_json(config, CONFIG_BYTES)
+            refuse_code(config, where)
+        return new_encoder(family, config)
+    except Exception as error:                          # the config class checks its own values, with its own errors
+        raise CheckpointError(f"{name}: {where} is not the config of a {family} encoder "
+                              f"({type(error).__name__}: {first_line(error)[:400]})") from error
 
 
 def new_encoder(family: str, said: Mapping[str, Any]) -> "transformers.PreTrainedModel":
-    """A T5 or umT5 encoder of these fields of transformers' config.  Raises what that class raises, and KeyError."""
+    """A T5 or umT5 encoder of these fields of transformers' config; all that does not decide one is passed over.
+
+    Raises ValueError and KeyError.
+    """
     if said["model_type"] != family.lower():
-        raise ValueError(f"model_type is {said['model_type']!r}")
+        raise ValueError(f"model_type is {str(said['model_type'])[:40]!r}")
     make_config, make_model = {"T5": (transformers.T5Config, transformers.T5EncoderModel),
                                "umT5": (transformers.UMT5Config, transformers.UMT5EncoderModel)}[family]
-    config = make_config(**said)
+    config = make_config(**fields_of(said))
     config._attn_implementation = "eager"               # softmax in fp32, as the releases run it
     return make_model(config)
+
+
+def fields_of(said: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides an encoder, each number a whole one in its range.  Raises ValueError and KeyError."""
+    fields = {name: said[name] for name in LARGEST} | {name: said[name] for name in POSITIONS if name in said}
+    for name, number in fields.items():
+        most = (LARGEST | POSITIONS)[name]
+        if type(number) is not int or not 1 <= number <= most:
+            raise ValueError(f"{name} must be a whole number from 1 to {most:,}; got {str(number)[:40]}")
+    # half of the buckets are for each direction, and half of those for single steps
+    single, distance = (fields.get(name, default) for name, default in zip(POSITIONS, (32, 128), strict=True))
+    if single < 4 or distance <= single // 4:
+        raise ValueError(f"relative_attention_max_distance must be more than a quarter of the buckets; got {distance} "
+                         f"of {single}")
+    if "layer_norm_epsilon" in said:
+        epsilon = said["layer_norm_epsilon"]
+        if type(epsilon) is not float or not math.isfinite(epsilon) or not 0 < epsilon < 1:
+            raise ValueError(f"layer_norm_epsilon must be a number between 0 and 1; got {str(epsilon)[:40]}")
+        fields["layer_norm_epsilon"] = epsilon
+    if "feed_forward_proj" in said:
+        if said["feed_forward_proj"] not in FEED_FORWARDS:
+            raise ValueError(f"feed_forward_proj must be {' or '.join(FEED_FORWARDS)}; "
+                             f"got {str(said['feed_forward_proj'])[:40]!r}")
+        fields["feed_forward_proj"] = said["feed_forward_proj"]
+    return fields
 
 
 def new_t5(**config: int) -> "transformers.T5EncoderModel":
@@ -135,24 +177,3 @@ def new_t5(**config: int) -> "transformers.T5EncoderModel":
     return transformers.T5EncoderModel(transformers.T5Config(
         feed_forward_proj="gated-gelu", dropout_rate=0.0, is_encoder_decoder=False, use_cache=False,
         pad_token_id=0, eos_token_id=1, **config))
-
-
-def new_tokenizer(sentences: list[str], *, pieces: int, folder: Path) -> None:
-    """Train a byte-pair tokenizer with T5's special tokens: pad 0, end 1, which is appended, unknown 2.
-
-    AutoTokenizer can load what it leaves in `folder`.
-    """
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))        # unigram's pruning would leave few whole words
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()])
-    tokenizer.decoder = decoders.Metaspace()
-    tokenizer.train_from_iterator(sentences, trainers.BpeTrainer(
-        vocab_size=pieces, special_tokens=["<pad>", "</s>", "<unk>"], show_progress=False,
-        initial_alphabet=list("abcdefghijklmnopqrstuvwxyz0123456789.,:'-")))
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>",
-                                                unk_token="<unk>")
-    folder.mkdir(parents=True, exist_ok=True)
-    fast.save_pretrained(str(folder))

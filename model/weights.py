@@ -5,8 +5,9 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
@@ -57,12 +58,33 @@ def complain_about_missing(card: ModelCard, folder: Path) -> None:
     missing = missing_files(card, folder)
     if not missing:
         return
-    pickles = [p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.suffix in PICKLES]
+    there = sorted(path.relative_to(folder).as_posix() for path in files_below(folder))
+    pickles = [name for name in there if name.endswith(PICKLES)]
     if pickles:
         raise CheckpointError(
             f"{card.name}: {folder} has {listed(pickles)}, but only safetensors are read at run time, and "
             f"{listed(missing)} missing. Convert once: dailies convert {folder} --model {card.name} --to FOLDER")
-    raise CheckpointError(f"{card.name}: {folder} lacks {listed(missing)}")
+    known = {part for layout in card.layouts for part in layout.parts}
+    others = [name for name in there if name.endswith(".safetensors") and name not in known
+              and not any(name.startswith((f"{part}/", part.removesuffix(".safetensors") + "-")) for part in known)]
+    ggufs = [name for name in there if name.endswith(".gguf")]
+    advice = ""
+    if others:
+        advice = (f". There is {listed(others)}, by other names than this model's: dailies convert FILE --model {card.name} "
+                  "--to FOLDER for each of them gives it its place there")
+    elif ggufs:
+        advice = f". There is {listed(ggufs)}, quantised for llama.cpp and ComfyUI: fetch the .safetensors files instead"
+    raise CheckpointError(f"{card.name}: {folder} lacks {listed(missing)}{advice}")
+
+
+def files_below(folder: Path, depth: int = 3, at_most: int = 10_000) -> Iterator[Path]:
+    """For a message: regular files of a folder that may be anything, `/` too; not behind links, nor without end."""
+    with suppress(OSError), os.scandir(folder) as entries:
+        for entry in islice(entries, at_most):
+            if entry.is_file():
+                yield Path(entry.path)
+            elif depth > 1 and entry.is_dir(follow_symlinks=False):
+                yield from files_below(Path(entry.path), depth - 1, at_most // 10)
 
 
 def layout_in(card: ModelCard, folder: Path) -> Layout:
@@ -85,8 +107,7 @@ def missing_of(layout: Layout, folder: Path) -> list[str]:
             missing.append(f"{part}/config.json")
         if (folder / part / TEXT_ENCODER_SHARDS).is_file() or not any((folder / part).glob("*.safetensors")):
             missing += missing_shards(folder, f"{part}/model.safetensors")
-    tokenizer = folder / layout.tokenizer
-    if not any((tokenizer / name).is_file() for name in ("tokenizer.json", "spiece.model")):
+    if not (folder / layout.tokenizer / "tokenizer.json").is_file():
         missing.append(f"{layout.tokenizer}/tokenizer.json")
     return missing
 
@@ -139,11 +160,11 @@ def fingerprint(files: Mapping[str, Path]) -> str:
             known = dict(json.loads(file.read(CACHE_BYTES)))
     before, total = dict(known), hashlib.sha256()
     for name in sorted(files):
-        path = files[name].resolve()
         try:
+            path = files[name].resolve()
             stat = path.stat()
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        except (OSError, RuntimeError) as error:        # links in a circle are a RuntimeError before Python 3.13
+            raise CheckpointError(f"{files[name]} cannot be read: {first_line(error)}") from error
         key = f"{path} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}"
         if not isinstance(known.get(key), str):
             with weights_file(path) as file:

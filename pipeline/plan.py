@@ -239,9 +239,16 @@ class Plan:
             "more_buckets": len(buckets[LISTED:]),
             "roundings": [{"note": note, "rows": count} for note, count in self.roundings[:LISTED]],
             "more_roundings": len(self.roundings[LISTED:]),
+            "notes": [{"note": note, "rows": count} for note, count in self.notes],
             "user_columns": self.manifest.user.column_names,
             "complaints": self.complaints.as_json(),
         }
+
+    @property
+    def notes(self) -> list[tuple[str, int]]:
+        """What is to be known of how rows are understood, and of how many; nothing of them was changed."""
+        own = int((self.rows.guidance[self.source] != self.card.guidance).sum()) if self.card.guidance_note else 0
+        return [(self.card.guidance_note, own)] if own else []
 
     def buckets(self) -> list[dict[str, Any]]:
         """Each bucket in the order in which its first clip is rendered."""

@@ -63,7 +63,7 @@ def test_a_prompt_becomes_the_frames_of_the_release(encoder, pair_guidance):
 def test_a_prompt_that_does_not_fit_is_cut_and_the_clip_says_so(encoder, denoiser, decoder):
     request = dataclasses.replace(e2e_request(), prompt="a red fox runs over the snow " * 20)
     embedding, = encoder([request])
-    left_out = len(encoder.model.tokenizer(request.prompt)["input_ids"]) - E2E_CARD.dit_config.text_len
+    left_out = len(encoder.model.tokenizer.ids(request.prompt)) - E2E_CARD.dit_config.text_len
     said = (f"prompt cut to {E2E_CARD.dit_config.text_len} tokens, {left_out} left out",)
     assert left_out > 0 and embedding.fallbacks == said
     frames, = decoder(denoiser([embedding]))

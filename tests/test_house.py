@@ -16,6 +16,7 @@ ORDER = ["kernels", "model", "actors", "pipeline", "jobs"]
 # where each outside library may be imported; a name that ends in / is a folder
 DOORS = {
     "transformers": ["model/text.py"],
+    "tokenizers": ["model/tokenizer.py"],
     "ftfy": ["model/text.py"],
     "safetensors": ["model/checkpoint.py"],
     "huggingface_hub": ["model/weights.py"],

@@ -56,6 +56,14 @@ def test_the_row_decides_before_the_command_line_and_that_before_the_card(tmp_pa
                                               negative_prompt="blurry", fps=24.0, precision="fp32", attention="dense")
 
 
+def test_rows_with_guidance_of_their_own_are_told_what_it_means_for_two_experts(tmp_path):
+    columns = dict(prompt=["a", "b", "c"], guidance=[6.0, None, 4.0])
+    plan = plan_of(tmp_path, card=CATALOG["wan2.2-t2v-a14b"], **columns)
+    assert plan.summary()["notes"] == [{"note": plan.card.guidance_note, "rows": 1}]
+    assert plan.roundings == []                         # nothing was changed, so --strict does not mind
+    assert plan_of(tmp_path, card=CATALOG["wan2.1-t2v-14b"], **columns).summary()["notes"] == []
+
+
 @pytest.mark.parametrize("defaults", [dict(resolution="7x7"), dict(duration_s=0.5), dict(steps=2000),
                                       dict(guidance=1e6)])
 def test_defaults_that_the_model_cannot_render_are_refused(tmp_path, defaults):

@@ -30,7 +30,7 @@ def golden_dit(precision="fp32", **changes):
                        time_features=said["freq_dim"], text_dim=said["text_dim"], text_len=said["text_len"])
     sparsity = turbo.Sparsity(keep_ratio=said["sla_topk"], block_q=said["BLKQ"], block_k=said["BLKK"], tuned=True)
     return golden, turbo.build(lambda: WanDiT(config), golden.folder / "weights.safetensors", keys.TURBO_WAN,
-                               keys.TURBO_WAN_TRAINED, name="golden", device="cpu", precision=precision,
+                               keys.TURBO_WAN_WRAPPED, name="golden", device="cpu", precision=precision,
                                attention="sparse", sparsity=sparsity)
 
 

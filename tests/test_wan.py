@@ -15,7 +15,7 @@ from model.wan import WanConfig, WanDiT
 
 SOLVERS = {"unipc": unipc, "dpm++": dpm_solver}
 SMALL = WanConfig(width=48, heads=2, layers=1, ffn=64, time_features=32, text_dim=20, text_len=12)
-TABLES = (keys.WAN, keys.WAN_DIFFUSERS, keys.WAN_REPACKED)
+TABLES = (keys.WAN, keys.WAN_DIFFUSERS)
 DIT_CASES = [(case, weights) for case in [*names("wan_dit"), *names("wan_i2v21"), *names("wan_i2v22")]
              for weights in ("weights", "weights_diffusers")
              if (Golden(case).folder / f"{weights}.safetensors").exists()]

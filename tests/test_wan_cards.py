@@ -6,9 +6,10 @@ import shutil
 import pytest
 import torch
 
+from actors.image_encoder import is_of
 from golden import Golden
 from model import checkpoint, keys
-from model.catalog import CATALOG, WAN_NEGATIVE_PROMPT, WanCard
+from model.catalog import CATALOG, WAN_NEGATIVE_PROMPT, TurboCard, WanCard
 from model.schedules import wan_sigmas, whole_timestep
 from model.shapes import VideoShape
 from model.wan import WanDiT
@@ -166,3 +167,38 @@ def test_shards_are_found_by_their_index(tmp_path):
     (tmp_path / file).unlink()
     with pytest.raises(CheckpointError, match="lacks diffusion_pytorch_model-00002-of-00002.safetensors"):
         locate(tmp_path, WAN_TINY)
+
+
+TURBO = {name: card for name, card in CATALOG.items() if isinstance(card, TurboCard)}
+TURBO_SIZES = {"480p": ["640x640", "640x480", "480x640", "832x480", "480x832"],
+               "720p": ["960x960", "960x720", "720x960", "1280x720", "720x1280"]}
+
+
+@pytest.mark.parametrize("name", TURBO)
+def test_every_size_that_turbodiffusion_publishes_can_be_asked_for(name):
+    for resolution in TURBO[name].resolutions:
+        for size in TURBO_SIZES[resolution]:
+            assert "x".join(map(str, reversed(TURBO[name].size_for(size)))) == size
+
+
+def test_a_turbo_clip_has_the_images_aspect_as_the_release_rounds_it():
+    card = CATALOG["turbo-wan2.2-i2v-a14b-720p"]
+    for width, height in ((1280, 720), (1000, 1000), (4032, 3024), (517, 901), (1920, 800), (3001, 2003)):
+        area, aspect = 1280 * 720, width / height        # the release's own steps, in floats
+        wide, high = (area * aspect) ** 0.5, (area / aspect) ** 0.5
+        assert card.size_for_image("720p", height, width) == (round(high / 16) * 16, round(wide / 16) * 16)
+        shape = VideoShape(frames=5, height=round(high / 16) * 16, width=round(wide / 16) * 16)
+        assert is_of(card, torch.empty(3, height, width), shape)            # stretched that little, and not cropped
+    assert not is_of(card, torch.empty(3, 720, 1280), VideoShape(frames=5, height=480, width=480))
+    with pytest.raises(ValueError, match="sides must be at least 128 .* for an image of 60000x32"):
+        card.size_for_image("720p", 32, 60000)
+
+
+def test_what_is_not_as_in_the_release_is_said_of_each_turbo_model_and_guidance_of_two_experts(capsys, tmp_path):
+    from jobs.runs import models
+    models("turbo-wan2.2-i2v-a14b-720p", str(tmp_path), json=False)
+    said = capsys.readouterr().out
+    assert "the release's default is SageSLA" in said and "stretches every image to 16:9" in said
+    models("wan2.2-t2v-a14b", str(tmp_path), json=False)
+    assert "that for low noise has 0.75 of it" in capsys.readouterr().out
+    assert not CATALOG["wan2.2-i2v-a14b"].guidance_note

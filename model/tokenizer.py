@@ -1,0 +1,242 @@
+"""A tokenizer as its tokenizer.json has it: a text in, numbers of pieces out; by the tokenizers library.
+
+transformers makes a new one of the vocabulary instead, with an unknown piece of its own choice (umT5's is 3, it takes
+2), and can run code that lies in the folder. Here nothing of a folder runs, and no part of the file decides how long
+its reader is busy: what is read is checked first, and what no released tokenizer has is refused.
+"""
+
+import base64
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+from torch import Tensor
+
+from model.weights import CheckpointError, first_line, read_json
+
+FILE = "tokenizer.json"
+FILE_BYTES = 40_000_000                                 # Gemma's has 34 MB, umT5's 17 MB
+CONFIG_BYTES = 4_000_000
+PIECES = 1_000_000                                      # umT5 has 256,300, Gemma 262,145
+PIECE_CHARS = 256
+VOCABULARY_CHARS = 8_000_000                            # every one may become a table of its own
+ADDED = 10_000                                          # Gemma has 6,415
+ADDED_CHARS = 128
+STEPS = 16                                              # of normalising, or of cutting into words
+GROWTH = 256                                            # bytes that a table of replacements may make of one character
+MODELS = ("Unigram", "BPE")                             # of T5, umT5 and Gemma
+# Steps whose time and result grow with the text alone. Replace and Split come with a pattern, see `check_pattern`.
+STEPS_KNOWN = {
+    "normalizer": ("Sequence", "NFC", "NFD", "NFKC", "NFKD", "Nmt", "Lowercase", "Strip", "StripAccents", "Prepend",
+                   "Precompiled", "Replace", "BertNormalizer"),
+    "pre_tokenizer": ("Sequence", "Metaspace", "Whitespace", "WhitespaceSplit", "Punctuation", "Digits",
+                      "UnicodeScripts", "BertPreTokenizer", "CharDelimiterSplit", "Split"),
+}
+PATTERNS = (" {2,}", r"\s+", " +", r"\s{2,}")           # regular expressions that cannot run away
+END = "</s>"
+
+
+class Tokenizer:
+    """Pieces of a text, the end mark last. Nothing of it changes, so threads may share it."""
+
+    def __init__(self, folder: Path, name: str):
+        """folder: with a tokenizer.json.  name: of the model, for messages.  Raises CheckpointError."""
+        said = read_tokenizer(folder, name)
+        self.where = f"{name}: {folder / FILE}"
+        with quietly(self.where):
+            self.made = tokenizers.Tokenizer.from_str(json.dumps(said))
+            self.end = self.made.token_to_id(END)
+            # asked of the table: a dictionary of umT5's pieces takes the library two seconds
+            vocabulary = said["model"]["vocab"]
+            added = [self.made.token_to_id(token["content"]) for token in said["added_tokens"] or ()]
+            self.largest = max(max(vocabulary.values(), default=0) if isinstance(vocabulary, dict) else len(vocabulary) - 1,
+                               *added)
+        if self.end is None or self.ids("") != [self.end] or self.ids("a")[-1:] != [self.end]:
+            raise CheckpointError(f"{self.where} must put {END} behind a text, as T5's and umT5's do; it makes "
+                                  f"{self.ids('a')[:8]} of 'a'. Is it another model's?")
+
+    def ids(self, text: str, at_most: int | None = None) -> list[int]:
+        """The numbers of the text's pieces, the end mark last. at_most: how many; the end mark is kept.
+
+        Raises CheckpointError where the file's tables do not bear this text.
+        """
+        with quietly(self.where):
+            ids = self.made.encode(text).ids
+        return ids if at_most is None or len(ids) <= at_most else [*ids[:at_most - 1], self.end]
+
+    def padded(self, texts: Iterable[str], device: str, at_most: int | None = None) -> tuple[Tensor, Tensor]:
+        """ids [B, L] int64, padded with 0 to the longest, and a mask [B, L] that is 1 where there is a piece."""
+        rows = [torch.tensor(self.ids(text, at_most)) for text in texts]
+        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device), mask.to(device)
+
+
+class quietly:
+    """The library's own errors, and its panics, which are no Exception, as a CheckpointError."""
+
+    def __init__(self, where: str):
+        self.where = where
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if error is not None and not isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
+            raise CheckpointError(f"{self.where} does not hold a tokenizer that can be used "
+                                  f"({type(error).__name__}: {first_line(error)[:200]})") from error
+
+
+def read_tokenizer(folder: Path, name: str) -> dict[str, Any]:
+    """The table that a tokenizer is made of, without what only matters when ids become text.  Raises CheckpointError."""
+    config = folder / "tokenizer_config.json"
+    if not (folder / FILE).exists() and (folder / "spiece.model").exists():
+        raise CheckpointError(f"{name}: {folder} does not hold a tokenizer.json, only a spiece.model, of which others "
+                              "make other pieces. Fetch tokenizer.json too, from the repository that it came from")
+    try:
+        if config.exists():
+            refuse_code(read_json(config, CONFIG_BYTES), config)
+        said = read_json(folder / FILE, FILE_BYTES)
+        refuse_code(said, folder / FILE)
+        check_model(said["model"])
+        check_added(said.get("added_tokens") or [])
+        for part in STEPS_KNOWN:
+            check_steps(part, said.get(part))
+        check_post(said.get("post_processor"))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise CheckpointError(f"{name}: {folder} does not hold a tokenizer that can be used: {error}") from error
+        why = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else first_line(error)[:300]
+        raise CheckpointError(f"{name}: {folder} does not hold a tokenizer as T5, umT5 or Gemma have it: "
+                              f"{why}. Fetch it again, from the model's publisher") from error
+    return {part: said.get(part) for part in ("version", "added_tokens", "normalizer", "pre_tokenizer",
+                                              "post_processor", "model")}
+
+
+def refuse_code(said: Any, path: Path) -> None:
+    """Raises CheckpointError for a table that names Python files to be run (auto_map)."""
+    if isinstance(said, Mapping) and "auto_map" in said:
+        raise CheckpointError(f"{path} has auto_map: it names code beside it that is to be run. dailies runs no code of "
+                              "a weights folder; if you trust the rest of it, remove auto_map from the file")
+
+
+def check_model(model: Mapping[str, Any]) -> None:
+    """Raises ValueError for a vocabulary that is none, or larger than any of these models."""
+    if model["type"] not in MODELS:
+        raise ValueError(f"its model must be {' or '.join(MODELS)}, not {str(model['type'])[:40]!r}")
+    if model.get("dropout"):
+        raise ValueError("its dropout makes other pieces of a text each time")
+    vocabulary = model["vocab"]
+    if not isinstance(vocabulary, {"Unigram": list, "BPE": dict}[model["type"]]):
+        raise ValueError("its vocab is not one of its kind of model")
+    if len(vocabulary) > PIECES:
+        raise ValueError(f"it has {len(vocabulary):,} pieces, where {PIECES:,} are allowed")
+    if isinstance(vocabulary, dict):
+        names, numbers = list(vocabulary), list(vocabulary.values())
+        if any(type(number) is not int or not 0 <= number < PIECES for number in numbers):
+            raise ValueError(f"the numbers of its pieces must be whole, from 0 to {PIECES:,}")
+        if len(set(numbers)) != len(numbers):
+            raise ValueError("two of its pieces have one number")
+        if not isinstance(model["merges"], list) or len(model["merges"]) > PIECES:
+            raise ValueError(f"its merges must be a list of at most {PIECES:,}")
+    else:
+        names = [name for name, _ in vocabulary]
+        if not all(type(score) in (int, float) and math.isfinite(score) for _, score in vocabulary):
+            raise ValueError("the scores of its pieces must be numbers")
+        if type(model["unk_id"]) is not int or not 0 <= model["unk_id"] < len(vocabulary):
+            raise ValueError(f"its unknown piece must be one of its {len(vocabulary)}; got {str(model['unk_id'])[:40]}")
+    if not all(isinstance(name, str) for name in names) or max(map(len, names), default=0) > PIECE_CHARS \
+            or sum(map(len, names)) > VOCABULARY_CHARS:
+        raise ValueError(f"its pieces must be texts of at most {PIECE_CHARS} characters, {VOCABULARY_CHARS:,} in all")
+
+
+def check_added(added: list[Any]) -> None:
+    if not isinstance(added, list) or len(added) > ADDED:
+        raise ValueError(f"it may add at most {ADDED:,} tokens")
+    for token in added:
+        if not isinstance(token["content"], str) or not 0 < len(token["content"]) <= ADDED_CHARS:
+            raise ValueError(f"a token that it adds must have 1 to {ADDED_CHARS} characters")
+        if type(token["id"]) is not int or not 0 <= token["id"] < 2 * PIECES:
+            raise ValueError(f"the number of a token that it adds must be from 0 to {2 * PIECES:,}")
+
+
+def check_steps(part: str, said: Any) -> None:
+    """Raises ValueError for a step that is not known, or whose time or result could grow without measure."""
+    steps = list(flat(said))
+    if len(steps) > STEPS:
+        raise ValueError(f"its {part} has {len(steps)} steps, where {STEPS} are allowed")
+    if sum(step["type"] in ("Precompiled", "Prepend") for step in steps) > 2:
+        raise ValueError(f"its {part} makes a text longer again and again")
+    for step in steps:
+        if step["type"] not in STEPS_KNOWN[part]:
+            raise ValueError(f"its {part} has a step {str(step['type'])[:40]!r}; known are "
+                             f"{', '.join(STEPS_KNOWN[part])}")
+        if step["type"] == "Precompiled":
+            check_replacements(step["precompiled_charsmap"])
+        if step["type"] == "Prepend" and len(step["prepend"]) > ADDED_CHARS:
+            raise ValueError(f"its {part} puts more than {ADDED_CHARS} characters before a text")
+        if step["type"] in ("Replace", "Split"):
+            check_pattern(step["pattern"], step.get("content", ""))
+
+
+def flat(said: Any, depth: int = 0) -> Iterator[Mapping[str, Any]]:
+    """The steps of a sequence of sequences.  Raises ValueError."""
+    if said is None:
+        return
+    if depth > 4:
+        raise ValueError("its sequences of steps lie in each other more than 4 deep")
+    if said["type"] != "Sequence":
+        yield said
+        return
+    for step in said.get("normalizers") or said.get("pretokenizers") or ():
+        yield from flat(step, depth + 1)
+
+
+def check_pattern(pattern: Mapping[str, str], content: str) -> None:
+    """Raises ValueError unless what is replaced is a plain text, or one of PATTERNS, and does not grow."""
+    (kind, text), = pattern.items()
+    if kind not in ("String", "Regex") or not text or kind == "Regex" and text not in PATTERNS:
+        raise ValueError(f"it looks for {str(text)[:60]!r}; a plain text is allowed, and the expressions "
+                         f"{', '.join(map(repr, PATTERNS))}, since others can take for ever")
+    if len(content) > max(1, len(text) if kind == "String" else 1):
+        raise ValueError("it replaces a text by a longer one")
+
+
+def check_replacements(table: str) -> None:
+    """SentencePiece's table: 4 bytes that say the length of a trie, the trie, texts with a NUL behind each."""
+    data = base64.b64decode(table, validate=True)
+    length = int.from_bytes(data[:4], "little")
+    if length % 4 or not 4 <= length <= len(data) - 4:
+        raise ValueError("its table of replacements is damaged")
+    if max(map(len, data[4 + length:].split(b"\0"))) > GROWTH:
+        raise ValueError(f"its table of replacements makes more than {GROWTH} bytes of one character")
+
+
+def check_post(said: Any) -> None:
+    if said is None or said["type"] != "TemplateProcessing":
+        raise ValueError(f"its post_processor must be a TemplateProcessing that puts {END} behind a text")
+    tables = [said["single"], said["pair"], *(token["ids"] for token in said["special_tokens"].values())]
+    if len(tables) > 16 or any(len(table) > 8 for table in tables):
+        raise ValueError("its post_processor puts more than 8 pieces around a text")
+
+
+def new_tokenizer(sentences: list[str], *, pieces: int, folder: Path) -> None:
+    """Train a byte-pair tokenizer with T5's special tokens: pad 0, end 1, which is appended, unknown 2.
+
+    Tokenizer can load what it leaves in `folder`.
+    """
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+    tokenizer = tokenizers.Tokenizer(models.BPE(unk_token="<unk>"))     # unigram's pruning would leave few whole words
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()])
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.train_from_iterator(sentences, trainers.BpeTrainer(
+        vocab_size=pieces, special_tokens=["<pad>", END, "<unk>"], show_progress=False,
+        initial_alphabet=list("abcdefghijklmnopqrstuvwxyz0123456789.,:'-")))
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {END}", special_tokens=[(END, 1)])
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / FILE))
