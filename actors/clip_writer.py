@@ -7,10 +7,9 @@ encoder's thread count is fixed, because x264 makes other bytes with another cou
 import hashlib
 import math
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
-from io import BytesIO
+from itertools import count
 from pathlib import Path
 from typing import Protocol
 
@@ -19,7 +18,11 @@ import numpy as np
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation, VideoReformatter
 from torch import Tensor
 
+from actors.clip_file import (MOST_BYTES, OPENED, NotThisClip, append_digest, check_clip, clip_key, coded_size, labels,
+                              provenance, read_clip, readable)
 from actors.messages import Clip, Frames, Request
+
+__all__ = ["BadEncoding", "ClipStore", "ClipWriter", "clip_key", "coded_size", "read_clip", "readable", "write_mp4"]
 
 # mbtree off: for pictures under some 100 pixels, x264's macroblock tree reads memory that nobody wrote, and equal
 # frames give unequal bytes.
@@ -37,35 +40,35 @@ LOOKED_AT = 16_384
 BT709_LUMA = np.array([0.2126, 0.7152, 0.0722], np.float32)
 WORST_PSNR_DB = 20.0
 
+MOST_TRIES = 20                                         # at a name that is taken, though nothing can be read there
+
 
 class BadEncoding(ValueError):
     """The encoded clip, decoded again, does not show the frames that it was made from."""
-
-
-class StoredObject(Protocol):
-    num_bytes: int
-    sha256: str
 
 
 class ClipStore(Protocol):
     """What publishing needs of a store; pipeline/store.py says what each of these promises."""
 
     def create(self, key: str, data: bytes | Path, *, metadata: dict[str, str] | None = None) -> bool: ...
-    def head(self, key: str) -> StoredObject | None: ...
+    def get(self, key: str, *, at_most: int | None = None) -> bytes: ...
+    def replace(self, key: str, old: bytes, new: bytes, *, metadata: dict[str, str] | None = None) -> bool: ...
+    def delete(self, key: str) -> None: ...
     def uri_of(self, key: str) -> str: ...
 
 
-def clip_key(clip_id: str) -> str:
-    """Where a clip lies in its run folder; the two characters spread a listing over many prefixes."""
-    return f"clips/{clip_id[:2]}/{clip_id}.mp4"
-
-
 class ClipWriter:
-    """Encodes frames to a temporary file and publishes it by one conditional create; holds nothing between clips."""
+    """Encodes frames to a temporary file and publishes it by one conditional create; holds nothing between clips.
 
-    def __init__(self, store: ClipStore, audio_rate: int = 48_000):
-        """Raises av.codec.codec.UnknownCodecError where this PyAV cannot write such a clip."""
-        self.store, self.audio_rate = store, audio_rate
+    What lies under the clip's name already is taken if it is this clip, and replaced if it is not.
+    """
+
+    def __init__(self, store: ClipStore, audio_rate: int = 48_000, spoilt: Mapping[str, str] = {}):
+        """spoilt: clip_id -> SHA-256 of a file under its name that is known not to be what was published.
+
+        Raises av.codec.codec.UnknownCodecError where this PyAV cannot write such a clip.
+        """
+        self.store, self.audio_rate, self.spoilt = store, audio_rate, spoilt
         for name in ("libx264", "aac"):
             av.codec.Codec(name, "w")
 
@@ -81,24 +84,47 @@ class ClipWriter:
             path = Path(file.name)
             write_mp4(path, frames, self.audio_rate)
             psnr_db = check_encoding(path, frames)
-            sha256, num_bytes = self.store_once(clip_key(request.clip_id), path, request.clip_id)
+            sha256, num_bytes, notes = self.store_once(path, request)
         return Clip(request=request, uri=self.store.uri_of(clip_key(request.clip_id)), sha256=sha256,
                     num_bytes=num_bytes, duration_s=request.shape.frames / request.fps,
                     has_audio=frames.audio is not None, fallbacks=frames.fallbacks + padding_note(request),
-                    determinism=frames.determinism,
-                    quality={**frames.quality, "psnr_db": psnr_db})
+                    determinism=frames.determinism, quality={**frames.quality, "psnr_db": psnr_db}, notes=notes)
 
-    def store_once(self, key: str, path: Path, clip_id: str) -> tuple[str, int]:
-        """SHA-256 and size of the object under `key`: this file, or the one that was there first, whoever stored it."""
-        while not self.store.create(key, path, metadata={"clip-id": clip_id}):
-            if there := self.store.head(key):
-                return there.sha256, there.num_bytes
+    def store_once(self, path: Path, request: Request) -> tuple[str, int, tuple[str, ...]]:
+        """SHA-256 and size of the clip's object, and what is to be told of it: this file, or the one that was there
+        first, whoever stored it, if it is this clip. Another is replaced, and stays until this one is there.
+        """
+        key, metadata, notes = clip_key(request.clip_id), {"clip-id": request.clip_id}, ()
+        tries = count(1)
+        while not self.store.create(key, path, metadata=metadata):
+            try:
+                there = self.store.get(key, at_most=MOST_BYTES)
+            except KeyError:                            # removed meanwhile
+                if next(tries) > MOST_TRIES:
+                    raise
+                continue
+            except ValueError as error:                 # too large to be read
+                notes = (f"another file lay under its name ({error}), and was replaced",)
+                self.store.delete(key)
+                continue
+            sha256 = hashlib.sha256(there).hexdigest()
+            try:
+                if sha256 == self.spoilt.get(request.clip_id):
+                    raise NotThisClip("it is not the file that the ledger names")
+                check_clip(there, request)
+                return sha256, len(there), notes
+            except NotThisClip as error:
+                notes = (f"another file lay under its name ({error}), and was replaced",)
+            if self.store.replace(key, there, path.read_bytes(), metadata=metadata):
+                break
         with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest(), path.stat().st_size
+            return hashlib.file_digest(file, "sha256").hexdigest(), path.stat().st_size, notes
 
 
 def write_mp4(path: Path, frames: Frames, audio_rate: int) -> None:
-    """H.264 yuv420p with the index in front, and AAC where there is sound; frames are converted one at a time."""
+    """H.264 yuv420p with the index in front and a keyframe at least every second, so that a player can go to any place
+    at once, and AAC where there is sound. Frames are converted one at a time.
+    """
     request = frames.request
     wanted = (request.shape.frames, request.shape.height, request.shape.width, 3)
     if tuple(frames.rgb.shape) != wanted:
@@ -108,9 +134,9 @@ def write_mp4(path: Path, frames: Frames, audio_rate: int) -> None:
     # use_metadata_tags: our own key names; bitexact: no library versions in the file.
     options = {"movflags": "+faststart+use_metadata_tags", "fflags": "+bitexact"}
     with av.open(str(path), "w", format="mp4", options=options) as container:
-        container.metadata.update(provenance(request))
+        container.metadata.update(labels(request) | provenance(request))
         video = container.add_stream("libx264", rate=rate, width=width, height=height, pix_fmt="yuv420p",
-                                     options=VIDEO_OPTIONS)
+                                     options=VIDEO_OPTIONS | {"g": str(max(1, round(rate)))})
         video.thread_count = VIDEO_THREADS
         # The planes are made with the BT.709 matrix in limited range (yuv_frames), and the file says so.
         video.codec_context.colorspace = Colorspace.ITU709
@@ -127,6 +153,7 @@ def write_mp4(path: Path, frames: Frames, audio_rate: int) -> None:
         for frame in yuv_frames(frames.rgb, rate, width, height):
             container.mux(video.encode(frame))
         container.mux(video.encode())
+    append_digest(path)
 
 
 def check_encoding(path: Path, frames: Frames) -> float:
@@ -138,7 +165,7 @@ def check_encoding(path: Path, frames: Frames) -> float:
     step = max(1, int((shape.height * shape.width / LOOKED_AT) ** 0.5))
     count, worst = 0, 0.0
     try:
-        with av.open(str(path)) as container:
+        with path.open("rb") as file, av.open(file, format="mp4", options=OPENED) as container:
             for decoded in container.decode(video=0):
                 if count < len(frames.rgb):
                     plane = decoded.planes[0]
@@ -183,11 +210,6 @@ def audio_frame(audio: Tensor, rate: int) -> av.AudioFrame:
     return frame
 
 
-def coded_size(width: int, height: int) -> tuple[int, int]:
-    """Width and height in the file: yuv420p halves its colour planes, so both are rounded up to even."""
-    return width + width % 2, height + height % 2
-
-
 def padding_note(request: Request) -> tuple[str, ...]:
     """What to say of a clip whose file is larger than was asked; nothing for even sizes."""
     asked = (request.shape.width, request.shape.height)
@@ -195,54 +217,3 @@ def padding_note(request: Request) -> tuple[str, ...]:
     if coded == asked:
         return ()
     return (f"edge repeated to {coded[0]}x{coded[1]}: H.264 yuv420p has even sides",)
-
-
-def provenance(request: Request) -> dict[str, str]:
-    """What the file says about itself: only what decides the pixels, so rows that share a clip share its bytes."""
-    said = {"prompt": request.prompt, "negative_prompt": request.negative_prompt, "seed": str(request.seed),
-            "steps": str(request.num_steps), "guidance": f"{request.guidance:g}", "model": request.model,
-            "weights_fingerprint": request.weights_fingerprint, "precision": request.precision,
-            "attention": request.attention, "clip_id": request.clip_id}
-    if request.image is not None:
-        said["image_sha256"] = request.image.sha256
-    if request.decode_precision is not None:
-        said["decode_precision"] = request.decode_precision
-    return {key: readable(value) for key, value in said.items()}
-
-
-def readable(text: str) -> str:
-    """The text with every control character as its visible picture (NUL as U+2400): an MP4 value ends at a NUL.
-
-    Tab and newline stay. What UTF-8 cannot hold (half a surrogate pair) becomes U+FFFD.
-    """
-    pictures = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n"}
-    pictures |= {0x7F: 0x2421} | dict.fromkeys([*range(0x80, 0xA0), *range(0xD800, 0xE000)], 0xFFFD)
-    return text.translate(pictures)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClipFile:
-    """What decoding a whole MP4 found."""
-
-    frames: int
-    width: int
-    height: int
-    fps: float
-    duration_s: float
-    has_audio: bool
-    metadata: dict[str, str] = field(default_factory=dict)
-
-
-def read_clip(data: bytes | Path) -> ClipFile:
-    """Decodes every frame.  Raises ValueError for a file that is no video or breaks on the way."""
-    try:
-        with av.open(BytesIO(data) if isinstance(data, bytes) else str(data)) as container:
-            if not container.streams.video:
-                raise ValueError("a file with a video stream is needed; got one without")
-            video = container.streams.video[0]
-            frames = sum(1 for _ in container.decode(video=0))
-            return ClipFile(frames=frames, width=video.codec_context.width, height=video.codec_context.height,
-                            fps=float(video.average_rate), duration_s=frames / float(video.average_rate),
-                            has_audio=bool(container.streams.audio), metadata=dict(container.metadata))
-    except av.FFmpegError as error:
-        raise ValueError(f"the clip does not decode: {error}") from error

@@ -94,6 +94,7 @@ class Clip:
     fallbacks: tuple[str, ...] = ()
     determinism: tuple[str, ...] = ()
     quality: Mapping[str, float | str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()     # what else is to be told, though it is the clip that was asked for
 
 
 @dataclass(frozen=True, kw_only=True)

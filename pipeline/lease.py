@@ -22,9 +22,11 @@ from pathlib import Path
 from typing import Any, Self
 
 from pipeline.complaints import shown
-from pipeline.store import NotFound, Store, StoreError
+from pipeline.objects import TEMPORARY
+from pipeline.store import NotFound, Store, StoreError, TooLarge
 
 LEASE = "lease.json"
+MOST_BYTES = 2**16                      # of it
 
 
 class LeaseError(RuntimeError):
@@ -107,7 +109,7 @@ class Lease:
         while True:
             mine = lease.written()
             try:
-                found = store.get(LEASE)
+                found = look(store)
             except NotFound:
                 if store.create(LEASE, mine):
                     break
@@ -130,7 +132,7 @@ class Lease:
                 break
         if not lease.atomic:
             time.sleep(cls.SETTLE_S)
-            if (now := store.get(LEASE)) != mine:
+            if (now := look(store)) != mine:
                 raise LeaseError(held(store, Holder.read(now)))
         lease.renewed = time.monotonic()
         return lease
@@ -145,6 +147,7 @@ class Lease:
         with suppress(StoreError), self.lock:
             if self.lost is None:
                 self.write(released=True)
+                self.store.tidy(TEMPORARY)
 
     def keep(self) -> None:
         while not self.over.wait(self.RENEW_S):
@@ -162,7 +165,7 @@ class Lease:
         """Put our lease down anew, or learn that it is ours no more."""
         while True:
             try:
-                found = self.store.get(LEASE)
+                found = look(self.store)
             except NotFound:
                 self.lost = f"nobody ({LEASE} was removed)"
                 return
@@ -190,6 +193,14 @@ class Lease:
             "renewed_at": now.isoformat(), "expires_at": (now + timedelta(seconds=self.LEASE_S)).isoformat(),
             "released": released, "machine": this_machine(), "process_start": process_start(os.getpid()) or ""}
         return json.dumps(said, indent=2).encode() + b"\n"
+
+
+def look(store: Store) -> bytes:
+    """lease.json as it stands.  Raises NotFound, StoreError."""
+    try:
+        return store.get(LEASE, at_most=MOST_BYTES)
+    except TooLarge as error:
+        raise StoreError(f"{store.uri_of(LEASE)} is larger than any lease ({error}). Move it away") from None
 
 
 def held(store: Store, holder: Holder) -> str:

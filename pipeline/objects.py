@@ -85,12 +85,17 @@ class Store(ABC):
         """Store an object in place of any other; readers see the old or the new one, whole."""
 
     @abstractmethod
-    def swap(self, key: str, old: bytes, new: bytes, *, atomic: bool = True) -> bool:
+    def swap(self, key: str, old: bytes, new: bytes, *, atomic: bool = True,
+             metadata: dict[str, str] | None = None) -> bool:
         """Replace the object if its content is `old`. True: this call did. Contents must never come a second time.
 
         atomic: of all who swap at once exactly one is told True. A store that cannot promise it (`can_swap`) must be
         asked without; then the last of several may win though all are told True.
         """
+
+    def replace(self, key: str, old: bytes, new: bytes, *, metadata: dict[str, str] | None = None) -> bool:
+        """As swap, atomically where this store can."""
+        return self.swap(key, old, new, metadata=metadata)
 
     @abstractmethod
     def can_swap(self) -> bool:
@@ -119,6 +124,9 @@ class Store(ABC):
     def create_again(self, key: str, data: bytes) -> bool:
         """As `create`, of a key that this process has just created and nobody else knows."""
         return self.create(key, data)
+
+    def tidy(self, *folders: str) -> None:
+        """Remove what is empty of these folders and below, where there are folders; for who has the run folder alone."""
 
     def probe(self) -> None:
         """Write, read, list and delete one small object.  Raises StoreError unless a second create of it is refused."""
@@ -164,7 +172,8 @@ class FolderStore(Store):
             os.replace(source.name, name, src_dir_fd=source.folder, dst_dir_fd=at)
             sync(at)
 
-    def swap(self, key: str, old: bytes, new: bytes, *, atomic: bool = True) -> bool:
+    def swap(self, key: str, old: bytes, new: bytes, *, atomic: bool = True,
+             metadata: dict[str, str] | None = None) -> bool:
         with self.explained("write"), self.written(new) as (top, source):
             try:
                 with self.place(top, key) as (at, name):
@@ -253,6 +262,11 @@ class FolderStore(Store):
                 self.place(top, key) as (at, name):
             os.unlink(name, dir_fd=at)                  # of a link the link
 
+    def tidy(self, *folders: str) -> None:
+        with suppress(OSError, Unfit), top_folder(self.root) as top:
+            for name in folders:
+                remove_if_empty(top, name)
+
     def probe(self) -> None:
         super().probe()
         with self.explained("read"), top_folder(self.root) as top:
@@ -294,9 +308,7 @@ class FolderStore(Store):
     def written(self, data: bytes | Path) -> Iterator[tuple[int, "Temporary"]]:
         """The root, open, and a temporary file below it that holds `data`, on the disk and not only in memory."""
         make_folder(self.root)
-        with top_folder(self.root) as top, below(top, [TEMPORARY], make=True) as folder:
-            name = secrets.token_hex(16)
-            descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | FILE, 0o666, dir_fd=folder)
+        with top_folder(self.root) as top, self.temporary(top) as (folder, name, descriptor):
             try:
                 with open(descriptor, "wb") as file:
                     if isinstance(data, Path):
@@ -310,6 +322,21 @@ class FolderStore(Store):
             finally:
                 with suppress(FileNotFoundError):
                     os.unlink(name, dir_fd=folder)
+
+    @contextmanager
+    def temporary(self, top: int) -> Iterator[tuple[int, str, int]]:
+        """The open folder of temporary files, the name of a new one there, and the file, open."""
+        name = secrets.token_hex(16)
+        for last in (False,) * 9 + (True,):
+            with below(top, [TEMPORARY], make=True) as folder:
+                try:
+                    descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | FILE, 0o666, dir_fd=folder)
+                except FileNotFoundError:               # another driver has just removed the empty folder (tidy)
+                    if last:
+                        raise
+                    continue
+                yield folder, name, descriptor
+                return
 
     @contextmanager
     def explained(self, action: str, key: str | None = None) -> Iterator[None]:
@@ -341,6 +368,17 @@ def plain_uri(uri: str) -> str:
     """An S3 URI in the one spelling that the rest knows: s3a:// and S3:// are s3://; any other text as it is."""
     scheme, colon, rest = uri.partition("://")
     return f"s3://{rest}" if colon and scheme.lower() in ("s3", "s3a", "s3n") else uri
+
+
+def remove_if_empty(parent: int, name: str) -> None:
+    """A folder in the open folder `parent`, and those in it, as far as they hold nothing; a link is no folder."""
+    with suppress(OSError, Unfit), below(parent, [name]) as here:
+        with os.scandir(here) as scan:
+            inner = [entry.name for entry in scan if entry.is_dir(follow_symlinks=False)]
+        for each in inner:
+            remove_if_empty(here, each)
+    with suppress(OSError):
+        os.rmdir(name, dir_fd=parent)
 
 
 def checked(key: str) -> str:

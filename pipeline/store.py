@@ -165,7 +165,8 @@ class S3Store(Store):
     def put(self, key: str, data: bytes | Path, *, metadata: dict[str, str] | None = None) -> None:
         self.write(key, data, metadata or {})
 
-    def swap(self, key: str, old: bytes, new: bytes, *, atomic: bool = True) -> bool:
+    def swap(self, key: str, old: bytes, new: bytes, *, atomic: bool = True,
+             metadata: dict[str, str] | None = None) -> bool:
         def read(place: dict[str, str]) -> tuple[bytes, str]:
             answer = self.client.get_object(**place)
             return answer["Body"].read(), answer["ETag"]
@@ -174,7 +175,7 @@ class S3Store(Store):
             found, etag = self.patiently("read", key, read)
             if found != old:
                 return False
-            self.write(key, new, {}, **({"IfMatch": etag} if atomic else {}))
+            self.write(key, new, metadata or {}, **({"IfMatch": etag} if atomic else {}))
         except NotFound:
             return False
         except Refused:                                 # maybe by what our own first attempt has stored
@@ -182,6 +183,12 @@ class S3Store(Store):
                 return self.get(key) == new
             return False
         return True
+
+    def replace(self, key: str, old: bytes, new: bytes, *, metadata: dict[str, str] | None = None) -> bool:
+        try:
+            return self.swap(key, old, new, metadata=metadata)
+        except Unsupported:
+            return self.swap(key, old, new, atomic=False, metadata=metadata)
 
     def can_swap(self) -> bool:
         key = f"{PROBE}{secrets.token_hex(8)}"

@@ -2,16 +2,18 @@
 
 import ctypes
 import hashlib
+import io
+import re
 import resource
 import tempfile
 from fractions import Fraction
-from types import SimpleNamespace
 
 import av
 import numpy as np
 import pytest
 import torch
 
+from actors import clip_writer
 from actors.clip_writer import ClipWriter, clip_key, coded_size, read_clip
 from actors.messages import Frames, Request
 from model.shapes import VideoShape
@@ -29,9 +31,19 @@ class MemoryStore:
         self.objects[key] = data.read_bytes()
         return True
 
-    def head(self, key):
-        data = self.objects[key]
-        return SimpleNamespace(num_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+    def get(self, key, *, at_most=None):
+        if at_most is not None and len(self.objects[key]) > at_most:
+            raise ValueError(f"{len(self.objects[key])} bytes")
+        return self.objects[key]
+
+    def replace(self, key, old, new, *, metadata=None):
+        if self.objects.get(key) != old:
+            return False
+        self.objects[key] = new
+        return True
+
+    def delete(self, key):
+        del self.objects[key]
 
     def uri_of(self, key):
         return f"memory://run/{key}"
@@ -199,12 +211,97 @@ def test_decoded_sound_is_the_sound_that_went_in(tmp_path):
 
 
 def test_the_clip_that_was_there_first_wins():
-    store = MemoryStore()
-    key = clip_key("ab" * 32)
-    store.objects[key] = b"somebody else's clip"
+    store, other = MemoryStore(), moving_disc()
+    other[0, 0, 0] = 0                                  # as another kind of CPU may make it
+    first = write(request(), other, store=store)[1]
     clip, data = write(request(), moving_disc(), store=store)
-    assert data == b"somebody else's clip" and clip.num_bytes == len(data)
-    assert clip.sha256 == hashlib.sha256(data).hexdigest()
+    assert data == first != write(request(), moving_disc())[1] and clip.num_bytes == len(data)
+    assert clip.sha256 == hashlib.sha256(data).hexdigest() and clip.notes == ()
+
+
+def flipped(data, at):
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1:]
+
+
+NOT_THE_CLIP = {
+    "html": (lambda data: b"<html>", "undecodable"),
+    "nothing": (lambda data: b"", "undecodable"),
+    "an SDP text": (lambda data: b"v=0\r\nc=IN IP4 127.0.0.1\r\nm=video 5555 RTP/AVP 96\r\n", "undecodable"),
+    "a playlist": (lambda data: b"#EXTM3U\n#EXTINF:1,\nhttp://127.0.0.1:9/x.ts\n", "undecodable"),
+    "half of it": (lambda data: data[:len(data) // 2], "undecodable"),
+    "all but its end": (lambda data: data[:-56], "its end is missing"),
+    "two bytes changed": (lambda data: flipped(flipped(data, -1000), -900), "its own digest"),
+    "a byte more": (lambda data: data + b"\0", "its end is missing|undecodable"),
+    "another prompt": (lambda data: write(request(prompt="a cat"), moving_disc())[1], "made from another prompt"),
+    "another clip": (lambda data: write(request(clip_id="cd" * 32), moving_disc())[1], "made from another clip_id"),
+    "fewer frames": (lambda data: write(request(5), moving_disc(5))[1], "5 frames at 24 fps, where 9"),
+    "more frames": (lambda data: write(request(13), moving_disc(13))[1], "9 frames of 64x64 were wanted; frame 10"),
+    "another size": (lambda data: write(request(width=96), moving_disc(width=96))[1], "64x64 was wanted; it is 96x64"),
+    "another rate": (lambda data: write(request(fps=12.0), moving_disc())[1], "12 fps, where 9 at 24"),
+    "more bytes than any clip": (lambda data: b"\0" * 200_000, "200000 bytes"),
+}
+
+
+@pytest.mark.parametrize("what", NOT_THE_CLIP)
+def test_a_file_under_the_clips_name_that_is_not_the_clip_is_replaced_and_the_clip_says_so(what, monkeypatch):
+    monkeypatch.setattr(clip_writer, "MOST_BYTES", 100_000)
+    make, why = NOT_THE_CLIP[what]
+    store, whole = MemoryStore(), write(request(), moving_disc())[1]
+    store.objects[clip_key("ab" * 32)] = make(whole)
+    clip, data = write(request(), moving_disc(), store=store)
+    assert data == whole and clip.sha256 == hashlib.sha256(whole).hexdigest() and clip.num_bytes == len(whole)
+    note, = clip.notes
+    assert re.search(why, note) and note.endswith("was replaced")
+
+
+def test_a_file_that_is_known_not_to_be_what_was_published_is_replaced_though_it_is_a_clip():
+    store, other = MemoryStore(), moving_disc()
+    other[0, 0, 0] = 0
+    first = write(request(), other, store=store)[1]
+    spoilt = {"ab" * 32: hashlib.sha256(first).hexdigest()}
+    clip, data = write(request(), moving_disc(), store=store, spoilt=spoilt)
+    assert data != first and "not the file that the ledger names" in clip.notes[0]
+
+
+def test_of_two_who_replace_the_same_file_one_takes_the_others_clip():
+    class Raced(MemoryStore):
+        def replace(self, key, old, new, *, metadata=None):
+            other = moving_disc()
+            other[0, 0, 0] = 0
+            self.objects[key] = write(request(), other)[1]
+            return super().replace(key, old, new, metadata=metadata)
+
+    store = Raced()
+    store.objects[clip_key("ab" * 32)] = b"<html>"
+    clip, data = write(request(), moving_disc(), store=store)
+    assert clip.sha256 == hashlib.sha256(data).hexdigest() and data != write(request(), moving_disc())[1]
+
+
+def test_a_name_that_is_taken_by_what_cannot_be_read_ends_in_an_error_and_not_in_a_loop():
+    class Taken(MemoryStore):
+        def create(self, key, data, *, metadata=None):
+            return False
+
+    with pytest.raises(KeyError):
+        write(request(), moving_disc(), store=Taken())
+
+
+@pytest.mark.parametrize("fps, frames", [(24.0, 97), (16.0, 81), (29.97, 61), (1.0, 3)])
+def test_a_keyframe_comes_at_least_every_second(fps, frames):
+    data = write(request(frames, fps=fps), moving_disc(frames))[1]
+    with av.open(io.BytesIO(data), format="mp4") as container:
+        at = [float(packet.pts * packet.time_base) for packet in container.demux(video=0) if packet.is_keyframe]
+    assert at[0] == 0 and max(np.diff([*at, frames / fps])) <= 1 + 1.5 / fps
+
+
+def test_title_and_description_are_what_players_show():
+    long = "a red circle moves left on a gray background, " * 10
+    found = read_clip(write(request(prompt=f"{long}\nand then right"), moving_disc())[1]).metadata
+    assert found["title"] == long[:79] + "…"
+    assert found["description"] == (f"{long}\nand then right\ndemo, seed {2**62 + 1}, 4 steps, guidance 7.5, fp32, "
+                                    "dense attention")
+    empty = read_clip(write(request(prompt=""), moving_disc())[1]).metadata
+    assert not empty.get("title") and empty["description"].startswith("demo, seed")
 
 
 def test_no_temporary_file_is_left_after_success_or_failure(tmp_path, monkeypatch):

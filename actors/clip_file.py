@@ -1,0 +1,159 @@
+"""A clip's file, read as one that anybody may have written: what it says of itself is checked against what it holds.
+
+Layout  an MP4 as write_mp4 makes it (clip_writer.py), then one box of type uuid with the SHA-256 of all bytes before
+        it. Players pass over a box that they do not know; who reads a clip can tell that no byte of it has changed.
+"""
+
+import hashlib
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+
+import av
+
+from actors.messages import Request
+
+DIGEST_HEAD = (56).to_bytes(4, "big") + b"uuid" + bytes.fromhex("5b1c7a0e6d8f4c3f9a55f0d2b7e41c86")     # then 32 bytes
+DIGEST_BYTES = 56
+MOST_BYTES = 2**31                                      # of a clip's file
+
+# Only what we write is opened: H.264 and AAC in MP4, from bytes; no other codec, format or protocol is even tried.
+OPENED = {"protocol_whitelist": "none", "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2", "codec_whitelist": "h264,aac"}
+TITLE_CHARACTERS = 80
+
+
+class NotThisClip(ValueError):
+    """A file is not the clip that it should be; the message says in what."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipFile:
+    """What decoding a whole MP4 found."""
+
+    frames: int
+    width: int
+    height: int
+    fps: float
+    duration_s: float
+    has_audio: bool
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+def clip_key(clip_id: str) -> str:
+    """Where a clip lies in its run folder; the two characters spread a listing over many prefixes."""
+    return f"clips/{clip_id[:2]}/{clip_id}.mp4"
+
+
+def coded_size(width: int, height: int) -> tuple[int, int]:
+    """Width and height in the file: yuv420p halves its colour planes, so both are rounded up to even."""
+    return width + width % 2, height + height % 2
+
+
+def provenance(request: Request) -> dict[str, str]:
+    """What the file says about itself: only what decides the pixels, so rows that share a clip share its bytes."""
+    said = {"prompt": request.prompt, "negative_prompt": request.negative_prompt, "seed": str(request.seed),
+            "steps": str(request.num_steps), "guidance": f"{request.guidance:g}", "model": request.model,
+            "weights_fingerprint": request.weights_fingerprint, "precision": request.precision,
+            "attention": request.attention, "clip_id": request.clip_id}
+    if request.image is not None:
+        said["image_sha256"] = request.image.sha256
+    if request.decode_precision is not None:
+        said["decode_precision"] = request.decode_precision
+    return {key: readable(value) for key, value in said.items()}
+
+
+def labels(request: Request) -> dict[str, str]:
+    """title and description, which players and file managers show."""
+    line = " ".join(readable(request.prompt).split())
+    title = line if len(line) <= TITLE_CHARACTERS else line[:TITLE_CHARACTERS - 1] + "…"
+    settings = (f"{request.model}, seed {request.seed}, {request.num_steps} steps, guidance {request.guidance:g}, "
+                f"{request.precision}, {request.attention} attention")
+    return {"title": title, "description": f"{readable(request.prompt)}\n{settings}".lstrip("\n")}
+
+
+def readable(text: str) -> str:
+    """The text with every control character as its visible picture (NUL as U+2400): an MP4 value ends at a NUL.
+
+    Tab and newline stay. What UTF-8 cannot hold (half a surrogate pair) becomes U+FFFD.
+    """
+    pictures = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n"}
+    pictures |= {0x7F: 0x2421} | dict.fromkeys([*range(0x80, 0xA0), *range(0xD800, 0xE000)], 0xFFFD)
+    return text.translate(pictures)
+
+
+def append_digest(path: Path) -> None:
+    with path.open("r+b") as file:
+        digest = hashlib.file_digest(file, "sha256").digest()
+        file.write(DIGEST_HEAD + digest)                # file_digest has read to the end
+
+
+def holds_digest(data: bytes) -> bool | None:
+    """Whether no byte has changed since the digest was written; None for a file that ends in none."""
+    if not data[-DIGEST_BYTES:].startswith(DIGEST_HEAD):
+        return None
+    return hashlib.sha256(memoryview(data)[:-DIGEST_BYTES]).digest() == data[-32:]
+
+
+def read_clip(data: bytes | Path, *, wanted: tuple[int, int, int] | None = None) -> ClipFile:
+    """Decodes every frame.  Raises ValueError for a file that is no video or breaks on the way.
+
+    wanted: width, height and frames in the file; one of another size is refused before it is decoded, and one with more
+    frames after the first that is too many.
+    """
+    try:
+        # from an open file, never by a name that FFmpeg could take for a protocol
+        with BytesIO(data) if isinstance(data, bytes) else data.open("rb") as file, \
+                av.open(file, format="mp4", options=OPENED, metadata_errors="replace") as container:
+            if not container.streams.video:
+                raise ValueError("a file with a video stream is needed; got one without")
+            video = container.streams.video[0]
+            size = video.codec_context.width, video.codec_context.height
+            options = {"err_detect": "explode"}         # a damaged frame is an error, not one that is patched up
+            if wanted:
+                if size != wanted[:2]:
+                    raise ValueError(f"{wanted[0]}x{wanted[1]} was wanted; it is {size[0]}x{size[1]}")
+                # a stream may change its size on the way; H.264 pads it to blocks
+                options["max_pixels"] = str((size[0] + 64) * (size[1] + 64))
+            video.codec_context.options = options
+            frames = 0
+            for frame in container.decode(video=0):
+                frames += 1
+                if wanted and (frames > wanted[2] or (frame.width, frame.height) != size):
+                    raise ValueError(f"{wanted[2]} frames of {size[0]}x{size[1]} were wanted; frame {frames} is "
+                                     f"{frame.width}x{frame.height}")
+            fps = float(video.average_rate or 0)
+            return ClipFile(frames=frames, width=size[0], height=size[1], fps=fps,
+                            duration_s=frames / fps if fps else 0.0, has_audio=bool(container.streams.audio),
+                            metadata=dict(container.metadata))
+    except (av.FFmpegError, OverflowError, MemoryError) as error:
+        raise ValueError(f"the clip does not decode: {str(error) or type(error).__name__}") from error
+
+
+def check_file(data: bytes, *, width: int, height: int, frames: int, fps: float) -> ClipFile:
+    """Decodes a clip's file and compares.  width, height: as asked.  Raises NotThisClip."""
+    coded = coded_size(width, height)
+    if holds_digest(data) is False:
+        raise NotThisClip("its bytes are not those that its own digest was made of")
+    try:
+        found = read_clip(data, wanted=(*coded, frames))
+    except ValueError as error:
+        raise NotThisClip(f"undecodable: {error}") from error
+    if found.frames != frames or abs(found.fps - fps) > 0.01:
+        raise NotThisClip(f"{found.frames} frames at {found.fps:g} fps, where {frames} at {fps:g} fps are wanted")
+    # the files of older versions have neither
+    if found.metadata.get("description") and holds_digest(data) is None:
+        raise NotThisClip("its end is missing")
+    return found
+
+
+def check_clip(data: bytes, request: Request) -> ClipFile:
+    """What the file of a request's clip holds: size, frames, rate, and what it says that it was made from.
+
+    Raises NotThisClip.
+    """
+    shape = request.shape
+    found = check_file(data, width=shape.width, height=shape.height, frames=shape.frames, fps=request.fps)
+    differing = [name for name, said in provenance(request).items() if found.metadata.get(name, "") != said]
+    if differing:
+        raise NotThisClip(f"it says that it was made from another {', '.join(differing)}")
+    return found
