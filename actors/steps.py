@@ -17,7 +17,8 @@ from torch import Tensor
 
 from actors.device_lock import Halted
 from actors.messages import Embedding, Failure, Latent, Request
-from actors.shelf import LATENTS, Damaged, Keep, MakesStep, Shelf, Shelved, sealed, shelf_key, unsealed
+from actors.shelf import (LATENTS, Damaged, Fits, Keep, MakesStep, Seal, Shelf, Shelved, anything, read, sealed, shelf_key,
+                          unsealed)
 from model.samplers import State, Steps, Streams
 
 STEPS = "steps"                                         # folder of the run
@@ -44,9 +45,9 @@ class KeepSampled(Keep):
     clip that is killed there loses at most 110 s or 44 s of sampling.
     """
 
-    def __init__(self, step: MakesStep, store: Shelf):
+    def __init__(self, step: MakesStep, store: Shelf, *, seal: Seal = Seal(), fits: Fits = anything):
         """step: makes a Denoiser."""
-        super().__init__(step, store, LATENTS)
+        super().__init__(step, store, LATENTS, seal=seal, fits=fits)
         self.halted: Callable[[], bool] = lambda: False     # asked between two steps: is this process to stop here?
         self.save_s = 0.0                               # what the last save took
         self.course_s: dict[str, float] = {}            # by bucket, what a clip took lately from noise to latent
@@ -77,6 +78,13 @@ class KeepSampled(Keep):
         except ArithmeticError:                         # what was saved may be where it went wrong
             self.forget(steps)
             raise
+        except (ValueError, IndexError, TypeError):     # no state of this sampler's, though the seal is right
+            if not steps.begun:
+                raise
+            self.forget(steps)
+            for embedding in batch:
+                self.note(embedding.request, "sampled from its start: the steps that were saved did not fit")
+            return self.sample(batch, [None] * len(batch))
         self.forget(steps)
         return made
 
@@ -90,16 +98,27 @@ class KeepSampled(Keep):
             return None
         key = shelf_key(STEPS, request)
         try:
-            tensors, metadata = unsealed(self.store.get(key), key)
+            found = self.opened(request, *unsealed(read(self.store, key), key, self.seal))
         except KeyError:
             return None
-        except Damaged:
-            metadata = {}
-        if metadata.get("course") != self.step.course(request):
+        except Damaged as error:
+            self.note(request, f"sampled from its start: {error}")
             self.store.delete(key)
             return None
-        return Saved(step=int(metadata["step"]), state=tuple(tensors[str(place)] for place in range(len(tensors))),
-                     determinism=metadata.get("determinism", "not known"))
+        self.note(request, f"went on after step {found.step} of {request.num_steps}")
+        return found
+
+    def opened(self, request: Request, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Saved:
+        """Raises Damaged for what belongs to another course, and for what no sampler of this one carries."""
+        step, states = metadata.get("step", ""), [tensors.get(str(place)) for place in range(len(tensors))]
+        if metadata.get("course") != self.step.course(request):
+            raise Damaged("the steps that were saved are of another course")
+        if not (step.isascii() and step.isdecimal() and len(step) < 10 and 0 < int(step) < request.num_steps):
+            raise Damaged(f"the steps that were saved end at {step[:20]!r}, of {request.num_steps}")
+        if not states or any(state is None or not state.is_floating_point() or not state.isfinite().all()
+                             for state in states):
+            raise Damaged("the steps that were saved are no numbers")
+        return Saved(step=int(step), state=tuple(states), determinism=metadata.get("determinism", "not known"))
 
     def save(self, request: Request, step: int, state: Sequence[Tensor], before: Saved | None) -> None:
         """before: where the clip stood when it was begun here."""
@@ -107,7 +126,7 @@ class KeepSampled(Keep):
         tensors = {str(place): tensor.cpu() for place, tensor in enumerate(state)}
         determinism = after(before, getattr(self.step, "determinism", "not known"))
         self.store.put(key, sealed(tensors, {"key": key, "course": self.step.course(request), "step": str(step),
-                                            "determinism": determinism}))
+                                            "determinism": determinism}, self.seal))
 
 
 class SavedSteps(Steps):
@@ -125,6 +144,10 @@ class SavedSteps(Steps):
         self.since = time.monotonic()                   # until now it has waited for the clip before
         if not self.begun:
             return 0, start
+        like = start[0][0]
+        for found in self.saved:
+            if any(clip.shape != like.shape[1:] or clip.dtype != like.dtype for clip in found.state):
+                raise Damaged(f"the steps that were saved must be {like.dtype} {list(like.shape[1:])}")
         slots = zip(*(found.state for found in self.saved), strict=True)
         return self.begun, tuple(streams_of(clips, like=start[0]) for clips in slots)
 

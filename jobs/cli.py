@@ -232,14 +232,19 @@ def status(uri: RunUri, json: Json = False) -> int:
 
 
 @app.command()
-def verify(uri: RunUri, json: Json = False) -> int:
+def verify(uri: RunUri,
+           repair: Annotated[bool, typer.Option(
+               "--repair", help="Put the rows of clips that are wrong back to pending; the next render makes them.")] = False,
+           json: Json = False) -> int:
     """Re-read every clip and check its hash, that it decodes, and its size, against the ledger; exit 3 if any is wrong.
 
     \b
-    Example:  dailies verify out/
+    Examples:
+      dailies verify out/
+      dailies verify out/ --repair
     """
-    from jobs.runs import verify
-    return verify(uri, json=json)
+    from jobs.verify import verify
+    return verify(uri, json=json, repair=repair)
 
 
 @app.command()

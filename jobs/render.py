@@ -8,10 +8,9 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -22,7 +21,7 @@ from typing import Any
 from actors.clip_writer import clip_key
 from actors.cores import usable_cores
 from actors.messages import Clip, Failure, Request
-from actors.shelf import EMBEDDINGS, LATENTS, clear, is_ours
+from actors.shelf import EMBEDDINGS, LATENTS, Seal, clear, is_ours
 from actors.steps import STEPS
 from jobs.progress import Display, View, counted, duration_text, printable
 from jobs.runs import bucket_text, clip_of
@@ -33,17 +32,20 @@ from model.catalog import ModelCard
 from model.private import at_home
 from model.ways import AUTO, CAPABILITIES, Gpu, Way, fastest
 from model.weights import fingerprint, locate, weights_files
+from pipeline.adoption import Spoilt, adopt
 from pipeline.budget import Budget
+from pipeline.complaints import shown
 from pipeline.fetch import bring
 from pipeline.forecast import Forecast, forecast, measured_costs, rows_by_work, work_of
 from pipeline.gate import REJECTED
 from pipeline.lease import Lease
-from pipeline.ledger import SUCCESS, Ledger, invalid_row, keys_of, read, row_of, write_success
+from pipeline.ledger import SUCCESS, Ledger, hashes_of, invalid_row, keys_of, read, row_of, write_success
 from pipeline.manifest import Manifest
 from pipeline.objects import PROBE, PROBE_KEY
 from pipeline.placement import Node, NoRoom
 from pipeline.plan import Defaults, Plan, PlannedRow, with_another_seed
-from pipeline.runfile import check_run, claim_run, read_run
+from pipeline.runfile import RUN, check_run, claim_run, has, read_run
+from pipeline.seal import BadSealKey, drop_key, own_key, seal_of
 from pipeline.stages import Outcome, Stage
 from pipeline.store import FolderStore, Store, StoreError, open_store
 from pipeline.text_to_video import text_to_video
@@ -53,7 +55,7 @@ SHOWN_FAILURES = 20
 MANY_IMAGES = 1000                                      # take longer than a person waits without a word
 RESEEDS = 2                                             # other seeds that are tried for a rejected clip
 REJECTIONS = {REJECTED, "NonFiniteLatent", "NonFiniteFrames"}
-ADOPTERS = 16                                           # published clips asked for their hash at a time
+MANY_CLIPS = 100                                        # to read and decode take longer than a person waits, likewise
 
 
 def render(job: RenderJob, *, json: bool) -> int:
@@ -65,7 +67,7 @@ def render(job: RenderJob, *, json: bool) -> int:
     night, show = prepare(job), Display.view_for(json)
     deadline = job.deadline()
     budget = Budget(until=deadline and deadline.timestamp(), gpu_hours=job.gpu_hours())
-    if night.has_begun and night.store.head(SUCCESS) is not None and not (book := Book(night)).open_clips:
+    if night.has_begun and has(night.store, SUCCESS) and not (book := Book(night)).open_clips:
         tell(notes_of(night), show)
         return finish(night, book, None, budget, json)  # all is done: nothing is written, and no driver disturbed
     check_weights(night)
@@ -74,6 +76,7 @@ def render(job: RenderJob, *, json: bool) -> int:
     with Lease.take(night.store, wait=job.take_over, tell=lambda text: tell([text], show)) as lease:
         with Book(night, lease) as book:                # read now, since the driver before may just have written
             todo, num_clips = book.todo()
+            tell(book.notes, show)
             stop = work(night, book, todo, num_clips, budget, show) if num_clips else None
         return finish(night, book, stop, budget, json)
 
@@ -111,6 +114,10 @@ def prepare(job: RenderJob) -> Night:
     card = card_named(job.model)
     cores_of(job)
     try:
+        own_key()
+    except BadSealKey as error:
+        raise UsageError(str(error)) from None
+    try:
         store = open_store(job.out)
     except StoreError as error:
         raise UsageError(f"--out {error}") from None
@@ -127,7 +134,10 @@ def prepare(job: RenderJob) -> Night:
     way = way_of(job, card, weights, device, found)
     precision, attention = way.precision, way.attention
     decode_precision = job.decode_precision or before.get("decode_precision")
-    for name, value, allowed in (("precision", precision, card.precisions), ("attention", attention, card.attentions)):
+    for name, value, allowed in (("precision", precision, card.precisions), ("attention", attention, card.attentions),
+                                 ("decode-precision", decode_precision, (None, "fp32", "bf16"))):
+        if value not in allowed and found is not None and value == before.get(name.replace("-", "_")):
+            raise StoreError(f"{store.uri_of(RUN)} is damaged: its {name} is {shown(value)}. Put a copy of it back")
         if value not in allowed:
             raise UsageError(f"--{name} must be {' or '.join(allowed)} for {card.name}; got {value}")
     # of a cluster's machines it is known when they are at work
@@ -156,7 +166,7 @@ def way_of(job: RenderJob, card: ModelCard, weights: Path, device: str, found: d
     said = {"precision": job.precision, "attention": job.attention}
     if found:                                           # a run keeps its own, wherever it is continued
         before = found["identity"]
-        said = {name: value if value not in (None, AUTO) else before[name] for name, value in said.items()}
+        said = {name: value if value not in (None, AUTO) else before.get(name) for name, value in said.items()}
         return Way(**said, because=found.get("chosen_because") or "")
     own = card.precision_in(weights, device)
     if AUTO not in said.values():
@@ -261,6 +271,11 @@ class Book:
         self.chosen_because = night.chosen_because or None
         self.ledger = Ledger.open(self.store, self.plan.manifest.user.schema)
         keys = self.plan.keys()
+        self.ledger.only(keys, [row.id for row in self.plan.invalid_rows()] if self.plan.num_invalid_rows else [])
+        self.files = files_of_clips(self.store)         # listed after the ledger was read: a row follows its clip
+        self.gone = self.ledger.without_a_file(self.files)
+        self.ledger.forget(self.gone)
+        self.spoilt: dict[str, Spoilt] = {}             # files under clips' names that are not those clips
         left = self.ledger.pending(keys)
         self.num_rows = keys.num_rows + self.plan.num_invalid_rows
         self.open_clips = set(left["clip_id"].to_pylist())
@@ -294,10 +309,23 @@ class Book:
         wanted = self.open_clips
         if self.limit is not None:
             wanted = wanted & {request.clip_id for request in islice(self.plan.requests(), self.limit)}
-        published = self.open_clips.intersection(clip_of(info.key) for info in self.store.list("clips/"))
-        self.adopt(self.plan.requests(skip=Except(published)))
-        wanted = wanted - published
+        published = self.open_clips.intersection(self.files)
+        self.adopt(self.plan.requests(skip=Except(published)), published)
+        wanted = wanted - published | wanted & self.spoilt.keys()
         return self.plan.requests(skip=Except(wanted)), len(wanted)
+
+    @property
+    def notes(self) -> list[str]:
+        """What of this run's clips is not in the folder as the ledger says, for a person; known after `todo`."""
+        notes = [f"clip {clip_id[:12]}: what lies under its name is not it: {found.why}. It is made again, and replaced "
+                 "then" for clip_id, found in islice(self.spoilt.items(), SHOWN_FAILURES)]
+        if more := len(self.spoilt) - len(notes):
+            notes.append(f"and {counted(more, 'other file')} under clips/ that {'is' if more == 1 else 'are'} not the "
+                         "clip of that name")
+        if gone := len(self.gone - self.spoilt.keys() - self.files.keys()):
+            notes.append(f"{counted(gone, 'clip')} that the ledger calls done {'is' if gone == 1 else 'are'} not in the "
+                         "run folder any more: made again")
+        return notes
 
     def record_invalid(self) -> None:
         if not self.plan.num_invalid_rows:
@@ -307,24 +335,23 @@ class Book:
             if row.id not in known:
                 self.ledger.append([invalid_row(row.id, row.prompt, row.error)], self.plan.user_columns([row.row]))
 
-    def adopt(self, requests: Iterable[Request]) -> None:
+    def adopt(self, requests: Iterable[Request], published: set[str]) -> None:
         """Write the rows of clips that were published by a run which was killed before it could."""
-        with ThreadPoolExecutor(ADOPTERS) as pool:
-            for clip in pool.map(self.published_clip, requests):
-                self.append(self.rows_of(clip.request.clip_id), clip, None)
-                self.num_adopted += 1
-
-    def published_clip(self, request: Request) -> Clip:
-        key = clip_key(request.clip_id)
-        info = self.store.head(key)
-        if info is None:
-            raise StoreError(f"{self.store.uri_of(key)} was there a moment ago and is gone; the same command continues")
-        return Clip(request=request, uri=self.store.uri_of(key), sha256=info.sha256, num_bytes=info.num_bytes,
-                    duration_s=request.shape.frames / request.fps)
+        if len(published) >= MANY_CLIPS:
+            tell([f"reading {counted(len(published), 'clip')} that are published and have no row"], "lines")
+        for found in adopt(self.store, requests, hashes_of(self.store, published)):
+            if isinstance(found, Spoilt):
+                self.spoilt[found.request.clip_id] = found
+                continue
+            self.append(self.rows_of(found.request.clip_id), found, None)
+            self.num_adopted += 1
 
     def record(self, outcome: Outcome) -> None:
         value = outcome.value
         rows = self.rows_of(value.request.clip_id)
+        clip_id = value.request.clip_id
+        if isinstance(value, Clip) and not value.notes and clip_id in self.gone | self.ledger.put_back.keys():
+            value = replace(value, notes=(f"made again: its file was {self.ledger.put_back.get(clip_id) or 'gone'}",))
         if isinstance(value, Failure) and value.error_type in REJECTIONS:
             rows = self.make_again(value.request, rows)
         self.append(rows, value, outcome)
@@ -352,13 +379,20 @@ class Book:
 
     def append(self, rows: list[PlannedRow], value: Any, outcome: Outcome | None) -> None:
         self.lease.check()
-        self.ledger.append([row_of(row.id, value, outcome, seed=row.seed) | {"chosen_because": self.chosen_because}
+        told = {"chosen_because": self.chosen_because}
+        self.ledger.append([row_of(row.id, value, outcome, seed=row.seed) | told | {"sample": row.sample}
                             for row in rows],
                            self.plan.user_columns([row.row for row in rows]))
 
     def counts(self) -> dict[str, int]:
         done, failed = self.ledger.counts["done"], self.ledger.counts["failed"]
         return {"rows": self.num_rows, "done": done, "failed": failed, "pending": self.num_rows - done - failed}
+
+
+def files_of_clips(store: Store) -> dict[str, int]:
+    """clip_id -> bytes, of every file that lies where a clip does."""
+    files = {clip_of(info.key): (info.key, info.num_bytes) for info in store.list("clips/")}
+    return {clip_id: num_bytes for clip_id, (key, num_bytes) in files.items() if clip_key(clip_id) == key}
 
 
 class Except(Container[str]):
@@ -376,7 +410,8 @@ def work(night: Night, book: Book, todo: Iterable[Request], num_clips: int, budg
     from pipeline import cluster                        # Ray is wanted only where there is something to do
     job, stop = night.job, cluster.Stop()
     book.lease.on_lost = stop.now
-    stages = stages_of(night)
+    spoilt = {clip_id: found.sha256 for clip_id, found in book.spoilt.items()}
+    stages = stages_of(night, seal_of(night.store, fresh=not night.has_begun), spoilt)
     with Display(total=num_clips, view=view) as display:
         def on_progress(progress: cluster.Progress) -> None:
             display.update(progress)
@@ -390,8 +425,8 @@ def work(night: Night, book: Book, todo: Iterable[Request], num_clips: int, budg
                 for outcome in cluster.run(stages, todo, max_attempts=job.max_attempts, on_progress=on_progress,
                                            stop=stop, budget=budget):
                     book.record(outcome)
-                    for fallback in outcome.value.fallbacks if isinstance(outcome.value, Clip) else ():
-                        display.note(f"clip {outcome.value.request.clip_id[:12]}: {fallback}")
+                    for said in said_of_clip(outcome):
+                        display.note(f"clip {outcome.value.request.clip_id[:12]}: {said}")
                 todo, book.again = book.again, []
                 if todo:
                     display.note(f"{counted(len(todo), 'clip')} rejected: made again with another seed, as asked")
@@ -399,14 +434,19 @@ def work(night: Night, book: Book, todo: Iterable[Request], num_clips: int, budg
     return stop
 
 
-def stages_of(night: Night) -> list[Stage]:
+def said_of_clip(outcome: Outcome) -> tuple[str, ...]:
+    clip = outcome.value
+    return (*clip.fallbacks, *clip.notes, *outcome.notes) if isinstance(clip, Clip) else outcome.notes
+
+
+def stages_of(night: Night, seal: Seal = Seal(), spoilt: Mapping[str, str] = {}) -> list[Stage]:
     job, weights = night.job, night.job.weights
     if weights and "://" not in weights:                # the processes that read it may run in another folder
         weights = str(at_home(weights).absolute())
     return text_to_video(night.card, weights, night.store, device=night.device, precision=night.plan.precision,
                          attention=night.plan.attention, decode_precision=night.plan.decode_precision,
                          strict=job.strict, compiled=job.compile, batch=job.batch, samplers=job.samplers,
-                         threads=job.threads_per_sampler or 1, keep_latents=job.keep_latents)
+                         threads=job.threads_per_sampler or 1, keep_latents=job.keep_latents, seal=seal, spoilt=spoilt)
 
 
 def interruptible(stop: Any, display: Display) -> AbstractContextManager[None]:
@@ -430,8 +470,10 @@ def finish(night: Night, book: Book, stop: Any, budget: Budget, json: bool) -> i
     counts, store = book.counts(), night.store
     if not counts["pending"]:
         clear_shelf(night)
-        if store.head(SUCCESS) is None:
+        if not has(store, SUCCESS):
             write_success(store)
+    if book.lease is not None:
+        store.tidy("clips", EMBEDDINGS, LATENTS, STEPS)
     interrupted = stop is not None and stop.draining and counts["pending"] > 0
     out_of_budget = budget.has_stopped and counts["pending"] > 0
     code = 130 if interrupted else 4 if out_of_budget else 3 if counts["failed"] else 0
@@ -442,7 +484,7 @@ def finish(night: Night, book: Book, stop: Any, budget: Budget, json: bool) -> i
         print(jsonlib.dumps({"exit_code": code, "out": store.uri, **counts, "clips": night.plan.num_clips,
                              "rendered": book.num_rendered, "adopted": book.num_adopted, "seconds": round(seconds, 3),
                              "gpu_hours": round(budget.gpu_hours, 4), **cost,
-                             "notes": notes_of(night), "failures": book.failures}))
+                             "notes": notes_of(night) + book.notes, "failures": book.failures}))
         return code
     print(f"{store.uri}: {counted(counts['done'], 'row')} done, {counts['failed']:,} failed, {counts['pending']:,} "
           f"pending; {counted(book.num_rendered, 'clip')} rendered in {duration_text(seconds)}"
@@ -477,6 +519,7 @@ def clear_shelf(night: Night) -> None:
         statuses = zip(rows["clip_id"].to_pylist(), rows["status"].to_pylist(), strict=True)
         failed = {clip_id for clip_id, status in statuses if status == "failed"}
         clear(store, [key for key, clip_id in latents.items() if clip_id not in failed])
+    drop_key(store)
 
 
 def tell(notes: list[str], view: View) -> None:

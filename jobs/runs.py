@@ -1,13 +1,10 @@
-"""What can be asked of a run folder from any machine, and of the catalogue: status, verify, retry, models."""
+"""What can be asked of a run folder from any machine, and of the catalogue: status, retry, models."""
 
-import hashlib
 import json as jsonlib
 import os
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -20,21 +17,25 @@ from model.weights import CheckpointError, locate, missing_files, weights_files
 from pipeline import ledger
 from pipeline.lease import Lease
 from pipeline.pace import WAIT_AND_WORK, pace
-from pipeline.runfile import read_run
-from pipeline.store import NotFound, Store, open_store
+from pipeline.runfile import RUN, OtherRun, damaged, has, read_run
+from pipeline.store import Store, StoreError, open_store
 
+COUNTED = ("planned_rows", "invalid_rows", "clips", "buckets", "more_buckets")      # by run.json
 STALE = timedelta(minutes=15)                           # without a row for so long, nobody promises an ETA
-READERS = 4
-LINE_EVERY_S = 10.0
 
 
 def open_run(uri: str) -> tuple[Store, dict[str, Any]]:
-    """The run folder and its run.json.  Raises UsageError where there is none; OtherRun, StoreError."""
+    """The run folder and its run.json.  Raises UsageError where there is none; StoreError."""
     store = open_store(uri)
-    run = read_run(store)
+    try:
+        run = read_run(store)
+    except OtherRun:
+        raise StoreError(f"{store.uri_of(RUN)} is damaged, or not one that dailies wrote") from None
     if run is None:
         raise UsageError(f"{store.uri} is no run folder: it has no run.json. A run begins with: "
                          f"dailies render MANIFEST --out {uri}")
+    if absent := [name for name in COUNTED if name not in run]:
+        raise damaged(store, f"it does not say {', '.join(absent)}")
     return store, run
 
 
@@ -72,12 +73,12 @@ def progress_of(store: Store, run: dict[str, Any]) -> dict[str, Any]:
     now = datetime.now(UTC)
     clips = dict(zip(columns["clip_id"], columns["status"], strict=True))
     clips.pop(None, None)                               # of invalid rows
-    pending_clips = run["clips"] - len(clips)
+    pending_clips = max(0, run["clips"] - len(clips))
     running = per_hour and last and now - last < STALE
     return {
         "rows": rows, "done": counts["done"], "failed": counts["failed"],
-        "pending": rows - counts["done"] - counts["failed"], "clips": run["clips"], "pending_clips": pending_clips,
-        "finished": store.head(ledger.SUCCESS) is not None,
+        "pending": max(0, rows - counts["done"] - counts["failed"]), "clips": run["clips"], "pending_clips": pending_clips,
+        "finished": has(store, ledger.SUCCESS),
         "clips_per_hour": per_hour, "eta_s": 3600 * pending_clips / per_hour if running and pending_clips else None,
         "last_row_s_ago": (now - last).total_seconds() if last else None,
         "buckets": buckets_of(run, zip(columns["clip_id"], columns["status"],
@@ -98,65 +99,13 @@ def buckets_of(run: dict[str, Any], rows: Iterator[tuple[str | None, str, tuple]
         shape = tuple(bucket[name] for name in ("width", "height", "frames", "steps", "guidance"))
         done, failed = counts["done", shape], counts["failed", shape]
         said.append({"bucket": bucket_text(bucket), **bucket, "done": done, "failed": failed,
-                     "pending": bucket["clips"] - done - failed})
+                     "pending": max(0, bucket["clips"] - done - failed)})
     return said
 
 
 def bucket_text(bucket: dict[str, Any]) -> str:
     return (f"{bucket['width']}x{bucket['height']}, {bucket['frames']} frames, {bucket['steps']} steps, "
             f"guidance {bucket['guidance']:g}")
-
-
-def verify(uri: str, *, json: bool) -> int:
-    """Re-read every clip of the ledger: its hash, that it decodes, its frames, size and rate; 3 if any is wrong."""
-    store, _ = open_run(uri)
-    columns = ["clip_id", "status", "id", "sha256", "bytes", "width", "height", "frames", "fps"]
-    rows = [row for row in ledger.read(store, columns).to_pylist() if row["status"] == "done"]
-    clips = {row["clip_id"]: row for row in rows}
-    wrong: list[dict[str, Any]] = []
-    told = time.monotonic()
-    with ThreadPoolExecutor(READERS) as pool:
-        problems = pool.map(lambda row: check(store, row), clips.values())
-        for checked, (row, problem) in enumerate(zip(clips.values(), problems, strict=True), start=1):
-            if problem:
-                wrong.append({"clip_id": row["clip_id"], "id": row["id"], "problem": problem})
-            if not json and time.monotonic() - told > LINE_EVERY_S:
-                told = time.monotonic()
-                print(f"{checked:,} of {counted(len(clips), 'clip')} read, {len(wrong):,} wrong", file=sys.stderr)
-    recorded = set(clips)
-    strays = sum(1 for info in store.list("clips/") if clip_of(info.key) not in recorded)
-    code = 3 if wrong else 0
-    if json:
-        print(jsonlib.dumps({"exit_code": code, "out": store.uri, "clips": len(clips), "wrong": wrong,
-                             "unrecorded": strays}))
-        return code
-    print(f"{store.uri}: {counted(len(clips), 'clip')} read, {len(wrong):,} wrong")
-    for found in wrong:
-        print(f"  {found['clip_id']} ({printable(found['id'])}): {found['problem']}")
-    if strays:
-        print(f"  {counted(strays, 'object')} under clips/ without a ledger row; the next render records what it plans")
-    return code
-
-
-def check(store: Store, row: dict[str, Any]) -> str | None:
-    """What is wrong with the clip of a ledger row, None for nothing."""
-    from actors.clip_writer import clip_key, coded_size, read_clip
-    try:
-        data = store.get(clip_key(row["clip_id"]))
-    except NotFound:
-        return "missing"
-    if hashlib.sha256(data).hexdigest() != row["sha256"]:
-        return f"changed: {len(data):,} bytes whose SHA-256 is not the ledger's ({row['bytes']:,} bytes)"
-    try:
-        found = read_clip(data)
-    except ValueError as error:
-        return f"undecodable: {error}"
-    width, height = coded_size(row["width"], row["height"])
-    wanted, got = (width, height, row["frames"]), (found.width, found.height, found.frames)
-    if wanted != got or abs(found.fps - row["fps"]) > 0.01:
-        return (f"not what the ledger says: {got[0]}x{got[1]}, {got[2]} frames at {found.fps:g} fps; wanted "
-                f"{wanted[0]}x{wanted[1]}, {wanted[2]} frames at {row['fps']:g} fps")
-    return None
 
 
 def clip_of(key: str) -> str:

@@ -2,6 +2,8 @@
 
 Part   ledger/<epoch>-<seq>.parquet. Each writer has an epoch of its own, so no writer overwrites another's part.
 Key    (id, seed). A reader takes all parts together; where a key comes twice, the row of the later part counts.
+Status done or failed; pending is the row of a clip that was found missing or damaged (`put_back`): it is to be made
+       again, and its next row counts.
 
 A row is written after its clip. What a killed writer had not written yet is found by listing the clips.
 """
@@ -10,7 +12,7 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -20,7 +22,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.store import NotFound, Store, StoreError
+from pipeline.ledger_part import MOST_BYTES, read_part
+from pipeline.store import NotFound, Store, StoreError, TooLarge
 
 if TYPE_CHECKING:                       # they need torch, and `dailies status` does not
     from actors.messages import Clip, Failure
@@ -31,7 +34,7 @@ READERS = 8                             # parts read at a time
 MAX_ERROR_CHARACTERS = 4000
 STAGES = ("encode", "sample", "decode")
 COLUMNS = pa.schema({
-    "id": pa.string(), "clip_id": pa.string(), "status": pa.string(),                  # done or failed
+    "id": pa.string(), "clip_id": pa.string(), "status": pa.string(),                  # done, failed or pending
     "uri": pa.string(), "sha256": pa.string(), "bytes": pa.int64(),
     "width": pa.int32(), "height": pa.int32(), "frames": pa.int32(), "fps": pa.float64(), "duration_s": pa.float64(),
     "has_audio": pa.bool_(), "seed": pa.int64(), "prompt": pa.string(), "negative_prompt": pa.string(),
@@ -51,6 +54,9 @@ COLUMNS = pa.schema({
     "chosen_because": pa.string(),                     # why this precision and attention, where they were left to us
     # what the last bits depend on beside clip_id (actors/determinism.py); null for clips that were found published
     "determinism": pa.string(),
+    "path": pa.string(),                               # of the clip, below the run folder
+    "sample": pa.int32(),                              # of its manifest row, from 0
+    "notes": pa.list_(pa.string()),                    # what was found in the run folder: used, or made again
 })
 NO_COLUMNS = pa.schema([])
 
@@ -59,9 +65,14 @@ class Ledger:
     """The writer. Rows wait in memory for `flush_rows` of them or for `flush_s`; `close` writes the rest."""
 
     def __init__(self, store: Store, schema: pa.Schema, keys: pa.Table, *, flush_rows: int, flush_s: float):
-        self.store, self.schema, self.keys = store, schema, keys
+        self.store, self.schema = store, schema
         self.flush_rows, self.flush_s = flush_rows, flush_s
-        self.counts = Counter(keys["status"].to_pylist())
+        pending = pc.equal(keys["status"], "pending")
+        again = keys.filter(pending)
+        # clip_id -> why, of clips that are to be made again
+        self.put_back = dict(zip(again["clip_id"].to_pylist(), again["error"].to_pylist(), strict=True))
+        self.keys = keys.filter(pc.invert(pending)).drop_columns(["error"])
+        self.counts = Counter(self.keys["status"].to_pylist())
         self.waiting: list[pa.Table] = []
         self.waiting_since = 0.0
         self.epoch, self.seq = next_epoch(store), 0
@@ -79,16 +90,11 @@ class Ledger:
             raise ValueError(f"further columns of the ledger must be named user.NAME or quality.NAME; got {strange}")
         quality_first = sorted(extra, key=lambda field: field.name.startswith("user."))
         fields = [pa.field(field.name, stored_type(field.type)) for field in quality_first]
-        keys = read(store, ["id", "seed", "status"])
+        keys = read(store, ["id", "seed", "status", "clip_id", "bytes", "error"], put_back=True)
         return cls(store, pa.schema([*COLUMNS, *fields]), keys, flush_rows=flush_rows, flush_s=flush_s)
 
     def pending(self, keys: pa.Table) -> pa.Table:
         """The rows of `keys` that had none here when this ledger was opened, in their order.  keys: id, seed, ..."""
-        def comparable(table: pa.Table) -> pa.Table:
-            # in a join null would not equal null; a seed is never negative
-            seeds = table["seed"].cast(pa.int64()).fill_null(-1)
-            return pa.table({"id": table["id"].cast(pa.string()), "seed": seeds})
-
         if not self.keys.num_rows:
             return keys
         wanted = comparable(keys).append_column("at", pa.array(np.arange(keys.num_rows)))
@@ -97,7 +103,36 @@ class Ledger:
         mask[left["at"].to_numpy()] = True
         return keys.filter(pa.array(mask))
 
-    def append(self, rows: Sequence[Mapping[str, Any]], extra: pa.Table | None = None) -> None:
+    def only(self, keys: pa.Table, unsown: Sequence[str] = ()) -> None:
+        """Count these rows alone, whatever else lies in the folder.  keys: id, seed.  unsown: ids of rows without one."""
+        if self.keys.num_rows:
+            invalid = pa.table({"id": pa.array(unsown, pa.string()), "seed": pa.nulls(len(unsown), pa.int64())})
+            keys = pa.concat_tables([comparable(keys), comparable(invalid)])
+            numbered = comparable(self.keys).append_column("at", pa.array(np.arange(self.keys.num_rows)))
+            ours = numbered.join(keys, ["id", "seed"], join_type="left semi")
+            self.keys = self.keys.take(pa.array(np.sort(ours["at"].to_numpy())))
+            self.counts = Counter(self.keys["status"].to_pylist())
+
+    def forget(self, clip_ids: Collection[str | None]) -> None:
+        """Take the rows in which these clips are done as not there; the rows that are appended for them count."""
+        if not clip_ids:
+            return
+        gone = pc.and_(pc.equal(self.keys["status"], "done"),
+                       pc.is_in(self.keys["clip_id"], pa.array(clip_ids, pa.string())))
+        self.keys = self.keys.filter(pc.invert(gone))
+        self.counts = Counter(self.keys["status"].to_pylist())
+
+    def without_a_file(self, files: Mapping[str, int]) -> set[str | None]:
+        """The clips that are done by this ledger, and whose file is not there or has another size.
+
+        files: clip_id -> bytes, of all files of clips.
+        """
+        done = self.keys.filter(pc.equal(self.keys["status"], "done"))
+        return {clip_id for clip_id, num_bytes in zip(done["clip_id"].to_pylist(), done["bytes"].to_pylist(), strict=True)
+                if num_bytes is None or files.get(clip_id) != num_bytes}
+
+    def append(self, rows: Sequence[Mapping[str, Any]], extra: pa.Table | None = None, *,
+               statuses: Collection[str] = ("done", "failed")) -> None:
         """Take rows, by column name; a column that a row does not name is null in it.
 
         extra: further columns, one row for each of `rows`.  Raises ValueError for rows that do not fit the columns.
@@ -105,8 +140,8 @@ class Ledger:
         further = extra.column_names if extra is not None else []
         for row in rows:
             unknown = sorted({*row, *further} - set(self.schema.names))
-            if unknown or not row.get("id") or row.get("status") not in ("done", "failed"):
-                raise ValueError("a ledger row needs an id, the status done or failed and columns of this ledger; got "
+            if unknown or not row.get("id") or row.get("status") not in statuses:
+                raise ValueError(f"a ledger row needs an id, the status {' or '.join(statuses)} and columns of this ledger; got "
                                  f"{row.get('id')!r}, {row.get('status')!r}, unknown columns {unknown}")
         try:
             table = pa.Table.from_pylist([dict(row) for row in rows], schema=self.schema)
@@ -148,6 +183,11 @@ class Ledger:
         self.close()
 
 
+def comparable(table: pa.Table) -> pa.Table:
+    """id and seed, for a join: there null would not equal null, and a seed is never negative."""
+    return pa.table({"id": table["id"].cast(pa.string()), "seed": table["seed"].cast(pa.int64()).fill_null(-1)})
+
+
 def row_of(name: str, value: "Clip | Failure", outcome: "Outcome | None" = None, *,
            seed: int | None = None) -> dict[str, Any]:
     """The ledger row of manifest row `name` for what became of its request.
@@ -155,6 +195,7 @@ def row_of(name: str, value: "Clip | Failure", outcome: "Outcome | None" = None,
     outcome: None for a clip that was found published, whose times nobody knows.  seed: the row's, where that is not the
     request's because a clip with the row's own was rejected.
     """
+    from actors.clip_file import clip_key               # needs torch, and `dailies status` does not
     request = value.request
     seed = request.seed if seed is None else seed
     row: dict[str, Any] = {
@@ -170,11 +211,13 @@ def row_of(name: str, value: "Clip | Failure", outcome: "Outcome | None" = None,
     else:
         row |= {"status": "done", "uri": value.uri, "sha256": value.sha256, "bytes": value.num_bytes,
                 "duration_s": value.duration_s, "has_audio": value.has_audio, "fallbacks": list(value.fallbacks),
-                "determinism": class_of(value.determinism)}
+                "determinism": class_of(value.determinism), "path": clip_key(request.clip_id)}
     row |= {f"quality.{name}": measure for name, measure in value.quality.items()}
     if request.seed != seed:
         row["quality.seed"] = request.seed
         row["fallbacks"] = [*row["fallbacks"], f"rejected with seed {seed}, and made with seed {request.seed}"]
+    notes = [*getattr(value, "notes", ()), *(outcome.notes if outcome is not None else ())]
+    row |= {"notes": notes} if notes else {}
     if outcome is not None:
         row |= {"attempts": outcome.attempts, "queue_s": outcome.queue_s, "worker": outcome.worker,
                 "device": outcome.device, "peak_memory_bytes": outcome.peak_memory_bytes, "gpu_s": outcome.gpu_s}
@@ -195,14 +238,49 @@ def invalid_row(name: str, prompt: str | None, error: str) -> dict[str, Any]:
             "fallbacks": [], "finished_at": datetime.now(UTC)}
 
 
-def read(store: Store, columns: Sequence[str] | None = None) -> pa.Table:
-    """The ledger as it stands: one row per key, in the order of the parts.  columns: None for all that there are."""
-    wanted = None if columns is None else list(dict.fromkeys([*columns, "id", "seed"]))
+def read(store: Store, columns: Sequence[str] | None = None, *, put_back: bool = False) -> pa.Table:
+    """The ledger as it stands: one row per key, in the order of the parts.
+
+    columns: None for all that there are.  put_back: also the rows of clips that are to be made again (pending).
+    """
+    wanted = None if columns is None else list(dict.fromkeys([*columns, "id", "seed", "status"]))
     tables = [table for _, table in parts(store, wanted) if table is not None]
     empty = COLUMNS if wanted is None else pa.schema([field for field in COLUMNS if field.name in wanted])
-    table = latest(pa.concat_tables([empty.empty_table(), *tables], promote_options="permissive"))
+    try:
+        table = latest(pa.concat_tables([empty.empty_table(), *tables], promote_options="permissive"))
+    except pa.ArrowException as error:
+        raise StoreError(f"{store.uri_of(FOLDER)}: its parts do not fit together: {error}. Move away the one that is "
+                         "not this run's") from error
+    if not put_back:
+        table = table.filter(pc.not_equal(table["status"], "pending"))
     asked = table.column_names if columns is None else dict.fromkeys(columns)
     return table.select([name for name in asked if name in table.column_names])
+
+
+def put_back(store: Store, problems: Mapping[str, str]) -> int:
+    """Make the rows of these clips pending; returns how many.  problems: clip_id -> what was found.
+
+    Nothing is removed: each row gets a newer one, which says why. Call it while no run is writing.
+    """
+    done = [row for row in read(store, ["id", "seed", "status", "clip_id", "sample"]).to_pylist()
+            if (row["clip_id"] or "") in problems and row["status"] == "done"]
+    if not done:
+        return 0
+    store.delete(SUCCESS)                               # there is something to do again
+    with Ledger(store, COLUMNS, COLUMNS.empty_table(), flush_rows=1000, flush_s=30.0) as ledger:
+        ledger.append([row | {"status": "pending", "error_type": "ClipDamaged", "error": said(problems[row["clip_id"] or ""]),
+                              "finished_at": datetime.now(UTC)} for row in done], statuses=("pending",))
+    return len(done)
+
+
+def hashes_of(store: Store, clip_ids: Collection[str]) -> dict[str, str]:
+    """clip_id -> SHA-256 of its file as the last row says in which it was done, put back or not."""
+    found = {}
+    for _, table in parts(store, ["id", "seed", "status", "clip_id", "sha256"]) if clip_ids else ():
+        if table is not None and {"clip_id", "sha256"} <= {*table.column_names}:
+            found |= {row["clip_id"]: row["sha256"] for row in table.to_pylist()
+                      if row["status"] == "done" and row["clip_id"] in clip_ids and row["sha256"]}
+    return found
 
 
 def retry(store: Store, where: Mapping[str, str] | None = None) -> int:
@@ -262,14 +340,13 @@ def parts(store: Store, columns: Sequence[str] | None) -> Iterator[tuple[str, pa
 
     def part(key: str) -> pa.Table | None:
         try:
-            file = pq.ParquetFile(pa.BufferReader(store.get(key)))
-            names = file.schema_arrow.names
-            return file.read([name for name in (names if columns is None else columns) if name in names])
+            return read_part(store.get(key, at_most=MOST_BYTES), columns, COLUMNS)
         except NotFound:
             return None
-        except pa.ArrowException as error:
-            raise StoreError(f"{store.uri_of(key)} cannot be read: {error}. Move it away and render again: "
-                             "its clips are found and get new rows") from error
+        except (pa.ArrowException, OSError, ValueError, TypeError, KeyError, OverflowError, MemoryError) as error:
+            why = f"it is larger than any part: {error}" if isinstance(error, TooLarge) else str(error)
+            raise StoreError(f"{store.uri_of(key)} cannot be read: {why or type(error).__name__}. Move it away and "
+                             "render again: its clips are found and get new rows") from error
 
     with ThreadPoolExecutor(READERS) as pool:
         for start in range(0, len(keys), 4 * READERS):          # not all of a large ledger at once
@@ -290,7 +367,7 @@ def latest(table: pa.Table) -> pa.Table:
 
 def next_epoch(store: Store) -> int:
     names = (info.key.removeprefix(FOLDER).partition("-")[0] for info in store.list(FOLDER))
-    return max((int(name) for name in names if name.isdecimal()), default=0) + 1
+    return max((int(name) for name in names if name.isascii() and name.isdecimal() and len(name) < 10), default=0) + 1
 
 
 def part_key(epoch: int, seq: int) -> str:
@@ -299,7 +376,7 @@ def part_key(epoch: int, seq: int) -> str:
 
 def parquet_bytes(table: pa.Table) -> bytes:
     sink = pa.BufferOutputStream()
-    pq.write_table(table.combine_chunks(), sink, compression="zstd")
+    pq.write_table(table.combine_chunks(), sink, compression="zstd", write_page_checksum=True)
     return sink.getvalue().to_pybytes()
 
 

@@ -73,6 +73,7 @@ class PlannedRow:
     id: str
     seed: int
     clip_id: str
+    sample: int = 0                 # which of its manifest row's samples
     reseed: bool = False            # where its clip is rejected, make another one
 
 
@@ -196,10 +197,11 @@ class Plan:
         clip = self._clip(clip_id)
         starts, planned = self._planned_of_clip
         ids, on_reject = self.manifest.table["id"], self.manifest.table["on_reject"]
-        return [PlannedRow(row=row, id=ids[row].as_py(), seed=seed, clip_id=clip_id,
+        at = planned[starts[clip]: starts[clip + 1]]
+        samples = at - np.searchsorted(self.source, self.source[at])           # a row's samples are side by side
+        return [PlannedRow(row=row, id=ids[row].as_py(), seed=seed, clip_id=clip_id, sample=sample,
                            reseed=on_reject[row].as_py() == "reseed")
-                for at in [planned[starts[clip]: starts[clip + 1]]]
-                for row, seed in zip(self.source[at].tolist(), self.seeds[at].tolist())]
+                for row, seed, sample in zip(self.source[at].tolist(), self.seeds[at].tolist(), samples.tolist())]
 
     def keys(self) -> pa.Table:
         """Every planned row, in manifest order: id, seed and clip_id, typed as in the ledger; row, its manifest row."""

@@ -8,18 +8,51 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
-from pipeline.store import NotFound, Store
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pipeline.complaints import shown
+from pipeline.store import NotFound, Store, StoreError, TooLarge
 
 RUN = "run.json"
+MOST_BYTES = 2**22                      # of run.json
+Count = Annotated[int, Field(strict=True, ge=0, le=10**9)]
+Number = Annotated[float, Field(strict=True, ge=0, le=1e6, allow_inf_nan=False)]
 REMOVED = "[removed]"
-SECRET_NAME = re.compile(r"(^|_)(secret|password|passwd|token|credentials?|(access|api|private)_key)($|_)", re.I)
+SECRET_NAME = re.compile(r"(^|_)(secret|password|passwd|token|credentials?|(access|api|private|seal)_key)($|_)", re.I)
 
 
 class OtherRun(ValueError):
     """The folder is another run's; the message names what differs."""
+
+
+class Bucket(BaseModel):
+    """Clips of one shape and course, as run.json counts them."""
+
+    model_config = ConfigDict(extra="allow")
+
+    width: Count
+    height: Count
+    frames: Count
+    steps: Count
+    guidance: Number
+    clips: Count
+
+
+class RunFile(BaseModel):
+    """What of run.json is read again, where it is there; the rest is for people."""
+
+    model_config = ConfigDict(extra="allow")
+
+    identity: dict[str, None | bool | int | float | str]
+    planned_rows: Count = 0
+    invalid_rows: Count = 0
+    clips: Count = 0
+    more_buckets: Count = 0
+    buckets: Annotated[list[Bucket], Field(max_length=10_000)] = []
+    chosen_because: Annotated[str, Field(max_length=10_000)] | None = None
 
 
 def claim_run(store: Store, identity: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
@@ -38,16 +71,34 @@ def claim_run(store: Store, identity: Mapping[str, Any], about: Mapping[str, Any
 
 
 def read_run(store: Store) -> dict[str, Any] | None:
-    """run.json, None where no run has begun.  Raises OtherRun for one that is not ours; StoreError."""
+    """run.json, None where no run has begun.  Raises OtherRun for one that is not ours; StoreError for a damaged one."""
     try:
-        found = json.loads(store.get(RUN))
+        found = json.loads(store.get(RUN, at_most=MOST_BYTES))
     except NotFound:
         return None
-    except ValueError:
+    except TooLarge as error:
+        raise StoreError(f"{store.uri_of(RUN)} is no run.json: it is too large ({error})") from None
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict) or not isinstance(found.get("identity"), dict):
         raise OtherRun(f"{store.uri_of(RUN)} is not one that dailies wrote. Choose another output folder")
+    try:
+        RunFile.model_validate(found)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"][:4]))
+        raise damaged(store, f"{shown(name)}: {first['msg']}") from None
     return found
+
+
+def damaged(store: Store, why: str) -> StoreError:
+    return StoreError(f"{store.uri_of(RUN)} is damaged: {why}. Put a copy of it back, or move it away and give the "
+                      "command that began the run: what is published is found")
+
+
+def has(store: Store, key: str) -> bool:
+    """Whether there is such an object; reads nothing of it."""
+    return any(info.key == key for info in store.list(key))
 
 
 def check_run(store: Store, found: Mapping[str, Any], identity: Mapping[str, Any]) -> None:

@@ -86,6 +86,7 @@ class Report:
     broken: bool = False                                # the GPU's context is lost, and every later call would fail
     pace_s: float | None = None                         # per value, where there is always a next one; None: the sum
     held_s: float = 0.0                                 # per value, with its GPU to itself; 0 on a CPU
+    notes: tuple[tuple[str, str], ...] = ()             # clip_id, and what is to be told of how it was made
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +101,7 @@ class Outcome:
     device: str | None = None                           # of that worker
     peak_memory_bytes: int | None = None                # the largest of the stages'
     gpu_s: float | None = None                          # with a GPU to itself, in all stages; None: on CPUs
+    notes: tuple[str, ...] = ()                         # what was found in the run folder: used, or made again
 
 
 class WorksOn(Protocol):
@@ -178,6 +180,7 @@ class Worker:
             values, seconds = self.make(list(values))
             report = Report(seconds=seconds, worker=self.name, device=self.device, broken=self.broken,
                             partly=any(getattr(step, "partly", False) for _, step in self.steps),
+                            notes=tuple(note for _, step in self.steps for note in getattr(step, "notes", ())),
                             held_s=(self.lock.held_s - held_s) / max(1, len(values)) if self.on_gpu else 0.0,
                             peak_memory_bytes=0 if self.broken else self.peak_memory())
             if self.pool:                               # a Failure passes it; frames are on the CPU already
@@ -297,4 +300,6 @@ def outcome(value: Clip | Failure, reports: list[Report], *, attempts: int = 1,
                    worker=failed and failed.worker or longest and longest.worker,
                    device=failed and failed.device or longest and longest.device,
                    gpu_s=sum(report.held_s for report in reports) or None,
+                   notes=tuple(text for report in reports for clip_id, text in report.notes
+                               if clip_id == value.request.clip_id),
                    peak_memory_bytes=max((report.peak_memory_bytes for report in reports), default=None))

@@ -1,6 +1,6 @@
 """Text, or text and an image, to video: which actors, in what order, and what one copy of each needs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -9,8 +9,9 @@ from actors.as_asked import AsAsked
 from actors.clip_writer import ClipWriter
 from actors.decoder import Decoder
 from actors.denoisers import DENOISERS
+from actors.fitting import Fitting
 from actors.image_encoder import ImageTextEncoder
-from actors.shelf import EMBEDDINGS, Drop, Fetch, Keep
+from actors.shelf import EMBEDDINGS, Drop, Fetch, Keep, Seal
 from actors.steps import KeepSampled
 from actors.text_encoder import TextEncoder
 from model.catalog import ModelCard
@@ -40,11 +41,13 @@ OVERLAP = {"cuda": Overlap(calls=3, writers=2), "cpu": Overlap(calls=1, writers=
 
 def text_to_video(card: ModelCard, weights: str | None, store: Store, *, device: str, precision: str, attention: str,
                   batch: int = 1, samplers: int | None = None, threads: int = 1, keep_latents: bool = False,
-                  strict: bool = False, compiled: bool = False, decode_precision: str | None = None) -> list[Stage]:
+                  strict: bool = False, compiled: bool = False, decode_precision: str | None = None,
+                  seal: Seal = Seal(), spoilt: Mapping[str, str] = {}) -> list[Stage]:
     """weights: as `locate` takes them; each machine finds or fetches its own.  threads: of a sampler, and fixed,
     because the last bits of a latent may depend on it.  keep_latents: leave them in the run folder after publishing.
     strict: a clip that was not made as its row asks fails before the next stage.  compiled: the diffusion model.
-    decode_precision: of the VAE, None for the model's own.
+    decode_precision: of the VAE, None for the model's own.  seal: of what waits in the run folder.
+    spoilt: clip_id -> SHA-256 of a file under its name that is not that clip, and is replaced.
     """
     def model(actor: Callable[..., Any], threads: int = 1, name: str | None = None, **options: Any) -> Step:
         return Step(actor=with_weights, name=name, args=dict(actor=actor, card=card, weights=weights, device=device,
@@ -53,12 +56,13 @@ def text_to_video(card: ModelCard, weights: str | None, store: Store, *, device:
     on_gpu = device.startswith("cuda")
     overlap = OVERLAP["cuda" if on_gpu else "cpu"]
     encoder = model(ImageTextEncoder, read=read_image) if card.takes_image else model(TextEncoder)
-    fetch = (Step(actor=Fetch, args=dict(store=store)), *([Step(actor=AsAsked)] if strict else []))
-    encode = Step(actor=Keep, args=dict(step=encoder, store=store, folder=EMBEDDINGS))
+    kept = dict(store=store, seal=seal, fits=Fitting(card))
+    fetch = (Step(actor=Fetch, args=kept), *([Step(actor=AsAsked)] if strict else []))
+    encode = Step(actor=Keep, args=dict(step=encoder, folder=EMBEDDINGS, **kept))
     sampler = model(DENOISERS[type(card)], threads, attention=attention, compiled=compiled)
-    sample = Step(actor=KeepSampled, args=dict(step=sampler, store=store))
+    sample = Step(actor=KeepSampled, args=dict(step=sampler, **kept))
     decode = model(Decoder, name="decode", decode_precision=decode_precision)
-    write = [Step(actor=Gate), Step(actor=ClipWriter, args=dict(store=store))]
+    write = [Step(actor=Gate), Step(actor=ClipWriter, args=dict(store=store, spoilt=spoilt))]
     if not keep_latents:
         write.append(Step(actor=Drop, args=dict(store=store)))
     return [

@@ -30,6 +30,7 @@ from jobs.cli import main
 from jobs.render import Book
 from pipeline import cluster, ledger, stages
 from pipeline.lease import Lease
+from pipeline.seal import seal_of
 from pipeline.store import open_store
 import tiny  # noqa: F401: adds the model to the catalogue
 
@@ -516,7 +517,7 @@ def test_sigterm_in_the_middle_of_a_long_clip_costs_no_step(tmp_path, capsys, on
         assert rows_of(out) == {} and not any(store.list("latents/"))
         if saved := list(store.list("steps/")):
             break
-    step = int(unsealed(store.get(saved[0].key), saved[0].key)[1]["step"])
+    step = int(unsealed(store.get(saved[0].key), saved[0].key, seal_of(store, fresh=False))[1]["step"])
     assert 0 < step < 200 and len(saved) == 1
 
     done = []

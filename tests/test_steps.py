@@ -205,9 +205,9 @@ class Slow:
             self.saves.append(self.now)
         self.put(key, data)
 
-    def counted_get(self, key):
+    def counted_get(self, key, **limits):
         self.lookups.append(key.split("/")[0])
-        return self.get(key)
+        return self.get(key, **limits)
 
     def course(self, request):
         return "slow"

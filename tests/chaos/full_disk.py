@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from actors.clip_writer import read_clip
-from actors.shelf import EMBEDDINGS, LATENTS, Shelved, opened
+from actors.shelf import EMBEDDINGS, LATENTS, Shelved, anything, opened
+from pipeline.seal import seal_of
 from pipeline.store import FolderStore, open_store
 
 DISK_BYTES = 24 * 2**20
@@ -95,7 +96,7 @@ def spoilt(out: str) -> list[str]:
             elif suffix == "json":
                 json.loads(data)
             elif folder in (EMBEDDINGS, LATENTS):
-                opened(data, Shelved(request=None, key=info.key))
+                opened(store, Shelved(request=None, key=info.key), seal_of(store, fresh=False), anything)
         except (ValueError, pa.ArrowException) as error:
             wrong.append(f"{info.key} is damaged: {error}")
     return wrong

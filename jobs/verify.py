@@ -1,0 +1,94 @@
+"""`dailies verify`: every clip of the ledger is read again; `--repair` has the next render make what is wrong."""
+
+import hashlib
+import json as jsonlib
+import re
+import sys
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from typing import Any
+
+from jobs.progress import counted, printable
+from jobs.runs import clip_of, open_run
+from pipeline import ledger
+from pipeline.lease import Lease
+from pipeline.store import NotFound, Store, TooLarge
+
+READERS = 4
+LINE_EVERY_S = 10.0
+CLIP_ID = re.compile(r"[0-9a-f]{64}")
+
+
+def verify(uri: str, *, json: bool, repair: bool = False) -> int:
+    """Re-read every clip of the ledger: its hash, that it decodes, its frames, size and rate; 3 if any is wrong.
+
+    repair: the rows of clips that are wrong become pending, so that the next render makes them. No file is removed:
+    render replaces one when it has the clip that belongs there.
+    """
+    store, _ = open_run(uri)
+    # no run may be writing while rows are put back
+    lease = Lease.take(store, tell=lambda text: print(printable(text), file=sys.stderr)) if repair else nullcontext()
+    with lease:
+        clips, wrong = wrong_clips(store, json=json)
+        problems = {found["clip_id"]: found["problem"] for found in wrong}
+        put_back = ledger.put_back(store, problems) if repair and wrong else 0
+    strays = sum(1 for info in store.list("clips/") if clip_of(info.key) not in clips)
+    code = 3 if wrong else 0
+    if json:
+        print(jsonlib.dumps({"exit_code": code, "out": store.uri, "clips": len(clips), "wrong": wrong,
+                             "unrecorded": strays, **({"pending_again": put_back} if repair else {})}))
+        return code
+    print(f"{store.uri}: {counted(len(clips), 'clip')} read, {len(wrong):,} wrong")
+    for found in wrong:
+        print(printable(f"  {found['clip_id']} ({found['id']}): {found['problem']}"))
+    if repair and wrong:
+        print(f"{counted(put_back, 'row')} pending again; the same render command makes their clips")
+    elif wrong:
+        print(f"dailies verify {store.uri} --repair, then the same render command, makes them again")
+    if strays:
+        print(f"  {counted(strays, 'object')} under clips/ without a ledger row; the next render records what it plans")
+    return code
+
+
+def wrong_clips(store: Store, *, json: bool) -> tuple[Mapping[str, dict[str, Any]], list[dict[str, Any]]]:
+    """A ledger row of each clip that is done, by its clip_id, and of those that are wrong: clip_id, id and problem."""
+    columns = ["clip_id", "status", "id", "sha256", "bytes", "width", "height", "frames", "fps"]
+    rows = [row for row in ledger.read(store, columns).to_pylist() if row["status"] == "done"]
+    clips = {row["clip_id"] or "": row for row in rows}
+    wrong: list[dict[str, Any]] = []
+    told = time.monotonic()
+    with ThreadPoolExecutor(READERS) as pool:
+        problems = pool.map(lambda row: check(store, row), clips.values())
+        for checked, (row, problem) in enumerate(zip(clips.values(), problems, strict=True), start=1):
+            if problem:
+                wrong.append({"clip_id": row["clip_id"] or "", "id": row["id"], "problem": problem})
+            if not json and time.monotonic() - told > LINE_EVERY_S:
+                told = time.monotonic()
+                print(f"{checked:,} of {counted(len(clips), 'clip')} read, {len(wrong):,} wrong", file=sys.stderr)
+    return clips, wrong
+
+
+def check(store: Store, row: Mapping[str, Any]) -> str | None:
+    """What is wrong with the clip of a ledger row, None for nothing."""
+    from actors.clip_file import MOST_BYTES, NotThisClip, check_file, clip_key
+    if not CLIP_ID.fullmatch(row["clip_id"] or ""):
+        return "no clip has this name: it must be 64 digits of a SHA-256"
+    if absent := [name for name in ("sha256", "width", "height", "frames", "fps") if row.get(name) is None]:
+        return f"its ledger row does not say {', '.join(absent)}"
+    try:
+        data = store.get(clip_key(row["clip_id"]), at_most=MOST_BYTES)
+    except NotFound:
+        return "missing"
+    except TooLarge as error:
+        return f"changed: no clip is that large: {error}"
+    if hashlib.sha256(data).hexdigest() != row["sha256"]:
+        said = "" if row.get("bytes") is None else f" ({row['bytes']:,} bytes)"
+        return f"changed: {len(data):,} bytes whose SHA-256 is not the ledger's{said}"
+    try:
+        found = check_file(data, width=row["width"], height=row["height"], frames=row["frames"], fps=row["fps"])
+    except NotThisClip as error:
+        return str(error) if str(error).startswith("undecodable") else f"not what the ledger says: {error}"
+    said = found.metadata.get("clip_id")
+    return None if said == row["clip_id"] else f"not what the ledger says: it is clip {str(said)[:100]!r}"
