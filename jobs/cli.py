@@ -73,8 +73,14 @@ RunUri = Annotated[str, typer.Argument(metavar="URI", help="The run folder: a lo
 
 
 def render_options(
-    manifest: Annotated[str | None, typer.Argument(
-        metavar="MANIFEST", help="Parquet, CSV or JSON lines; a file, a folder or a glob; local or s3://.")] = None,
+    manifest: Annotated[list[str] | None, typer.Argument(
+        metavar="MANIFEST", help="Parquet, CSV, TSV, JSON, JSON lines, or text with a prompt per line; "
+        "compressed or not; files, folders or globs; local, s3:// or https://; - for stdin.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(
+        metavar="TEXT", help="A row with this prompt, in place of a manifest; may be repeated.")] = None,
+    map: Annotated[list[str] | None, typer.Option(
+        metavar="NAME=COLUMN", help="Take the manifest's column NAME for one of ours, as caption=prompt; NAME= carries "
+        "it along to the ledger; may be repeated.")] = None,
     out: Annotated[str | None, typer.Option(metavar="URI", help="The run folder: local or s3://bucket/prefix.")] = None,
     config: Annotated[Path | None, typer.Option(
         metavar="FILE", help="TOML with any of these options as keys; flags win.")] = None,
@@ -166,6 +172,8 @@ def render(options: dict[str, Any], json: Json = False) -> int:
     \b
     Examples:
       dailies render examples/prompts.parquet --out out/
+      dailies render --prompt "a red circle moves left" --prompt "a blue square moves up" --out out/
+      dailies render captions.tsv --map caption=prompt --out out/
       dailies render s3://b/night.parquet --out s3://b/runs/0412 --model linum-v2-720p --ray auto
       dailies render --config night.toml --until 07:00 --max-cost 400 --price 2.5
     """
@@ -199,7 +207,7 @@ def submit(options: dict[str, Any],
     Example:  dailies submit night.parquet --out s3://b/runs/0412 --address http://head:8265 --wait
     """
     from jobs.settings import RenderJob
-    from jobs.submit import submit
+    from jobs.submit import one_manifest, submit
     if options.pop("ray") is not None:
         raise typer.BadParameter("submit runs on the cluster at --address; leave --ray out")
     if options.pop("cpus") is not None:
@@ -211,13 +219,16 @@ def submit(options: dict[str, Any],
     arguments = ["--config", str(config)] if config else []
     for name, value in options.items():
         flag = name.replace("_", "-")
-        if name in ("manifest", "out") or value is None:
+        if name in ("manifest", "prompt", "out") or value in (None, [], ()):
             continue
         if isinstance(value, bool):
             arguments.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, (list, tuple)):
+            arguments += [word for each in value for word in (f"--{flag}", str(each))]
         else:
             arguments += [f"--{flag}", str(value)]
-    return submit(job.manifest, job.out, address, arguments, wait, json)
+    with one_manifest(job) as manifest:
+        return submit(manifest, job.out, address, arguments, wait, json)
 
 
 @app.command()

@@ -121,7 +121,7 @@ def prepare(job: RenderJob) -> Night:
         store = open_store(job.out)
     except StoreError as error:
         raise UsageError(f"--out {error}") from None
-    manifest = Manifest.read(job.manifest)
+    manifest = Manifest.read(job.sources, mapping=job.map, prompts=job.prompt)
     weights = locate(job.weights, card, fetch=bring)
     defaults = Defaults(resolution=job.resolution, duration_s=job.duration, steps=job.steps, guidance=job.guidance)
     try:
@@ -550,6 +550,10 @@ def notes_of(night: Night) -> list[str]:
         notes.append(f"{counted(summary['invalid_rows'], 'invalid row')} set aside as failed:")
         notes += [f"  {complaint}" for complaint in plan.complaints.first()]
         notes += [f"  {count:,} more: {rule}" for count, rule in plan.complaints.rest()]
+    notes += summary["manifest_notes"]
+    if carried := [name.removeprefix("user.") for name in summary["user_columns"]]:
+        notes.append(f"carried along to the ledger, and nothing else done with {'them' if len(carried) > 1 else 'it'}: "
+                     + ", ".join(carried[:20]) + (f" and {len(carried) - 20:,} more" if len(carried) > 20 else ""))
     return notes
 
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from jobs.usage import UsageError, suggestion
 from pipeline.complaints import shown
+from pipeline.manifest_names import NAMES
 from pipeline.objects import plain_uri
 
 Count = Annotated[int, Field(ge=1)]
@@ -21,7 +22,9 @@ class RenderJob(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    manifest: str                                       # file, folder or glob; local or s3://
+    manifest: str | tuple[str, ...] | None = None       # files, folders or globs; local, s3://, https://, - for stdin
+    prompt: tuple[str, ...] = ()                        # rows without a manifest, one each
+    map: dict[str, str] = {}                            # column of the manifest -> ours; "": carry it along
     out: str                                            # the run folder
     model: str = "demo"
     weights: str | None = None                          # folder or s3://
@@ -56,10 +59,39 @@ class RenderJob(BaseModel):
     keep_latents: bool = False
     take_over: bool = False                             # wait whether another driver stays silent, instead of refusing
 
-    @field_validator("manifest", "out", "weights", mode="before")
+    @field_validator("out", "weights", mode="before")
     @classmethod
     def in_one_spelling(cls, said: Any) -> Any:
         return plain_uri(said) if isinstance(said, str) else said
+
+    @field_validator("manifest", mode="before")
+    @classmethod
+    def one_or_several(cls, said: Any) -> Any:
+        several = [said] if isinstance(said, str) else said
+        if not isinstance(several, (list, tuple)) or not all(isinstance(each, str) for each in several):
+            return said
+        several = tuple(map(plain_uri, several))
+        return several if len(several) > 1 else several[0] if several else None
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def all_of_them(cls, said: Any) -> Any:
+        return (said,) if isinstance(said, str) else tuple(said) if isinstance(said, list) else said
+
+    @field_validator("map", mode="before")
+    @classmethod
+    def to_columns_of_ours(cls, said: Any) -> Any:
+        mapping = parsed_map(said)
+        for name, ours in mapping.items():
+            if ours and ours not in NAMES:
+                raise ValueError(f"NAME=COLUMN with a column of ours, or NAME= to carry it along, for {shown(name)}."
+                                 f"{suggestion(ours, list(NAMES))} There are {', '.join(NAMES)}")
+        return mapping
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The manifest, as one or several; none where prompts were typed."""
+        return (self.manifest,) if isinstance(self.manifest, str) else self.manifest or ()
 
     @field_validator("until")
     @classmethod
@@ -81,19 +113,40 @@ class RenderJob(BaseModel):
     def read(cls, flags: Mapping[str, Any], config: Path | None = None) -> Self:
         """Flags that were given (not None) over the keys of the file, over the defaults.  Raises UsageError."""
         said = read_config(config, known=list(cls.model_fields)) if config else {}
-        given = {name: value for name, value in flags.items() if value is not None}
+        given = {name: value for name, value in flags.items() if value not in (None, [], ())}
+        if "manifest" in given or "prompt" in given:    # what is typed stands in place of both
+            said = {name: value for name, value in said.items() if name not in ("manifest", "prompt")}
+        if "map" in said and "map" in given:
+            try:
+                given["map"] = parsed_map(said["map"]) | parsed_map(given["map"])
+            except ValueError:                          # said below, of what is wrong
+                pass
+        both = said | given
+        if both.get("manifest") and both.get("prompt"):
+            raise UsageError("Give a manifest or prompts, not both: a row for each prompt is all that --prompt makes")
         for name, what in (("manifest", "A manifest"), ("out", "An output folder")):
-            if name not in said | given:
+            if not both.get(name) and not (name == "manifest" and both.get("prompt")):
                 raise UsageError(f"{what} is needed: dailies render MANIFEST --out URI" +
                                  (f", or {name} = \"...\" in {config}" if config else ""))
         try:
-            job = cls(**(said | given))
+            job = cls(**both)
         except ValidationError as error:
             problems = [problem(detail, set(given), config) for detail in error.errors()]
             raise UsageError("\n".join(problems)) from None
         if job.max_cost is not None and job.price is None:
             raise UsageError("--max-cost needs --price, USD per GPU hour" + (f" (price in {config})" if config else ""))
         return job
+
+
+def parsed_map(said: Any) -> dict[str, str]:
+    """--map NAME=COLUMN, once or several times, or a table.  Raises ValueError for anything else."""
+    if isinstance(said, Mapping) and all(isinstance(ours, str) for ours in said.values()):
+        return dict(said)
+    pairs = [said] if isinstance(said, str) else said
+    if not isinstance(pairs, (list, tuple)) or not all(isinstance(pair, str) and "=" in pair[1:] for pair in pairs):
+        raise ValueError("NAME=COLUMN, such as caption=prompt, or NAME= to carry it along")
+    found = [pair.rpartition("=") for pair in pairs]
+    return {name: ours for name, _, ours in found}
 
 
 def time_meant(said: str) -> datetime | None:

@@ -7,6 +7,7 @@ open the dashboard, so the workers take theirs from the cluster's own environmen
 
 import asyncio
 import glob
+import io
 import json as jsonlib
 import logging
 import os
@@ -21,15 +22,19 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import AsyncIterator
-from contextlib import suppress
-from itertools import takewhile
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager, suppress
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 from urllib.parse import urlsplit
 
+from jobs.settings import RenderJob, parsed_map, read_config
 from jobs.usage import UsageError
 from model.private import at_home
+from pipeline.manifest_bytes import unfolded
+from pipeline.manifest_files import STDIN, from_stdin, typed_rows
+from pipeline.manifest_text import sniffed
 
 HOME = Path(__file__).resolve().parent.parent
 PACKAGES = ("kernels", "model", "actors", "pipeline", "jobs")
@@ -112,7 +117,7 @@ def pack(folder: Path, manifest: str, render_args: list[str]) -> list[str]:
     if "://" not in manifest:
         named, found = local_manifest(at_home(manifest))
         refuse_too_much(files | found)                 # before it is read
-        files |= found | images_of(manifest, found)
+        files |= found | images_of(manifest, found, mapping_in(render_args))
     args = list(render_args)
     if (config := value_of("--config", args)) is not None:
         if not Path(config).is_file():
@@ -125,6 +130,38 @@ def pack(folder: Path, manifest: str, render_args: list[str]) -> list[str]:
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, copy)
     return [named, *args]
+
+
+@contextmanager
+def one_manifest(job: RenderJob) -> Iterator[str]:
+    """The job's manifest as one that can be shipped: prompts that were typed, and what comes on stdin, become a file.
+
+    Raises UsageError for several, ManifestError for what cannot be read.
+    """
+    if isinstance(job.manifest, str) and job.manifest != STDIN:
+        yield job.manifest
+        return
+    if job.manifest != STDIN and not job.prompt:
+        raise UsageError("submit ships one manifest: a file, a folder or a glob; put the files into one folder")
+    with tempfile.TemporaryDirectory(prefix="dailies-manifest-") as folder:
+        if job.prompt:
+            path, data = Path(folder, "prompts.jsonl"), typed_rows(job.prompt)
+        else:
+            with from_stdin().open() as stream:
+                data = stream.read()
+            content = io.BufferedReader(unfolded(io.BytesIO(data)))
+            path = Path(folder, f"stdin.{'parquet' if content.peek(4)[:4] == b'PAR1' else sniffed(content)}")
+        path.write_bytes(data)
+        yield str(path)
+
+
+def mapping_in(render_args: list[str]) -> dict[str, str]:
+    """What --map and the file behind --config say, as render will read it."""
+    config = value_of("--config", render_args)
+    is_there = config is not None and Path(config).is_file()
+    said = read_config(Path(config), known=list(RenderJob.model_fields)).get("map", {}) if is_there else {}
+    pairs = [value for option, value in pairwise(render_args) if option == "--map"]
+    return parsed_map(said) | parsed_map(pairs)
 
 
 def local_manifest(source: Path) -> tuple[str, dict[str, Path]]:
@@ -141,7 +178,7 @@ def local_manifest(source: Path) -> tuple[str, dict[str, Path]]:
     return f"manifest/{source.relative_to(fixed)}", {f"manifest/{file.relative_to(fixed)}": file for file in found}
 
 
-def images_of(manifest: str, shipped: dict[str, Path]) -> dict[str, Path]:
+def images_of(manifest: str, shipped: dict[str, Path], mapping: dict[str, str]) -> dict[str, Path]:
     """The images under the manifest's folder that its rows name, by the name that each row's path has on the cluster.
 
     shipped: the manifest's own files, by their name there.  What is in a bucket, missing or outside the folder stays
@@ -152,7 +189,7 @@ def images_of(manifest: str, shipped: dict[str, Path]) -> dict[str, Path]:
     from pipeline.images import folder_of, locate
     from pipeline.manifest import Manifest
 
-    read = Manifest.read(manifest)
+    read = Manifest.read(manifest, mapping=mapping)
     there = {str(file): posixpath.dirname(name) for name, file in shipped.items()}
     ends = [first for _, first in read.files[1:]] + [read.table.num_rows]
     found = {}

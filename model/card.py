@@ -72,6 +72,10 @@ class ModelCard:
     sparse_blocks: tuple[int, int] = (128, 64)          # tokens of a block of queries and of keys
     tuned_for_sparse: bool = False                      # the weights know it, and have its linear branch's projection
 
+    # all the words that its training prompts were made of, where it was taught a few and knows no others
+    words: frozenset[str] = frozenset()
+    taught: str = ""                                    # what they are about
+
     clips_per_turn: int = 1                             # sampled together, where that changes no bit and saves work
 
     # fields that differ from the released sizes

@@ -312,6 +312,12 @@ LINUM_V2_720P = LinumCard(
     memory_gb={"encode": 11, "sample": 24, "publish": 20},
 )
 
+DEMO_WORDS = frozenset("""
+    a and at background big black blue bottom box brown circle cross cyan disc down downwards drifts fast front glides
+    goes gray green grey high huge image in is it large left leftwards little moves of on over pace photo picture
+    plus purple quickly rapidly red right rightwards sign slides slow slowly small speed square still that the tiny to
+    top travels triangle turquoise unhurriedly up upwards video violet wall white yellow""".split())
+
 DEMO = LinumCard(
     name="demo",
     description="the Linum v2 architecture, small, trained on drawn clips of moving shapes; runs on a CPU",
@@ -329,6 +335,8 @@ DEMO = LinumCard(
     dit_fields=dict(width=192, heads=3, layers=6, ffn=768, text_dim=128, text_len=40),
     vae_fields=dict(width=16, res_blocks=1),
     memory_gb={"encode": 1, "sample": 1, "publish": 1},
+    words=DEMO_WORDS,
+    taught="drawn shapes that move on a plain background",
 )
 
 # the two that jobs/distill_demo.py makes of it, beside its folder; they have its text encoder and VAE
@@ -337,7 +345,8 @@ DEMO_TURBO = StudentCard(
     description="the demo model in one to four steps: a student, distilled from it",
     dit_file="../demo_turbo/dit.safetensors",
     **{name: getattr(DEMO, name) for name in ("folder", "resolutions", "resolution", "min_side", "max_pixels",
-                                              "sparse_blocks", "dit_fields", "vae_fields", "memory_gb")},
+                                              "sparse_blocks", "dit_fields", "vae_fields", "memory_gb", "words",
+                                              "taught")},
 )
 
 DEMO_SPARSE = replace(

@@ -25,6 +25,7 @@ class Complaint:
     column: str | None
     given: str                      # shortened, unprintable characters escaped
     allowed: str
+    question: str = ""              # said instead of what is allowed
 
     def __str__(self) -> str:
         return f"{self.place}, {self.reason}" if self.column else f"{self.place}: {self.reason}"
@@ -32,7 +33,7 @@ class Complaint:
     @property
     def reason(self) -> str:
         """The complaint without its place, for a record of the row itself."""
-        said = f"got {self.given}; allowed: {self.allowed}"
+        said = f"got {self.given}. {self.question}" if self.question else f"got {self.given}; allowed: {self.allowed}"
         return f"{self.column}: {said}" if self.column else said
 
 
@@ -58,9 +59,10 @@ class Complaints:
     def __len__(self) -> int:
         return len(self._whole) + sum(len(finding.rows) for finding in self._findings)
 
-    def about(self, place: str, column: str | None, given: str, allowed: str) -> None:
+    def about(self, place: str, column: str | None, given: str, allowed: str, *, question: str = "") -> None:
         """A complaint about a whole file or column: no row can be set aside to cure it."""
-        self._whole.append(Complaint(row=None, place=place, column=column, given=given, allowed=allowed))
+        self._whole.append(Complaint(row=None, place=place, column=column, given=given, allowed=allowed,
+                                     question=question))
 
     def add(self, rows: Iterable[int], column: str | None, given: Sequence[str], allowed: str) -> None:
         """One complaint for each of `rows`, which ascend; nothing for none."""

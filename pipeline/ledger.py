@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 
 from pipeline.ledger_part import MOST_BYTES, read_part
 from pipeline.store import NotFound, Store, StoreError, TooLarge
+from pipeline.stored_types import converted, stored_type
 
 if TYPE_CHECKING:                       # they need torch, and `dailies status` does not
     from actors.messages import Clip, Failure
@@ -82,7 +83,7 @@ class Ledger:
              flush_s: float = 30.0) -> "Ledger":
         """Reads what is done so far; writes nothing before there are rows.
 
-        extra: further columns of this run, all named user.NAME or quality.NAME; their times are kept in microseconds.
+        extra: further columns of this run, all named user.NAME or quality.NAME, in types that every reader knows.
         Raises ValueError for other names.
         """
         strange = [name for name in extra.names if not name.startswith(("user.", "quality."))]
@@ -147,7 +148,7 @@ class Ledger:
             table = pa.Table.from_pylist([dict(row) for row in rows], schema=self.schema)
             for name in further:
                 field = self.schema.field(name)
-                values = extra[name].cast(field.type, safe=False)      # parts of a microsecond are cut off
+                values = converted(extra[name], field.type)
                 table = table.set_column(self.schema.get_field_index(name), field, values)
         except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, UnicodeError) as error:
             raise ValueError(f"a row does not fit the ledger's columns: {error}") from error
@@ -382,17 +383,6 @@ def parquet_bytes(table: pa.Table) -> bytes:
 
 def keys_of(table: pa.Table) -> Iterator[tuple[str, int | None]]:
     return zip(table["id"].to_pylist(), table["seed"].to_pylist(), strict=True)
-
-
-def stored_type(given: pa.DataType) -> pa.DataType:
-    """A type that every reader knows: Spark has no null columns and no nanoseconds, and an encoding is no type."""
-    if pa.types.is_null(given):
-        return pa.string()
-    if pa.types.is_timestamp(given) and given.unit == "ns":
-        return pa.timestamp("us", tz=given.tz)
-    if pa.types.is_dictionary(given) or pa.types.is_run_end_encoded(given):
-        return stored_type(given.value_type)
-    return given
 
 
 def said(text: str) -> str:

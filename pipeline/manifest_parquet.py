@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 import pyarrow.types as is_
 
 from pipeline.complaints import shown
-from pipeline.manifest_files import TooMuch
+from pipeline.manifest_bytes import TooMuch
+from pipeline.stored_types import converted
 
 MAX_ROWS = 10_000_000
 ROWS_PER_BATCH = 65_536
@@ -44,7 +45,7 @@ def read_parquet(stream: BinaryIO, room: int) -> pa.Table:
         size += sum(unfolded(chunk) for column in part.columns for chunk in column.chunks)
         if size > room:
             raise TooMuch(size, room)
-        parts.append(pa.table([stored(column).cast(kind) for column, kind in zip(part.columns, schema.types)], schema))
+        parts.append(pa.table([converted(column, kind) for column, kind in zip(part.columns, schema.types)], schema))
     return pa.concat_tables(parts) if parts else schema.empty_table()
 
 
@@ -115,24 +116,18 @@ def unfolded(values: pa.Array) -> int:
     return values.nbytes
 
 
-def stored(values: pa.ChunkedArray) -> pa.ChunkedArray:
-    """An extension type's column as what it stores."""
-    if not isinstance(values.type, pa.BaseExtensionType):
-        return values
-    return pa.chunked_array([chunk.storage for chunk in values.chunks], values.type.storage_type)
-
-
 def plain(kind: pa.DataType) -> pa.DataType:
     """The type without wrapping: extension types as what they store, dictionaries as their values."""
     if isinstance(kind, pa.BaseExtensionType):
         return plain(kind.storage_type)
-    if is_.is_dictionary(kind):
+    if is_.is_dictionary(kind) or is_.is_run_end_encoded(kind):
         return plain(kind.value_type)
     if is_.is_struct(kind):
         return pa.struct([field.with_type(plain(field.type)) for field in kind])
     if is_.is_map(kind):
         return pa.map_(plain(kind.key_type), plain(kind.item_type))
-    for is_list, make in ((is_.is_large_list, pa.large_list), (is_.is_list, pa.list_)):
+    for is_list, make in ((is_.is_large_list, pa.large_list), (is_.is_list, pa.list_), (is_.is_list_view, pa.list_),
+                          (is_.is_large_list_view, pa.large_list)):
         if is_list(kind):
             return make(kind.value_field.with_type(plain(kind.value_type)))
     if is_.is_fixed_size_list(kind):

@@ -6,6 +6,7 @@ and rows that ask for the same clip share it. Rows stay in columns; a Request is
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -27,6 +28,7 @@ from pipeline.manifest import MAX_PROMPT_BYTES, InvalidRow, Manifest, rows_witho
 MAX_CLIPS = 10_000_000              # of one run; a plan of this size still fits a driver's memory
 BLOCK = 4096                        # rows that live as Python objects at a time
 LISTED = 50                         # of a summary's buckets and roundings
+READ_FOR_WORDS = 10_000             # prompts that are read for words which the model never saw
 
 
 class Defaults(BaseModel):
@@ -243,6 +245,7 @@ class Plan:
             "more_roundings": len(self.roundings[LISTED:]),
             "notes": [{"note": note, "rows": count} for note, count in self.notes],
             "user_columns": self.manifest.user.column_names,
+            "manifest_notes": [*self.manifest.notes, *self.strange_words()],
             "complaints": self.complaints.as_json(),
         }
 
@@ -251,6 +254,24 @@ class Plan:
         """What is to be known of how rows are understood, and of how many; nothing of them was changed."""
         own = int((self.rows.guidance[self.source] != self.card.guidance).sum()) if self.card.guidance_note else 0
         return [(self.card.guidance_note, own)] if own else []
+
+    def strange_words(self) -> list[str]:
+        """A sentence about words of the prompts that the model never saw, where it knows a few words alone."""
+        if not self.card.words:
+            return []
+        prompts = [prompt for prompt in self.rows.prompts[:READ_FOR_WORDS].to_pylist() if prompt is not None]
+        strange: dict[str, None] = {}
+        count = 0
+        for prompt in prompts:
+            found = [word for word in re.findall(r"[^\W\d_]+", prompt.lower()) if word not in self.card.words]
+            strange.update(dict.fromkeys(found))
+            count += bool(found)
+        if not count:
+            return []
+        said = ", ".join(map(shown, list(strange)[:8])) + (", ..." if len(strange) > 8 else "")
+        have = "have" if count > 1 else "has"
+        return [f"{count:,} of {len(prompts):,} prompts {have} words that {self.card.name} never saw ({said}): it "
+                f"was taught {self.card.taught}, and shows nothing else"]
 
     def buckets(self) -> list[dict[str, Any]]:
         """Each bucket in the order in which its first clip is rendered."""

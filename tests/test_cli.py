@@ -1,5 +1,8 @@
 """What can be typed: every command explains itself; whatever is wrong is one message, exit 2 and nothing written."""
 
+import gzip
+import hashlib
+import io
 import json
 import shutil
 import subprocess
@@ -16,6 +19,9 @@ from safetensors.torch import load_file, save_file
 import jobs
 from jobs.cli import import_nothing_from_here, main
 from jobs.settings import RenderJob, time_meant
+from jobs.submit import mapping_in, pack
+from jobs.usage import UsageError
+from pipeline.manifest import Manifest
 from tiny import TINY
 
 COMMANDS = ["render", "plan", "submit", "status", "verify", "retry", "models", "convert", "bench"]
@@ -60,7 +66,7 @@ def test_help_imports_nothing_heavy():
     (["render", "--zap"], "No such option: --zap"),
     (["render"], "A manifest is needed: dailies render MANIFEST --out URI"),
     (["render", "m.csv"], "An output folder is needed: dailies render MANIFEST --out URI"),
-    (["render", "m.csv", "extra", "--out", "o"], "unexpected extra argument"),
+    (["models", "demo", "extra"], "unexpected extra argument"),
     (["plan", "m.csv", "--out", "o", "--steps", "many"], "'--steps'"),
     (["plan", "m.csv", "--out", "o", "--steps", "0"], "--steps must be greater than or equal to 1; got 0"),
     (["plan", "m.csv", "--out", "o", "--guidance", "nan"], "--guidance must be a finite number; got nan"),
@@ -220,7 +226,7 @@ def test_a_bad_manifest_is_refused_and_nothing_is_written(command, name, manifes
     ("empty.parquet", b"", "an empty file"),
     ("no.parquet", b"this is no Parquet", "none.parquet"),
     ("half.parquet", b"PAR1" + b"\0" * 50, "half.parquet"),
-    ("night.txt", b"a red fox", "night.txt"),
+    ("night.fox", b"a red fox", "night.fox"),
     ("header.csv", b"prompt\n", "at least one row"),
 ])
 def test_a_manifest_that_cannot_be_read_is_refused(name, content, message, capsys, tmp_path):
@@ -374,3 +380,75 @@ def test_cores_that_there_are_not_and_cores_of_a_cluster_are_refused(tmp_path, m
         assert word in capsys.readouterr().err
     assert main(["submit", "m.csv", "--out", "o", "--address", "http://h:8265", "--cpus", "2"]) == 2
     assert "--cpus is of a local run" in capsys.readouterr().err
+
+
+# Manifests that are typed, piped, mapped.
+
+def test_prompts_are_planned_as_they_are_typed_and_what_the_model_never_saw_is_said(capsys, tmp_path):
+    command = ["plan", "--prompt", "a red circle moves left", "--prompt", "A fox, jumping!", "--out", tmp_path / "out"]
+    code, out, _ = said(capsys, *command, "--json")
+    plan = json.loads(out)
+    assert code == 0 and plan["clips"] == 2 and plan["manifest"] == "--prompt"
+    assert "1 of 2 prompts has words that demo never saw ('fox', 'jumping')" in plan["manifest_notes"][0]
+    assert "never saw" not in said(capsys, *command, "--model", "tiny")[1]     # it may know any word
+
+
+def test_a_mapping_comes_from_flags_and_file_and_what_is_only_carried_is_listed(manifest, capsys, tmp_path):
+    path = manifest({"caption": ["a", "b"], "num_frames": [5, 9], "Seed": [1, 2], "mood": ["x", "y"]})
+    command = ["plan", path, "--out", tmp_path / "out", "--model", "tiny"]
+    code, out, err = said(capsys, *command)
+    assert code == 2 and "--map caption=prompt" in err and "--map num_frames=frames" in err and "--map Seed=seed" in err
+    config = tmp_path / "night.toml"
+    config.write_text('[map]\ncaption = "prompt"\nnum_frames = ""\nSeed = ""\n')
+    code, out, _ = said(capsys, *command, "--config", config, "--map", "num_frames=frames")
+    assert code == 0 and "5 frames" in out
+    assert "carried along to the ledger, and nothing else done with them: Seed, mood" in out
+    code, out, _ = said(capsys, *command, "--config", config, "--json")
+    assert json.loads(out)["user_columns"] == ["user.num_frames", "user.Seed", "user.mood"]
+    for wrong, message in (("caption", "NAME=COLUMN"), ("caption=promt", "Did you mean prompt?"),
+                           ("=prompt", "NAME=COLUMN")):
+        code, _, err = said(capsys, *command, "--map", wrong)
+        assert code == 2 and message in err and "--map must be" in err
+
+
+def test_a_manifest_and_prompts_are_too_much_and_what_is_typed_stands_in_place_of_the_file(tmp_path):
+    config = tmp_path / "night.toml"
+    config.write_text('prompt = ["a", "b"]\nout = "o"\nmap = ["caption=prompt"]\n')
+    assert RenderJob.read({}, config).prompt == ("a", "b") and RenderJob.read({}, config).map == {"caption": "prompt"}
+    job = RenderJob.read({"manifest": ["m.csv"], "prompt": []}, config)
+    assert (job.manifest, job.prompt, job.sources) == ("m.csv", (), ("m.csv",))
+    assert RenderJob.read({"manifest": ["a.csv", "b.csv"]}, config).sources == ("a.csv", "b.csv")
+    with pytest.raises(UsageError, match="a manifest or prompts, not both"):
+        RenderJob.read({"manifest": ["m.csv"], "prompt": ["a"], "out": "o"})
+
+
+def test_submit_ships_what_was_typed_or_piped_as_the_same_manifest(monkeypatch, tmp_path):
+    shipped = []
+
+    def submitted(manifest, out, address, arguments, *_):
+        shipped.append((Path(manifest).name, Manifest.read(manifest).digest, arguments))
+        return 0
+
+    monkeypatch.setattr("jobs.submit.submit", submitted)
+    target = ["--out", "s3://b/x", "--address", "http://h:1"]
+    assert main(["submit", "--prompt", "a fox", "--prompt", "an owl", *target, "--map", "a=", "--map", "b=seed"]) == 0
+    assert shipped[0] == ("prompts.jsonl", Manifest.read(prompts=["a fox", "an owl"]).digest,
+                          ["--map", "a=", "--map", "b=seed"])
+    for content, name in ((b"a fox\n", "stdin.txt"), (b"prompt,x\na,1\n", "stdin.csv"), (b'["a"]', "stdin.json"),
+                          (gzip.compress(b'{"prompt": "a"}'), "stdin.json")):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+        assert main(["submit", "-", *target]) == 0
+        assert shipped[-1][:2] == (name, hashlib.sha256(hashlib.sha256(content).digest()).hexdigest())
+    assert main(["submit", "a.csv", "b.csv", *target]) == 2
+
+
+def test_submit_reads_the_images_of_a_mapped_manifest(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "x.png").write_bytes(b"x")
+    (tmp_path / "m.csv").write_text("caption,img\na,images/x.png\n")
+    config = tmp_path / "night.toml"
+    config.write_text('map = {img = "image"}\n')
+    arguments = ["--config", str(config), "--map", "caption=prompt"]
+    assert mapping_in(arguments) == {"img": "image", "caption": "prompt"}
+    pack(tmp_path / "packed", str(tmp_path / "m.csv"), arguments)
+    assert (tmp_path / "packed" / "manifest" / "images" / "x.png").is_file()

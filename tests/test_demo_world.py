@@ -1,6 +1,7 @@
 """The demo's world and its checker: what is drawn is read back, and a sentence says all that can be read."""
 
 import random
+import re
 from collections import Counter
 
 import pytest
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 
 from jobs.demo.checker import follow, read_attributes
 from jobs.demo.world import ATTRIBUTES, SIZE, WORDS, Scene, describe
+from model.catalog import CATALOG
 
 
 def to_uint8(video):
@@ -97,3 +99,13 @@ def test_complete_sentences_name_every_attribute_and_training_never_sees_held_ou
             assert any(word in sentence for word in WORDS.get(value, (value,))), (value, sentence)
     assert Scene.draw(rng, held_out=True).held_out
     assert set(ATTRIBUTES) == set(scene.attributes)
+
+
+def test_the_card_knows_all_words_of_the_world_and_no_others():
+    rng, words = random.Random(11), set()
+    for still in (False, True):
+        for held_out in (False, True, None):
+            for _ in range(1500):
+                sentence = describe(Scene.draw(rng, held_out=held_out), rng, still=still)
+                words.update(re.findall(r"[^\W\d_]+", sentence.lower()))
+    assert CATALOG["demo"].words == CATALOG["demo-turbo"].words == words

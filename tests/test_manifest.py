@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import unicodedata
 from decimal import Decimal
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from pipeline.complaints import ManifestError, shown
 from pipeline.manifest import COLUMNS, MAX_PROMPT_BYTES, Manifest
-from pipeline.manifest_files import ROWS_PER_BLOCK
+from pipeline.manifest_text import ROWS_PER_BLOCK
 
 
 def parquet(path: Path, **columns) -> str:
@@ -77,7 +78,7 @@ def test_parquet_is_known_by_its_first_bytes_whatever_its_name(tmp_path):
     parquet(tmp_path / "m.parquet", prompt=["a"])
     (tmp_path / "m.parquet").rename(tmp_path / "manifest")
     assert cells(Manifest.read(str(tmp_path / "manifest")), "prompt") == ["a"]
-    assert "does not say its format" in refused(text(tmp_path / "notes.txt", "prompt\na\n"))
+    assert "does not say its format" in refused(text(tmp_path / "notes.rows", "prompt\na\n"))
 
 
 @pytest.mark.parametrize("name, content", [("m.csv", "Prompt,seed\na,1\n"),
@@ -85,7 +86,8 @@ def test_parquet_is_known_by_its_first_bytes_whatever_its_name(tmp_path):
 def test_a_missing_prompt_column_is_told_with_those_that_are_there(tmp_path, name, content):
     said = refused(text(tmp_path / name, content))
     assert "got the columns 'Prompt', 'seed'" in said and "'prompt'" in said
-    assert said.count("prompt") < 4                    # not once more for every row
+    assert ": 1 complaint;" in said                    # not once more for every row
+    assert "--map Prompt=prompt" in said
 
 
 def test_columns_of_wrong_types_are_told_together(tmp_path):
@@ -105,8 +107,15 @@ def test_a_column_that_is_there_twice_is_refused(tmp_path):
     assert "a column twice: 'seed'" in refused(text(tmp_path / "m.csv", "prompt,seed,seed\na,1,2\n"))
 
 
-def test_a_csv_in_utf16_is_not_taken_for_text(tmp_path):
-    assert "not UTF-8" in refused(text(tmp_path / "m.csv", "prompt,seed\na,1\n".encode("utf-16")))
+def test_the_encoding_is_read_where_a_mark_says_it_and_named_where_none_does(tmp_path):
+    for encoding in ("utf-16", "utf-32", "utf-8-sig"):
+        for name, content in (("m.csv", "prompt;seed\r\ncafé,1;1\r\n"), ("m.txt", "café,1\r\n\r\n"),
+                              ("m.jsonl", '{"prompt": "café,1"}\n'), ("m.json", '["café,1"]')):
+            assert cells(Manifest.read(text(tmp_path / name, content.encode(encoding))), "prompt") == ["café,1"]
+    for order in ("little", "big"):
+        said = refused(text(tmp_path / "m.csv", "prompt,seed\na,1\n".encode(f"utf-16-{order[0]}e")))
+        assert f"UTF-16 ({order} endian) without a byte order mark" in said
+    assert "not UTF-8" in refused(text(tmp_path / "m.csv", b"prompt,caf\xe9\n"))
 
 
 @pytest.mark.parametrize("columns, expected", [
@@ -286,6 +295,7 @@ def test_a_folder_is_read_in_order_of_name_and_without_hidden_files(tmp_path):
     assert cells(manifest, "id") == ["0", "1", "2", "3"]
     assert cells(manifest, "steps") == [None, None, None, 9]
     assert manifest.user.to_pydict() == {"user.tag": [1, 2, None, None]}
+    assert manifest.notes == [f"not read, no format of ours: {tmp_path / 'README.md'}"]
 
 
 def test_a_glob_takes_what_it_matches(tmp_path):
@@ -295,13 +305,23 @@ def test_a_glob_takes_what_it_matches(tmp_path):
     assert cells(Manifest.read(f"{tmp_path}/*/*.csv"), "prompt") == ["a/1.csv", "b/2.csv"]
     assert cells(Manifest.read(f"{tmp_path}/**/*.csv"), "prompt") == ["a/1.csv", "b/2.csv", "b/c/3.csv"]
     assert "no such file" in refused(f"{tmp_path}/*.parquet")
-    assert "a folder without a file in it" in refused(str(tmp_path))
+    (tmp_path / "empty").mkdir()
+    assert "a folder without a file in it" in refused(str(tmp_path / "empty"))
 
 
-def test_files_that_do_not_agree_are_refused(tmp_path):
-    parquet(tmp_path / "a.parquet", prompt=["a"], tag=[1])
-    parquet(tmp_path / "b.parquet", prompt=["a"], tag=["x"])
-    assert "user.tag" in refused(str(tmp_path))
+@pytest.mark.parametrize("one, other, expected", [
+    ([1], ["x"], ["1", "x"]), ([True], [1.5], ["true", "1.5"]), ([b"a\xff"], [1], ["a\\xff", "1"]),
+    ([["a"]], ["x"], ['["a"]', "x"]), ([{"a": 1}], [[2]], ['{"a": 1}', "[2]"]), ([2**53 + 1], [0.5], None),
+    ([Decimal("1.50")], ["x"], ["1.50", "x"]),
+])
+def test_user_columns_on_which_files_do_not_agree_are_text_and_two_files_are_named(tmp_path, one, other, expected):
+    parquet(tmp_path / "a.parquet", prompt=["a"], tag=one)
+    parquet(tmp_path / "b.parquet", prompt=["a"], tag=other)
+    parquet(tmp_path / "c.parquet", prompt=["a"])
+    manifest = Manifest.read(str(tmp_path))
+    assert manifest.user["user.tag"].to_pylist() == [*(expected or ["9007199254740993", "0.5"]), None]
+    [note] = manifest.notes
+    assert "'tag'" in note and "a.parquet" in note and "b.parquet" in note and "as text" in note
 
 
 def test_the_digest_follows_the_content_and_not_the_place(tmp_path):
@@ -318,19 +338,27 @@ def test_the_digest_follows_the_content_and_not_the_place(tmp_path):
 def test_a_bucket_is_read_like_a_folder(s3_bucket):
     from pipeline.store import open_store
     store = open_store(s3_bucket)
-    for name in ("night/a.csv", "night/b.csv", "night/sub/c.csv", "night/_d.csv"):
+    for name in ("night/a.csv", "night/b.csv", "night/sub/c.csv", "night/_d.csv", "night/style=a b/e.csv",
+                 "night/notes.md"):
         store.put(name, f"prompt,seed\n{name},x\n".encode())
     assert cells(Manifest.read(f"{s3_bucket}/night/a.csv"), "prompt") == ["night/a.csv"]
-    assert cells(Manifest.read(f"{s3_bucket}/night"), "prompt") == ["night/a.csv", "night/b.csv"]
-    assert cells(Manifest.read(f"{s3_bucket}/night/"), "prompt") == ["night/a.csv", "night/b.csv"]
+    for uri in (f"{s3_bucket}/night", f"{s3_bucket}/night/", f"{s3_bucket}/night".replace("s3://", "s3a://")):
+        manifest = Manifest.read(uri)
+        assert cells(manifest, "prompt") == ["night/a.csv", "night/b.csv", "night/style=a b/e.csv", "night/sub/c.csv"]
+        assert manifest.user["user.style"].to_pylist() == [None, None, "a b", None]
+        [note] = manifest.notes
+        assert note.endswith("/night/notes.md")
     assert cells(Manifest.read(f"{s3_bucket}/*/b*.csv"), "prompt") == ["night/b.csv"]
-    assert cells(Manifest.read(f"{s3_bucket}/**/*.csv"), "prompt") == ["night/a.csv", "night/b.csv", "night/sub/c.csv"]
+    assert cells(Manifest.read(f"{s3_bucket}/**/*.csv"), "prompt") == [
+        "night/a.csv", "night/b.csv", "night/style=a b/e.csv", "night/sub/c.csv"]
     assert "no such file" in refused(f"{s3_bucket}/night/nope.parquet")
     [complaint] = Manifest.read(f"{s3_bucket}/night/a.csv").complaints
     assert complaint.given == "'x'"
 
 
-PROMPTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1).filter(str.strip)
+FILLERS = "\u115f\u1160\u2800\u3164\uffa0\ufffc\U0001d159"           # letters and symbols that show nothing
+PROMPTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1).filter(
+    lambda prompt: any(unicodedata.category(char)[0] in "LNPS" and char not in FILLERS for char in prompt))
 ROWS = st.lists(st.fixed_dictionaries({"prompt": PROMPTS}, optional={
     "seed": st.integers(0, 2**63 - 1), "steps": st.integers(1, 1000), "guidance": st.floats(0, 100),
     "priority": st.integers(-2**31, 2**31 - 1)}), min_size=1, max_size=8)

@@ -1,0 +1,132 @@
+"""The columns' names: which are ours, which are nearly ours, and what --map makes of them.
+
+A column that is nearly ours is asked about, never taken for what it may not be and never left unused in silence. Nearly
+ours are other spellings of a name, the words that other programs have for it, and a slip of a letter.
+"""
+
+import re
+import shlex
+import unicodedata
+from collections.abc import Iterable, Mapping
+
+NAMES = ("id", "prompt", "negative_prompt", "seed", "samples", "resolution", "duration_s", "frames", "steps",
+         "guidance", "image", "on_reject", "priority")
+
+# other words for them: of diffusers, of the releases of Wan and LTX, of public sets of prompts
+OTHER_WORDS = {
+    "prompt": "text caption prompts captions prompt_en video_prompt text_prompt positive_prompt video_caption",
+    "negative_prompt": "negative neg neg_prompt n_prompt uncond_prompt negative_text negative_caption "
+                       "sample_neg_prompt",
+    "seed": "base_seed random_seed rng_seed noise_seed manual_seed sample_seed",
+    "samples": "num_samples n_samples num_videos num_videos_per_prompt num_images_per_prompt samples_per_prompt",
+    "resolution": "size video_size image_size sample_size frame_size",
+    "duration_s": "duration seconds secs duration_sec duration_seconds video_duration length_s length_seconds",
+    "frames": "num_frames frame_num n_frames nb_frames frame_count video_length total_frames number_of_frames "
+              "video_frames",
+    "steps": "num_inference_steps inference_steps num_steps n_steps sample_steps sampling_steps num_sampling_steps "
+             "denoising_steps ddim_steps",
+    "guidance": "guidance_scale cfg cfg_scale guide_scale sample_guide_scale classifier_free_guidance true_cfg_scale "
+                "unconditional_guidance_scale video_cfg_guidance_scale",
+    "image": "image_path first_frame first_frame_path input_image init_image start_image start_frame img img_path "
+             "reference_image ref_image conditioning_image",
+    "priority": "prio",
+}
+# what other programs read for each row, and no column here says
+NOT_A_COLUMN = {
+    "fps": "the model's own frames per second are made; say the length by duration_s or frames",
+    "frame_rate": "the model's own frames per second are made; say the length by duration_s or frames",
+    "width": "resolution says both sides, as 832x480",
+    "height": "resolution says both sides, as 832x480",
+    "aspect_ratio": "resolution says both sides, as 832x480",
+    "sampler": "the model's own sampler is used", "scheduler": "the model's own sampler is used",
+    "sample_solver": "the model's own sampler is used",
+    "shift": "the model's own shift is used", "flow_shift": "the model's own shift is used",
+    "sample_shift": "the model's own shift is used",
+}
+INSTEAD = {"duration_s": "frames", "frames": "duration_s"}             # one says what the other does
+SLIPS_FROM = 6                          # letters of a name in which one may be wrong
+
+
+def bare(name: str) -> str:
+    """The name without case, blanks, hyphens and underscores."""
+    return re.sub(r"[\W_]+", "", unicodedata.normalize("NFKC", name).casefold())
+
+
+SPELLED = {bare(name): name for name in NAMES}
+WORDS = {bare(word): name for name, words in OTHER_WORDS.items() for word in words.split()}
+STRANGERS = {bare(word): reason for word, reason in NOT_A_COLUMN.items()}
+
+
+def nearly(name: str) -> str | None:
+    """The column of ours that `name` may be meant for; None for ours themselves and for all that are far from them."""
+    if name in NAMES:
+        return None
+    plain = bare(name)
+    if found := SPELLED.get(plain) or WORDS.get(plain) or WORDS.get(plain + "s"):
+        return found
+    for known, long_enough in ((SPELLED, SLIPS_FROM), (WORDS, 2 * SLIPS_FROM)):
+        for word, ours in known.items():
+            if len(word) >= long_enough and is_slip(plain, word) or known is SPELLED and plain + "s" == word or (
+                    known is SPELLED and plain == word + "s"):
+                return ours
+    return None
+
+
+def is_slip(one: str, other: str) -> bool:
+    """Whether a single letter is missing, too many, wrong, or changed places with its neighbour."""
+    if abs(len(one) - len(other)) > 1 or one[-1:].isdigit():           # prompt2 is another prompt, no slip
+        return False
+    start = next((at for at, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
+    left, right = one[start:], other[start:]
+    return left[1:] == right[1:] or left[1:] == right or left == right[1:] or (
+        left[:2] == right[:2][::-1] and left[2:] == right[2:])
+
+
+class Names:
+    """What the columns of a manifest's files become.  mapping: name in a file -> ours, or "" to carry it along."""
+
+    def __init__(self, mapping: Mapping[str, str] = {}):
+        self.mapping = dict(mapping)
+        self.used: set[str] = set()
+
+    def target(self, name: str) -> str:
+        """A name of ours, or user.NAME."""
+        if name in self.mapping:
+            self.used.add(name)
+            return self.mapping[name] or f"user.{name}"
+        return name if name in NAMES else f"user.{name}"
+
+    def unused(self) -> list[str]:
+        """What was to be mapped, and no file has."""
+        return [name for name in self.mapping if name not in self.used]
+
+    def collisions(self, names: Iterable[str]) -> list[tuple[str, list[str]]]:
+        """Of one file's columns: what several would become, and which."""
+        by_target: dict[str, list[str]] = {}
+        for name in names:
+            by_target.setdefault(self.target(name), []).append(name)
+        return [(target, sources) for target, sources in by_target.items() if len(sources) > 1]
+
+    def questions(self, names: list[str]) -> list[tuple[str, str | None, str]]:
+        """Of one file's columns, those to ask about: (name, what of ours it may be, the question).
+
+        Another spelling is always asked about, another word only where nothing says what it would. Where there is no
+        prompt, the columns that may be it come with prompt.
+        """
+        there = {self.target(name) for name in names}
+        asked = []
+        for name in names:
+            if name in self.mapping:
+                continue
+            ours, stranger = nearly(name), STRANGERS.get(bare(name))
+            if ours and (bare(name) in SPELLED or not {ours, INSTEAD.get(ours, ours)} & there):
+                asked.append((name, ours, f"Did you mean {ours}? ({map_flag(name, ours)}, or {map_flag(name, '')} to "
+                                          "carry it along)"))
+            elif stranger and not (stranger.startswith("resolution") and "resolution" in there):
+                asked.append((name, None, f"No column sets it: {stranger} ({map_flag(name, '')} carries it along)"))
+        return asked
+
+
+def map_flag(name: str, ours: str) -> str:
+    """How a command line says it."""
+    return f"--map {shlex.quote(f'{name}={ours}')}"
