@@ -425,7 +425,7 @@ def work(night: Night, book: Book, todo: Iterable[Request], num_clips: int, budg
                 for outcome in cluster.run(stages, todo, max_attempts=job.max_attempts, on_progress=on_progress,
                                            stop=stop, budget=budget):
                     book.record(outcome)
-                    for said in said_of_clip(outcome):
+                    for said in [said for said in said_of_clip(outcome) if said not in night.fallbacks]:
                         display.note(f"clip {outcome.value.request.clip_id[:12]}: {said}")
                 todo, book.again = book.again, []
                 if todo:

@@ -73,7 +73,8 @@ def test_the_columns_are_those_of_the_contract():
 
 
 def test_rows_come_back_as_they_were_given(store):
-    clip = Clip(request=request(), uri="s3://b/c.mp4", sha256="ab", num_bytes=7, duration_s=2.04, fallbacks=("dense",))
+    clip = Clip(request=request(), uri="s3://b/c.mp4", sha256="ab", num_bytes=7, duration_s=2.04, fallbacks=("dense",),
+                determinism=("a cpu",) * 3)
     outcome = Outcome(value=clip, attempts=2, queue_s=1.5, seconds={"encode": 0.1, "sample": 2.0, "decode": 0.3},
                       worker="sample-1", device="cpu", peak_memory_bytes=9)
     failure = Failure(request=request(6), stage="sample", error_type="OutOfMemoryError",
@@ -87,7 +88,7 @@ def test_rows_come_back_as_they_were_given(store):
         "prompt": "ein Kreis ○", "negative_prompt": "", "steps": 20, "guidance": 4.5, "model": "demo",
         "weights_fingerprint": "w", "precision": "fp32", "attention": "dense", "fallbacks": ["dense"], "attempts": 2,
         "error_type": None, "error": None, "worker": "sample-1", "device": "cpu", "queue_s": 1.5, "encode_s": 0.1,
-        "sample_s": 2.0, "decode_s": 0.3, "publish_s": None, "peak_memory_bytes": 9}.items()
+        "sample_s": 2.0, "decode_s": 0.3, "publish_s": None, "peak_memory_bytes": 9, "determinism": "a cpu"}.items()
     assert abs((datetime.now(UTC) - a["finished_at"]).total_seconds()) < 60
     assert (b["status"], b["error_type"], b["uri"]) == ("failed", "OutOfMemoryError", None)
     assert b["error"].startswith("too ? large") and len(b["error"]) == 4000
@@ -410,3 +411,10 @@ def test_run_json_holds_no_secret(folder, monkeypatch):
     found = read_run(folder)
     assert found["manifest"] == "https://host/m.parquet?[removed]"
     assert (found["max_tokens"], found["tokenizer"], found["out"]) == (5, "t5", "s3://bucket/night/1")
+
+
+@pytest.mark.parametrize("stages, said", [
+    ((), None), (("a", "a", "a"), "a"), (("a", "b", "a"), "encode: a; sample: b; decode: a"),
+    (("a", "b"), "encode: a; sample: b")])
+def test_the_determinism_class_is_one_where_all_stages_have_one(stages, said):
+    assert ledgers.class_of(stages) == said

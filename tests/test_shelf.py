@@ -41,7 +41,7 @@ class Sampler:
             return Failure(request=embedding.request, stage="sample", error_type="ValueError", error="by request")
         noise = torch.randn(16, 2, 4, 4, generator=torch.Generator().manual_seed(embedding.request.seed))
         return Latent(request=embedding.request, streams=(noise + embedding.prompt[0].mean(), noise[0].half()),
-                      fallbacks=("attention=dense", "steps=ü"))
+                      fallbacks=("attention=dense", "steps=ü"), determinism=("a cpu", "a gpu"))
 
 
 class Writer:
@@ -113,6 +113,7 @@ def test_only_a_small_reference_crosses_and_values_come_back_bit_for_bit(store):
     latent = Sampler().sample(value)
     found, = fetch(Keep(Step(actor=Sampler), store, LATENTS)([value]))
     assert found.fallbacks == latent.fallbacks == ("attention=dense", "steps=ü")
+    assert found.determinism == latent.determinism == ("a cpu", "a gpu")
     for mine, theirs in zip(latent.streams, found.streams, strict=True):
         assert mine.dtype == theirs.dtype and torch.equal(mine, theirs)
 

@@ -1,6 +1,7 @@
 """A long clip's steps are saved: stopped anywhere and continued, it is the same clip, and no step is done twice."""
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import count, pairwise
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ import torch
 from actors import steps
 from actors.denoiser import Denoiser, NonFiniteLatent
 from actors.messages import Embedding, Latent, Request
-from actors.shelf import LATENTS, shelf_key
+from actors.shelf import LATENTS, Shelved, opened, shelf_key
 from actors.steps import STEPS, Halted, KeepSampled
 from actors.turbo_denoiser import TurboWanDenoiser
 from actors.wan_denoiser import WanDenoiser
@@ -144,6 +145,23 @@ def test_clips_of_a_batch_are_continued_in_any_other_batch(name, denoisers, tmp_
     shelved = keep_of(denoiser, store)([embeddings[3], embeddings[0], embeddings[2]])
     assert [value.request.seed for value in shelved] == [3, 0, 2]
     assert latents(store, embeddings) == latents(straight, embeddings) and folders(store) == {LATENTS}
+
+
+def test_a_clip_that_goes_on_elsewhere_says_which_processors_made_it(denoisers, tmp_path, monkeypatch):
+    denoiser, (store, straight) = denoisers("cfg"), (open_store(str(tmp_path / name)) for name in ("out", "straight"))
+    embedding = replace(embedding_for(denoiser), determinism=("a",))
+
+    def made(store):
+        return opened(store.get(shelf_key(LATENTS, embedding.request)), Shelved(
+            request=embedding.request, key=shelf_key(LATENTS, embedding.request))).determinism
+
+    keep_of(denoiser, straight)([embedding])
+    assert made(straight) == ("a", denoiser.determinism)
+    for place, halt_at in (("a", 1), ("a", 1), ("b", 1), ("b", None)):
+        monkeypatch.setattr(type(denoiser), "determinism", place)
+        with pytest.raises(Halted) if halt_at else nullcontext():
+            keep_of(denoiser, store, halt_at=halt_at)([embedding])
+    assert made(store) == ("a", "a then b")
 
 
 def other_course(data, store, denoiser):
