@@ -18,6 +18,7 @@ PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 INDEX = ".index.json"                                   # of a file's shards, behind the file's name
 SHARD = re.compile(r"[^/\x00]{1,240}\.safetensors")
 SMALL_KINDS, SMALL_BYTES = (".json", ".model"), 64_000_000     # that lie beside the weights; the largest has 34 MB
+MOST_BYTES = 200_000_000_000                            # of one file; the largest has 57 GB
 INDEX_BYTES = 16_000_000
 CACHE_BYTES = 100_000_000
 MAX_JSON_TABLES = 1_500_000                             # the pieces of a vocabulary are lists; the largest has 262,000
@@ -167,10 +168,8 @@ def fingerprint(files: Mapping[str, Path]) -> str:
             raise CheckpointError(f"{files[name]} cannot be read: {first_line(error)}") from error
         key = f"{path} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}"
         if not isinstance(known.get(key), str):
+            check_size(files[name], stat.st_size)
             with weights_file(path) as file:
-                if path.suffix in SMALL_KINDS and stat.st_size > SMALL_BYTES:
-                    raise CheckpointError(f"{path} has {stat.st_size:,} bytes; a {path.suffix} file of a model has at "
-                                          f"most {SMALL_BYTES:,}")
                 known[key] = hashlib.file_digest(file, "sha256").hexdigest()
         total.update(f"{name}\0{known[key]}\n".encode())
     if known != before:
@@ -178,6 +177,16 @@ def fingerprint(files: Mapping[str, Path]) -> str:
             private_folder(cache.parent)
             write_atomically(cache, json.dumps(known).encode())
     return total.hexdigest()
+
+
+def check_size(path: Path, num_bytes: int) -> None:
+    """Before it is read to its end: a file that is all holes takes no disk, and hours.  Raises CheckpointError."""
+    most = SMALL_BYTES if path.suffix in SMALL_KINDS else MOST_BYTES
+    if num_bytes > most:
+        raise CheckpointError(f"{path} has {num_bytes:,} bytes; a {path.suffix} file of a model has at most {most:,}")
+    if path.suffix == ".safetensors":
+        from model.checkpoint import read_header        # brings torch
+        read_header(path)
 
 
 def from_hub(card: ModelCard) -> Path:

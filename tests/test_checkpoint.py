@@ -306,6 +306,27 @@ def test_the_fingerprint_is_of_names_and_contents_and_contents_are_read_once(fol
     assert weights.fingerprint(renamed) not in (first, changed)
 
 
+@pytest.mark.parametrize("name, num_bytes, said", [
+    ("vae/vae.safetensors", 2**40, "a .safetensors file of a model has at most 200,000,000,000"),
+    ("vae/vae.safetensors", 10**11, "is not a whole safetensors file"),
+    ("t5/tokenizer/tokenizer.json", 10**9, "a .json file of a model has at most 64,000,000")])
+def test_a_file_of_holes_is_not_read_to_its_end(name, num_bytes, said, folder, monkeypatch):
+    with (folder / name).open("wb") as file:
+        file.truncate(num_bytes)
+    monkeypatch.setattr(weights.hashlib, "file_digest", lambda *_: pytest.fail("it was read"))
+    assert said in refusal(lambda: weights.fingerprint({name: folder / name}))
+
+
+def test_a_fingerprint_that_somebody_else_may_have_planted_is_not_believed(folder, cache):
+    files = {DIT: folder / DIT}
+    want = weights.fingerprint(files)
+    known = cache / "dailies/sha256.json"
+    known.write_text(json.dumps(dict.fromkeys(json.loads(known.read_text()), "0" * 64)))
+    assert weights.fingerprint(files) != want           # the user's own is believed, or nothing would be saved
+    (cache / "dailies").chmod(0o777)
+    assert weights.fingerprint(files) == want
+
+
 @pytest.mark.parametrize("cached", ["", "[]", "[1]", '{"a"', "null"])
 def test_a_spoilt_fingerprint_cache_costs_time_only(cached, cache):
     files = {"a": GOLDENS / "README.md"}

@@ -1,6 +1,7 @@
 """`dailies convert`: pickles read without running anything, everything checked, and what comes out can be rendered."""
 
 import json
+import os
 import pickle
 import shutil
 
@@ -76,6 +77,17 @@ def test_a_folder_can_be_converted_in_place(tmp_path, capsys):
     assert main(["convert", str(source), "--model", "wan-tiny", "--to", str(source)]) == 0
     assert locate(source, WAN_TINY) == source
     assert not list(source.glob(".dailies*"))
+
+
+@pytest.mark.parametrize("damage, said", [
+    (lambda tokenizer: os.mkfifo(tokenizer / "x.json"), "it is a pipe"),
+    (lambda tokenizer: (tokenizer / "x.json").symlink_to("/dev/zero"), "it is a device"),
+    (lambda tokenizer: (tokenizer / "tokenizer_config.json").write_text('{"auto_map": {}}'), "has auto_map")])
+def test_a_tokenizer_folder_that_is_a_trap_is_refused_before_anything_is_published(damage, said, tmp_path, capsys):
+    write_weights(tmp_path / "src", WAN_TINY, "original")
+    damage(tmp_path / "src/google/umt5-xxl")
+    assert main(["convert", str(tmp_path / "src"), "--model", "wan-tiny", "--to", str(tmp_path / "out")]) == 2
+    assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name, kind", [("Wan2.1_VAE.pth", "vae"), ("anything.pth", "vae"),

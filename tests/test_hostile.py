@@ -346,7 +346,6 @@ TRAPS = [with_mutated, with_mutated, with_config, with_tokenizer, with_special, 
 
 @pytest.mark.parametrize("count", [60, pytest.param(400, marks=pytest.mark.slow)])
 def test_no_weights_folder_breaks_the_plan_or_leaves_half_a_run(count, tmp_path, monkeypatch):
-    """Of 2,000 of them, begun with other seeds by hand, none did."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)                         # names of sockets must be short
     (tmp_path / "night.csv").write_text("prompt,frames\na fox,5\n")
