@@ -29,7 +29,7 @@ from model.clip import from_open_clip
 from model.private import at_home, cache_folder
 from model.text import described_encoder
 from model.tokenizer import Tokenizer
-from model.weights import INDEX, PICKLES, SMALL_BYTES, SMALL_KINDS, CheckpointError, is_file, listed, read_small
+from model.weights import INDEX, PICKLES, SMALL_BYTES, SMALL_KINDS, CheckpointError, is_file, listed, read_small, weight_map
 from pipeline.fetch import bring
 from pipeline.store import Store, open_store
 
@@ -140,9 +140,10 @@ def wanted(layout: Layout) -> Iterator[tuple[str, int, str]]:
 def source_of(folder: Path, target: str) -> Path | None:
     """The file that will become `target`: itself, its index of shards, or a pickle of its name."""
     stem = target.removesuffix(".safetensors")
-    names = [target, target + INDEX, *(stem + suffix for suffix in PICKLES)]
+    names = [target, target + INDEX, *(stem + suffix + index for suffix in PICKLES for index in ("", INDEX))]
     if PurePosixPath(target).name == "model.safetensors":                   # transformers calls its pickles so
-        names.append(str(PurePosixPath(target).with_name("pytorch_model.bin")))
+        pickled = str(PurePosixPath(target).with_name("pytorch_model.bin"))
+        names += [pickled, pickled + INDEX]
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
@@ -151,6 +152,11 @@ def read(path: Path, room: Path | None = None) -> Iterator[tuple[str, Tensor]]:
 
     room: a folder where a pickle's tensors fit; None: the one for temporary files.
     """
+    if path.name.removesuffix(INDEX).endswith(PICKLES) and path.name.endswith(INDEX):
+        index = weight_map(path, PICKLES)
+        for shard in sorted(set(index.values())):
+            yield from ((name, tensor) for name, tensor in read(path.with_name(shard), room) if index.get(name) == shard)
+        return
     if path.suffix not in PICKLES:
         yield from checkpoint.views(checkpoint.stored_tensors(path))
         return

@@ -16,7 +16,7 @@ from model.private import at_home, cache_folder, open_regular, private_folder
 
 PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 INDEX = ".index.json"                                   # of a file's shards, behind the file's name
-SHARD = re.compile(r"[^/\x00]{1,240}\.safetensors")
+SHARD = re.compile(r"[^/\x00]{1,250}")
 SMALL_KINDS, SMALL_BYTES = (".json", ".model"), 64_000_000     # that lie beside the weights; the largest has 34 MB
 MOST_BYTES = 200_000_000_000                            # of one file; the largest has 57 GB
 INDEX_BYTES = 16_000_000
@@ -226,17 +226,17 @@ def from_hub(card: ModelCard) -> Path:
             f"Download the repository and name its folder with --weights") from error
 
 
-def weight_map(index: Path) -> dict[str, str]:
+def weight_map(index: Path, kinds: tuple[str, ...] = (".safetensors",)) -> dict[str, str]:
     """Tensor name -> file name, of a sharded checkpoint's index.  Raises CheckpointError for anything else."""
     try:
         said = read_json(index, INDEX_BYTES)["weight_map"]
         # a shard lies beside its index: anything with a path in its name is not ours to open
-        if all(SHARD.fullmatch(file) and file.isprintable() for file in said.values()):
+        if all(SHARD.fullmatch(file) and file.isprintable() and file.endswith(kinds) for file in said.values()):
             return said
     except (KeyError, TypeError, AttributeError):
         pass
-    raise CheckpointError(f"{index} is not a checkpoint index: it needs a weight_map, tensor names to .safetensors files "
-                          "beside it")
+    raise CheckpointError(f"{index} is not a checkpoint index: it needs a weight_map, tensor names to "
+                          f"{' or '.join(kinds)} files beside it")
 
 
 def read_json(path: Path, at_most: int) -> Any:
