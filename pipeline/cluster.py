@@ -101,6 +101,7 @@ OPTIONS: dict[str, Any] = dict(namespace="dailies", log_to_driver=False, logging
 def own_cluster(cpus: int | None, gpus: int | None) -> Iterator[None]:
     refuse_without_token("local")
     with local_ray.room() as folder:
+        local_ray.stand_somewhere(folder)
         try:
             with local_ray.changed(local_ray.environment(folder)), on_loopback():
                 AuthenticationTokenLoader.instance().reset_cache()      # it keeps what it read in an earlier block

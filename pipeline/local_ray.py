@@ -228,13 +228,21 @@ def environment(folder: Path, environ: Mapping[str, str] = os.environ) -> dict[s
     return changes
 
 
+def stand_somewhere(folder: Path) -> None:
+    """Ray asks for the working directory, which may have been deleted meanwhile."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        os.chdir(folder)
+
+
 def paths_kept(paths: Iterator[str] | list[str]) -> list[str]:
     """Without the working directory, where this process does not import from it either."""
     try:
         here = os.path.realpath(os.curdir)
-    except OSError:                                     # it has been deleted
-        here = ""
-    mine = {os.path.realpath(path) for path in sys.path if path or here}        # "" is the working directory
+    except FileNotFoundError:                           # it has been deleted
+        return [path for path in paths if os.path.isabs(path)]
+    mine = {os.path.realpath(path) for path in sys.path}        # "" is the working directory
     return [os.path.abspath(path) for path in paths if os.path.realpath(path) != here or here in mine]
 
 

@@ -159,6 +159,18 @@ def test_workers_never_import_from_the_folder_that_the_command_was_given_in(tmp_
         assert paths_kept([str(tmp_path), elsewhere]) == [str(tmp_path), elsewhere]
 
 
+def test_a_working_directory_that_has_been_deleted_is_left(place, monkeypatch):
+    (gone := place / "gone").mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert paths_kept(["/usr/lib", "lib", "."]) == ["/usr/lib"]
+    local_ray.stand_somewhere(place)
+    assert os.getcwd() == str(place)
+    monkeypatch.chdir("/")
+    local_ray.stand_somewhere(place)
+    assert os.getcwd() == "/"
+
+
 @pytest.mark.parametrize("error, log, step", [
     (OSError(errno.ENOSPC, "No space left on device"), "", "is full: make room"),
     (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), "", "is full: make room"),
