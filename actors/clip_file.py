@@ -59,6 +59,8 @@ def provenance(request: Request) -> dict[str, str]:
         said["image_sha256"] = request.image.sha256
     if request.decode_precision is not None:
         said["decode_precision"] = request.decode_precision
+    if request.variant is not None:
+        said["variant"] = request.variant
     return {key: readable(value) for key, value in said.items()}
 
 

@@ -3,8 +3,9 @@
 A request decides a clip; the last bits of its products are decided by who computes them, and a sampler's guidance can
 make those visible. Of one clip_id and one class the pixels are the same to the last bit. Of two classes the clips show
 the same, and may differ where somebody looks closely. What belongs to a class: the model of the device, a CPU's
-instructions and threads, compilation, the versions of the libraries that make the products. What does not, because it
-changes no bit: the batch, the worker, the order, the time, and where a clip was stopped and continued.
+instructions and threads, compilation, the versions of the libraries that make the products. (Threads and compilation
+that were asked for are in the request too, so in clip_id.) What does not, because it changes no bit: the batch, the
+worker, the order, the time, and where a clip was stopped and continued.
 """
 
 from functools import cache

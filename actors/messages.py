@@ -40,6 +40,7 @@ class Request:
     attention: str                  # dense, sage, sparse
     image: FirstFrame | None = None     # for a model that takes one
     decode_precision: str | None = None     # fp32 or bf16: of the VAE, where it is not the model's own
+    variant: str | None = None      # what was asked for beside that moves bits: compiled; torch's threads, if not 1
 
     @property
     def embedding_key(self) -> str:

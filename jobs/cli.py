@@ -114,13 +114,14 @@ def render_options(
         "[default: the model's; dense, but for models tuned for sparse]")] = None,
     compile: Annotated[bool | None, typer.Option(
         "--compile/--no-compile", help="Compile the diffusion model (torch.compile): "
-        "minutes at the first clip of each shape; the last bits may differ.")] = None,
+        "minutes at the first clip of each shape; the last bits differ, so clips have other ids.")] = None,
     batch: Annotated[int | None, typer.Option(
-        metavar="N", help="Clips sampled at once; above 1 the last bits may differ.  [default: 1]")] = None,
+        metavar="N", help="Clips that a sampler takes at a time; this changes no bit of them.  [default: 1]")] = None,
     samplers: Annotated[int | None, typer.Option(
         metavar="N", help="Copies of the diffusion model.  [default: as many as fit]")] = None,
     threads_per_sampler: Annotated[int | None, typer.Option(
-        metavar="N", help="CPU threads of each copy.")] = None,
+        metavar="N", help="CPU threads of each copy; above 1 the last bits differ, so clips on CPUs have other ids.  "
+        "[default: 1]")] = None,
     until: Annotated[str | None, typer.Option(
         metavar="HH:MM",
         help="Begin no clip that would not be done by then: the next such local time, or an ISO date and "

@@ -102,10 +102,10 @@ class Night:
         """What decides which clips this run has: a run folder holds one such run."""
         plan = self.plan
         images = {"images_digest": plan.images_digest} if plan.images_digest else {}
-        decode = {"decode_precision": plan.decode_precision} if plan.decode_precision else {}
+        said = {name: value for name in ("decode_precision", "variant") if (value := getattr(plan, name))}
         return {"manifest_digest": plan.manifest.digest, **images, "model": plan.card.name,
                 "weights_fingerprint": plan.weights_fingerprint, "precision": plan.precision,
-                "attention": plan.attention, **decode, **plan.defaults.model_dump()}
+                "attention": plan.attention, **said, **plan.defaults.model_dump()}
 
 
 def prepare(job: RenderJob) -> Night:
@@ -147,6 +147,7 @@ def prepare(job: RenderJob) -> Night:
         print(f"reading the images of {counted(manifest.table.num_rows, 'row')}", file=sys.stderr, flush=True)
     plan = Plan.make(manifest, card, defaults, weights_fingerprint=fingerprint(weights_files(card, weights)),
                      precision=precision, attention=attention, decode_precision=decode_precision,
+                     variant=variant_of(job, device),
                      skip_invalid=job.skip_invalid)
     if job.strict and (fallbacks or plan.roundings):
         said = "; ".join([*fallbacks, *(f"{counted(rows, 'row')}: {note}" for note, rows in plan.roundings[:10])])
@@ -156,6 +157,16 @@ def prepare(job: RenderJob) -> Night:
     if found is not None:
         check_run(store, found, night.identity())
     return night
+
+
+def variant_of(job: RenderJob, device: str) -> str | None:
+    """What is asked for that moves the last bits, which guidance makes more of: a part of what a clip is.
+
+    A CPU's threads share a sum; a GPU's do not know of them.
+    """
+    threads = job.threads_per_sampler or 1
+    said = ["compiled"] * job.compile + [f"{threads} threads"] * (threads > 1 and device == "cpu")
+    return ", ".join(said) or None
 
 
 def way_of(job: RenderJob, card: ModelCard, weights: Path, device: str, found: dict[str, Any] | None) -> Way:

@@ -93,6 +93,7 @@ class Plan:
     precision: str
     attention: str
     decode_precision: str | None    # of the VAE, where it is not the model's own
+    variant: str | None             # as a request has it
     complaints: Complaints = field(repr=False)      # about the rows that are set aside
 
     rows: "_Rows" = field(repr=False)
@@ -106,7 +107,7 @@ class Plan:
 
     @classmethod
     def make(cls, manifest: Manifest, card: ModelCard, defaults: Defaults = Defaults(), *, weights_fingerprint: str,
-             precision: str, attention: str = "dense", decode_precision: str | None = None,
+             precision: str, attention: str = "dense", decode_precision: str | None = None, variant: str | None = None,
              skip_invalid: bool = False) -> "Plan":
         """Resolve, check against the model, name and order every clip. Reads the rows' images if the model takes them.
 
@@ -135,6 +136,7 @@ class Plan:
             decode_precision = None                     # so that the clip is the same whether it is said or not
         model = dict(model=card.name, weights_fingerprint=weights_fingerprint, precision=precision, attention=attention)
         model |= {"decode_precision": decode_precision} if decode_precision else {}
+        model |= {"variant": variant} if variant else {}
         encoded = _digests(rows, source, seeds, model).dictionary_encode()
         clip_of = encoded.indices.to_numpy()
         first = np.unique(clip_of, return_index=True)[1]
@@ -147,9 +149,9 @@ class Plan:
         roundings.sort(key=lambda noted: -noted[1])
         return cls(
             manifest=manifest, card=card, defaults=defaults, weights_fingerprint=weights_fingerprint,
-            precision=precision, attention=attention, decode_precision=decode_precision, complaints=complaints,
-            rows=rows, roundings=roundings, source=source, seeds=seeds, clip_of=clip_of, first=first,
-            order=_order(rows, source, clip_of, first),
+            precision=precision, attention=attention, decode_precision=decode_precision, variant=variant,
+            complaints=complaints, rows=rows, roundings=roundings, source=source, seeds=seeds, clip_of=clip_of,
+            first=first, order=_order(rows, source, clip_of, first),
             digests=np.frombuffer(b"".join(encoded.dictionary.to_pylist()), np.uint8).reshape(-1, 32),
         )
 
@@ -192,7 +194,7 @@ class Plan:
                     prompt=prompt, negative_prompt=negative, seed=int(self.seeds[self.first[clip]]),
                     shape=self.rows.shape_of(row), fps=self.card.fps, num_steps=int(self.rows.steps[row]),
                     guidance=float(self.rows.guidance[row]), precision=self.precision, attention=self.attention,
-                    image=self.rows.first_frame_of(row), decode_precision=self.decode_precision)
+                    image=self.rows.first_frame_of(row), decode_precision=self.decode_precision, variant=self.variant)
 
     def rows_of(self, clip_id: str) -> list[PlannedRow]:
         """The ledger rows that this clip fills, in manifest order.  Raises KeyError for a clip that is not planned."""
@@ -238,7 +240,8 @@ class Plan:
             "images": len(np.unique(self.rows.image[self.source])) if self.card.takes_image else 0,
             "settings": self.defaults.model_dump() | {"fps": self.card.fps, "precision": self.precision,
                                                       "attention": self.attention}
-            | ({"decode_precision": self.decode_precision} if self.decode_precision else {}),
+            | ({"decode_precision": self.decode_precision} if self.decode_precision else {})
+            | ({"variant": self.variant} if self.variant else {}),
             "buckets": buckets[:LISTED],
             "more_buckets": len(buckets[LISTED:]),
             "roundings": [{"note": note, "rows": count} for note, count in self.roundings[:LISTED]],
@@ -527,7 +530,7 @@ def clip_id_of(*, prompt: str, seed: int, **said: Any) -> str:
     """SHA-256 of the canonical JSON (keys sorted, no blanks, ASCII) of all that decides a clip's pixels.
 
     said: attention, frames, guidance, height, model, negative_prompt, num_steps, precision, weights_fingerprint, width;
-    for a clip that begins with an image, `image`: the SHA-256 of its file; and decode_precision where it is said.
+    for a clip that begins with an image, `image`: the SHA-256 of its file; decode_precision and variant where they are said.
     """
     head, tail = _json_around(said)
     return _digest(head, prompt, seed, tail).hex()
@@ -542,6 +545,7 @@ def with_another_seed(request: Request) -> Request:
                 precision=request.precision, weights_fingerprint=request.weights_fingerprint, width=shape.width)
     said |= {} if image is None else {"image": image.sha256}
     said |= {} if request.decode_precision is None else {"decode_precision": request.decode_precision}
+    said |= {} if request.variant is None else {"variant": request.variant}
     return replace(request, seed=seed, clip_id=clip_id_of(prompt=request.prompt, seed=seed, **said))
 
 

@@ -19,6 +19,8 @@ from hypothesis import strategies as st
 
 from actors.messages import FirstFrame
 from image_files import BROKEN, jpeg, png
+from jobs.render import variant_of
+from jobs.settings import RenderJob
 from model.catalog import CATALOG
 from pipeline.complaints import ManifestError
 from pipeline.images import ALLOWED_IMAGE
@@ -287,6 +289,34 @@ def test_the_precision_of_decoding_names_other_clips_only_where_it_is_not_the_mo
     again = with_another_seed(requests["bf16"])
     assert again.decode_precision == "bf16"
     assert again.clip_id != with_another_seed(replace(requests["bf16"], decode_precision=None)).clip_id
+
+
+def test_what_moves_bits_on_request_names_other_clips_and_the_defaults_name_todays(tmp_path):
+    pq.write_table(pa.table({"prompt": ["a"], "seed": [1]}), tmp_path / "m.parquet")
+    ids = {}
+    for variant in (None, "compiled", "2 threads", "compiled, 2 threads"):
+        plan = Plan.make(Manifest.read(str(tmp_path / "m.parquet")), DEMO, weights_fingerprint="w", precision="fp32",
+                         variant=variant)
+        [request] = plan.requests()
+        ids[variant] = request.clip_id
+        assert request.variant == variant == plan.summary()["settings"].get("variant")
+        again = with_another_seed(request)
+        assert again.variant == variant and again.clip_id != with_another_seed(replace(request, variant="x")).clip_id
+    assert len(set(ids.values())) == 4
+    shape = request.shape
+    assert ids[None] == clip_id_of(
+        prompt="a", seed=1, attention="dense", frames=shape.frames, guidance=request.guidance, height=shape.height,
+        width=shape.width, model="demo", negative_prompt=request.negative_prompt, num_steps=request.num_steps,
+        precision="fp32", weights_fingerprint="w")
+
+
+@pytest.mark.parametrize("said, device, variant", [
+    ({}, "cpu", None), (dict(threads_per_sampler=1, batch=4, samplers=2), "cpu", None),
+    (dict(compile=True), "cuda", "compiled"),
+    (dict(threads_per_sampler=2), "cpu", "2 threads"), (dict(threads_per_sampler=2), "cuda", None),
+    (dict(threads_per_sampler=3, compile=True), "cpu", "compiled, 3 threads")])
+def test_what_moves_bits_on_request_is_compilation_and_the_threads_of_a_cpu(said, device, variant):
+    assert variant_of(RenderJob(manifest="m", out="o", **said), device) == variant
 
 
 def test_urgent_clips_come_first_then_shapes_then_buckets_then_prompts(tmp_path):
