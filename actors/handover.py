@@ -87,7 +87,7 @@ class Packer(pickle.Pickler):
             return None
         file = os.memfd_create("dailies", os.MFD_CLOEXEC)
         self.files.append(file)
-        os.ftruncate(file, value.nbytes)
+        os.posix_fallocate(file, 0, value.nbytes)      # refused here, or SIGBUS where it is written
         with mmap.mmap(file, value.nbytes) as memory:
             place = np.frombuffer(memory, np.uint8)
             place[:] = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()

@@ -43,7 +43,7 @@ from pipeline import local_ray
 from pipeline.budget import Budget
 from pipeline.crew import Alive, Answer, Broken, Call, Copy, Done, Hello
 from pipeline.driver import ClusterError, Driver, Progress, Stop
-from pipeline.faults import WorkerUnfit, machine_fault, store_trouble
+from pipeline.faults import OUT_OF_MEMORY, WorkerUnfit, killed_for_memory, machine_fault, store_trouble
 from pipeline.placement import Node
 from pipeline.pool import Pool
 from pipeline.stages import Outcome, Stage, Worker, readdress
@@ -254,15 +254,16 @@ class Process:
     def __init__(self, threads: int):
         os.environ["OMP_NUM_THREADS"] = str(threads)    # before the steps arrive, and torch with them
         self.worker: Worker | None = None
-        self.at_work: dict[int, float] = {}             # serials of calls -> what this process had waited by then
+        self.at_work: dict[int, tuple[int, float]] = {}     # serials of calls -> thread; what it had waited by then
         self.recalled: set[int] = set()                 # calls that are not to begin
         self.stopped: set[int] = set()                  # calls that are to stop where they can
         self.mine = threading.local()                   # of each thread: its call's serial
         self.leaving = False
         signal.signal(signal.SIGTERM, self.leave)       # Ray's handler would end it in the middle of the work
 
-    def hello(self) -> tuple[str, ...]:
-        return tuple(ray.get_runtime_context().get_accelerator_ids().get("GPU", ()))
+    def hello(self) -> Hello:
+        return Hello(devices=tuple(ray.get_runtime_context().get_accelerator_ids().get("GPU", ())),
+                     killed_for_memory=killed_for_memory())
 
     def load(self, stage: Stage, name: str) -> Broken | None:
         """What kept it from being made, if something did."""
@@ -305,15 +306,18 @@ class Process:
     @ray.method(concurrency_group="beside")
     def kept_waiting_s(self) -> float:
         """Of the call that is at work longest: by the store, and by others on its GPU."""
-        now_s, before = self.waited_s(), dict(self.at_work)
-        return now_s - before[min(before)] if before else 0.0
+        at_work = dict(self.at_work)
+        if not at_work:
+            return 0.0
+        thread, before_s = at_work[min(at_work)]
+        return self.waited_s(thread) - before_s
 
     @ray.method(concurrency_group="beside")
     def waits_for(self) -> tuple[str, float] | None:
         return self.worker.lock.waits_for() if self.worker else None
 
-    def waited_s(self) -> float:
-        return PATIENCE.seconds() + (self.worker.kept_waiting_s() if self.worker else 0.0)
+    def waited_s(self, thread: int) -> float:
+        return PATIENCE.seconds(thread) + (self.worker.kept_waiting_s() if self.worker else 0.0)
 
     def work(self, serial: int, requests: list[Request], safe: bool, last: bool, *values: Any) -> Any:
         """An answer, and unless `last` a value per request, to be left in the object store."""
@@ -323,7 +327,8 @@ class Process:
             given = requests
         made: list = [None] * len(requests)
         self.mine.serial = serial
-        self.at_work[serial] = self.waited_s()
+        thread = threading.get_ident()
+        self.at_work[serial] = thread, self.waited_s(thread)
         try:
             if self.is_recalled():
                 raise Halted("not begun")
@@ -366,6 +371,7 @@ class RayCrew:
     def __init__(self) -> None:
         self.nodes_now: dict[str, Node] = {}
         self.pending: dict[ray.ObjectRef, Call] = {}
+        self.killed_before: dict[Copy, int] = {}        # on its machine, for want of memory, when it was started
         self.process = ray.remote(concurrency_groups={"beside": 1})(Process)              # once: exporting a class takes Ray long
 
     def now(self) -> float:
@@ -386,6 +392,7 @@ class RayCrew:
     def end(self, copy: Copy) -> None:
         for call in copy.calls:
             self.pending.pop(call.handle, None)
+        self.killed_before.pop(copy, None)
         ray.kill(copy.handle)
 
     def submit(self, call: Call) -> None:
@@ -448,7 +455,11 @@ class RayCrew:
         except rex.ActorDiedError as error:
             if MAKING_IT in str(error):                 # its modules cannot be imported there, or the like
                 return Broken(how="load", reason=last_line(error))
-            return Broken(how="node" if self.machine_lost(call.copy, error) else "died", reason=one_line(error))
+            if self.machine_lost(call.copy, error):
+                return Broken(how="node", reason=one_line(error))
+            if self.was_killed_for_memory(call.copy):
+                return Broken(how="unfit", reason=OUT_OF_MEMORY, sure=False)
+            return Broken(how="died", reason=one_line(error))
         except (rex.ActorUnschedulableError, rex.TaskUnschedulableError, rex.NodeDiedError) as error:
             return Broken(how="node", reason=one_line(error))
         except rex.OutOfMemoryError:
@@ -472,9 +483,18 @@ class RayCrew:
             if unfit is None:
                 raise
             return broken_by(unfit)
-        if call.kind == "hello":
-            return Hello(devices=answer)
-        return answer if call.kind == "work" or answer is not None else Alive()
+        if isinstance(answer, Hello):
+            self.killed_before[call.copy] = answer.killed_for_memory
+        return Alive() if answer is None else answer
+
+    def was_killed_for_memory(self, copy: Copy) -> bool:
+        """Whether some process was on this machine since the copy was started; whether this one, nobody says."""
+        before = self.killed_before.get(copy)
+        if before is None:
+            return False
+        ask = ray.remote(killed_for_memory).options(num_cpus=0, max_retries=0, scheduling_strategy=(
+            NodeAffinitySchedulingStrategy(copy.post.node, soft=False)))
+        return (beside(ask) or 0) > before
 
     def machine_lost(self, copy: Copy, error: rex.ActorDiedError) -> bool:
         return error.preempted or "node has died" in str(error) or copy.post.node not in {node.id for node in nodes()}

@@ -77,9 +77,11 @@ class Call:
 
 @dataclass(frozen=True, kw_only=True)
 class Hello:
-    """The process runs; `devices` are the node's names of its GPUs."""
+    """The process runs; `devices` are the node's names of its GPUs; so many processes were killed there before for want
+    of memory."""
 
     devices: tuple[str, ...] = ()
+    killed_for_memory: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -467,8 +467,8 @@ class Driver:
             return
         if not self.fitness.left(line.stage, fitting):
             told = self.fitness.told(line.stage.name, fitting).rstrip(".")
-            raise ClusterError(f"stage {line.stage.name} cannot {what}: {told}. No clip is charged for it; then run "
-                               "the same command again")
+            raise ClusterError(f"stage {line.stage.name} cannot {what}: {told}. No clip is charged for it, and "
+                               "the same command continues")
 
     def start_failed(self, line: Line, answer: Broken) -> None:
         """If another copy lives, try again later. If none does, the run ends after a few tries."""

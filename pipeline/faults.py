@@ -11,6 +11,8 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 
 from actors.room import machine_memory
 from pipeline.store import StoreError
@@ -67,6 +69,9 @@ LASTING = {LIBRARY, CODEC, GPU}                         # nothing that a new pro
 BY_LIBRARIES = (RuntimeError, SystemError, OSError)
 
 
+OUT_OF_MEMORY = f"the system ended a process there for want of memory. {MEMORY}"
+
+
 class WorkerUnfit(RuntimeError):
     """What a worker stands on is gone: no disk, memory, processes, library or GPU. No value is to blame.
 
@@ -106,7 +111,7 @@ def machine_fault(error: BaseException) -> WorkerUnfit | None:
             advice, sure = found
             if advice is MEMORY and more_than_there_is(str(link)):
                 return None
-            said = f"{type(link).__name__}: {' '.join(str(link).split())[:300]}".rstrip(".")
+            said = f"{type(link).__name__}: {' '.join(str(link).split())[:300]}".rstrip(".: ")
             return WorkerUnfit(f"{said}. {advice}", sure, advice in LASTING)
     return None
 
@@ -157,6 +162,17 @@ def more_than_there_is(said: str) -> bool:
         return False
     power = "bkmgtpe".index((found[2] or "bytes")[0].lower())
     return float(found[1]) * 1024 ** power > machine_memory()
+
+
+def killed_for_memory(root: Path = Path("/")) -> int:
+    """Processes that the system has killed here for want of memory: in this container, or on this machine."""
+    # of the container alone, where it says so (control groups, version 2 and 1)
+    for name in ("sys/fs/cgroup/memory.events", "sys/fs/cgroup/memory/memory.oom_control", "proc/vmstat"):
+        with suppress(OSError, ValueError):
+            for line in (root / name).read_text().splitlines():
+                if line.startswith("oom_kill "):
+                    return int(line.split()[1])
+    return 0
 
 
 # Who words it: torch, the driver through torch, Triton, cuDNN, cuBLAS and its siblings, NCCL, the kernel's log, NVML;

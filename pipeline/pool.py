@@ -23,13 +23,13 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, BinaryIO
 
 from actors import handover
 from actors.messages import Failure, Request
-from pipeline.faults import WorkerUnfit, machine_fault
+from pipeline.faults import OUT_OF_MEMORY, WorkerUnfit, killed_for_memory, machine_fault
 from pipeline.stages import Report, Step, Worker, request_of
-from pipeline.store import PATIENCE
+from pipeline.store import PATIENCE, StoreError
 
 FRAMES_BYTES = 2 * 2**30                # of clips between their decoding and their answer; one clip may be larger
 NICER = 4                               # the thread that feeds the GPU goes first
@@ -100,7 +100,10 @@ class Pool:
                 child = self.replace(child)
             answer = child.ask((value, safe))
         except handover.Closed:
-            answer = f"its process ended at work: {ended(child.end())}"
+            code = child.end()
+            answer = f"its process ended at work: {ended(code)}"
+            if killed_for_memory() > child.killed_before or code == -signal.SIGBUS:     # memory that both see is gone
+                answer = WorkerUnfit(f"stage {self.stage}: {OUT_OF_MEMORY}", sure=False)
             child = self.replace(child)
         except (OSError, MemoryError) as error:         # no memory, no descriptor: the worker's, and not the clip's
             raise unfit(f"frames of stage {self.stage} could not be handed over", error) from error
@@ -122,6 +125,8 @@ class Pool:
             replacement = Child(self)
             self.children[self.children.index(child)] = replacement
             replacement.wait_until_ready()
+        except StoreError:
+            raise
         except Exception as error:                      # steps that were made before cannot be made now
             raise unfit(f"a process of stage {self.stage} ended, and no other could start", error) from error
         return replacement
@@ -135,25 +140,38 @@ class Child:
     """One process of a pool, seen from the worker's."""
 
     def __init__(self, pool: Pool):
-        self.pool, self.store_waits_s = pool, 0.0
+        self.pool, self.store_waits_s, self.killed_before = pool, 0.0, killed_for_memory()
         self.connection, theirs = socket.socketpair()
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
                                     "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        with theirs:
-            command = [sys.executable, "-P", "-c", f"from pipeline.pool import serve; serve({theirs.fileno()})"]
-            self.process = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()],
-                                            stdin=subprocess.DEVNULL)
+        log = os.dup(2)                                 # where it speaks once it is there; until then it is listened to
+        try:
+            with theirs:
+                command = [sys.executable, "-P", "-c",
+                           f"from pipeline.pool import serve; serve({theirs.fileno()}, {log})"]
+                self.said = file_in_memory()
+                self.process = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno(), log],
+                                                stdin=subprocess.DEVNULL, stderr=self.said)
+        finally:
+            os.close(log)
 
     def wait_until_ready(self) -> None:
         self.connection.settimeout(LOAD_S)
         try:
             answer = self.ask(self.pool.said)
         except (handover.Closed, TimeoutError) as error:
-            raise ChildFailed(f"a process of stage {self.pool.stage} did not start: {ended(self.end())}") from error
+            raise ChildFailed(f"a process of stage {self.pool.stage} did not start: {self.last_words()}") from error
         self.connection.settimeout(None)
         if isinstance(answer, BaseException):
             self.end()
             raise answer
+
+    def last_words(self) -> str:
+        """What it said in the end, before it could speak for itself: the last line of its error."""
+        code = ended(self.end())
+        self.said.seek(0)
+        lines = self.said.read().decode(errors="replace").split("\n")
+        return next((f"{line.strip()} ({code})" for line in reversed(lines) if line.strip()), code)
 
     def ask(self, said: Any) -> Any:
         """Raises Closed."""
@@ -195,8 +213,14 @@ def frame_bytes(request: Request) -> int:
     return shape.frames * shape.height * shape.width * 3
 
 
-def serve(descriptor: int) -> None:
-    """A child, until the worker's process ends."""
+def file_in_memory() -> BinaryIO:
+    return open(os.memfd_create("dailies-said", os.MFD_CLOEXEC), "w+b", buffering=0)
+
+
+def serve(descriptor: int, log: int) -> None:
+    """A child, until the worker's process ends.  log: what it writes to from here on."""
+    os.dup2(log, 2)
+    os.close(log)
     for number in (signal.SIGINT, signal.SIGTERM):      # it is the worker that is told, and decides
         signal.signal(number, signal.SIG_IGN)
     os.nice(NICER)
@@ -241,7 +265,7 @@ def watch(connection: socket.socket, speaks: threading.Lock) -> None:
     while not closed.poll(1000 * TICK_S):
         if PATIENCE.since:
             with speaks, suppress(handover.Closed):
-                handover.send(connection, StoreWaits(PATIENCE.seconds()))
+                handover.send(connection, StoreWaits(PATIENCE.in_all_s()))
     os._exit(1)
 
 

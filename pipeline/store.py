@@ -6,7 +6,9 @@ import os
 import random
 import re
 import secrets
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from functools import cached_property
@@ -54,20 +56,26 @@ def open_store(uri: str | Path) -> Store:
 
 
 class Patience:
-    """How long this process has waited for a store that was busy or away."""
+    """How long each thread of this process has waited for a store that was busy or away; any thread may ask."""
 
     def __init__(self) -> None:
-        self.ended_s, self.since = 0.0, None
+        self.ended_s: Counter[int] = Counter()          # by thread
+        self.since: dict[int, float] = {}
 
     def begin(self) -> None:
-        self.since = self.since or time.monotonic()
+        self.since.setdefault(threading.get_ident(), time.monotonic())
 
     def end(self) -> None:
-        self.ended_s, self.since = self.seconds(), None
+        if (since := self.since.pop(threading.get_ident(), None)) is not None:
+            self.ended_s[threading.get_ident()] += time.monotonic() - since
 
-    def seconds(self) -> float:
-        since = self.since                              # another thread may end it meanwhile
-        return self.ended_s + (time.monotonic() - since if since else 0.0)
+    def seconds(self, thread: int) -> float:
+        since = self.since.get(thread)
+        return self.ended_s[thread] + (time.monotonic() - since if since is not None else 0.0)
+
+    def in_all_s(self) -> float:
+        """Of all threads; what several waited at once counts for each."""
+        return sum(self.seconds(thread) for thread in {*list(self.since), *list(self.ended_s)})
 
 
 PATIENCE = Patience()

@@ -99,6 +99,16 @@ class Patient:
         return [pretend_value("latent", value.request) for value in batch]
 
 
+class CannotBeMade:
+    """In place of the process that would load a stage's steps."""
+
+    def __init__(self, threads: int):
+        raise ModuleNotFoundError("No module named 'model.catalog'; 'model' is not a package")
+
+    def hello(self) -> None: ...
+    def load(self, stage: Stage, name: str) -> None: ...
+
+
 def write_whole(path: Path, text: str) -> None:
     path.with_suffix(".new").write_text(text)
     path.with_suffix(".new").rename(path)

@@ -10,9 +10,10 @@ import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from fake_stages import Patient, calls, fake_stages
+from fake_stages import CannotBeMade, Patient, calls, fake_stages
 
 from actors.messages import Clip, Failure
 from jobs.bench_pipeline import pretend_request, pretend_stages, rss_bytes
@@ -119,6 +120,23 @@ def test_steps_that_cannot_be_made_end_the_run_with_a_clear_error(four_gpus, tmp
     with pytest.raises(ClusterError, match=word):
         stages = fake_stages(tmp_path, load={"sample": how}, names=["sample"], copies={"sample": 1})
         list(cluster.run(stages, requests(4)))
+
+
+@pytest.mark.parametrize("what", ["the process", "its steps"])
+def test_what_cannot_be_imported_where_the_work_is_says_so_in_its_own_words(what, four_gpus, tmp_path, monkeypatch):
+    stages = fake_stages(tmp_path, names=["sample"], copies={"sample": 1})
+    wanted = "ModuleNotFoundError: No module named 'model.catalog'; 'model' is not a package. No clip is charged"
+    if what == "the process":
+        monkeypatch.setattr(cluster, "Process", CannotBeMade)
+    else:
+        wanted = "ModuleNotFoundError: No module named 'only_here'. No clip is charged"
+        there = type("OnlyHere", (), {"__module__": "only_here", "__qualname__": "OnlyHere"})
+        monkeypatch.setitem(sys.modules, "only_here", SimpleNamespace(OnlyHere=there))
+        stages = [replace(stages[0], steps=(Step(actor=there),))]
+    with pytest.raises(ClusterError) as raised:
+        list(cluster.run(stages, requests(2)))
+    said = str(raised.value)
+    assert f"stage sample cannot start: {wanted}" in said and "\x1b" not in said and " object at 0x" not in said
 
 
 def test_what_the_machines_can_never_hold_is_said_at_once(four_gpus, tmp_path):

@@ -16,7 +16,7 @@ from jobs.bench_pipeline import pretend_request, pretend_stages
 from pipeline.cluster import last_line, load_failed
 from pipeline.crew import Broken
 from pipeline.driver import ClusterError, Driver
-from pipeline.faults import WorkerUnfit, machine_fault
+from pipeline.faults import WorkerUnfit, killed_for_memory, machine_fault
 from pipeline.placement import Node
 from pipeline.pool import portable
 from pipeline.stages import Step, Worker
@@ -140,6 +140,16 @@ def test_of_a_batch_without_memory_each_is_tried_alone():
 
     values, _ = Worker("sample", [Step(actor=lambda: step)], threads=1)([pretend_request(seed) for seed in range(3)])
     assert [value.seed for value in values] == [0, 1, 2]
+
+
+def test_a_process_that_the_system_killed_for_want_of_memory_is_told_from_one_that_crashed(tmp_path):
+    assert killed_for_memory(tmp_path) == 0 <= killed_for_memory()
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/vmstat").write_text("nr_free_pages 7\noom_kill 3\noom_kill_disable 9\n")
+    assert killed_for_memory(tmp_path) == 3
+    (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
+    (tmp_path / "sys/fs/cgroup/memory.events").write_text("low 0\noom 4\noom_kill 2\noom_group_kill 0\n")
+    assert killed_for_memory(tmp_path) == 2
 
 
 def test_the_last_line_of_another_processs_page_is_what_it_said():

@@ -1,7 +1,9 @@
 """Processes beside a worker: frames in memory that both see, deaths that cost one value, nothing left behind."""
 
 import ctypes
+import errno
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -9,6 +11,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -61,6 +64,12 @@ class Write:
                 raise NotFound("it is gone")
             case 106:
                 time.sleep(3600)
+            case 107:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/tmp/dailies-x.mp4")
+            case 108:
+                bytearray(2**62)
+            case 109:
+                raise ValueError("not written") from ImportError("libx264.so: cannot open shared object file")
         assert frames.rgb.eq(seed).all() and frames.rgb.shape == (9, 64, 64, 3)
         return Clip(request=frames.request, uri="", sha256=str(os.getpid()), num_bytes=frames.rgb.nbytes,
                     duration_s=1.0, fallbacks=("safe",) if self.safe else ())
@@ -168,6 +177,37 @@ def test_trouble_that_is_no_clips_fault_passes_through(seed, error, said, worker
     assert isinstance(worker([latent(1)])[0][0], Clip)
 
 
+@pytest.mark.parametrize("seed, said, sure, lasting", [
+    (107, r"\[Errno 28\] No space left on device: '/tmp/dailies-x.mp4'. Free some of that disk", True, False),
+    (108, "MemoryError. Free memory there", False, False), (109, "ImportError: libx264.so: .*Install it", True, True)])
+def test_what_is_wrong_with_the_machine_is_told_by_the_process_that_met_it(seed, said, sure, lasting, worker):
+    with pytest.raises(WorkerUnfit, match=said) as raised:
+        worker([latent(seed)])
+    assert (raised.value.sure, raised.value.lasting) == (sure, lasting)
+    assert isinstance(worker([latent(1)])[0][0], Clip)
+
+
+def test_a_process_that_has_no_descriptor_left_for_frames_blames_no_clip(worker):
+    for child in worker.pool.children:
+        files = {int(name) for name in os.listdir(f"/proc/{child.process.pid}/fd")}
+        free = next(number for number in range(1000) if number not in files)
+        before = resource.prlimit(child.process.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(child.process.pid, resource.RLIMIT_NOFILE, (free, before[1]))
+    with pytest.raises(WorkerUnfit, match="Too many open files. Raise the limit of open files"):
+        worker([latent(1)])
+    for child in worker.pool.children:                  # the one that met it has ended, or is about to
+        with suppress(ProcessLookupError):
+            resource.prlimit(child.process.pid, resource.RLIMIT_NOFILE, before)
+
+
+def test_a_process_that_the_system_killed_for_want_of_memory_blames_no_clip(worker):
+    for child in worker.pool.children:
+        child.killed_before -= 1
+    with pytest.raises(WorkerUnfit, match="for want of memory. Free memory there") as raised:
+        worker([latent(102)])
+    assert not raised.value.sure and isinstance(worker([latent(1)])[0][0], Clip)
+
+
 def test_the_safe_profile_reaches_the_pool_and_failures_pass_it_untouched(worker):
     failure = Failure(request=pretend_request(5), stage="sample", error_type="ValueError", error="no")
     values, _ = worker([failure, latent(1)], safe=True)
@@ -175,9 +215,14 @@ def test_the_safe_profile_reaches_the_pool_and_failures_pass_it_untouched(worker
     assert worker([latent(1)])[0][0].fallbacks == ()
 
 
-def test_steps_that_cannot_be_made_are_said_while_loading():
+def test_steps_that_cannot_be_made_are_said_while_loading(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="x264 is missing"):
         Pool("publish", [Step(actor=Broken)], 1, name="publish-1", device="cpu")
+    (tmp_path / "pipeline.py").write_text("raise ImportError('no codec here')")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    with pytest.raises(ChildFailed, match=r"did not start: ImportError: no codec here \(exit code 1\)"):
+        Pool("publish", [], 1, name="publish-1", device="cpu")
+    monkeypatch.undo()
     with pytest.raises(ChildFailed, match="did not start: exit code 3"):
         Pool("publish", [Step(actor=os._exit, args={"status": 3})], 1, name="publish-1", device="cpu")
 

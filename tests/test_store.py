@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from jobs.settings import RenderJob
-from pipeline.store import NotFound, S3Store, StoreError, open_store
+from pipeline.store import NotFound, Patience, S3Store, StoreError, open_store
 
 KEY = "clips/ab/abcd.mp4"
 
@@ -230,6 +230,22 @@ def test_botocore_itself_retries_a_burst(bucket, s3_server, caplog):
     s3_server.fault(method="PUT", status=503, times=2)
     assert bucket.create(KEY, b"mine")
     assert s3_server.faults()[0]["times"] == 0 and not caplog.records
+
+
+def test_what_one_thread_waits_for_the_store_is_not_ended_by_anothers_success():
+    patience, mine = Patience(), threading.get_ident()
+    patience.begin()
+    with ThreadPoolExecutor(1) as other:
+        other.submit(patience.end).result()             # of a call that went through at once
+        other.submit(patience.begin).result()
+        theirs = other.submit(threading.get_ident).result()
+        time.sleep(0.05)
+        other.submit(patience.end).result()
+    waited_s = patience.seconds(mine)
+    assert waited_s >= 0.05 and 0.05 <= patience.seconds(theirs) <= waited_s
+    patience.end()
+    assert patience.seconds(mine) == patience.seconds(mine) >= waited_s
+    assert patience.in_all_s() == pytest.approx(patience.seconds(mine) + patience.seconds(theirs))
 
 
 def test_patience_ends(bucket, s3_server, monkeypatch):
