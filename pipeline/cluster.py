@@ -71,7 +71,19 @@ def run(stages: Sequence[Stage], requests: Iterable[Request], *, max_attempts: i
         raise ClusterError("no cluster is connected; use `with cluster.connect(address):` around cluster.run")
     driver = Driver(RayCrew(), stages, requests, max_attempts=max_attempts, row_timeout_s=row_timeout_s,
                     on_progress=on_progress, progress_every_s=progress_every_s, stop=stop, budget=budget)
-    return driver.outcomes()
+    return on_this_machine(driver.outcomes())
+
+
+def on_this_machine(outcomes: Iterator[Outcome]) -> Iterator[Outcome]:
+    """The same; what is wrong with the driver's own machine is a ClusterError that says what to do."""
+    try:
+        yield from outcomes
+    except (OSError, MemoryError) as error:
+        fault = machine_fault(error)
+        if fault is None:
+            raise
+        raise ClusterError(f"this machine, which directs the work, cannot go on: {fault}. The same command continues"
+                           ) from error
 
 
 @contextmanager

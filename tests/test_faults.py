@@ -13,7 +13,7 @@ from test_driver import SHARED, SLEEPS_S, WHOLE, SimulatedCrew, box, drive, pois
 from actors.image_file import ImageError
 from actors.messages import Clip, Failure
 from jobs.bench_pipeline import pretend_request, pretend_stages
-from pipeline.cluster import last_line, load_failed
+from pipeline.cluster import last_line, load_failed, on_this_machine
 from pipeline.crew import Broken
 from pipeline.driver import ClusterError, Driver
 from pipeline.faults import WorkerUnfit, killed_for_memory, machine_fault
@@ -160,6 +160,17 @@ def test_the_last_line_of_another_processs_page_is_what_it_said():
             "\x1b[31mModuleNotFoundError: No module named 'model.catalog'; 'model' is not a package\x1b[0m\n\n")
     assert last_line(RuntimeError(page)) == ("ModuleNotFoundError: No module named 'model.catalog'; 'model' is not a "
                                              "package")
+
+
+def test_what_is_wrong_with_the_drivers_machine_ends_the_night_with_what_to_do():
+    def outcomes():
+        yield 1
+        raise of(errno.ENOSPC, "/tmp/ray/session")
+
+    night = on_this_machine(outcomes())
+    assert next(night) == 1
+    with pytest.raises(ClusterError, match=r"directs the work, cannot go on: .*Errno 28.* Free some of that disk"):
+        next(night)
 
 
 # The driver, on simulated machines.
