@@ -25,7 +25,7 @@ IN_NAMESPACE = "CHAOS_IN_NAMESPACE"
 
 def main() -> int:
     options = arguments()
-    if "disk" in options.scenarios and os.geteuid() and IN_NAMESPACE not in os.environ:
+    if {"disk", "losses"} & set(options.scenarios) and os.geteuid() and IN_NAMESPACE not in os.environ:
         from tests.chaos.full_disk import in_a_namespace
         os.environ[IN_NAMESPACE] = "1"                  # only tried once
         command = in_a_namespace([sys.executable, "-m", "tests.chaos", *sys.argv[1:]])

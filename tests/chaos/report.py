@@ -86,7 +86,7 @@ def disk(figures: dict[str, Any]) -> Iterator[str]:
 def losses(figures: dict[str, Any]) -> Iterator[str]:
     if "met" in figures:
         lost = ", ".join(f"{what} after {seconds} s" for what, seconds in figures["lost_after_s"].items())
-        yield (f"- Of three machines one lost its folder for temporary files, one its memory, one its credentials "
+        yield (f"- Of three machines one lost its room for temporary files, one its memory, one its credentials "
                f"({lost}): {figures['done']} of {figures['clips']} rows done in {figures['night_s']} s, "
                f"{figures['failed']} failed, each with one attempt; the losses were met "
                f"{sum(figures['met'].values())} times at work.")

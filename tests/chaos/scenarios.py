@@ -10,7 +10,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 from pipeline import ledger
 from pipeline.store import open_store
 from tests.chaos.fakes import Script
-from tests.chaos.full_disk import NoDisk, small_disk, spoilt
+from tests.chaos.full_disk import NoDisk, fill_up, small_disk, spoilt
 from tests.chaos.judge import judge
 from tests.chaos.losses import KINDS, lose, met
 from tests.chaos.machines import CannotStart, Machines  # noqa: F401: for __main__
@@ -166,13 +166,20 @@ def losses(folder: Path, options: argparse.Namespace, rng: random.Random) -> dic
     write_manifest(folder, [f"clip {number}" for number in range(clips)])
     script = Script(notes=str(folder / "notes.jsonl"), sample_s=options.sample_s, overlap=options.overlap,
                     lost=str(lost))
-    with machines(folder) as cluster:
+    with machines(folder) as cluster, ExitStack() as stack:
+        is_small = True
+        try:
+            stack.enter_context(small_disk(cluster.others[0].temporary, 2**20))
+        except NoDisk:
+            is_small = False
         with Night(folder=folder, out=str(folder / "out"), machines=cluster, script=script, rng=rng) as night:
             began, driver, told = time.monotonic(), night.start(), {}
             for share, (what, machine) in enumerate(zip(KINDS, cluster.others, strict=True), start=1):
                 wait_for(lambda share=share: night.published() >= share * clips // 10, driver, night)
                 told[what] = round(time.monotonic() - began)
-                if what == "disk":
+                if what == "disk" and is_small:
+                    fill_up(machine.temporary / "ballast")
+                elif what == "disk":                    # new processes then take another folder
                     shutil.rmtree(machine.temporary)
                 lose(script.lost, machine.name, what)
             code = night.wait(driver)
