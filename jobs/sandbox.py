@@ -17,7 +17,8 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 24, 38
+PR_SET_PDEATHSIG, PR_GET_DUMPABLE, PR_SET_DUMPABLE, PR_SET_SECCOMP = 1, 3, 4, 22
+PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 24, 38
 SIGKILL, EPERM, ENOSYS = 9, 1, 38
 
 NO_LANDLOCK = "this kernel has no Landlock (Linux 5.13): a pickle that broke out could read this user's files"
@@ -58,7 +59,8 @@ DENIED = dict(
 UNKNOWN = dict(clone3=(435, 435), openat2=(437, 437))   # told to be missing: libraries then use what can be judged
 OPENS = dict(open=((2, None), 1), openat=((257, 56), 2))               # and which argument has the flags
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-OWN = dict(kill=(62, 129), tgkill=(234, 131))           # allowed to itself
+OWN = dict(kill=(62, 129), tgkill=(234, 131))           # allowed to itself, by its number
+SELF = dict(prlimit64=(302, 261), setpgid=(109, 154), sched_setaffinity=(203, 122))       # and by 0
 CLONE, CLONE_THREAD = (56, 220), 0x10000                # a thread, and no process
 ARCHITECTURES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
 
@@ -178,9 +180,10 @@ def filter_of(architecture: int, column: int) -> Iterator[bytes]:
         if numbers[column] is not None:
             yield from (step(equal, numbers[column], 0, 4), argument(flags), step(any_bit, WRITING, 0, 1),
                         step(answer, deny), step(answer, allow))
-    for numbers in OWN.values():
-        yield from (step(equal, numbers[column], 0, 4), argument(0), step(equal, os.getpid(), 1, 0),
-                    step(answer, deny), step(answer, allow))
+    for calls, process in ((OWN, os.getpid()), (SELF, 0)):
+        for numbers in calls.values():
+            yield from (step(equal, numbers[column], 0, 4), argument(0), step(equal, process, 1, 0),
+                        step(answer, deny), step(answer, allow))
     yield from (step(equal, CLONE[column], 0, 4), argument(0), step(any_bit, CLONE_THREAD, 1, 0),
                 step(answer, deny), step(answer, allow))
     yield step(answer, allow)
@@ -204,10 +207,11 @@ class undumpable:
     def __enter__(self) -> None:
         self.libc = ctypes.CDLL(None) if sys.platform == "linux" else None
         if self.libc is not None:
+            self.before = self.libc.prctl(PR_GET_DUMPABLE, 0, 0, 0, 0)
             self.libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
 
     def __exit__(self, *_: object) -> None:
-        if self.libc is not None:
+        if self.libc is not None and self.before == 1:
             self.libc.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)
 
 

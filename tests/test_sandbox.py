@@ -12,7 +12,7 @@ from jobs import sandbox
 from model.weights import CheckpointError
 
 ESCAPES = '''
-import ctypes, json, os, socket, subprocess, sys, threading
+import ctypes, json, os, resource, socket, subprocess, sys, threading
 outside, port, source, target = {outside!r}, {port}, sys.argv[1], int(sys.argv[2])
 
 def thread():
@@ -41,6 +41,7 @@ acts = dict(
     become=lambda: os.execv("/bin/true", ["true"]),
     fork=lambda: os.fork() or os._exit(0),
     signal=lambda: os.kill(os.getppid(), 0),
+    limits=lambda: resource.prlimit(os.getppid(), resource.RLIMIT_NOFILE, (1, 1)),
     memory=lambda: bytearray(2**45),
     file=lambda: os.pwrite(target, b"x", 2**40),
     mount=lambda: ctypes.CDLL(None, use_errno=True).mount(b"none", b"/", b"tmpfs", 0, None) == 0 or fail(),
