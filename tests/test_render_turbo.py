@@ -134,9 +134,9 @@ def test_models_says_which_files_come_from_where(capsys):
         assert part in out, part
 
 
-@pytest.mark.cpu
 @pytest.mark.parametrize("options, precision, attention", [
-    (("--precision", "int8"), "int8", "dense"), (("--precision", "bf16"), "bf16", "dense"),
+    pytest.param(("--precision", "int8"), "int8", "dense", marks=pytest.mark.cpu),
+    pytest.param(("--precision", "bf16"), "bf16", "dense", marks=pytest.mark.cpu),
     (("--attention", "sparse"), "fp32", "sparse"),
     (("--precision", "int8", "--attention", "sage"), "int8", "sage")])
 def test_the_demo_model_renders_accelerated(options, precision, attention, tmp_path, capsys):

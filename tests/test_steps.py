@@ -12,7 +12,7 @@ import torch
 from actors import steps
 from actors.denoiser import Denoiser, NonFiniteLatent
 from actors.messages import Embedding, Latent, Request
-from actors.shelf import LATENTS, Shelved, opened, shelf_key
+from actors.shelf import LATENTS, Fetch, Shelved, shelf_key
 from actors.steps import STEPS, Halted, KeepSampled
 from actors.turbo_denoiser import TurboWanDenoiser
 from actors.wan_denoiser import WanDenoiser
@@ -152,7 +152,7 @@ def test_a_clip_that_goes_on_elsewhere_says_which_processors_made_it(denoisers, 
     embedding = replace(embedding_for(denoiser), determinism=("a",))
 
     def made(store):
-        return opened(store.get(shelf_key(LATENTS, embedding.request)), Shelved(
+        return Fetch(store).fetch(Shelved(
             request=embedding.request, key=shelf_key(LATENTS, embedding.request))).determinism
 
     keep_of(denoiser, straight)([embedding])
