@@ -7,6 +7,7 @@ INT8. Nothing is published before names, shapes and kinds have been checked.
 
 import json as jsonlib
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -34,6 +35,7 @@ from pipeline.fetch import bring
 from pipeline.store import Store, open_store
 
 SAID_BYTES = 8000                                       # of what the reader of a pickle says
+EXPERTS = ("high", "low")                               # for noise, in the order of a layout's dits
 SHARD_BYTES = 4_000_000_000                             # a bucket takes 5 GB in one request
 HOME = Path(__file__).resolve().parent.parent
 # of our environment, all that the process gets which opens a pickle
@@ -122,6 +124,9 @@ def one_part(card: ModelCard, path: Path) -> tuple[Layout, list[Part]]:
             return layout, named
     names = [name for name, _ in read(path)]
     known = [part for part in options[0] if any(not table.unknown(names) for table in tables_of(card, part.kind))]
+    # of two experts the file's name may say which: wan2.2_t2v_high_noise_14B_fp16.safetensors
+    noise = [part for part in known if part.kind == "dit" and re.search(rf"(?i)(?<![a-z]){EXPERTS[part.place]}(?![a-z])", stem)]
+    known = noise if len(known) > 1 and len(noise) == 1 else known
     if len(known) != 1:
         raise UsageError(f"{path} is " + ("none" if not known else "one of several") + f" of the parts of {card.name}: "
                          f"{listed(part.target for part in known or options[0])}. Name the folder that it belongs to")

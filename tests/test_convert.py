@@ -211,6 +211,10 @@ def test_one_expert_of_two_needs_its_folder(tmp_path, capsys):
     file = source / "low_noise_model/diffusion_pytorch_model.safetensors"
     assert main(["convert", str(file), "--model", "wan-tiny-a14b", "--to", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out/low_noise_model/diffusion_pytorch_model.safetensors").read_bytes() == file.read_bytes()
+    for noise in ("high", "low"):
+        named = shutil.copy(file, tmp_path / f"wan2.2_t2v_{noise}_noise_14B_fp16.safetensors")
+        assert main(["convert", str(named), "--model", "wan-tiny-a14b", "--to", str(tmp_path / noise)]) == 0
+        assert (tmp_path / noise / f"{noise}_noise_model/diffusion_pytorch_model.safetensors").is_file()
     shutil.copy(file, tmp_path / "some.safetensors")
     assert main(["convert", str(tmp_path / "some.safetensors"), "--model", "wan-tiny-a14b",
                  "--to", str(tmp_path / "out2")]) == 2
