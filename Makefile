@@ -8,13 +8,16 @@ VENV    := .venv
 PYTHON  ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; do \
              $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 INPUTS  := pyproject.toml constraints.txt
-INSTALL := $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt
+INSTALL := $(VENV)/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt
+# said before pip begins; where pip chooses torch with CUDA, as on Linux, that is several GB more
+SIZES   := torch, ray, transformers, pyarrow and what they need, 2 GB on disk and more where torch brings CUDA; minutes
 ARGS    ?=
 
 help:                                   ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 
 render: $(VENV)/.installed              ## set up, then render examples/prompts.parquet into out/ on the CPU
+	@echo "Rendering the 24 prompts of examples/prompts.parquet into out/, clips of two seconds"
 	$(VENV)/bin/dailies render examples/prompts.parquet --out out/
 
 test: $(VENV)/.installed-dev            ## set up (the S3 test server too), then run the tests; ARGS="-k store" for some
@@ -37,8 +40,8 @@ freeze: $(VENV)/.installed-dev          ## write the installed versions into con
 	   | grep -v -E '^(pip|setuptools|wheel)==' | sort -f -u; \
 	 } > constraints.new && mv constraints.new constraints.txt
 
-clean:                                  ## remove what make made: .venv, .cache, out
-	rm -rf $(VENV) .cache out
+clean:                                  ## remove what make made: .venv, .cache, out, out-night
+	rm -rf $(VENV) .cache out out-night
 
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "dailies needs Python 3.11 or newer; found: $$(python3 --version 2>&1 || true)." \
@@ -50,13 +53,13 @@ $(VENV)/bin/python:
 	  exit 1; }
 
 $(VENV)/.installed: $(VENV)/bin/python $(INPUTS)
-	@echo "Installing dailies into $(VENV) (some minutes the first time)"
+	@echo "Installing dailies into $(VENV), the first time only: $(SIZES)"
 	@$(INSTALL) --editable . && touch $@
 
 $(VENV)/.installed-dev: $(VENV)/bin/python $(INPUTS)
-	@echo "Installing dailies and its test tools into $(VENV) (some minutes the first time)"
+	@echo "Installing dailies and its test tools into $(VENV), the first time only: $(SIZES)"
 	@$(INSTALL) --editable '.[dev]' && touch $@ $(VENV)/.installed
 
 $(VENV)/.installed-gpu: $(VENV)/bin/python $(INPUTS)
-	@echo "Installing dailies, Triton and the test tools into $(VENV) (some minutes the first time)"
+	@echo "Installing dailies, Triton and the test tools into $(VENV), the first time only: $(SIZES)"
 	@$(INSTALL) --editable '.[dev,gpu]' && touch $@ $(VENV)/.installed $(VENV)/.installed-dev

@@ -10,20 +10,28 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
-
-import typer
-from typer.core import TyperGroup
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 from jobs.process import leave, speak_safely
 from jobs.signals import on_signals
+from jobs.usage import absent_package
+
+try:
+    import typer
+    from typer.core import TyperGroup
+except ModuleNotFoundError as error:                    # a job on a cluster's head that has Ray and nothing else
+    print(absent_package(error), file=sys.stderr)
+    sys.exit(5)
+
+if TYPE_CHECKING:
+    from jobs.settings import RenderJob
 
 HELP = """Render tonight, look tomorrow: large text-to-video batches, from a manifest of prompts to clips in a folder
 or bucket.
 
 Exit codes: 0 every row has a clip; 2 bad usage or bad manifest, nothing was started; 3 finished, some rows failed;
-4 stopped early on a deadline or budget; 5 the store or the cluster is not usable, or another driver has the run;
-130 interrupted. After 3, 4, 5 and 130 the same command continues.
+4 stopped early on a deadline, a budget or --limit; 5 the store or the cluster is not usable, or another driver has the
+run; 130 interrupted. After 3, 4, 5 and 130 the same command continues.
 
 \b
 Example:  dailies render examples/prompts.parquet --out out/
@@ -132,7 +140,9 @@ def render_options(
         "start to its end; a run on CPUs holds none.")] = None,
     max_cost: Annotated[float | None, typer.Option(metavar="USD", help="The same in money; needs --price.")] = None,
     price: Annotated[float | None, typer.Option(metavar="USD", help="Of one GPU hour.")] = None,
-    limit: Annotated[int | None, typer.Option(metavar="N", help="Only the first N clips of the plan.")] = None,
+    limit: Annotated[int | None, typer.Option(
+        metavar="N", help="Make at most N clips in this command; where more are left, exit 4, and the same command "
+        "makes the next N.")] = None,
     max_attempts: Annotated[int | None, typer.Option(
         metavar="N", help="Tries for a row whose worker died.  [default: 3]")] = None,
     skip_invalid: Annotated[bool | None, typer.Option(
@@ -178,22 +188,38 @@ def render(options: dict[str, Any], json: Json = False) -> int:
       dailies render s3://b/night.parquet --out s3://b/runs/0412 --model linum-v2-720p --ray auto
       dailies render --config night.toml --until 07:00 --max-cost 400 --price 2.5
     """
+    job = job_of(options)
     from jobs.render import render
-    from jobs.settings import RenderJob
-    return render(RenderJob.read(options, options.pop("config")), json=json)
+    return render(job, json=json)
 
 
 @app.command()
 @with_render_options
 def plan(options: dict[str, Any], json: Json = False) -> int:
-    """The same checks and the same plan as render, without rendering or writing anything.
+    """The same checks and the same plan as render: what is left to make, how long it takes, which weights are missing.
+
+    Nothing is rendered, written or fetched. Without --out it is the plan of a run that has not begun.
 
     \b
     Example:  dailies plan examples/prompts.parquet --out out/
     """
-    from jobs.render import show_plan
+    job = job_of(options, needs_out=False)
+    from jobs.plan import show_plan
+    return show_plan(job, json=json)
+
+
+def job_of(options: dict[str, Any], needs_out: bool = True) -> "RenderJob":
+    """The settings, checked, and a word at once: what comes next takes seconds to import."""
+    from jobs.progress import printable
     from jobs.settings import RenderJob
-    return show_plan(RenderJob.read(options, options.pop("config")), json=json)
+    from jobs.usage import refuse_absent_gpu
+    job = RenderJob.read(options, options.pop("config"), needs_out=needs_out)
+    refuse_absent_gpu(job.device, job.ray)
+    # of a link only what names the file: the rest may be a key
+    named = ", ".join(source.partition("?")[0].rpartition("@")[2] if "://" in source else source for source in job.sources)
+    print(printable(f"reading {named or 'the prompts'}" + (f", for {job.out}" if job.out else "") + f" with {job.model}"),
+          file=sys.stderr, flush=True)
+    return job
 
 
 @app.command()
@@ -300,6 +326,8 @@ def convert(source: Annotated[str, typer.Argument(
     \b
     Example:  dailies convert Wan2.1-T2V-1.3B/ --model wan2.1-t2v-1.3b --to s3://b/weights/wan2.1-t2v-1.3b
     """
+    from jobs.usage import checked_place
+    checked_place("SRC", source), checked_place("--to", to)
     from jobs.convert import convert
     return convert(source, model, to, precision=precision, json=json)
 
@@ -371,8 +399,8 @@ def main(arguments: list[str] | None = None) -> int:
     if no_text := [argument for argument in arguments if not is_text(argument)]:
         encoding = sys.getfilesystemencoding()
         advice = "Rename it, or link to it by another name" if encoding == "utf-8" else "Set PYTHONUTF8=1, or rename it"
-        return fail(2, f"{no_text[0]!r} has bytes that are no text in {encoding}, and a run is written down as text. {advice}",
-                    arguments)
+        return fail(2, f"{no_text[0]!r} has bytes that are no text in {encoding}, and a run is written down as text. "
+                    f"{advice}", arguments)
     try:
         # jobs/render.py answers both signals itself while clips are made, and saves more
         with on_signals(signal.default_int_handler, signal.SIGTERM):
@@ -383,6 +411,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (Interrupted, typer.Abort):
         return fail(130, "Interrupted; the same command continues.", arguments)
     except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and (lacking := absent_package(error)):
+            return fail(5, lacking, arguments)
         from jobs.settings import exit_code_of
         if (code := exit_code_of(error)) is None:
             raise                                       # our own mistake: the traceback is what helps

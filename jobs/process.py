@@ -34,7 +34,8 @@ def speak_safely() -> None:
     encoding ends the command."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is None:                              # `>&-`: print says nothing then
+        if stream is None:                              # `2>&-`: print would take standard output for it
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
             continue
         raw = Speaker(stream.fileno(), "w", closefd=False)
         buffer = io.BufferedWriter(raw)
@@ -43,7 +44,7 @@ def speak_safely() -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """End this process with this code, after what was registered for its end, and after all is written that was said."""
+    """End this process with this code, after what was registered for its end, and when all that was said is written."""
     try:
         atexit._run_exitfuncs()                         # temporary folders, Ray, logging; what raises there is printed
     finally:

@@ -1,6 +1,9 @@
 """What a person sees while a run goes on: a live table on a terminal, one line every ten seconds elsewhere."""
 
+import os
+import shutil
 import sys
+import textwrap
 import threading
 import time
 from collections import defaultdict, deque
@@ -14,12 +17,34 @@ RATE_OVER_S = 300.0                     # a rate is what was done in the last mi
 RATE_OVER_COUNT = 20
 SAMPLE_EVERY_S = 1.0
 
-View = Literal["live", "lines", "silent"]
+BAR = 30                                # columns, where there are so many
+
+View = Literal["live", "lines"]
 
 
 def printable(text: str) -> str:
     """Text from a manifest or an error for a terminal: nothing in it moves the cursor or changes a colour."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def columns() -> int | None:
+    """Of the terminal that standard output is; None for a file or a pipe, which has lines of any length."""
+    return shutil.get_terminal_size().columns if sys.stdout is not None and sys.stdout.isatty() else None
+
+
+def say(text: str, *, indent: int = 0) -> None:
+    """Print a sentence, on a terminal broken between words; what follows its first line is indented so far."""
+    width = columns()
+    if width is None or len(text) <= width:
+        print(text)
+        return
+    if indent > width // 2:                             # a narrow terminal: the second column goes below the first
+        first, text = text[:indent].rstrip(), text[indent:]
+        print(first)
+        print(textwrap.fill(text, width, initial_indent="    ", subsequent_indent="    ", break_long_words=False))
+        return
+    print(textwrap.fill(text, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False,
+                        replace_whitespace=False, drop_whitespace=True))
 
 
 def counted(number: int, noun: str) -> str:
@@ -90,10 +115,11 @@ class Display:
         self.live = None
 
     @classmethod
-    def view_for(cls, json: bool, stream: TextIO | None = None) -> View:
-        if json:
-            return "silent"
-        return "live" if (stream or sys.stderr).isatty() else "lines"
+    def view_for(cls, stream: TextIO | None = None) -> View:
+        """A table that is drawn anew where a terminal can do that; also with --json, which is about standard output."""
+        stream = stream or sys.stderr
+        can_redraw = os.environ.get("TERM", "") not in ("dumb", "unknown", "")
+        return "live" if stream is not None and stream.isatty() and can_redraw else "lines"
 
     def __enter__(self) -> Self:
         if self.view == "live":
@@ -124,8 +150,6 @@ class Display:
 
     def note(self, text: str) -> None:
         """Something the person should know, printed at once and kept."""
-        if self.view == "silent":
-            return
         if self.live:
             self.live.console.print(printable(text), markup=False, highlight=False)
         else:
@@ -158,15 +182,18 @@ class Display:
     def table(self):
         from rich.progress_bar import ProgressBar
         from rich.table import Table
+        bar = min(BAR, self.live.console.width - 62) if self.live else BAR     # what the other columns leave
         with self.lock:
             table = Table(box=None, pad_edge=False, title=self.headline(), title_justify="left", title_style="bold")
             for name in ("stage", "copies", "queued", "in flight", "done", "rate"):
-                table.add_column(name, justify="left" if name == "stage" else "right", header_style="dim")
-            table.add_column("", width=30)
+                table.add_column(name, justify="left" if name == "stage" else "right", header_style="dim", no_wrap=True)
+            if bar > 4:
+                table.add_column("", width=bar)
             for stage in self.stages:
                 starting = f"+{stage.starting}" if stage.starting else ""
                 rate = rate_text(self.rates[stage.name].per_s(time.monotonic())) if stage.copies else "-"
-                table.add_row(stage.name, f"{stage.copies}{starting}", f"{stage.queued:,}", f"{stage.in_flight:,}",
-                              f"{stage.done:,}", rate,
-                              ProgressBar(total=max(1, self.total), completed=stage.done, width=30))
+                row = [stage.name, f"{stage.copies}{starting}", f"{stage.queued:,}", f"{stage.in_flight:,}",
+                       f"{stage.done:,}", rate]
+                table.add_row(*row, *([ProgressBar(total=max(1, self.total), completed=stage.done, width=bar)]
+                                      if bar > 4 else []))
             return table

@@ -1,17 +1,16 @@
 """One run, there and back: settings in; clips, a ledger and an exit code out."""
 
 import json as jsonlib
-import math
 import os
 import platform
+import shlex
 import signal
 import sys
 import time
-from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
@@ -23,27 +22,28 @@ from actors.cores import usable_cores
 from actors.messages import Clip, Failure, Request
 from actors.shelf import EMBEDDINGS, LATENTS, Seal, clear, is_ours
 from actors.steps import STEPS
-from jobs.progress import Display, View, counted, duration_text, printable
-from jobs.runs import bucket_text, clip_of
+from jobs.progress import Display, counted, duration_text, printable, say
+from jobs.runs import clip_of
 from jobs.settings import RenderJob
 from jobs.signals import on_signals
-from jobs.usage import UsageError, card_named
+from jobs.usage import NO_GPU, UsageError, card_named
 from model.catalog import ModelCard
 from model.private import at_home
 from model.ways import AUTO, CAPABILITIES, Gpu, Way, fastest
-from model.weights import fingerprint, locate, weights_files
+from model.weights import fingerprint, locate, weights_files, weights_here
 from pipeline.adoption import Spoilt, adopt
 from pipeline.budget import Budget
 from pipeline.complaints import shown
 from pipeline.fetch import bring
-from pipeline.forecast import Forecast, forecast, measured_costs, rows_by_work, work_of
 from pipeline.gate import REJECTED
+from pipeline.growth import Change, change, grow
 from pipeline.lease import Lease
-from pipeline.ledger import SUCCESS, Ledger, hashes_of, invalid_row, keys_of, read, row_of, write_success
+from pipeline.ledger import (SUCCESS, Ledger, forget_retried, hashes_of, invalid_row, keys_of, read, row_of,
+                             write_success)
 from pipeline.manifest import Manifest
 from pipeline.objects import PROBE, PROBE_KEY
-from pipeline.placement import Node, NoRoom
-from pipeline.plan import Defaults, Plan, PlannedRow, with_another_seed
+from pipeline.placement import Node
+from pipeline.plan import RESEEDS, Defaults, Except, Plan, PlannedRow, with_another_seed
 from pipeline.runfile import RUN, check_run, claim_run, has, read_run
 from pipeline.seal import BadSealKey, drop_key, own_key, seal_of
 from pipeline.stages import Outcome, Stage
@@ -53,9 +53,9 @@ from pipeline.text_to_video import text_to_video
 PACKAGES = ("dailies", "torch", "transformers", "ray", "av", "pyarrow")      # whose versions run.json tells
 SHOWN_FAILURES = 20
 MANY_IMAGES = 1000                                      # take longer than a person waits without a word
-RESEEDS = 2                                             # other seeds that are tried for a rejected clip
 REJECTIONS = {REJECTED, "NonFiniteLatent", "NonFiniteFrames"}
 MANY_CLIPS = 100                                        # to read and decode take longer than a person waits, likewise
+UNKNOWN = "unknown until the weights are here"          # a fingerprint
 
 
 def render(job: RenderJob, *, json: bool) -> int:
@@ -64,20 +64,21 @@ def render(job: RenderJob, *, json: bool) -> int:
     Nothing is written before everything that can be wrong with the job has been checked.
     Raises UsageError, ManifestError, CheckpointError; StoreError, ClusterError, LeaseError.
     """
-    night, show = prepare(job), Display.view_for(json)
-    deadline = job.deadline()
+    night, deadline = prepare(job), job.deadline()
     budget = Budget(until=deadline and deadline.timestamp(), gpu_hours=job.gpu_hours())
-    if night.has_begun and has(night.store, SUCCESS) and not (book := Book(night)).open_clips:
-        tell(notes_of(night), show)
+    is_same = night.has_begun and night.change is None
+    if is_same and has(night.store, SUCCESS) and not (book := Book(night)).open_clips:
+        tell(notes_of(night))
         return finish(night, book, None, budget, json)  # all is done: nothing is written, and no driver disturbed
     check_weights(night)
     begin(night)
-    tell(notes_of(night) + limits_of(night, deadline), show)
-    with Lease.take(night.store, wait=job.take_over, tell=lambda text: tell([text], show)) as lease:
-        with Book(night, lease) as book:                # read now, since the driver before may just have written
+    tell([what_is_made(night), *notes_of(night), *limits_of(night, deadline)])
+    with Lease.take(night.store, wait=job.take_over, tell=lambda text: tell([text])) as lease:
+        admit(night)                                    # now, since the driver before may just have written
+        with Book(night, lease) as book:
             todo, num_clips = book.todo()
-            tell(book.notes, show)
-            stop = work(night, book, todo, num_clips, budget, show) if num_clips else None
+            tell(book.notes)
+            stop = work(night, book, todo, num_clips, budget) if num_clips else None
         return finish(night, book, stop, budget, json)
 
 
@@ -93,6 +94,8 @@ class Night:
     has_begun: bool                                     # the folder holds this run already
     began: float                                        # monotonic
     chosen_because: str                                 # of precision and attention, where they were to be chosen
+    change: Change | None = None                        # of the manifest, since the folder was rendered for one
+    weights: Path | None                                # None: they are not here, which only `plan` accepts
 
     @property
     def device(self) -> str:
@@ -108,9 +111,10 @@ class Night:
                 "attention": plan.attention, **said, **plan.defaults.model_dump()}
 
 
-def prepare(job: RenderJob) -> Night:
+def prepare(job: RenderJob, *, weights_are_needed: bool = True) -> Night:
     """Every complaint comes from here.  Raises UsageError, ManifestError, CheckpointError, OtherRun, StoreError."""
     began = time.monotonic()
+    refuse_absent_gpu(job)
     card = card_named(job.model)
     cores_of(job)
     try:
@@ -122,7 +126,10 @@ def prepare(job: RenderJob) -> Night:
     except StoreError as error:
         raise UsageError(f"--out {error}") from None
     manifest = Manifest.read(job.sources, mapping=job.map, prompts=job.prompt)
-    weights = locate(job.weights, card, fetch=bring)
+    weights = weights_here(job.weights, card)
+    if weights is None and weights_are_needed:
+        tell([f"fetching the weights of {card.name}, which are not here (dailies plan says how large they are)"])
+        weights = locate(job.weights, card, fetch=bring)
     defaults = Defaults(resolution=job.resolution, duration_s=job.duration, steps=job.steps, guidance=job.guidance)
     try:
         defaults.resolved(card)
@@ -141,11 +148,12 @@ def prepare(job: RenderJob) -> Night:
         if value not in allowed:
             raise UsageError(f"--{name} must be {' or '.join(allowed)} for {card.name}; got {value}")
     # of a cluster's machines it is known when they are at work
-    fallbacks = () if job.ray != "local" else (
+    fallbacks = () if job.ray != "local" or weights is None else (
         *card.fallbacks(weights, device, precision), *card.decode_fallbacks(device, precision, decode_precision))
     if card.takes_image and manifest.table.num_rows >= MANY_IMAGES:
         print(f"reading the images of {counted(manifest.table.num_rows, 'row')}", file=sys.stderr, flush=True)
-    plan = Plan.make(manifest, card, defaults, weights_fingerprint=fingerprint(weights_files(card, weights)),
+    print_of = fingerprint(weights_files(card, weights)) if weights else before.get("weights_fingerprint", UNKNOWN)
+    plan = Plan.make(manifest, card, defaults, weights_fingerprint=print_of,
                      precision=precision, attention=attention, decode_precision=decode_precision,
                      variant=variant_of(job, device),
                      skip_invalid=job.skip_invalid)
@@ -153,10 +161,11 @@ def prepare(job: RenderJob) -> Night:
         said = "; ".join([*fallbacks, *(f"{counted(rows, 'row')}: {note}" for note, rows in plan.roundings[:10])])
         raise UsageError(f"--strict, and not every row can be rendered as asked: {said}")
     night = Night(job=job, card=card, store=store, plan=plan, fallbacks=fallbacks, has_begun=found is not None,
-                  began=began, chosen_because=way.because)
-    if found is not None:
-        check_run(store, found, night.identity())
-    return night
+                  began=began, chosen_because=way.because, weights=weights)
+    if found is None:
+        return night
+    check_run(store, found, night.identity())
+    return replace(night, change=change(store, found, plan))
 
 
 def variant_of(job: RenderJob, device: str) -> str | None:
@@ -169,7 +178,14 @@ def variant_of(job: RenderJob, device: str) -> str | None:
     return ", ".join(said) or None
 
 
-def way_of(job: RenderJob, card: ModelCard, weights: Path, device: str, found: dict[str, Any] | None) -> Way:
+def refuse_absent_gpu(job: RenderJob) -> None:
+    """Raises UsageError for a GPU that this machine has not, before anything is read or written."""
+    import torch
+    if job.device == "cuda" and job.ray == "local" and not torch.cuda.is_available():
+        raise UsageError(NO_GPU)
+
+
+def way_of(job: RenderJob, card: ModelCard, weights: Path | None, device: str, found: dict[str, Any] | None) -> Way:
     """Precision and attention: as they are said, as the run that is continued has them, chosen, or the model's own.
 
     Raises UsageError where they are to be chosen for GPUs of several kinds.
@@ -179,7 +195,7 @@ def way_of(job: RenderJob, card: ModelCard, weights: Path, device: str, found: d
         before = found["identity"]
         said = {name: value if value not in (None, AUTO) else before.get(name) for name, value in said.items()}
         return Way(**said, because=found.get("chosen_because") or "")
-    own = card.precision_in(weights, device)
+    own = card.precision_in(weights, device) if weights else card.precision_on(device)
     if AUTO not in said.values():
         return Way(precision=said["precision"] or own, attention=said["attention"] or card.attentions[0], because="")
     # weights that are INT8 already run in nothing else
@@ -242,9 +258,8 @@ def cores_of(job: RenderJob) -> int | None:
 
 def check_weights(night: Night) -> None:
     """Names, shapes and dtypes of every weight, from the files' headers.  Raises CheckpointError."""
-    weights = locate(night.job.weights, night.card, fetch=bring)
     for build in night.card.builders():
-        build(weights, "meta", night.plan.precision)
+        build(night.weights, "meta", night.plan.precision)
 
 
 def begin(night: Night) -> None:
@@ -260,10 +275,27 @@ def begin(night: Night) -> None:
         "device": night.device, "rows": summary["rows"], "invalid_rows": summary["invalid_rows"],
         "planned_rows": summary["planned_rows"], "clips": summary["clips"], "duplicates": summary["duplicates"],
         "settings": summary["settings"], "buckets": summary["buckets"], "more_buckets": summary["more_buckets"],
-        "roundings": summary["roundings"], "job": night.job.model_dump(), "chosen_because": night.chosen_because,
-        "fallbacks": list(night.fallbacks), "versions": {name: version_of(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "roundings": summary["roundings"], "rows_digest": night.plan.rows_digest, "job": night.job.model_dump(),
+        "chosen_because": night.chosen_because, "fallbacks": list(night.fallbacks),
+        "versions": {name: version_of(name) for name in PACKAGES} | {"python": platform.python_version()},
         "began_at": datetime.now(UTC).isoformat(timespec="seconds"),
     })
+
+
+def admit(night: Night) -> None:
+    """Let the folder grow, where this is not the manifest that it was rendered for.  Raises OtherRun, StoreError."""
+    run = read_run(night.store)
+    if run is not None and change(night.store, run, night.plan) is not None:
+        grow(night.store, night.plan)
+
+
+def what_is_made(night: Night, *, has_out: bool = True) -> str:
+    """Said before the work begins, which takes a while to show anything."""
+    plan = night.plan
+    images = f", {counted(plan.num_images, 'image')}" if plan.num_images else ""
+    return (f"{counted(plan.manifest.table.num_rows, 'row')}{images}, {counted(plan.num_clips, 'clip')} with "
+            f"{night.card.name} in {plan.precision} on {night.device}"
+            + (f", into {night.store.uri}" if has_out else ""))
 
 
 def version_of(package: str) -> str:
@@ -289,6 +321,10 @@ class Book:
         self.spoilt: dict[str, Spoilt] = {}             # files under clips' names that are not those clips
         left = self.ledger.pending(keys)
         self.num_rows = keys.num_rows + self.plan.num_invalid_rows
+        known = {name for name, seed in keys_of(self.ledger.keys) if seed is None}
+        self.new_invalid = [row for row in self.plan.invalid_rows() if row.id not in known]
+        self.num_invalid = self.plan.num_invalid_rows - len(self.new_invalid)       # that the ledger has
+        self.left_by_limit = 0                          # clips to make, beyond what this command was to make
         self.open_clips = set(left["clip_id"].to_pylist())
         # rows that are written although another row of their clip is not: they must not be written again
         written = keys.join(left.select(["id", "seed"]), ["id", "seed"], join_type="left anti")
@@ -311,19 +347,22 @@ class Book:
         self.lease.check()
         self.ledger.tick()
 
+    def wanted(self) -> tuple[set[str], set[str]]:
+        """The clips that have to be made, and those that are published but not in the ledger."""
+        published = self.open_clips.intersection(self.files)
+        return self.open_clips - published, published
+
     def todo(self) -> tuple[Iterator[Request], int]:
         """The requests to render, in order, and how many. Invalid rows and published clips get their rows first."""
+        if self.open_clips or self.new_invalid:
+            self.store.delete(SUCCESS)
         self.record_invalid()
-        if not self.open_clips:
-            return iter(()), 0
-        self.store.delete(SUCCESS)
-        wanted = self.open_clips
-        if self.limit is not None:
-            wanted = wanted & {request.clip_id for request in islice(self.plan.requests(), self.limit)}
-        published = self.open_clips.intersection(self.files)
+        wanted, published = self.wanted()
         self.adopt(self.plan.requests(skip=Except(published)), published)
-        wanted = wanted - published | wanted & self.spoilt.keys()
-        return self.plan.requests(skip=Except(wanted)), len(wanted)
+        wanted |= published & self.spoilt.keys()
+        num_clips = min(len(wanted), self.limit or len(wanted))
+        self.left_by_limit = len(wanted) - num_clips
+        return islice(self.plan.requests(skip=Except(wanted)), num_clips), num_clips
 
     @property
     def notes(self) -> list[str]:
@@ -339,17 +378,15 @@ class Book:
         return notes
 
     def record_invalid(self) -> None:
-        if not self.plan.num_invalid_rows:
-            return
-        known = {name for name, seed in keys_of(self.ledger.keys) if seed is None}
-        for row in self.plan.invalid_rows():
-            if row.id not in known:
-                self.ledger.append([invalid_row(row.id, row.prompt, row.error)], self.plan.user_columns([row.row]))
+        for row in self.new_invalid:
+            self.ledger.append([invalid_row(row.id, row.prompt, row.error)], self.plan.user_columns([row.row]))
+        self.num_invalid += len(self.new_invalid)
+        self.new_invalid = []
 
     def adopt(self, requests: Iterable[Request], published: set[str]) -> None:
         """Write the rows of clips that were published by a run which was killed before it could."""
         if len(published) >= MANY_CLIPS:
-            tell([f"reading {counted(len(published), 'clip')} that are published and have no row"], "lines")
+            tell([f"reading {counted(len(published), 'clip')} that are published and have no row"])
         for found in adopt(self.store, requests, hashes_of(self.store, published)):
             if isinstance(found, Spoilt):
                 self.spoilt[found.request.clip_id] = found
@@ -396,6 +433,7 @@ class Book:
                            self.plan.user_columns([row.row for row in rows]))
 
     def counts(self) -> dict[str, int]:
+        """Of this manifest's rows; a run folder may have others besides."""
         done, failed = self.ledger.counts["done"], self.ledger.counts["failed"]
         return {"rows": self.num_rows, "done": done, "failed": failed, "pending": self.num_rows - done - failed}
 
@@ -406,24 +444,14 @@ def files_of_clips(store: Store) -> dict[str, int]:
     return {clip_id: num_bytes for clip_id, (key, num_bytes) in files.items() if clip_key(clip_id) == key}
 
 
-class Except(Container[str]):
-    """Everything but what is in `wanted`."""
-
-    def __init__(self, wanted: set[str]):
-        self.wanted = wanted
-
-    def __contains__(self, item: object) -> bool:
-        return item not in self.wanted
-
-
-def work(night: Night, book: Book, todo: Iterable[Request], num_clips: int, budget: Budget, view: View) -> Any:
+def work(night: Night, book: Book, todo: Iterable[Request], num_clips: int, budget: Budget) -> Any:
     """Render until all is done, the budget is used up or somebody stops it; returns the Stop."""
     from pipeline import cluster                        # Ray is wanted only where there is something to do
     job, stop = night.job, cluster.Stop()
     book.lease.on_lost = stop.now
     spoilt = {clip_id: found.sha256 for clip_id, found in book.spoilt.items()}
     stages = stages_of(night, seal_of(night.store, fresh=not night.has_begun), spoilt)
-    with Display(total=num_clips, view=view) as display:
+    with Display(total=num_clips, view=Display.view_for()) as display:
         def on_progress(progress: cluster.Progress) -> None:
             display.update(progress)
             book.tick()
@@ -482,35 +510,58 @@ def finish(night: Night, book: Book, stop: Any, budget: Budget, json: bool) -> i
     if not counts["pending"]:
         clear_shelf(night)
         if not has(store, SUCCESS):
+            forget_retried(store)
             write_success(store)
     if book.lease is not None:
         store.tidy("clips", EMBEDDINGS, LATENTS, STEPS)
     interrupted = stop is not None and stop.draining and counts["pending"] > 0
     out_of_budget = budget.has_stopped and counts["pending"] > 0
-    code = 130 if interrupted else 4 if out_of_budget else 3 if counts["failed"] else 0
+    stopped = interrupted or out_of_budget or book.left_by_limit > 0
+    code = 130 if interrupted else 4 if stopped else 3 if counts["failed"] else 0
     price = night.job.price
     cost = {} if price is None else {"cost": round(price * budget.gpu_hours, 2)}
     seconds = time.monotonic() - night.began
     if json:
         print(jsonlib.dumps({"exit_code": code, "out": store.uri, **counts, "clips": night.plan.num_clips,
-                             "rendered": book.num_rendered, "adopted": book.num_adopted, "seconds": round(seconds, 3),
+                             "rendered": book.num_rendered, "adopted": book.num_adopted,
+                             "left_by_limit": book.left_by_limit, "seconds": round(seconds, 3),
                              "gpu_hours": round(budget.gpu_hours, 4), **cost,
                              "notes": notes_of(night) + book.notes, "failures": book.failures}))
         return code
-    print(f"{store.uri}: {counted(counts['done'], 'row')} done, {counts['failed']:,} failed, {counts['pending']:,} "
+    say(f"{store.uri}: {counted(counts['done'], 'row')} done, {counts['failed']:,} failed, {counts['pending']:,} "
           f"pending; {counted(book.num_rendered, 'clip')} rendered in {duration_text(seconds)}"
           + (f", {book.num_adopted:,} found published" if book.num_adopted else "")
           + (f", {budget.gpu_hours:,.2f} GPU hours held" if budget.gpu_hours else "")
           + (f", {cost['cost']:,.2f} USD" if cost else ""))
     for failure in book.failures:
-        print(printable(f"  {failure['id']}: {failure['error_type']} in {failure['stage']}: {failure['error']}"[:300]))
-    if counts["failed"]:
-        print(f"Try the failed rows again with: dailies retry {store.uri}, then the same command")
-    if interrupted:
-        print("Interrupted; the same command continues.")
-    elif out_of_budget:
-        print("Stopped: no further clip would be done within the deadline or budget. The same command continues.")
+        say(printable(f"  {failure['id']}: {failure['error_type']} in {failure['stage']}: {failure['error']}"[:300]))
+    for sentence in next_steps(night, book, interrupted=interrupted, out_of_budget=out_of_budget):
+        say(printable(sentence))
     return code
+
+
+def next_steps(night: Night, book: Book, *, interrupted: bool, out_of_budget: bool) -> Iterator[str]:
+    """Where to look, and what to type next."""
+    store, job = night.store, night.job
+    uri = shlex.quote(job.out)
+    if example := next((info for info in store.list("clips/") if info.key.endswith(".mp4")), None):
+        yield f"The clips are in {store.uri_of('clips/')}, as {store.uri_of(example.key)}"
+    if book.ledger.counts["failed"] > book.num_invalid:
+        yield f"Try the failed rows again with: dailies retry {uri}, then the same command"
+    if book.num_invalid:
+        yield (f"{counted(book.num_invalid, 'row')} of the manifest could not be used; mend what `dailies plan` says "
+               "of them, and the same command makes those alone")
+    if interrupted:
+        yield "Interrupted; the same command continues."
+    elif out_of_budget:
+        later = ", with a later --until" if job.until_is_one_moment else ""
+        yield ("Stopped: no further clip would be done within the deadline or budget. The same command "
+               f"continues{later}.")
+    elif book.left_by_limit:
+        following = min(book.left_by_limit, job.limit)
+        yield (f"Stopped at --limit {job.limit}; the same command makes the next {following:,}"
+               + (f" of {book.left_by_limit:,}." if book.left_by_limit > following else "."))
+    yield f"Look at it with: dailies status {uri}; check every clip with: dailies verify {uri}"
 
 
 def clear_shelf(night: Night) -> None:
@@ -533,16 +584,16 @@ def clear_shelf(night: Night) -> None:
     drop_key(store)
 
 
-def tell(notes: list[str], view: View) -> None:
-    if view != "silent":
-        for note in notes:
-            print(printable(note), file=sys.stderr)
+def tell(notes: list[str]) -> None:
+    for note in notes:
+        print(printable(note), file=sys.stderr, flush=True)
 
 
 def notes_of(night: Night) -> list[str]:
     """What will not be quite as asked, for a person."""
     plan, summary = night.plan, night.plan.summary()
-    notes = list(night.fallbacks)
+    notes = [str(night.change)] if night.change else []
+    notes += night.fallbacks
     if night.chosen_because:
         notes.append(f"{plan.precision} with {plan.attention} attention: {night.chosen_because}")
     if plan.attention == "sparse" and not plan.card.tuned_for_sparse:
@@ -578,84 +629,3 @@ def limits_of(night: Night, deadline: datetime | None) -> list[str]:
                      ("" if job.max_cost is None else f", {job.price * hours:,.2f} USD") +
                      ("; but a run on CPUs holds no GPU, so this does not limit it" if night.device == "cpu" else ""))
     return notes
-
-
-def show_plan(job: RenderJob, *, json: bool) -> int:
-    """Print what `render` would do; writes nothing."""
-    night = prepare(job)
-    check_weights(night)
-    summary, foretold, no_room = night.plan.summary(), None, ""
-    try:
-        foretold = foretell(night)
-    except NoRoom as error:
-        no_room = str(error)
-    if json:
-        print(jsonlib.dumps(summary | {"out": night.store.uri, "device": night.device, "forecast": foretold,
-                                       "no_room": no_room or None, "exit_code": 0}))
-        return 0
-    settings = summary["settings"]
-    images = f", {counted(summary['images'], 'image')}" if summary["images"] else ""
-    print(f"{printable(summary['manifest'])}: {counted(summary['rows'], 'row')}{images}, {counted(summary['clips'], 'clip')} "
-          f"with {summary['model']} in {settings['precision']} on {night.device}")
-    print("for rows that do not say: " + ", ".join(f"{name} {value}" for name, value in settings.items()
-                                                   if value is not None and value != ""))
-    for bucket in summary["buckets"]:
-        print(f"{bucket['clips']:>9,} x {bucket_text(bucket)}")
-    if summary["more_buckets"]:
-        print(f"          and {summary['more_buckets']:,} more buckets")
-    for note in notes_of(night):
-        print(printable(note))
-    if no_room:
-        print(printable(f"not to be made here: {no_room}"))
-    elif foretold is None:
-        print("how long it will take is known when some of its clips are made: dailies render ... --limit 10")
-    elif foretold["clips"]:
-        held = f", {foretold['gpu_hours']:,.2f} GPU hours on {counted(foretold['gpus'], 'GPU')}"
-        held = held if foretold["gpus"] else ""
-        cost = f", {foretold['cost']:,.2f} USD" if "cost" in foretold else ""
-        print(f"{counted(foretold['clips'], 'clip')} to make: {duration_text(foretold['seconds'])}{held}{cost}, "
-              f"done at {datetime.fromisoformat(foretold['done_at']):%Y-%m-%d %H:%M} if begun now; judged by "
-              f"{counted(foretold['measured_clips'], 'clip')} of this run, without what processes take to start")
-    else:
-        print("nothing is left to make")
-    return 0
-
-
-def foretell(night: Night) -> dict[str, Any] | None:
-    """What the clips that are not made yet will take here, by those that are; None where none is.  Raises NoRoom."""
-    if not night.has_begun:
-        return None
-    shape = ["width", "height", "frames", "steps", "guidance"]
-    seconds = ["encode_s", "sample_s", "decode_s", "publish_s", "gpu_s"]
-    table = read(night.store, ["clip_id", "status", *shape, *seconds])
-    ended_clips = {row["clip_id"]: row for row in table.to_pylist() if row["clip_id"]}.values()
-    # a failed clip is not made again either, until `retry` says so
-    ended = Counter(tuple(row[name] for name in shape) for row in ended_clips)
-    done = [row for row in ended_clips if row["status"] == "done"]
-    stages, machines, found = stages_of(night), machines_of(night.job), []
-    encoded = night.plan.num_prompts / max(1, night.plan.num_clips)
-    left: Counter[float] = Counter()                    # clips by work: buckets of equal work cost the same
-    of_work: dict[float, dict[str, Any]] = {}
-    # --limit is of the plan's first clips, and those are made first
-    room = max(0, (night.job.limit or night.plan.num_clips) - ended.total())
-    for bucket in night.plan.buckets():
-        clips = min(room, max(0, bucket["clips"] - ended[tuple(bucket[name] for name in shape)]))
-        left[work_of(bucket)] += clips
-        of_work.setdefault(work_of(bucket), bucket)
-        room -= clips
-    measured = rows_by_work(done)
-    if not measured:
-        return None
-    for work, clips in left.items():
-        if clips:
-            costs = measured_costs(measured, of_work[work])
-            found.append((clips, forecast(stages, machines, costs, clips, encoded=math.ceil(encoded * clips))))
-    return said_of(found, sum(map(len, measured.values())), night.job.price)
-
-
-def said_of(found: list[tuple[int, Forecast]], measured: int, price: float | None) -> dict[str, Any]:
-    seconds, gpu_hours = (sum(getattr(each, name) for _, each in found) for name in ("seconds", "gpu_hours"))
-    return {"clips": sum(clips for clips, _ in found), "seconds": round(seconds, 1), "gpu_hours": round(gpu_hours, 4),
-            "gpus": round(3600 * gpu_hours / seconds) if seconds else 0, "measured_clips": measured,
-            "done_at": (datetime.now(UTC).astimezone() + timedelta(seconds=seconds)).isoformat(timespec="seconds"),
-            **({} if price is None else {"cost": round(price * gpu_hours, 2)})}

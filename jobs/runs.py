@@ -6,18 +6,17 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
-from jobs.progress import counted, duration_text, printable
-from jobs.usage import UsageError, card_named
+from jobs.progress import counted, duration_text, printable, say
+from jobs.usage import UsageError, card_named, checked_place
 from model.catalog import CATALOG, ModelCard
 from model.private import at_home
 from model.weights import CheckpointError, locate, missing_files, weights_files
 from pipeline import ledger
 from pipeline.lease import Lease
 from pipeline.pace import WAIT_AND_WORK, pace
-from pipeline.runfile import RUN, OtherRun, damaged, has, read_run
+from pipeline.runfile import RUN, OtherRun, damaged, has, known_manifest, read_run
 from pipeline.store import Store, StoreError, open_store
 
 COUNTED = ("planned_rows", "invalid_rows", "clips", "buckets", "more_buckets")      # by run.json
@@ -26,7 +25,7 @@ STALE = timedelta(minutes=15)                           # without a row for so l
 
 def open_run(uri: str) -> tuple[Store, dict[str, Any]]:
     """The run folder and its run.json.  Raises UsageError where there is none; StoreError."""
-    store = open_store(uri)
+    store = open_store(checked_place("the run folder", uri))
     try:
         run = read_run(store)
     except OtherRun:
@@ -42,22 +41,24 @@ def open_run(uri: str) -> tuple[Store, dict[str, Any]]:
 def status(uri: str, *, json: bool) -> int:
     """Print how far a run is; from the folder alone."""
     store, run = open_run(uri)
-    said = {"out": store.uri, "model": run["identity"].get("model")} | progress_of(store, run)
+    said = {"out": store.uri, "model": run["identity"].get("model")} | progress_of(store, known_manifest(store, run))
     if json:
         print(jsonlib.dumps(said))
         return 0
-    print(f"{store.uri}: {said['done']:,} of {counted(said['rows'], 'row')} done, {said['failed']:,} failed, "
-          f"{said['pending']:,} pending" + ("; finished" if said["finished"] else ""))
+    say(f"{store.uri}: {said['done']:,} of {counted(said['rows'], 'row')} done, {said['failed']:,} failed, "
+        f"{said['pending']:,} pending" + ("; finished" if said["finished"] else ""))
     pace_said = [f"{said['clips_per_hour']:,.1f} clips per hour"] if said["clips_per_hour"] is not None else []
     pace_said += [f"ETA {duration_text(said['eta_s'])}"] if said["eta_s"] is not None else []
     pace_said += [f"last row {duration_text(said['last_row_s_ago'])} ago"] if said["last_row_s_ago"] is not None else []
     if pace_said:
-        print(", ".join(pace_said))
+        say(", ".join(pace_said))
     for bucket in said["buckets"]:
-        print(f"  {bucket['done']:>9,} done {bucket['failed']:>7,} failed {bucket['pending']:>9,} pending  "
-              f"{bucket['bucket']}")
+        counts = f"{bucket['done']:>7,} done {bucket['failed']:>5,} failed {bucket['pending']:>7,} pending  "
+        say(counts + bucket["bucket"], indent=len(counts))
+    if said["more_buckets"]:
+        print(f"        and {said['more_buckets']:,} more buckets")
     for error_type, count in said["failed_by_type"].items():
-        print(f"  {count:,} failed with {printable(error_type)}")
+        say(f"  {count:,} failed with {printable(error_type)}")
     return 0
 
 
@@ -78,7 +79,7 @@ def progress_of(store: Store, run: dict[str, Any]) -> dict[str, Any]:
     return {
         "rows": rows, "done": counts["done"], "failed": counts["failed"],
         "pending": max(0, rows - counts["done"] - counts["failed"]), "clips": run["clips"], "pending_clips": pending_clips,
-        "finished": has(store, ledger.SUCCESS),
+        "finished": rows == counts["done"] + counts["failed"] or has(store, ledger.SUCCESS),
         "clips_per_hour": per_hour, "eta_s": 3600 * pending_clips / per_hour if running and pending_clips else None,
         "last_row_s_ago": (now - last).total_seconds() if last else None,
         "buckets": buckets_of(run, zip(columns["clip_id"], columns["status"],
@@ -141,6 +142,8 @@ def models(name: str | None, weights: str | None, *, json: bool) -> int:
     # read by the hub's client when it is imported: to look must not fetch 20 GB
     os.environ["HF_HUB_OFFLINE"] = "1"
     cards = [card_named(name)] if name else list(CATALOG.values())
+    if weights is not None:
+        checked_place("--weights", weights)
     found = [describe(card, weights if name else None) for card in cards]
     if json:
         print(jsonlib.dumps(found[0] if name else {"models": found}))
@@ -150,7 +153,7 @@ def models(name: str | None, weights: str | None, *, json: bool) -> int:
         width = max(len(model["name"]) for model in found)
         for model in found:
             state = "weights found" if model["weights"]["complete"] else "weights missing"
-            print(f"{model['name']:<{width}}  {state:<15}  {model['description']}")
+            say(f"{model['name']:<{width}}  {state:<15}  {model['description']}", indent=width + 19)
     return 0
 
 
@@ -193,27 +196,26 @@ def look_for_weights(card: ModelCard, weights: str | None) -> dict[str, Any]:
 
 def print_model(model: dict[str, Any]) -> None:
     defaults, limits, weights = model["defaults"], model["limits"], model["weights"]
-    sizes = ", ".join(f"{name} {size}" for name, size in model["resolutions"].items())
-    memory = ", ".join(f"{stage} {gb} GB" for stage, gb in model["memory_gb"].items())
-    print(f"{model['name']}: {model['description']}")
-    print(f"  defaults    {', '.join(f'{name} {value}' for name, value in defaults.items() if value != '')}")
-    print(f"  sizes       {sizes}; WIDTHxHEIGHT in steps of {limits['side_step']} from {limits['min_side']}, "
-          f"at most {limits['max_pixels']:,} pixels")
-    if model["takes_image"]:
-        print("  image       every row needs one; a named size is an area in the image's aspect, to WIDTHxHEIGHT it is "
-              "cropped")
-    print(f"  length      1 to {limits['max_duration_s']:g} s at {model['fps']:g} frames per second")
-    print(f"  precision   {', '.join(model['precisions'])}")
     tuned = "was tuned" if model["tuned_for_sparse"] else "was not tuned"
-    print(f"  attention   {', '.join(model['attentions'])}; sparse keeps {model['keep_ratio']:.0%} of the blocks of "
-          f"keys, which this model {tuned} for")
-    for sentence in (*model["differs"], *([model["guidance_note"]] if model["guidance_note"] else [])):
-        print(f"  note        {sentence}")
-    if memory:
-        print(f"  GPU memory  {memory}")
-    if weights["complete"]:
-        print(f"  weights     {weights['folder']} ({weights['num_bytes'] / 1e6:,.1f} MB)")
-    else:
-        print(f"  weights     {weights['problem']}")
-        for name in weights["missing"]:
-            print(f"              missing: {name}")
+    lines = {
+        "defaults": ", ".join(f"{name} {value}" for name, value in defaults.items() if value != ""),
+        "sizes": ", ".join(f"{name} {size}" for name, size in model["resolutions"].items())
+        + f"; WIDTHxHEIGHT in steps of {limits['side_step']} from {limits['min_side']}, at most "
+        f"{limits['max_pixels']:,} pixels",
+        "image": "every row needs one; a named size is an area in the image's aspect, to WIDTHxHEIGHT it is cropped"
+        if model["takes_image"] else "",
+        "length": f"1 to {limits['max_duration_s']:g} s at {model['fps']:g} frames per second",
+        "precision": ", ".join(model["precisions"]),
+        "attention": f"{', '.join(model['attentions'])}; sparse keeps {model['keep_ratio']:.0%} of the blocks of keys, "
+        f"which this model {tuned} for",
+        "note": "; ".join((*model["differs"], *([model["guidance_note"]] if model["guidance_note"] else []))),
+        "GPU memory": ", ".join(f"{stage} {gb} GB" for stage, gb in model["memory_gb"].items()),
+        "weights": weights["problem"] if not weights["complete"] else
+        f"{weights['folder']} ({weights['num_bytes'] / 1e6:,.1f} MB)",
+    }
+    say(f"{model['name']}: {model['description']}")
+    for name, text in lines.items():
+        if text:
+            say(f"  {name:<12}{text}", indent=14)
+    for name in weights["missing"]:
+        print(f"              missing: {name}")

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from jobs.usage import UsageError, suggestion
+from jobs.usage import UsageError, checked_place, suggestion
 from pipeline.complaints import shown
 from pipeline.manifest_names import NAMES
 from pipeline.objects import plain_uri
@@ -52,7 +52,7 @@ class RenderJob(BaseModel):
     max_cost: Amount | None = None                      # USD
     price: Amount | None = None                         # USD per GPU hour
 
-    limit: Count | None = None                          # only the first clips of the plan
+    limit: Count | None = None                          # the most clips that this command makes
     max_attempts: Count = 3                             # of one row whose worker died
     skip_invalid: bool = False
     strict: bool = False                                # a fallback is an error
@@ -104,15 +104,25 @@ class RenderJob(BaseModel):
         """In local time; None: there is no hurry."""
         return None if self.until is None else time_meant(self.until)
 
+    @property
+    def until_is_one_moment(self) -> bool:
+        """Whether the deadline is a date, which does not come again tomorrow."""
+        return self.until is not None and not is_time_of_day(self.until)
+
     def gpu_hours(self) -> float | None:
         """The smaller of what may be held and what can be paid."""
         paid = None if self.max_cost is None else self.max_cost / self.price
         return min((hours for hours in (self.max_gpu_hours, paid) if hours is not None), default=None)
 
     @classmethod
-    def read(cls, flags: Mapping[str, Any], config: Path | None = None) -> Self:
-        """Flags that were given (not None) over the keys of the file, over the defaults.  Raises UsageError."""
+    def read(cls, flags: Mapping[str, Any], config: Path | None = None, *, needs_out: bool = True) -> Self:
+        """Flags that were given (not None) over the keys of the file, over the defaults.  Raises UsageError.
+
+        needs_out: whether it is an error to say no `out`, which is "" otherwise.
+        """
         said = read_config(config, known=list(cls.model_fields)) if config else {}
+        if not needs_out:
+            said.setdefault("out", "")
         given = {name: value for name, value in flags.items() if value not in (None, [], ())}
         if "manifest" in given or "prompt" in given:    # what is typed stands in place of both
             said = {name: value for name, value in said.items() if name not in ("manifest", "prompt")}
@@ -125,7 +135,7 @@ class RenderJob(BaseModel):
         if both.get("manifest") and both.get("prompt"):
             raise UsageError("Give a manifest or prompts, not both: a row for each prompt is all that --prompt makes")
         for name, what in (("manifest", "A manifest"), ("out", "An output folder")):
-            if not both.get(name) and not (name == "manifest" and both.get("prompt")):
+            if not both.get(name) and (needs_out or name != "out") and not (name == "manifest" and both.get("prompt")):
                 raise UsageError(f"{what} is needed: dailies render MANIFEST --out URI" +
                                  (f", or {name} = \"...\" in {config}" if config else ""))
         try:
@@ -133,6 +143,9 @@ class RenderJob(BaseModel):
         except ValidationError as error:
             problems = [problem(detail, set(given), config) for detail in error.errors()]
             raise UsageError("\n".join(problems)) from None
+        for name, places in (("manifest", job.sources), ("out", [job.out]), ("weights", [job.weights])):
+            for place in filter(None, places):
+                checked_place(f"--{name}" if name in given and name != "manifest" else name, place)
         if job.max_cost is not None and job.price is None:
             raise UsageError("--max-cost needs --price, USD per GPU hour" + (f" (price in {config})" if config else ""))
         return job
@@ -162,6 +175,14 @@ def time_meant(said: str) -> datetime | None:
         return datetime.fromisoformat(said).astimezone() if ":" in said else None
     except (ValueError, OverflowError, OSError):
         return None
+
+
+def is_time_of_day(said: str) -> bool:
+    try:
+        time.fromisoformat(said)
+        return True
+    except ValueError:
+        return False
 
 
 def read_config(path: Path, known: list[str]) -> dict[str, Any]:

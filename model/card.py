@@ -42,6 +42,7 @@ class ModelCard:
 
     # where the weights are, under a folder in one of the layouts
     repo_id: str | None = None                          # on the Hugging Face hub
+    least_gb: float | None = None                       # what is fetched from there, if all of it is in 16 bits
     sources: Mapping[str, tuple[str, ...]] = field(default_factory=dict)   # else: repositories to convert, their files
     folder: Path | None = None                          # weights that come with dailies
 

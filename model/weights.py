@@ -7,6 +7,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
+from fnmatch import fnmatch
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
@@ -14,6 +15,7 @@ from typing import Any, BinaryIO
 from model.card import Layout, ModelCard
 from model.private import at_home, cache_folder, open_regular, private_folder
 
+HUB_PATIENCE_S = 5.0                                    # for a size
 PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 INDEX = ".index.json"                                   # of a file's shards, behind the file's name
 SHARD = re.compile(r"[^/\x00]{1,250}")
@@ -53,6 +55,13 @@ def locate(weights: str | Path | None, card: ModelCard, fetch: Callable[[str, Pa
                                   f"{'a file' if folder.exists() else 'not there'}")
     complain_about_missing(card, folder)
     return folder
+
+
+def weights_here(weights: str | Path | None, card: ModelCard) -> Path | None:
+    """As `locate`, but nothing is fetched: None for weights in a bucket or on the hub, or that have to be converted."""
+    if weights is None and card.folder is None:
+        return in_hub_cache(card) if card.repo_id else None
+    return None if "://" in str(weights) else locate(weights, card)
 
 
 def complain_about_missing(card: ModelCard, folder: Path) -> None:
@@ -192,7 +201,6 @@ def check_size(path: Path, num_bytes: int) -> None:
 def from_hub(card: ModelCard) -> Path:
     """The repository's snapshot from the Hugging Face cache; what the cache lacks is downloaded."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.utils import disable_progress_bars
 
     if card.sources:
@@ -202,28 +210,54 @@ def from_hub(card: ModelCard) -> Path:
                               "folder, and name WEIGHTS with --weights")
     if card.repo_id is None:
         raise CheckpointError(f"{card.name}: no weights come with it; name their folder with --weights")
+    if (folder := in_hub_cache(card)) is not None:
+        return folder
+    disable_progress_bars()
+    try:
+        return Path(snapshot_download(**hub_files(card)))
+    except Exception as error:                          # the client raises many kinds: offline, gated, gone, disk full
+        raise CheckpointError(
+            f"{card.name}: the weights ({', '.join(hub_files(card)['allow_patterns'])}) are neither in the Hugging "
+            f"Face cache {hub_folder()} nor could {card.repo_id} be downloaded ({type(error).__name__}: "
+            f"{first_line(error)}). Download the repository and name its folder with --weights") from error
+
+
+def hub_files(card: ModelCard) -> dict[str, Any]:
+    """What to ask the hub for."""
     layout = card.layouts[0]
     wanted = [part if is_file(part) else f"{part}/*" for part in (*layout.parts, layout.tokenizer)]
     shards = [form for part in layout.parts if is_file(part)
               for form in (part + INDEX, part.removesuffix(".safetensors") + "-*-of-*.safetensors")]
-    # its own, but for a user without a home, whose ~ it would give up on
-    cache = cache_folder() / "hub" if HF_HUB_CACHE.startswith("~") else HF_HUB_CACHE
-    ask = dict(repo_id=card.repo_id, allow_patterns=wanted + shards, cache_dir=cache,
-               ignore_patterns=[f"*{suffix}" for suffix in PICKLES])
+    return dict(repo_id=card.repo_id, allow_patterns=wanted + shards, cache_dir=hub_folder(),
+                ignore_patterns=[f"*{suffix}" for suffix in PICKLES])
+
+
+def in_hub_cache(card: ModelCard) -> Path | None:
+    """The repository's snapshot in the Hugging Face cache, if it is complete there."""
+    from huggingface_hub import snapshot_download
+    with suppress(OSError):                             # nothing of it in the cache
+        folder = Path(snapshot_download(**hub_files(card), local_files_only=True))
+        return None if missing_files(card, folder) else folder
+    return None
+
+
+def hub_folder() -> Path:
+    """Where what the hub sends is kept: its own cache, but for a user without a home, whose ~ it would give up on."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+    return cache_folder() / "hub" if HF_HUB_CACHE.startswith("~") else Path(HF_HUB_CACHE)
+
+
+def hub_bytes(card: ModelCard) -> int | None:
+    """What the hub would have to send; None where it does not say, or does not answer soon."""
+    from huggingface_hub import HfApi
+    ask = hub_files(card)
     try:
-        folder = Path(snapshot_download(**ask, local_files_only=True))
-        if not missing_files(card, folder):
-            return folder
-    except OSError:                                     # nothing of it in the cache
-        pass
-    disable_progress_bars()
-    try:
-        return Path(snapshot_download(**ask))
-    except Exception as error:                          # the client raises many kinds: offline, gated, gone, disk full
-        raise CheckpointError(
-            f"{card.name}: the weights ({', '.join(wanted)}) are neither in the Hugging Face cache {cache} "
-            f"nor could {card.repo_id} be downloaded ({type(error).__name__}: {first_line(error)}). "
-            f"Download the repository and name its folder with --weights") from error
+        found = HfApi().model_info(card.repo_id, files_metadata=True, timeout=HUB_PATIENCE_S).siblings or []
+    except Exception:                                   # the client raises many kinds, and a size is not worth any
+        return None
+    return sum(file.size or 0 for file in found
+               if any(fnmatch(file.rfilename, wanted) for wanted in ask["allow_patterns"])
+               and not any(fnmatch(file.rfilename, ignored) for ignored in ask["ignore_patterns"])) or None
 
 
 def weight_map(index: Path, kinds: tuple[str, ...] = (".safetensors",)) -> dict[str, str]:

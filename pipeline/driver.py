@@ -407,7 +407,7 @@ class Driver:
         """Replace a copy that cannot do what others can."""
         if copy.state == "ready" and max(len(copy.failed), len(copy.blamed)) >= MOST_FAILED:
             what = "failed in succession" if len(copy.failed) >= MOST_FAILED else "failed here and were made elsewhere"
-            self.note(f"{copy.name}: fenced, and another is started: {MOST_FAILED} different clips {what}")
+            self.note(f"{copy.name}: replaced by a new process: {MOST_FAILED} different clips {what}")
             self.leave(copy)
 
     def lost(self, row: Row, line: Line, reason: str) -> bool:
@@ -509,12 +509,13 @@ class Driver:
             if idle and (not more or not self.lines.has_room(line) and self.someone_gains(line)):
                 line.open = False
                 if line.copies:
-                    self.note(f"{line.stage.name}: {ahead if more else 'all'} clips are ready, resources go back")
+                    self.note(f"{line.stage.name}: {ahead if more else 'all'} clips are ready; it "
+                              + ("pauses and leaves its place to the others" if more else "has ended"))
                 for copy in list(line.copies):
                     self.leave(copy)
         elif (line.rows or more) and ahead <= self.lines.window(line) // 4 and not draining:
             line.open = self.changed = True
-            self.note(f"{line.stage.name}: {ahead} clips are ready, it returns")
+            self.note(f"{line.stage.name}: {ahead} clips are ready; it goes on")
 
     def someone_gains(self, line: Line) -> bool:
         posts = [copy.post for other in self.lines if other is not line for copy in other.copies]

@@ -116,8 +116,8 @@ class Lease:
                 continue
             holder = Holder.read(found)
             if not holder.released and holder.is_dead:
-                tell(f"{store.uri}: the last command here, {holder}, has ended unawares, as when it is killed; this one goes on "
-                     "in its place")
+                tell(f"{store.uri}: the last command here, {holder}, has ended unawares, as when it is killed; this "
+                     "one goes on in its place")
             elif not holder.released:
                 if found != watched:
                     if watched is not None or not (wait or holder.is_silent):

@@ -12,7 +12,7 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,8 @@ if TYPE_CHECKING:                       # they need torch, and `dailies status` 
     from pipeline.stages import Outcome
 
 FOLDER, SUCCESS = "ledger/", "_SUCCESS.json"
+RETRIED = "retried/"                    # what was said of failed rows that are pending again
+REMEMBERED = ("id", "seed", "status", "error_type", "error", "attempts", "finished_at", "earlier_errors")
 READERS = 8                             # parts read at a time
 MAX_ERROR_CHARACTERS = 4000
 STAGES = ("encode", "sample", "decode")
@@ -58,6 +60,7 @@ COLUMNS = pa.schema({
     "path": pa.string(),                               # of the clip, below the run folder
     "sample": pa.int32(),                              # of its manifest row, from 0
     "notes": pa.list_(pa.string()),                    # what was found in the run folder: used, or made again
+    "earlier_errors": pa.list_(pa.string()),           # of a row that failed and was tried again, the oldest first
 })
 NO_COLUMNS = pa.schema([])
 
@@ -74,6 +77,7 @@ class Ledger:
         self.put_back = dict(zip(again["clip_id"].to_pylist(), again["error"].to_pylist(), strict=True))
         self.keys = keys.filter(pc.invert(pending)).drop_columns(["error"])
         self.counts = Counter(self.keys["status"].to_pylist())
+        self.earlier = remembered(store)
         self.waiting: list[pa.Table] = []
         self.waiting_since = 0.0
         self.epoch, self.seq = next_epoch(store), 0
@@ -145,7 +149,10 @@ class Ledger:
                 raise ValueError(f"a ledger row needs an id, the status {' or '.join(statuses)} and columns of this ledger; got "
                                  f"{row.get('id')!r}, {row.get('status')!r}, unknown columns {unknown}")
         try:
-            table = pa.Table.from_pylist([dict(row) for row in rows], schema=self.schema)
+            earlier = [self.earlier.get((row["id"], row.get("seed"))) or self.earlier.get((row["id"], None))
+                       for row in rows]
+            table = pa.Table.from_pylist([dict(row) | {"earlier_errors": said} for row, said in
+                                          zip(rows, earlier, strict=True)], schema=self.schema)
             for name in further:
                 field = self.schema.field(name)
                 values = converted(extra[name], field.type)
@@ -285,23 +292,37 @@ def hashes_of(store: Store, clip_ids: Collection[str]) -> dict[str, str]:
 
 
 def retry(store: Store, where: Mapping[str, str] | None = None) -> int:
-    """Take failed rows out of the ledger, so that they are pending again; returns how many.
+    """Put failed rows back to pending; returns how many. Invalid rows stay: another try changes nothing of them.
 
     where: column -> value as text; all must hold.  Raises ValueError for a column that the ledger does not have.
     Call it while no run is writing. Killed half-way, it has put some of the rows back; the same call does the rest.
     """
     where = dict(where or {})
-    ledger = read(store, ["id", "seed", "status", *where])
-    mask = pc.equal(ledger["status"], "failed")
+    ledger = read(store, ["id", "seed", "status", "error_type", *where])
+    mask = pc.and_(pc.equal(ledger["status"], "failed"),
+                   pc.fill_null(pc.not_equal(ledger["error_type"], "invalid"), True))
     for column, value in where.items():
         if column not in ledger.column_names or pa.types.is_nested(ledger.schema.field(column).type):
             known = [field.name for field in read(store).schema if not pa.types.is_nested(field.type)]
             raise ValueError(f"the ledger has no column {column} to choose rows by; it has {', '.join(known)}")
         mask = pc.and_(mask, pc.fill_null(pc.equal(ledger[column].cast(pa.string()), value), False))
     chosen = set(keys_of(ledger.filter(mask)))
+    take_out(store, chosen)
+    return len(chosen)
+
+
+def take_out(store: Store, chosen: Container[tuple[str, int | None]]) -> None:
+    """Take failed rows out of the ledger, so that these keys are pending. What was said of them is kept under retried/,
+    for the rows that come in their place (`earlier_errors`)."""
     if not chosen:
-        return 0
+        return
     store.delete(SUCCESS)                               # there is something to do again
+    failed = read(store, REMEMBERED)
+    failed = failed.filter(pc.equal(failed["status"], "failed"))
+    failed = failed.filter(pa.array([key in chosen for key in keys_of(failed)], pa.bool_()))
+    if failed.num_rows:
+        data = parquet_bytes(failed.select(list(REMEMBERED)))
+        store.create(f"{RETRIED}{hashlib.sha256(data).hexdigest()[:32]}.parquet", data)
     for key, table in parts(store, None):               # the oldest first: a row that is left counts as before
         if table is None or "failed" not in table["status"].to_pylist():
             continue
@@ -311,16 +332,39 @@ def retry(store: Store, where: Mapping[str, str] | None = None) -> int:
             store.delete(key)
         elif not all(stays):
             store.put(key, parquet_bytes(table.filter(pa.array(stays))))
-    return len(chosen)
+
+
+def remembered(store: Store) -> dict[tuple[str, int | None], list[str]]:
+    """What was said of rows that were put back to pending, the oldest first."""
+    found: dict[tuple[str, int | None], dict[str, None]] = {}
+    rows = [row for _, table in parts(store, None, RETRIED) if table is not None for row in table.to_pylist()]
+    for row in sorted(rows, key=lambda row: str(row["finished_at"])):
+        when = f"{row['finished_at']:%Y-%m-%d %H:%M:%S} UTC" if row["finished_at"] else "at a time that is not known"
+        attempts = f" after {row['attempts']} attempts" if (row["attempts"] or 1) > 1 else ""
+        found.setdefault((row["id"], row["seed"]), {}).update(dict.fromkeys(
+            [*(row["earlier_errors"] or ()), f"{when}{attempts}: {row['error_type']}: {row['error']}"]))
+    return {key: list(said) for key, said in found.items()}
+
+
+def forget_retried(store: Store) -> None:
+    """Remove what is in the ledger by now; to be called when no row is pending."""
+    keys = set(keys_of(read(store, ["id", "seed"])))
+    for key, table in list(parts(store, ["id", "seed", "status"], RETRIED)):
+        if table is not None and all(of_row in keys for of_row in keys_of(table)):
+            store.delete(key)
 
 
 def write_success(store: Store) -> dict[str, Any]:
-    """_SUCCESS.json: counts and digest of a ledger that has a row for everything; returns what it says."""
+    """_SUCCESS.json: counts and digest of a ledger that has a row for everything; returns what it says.
+
+    It says how many have failed; where nothing at all was made there is no success to tell of, and it is not written.
+    """
     ledger = read(store, ["id", "seed", "clip_id", "status", "sha256"])
     counts = Counter(ledger["status"].to_pylist())
     said = {"rows": ledger.num_rows, "done": counts["done"], "failed": counts["failed"],
             "ledger_digest": digest(ledger), "finished_at": datetime.now(UTC).isoformat(timespec="seconds")}
-    store.put(SUCCESS, json.dumps(said, indent=2).encode() + b"\n")
+    if said["done"]:
+        store.put(SUCCESS, json.dumps(said, indent=2).encode() + b"\n")
     return said
 
 
@@ -335,9 +379,9 @@ def digest(ledger: pa.Table) -> str:
     return hasher.hexdigest()
 
 
-def parts(store: Store, columns: Sequence[str] | None) -> Iterator[tuple[str, pa.Table | None]]:
+def parts(store: Store, columns: Sequence[str] | None, folder: str = FOLDER) -> Iterator[tuple[str, pa.Table | None]]:
     """Every part and its rows, the oldest first; None for one that vanished since it was listed."""
-    keys = [info.key for info in store.list(FOLDER) if info.key.endswith(".parquet")]
+    keys = [info.key for info in store.list(folder) if info.key.endswith(".parquet")]
 
     def part(key: str) -> pa.Table | None:
         try:

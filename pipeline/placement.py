@@ -118,7 +118,8 @@ def check(stages: Sequence[Stage], nodes: Sequence[Node]) -> None:
                 need = ", ".join(f"{stage.name} {stage.gpus:g} GPU {stage.cpus:g} CPU" for stage in group)
                 have = ", ".join(f"{node.host or node.id[:8]} {node.gpus:g} GPU {node.cpus:g} CPU" for node in nodes)
                 raise NoRoom(f"stage {stage.name} fits on no machine. Needed at once: {need}. "
-                             f"There is: {have or 'nothing'}. Add a machine, or use a smaller share per stage")
+                             f"There is: {have or 'nothing'}. Add a machine that has that much, or ask for less "
+                             "(--threads-per-sampler)")
             room.take(room.post(stage, node))
 
 

@@ -27,8 +27,19 @@ from pipeline.manifest import MAX_PROMPT_BYTES, InvalidRow, Manifest, rows_witho
 
 MAX_CLIPS = 10_000_000              # of one run; a plan of this size still fits a driver's memory
 BLOCK = 4096                        # rows that live as Python objects at a time
+RESEEDS = 2                         # other seeds that are tried for a rejected clip
 LISTED = 50                         # of a summary's buckets and roundings
 READ_FOR_WORDS = 10_000             # prompts that are read for words which the model never saw
+
+
+class Except(Container[str]):
+    """Everything but what is in `wanted`."""
+
+    def __init__(self, wanted: set[str]):
+        self.wanted = wanted
+
+    def __contains__(self, item: object) -> bool:
+        return item not in self.wanted
 
 
 class Defaults(BaseModel):
@@ -165,6 +176,10 @@ class Plan:
         return len(np.unique(self.rows.prompt_pair[self.source]))
 
     @property
+    def num_images(self) -> int:
+        return len(np.unique(self.rows.image[self.source])) if self.card.takes_image else 0
+
+    @property
     def num_planned_rows(self) -> int:
         """Rows that the ledger will have, but for those set aside."""
         return len(self.source)
@@ -179,6 +194,18 @@ class Plan:
         rows = self.rows
         said = "".join(image.sha256 for image in rows.images).encode() + rows.image.astype("<i8").tobytes()
         return hashlib.sha256(said).hexdigest() if rows.images else None
+
+    @cached_property
+    def rows_digest(self) -> str:
+        """Of what the rows ask for, whatever file they stand in, and in what order: id, seed and clip_id of each."""
+        keys = self.keys().sort_by([("id", "ascending"), ("seed", "ascending")])
+        hasher = hashlib.sha256()
+        for batch in keys.select(["id", "seed", "clip_id"]).to_batches(max_chunksize=BLOCK):
+            hasher.update("".join(f"{name}\0{seed} {clip_id}\n" for name, seed, clip_id in
+                                  zip(*(column.to_pylist() for column in batch.columns), strict=True)).encode())
+        for row in self.invalid_rows():
+            hasher.update(f"{row.id}\0{row.error}\n".encode())
+        return hasher.hexdigest()
 
     def requests(self, skip: Container[str] = ()) -> Iterator[Request]:
         """One Request per clip whose clip_id is not in `skip`, in the order to render them."""
@@ -237,7 +264,7 @@ class Plan:
             "clips": self.num_clips,
             "duplicates": self.num_planned_rows - self.num_clips,
             "prompts": self.num_prompts,
-            "images": len(np.unique(self.rows.image[self.source])) if self.card.takes_image else 0,
+            "images": self.num_images,
             "settings": self.defaults.model_dump() | {"fps": self.card.fps, "precision": self.precision,
                                                       "attention": self.attention}
             | ({"decode_precision": self.decode_precision} if self.decode_precision else {})
@@ -276,9 +303,13 @@ class Plan:
         return [f"{count:,} of {len(prompts):,} prompts {have} words that {self.card.name} never saw ({said}): it "
                 f"was taught {self.card.taught}, and shows nothing else"]
 
-    def buckets(self) -> list[dict[str, Any]]:
-        """Each bucket in the order in which its first clip is rendered."""
-        rows = self.source[self.first[self.order]]
+    def buckets(self, only: Container[str] | None = None, limit: int | None = None) -> list[dict[str, Any]]:
+        """Each bucket in the order in which its first clip is rendered.  only: these clips; limit: the first of them.
+        """
+        clips = self.order
+        if only is not None:
+            clips = clips[[self._clip_id(clip) in only for clip in clips]]
+        rows = self.source[self.first[clips[:limit]]]
         _, at, counts = np.unique(self.rows.bucket[rows], return_index=True, return_counts=True)
         buckets = []
         for first, count in sorted(zip(at.tolist(), counts.tolist())):

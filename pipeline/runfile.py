@@ -1,7 +1,7 @@
 """run.json: which run a folder holds. Written once, before anything else; another run is refused.
 
-Its `identity` decides which clips the run has (model, weights, manifest digest, defaults). Whatever else it tells, such
-as versions and how the run was started, may differ when the run is continued.
+Its `identity` decides which clips rows get (model, weights, defaults). Whatever else it tells, such as versions and how
+the run was started, may differ when the run is continued; so may the manifest (growth.py).
 """
 
 import json
@@ -17,6 +17,9 @@ from pipeline.complaints import shown
 from pipeline.store import NotFound, Store, StoreError, TooLarge
 
 RUN = "run.json"
+MANIFESTS = "manifests/"                                # those that came after the one of run.json (growth.py)
+COUNTED = ("rows", "invalid_rows", "planned_rows", "clips", "duplicates", "buckets", "more_buckets")
+GROWS = ("manifest_digest", "images_digest")            # in run.json the first manifest's; see growth.py
 MOST_BYTES = 2**22                      # of run.json
 Count = Annotated[int, Field(strict=True, ge=0, le=10**9)]
 Number = Annotated[float, Field(strict=True, ge=0, le=1e6, allow_inf_nan=False)]
@@ -47,6 +50,7 @@ class RunFile(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     identity: dict[str, None | bool | int | float | str]
+    rows: Count = 0
     planned_rows: Count = 0
     invalid_rows: Count = 0
     clips: Count = 0
@@ -62,7 +66,7 @@ def claim_run(store: Store, identity: Mapping[str, Any], about: Mapping[str, Any
     Raises OtherRun when the folder is another run's, also if that one was a moment faster; StoreError.
     """
     run = without_secrets({"identity": dict(identity), **about})
-    store.create(RUN, json.dumps(run, indent=2, ensure_ascii=False).encode() + b"\n")
+    store.create(RUN, json.dumps(run, indent=2, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
     found = read_run(store)
     if found is None:
         raise OtherRun(f"{store.uri_of(RUN)} was removed while this run began. Start it again")
@@ -101,12 +105,32 @@ def has(store: Store, key: str) -> bool:
     return any(info.key == key for info in store.list(key))
 
 
+def known_manifest(store: Store, run: Mapping[str, Any]) -> dict[str, Any]:
+    """What the folder was rendered for last, and how much that is in all: run.json, or the latest of manifests/.
+
+    Raises StoreError for one that is damaged.
+    """
+    said = dict.fromkeys(COUNTED, 0) | {"buckets": []} | {name: run[name] for name in (*COUNTED, "rows_digest") if name in run}
+    said |= {name: run["identity"].get(name) for name in GROWS}
+    if not (keys := sorted(info.key for info in store.list(MANIFESTS))):
+        return said
+    try:
+        latest = json.loads(store.get(keys[-1], at_most=MOST_BYTES))
+        if not {*COUNTED, *GROWS, "rows_digest"} <= latest.keys():
+            raise ValueError
+        RunFile.model_validate(latest | {"identity": {}})
+    except (NotFound, TooLarge, ValueError, AttributeError, RecursionError):
+        raise StoreError(f"{store.uri_of(keys[-1])} is damaged, or not one that dailies wrote. Move it away, and give the "
+                         "command with the manifest again") from None
+    return said | latest
+
+
 def check_run(store: Store, found: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
     """Raises OtherRun, naming all that differs, unless `found` is the run of this identity."""
     before, now = found["identity"], json.loads(json.dumps(without_secrets(identity)))
     names = list(dict.fromkeys([*now, *before]))
     differing = [f"{name} was {before.get(name)}, is {now.get(name)}"
-                 for name in names if before.get(name) != now.get(name)]
+                 for name in names if name not in GROWS and before.get(name) != now.get(name)]
     if differing:
         raise OtherRun(f"{store.uri} holds another run: {'; '.join(differing)}. Choose another output folder, "
                        "or repeat that run's command to continue it")

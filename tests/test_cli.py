@@ -313,6 +313,28 @@ def test_the_plan_says_what_will_be_rendered_and_writes_nothing(manifest, capsys
     assert not (tmp_path / "out").exists()
 
 
+def test_plan_needs_neither_weights_nor_a_run_folder_and_says_what_is_missing(manifest, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("jobs.plan.hub_bytes", lambda card: None)       # as without a network
+    monkeypatch.setattr("model.weights.hub_folder", lambda: tmp_path / "hub")
+    text = {"prompt": ["a red fox"]}
+    code, out, _ = said(capsys, "plan", manifest(text), "--model", "wan2.1-t2v-14b", "--limit", "1", "--until", "07:00")
+    assert code == 0 and "1 row, 1 clip with wan2.1-t2v-14b" in out and "1 clip to make" in out
+    assert "render fetches them from Wan-AI/Wan2.1-T2V-14B-Diffusers first (40.2 GB at the least" in out
+    assert "No clip is begun that would not be done by" in out
+    code, out, _ = said(capsys, "plan", manifest(text), "--model", "turbo-wan2.1-t2v-14b-480p", "--json")
+    answer = json.loads(out)
+    assert code == 0 and answer["out"] is None and "dailies convert SRC" in answer["weights"]["said"]
+    assert (answer["to_make"], answer["limit"], answer["done"]) == (1, None, 0)
+    assert not (tmp_path / "hub").exists()
+
+
+def test_the_example_of_the_readme_has_a_run_folder_of_its_own():
+    root = Path(__file__).resolve().parent.parent
+    job = RenderJob.read({}, root / "examples/night.toml")
+    assert f"dailies render {job.manifest} --out out/" in (root / "Makefile").read_text()
+    assert Path(job.out) != Path("out")
+
+
 def test_strict_refuses_what_would_be_rounded(manifest, capsys, tmp_path):
     code, _, err = said(capsys, "plan", manifest(column(frames=[10, 9])), "--out", tmp_path / "out", "--model", "tiny",
                         "--strict")

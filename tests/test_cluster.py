@@ -72,7 +72,7 @@ def test_the_encoder_encodes_each_prompt_once_and_its_gpu_goes_to_a_sampler(four
     outcomes = by_seed(cluster.run(stages, rows, on_progress=lambda progress: notes.extend(progress.notes)))
     assert len(outcomes) == 100 and all(isinstance(outcome.value, Clip) for outcome in outcomes.values())
     assert len(calls(tmp_path, "encode")) == 25 and len({call["pid"] for call in calls(tmp_path, "encode")}) == 1
-    assert any("resources go back" in note for note in notes)
+    assert any("leaves its place to the others" in note for note in notes)
     began = {pid: min(call["began"] for call in calls(tmp_path, "sample") if call["pid"] == pid)
              for pid in {call["pid"] for call in calls(tmp_path, "sample")}}
     all_encoded = max(call["ended"] for call in calls(tmp_path, "encode", "ended"))

@@ -2,12 +2,15 @@
 
 import json
 from contextlib import nullcontext
+from datetime import datetime, timedelta
 
 import pytest
 import tiny  # noqa: F401: adds the model to the catalogue
 from jobs.cli import main
+from jobs.plan import said_of
+from jobs.settings import RenderJob
 from pipeline import cluster, stages
-from pipeline.forecast import Cost, forecast, measured_costs, rows_by_work
+from pipeline.forecast import Cost, Forecast, forecast, measured_costs, rows_by_work
 from pipeline.placement import Node
 from pipeline.stages import Stage
 
@@ -64,5 +67,25 @@ def test_plan_says_how_long_the_rest_will_take_once_clips_are_made(tmp_path, cap
     assert (foretold["clips"], foretold["measured_clips"], foretold["gpus"]) == (5, 3, 0)
     assert foretold["seconds"] > 0 and foretold["gpu_hours"] == foretold["cost"] == 0
     assert "5 clips to make: " in plan() and "judged by 3 clips of this run" in plan()
-    assert "2 clips to make: " in plan("--limit", "5")                      # of the plan's first, 3 of which are made
-    assert "nothing is left to make" in plan("--limit", "3")
+    assert "8 rows, 8 clips" in plan() and "of these 3 rows done, 0 failed, 5 pending" in plan()
+    limited = json.loads(plan("--json", "--limit", "3"))                # of this command; 3 are made already
+    assert (limited["to_make"], limited["left_by_limit"], limited["forecast"]["clips"]) == (3, 2, 3)
+    assert "3 clips to make: " in plan("--limit", "3") and "2 after it (--limit 3)" in plan("--limit", "3")
+    assert json.loads(plan("--json", "--limit", "9"))["to_make"] == 5
+    soon = json.loads(plan("--json", "--until", (datetime.now() + timedelta(seconds=1)).isoformat()))["forecast"]
+    assert soon["clips"] == 5 and 0 <= soon["fits"] <= 5
+    assert "No clip is begun that would not be done by" in plan("--until", "07:00")
+    assert "1.50 GPU hours in all, 3.00 USD" in plan("--max-cost", "3", "--price", "2")
+    assert main(["render", *said, "--json"]) == 0
+    capsys.readouterr()
+    assert "nothing is left to make" in plan() and "8 rows done, 0 failed, 0 pending" in plan("--limit", "3")
+
+
+def test_plan_names_what_does_not_fit_into_the_night():
+    night = [(8, Forecast(seconds=800.0, gpu_hours=0.5, clips_per_hour=36.0, copies={}))]
+    job = dict(manifest="m.csv", out="o", price=2.0)
+    assert said_of(night, 3, RenderJob(**job))["fits"] == 8 and said_of(night, 3, RenderJob(**job))["cost"] == 1.0
+    assert said_of(night, 3, RenderJob(**job, max_cost=0.5))["fits"] == 4
+    assert said_of(night, 3, RenderJob(**job, max_gpu_hours=9.0))["fits"] == 8
+    later = (datetime.now() + timedelta(seconds=450)).isoformat()
+    assert said_of(night, 3, RenderJob(**job, until=later))["fits"] == 4

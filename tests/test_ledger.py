@@ -14,7 +14,7 @@ import pytest
 from actors.messages import Clip, Failure, Request
 from model.shapes import VideoShape
 from pipeline import ledger as ledgers
-from pipeline.ledger import COLUMNS, Ledger, digest, invalid_row, read, retry, row_of, write_success
+from pipeline.ledger import COLUMNS, Ledger, digest, forget_retried, invalid_row, read, retry, row_of, write_success
 from pipeline.runfile import OtherRun, claim_run, read_run
 from pipeline.stages import Outcome
 from pipeline.store import StoreError, open_store
@@ -22,7 +22,7 @@ from pipeline.store import StoreError, open_store
 CONTRACT = """id, clip_id, status, uri, sha256, bytes, width, height, frames, fps, duration_s, has_audio, seed, prompt,
 negative_prompt, steps, guidance, model, weights_fingerprint, precision, attention, fallbacks, attempts, error_type,
 error, worker, device, queue_s, encode_s, sample_s, decode_s, publish_s, peak_memory_bytes, finished_at,
-gpu_s, decode_precision, chosen_because, determinism, path, sample, notes"""
+gpu_s, decode_precision, chosen_because, determinism, path, sample, notes, earlier_errors"""
 
 
 @pytest.fixture
@@ -336,6 +336,28 @@ def test_a_killed_retry_is_finished_by_the_next(folder, monkeypatch):
     assert folder.put == put
     retry(folder, {"error_type": "New"})
     assert read(folder)["id"].to_pylist() == ["b"]
+
+
+def test_what_a_row_failed_with_is_kept_in_the_row_that_comes_in_its_place(store):
+    write(store, [failed("a", error="first"), invalid_row("b", None, "no prompt"), done("c")])
+    assert retry(store) == 1 and retry(store) == 0              # an invalid row is not tried again
+    assert [row["id"] for row in read(store).to_pylist()] == ["b", "c"]
+    write(store, [failed("a", error="second")])
+    forget_retried(store)
+    assert [info.key for info in store.list("retried/")] == []
+    assert retry(store, {"id": "a"}) == 1
+    forget_retried(store)                                       # not yet: the row is pending
+    write(store, [done("a")])
+    said = {row["id"]: row["earlier_errors"] for row in read(store).to_pylist()}
+    assert said["b"] is None and said["c"] is None
+    assert [text.rpartition(": ")[2] for text in said["a"]] == ["first", "second"] and "ValueError" in said["a"][0]
+    forget_retried(store)
+    assert [info.key for info in store.list("retried/")] == []
+
+
+def test_where_nothing_was_made_nothing_tells_of_success(folder):
+    write(folder, [failed("a"), invalid_row("b", None, "bad")])
+    assert write_success(folder)["done"] == 0 and folder.head("_SUCCESS.json") is None
 
 
 def test_success_tells_counts_and_a_digest_of_what_was_made(store):

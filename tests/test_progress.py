@@ -1,6 +1,7 @@
 """What a person sees while a run goes on."""
 
 import io
+import re
 import time
 
 import pytest
@@ -58,7 +59,7 @@ def test_few_slow_clips_still_have_a_rate():
 def test_elsewhere_than_on_a_terminal_it_is_a_line_now_and_then(monkeypatch):
     monkeypatch.setattr(progress, "LINE_EVERY_S", 0.02)
     out = io.StringIO()
-    with Display(total=1000, view=Display.view_for(False, out), stream=out) as display:
+    with Display(total=1000, view=Display.view_for(out), stream=out) as display:
         display.update(told(12, failed=1, notes=("sample-1 died\x1b[31m",)))
         time.sleep(0.2)
     lines = out.getvalue().splitlines()
@@ -71,7 +72,7 @@ def test_on_a_terminal_it_is_a_table_that_ends_with_the_last_state(monkeypatch):
     monkeypatch.setattr(out, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setenv("TERM", "xterm-256color")
-    with Display(total=20, view=Display.view_for(False, out), stream=out) as display:
+    with Display(total=20, view=Display.view_for(out), stream=out) as display:
         display.update(told(3))
         display.note("[bold]as it is\x1b[2J")
         display.update(told(19, failed=1))
@@ -80,8 +81,38 @@ def test_on_a_terminal_it_is_a_table_that_ends_with_the_last_state(monkeypatch):
     assert text.rindex("24") > text.rindex("20/20") and "0+1" in text
 
 
-def test_with_json_it_is_silent():
+@pytest.mark.parametrize("term", ["dumb", "", None])
+def test_a_terminal_that_draws_nothing_anew_gets_lines(term, monkeypatch):
     out = io.StringIO()
-    with Display(total=20, view=Display.view_for(True, out), stream=out) as display:
-        display.update(told(3, notes=("something",)))
-    assert out.getvalue() == ""
+    monkeypatch.setattr(out, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", term) if term is not None else monkeypatch.delenv("TERM", raising=False)
+    assert Display.view_for(out) == "lines"
+    monkeypatch.setenv("TERM", "xterm-256color")
+    assert Display.view_for(out) == "live"
+
+
+@pytest.mark.parametrize("width", [120, 80, 60])
+def test_a_table_fits_its_terminal_and_shortens_no_number(width, monkeypatch):
+    out = io.StringIO()
+    monkeypatch.setattr(out, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("TERM", "xterm-256color")
+    stages = stage("encode", 123_456, queued=12_345), stage("publish", 98_765, copies=128, starting=16)
+    large = Progress(stages=stages, done=98_765, failed=1_234, notes=())
+    with Display(total=100_000, view="live", stream=out) as display:
+        display.update(large)
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out.getvalue()).replace("\r", "\n")
+    assert max(map(len, text.splitlines())) <= width and "…" not in text
+    assert all(number in text for number in ("123,456", "12,345", "128+16", "98,765"))
+
+
+@pytest.mark.parametrize("width", [80, 60])
+def test_what_a_person_reads_is_broken_between_words_on_a_terminal_only(width, monkeypatch, capsys):
+    sentence = "wan2.1-t2v-14b              weights missing  Wan 2.1, 14 billion parameters, text to video at 832x480"
+    progress.say(sentence, indent=45)
+    assert capsys.readouterr().out == sentence + "\n"
+    monkeypatch.setattr(progress, "columns", lambda: width)
+    progress.say(sentence, indent=45)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 1 and max(map(len, lines)) <= width
+    assert " ".join(lines).split() == sentence.split()

@@ -225,12 +225,14 @@ def test_rows_that_were_lost_are_written_again_without_rendering(again, capsys, 
 def test_another_run_is_refused_and_named(again, capsys, no_work, tmp_path):
     manifest, out = again
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    other = write_manifest(tmp_path / "other.jsonl", ROWS[:3])
     for arguments, message in (((manifest, out, "--steps", 3), "steps was 2, is 3"),
-                               ((other, out), "manifest_digest was"),
                                ((manifest, out, "--precision", "bf16"), "precision was fp32, is bf16")):
         code, answer = render(capsys, *arguments)
         assert code == 2 and message in answer["error"] and "holds another run" in answer["error"]
+    changed = write_manifest(tmp_path / "changed.jsonl", [ROWS[0] | {"prompt": "a blue fox"}, *ROWS[1:]])
+    for command in ("render", "plan"):
+        code, answer = ask(capsys, command, changed, "--out", out, "--model", "tiny", "--device", "cpu")
+        assert code == 2 and "other content of 1 row: 'row-0'" in answer["error"]
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
@@ -241,15 +243,76 @@ def test_a_folder_with_a_foreign_run_json_is_left_alone(capsys, no_work, tmp_pat
     assert code == 2 and "not one that dailies wrote" in answer["error"]
 
 
-def test_limit_renders_the_first_clips_and_the_run_goes_on_later(capsys, one_process, tmp_path):
+def test_a_limit_is_of_this_command_and_the_same_command_makes_the_next(capsys, one_process, tmp_path):
     manifest, out = write_manifest(tmp_path / "night.jsonl"), tmp_path / "out"
-    code, answer = render(capsys, manifest, out, "--limit", 2)
-    assert code == 0 and (answer["rendered"], answer["pending"]) == (2, 9)
+    code, answer = render(capsys, manifest, out, "--limit", 4)
+    assert code == 4 and (answer["rendered"], answer["left_by_limit"]) == (4, 6) and answer["pending"] >= 6
     assert not (out / "_SUCCESS.json").exists()
-    assert render(capsys, manifest, out, "--limit", 2)[1]["rendered"] == 0
-    assert ask(capsys, "status", str(out))[1]["pending_clips"] == 8
-    assert render(capsys, manifest, out)[1]["rendered"] == 8
+    assert main(["render", str(manifest), "--out", str(out), "--model", "tiny", "--limit", "4"]) == 4
+    assert "Stopped at --limit 4; the same command makes the next 2." in capsys.readouterr().out
+    assert ask(capsys, "status", str(out))[1]["pending_clips"] == 2
+    code, answer = render(capsys, manifest, out, "--limit", 4)
+    assert code == 0 and (answer["rendered"], answer["left_by_limit"]) == (2, 0)
     assert_whole(out)
+
+
+def test_a_run_folder_grows_by_what_is_new_and_nothing_is_made_twice(again, capsys, one_process, tmp_path):
+    manifest, out = again
+    before = clips_of(out)
+
+    def totals():
+        return [ask(capsys, "status", out)[1][name] for name in ("done", "failed", "pending", "clips", "pending_clips")]
+
+    turned = write_manifest(tmp_path / "turned.jsonl", ROWS[::-1])     # the same rows in other bytes, in another order
+    code, answer = render(capsys, turned, out)
+    assert code == 0 and (answer["rendered"], answer["adopted"], answer["done"]) == (0, 0, 11)
+    assert not any("has changed" in note for note in answer["notes"])
+    assert not (out / "manifests").exists()
+
+    new = [{"id": "new", "prompt": "a new fox", "frames": 5}, ROWS[6] | {"id": "triplet"}, {"id": "bad", "prompt": ""}]
+    grown = write_manifest(tmp_path / "grown.jsonl", [*ROWS, *new])
+    code, answer = ask(capsys, "plan", grown, "--out", out, "--model", "tiny", "--skip-invalid")
+    assert (answer["to_make"], answer["found_published"], answer["pending"]) == (1, 1, 3)
+    assert answer["notes"][0].startswith("the manifest has changed: 9 rows then, 12 now.")
+    code, answer = render(capsys, grown, out, "--skip-invalid")
+    assert code == 3 and (answer["rendered"], answer["adopted"], answer["done"], answer["failed"]) == (1, 1, 13, 1)
+    assert clips_of(out).items() > before.items() and totals() == [13, 1, 0, 11, 0]
+
+    fewer = write_manifest(tmp_path / "fewer.jsonl", [*ROWS[:2], {"id": "bad", "prompt": "mended", "frames": 5}])
+    code, answer = render(capsys, fewer, out, "--limit", 1)
+    assert code == 0 and (answer["rendered"], answer["rows"], answer["done"]) == (1, 3, 3)
+    rows = rows_of(out)
+    assert len(rows) == 14 and {row["status"] for row in rows.values()} == {"done"}     # what is gone has stayed
+    assert "invalid" in {row["id"]: row["earlier_errors"] for row in rows.values()}["bad"][0]
+    assert totals() == [14, 0, 0, 12, 0]
+    assert sum(bucket["done"] for bucket in ask(capsys, "status", out)[1]["buckets"]) == 12
+    assert ask(capsys, "verify", out)[0] == 0
+    code, answer = render(capsys, grown, out, "--skip-invalid")          # and back
+    assert code == 3 and (answer["rendered"], answer["done"], answer["failed"]) == (0, 13, 1)
+
+
+def test_a_run_whose_json_knows_only_the_file_goes_on_with_the_same_rows(again, capsys, no_work, tmp_path):
+    manifest, out = again
+    run = json.loads((out / "run.json").read_text())
+    run.pop("rows_digest")
+    (out / "run.json").write_text(json.dumps(run))
+    for name in (manifest, write_manifest(tmp_path / "turned.jsonl", ROWS[::-1])):
+        code, answer = render(capsys, name, out)
+        assert code == 0 and (answer["rendered"], answer["done"]) == (0, 11)
+        assert not any("has changed" in note for note in answer["notes"])
+
+
+def test_a_gpu_that_is_not_here_is_refused_before_anything_is_written(capsys, no_work, tmp_path, monkeypatch):
+    import torch
+
+    from jobs import usage
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for files in ((), (str(tmp_path),)):                # no driver; a driver that torch cannot use
+        monkeypatch.setattr(usage, "GPU_FILES", files)
+        for command in ("render", "plan"):
+            code, answer = ask(capsys, command, write_manifest(tmp_path / "m.jsonl"), "--out", tmp_path / "out",
+                               "--model", "tiny", "--device", "cuda")
+            assert code == 2 and "no GPU here that can be used" in answer["error"] and not (tmp_path / "out").exists()
 
 
 def test_keep_latents_keeps_one_per_clip(capsys, one_process, tmp_path):
@@ -309,6 +372,11 @@ def test_invalid_rows_end_as_failed_rows_and_cost_nobody_else(capsys, one_proces
     assert rows["bad", None]["error_type"] == "invalid" and "steps: got 0" in rows["bad", None]["error"]
     assert rows["bad", None]["user.mood"] == "wild" and len(rows) == 4
     assert json.loads((out / "_SUCCESS.json").read_text())["failed"] == 2
+    assert ask(capsys, "retry", out)[1]["pending_again"] == 0
+    assert main(["render", str(manifest), "--out", str(out), "--model", "tiny", "--skip-invalid"]) == 3
+    said = capsys.readouterr().out
+    assert "2 rows of the manifest could not be used" in said and "retry" not in said
+    assert f"The clips are in {out}/clips/, as {out}/clips/" in said and f"dailies status {out}" in said
 
 
 def test_a_failed_row_stays_failed_until_it_is_put_back(capsys, one_process, tmp_path, monkeypatch):
@@ -380,6 +448,12 @@ def test_a_row_may_ask_for_another_seed_where_its_clip_is_refused(capsys, one_pr
     assert (tmp_path / "out/_SUCCESS.json").exists() and ask(capsys, "verify", tmp_path / "out")[0] == 0
     assert render(capsys, manifest, tmp_path / "out")[1]["rendered"] == 0
 
+    # a manifest with a row more: what was made with another seed is no other content
+    more = write_manifest(tmp_path / "more.jsonl", [*map(json.loads, manifest.read_text().splitlines()),
+                                                    {"id": "late", "prompt": "day", "frames": 9}])
+    code, answer = render(capsys, more, tmp_path / "out")
+    assert code == 3 and (answer["rendered"], answer["done"], answer["failed"]) == (1, 3, 2)
+
     # the clip of the other seed is the one that a row with that seed would have got
     told = write_manifest(tmp_path / "told.jsonl", [asked | {"seed": again["quality.seed"]}])
     assert render(capsys, told, tmp_path / "told")[0] == 0
@@ -410,7 +484,8 @@ def test_what_a_person_reads_of_a_failure_has_no_control_characters(capsys, one_
     assert main(["render", str(manifest), "--out", str(tmp_path / "out"), "--model", "tiny"]) == 3
     captured = capsys.readouterr()
     assert r"row-0: OSError in publish: no space \x1b[31m left" in captured.out
-    assert f"dailies retry {tmp_path}/out" in captured.out and "\x1b" not in captured.out + captured.err
+    assert f"dailies retry {tmp_path}/out" in captured.out and "could not be used" not in captured.out
+    assert not (tmp_path / "out/_SUCCESS.json").exists() and "\x1b" not in captured.out + captured.err
 
 
 def test_verify_lists_what_is_missing_changed_and_undecodable(again, capsys):

@@ -74,7 +74,8 @@ def test_the_program_leaves_with_its_exit_code_whatever_its_threads_do(tmp_path)
 def test_what_nobody_reads_ends_no_command_and_changes_no_exit_code():
     read, write = os.pipe()
     os.close(read)
-    lines = "from jobs.process import *\nspeak_safely()\nfor _ in range(9999): print('line'); print('line', file=sys.stderr)\n"
+    lines = ("from jobs.process import *\nspeak_safely()\n"
+             "for _ in range(9999): print('line'); print('line', file=sys.stderr)\n")
     for code in (0, 3):
         assert subprocess.run([sys.executable, "-c", f"{lines}\nleave({code})"], cwd=ROOT, stdout=write, stderr=write,
                               timeout=120).returncode == code
@@ -108,3 +109,40 @@ def test_a_name_that_is_no_text_is_one_message_and_exit_2(arguments, capsys, tmp
 def test_the_program_says_its_version(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("dailies ")
+
+
+@pytest.mark.parametrize("library", ["typer", "pydantic", "pyarrow", "torch"])
+def test_a_library_that_is_not_installed_is_a_sentence_and_exit_5(library, tmp_path):
+    """As on the head of a cluster that has Ray and little else, to which a job was submitted."""
+    code = (f"import sys, runpy; sys.modules[{library!r}] = None; "
+            f"sys.argv = ['dailies', 'render', 'm.csv', '--out', {str(tmp_path / 'out')!r}]; "
+            "runpy.run_module('jobs.cli', run_name='__main__')")
+    done = program("-c", code, stdout=subprocess.PIPE, text=True)
+    assert done.returncode == 5 and "Traceback" not in done.stderr
+    assert f"the Python package {library} is not installed" in done.stderr and "every machine" in done.stderr
+
+
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize("arguments", [
+    ["status", LONG], ["verify", f"a/{LONG}/b"], ["retry", "d/" * 2500], ["render", "m.csv", "--out", LONG],
+    ["plan", "m.csv", "--out", "ü" * 200], ["render", LONG, "--out", "o"], ["plan", f"{LONG}/*.csv"],
+    ["plan", "m.csv", "--weights", LONG], ["models", "demo", "--weights", LONG], ["status", f"file:///{LONG}"],
+    ["render", "m.csv", "--out", "s3://bucket/" + "k/" * 600], ["render", "m.csv", "--out", "o", "--config", LONG],
+    ["convert", LONG, "--model", "demo", "--to", "w"]], ids=lambda arguments: f"{arguments[0]} {arguments[-1][:9]}")
+def test_a_name_that_is_too_long_is_one_message_and_exit_2(arguments, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m.csv").write_text("prompt\na red circle\n")
+    assert main(arguments) == 2
+    said = capsys.readouterr()
+    assert "too long" in said.err.lower() or "is longer than" in said.err
+    assert [path.name for path in tmp_path.iterdir()] == ["m.csv"]
+
+
+def test_a_folder_below_one_whose_name_is_no_text_is_one_message_and_exit_2(capsys, tmp_path, monkeypatch):
+    (folder := tmp_path / "r\udcfcn").mkdir()
+    monkeypatch.chdir(folder)
+    for arguments in (["render", "m.csv", "--out", "out"], ["status", "out"]):
+        assert main(arguments) == 2 and "has bytes that are no text" in capsys.readouterr().err
+    assert list(folder.iterdir()) == []
