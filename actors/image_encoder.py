@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from actors.image_file import ImageError, decode
+from actors.image_file import decode
+from actors.image_parts import ImageError
 from actors.messages import Embedding, FirstFrame, Request
 from actors.room import room_on
 from actors.text_encoder import TextEncoder

@@ -1,10 +1,9 @@
 """Image files as people have them: PNG, JPEG and WebP, sideways, grey, transparent, or broken.
 
 `examine` is for the plan, which meets 100,000 of them: it reads the header and looks where the file ends, and decodes
-no pixel. `decode` is for the worker.
+no pixel. `decode` is for the worker. Its work is bounded: pixels, and how often a scan passes over them (image_parts.py).
 """
 
-import re
 from dataclasses import dataclass
 from io import BytesIO
 
@@ -13,24 +12,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from actors.image_parts import ImageError, Parts, parts_of
 from model.weights import first_line
 
 MAX_BYTES = 64 << 20
 MAX_PIXELS = 100_000_000            # as floats 1.2 GB; a page of an atlas, not a decompression bomb
+MAX_SCANNED = 2_000_000_000         # pixels of all scans of a JPEG together: some seconds
 MIN_SIDE = 32                       # pixels
 ALLOWED = (f"a PNG, JPEG or WebP image of at least {MIN_SIDE} pixels a side, at most {MAX_PIXELS:,} pixels and "
            f"{MAX_BYTES >> 20} MiB")
 
 FORMATS = ("PNG", "JPEG", "WEBP")
-PNG_END = b"IEND\xaeB`\x82"
-ORIENTATION = 0x0112                # of EXIF: how the camera was held
 UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
            5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
            8: Image.Transpose.ROTATE_90}
-
-
-class ImageError(ValueError):
-    """An image that cannot become a first frame; the message says what is the matter with it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,12 +40,11 @@ def examine(data: bytes) -> ImageSize:
     """The image's size, from its header.  Raises ImageError for what is no whole image or outside the limits."""
     if data[:4] + data[8:12] == b"RIFFWEBP" and len(data) < 8 + int.from_bytes(data[4:8], "little"):
         raise ImageError("a WEBP file of which the end is missing")    # asked first: it cannot be opened
-    image = opened(data)
-    # behind a PNG's end some programs leave something of theirs
-    if image.format == "PNG" and data.rfind(PNG_END) < 0 or image.format in ("JPEG", "MPO") and not has_jpeg_end(data):
+    image, parts = opened(data)
+    if not parts.whole:
         raise ImageError(f"a {image.format} file of which the end is missing")
     width, height = image.size
-    if orientation(image) >= 5:                         # lies on its side
+    if parts.orientation >= 5:                          # lies on its side
         height, width = width, height
     return ImageSize(height=height, width=width)
 
@@ -60,8 +54,8 @@ def decode(data: bytes) -> Tensor:
 
     Raises ImageError.
     """
-    image = opened(data)
-    turn = UPRIGHT.get(orientation(image))
+    image, parts = opened(data)
+    turn = UPRIGHT.get(parts.orientation)
     try:
         image.load()
         if image.mode.startswith("I"):                  # 16 bits of grey, which Pillow would cut off, not scale
@@ -73,48 +67,52 @@ def decode(data: bytes) -> Tensor:
         if turn is not None:
             image = image.transpose(turn)
     except Exception as error:                          # Pillow raises many kinds for a damaged file
-        raise ImageError(f"damaged ({first_line(error)})") from error
+        raise ImageError(damage(error)) from error
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
     return pixels.div_(255).sub_(0.5).div_(0.5)         # in the release's order, to the last bit
 
 
-def opened(data: bytes) -> Image.Image:
-    """The image, its header read.  Raises ImageError."""
+def opened(data: bytes) -> tuple[Image.Image, Parts]:
+    """The image, its header read, and what its file is made of.  Raises ImageError."""
     if len(data) > MAX_BYTES:
         raise ImageError(f"{len(data):,} bytes")
     if not data:
         raise ImageError("an empty file")
+    parts = parts_of(data)
     Image.MAX_IMAGE_PIXELS = None                       # our own limit is asked below, before any pixel is decoded
     try:
-        image = Image.open(BytesIO(data), formats=FORMATS)
+        image = Image.open(BytesIO(parts.data), formats=FORMATS)
     except Image.UnidentifiedImageError:
-        raise ImageError(f"not a PNG, JPEG or WebP: it begins {data[:12]!r}") from None
+        raise ImageError(f"not a PNG, JPEG or WebP, but {kind_of(data)} of {len(data):,} bytes") from None
     except Exception as error:                          # Pillow raises many kinds for a damaged header
-        raise ImageError(f"damaged ({first_line(error)})") from error
+        raise ImageError(damage(error)) from error
     width, height = image.size
     if min(width, height) < MIN_SIDE or width * height > MAX_PIXELS:
         raise ImageError(f"{width:,}x{height:,} pixels")
-    return image
+    if width * height * parts.scans > MAX_SCANNED:
+        raise ImageError(f"a JPEG of {parts.scans} scans over {width:,}x{height:,} pixels")
+    return image, parts
 
 
-def orientation(image: Image.Image) -> int:
-    """1 to 8, as EXIF counts them; 1 is upright, and what is said where nothing or nonsense is.
+def damage(error: Exception) -> str:
+    """A library's sentence, unless it may quote what is in the file."""
+    said = first_line(error)
+    quotes = set("'\"\\") & set(said)
+    return f"damaged ({type(error).__name__ if quotes else said})"
 
-    Asked of the header alone, by both who call it: a PNG may say it again behind its pixels.
-    """
+
+def kind_of(data: bytes) -> str:
+    """What a file that is no image of ours is, by its first bytes, without showing any."""
+    known = {b"GIF8": "a GIF image", b"BM": "a BMP image", b"II*\0": "a TIFF image", b"MM\0*": "a TIFF image",
+             b"%PDF": "a PDF", b"PK\3\4": "a ZIP archive", b"\x1f\x8b": "a gzip file", b"\x28\xb5\x2f\xfd": "a zstd file",
+             b"PAR1": "a Parquet file", b"\x89PNG": "a damaged PNG", b"\xff\xd8": "a damaged JPEG", b"RIFF": "a RIFF file"}
+    for magic, name in known.items():
+        if data.startswith(magic):
+            return name
+    if data[4:8] == b"ftyp":
+        return "a HEIC or AVIF image or a video"
     try:
-        said = Image.Image.getexif(image).get(ORIENTATION)
-    except Exception:                                   # damaged EXIF damages no pixel
-        return 1
-    return said if said in UPRIGHT else 1
-
-
-def has_jpeg_end(data: bytes) -> bool:
-    """Whether the end mark follows the pixels; behind it phones append other things, and previews have their own."""
-    at = 2
-    while (marker := re.compile(rb"\xff+([^\xff\0])").match(data, at)) and at + 4 <= len(data):
-        at = marker.end()
-        if marker[1] == b"\xda":                        # the pixels begin; among them FF D9 is nothing but the end
-            return data.find(b"\xff\xd9", at) >= 0
-        at += int.from_bytes(data[at:at + 2], "big")
-    return False
+        data[:1024].decode()
+    except UnicodeDecodeError as error:
+        return "binary data" if error.start < len(data[:1024]) - 4 else "text"
+    return "binary data" if b"\0" in data[:1024] else "text"

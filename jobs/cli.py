@@ -98,6 +98,9 @@ def render_options(
     ray: Annotated[str | None, typer.Option(
         metavar="local|auto|ADDRESS", help="Where the work runs: this machine, the cluster this machine belongs to, "
         "or the cluster at ADDRESS.  [default: local]")] = None,
+    allow_images: Annotated[list[str] | None, typer.Option(
+        metavar="URI", help="s3://BUCKET/PREFIX below which images of rows may lie, beside the manifest's own bucket or "
+        "folder; again for each.")] = None,
     device: Annotated[str | None, typer.Option(metavar="cpu|cuda", help="[default: cuda where there is a GPU]")] = None,
     cpus: Annotated[int | None, typer.Option(
         metavar="N", help="Cores of this machine that a local run uses.  [default: all that this process may use: "
@@ -239,23 +242,9 @@ def submit(options: dict[str, Any],
         raise typer.BadParameter("submit runs on the cluster at --address; leave --ray out")
     if options.pop("cpus") is not None:
         raise typer.BadParameter("--cpus is of a local run: a cluster's machines say themselves what they have")
-    config = options.pop("config")
-    job = RenderJob.read(options, config)
-    if job.until is not None:                           # 07:00 here, whatever the cluster's clock shows
-        options["until"] = job.deadline().isoformat(timespec="seconds")
-    arguments = ["--config", str(config)] if config else []
-    for name, value in options.items():
-        flag = name.replace("_", "-")
-        if name in ("manifest", "prompt", "out") or value in (None, [], ()):
-            continue
-        if isinstance(value, bool):
-            arguments.append(f"--{flag}" if value else f"--no-{flag}")
-        elif isinstance(value, (list, tuple)):
-            arguments += [word for each in value for word in (f"--{flag}", str(each))]
-        else:
-            arguments += [f"--{flag}", str(value)]
+    job = RenderJob.read(options, options.pop("config"))
     with one_manifest(job) as manifest:
-        return submit(manifest, job.out, address, arguments, wait, json)
+        return submit(manifest, job.out, address, job.flags(), wait, json)
 
 
 @app.command()

@@ -156,7 +156,7 @@ def prepare(job: RenderJob, *, weights_are_needed: bool = True) -> Night:
     plan = Plan.make(manifest, card, defaults, weights_fingerprint=print_of,
                      precision=precision, attention=attention, decode_precision=decode_precision,
                      variant=variant_of(job, device),
-                     skip_invalid=job.skip_invalid)
+                     skip_invalid=job.skip_invalid, allow_images=job.allow_images)
     if job.strict and (fallbacks or plan.roundings):
         said = "; ".join([*fallbacks, *(f"{counted(rows, 'row')}: {note}" for note, rows in plan.roundings[:10])])
         raise UsageError(f"--strict, and not every row can be rendered as asked: {said}")

@@ -1,5 +1,6 @@
 """What a person can say about a render, from flags and from a TOML file, checked before anything heavy is imported."""
 
+import re
 import tomllib
 from collections.abc import Mapping
 from datetime import datetime, time, timedelta
@@ -11,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from jobs.usage import UsageError, checked_place, suggestion
 from pipeline.complaints import shown
 from pipeline.manifest_names import NAMES
+from pipeline.masking import without_secrets
 from pipeline.objects import plain_uri
 
 Count = Annotated[int, Field(ge=1)]
@@ -31,6 +33,7 @@ class RenderJob(BaseModel):
     ray: str = "local"                                  # local, auto (the cluster around this machine) or an address
     device: Literal["cpu", "cuda"] | None = None
     cpus: Count | None = None                           # of a local run: cores of this machine; None: all it may use
+    allow_images: list[str] = []                        # s3:// prefixes, beside the manifest's own bucket
 
     # for rows that do not say
     resolution: str | None = None
@@ -93,6 +96,14 @@ class RenderJob(BaseModel):
         """The manifest, as one or several; none where prompts were typed."""
         return (self.manifest,) if isinstance(self.manifest, str) else self.manifest or ()
 
+    @field_validator("allow_images")
+    @classmethod
+    def can_hold_images(cls, said: list[str]) -> list[str]:
+        prefixes = [plain_uri(prefix) for prefix in said]
+        if not all(re.fullmatch(r"s3://[\w.-]{3,255}(/[^/]+)*/?", prefix, re.ASCII) for prefix in prefixes):
+            raise ValueError("s3://BUCKET/PREFIX, once for each prefix")
+        return prefixes
+
     @field_validator("until")
     @classmethod
     def can_be_a_deadline(cls, said: str | None) -> str | None:
@@ -113,6 +124,22 @@ class RenderJob(BaseModel):
         """The smaller of what may be held and what can be paid."""
         paid = None if self.max_cost is None else self.max_cost / self.price
         return min((hours for hours in (self.max_gpu_hours, paid) if hours is not None), default=None)
+
+    def flags(self) -> list[str]:
+        """What was said beside manifest, out and what is of this machine, as the options of a command line that says the same elsewhere."""
+        said: list[str] = []
+        for name in sorted(self.model_fields_set - {"manifest", "prompt", "out", "ray", "cpus"}):
+            flag, value = name.replace("_", "-"), getattr(self, name)
+            if name == "until":                         # 07:00 here, whatever another clock shows
+                value = self.deadline() and self.deadline().isoformat(timespec="seconds")
+            if isinstance(value, bool):
+                said.append(f"--{flag}" if value else f"--no-{flag}")
+            elif value is not None:
+                if isinstance(value, Mapping):
+                    value = [f"{key}={column}" for key, column in value.items()]
+                for each in value if isinstance(value, (list, tuple)) else [value]:
+                    said += [f"--{flag}", str(each)]
+        return said
 
     @classmethod
     def read(cls, flags: Mapping[str, Any], config: Path | None = None, *, needs_out: bool = True) -> Self:
@@ -210,7 +237,7 @@ def problem(detail: Mapping[str, Any], flags: set[str], config: Path | None) -> 
     name = str(detail["loc"][0])
     where = f"--{name.replace('_', '-')}" if name in flags else f"{config}: {name}"
     allowed = detail["msg"].removeprefix("Value error, ").removeprefix("Input should be ").removeprefix("a valid ")
-    return f"{where} must be {allowed}; got {shown(detail['input'])}"
+    return f"{where} must be {allowed}; got {shown(without_secrets({name: detail['input']})[name])}"
 
 
 def exit_code_of(error: Exception) -> int | None:

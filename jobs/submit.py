@@ -1,8 +1,10 @@
 """The same `render` as a Ray job: ships code and manifest to a running cluster, follows the log, returns the exit code.
 
-What travels is a small folder made for the occasion: our packages and, where it is local, the manifest with the images
-that its rows name. Credentials never do. A job's entrypoint and runtime environment can be read by everybody who can
-open the dashboard, so the workers take theirs from the cluster's own environment.
+What travels is a small folder made for the occasion: our packages and, where it is local, the files of the manifest that
+its reader reads, and those images named by its rows that are images; nothing hidden, nothing behind a link that leads out.
+It is listed before it goes. Credentials never travel. A job's entrypoint and runtime environment can be read by everybody
+who can open the dashboard, so the workers take theirs from the cluster's own environment, and settings go one by one, not
+as the file that they stand in.
 """
 
 import asyncio
@@ -12,7 +14,6 @@ import json as jsonlib
 import logging
 import os
 import posixpath
-import re
 import secrets
 import shlex
 import shutil
@@ -29,15 +30,20 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 from urllib.parse import urlsplit
 
-from jobs.settings import RenderJob, parsed_map, read_config
+from jobs.progress import printable
+from jobs.settings import RenderJob, parsed_map
 from jobs.usage import UsageError
 from model.private import at_home
+from pipeline.complaints import shown
 from pipeline.manifest_bytes import unfolded
-from pipeline.manifest_files import STDIN, from_stdin, typed_rows
+from pipeline.manifest_files import STDIN, find_files, from_stdin, typed_rows
 from pipeline.manifest_text import sniffed
+from pipeline.masking import without_secrets
 
 HOME = Path(__file__).resolve().parent.parent
 PACKAGES = ("kernels", "model", "actors", "pipeline", "jobs")
+SHIPPED = (".py", ".safetensors", ".json", ".yaml", ".model")          # what our packages are made of
+LISTED = 100                    # names of what is sent
 MAX_BYTES = 100_000_000         # Ray's dashboard takes no larger upload
 CONNECT_TIMEOUT_S = 10.0
 POLL_S = 5.0
@@ -66,7 +72,7 @@ def submit(manifest: str, out: str, address: str, render_args: list[str], wait: 
     manifest     local file, folder or glob (shipped), or a URI that the cluster can read.
     out          s3://..., or an absolute path that every node shares.
     address      of the head's dashboard: http://HEAD:8265.
-    render_args  further options of `render`; a local file behind --config is shipped.
+    render_args  further options of `render`.
     wait         follow the log; the log goes to stdout, or to stderr when `json` is set.
     json         one JSON object on stdout: job_id, address, out, status, exit_code.
 
@@ -106,30 +112,39 @@ def submit(manifest: str, out: str, address: str, render_args: list[str], wait: 
 
 
 def pack(folder: Path, manifest: str, render_args: list[str]) -> list[str]:
-    """Fill `folder` with what the cluster needs: our packages, the manifest and its images, the --config file.
+    """Fill `folder` with what the cluster needs: our packages, the manifest and its images; says on stderr what that is.
 
     Returns manifest and arguments as the job, whose working folder this is, has to name them.
-    Raises UsageError for a manifest or config that is not there, or more than MAX_BYTES, ManifestError for a manifest
-    that cannot be read; nothing is copied then.
+    Raises UsageError for a manifest that is not there, or more than MAX_BYTES, ManifestError for a manifest that cannot
+    be read; nothing is copied then.
     """
-    files = {f"{package}/{name}": file for package in PACKAGES for name, file in files_under(HOME / package)}
-    named = manifest
+    ours = {f"{package}/{name}": file for package in PACKAGES for name, file in files_under(HOME / package)
+            if file.suffix in SHIPPED}
+    named, theirs = manifest, {}
     if "://" not in manifest:
-        named, found = local_manifest(at_home(manifest))
-        refuse_too_much(files | found)                 # before it is read
-        files |= found | images_of(manifest, found, mapping_in(render_args))
-    args = list(render_args)
-    if (config := value_of("--config", args)) is not None:
-        if not Path(config).is_file():
-            raise UsageError(f"no such config file: {config}")
-        files["config.toml"] = Path(config)
-        args[args.index(config)] = "config.toml"
-    refuse_too_much(files)
-    for name, file in files.items():
+        named, theirs = local_manifest(at_home(manifest))
+        refuse_too_much(ours | theirs)                 # before it is read
+        theirs |= images_of(manifest, ours, theirs, mapping_in(render_args))
+    refuse_too_much(ours | theirs)
+    tell_shipped(ours, theirs)
+    for name, file in (ours | theirs).items():
         copy = folder / name
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, copy)
-    return [named, *args]
+    return [named, *render_args]
+
+
+def tell_shipped(ours: dict[str, Path], theirs: dict[str, Path]) -> None:
+    def size(files: dict[str, Path]) -> str:
+        num_bytes = sum(file.stat().st_size for file in files.values())
+        return f"{len(files):,} file{'' if len(files) == 1 else 's'}, {num_bytes / 1e6:,.1f} MB"
+
+    print(f"sent to the cluster: dailies ({size(ours)})" + (f"; manifest and images ({size(theirs)}):" if theirs else ""),
+          file=sys.stderr)
+    for name in sorted(theirs)[:LISTED]:
+        print(printable(f"  {name.removeprefix('manifest/')}"), file=sys.stderr)
+    if len(theirs) > LISTED:
+        print(f"  and {len(theirs) - LISTED:,} more", file=sys.stderr)
 
 
 @contextmanager
@@ -156,43 +171,54 @@ def one_manifest(job: RenderJob) -> Iterator[str]:
 
 
 def mapping_in(render_args: list[str]) -> dict[str, str]:
-    """What --map and the file behind --config say, as render will read it."""
-    config = value_of("--config", render_args)
-    is_there = config is not None and Path(config).is_file()
-    said = read_config(Path(config), known=list(RenderJob.model_fields)).get("map", {}) if is_there else {}
-    pairs = [value for option, value in pairwise(render_args) if option == "--map"]
-    return parsed_map(said) | parsed_map(pairs)
+    """What --map says, as render will read it."""
+    return parsed_map([value for option, value in pairwise(render_args) if option == "--map"])
 
 
 def local_manifest(source: Path) -> tuple[str, dict[str, Path]]:
-    """What a file, folder or glob is called in the job's working folder, and its files by their name there."""
+    """What a file, folder or glob is called in the job's working folder, and its files by their name there.
+
+    Those are the files that the manifest's reader reads.  Raises UsageError where there is none, or a link leads out.
+    """
     if source.is_file():
         return f"manifest/{source.name}", {f"manifest/{source.name}": source}
+    try:
+        found = find_files(str(source))
+    except OSError as error:
+        raise UsageError(f"no such manifest: {source} ({error}). Give a file, a folder, a glob or an s3:// URI") from None
     if source.is_dir():
-        name = f"manifest/{source.resolve().name}"
-        return name, {f"{name}/{inner}": file for inner, file in files_under(source)}
-    found = [Path(match) for match in glob.glob(str(source), recursive=True) if Path(match).is_file()]
-    if not found:
-        raise UsageError(f"no such manifest: {source}. Give a file, a folder, a glob or an s3:// URI")
-    fixed = Path(*takewhile(lambda part: not glob.has_magic(part), source.parts))
-    return f"manifest/{source.relative_to(fixed)}", {f"manifest/{file.relative_to(fixed)}": file for file in found}
+        base, named = source, f"manifest/{source.resolve().name}"
+        inside = named
+    else:
+        base = Path(*takewhile(lambda part: not glob.has_magic(part), source.parts))
+        named, inside = f"manifest/{source.relative_to(base)}", "manifest"
+    files = {}
+    for file in (Path(each.name) for each in found.files):
+        inner = file.relative_to(base)
+        if not file.resolve().is_relative_to(base.resolve()):
+            raise UsageError(f"{file} is a link that leads out of {base}, and what it leads to is not sent. Put the file "
+                             "itself there, or name the files that are to be sent")
+        if not any(part.startswith(".") for part in inner.parts):
+            files[f"{inside}/{inner.as_posix()}"] = file
+    return named, files
 
 
-def images_of(manifest: str, shipped: dict[str, Path], mapping: dict[str, str]) -> dict[str, Path]:
+def images_of(manifest: str, ours: dict[str, Path], shipped: dict[str, Path],
+              mapping: dict[str, str]) -> dict[str, Path]:
     """The images under the manifest's folder that its rows name, by the name that each row's path has on the cluster.
 
-    shipped: the manifest's own files, by their name there.  What is in a bucket, missing or outside the folder stays
-    behind: render says so.  Raises UsageError for an absolute path, ManifestError.
+    shipped: the manifest's own files, by their name there.  What is in a bucket, missing, hidden, outside the folder or
+    no image stays behind: render says so.  Raises UsageError for an absolute path, ManifestError.
     """
-    from actors.image_file import ImageError
-    from pipeline.complaints import shown
-    from pipeline.images import folder_of, locate
+    from actors.image_parts import ImageError
+    from pipeline.images import FoundImage, find_images, folder_of, locate
     from pipeline.manifest import Manifest
 
     read = Manifest.read(manifest, mapping=mapping)
     there = {str(file): posixpath.dirname(name) for name, file in shipped.items()}
     ends = [first for _, first in read.files[1:]] + [read.table.num_rows]
-    found = {}
+    wanted: dict[str, tuple[str, str]] = {}
+    found: dict[str, Path] = {}
     for (file, first), end in zip(read.files, ends, strict=True):
         for name in read.table["image"].slice(first, end - first).unique().drop_null().to_pylist():
             try:
@@ -205,8 +231,14 @@ def images_of(manifest: str, shipped: dict[str, Path], mapping: dict[str, str]) 
             if posixpath.isabs(name):
                 raise UsageError(f"{file}: the image {shown(name)} is an absolute path, and on the cluster that is "
                                  "another place. Give a path under the manifest's folder, or put it into the bucket")
-            found[f"{there[file]}/{inner}"] = path
-    return found
+            key = f"{there[file]}/{inner}"
+            found[key], wanted[key] = path, (folder_of(file), name)
+    refuse_too_much(ours | shipped | found)             # before they are read
+    images = {key for key, image in zip(wanted, find_images(list(wanted.values())), strict=True)
+              if isinstance(image, FoundImage)}
+    if unfit := sorted(found.keys() - images):
+        print(printable(f"not sent, because they are no images: {', '.join(unfit[:LISTED])}"), file=sys.stderr)
+    return {key: path for key, path in found.items() if key in images}
 
 
 def refuse_too_much(files: dict[str, Path]) -> None:
@@ -222,8 +254,10 @@ def refuse_too_much(files: dict[str, Path]) -> None:
 
 
 def files_under(folder: Path) -> list[tuple[str, Path]]:
-    """A folder's files with their names in it; hidden ones and compiled Python are left out."""
-    files = [(path.relative_to(folder), path) for path in sorted(folder.rglob("*")) if path.is_file()]
+    """A folder's files with their names in it; hidden ones, compiled Python and links that lead out are left out."""
+    root = folder.resolve()
+    files = [(path.relative_to(folder), path) for path in sorted(folder.rglob("*"))
+             if path.is_file() and path.resolve().is_relative_to(root)]
     return [(name.as_posix(), path) for name, path in files
             if not any(part.startswith(".") or part == "__pycache__" for part in name.parts)]
 
@@ -234,12 +268,12 @@ def value_of(option: str, args: list[str]) -> str | None:
 
 
 def refuse_secrets(values: list[str]) -> None:
-    """Raises UsageError if a value carries a key: user:password@host, or a presigned link."""
+    """Raises UsageError for a value that may not be written down: user:password@host, a presigned link, a key."""
     for value in values:
-        if re.search(r"://[^/\s]*@", value) or re.search(r"[?&](X-Amz-\w+|AWSAccessKeyId|Signature|sig)=", value):
-            shown = re.sub(r"://[^/\s]*@", "://***@", value).split("?")[0]
-            raise UsageError(f"a job can be read by everybody on the cluster, so it must not carry keys; got {shown}. "
-                             "Give the plain URI and let the workers find their credentials in their own environment")
+        if (masked := without_secrets(value)) != value:
+            raise UsageError(f"a job can be read by everybody on the cluster, so it must not carry keys; got "
+                             f"{shown(masked)}. Give the plain URI and let the workers find their credentials in their own "
+                             "environment")
 
 
 def refuse_local(name: str, value: str | None) -> None:

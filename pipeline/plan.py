@@ -119,16 +119,17 @@ class Plan:
     @classmethod
     def make(cls, manifest: Manifest, card: ModelCard, defaults: Defaults = Defaults(), *, weights_fingerprint: str,
              precision: str, attention: str = "dense", decode_precision: str | None = None, variant: str | None = None,
-             skip_invalid: bool = False) -> "Plan":
+             skip_invalid: bool = False, allow_images: Sequence[str] = ()) -> "Plan":
         """Resolve, check against the model, name and order every clip. Reads the rows' images if the model takes them.
 
+        allow_images: s3:// prefixes of images, beside the manifest's own bucket.
         skip_invalid: set bad rows aside (`invalid_rows`) and plan the others.
         Raises ManifestError with the manifest's complaints and the model's; ValueError for impossible defaults;
         StoreError for images in a bucket that does not answer.
         """
         defaults = defaults.resolved(card)
         complaints = manifest.complaints.copy()
-        rows = _Rows.resolve(manifest, card, defaults, complaints)
+        rows = _Rows.resolve(manifest, card, defaults, complaints, allow_images)
         if len(complaints) and not skip_invalid:
             raise ManifestError(manifest.name, complaints)
         is_good = np.ones(manifest.table.num_rows, bool)
@@ -365,12 +366,13 @@ class _Rows:
     images: list[FoundImage]        # distinct by content
 
     @classmethod
-    def resolve(cls, manifest: Manifest, card: ModelCard, defaults: Defaults, complaints: Complaints) -> "_Rows":
+    def resolve(cls, manifest: Manifest, card: ModelCard, defaults: Defaults, complaints: Complaints,
+                allow_images: Sequence[str]) -> "_Rows":
         """Put in the defaults, and add to `complaints` what this model cannot do."""
         table = manifest.table
         resolutions = table["resolution"].fill_null(defaults.resolution)
         sizes, size = _asked_of_card(resolutions, "resolution", card.size_for, complaints)
-        images, image = _images(manifest, card, complaints)
+        images, image = _images(manifest, card, complaints, allow_images)
         if images:
             sizes, size = _sizes_for_images(resolutions, images, image, card, complaints)
         height, width = np.array([found or (0, 0) for found in sizes])[size].T
@@ -464,7 +466,8 @@ def _complain(refused: Mapping[int, tuple[str, str]], code: np.ndarray, column: 
         complaints.add(rows, column, [refused[int(code[row])][0] for row in rows], rule)
 
 
-def _images(manifest: Manifest, card: ModelCard, complaints: Complaints) -> tuple[list[FoundImage], np.ndarray]:
+def _images(manifest: Manifest, card: ModelCard, complaints: Complaints,
+            allowed: Sequence[str]) -> tuple[list[FoundImage], np.ndarray]:
     """The images, distinct by content, and which of them each row has, -1 for none or one that was refused."""
     names, name = _encoded(manifest.table["image"])
     if not card.takes_image:
@@ -483,7 +486,7 @@ def _images(manifest: Manifest, card: ModelCard, complaints: Complaints) -> tupl
     places, at = np.unique(place[place >= 0], return_index=True)
     rows = np.flatnonzero(place >= 0)[at]
     given = names.take(pa.array(name[rows])).to_pylist()
-    found = find_images([(folders[file[row]], said) for row, said in zip(rows, given, strict=True)])
+    found = find_images([(folders[file[row]], said) for row, said in zip(rows, given, strict=True)], allowed)
 
     images: dict[str, FoundImage] = {}
     refused: dict[int, tuple[str, str]] = {}

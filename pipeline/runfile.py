@@ -5,15 +5,13 @@ the run was started, may differ when the run is continued; so may the manifest (
 """
 
 import json
-import os
-import re
 from collections.abc import Mapping
 from typing import Annotated, Any
-from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.complaints import shown
+from pipeline.masking import without_secrets
 from pipeline.store import NotFound, Store, StoreError, TooLarge
 
 RUN = "run.json"
@@ -23,8 +21,6 @@ GROWS = ("manifest_digest", "images_digest")            # in run.json the first 
 MOST_BYTES = 2**22                      # of run.json
 Count = Annotated[int, Field(strict=True, ge=0, le=10**9)]
 Number = Annotated[float, Field(strict=True, ge=0, le=1e6, allow_inf_nan=False)]
-REMOVED = "[removed]"
-SECRET_NAME = re.compile(r"(^|_)(secret|password|passwd|token|credentials?|(access|api|private|seal)_key)($|_)", re.I)
 
 
 class OtherRun(ValueError):
@@ -134,32 +130,3 @@ def check_run(store: Store, found: Mapping[str, Any], identity: Mapping[str, Any
     if differing:
         raise OtherRun(f"{store.uri} holds another run: {'; '.join(differing)}. Choose another output folder, "
                        "or repeat that run's command to continue it")
-
-
-def without_secrets(value: Any) -> Any:
-    """The same without what must not be written down.
-
-    That is: values whose name says so, passwords and signatures in URLs, what the environment calls a secret.
-    """
-    hidden = [said for name, said in os.environ.items() if SECRET_NAME.search(name) and len(said) >= 8]
-
-    def clean(value: Any, name: str = "") -> Any:
-        if isinstance(value, Mapping):
-            return {key: clean(inner, str(key)) for key, inner in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [clean(inner, name) for inner in value]
-        if value is not None and not isinstance(value, (bool, int, float)) and SECRET_NAME.search(name):
-            return REMOVED
-        if not isinstance(value, str):
-            return value
-        for secret in hidden:
-            value = value.replace(secret, REMOVED)
-        return re.sub(r"\w+://\S+", lambda found: plain_url(found.group()), value)
-
-    return clean(value)
-
-
-def plain_url(url: str) -> str:
-    """Without user, password and query, in which presigned URLs carry their signature."""
-    parts = urlsplit(url)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query=REMOVED if parts.query else "").geturl()

@@ -69,8 +69,8 @@ BROKEN = {
                  encoded(Image.fromarray(pixels()), "webp", lossless=True)[:-40]),
     "head.png": ("damaged (Truncated File Read)", png()[:20]),
     "head.jpg": ("damaged (Truncated File Read)", jpeg()[:30]),
-    "text.png": ("not a PNG, JPEG or WebP: it begins b'a red fox'", b"a red fox"),
+    "text.png": ("not a PNG, JPEG or WebP, but text of 9 bytes", b"a red fox"),
     "page.svg": ("not a PNG, JPEG or WebP", b"<svg xmlns='http://www.w3.org/2000/svg'/>"),
-    "other.gif": ("not a PNG, JPEG or WebP: it begins b'GIF8", encoded(Image.fromarray(pixels()), "gif")),
+    "other.gif": ("not a PNG, JPEG or WebP, but a GIF image of ", encoded(Image.fromarray(pixels()), "gif")),
     "empty.png": ("an empty file", b""),
 }

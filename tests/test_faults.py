@@ -10,7 +10,7 @@ from itertools import count
 import pytest
 from test_driver import SHARED, SLEEPS_S, WHOLE, SimulatedCrew, box, drive, poisoned, requests
 
-from actors.image_file import ImageError
+from actors.image_parts import ImageError
 from actors.messages import Clip, Failure
 from jobs.bench_pipeline import pretend_request, pretend_stages
 from pipeline.cluster import last_line, load_failed, on_this_machine

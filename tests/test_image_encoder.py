@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from actors.image_encoder import ImageTextEncoder, cropped
-from actors.image_file import ImageError, decode
+from actors.image_file import decode
+from actors.image_parts import ImageError
 from actors.messages import FirstFrame, Request
 from golden import error
 from image_files import jpeg, png

@@ -1,7 +1,11 @@
 """Images that rows begin with: what is taken and how it is read, and what is the matter with the others."""
 
 import os
+import re
+import struct
 import time
+import zlib
+from io import BytesIO
 
 import numpy as np
 import pytest
@@ -9,7 +13,8 @@ import torch
 from PIL import Image
 
 from actors import image_file
-from actors.image_file import ImageError, ImageSize, decode, examine
+from actors.image_file import ImageSize, decode, examine
+from actors.image_parts import ImageError
 from image_files import BROKEN, deep_grey, encoded, jpeg, only_header, palette, pixels, png, see_through
 from pipeline.images import FoundImage, find_image, find_images, locate, read_image
 
@@ -163,7 +168,7 @@ def test_paths_stay_under_the_manifests_folder(tmp_path):
 
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
-    assert str(find_image(str(tmp_path), "pipe.png")) == "not a file"
+    assert str(find_image(str(tmp_path), "pipe.png")) == "not a file: a pipe"
 
 
 def test_a_relative_path_in_a_manifest_of_a_bucket_stays_under_its_prefix():
@@ -179,9 +184,10 @@ def test_images_in_a_bucket_are_read_and_each_trouble_is_its_rows(s3_bucket):
     store = open_store(s3_bucket)
     store.put("night/a.png", png())
     store.put("huge.png", bytes(image_file.MAX_BYTES + 1))
+    allowed = ["s3://no-such-bucket-here", "s3://user:secret@b"]
     names = ["a.png", f"{s3_bucket}/night/a.png", f"{s3_bucket}/night/b.png", f"{s3_bucket}/huge.png",
              "s3://no-such-bucket-here/a.png", "s3://user:secret@b/a.png", "s3://", s3_bucket]
-    found = find_images([(f"{s3_bucket}/night", name) for name in names])
+    found = find_images([(f"{s3_bucket}/night", name) for name in names], allowed)
     assert found[0] == found[1] and found[0].uri == f"{s3_bucket}/night/a.png"
     assert found[0].size == ImageSize(height=40, width=60)
     for error, said in zip(found[2:], ["no such object", "67,108,865 bytes", "has no bucket no-such-bucket-here",
@@ -203,7 +209,7 @@ def test_a_thousand_images_are_read_by_a_few_at_a_time(tmp_path, monkeypatch):
     (tmp_path / "a.png").write_bytes(png())
     running, most = [], []
 
-    def slow(uri):
+    def slow(uri, folder):
         running.append(uri)
         most.append(len(running))
         time.sleep(0.001)
@@ -220,3 +226,159 @@ def test_nothing_of_an_image_is_run_or_opened(tmp_path):
     eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\n"
     with pytest.raises(ImageError, match="not a PNG, JPEG or WebP"):
         examine(eps)
+
+
+@pytest.mark.parametrize("content", [b"PASSWORD=hunter2", b"hunter2-pw\n", b"\x1f\x8bhunter2", b"hunter2" * 5000,
+                                     b"\x89PNG\r\n\x1a\n" + b"\0\0\0\7hunt" + b"hunter2" * 9, b"\xff\xd8hunter2", b"\0hunter2",
+                                     b"RIFF\x20\0\0\0WEBPhunter2hunter2hunter2hunter2", b"\0\0\0\x18ftyphunter2"])
+def test_what_is_said_of_a_file_that_is_no_image_shows_nothing_of_it(tmp_path, content):
+    (tmp_path / "a.png").write_bytes(content)
+    for said in (str(find_image(str(tmp_path), "a.png")), *(str(error) for error in raised(examine, decode, content))):
+        assert said.startswith(("not a PNG, JPEG or WebP, but ", "damaged (", "a WEBP file of which")), said
+        assert not any(part in said for part in ("PASS", "hun", "ter2"))
+
+
+def raised(*calls):
+    *functions, argument = calls
+    for function in functions:
+        with pytest.raises(ImageError) as caught:
+            function(argument)
+        yield caught.value
+
+
+def test_hidden_files_are_no_images_and_neither_is_what_a_link_hides(tmp_path):
+    (tmp_path / ".aws").mkdir()
+    for name in (".env", ".aws/a.png", "a.png"):
+        (tmp_path / name).write_bytes(png())
+    (tmp_path / "b.png").symlink_to(".aws/a.png")
+    (tmp_path / "open").symlink_to(".aws")
+    (tmp_path / ".link.png").symlink_to("a.png")
+    for name in (".env", ".aws/a.png", "b.png", "open/a.png", ".link.png", f"{tmp_path}/.env", ".aws/../a.png"):
+        assert "a hidden file" in str(find_image(str(tmp_path), name)), name
+    assert isinstance(find_image(str(tmp_path), "./a.png"), FoundImage)
+    hidden = tmp_path / ".cache"                        # the manifest's own folder may be hidden: a person has named it
+    hidden.mkdir()
+    (hidden / "a.png").write_bytes(png())
+    assert isinstance(find_image(str(hidden), "a.png"), FoundImage)
+    assert isinstance(find_image(str(hidden), f"{hidden}/a.png"), FoundImage)
+    for name in (".env", "a/.b/c.png"):
+        with pytest.raises(ImageError, match="hidden"):
+            locate("s3://b/night", name)
+        with pytest.raises(ImageError, match="hidden"):
+            locate("s3://bbb/night", f"s3://bbb/{name}")
+
+
+def test_images_of_a_bucket_are_read_for_its_own_manifests_and_where_it_was_allowed():
+    for folder, name, allowed in [("s3://bbb/night", "s3://bbb/other/a.png", []), ("s3://bbb/night", "S3A://bbb/a.png", []),
+                                  ("/disk", "s3://ccc/in/a.png", ["s3://ccc/in"]), ("/disk", "s3://ccc/in/a.png", ["S3://ccc/in/"]),
+                                  ("/disk", "s3://ccc/a.png", ["s3://xxx", "s3://ccc"]),
+                                  ("s3://bbb/night", "s3://ccc/in/deep/a.png", ["s3://ccc/in"])]:
+        assert locate(folder, name, allowed).startswith("s3://")
+    for folder, name, allowed in [("s3://bbb/night", "s3://ccc/a.png", []), ("s3://bbb/night", "s3://bbbb/a.png", []),
+                                  ("/disk", "s3://ccc/a.png", []), ("/disk", "s3://ccc/inner/a.png", ["s3://ccc/in"]),
+                                  ("/disk", "s3://ccc/in/../a.png", ["s3://ccc/in"]),
+                                  ("s3://bbb/night", "s3://b.c/a.png", ["s3://ccc"])]:
+        with pytest.raises(ImageError, match="--allow-images s3://BUCKET/PREFIX has to allow it"):
+            locate(folder, name, allowed)
+
+
+def test_a_link_that_is_put_in_the_way_after_the_check_is_not_followed(tmp_path, monkeypatch):
+    from pipeline import images
+    (tmp_path / "night/deep").mkdir(parents=True)
+    (tmp_path / "night/deep/a.png").write_bytes(png())
+    (tmp_path / "a.png").write_bytes(png())
+    checked = locate(str(tmp_path / "night"), "deep/a.png")
+    for place, target in (("deep/a.png", tmp_path / "a.png"), ("deep", tmp_path)):
+        path = tmp_path / "night" / place
+        path.unlink() if path.is_file() else path.rmdir()
+        path.symlink_to(target)
+        with pytest.raises(ImageError, match="not a file: a link"):
+            images.read_image(checked, str(tmp_path / "night"))
+        path.unlink()
+        path.parent.mkdir(exist_ok=True)
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def exif_table(entries: int, size: int) -> bytes:
+    """Every entry claims the whole table."""
+    entry = struct.pack("<HHII", 0x9000, 7, size, 8)
+    return (b"II*\0" + struct.pack("<IH", 8, entries) + entry * entries).ljust(size + 8, b"\0")
+
+
+def many_scans(count: int, side: int = 64) -> bytes:
+    data = encoded(Image.new("L", (side, side), 128), "jpeg", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    return data[:-2] + data[last:-2] * count + b"\xff\xd9"
+
+
+def animated(frames: int) -> bytes:
+    data = encoded(Image.fromarray(pixels()), "webp", save_all=True, append_images=[Image.new("RGB", (60, 40))])
+    last = data.rindex(b"ANMF")
+    body = data[12:] + data[last:] * (frames - 2)
+    return b"RIFF" + struct.pack("<I", len(body) + 4) + b"WEBP" + body
+
+
+BOMBS = {
+    "scans": (many_scans(120), "a JPEG of more than 100 scans"),
+    "segments": (jpeg()[:2] + b"\xff\xfe\0\2" * 60_000 + jpeg()[2:], "a JPEG of more than 50,000 segments"),
+    "fill": (jpeg()[:2] + b"\xff" * 9_000_000 + b"\0" + jpeg()[2:], "not a PNG, JPEG or WebP, but a damaged JPEG"),
+    "chunks": (png()[:33] + chunk(b"IDAT", b"") * 60_000 + png()[33:], "a PNG of more than 50,000 chunks"),
+    "frames": (animated(60_000), "a WebP of more than 50,000 chunks"),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_small_file_that_is_much_work_is_refused_before_it_is_opened(name, monkeypatch):
+    data, said = BOMBS[name]
+    if name != "fill":
+        monkeypatch.setattr(Image, "open", None)
+        assert len(list(raised(decode, data))) == 1
+    [error] = raised(examine, data)
+    assert re.match(said, str(error))
+
+
+def test_scans_are_counted_over_the_pixels_that_each_passes(monkeypatch):
+    assert examine(many_scans(60)) == ImageSize(height=64, width=64)
+    monkeypatch.setattr(image_file, "MAX_SCANNED", 64 * 64 * 60)
+    with pytest.raises(ImageError, match="a JPEG of [67]. scans over 64x64 pixels"):
+        examine(many_scans(60))
+
+
+def test_what_decides_no_pixel_does_not_reach_the_decoder():
+    """Texts that unfold, colour profiles, EXIF of which every entry names all of it, frames behind the first."""
+    bomb = zlib.compress(b"\0" * 30_000_000)
+    head, rest = png()[:33], png()[33:]
+    swollen = head + chunk(b"zTXt", b"a\0\0" + bomb) * 9 + chunk(b"iCCP", b"p\0\0" + bomb) * 9 + \
+        chunk(b"eXIf", exif_table(65_000, 1_000_000)) + rest
+    data = {"png": swollen, "jpeg": jpeg()[:2] + (b"\xff\xe1\xff\xf0Exif\0\0" + exif_table(5_000, 64_000).ljust(65_512, b"\0")) * 20
+            + jpeg()[2:], "webp": animated(10_000)}
+    for kind, swollen in data.items():
+        image, parts = image_file.opened(swollen)
+        assert len(parts.data) < 30_000 and image.size == (60, 40), kind
+        assert off(decode(swollen), pixels()) <= 8 if kind != "webp" else examine(swollen)
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
+def test_an_orientation_in_xmp_counts_where_exif_says_none(kind):
+    xmp = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    if kind == "png":
+        data = png()[:33] + chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp) + png()[33:]
+    else:
+        data = encoded(Image.fromarray(pixels()), kind, xmp=xmp)
+    assert examine(data) == ImageSize(height=60, width=40) and decode(data).shape == (3, 60, 40)
+
+
+@pytest.mark.parametrize("data", [
+    encoded(Image.fromarray(np.dstack([pixels()] * 1)), "png", compress_level=0), jpeg(comment=b"x" * 60_000),
+    jpeg(icc_profile=b"p" * 900_000), encoded(Image.fromarray(pixels()), "png", icc_profile=b"p" * 900_000),
+    encoded(Image.fromarray(pixels()), "webp", icc_profile=b"p" * 900_001, xmp=b"x" * 3), see_through(),
+    encoded(Image.fromarray(pixels()), "jpeg", restart_marker_blocks=1)], ids=lambda data: str(len(data)))
+def test_what_is_taken_out_of_a_file_changes_no_pixel_of_it(data):
+    image = Image.open(BytesIO(data))
+    whole = image.convert("RGBA") if image.mode == "RGBA" else image.convert("RGB")
+    if whole.mode == "RGBA":
+        whole = Image.alpha_composite(Image.new("RGBA", whole.size, "white"), whole).convert("RGB")
+    assert off(decode(data), np.asarray(whole)) <= 1e-4

@@ -255,7 +255,7 @@ def test_an_images_clips_come_together_and_it_is_read_once(tmp_path, monkeypatch
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_bytes(png(40 if name == "a.png" else 41, 60))
     read = []
-    monkeypatch.setattr("pipeline.images.read_image", lambda uri: read.append(uri) or Path(uri).read_bytes())
+    monkeypatch.setattr("pipeline.images.read_image", lambda uri, _: read.append(uri) or Path(uri).read_bytes())
     plan = plan_of(tmp_path, card=I2V, prompt=["x", "x", "y", "y"] * 25, image=["a.png", "b.png"] * 50,
                    resolution=["480x480"] * 100)
     order = [(Path(request.image.uri).name, request.prompt) for request in plan.requests()]

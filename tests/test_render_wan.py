@@ -164,15 +164,16 @@ def test_a_bad_image_is_its_rows_failure_and_the_rest_renders(in_process, tmp_pa
     (night / "link.png").symlink_to(tmp_path / "outside.png")
     open_store(s3_bucket).put("a.png", png())
     want |= {"../outside.png": "outside the manifest's folder", "link.png": "outside the manifest's folder",
-             "gone.png": "no such file",
-             f"{s3_bucket}/gone.png": "no such object", f"file://{night}/a.png": "neither a path nor s3://"}
+             "gone.png": "no such file", ".hidden.png": "a hidden file",
+             "s3://elsewhere/a.png": "--allow-images", f"{s3_bucket}/gone.png": "no such object", f"file://{night}/a.png": "neither a path nor s3://"}
     rows += [{"id": str(number), "prompt": "x", "frames": 5, "image": name} for number, name in enumerate(want)]
     rows += [{"id": "none", "prompt": "x", "frames": 5},
              {"id": "s3", "prompt": "x", "frames": 5, "image": f"{s3_bucket}/a.png"}]
     path = manifest(night, rows)
-    options = (path, tmp_path / "out", "wan-tiny-i2v", tmp_path / "weights")
+    allowed = ["--allow-images", s3_bucket]
+    options = (path, tmp_path / "out", "wan-tiny-i2v", tmp_path / "weights", *allowed)
     assert main(["render", str(path), "--out", str(tmp_path / "out"), "--model", "wan-tiny-i2v",
-                 "--weights", str(tmp_path / "weights")]) == 2
+                 "--weights", str(tmp_path / "weights"), *allowed]) == 2
     assert f"{len(want) + 1} complaints" in capsys.readouterr().err and not (tmp_path / "out").exists()
     code, said = render(capsys, *options, "--skip-invalid")
     assert (code, said["done"], said["failed"]) == (3, 8, len(want) + 1)

@@ -13,7 +13,6 @@ import sys
 import tempfile
 import threading
 import time
-import tomllib
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -376,45 +375,91 @@ def test_the_shipped_folder_runs_by_itself(manifest: Path, tmp_path: Path):
     assert not [path for path in folder.rglob("*") if path.name in ("__pycache__", "tests", "out", ".git", ".venv")]
 
 
+def shipped_files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder / "manifest")) for path in folder.joinpath("manifest").rglob("*")
+                  if path.is_file())
+
+
 def test_folders_and_globs_keep_their_files_in_order(tmp_path: Path):
-    for name in ("night/a.csv", "night/sub/b.csv", "night/notes.txt"):
+    for name in ("night/a.csv", "night/b.csv", "night/sub/b.csv"):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("prompt\n" + name)
     for number, (given, named, held) in enumerate([
-            ("night", "manifest/night", ["night/a.csv", "night/notes.txt", "night/sub/b.csv"]),
-            ("night/**/*.csv", "manifest/**/*.csv", ["a.csv", "sub/b.csv"])]):
+            ("night", "manifest/night", ["night/a.csv", "night/b.csv"]),
+            ("night/**/*.csv", "manifest/**/*.csv", ["a.csv", "b.csv", "sub/b.csv"])]):
         folder = tmp_path / f"shipped{number}"
         assert job.pack(folder, str(tmp_path / given), []) == [named]
-        found = sorted(path for path in (folder / "manifest").rglob("*") if path.is_file())
-        assert [str(path.relative_to(folder / "manifest")) for path in found] == held
+        assert set(held) <= set(shipped_files(folder))
+
+
+def test_only_what_the_manifest_is_made_of_is_sent_and_it_is_listed(tmp_path: Path, capsys):
+    """Not its neighbours, nothing hidden, nothing behind a link that leads out of the folder, no file that is no image."""
+    night, home = tmp_path / "night", tmp_path / "home"
+    for path in (home / ".aws", night / "deep", night / ".aws"):
+        path.mkdir(parents=True)
+    (home / ".aws/credentials").write_text("k=FAKE")
+    rows = "".join(f"a,{image}\n" for image in (".env", ".aws/credentials", "id_rsa", "link.png", "open/credentials", "a.png"))
+    (night / "a.csv").write_text("prompt,image\n" + rows)
+    for name in ("credentials.json", "id_rsa", "deep/aws-keys.pem", ".env", ".aws/credentials", ".hidden.csv", "_old.csv"):
+        (night / name).write_text("K=FAKE")
+    (night / "a.png").write_bytes(png())
+    (night / "link.png").symlink_to(home / ".aws/credentials")
+    (night / "open").symlink_to(home / ".aws")
+    for number, given in enumerate((night / "a.csv", night / "*.csv")):
+        folder = tmp_path / f"shipped{number}"
+        job.pack(folder, str(given), [])
+        assert shipped_files(folder) == ["a.csv", "a.png"]
+        assert not [path for path in folder.rglob("*") if path.is_file() and b"FAKE" in path.read_bytes()
+                    and path.suffix != ".py"]
+        said = capsys.readouterr().err
+        assert "manifest and images (2 files, 0.0 MB):\n  a.csv\n  a.png\n" in said
+        assert "not sent, because they are no images: manifest/id_rsa" in said and "FAKE" not in said
+    (night / "z.csv").symlink_to(home / ".aws/credentials")
+    folder = tmp_path / "shipped-folder"
+    with suppress(job.UsageError):                      # a reader may pass over it, or the link is refused by name
+        job.pack(folder, str(night / "*.csv"), [])
+        assert shipped_files(folder) == ["a.csv", "a.png"]
+
+
+def test_our_packages_travel_without_what_lies_beside_them(tmp_path: Path, monkeypatch):
+    home = tmp_path / "home"
+    for package in job.PACKAGES:
+        (home / package).mkdir(parents=True)
+        (home / package / "a.py").write_text("")
+    (tmp_path / "id_rsa").write_text("FAKE")
+    for name in ("jobs/.env", "jobs/id_rsa", "model/notes.txt"):
+        (home / name).write_text("FAKE")
+    (home / "jobs/link.py").symlink_to(tmp_path / "id_rsa")
+    monkeypatch.setattr(job, "HOME", home)
+    job.pack(tmp_path / "shipped", "s3://bucket/m.parquet", [])
+    assert sorted(str(path.relative_to(tmp_path / "shipped")) for path in (tmp_path / "shipped").rglob("*")
+                  if path.is_file()) == sorted(f"{package}/a.py" for package in job.PACKAGES)
 
 
 def shipped_images(manifest: Path, folder: Path) -> list[str]:
     job.pack(folder, str(manifest), [])
-    return sorted(str(path.relative_to(folder / "manifest")) for path in folder.joinpath("manifest").rglob("*")
-                  if path.is_file() and path.read_bytes() in (b"a", b"b"))
+    return [name for name in shipped_files(folder) if name.endswith(".png")]
 
 
 def test_the_images_that_rows_name_travel_with_their_manifest(tmp_path: Path):
     night = tmp_path / "night"
     (night / "deep").mkdir(parents=True)
-    for path in (night / "a.png", night / ".b.png", night / "other.png", tmp_path / "outside.png"):
-        path.write_bytes(b"a")
-    (night / "deep/c.png").write_bytes(b"b")
+    for path in (night / "a.png", night / ".b.png", night / "other.png", tmp_path / "outside.png", night / "deep/c.png"):
+        path.write_bytes(png())
     (night / "out").symlink_to(tmp_path)
     (night / "link.png").symlink_to("deep/c.png")
     (night / "link-out.png").symlink_to(tmp_path / "outside.png")
-    names = ["a.png", "a.png", "", "./deep/../.b.png", "link.png", "gone.png", "deep", "s3://bucket/a.png",
-             "../outside.png", "out/outside.png", "out/night/../../night/a.png", "link-out.png", "file:///etc/passwd"]
+    names = ["a.png", "a.png", "", "./deep/../.b.png", "./deep/../other.png", "link.png", "gone.png", "deep",
+             "s3://bucket/a.png", "../outside.png", "out/outside.png", "out/night/../../night/a.png", "link-out.png",
+             "file:///etc/passwd"]
     for name in ("one.csv", "two.csv"):
         (night / name).write_text("prompt,image\n" + "".join(f"a fox,{image}\n" for image in names))
-    assert shipped_images(night / "one.csv", tmp_path / "1") == [".b.png", "a.png", "link.png"]
-    assert shipped_images(night / "*.csv", tmp_path / "2") == [".b.png", "a.png", "link.png"]
-    assert shipped_images(tmp_path / "*/one.csv", tmp_path / "3") == \
-        ["night/.b.png", "night/a.png", "night/link.png"]
+    assert shipped_images(night / "one.csv", tmp_path / "1") == ["a.png", "link.png", "other.png"]
+    assert shipped_images(night / "*.csv", tmp_path / "2") == ["a.png", "link.png", "other.png"]
+    assert shipped_images(tmp_path / "*/one.csv", tmp_path / "3") == ["night/a.png", "night/link.png", "night/other.png"]
     (tmp_path / "link").symlink_to(night)
-    assert ".b.png" in shipped_images(tmp_path / "link/one.csv", tmp_path / "4")
+    assert "other.png" in shipped_images(tmp_path / "link/one.csv", tmp_path / "4")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2", "3", "4", "link", "night", "outside.png"]
 
 
@@ -446,12 +491,50 @@ def test_a_manifest_in_the_bucket_stays_there(tmp_path: Path):
     assert not (tmp_path / "manifest").exists()
 
 
-def test_a_config_file_travels_with_the_job(manifest: Path, tmp_path: Path):
-    config = tmp_path / "night.toml"
-    config.write_text('model = "demo"\n')
-    args = job.pack(tmp_path / "shipped", str(manifest), ["--steps", "4", "--config", str(config), "--strict"])
-    assert args == ["manifest/prompts.csv", "--steps", "4", "--config", "config.toml", "--strict"]
-    assert tomllib.loads((tmp_path / "shipped/config.toml").read_text()) == {"model": "demo"}
+def test_the_settings_of_a_config_file_travel_and_the_file_does_not(manifest: Path, tmp_path: Path, monkeypatch):
+    config, sent = tmp_path / "night.toml", []
+    config.write_text('# password = "hunter2"\nmodel = "demo"\nsteps = 9\nstrict = true\nuntil = "2099-01-01T07:00"\n'
+                      'allow_images = ["s3://bbb/in", "S3://ccc"]\nray = "local"\ncompile = true\n')
+    monkeypatch.setattr(job, "connect", lambda address: None)
+    monkeypatch.setattr(job, "start", lambda client, address, entrypoint, folder: sent.append(
+        (entrypoint, [path.name for path in Path(folder).rglob("*.toml")])) or "job-1")
+    assert dailies_submit(manifest, "http://127.0.0.1:9", "--config", str(config), "--steps", "4", "--no-compile") == 0
+    [(entrypoint, files)] = sent
+    assert files == [] and "hunter2" not in entrypoint and "--config" not in entrypoint
+    for part in ("--model demo", "--steps 4", "--strict", "--no-compile", "--until 2099-01-01T07:00:00",
+                 "--allow-images s3://bbb/in --allow-images s3://ccc", "--ray auto"):
+        assert part in entrypoint
+    assert "--steps 9" not in entrypoint and "--ray local" not in entrypoint
+
+
+KEY_ID = "AKIA" + "ABCDEFGHIJKLMNOP"
+SECRETS_IN_SETTINGS = {"weights": "s3://key:hunter2@bucket/w", "out": "s3://bucket/run?X-Amz-Signature=hunter2",
+                       "manifest": f"s3://bucket/{KEY_ID}.csv", "model": "password=hunter2",
+                       "allow_images": ["s3://bucket/the-value-of-a-variable"]}
+
+
+@pytest.mark.parametrize("name", SECRETS_IN_SETTINGS)
+@pytest.mark.parametrize("place", ["file", "flag"])
+def test_a_secret_in_any_setting_is_refused_wherever_it_comes_from(name, place, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setenv("MY_API_TOKEN", "the-value-of-a-variable")
+    value = SECRETS_IN_SETTINGS[name]
+    settings = {"manifest": "s3://bucket/m.csv", "out": "s3://bucket/run"}
+    command = ["submit", "--address", "http://127.0.0.1:9"]
+    if place == "file":
+        settings |= {name: value}
+    else:
+        settings.pop(name, None)
+        given = value[0] if isinstance(value, list) else value
+        command = [*command, given] if name == "manifest" else [*command, f"--{name.replace('_', '-')}", given]
+    (tmp_path / "night.toml").write_text("".join(f"{key} = {json.dumps(said)}\n" for key, said in settings.items()))
+    assert main([*command, "--config", str(tmp_path / "night.toml")]) == 2
+    said = capsys.readouterr()
+    for secret in ("hunter2", KEY_ID, "the-value-of-a-variable"):
+        assert secret not in said.err + said.out
+
+
+def test_a_glob_with_a_question_mark_is_no_query():
+    job.refuse_secrets(["s3://bucket/night?.parquet", "s3://bucket/night[12].csv", "--model", "demo", "a=b"])
 
 
 def test_weights_of_this_machine_are_refused(manifest: Path, capsys):
