@@ -27,7 +27,7 @@ REPEATS = 3                                             # the two take turns, an
 def rows() -> Iterator[tuple[str, dict[str, Any]]]:
     """One case per dtype.  Raises UsageError where diffusers is not installed, ArithmeticError for unequal outputs."""
     if subprocess.run([sys.executable, "-c", "import diffusers"], capture_output=True).returncode:
-        raise UsageError("bench model compares with diffusers, which is not installed: pip install 'dailies[dev]'")
+        raise UsageError("bench model compares with diffusers, which is not installed: make test sets it up, or pip install diffusers")
     with tempfile.TemporaryDirectory() as folder:
         write_inputs(Path(folder))
         for dtype in DTYPES:

@@ -63,7 +63,7 @@ def say_version(asked: bool) -> None:
     if asked:
         from importlib.metadata import PackageNotFoundError, version
         try:
-            found = version("dailies")
+            found = version("dailies-render")
         except PackageNotFoundError:                    # a checkout, or what a submitted job brings
             found = "(not installed: run from its folder)"
         typer.echo(f"dailies {found}")

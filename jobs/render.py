@@ -50,7 +50,7 @@ from pipeline.stages import Outcome, Stage
 from pipeline.store import FolderStore, Store, StoreError, open_store
 from pipeline.text_to_video import text_to_video
 
-PACKAGES = ("dailies", "torch", "transformers", "ray", "av", "pyarrow")      # whose versions run.json tells
+PACKAGES = ("torch", "transformers", "ray", "av", "pyarrow")      # whose versions run.json tells
 SHOWN_FAILURES = 20
 MANY_IMAGES = 1000                                      # take longer than a person waits without a word
 REJECTIONS = {REJECTED, "NonFiniteLatent", "NonFiniteFrames"}
@@ -277,7 +277,8 @@ def begin(night: Night) -> None:
         "settings": summary["settings"], "buckets": summary["buckets"], "more_buckets": summary["more_buckets"],
         "roundings": summary["roundings"], "rows_digest": night.plan.rows_digest, "job": night.job.model_dump(),
         "chosen_because": night.chosen_because, "fallbacks": list(night.fallbacks),
-        "versions": {name: version_of(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "versions": {"dailies": version_of("dailies-render"), **{name: version_of(name) for name in PACKAGES},
+                     "python": platform.python_version()},
         "began_at": datetime.now(UTC).isoformat(timespec="seconds"),
     })
 

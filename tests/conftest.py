@@ -48,7 +48,7 @@ class Module(pytest.Module):
             if not isinstance(error.__cause__, ModuleNotFoundError) or is_ours(absent := error.__cause__.name):
                 raise
             library = absent.partition(".")[0]
-            return pytest.skip(f"needs {library}, which is not installed: pip install 'dailies[dev]'",
+            return pytest.skip(f"needs {library}, which is not installed: make test installs it",
                                allow_module_level=True)
 
 
@@ -80,7 +80,7 @@ def runs_triton(item):
 def triton_device():
     """Where Triton kernels run here: "cuda", or "cpu" in Triton's interpreter (no bf16: its tl.dot is wrong there)."""
     import torch
-    pytest.importorskip("triton", reason="needs Triton: pip install 'dailies[dev]'")
+    pytest.importorskip("triton", reason="needs Triton: make test installs it")
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 

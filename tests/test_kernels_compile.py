@@ -164,7 +164,7 @@ def matrix_instruction(arch, number):
 @pytest.fixture(scope="module")
 def reports(request, tmp_path_factory):
     """Architecture -> its report to come; as many at once as there are processors."""
-    pytest.importorskip("triton", reason="needs Triton: pip install 'dailies[dev]'")
+    pytest.importorskip("triton", reason="needs Triton: make test installs it")
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
 
