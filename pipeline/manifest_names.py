@@ -64,6 +64,8 @@ def nearly(name: str) -> str | None:
     plain = bare(name)
     if found := SPELLED.get(plain) or WORDS.get(plain) or WORDS.get(plain + "s"):
         return found
+    if not re.fullmatch(r"[\w\s.\-]+", name):           # several names in one, or a sentence
+        return None
     for known, long_enough in ((SPELLED, SLIPS_FROM), (WORDS, 2 * SLIPS_FROM)):
         for word, ours in known.items():
             if len(word) >= long_enough and is_slip(plain, word) or known is SPELLED and plain + "s" == word or (

@@ -11,6 +11,7 @@ import json
 import re
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
@@ -139,15 +140,11 @@ def csv_header(lines: Lines, delimiter: str, known: set[str]) -> tuple[str, list
     lines.hand_back(len(lines.taken) - 1 if first else 0)
     choices = {}
     for choice in dict.fromkeys((delimiter, ",", ";", "\t", "|")):
-        try:
-            cells = next(csv.reader([first], delimiter=choice, strict=True), [])
-        except csv.Error:
-            continue
-        if any(cell.strip() in known or nearly(cell) for cell in cells):
-            break
-        choices.setdefault(len(cells) > 1, choice)
-    else:
-        choice = choices.get(True, delimiter)
+        with suppress(csv.Error):
+            choices[choice] = next(csv.reader([first], delimiter=choice, strict=True), [])
+    is_right = (lambda cells: any(cell.strip() in known for cell in cells), lambda cells: any(map(nearly, cells)),
+                lambda cells: len(cells) > 1)
+    choice = next((choice for check in is_right for choice, cells in choices.items() if check(cells)), delimiter)
     lines.begin()
     try:
         header = next(csv.reader(lines, delimiter=choice, strict=True), [])        # a name may go over lines
@@ -273,6 +270,8 @@ def blocks_of_json(lines: Lines) -> Iterator[Block]:
                 try:
                     row = json.loads(line)
                     reason = "" if isinstance(row, dict) else "no object"
+                    if not reason and line.count('":') > len(row):     # names inside of cells, or one of its own twice
+                        reason = twice_in(line)
                 except (ValueError, RecursionError) as error:
                     reason = str(error)
             if reason:
@@ -286,13 +285,32 @@ def blocks_of_json(lines: Lines) -> Iterator[Block]:
             yield block_of(rows, broken)
 
 
+def twice_in(line: str) -> str:
+    """What is wrong with a JSON object that names a cell twice, of which Python would keep the last; "" for others."""
+    twice: list[str] = []                              # of the object that was read last, which is the outermost
+
+    def pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in found]
+        twice[:] = [name for name in names if names.count(name) > 1] if len({*names}) < len(names) else []
+        return {}
+
+    json.loads(line, object_pairs_hook=pairs)
+    return f"{shown(twice[0])} is there twice" if twice else ""
+
+
 def block_of(rows: list[dict], broken: list[tuple[int, str, str]]) -> Block:
     names = dict.fromkeys(name for row in rows for name in row)
     if len(names) > MAX_COLUMNS:
         raise ValueError(f"{len(names):,} names of columns; a manifest may have {MAX_COLUMNS:,}")
-    if bad := next((name for name in names if not is_text(name)), None):
-        raise ValueError(f"a name of a column that is no text: {shown(bad)}")
-    return Block(columns={name: [row.get(name) for row in rows] for name in names}, num_rows=len(rows), broken=broken)
+    for bad in [name for name in names if not is_text(name)]:
+        del names[bad]
+        known = {at for at, _, _ in broken}
+        broken += [(at, f"a name that is no text: {shown(bad)}", "names in UTF-8") for at, row in enumerate(rows)
+                   if bad in row and at not in known]
+    gone = {at for at, _, allowed in broken if allowed == "names in UTF-8"}
+    columns = {name: [None if at in gone else row.get(name) for at, row in enumerate(rows)] if gone else
+               [row.get(name) for row in rows] for name in names}
+    return Block(columns=columns, num_rows=len(rows), broken=sorted(broken))
 
 
 def document_blocks(stream: BinaryIO, known: Iterable[str] = (), notes: list[str] | None = None) -> Iterator[Block]:

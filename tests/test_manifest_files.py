@@ -215,7 +215,7 @@ def test_a_quote_that_nothing_closes_costs_its_line_alone(tmp_path):
 
 
 @pytest.mark.parametrize("content", [
-    "prompt;seed\na, b;1\n", "sep=;\nprompt;seed\na, b;1\n", "prompt\tseed\na, b\t1\n", "prompt|seed\na, b|1\n",
+    "prompt;seed\na, b;1\n", "prompt;n\na, b;1\n", "sep=;\nprompt;seed\na, b;1\n", "prompt\tseed\na, b\t1\n", "prompt|seed\na, b|1\n",
     '"prompt","seed"\r\n"a, b","1"\r\n', 'text;note\na, b;1\n'])
 def test_what_stands_between_cells_is_seen_in_the_header(content, tmp_path):
     mapping = {"text": "prompt"} if content.startswith("text") else {}
@@ -352,7 +352,16 @@ def test_what_can_be_read_but_not_be_written_again_costs_its_row(tmp_path):
     assert {each.row for each in manifest.complaints} <= {2, 3, 4}
 
 
-def test_a_header_of_a_million_names_is_refused(tmp_path):
+def test_a_name_that_is_there_twice_or_is_no_text_costs_its_row(tmp_path):
+    lines = ['{"prompt": "a", "prompt": "b"}', '{"prompt": "c", "x": {"prompt": 1, "y": [{"y": 2}]}}',
+             '{"\\ud800": 1, "prompt": "d"}', '{"prompt": "\\": ", "n": 1}', '{"x": 1, "x": 2, "prompt": "e"}', "[1]"]
+    manifest = Manifest.read(written(tmp_path / "m.jsonl", "\n".join(lines)))
+    assert [each.row for each in manifest.complaints] == [0, 2, 4, 5]
+    assert [each for each in manifest.table["prompt"].to_pylist() if each] == ["c", '": ']
+    assert "'prompt' is there twice" in manifest.complaints.first()[0].given
+
+
+def test_a_header_of_many_names_is_refused(tmp_path):
     names = ",".join(f"a{n}" for n in range(10**5))
     assert "100,001 names of columns" in refused(written(tmp_path / "m.csv", f"prompt,{names}\n"))
 
