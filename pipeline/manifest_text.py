@@ -69,6 +69,7 @@ class Lines:
     def __init__(self, text: io.TextIOWrapper):
         self.text, self.number, self.waiting = text, 0, deque[str]()
         self.taken: list[str] = []                     # since `begin`
+        self.readline, self.take = text.readline, self.taken.append
         self.owes = False                              # a line that was too long, in the middle of a row
 
     def __iter__(self) -> "Lines":
@@ -77,18 +78,21 @@ class Lines:
     def __next__(self) -> str:
         if self.waiting:
             line = self.waiting.popleft()
+        elif self.owes:
+            self.owes = False
+            raise TooLong(f"a line of {MAX_LINE:,} characters and more")
         else:
-            line = "" if self.owes else self.text.readline(MAX_LINE)
-            if self.owes or len(line) == MAX_LINE and line[-1] not in "\r\n":
-                self.number += not self.owes
-                self.owes = not self.owes and bool(self.taken)         # it costs a row of its own, too
+            line = self.readline(MAX_LINE)
+            if len(line) == MAX_LINE and line[-1] not in "\r\n":
+                self.number += 1
+                self.owes = bool(self.taken)           # in the middle of a row: it costs one of its own, too
                 while line and line[-1] not in "\r\n":
-                    line = self.text.readline(MAX_LINE)
+                    line = self.readline(MAX_LINE)
                 raise TooLong(f"a line of {MAX_LINE:,} characters and more")
             if not line:
                 raise StopIteration
         self.number += 1
-        self.taken.append(line)
+        self.take(line)
         return line
 
     def begin(self) -> int:
@@ -174,19 +178,34 @@ class CsvRows:
     def block(self) -> Block | None:
         rows: list[list[str | None]] = []
         broken: list[tuple[int, str, str]] = []
-        lines, reader, width, size = self.lines, self.reader, len(self.names), 0
+        lines, reader, taken, delimiter = self.lines, self.reader, self.lines.taken, self.delimiter
+        width, size, quoted = len(self.names), 0, True
         while len(rows) < ROWS_PER_BLOCK and size < BLOCK_CHARACTERS:
-            number = lines.begin()
+            taken.clear()
+            number = lines.number + 1
             try:
-                row = next(reader)
-                reason = self.suspicion() if len(lines.taken) > 1 else ""
+                if not quoted and '"' in (line := next(lines)):
+                    quoted = True
+                    lines.hand_back(0)
+                if quoted:
+                    row = next(reader)
+                    quoted = '"' in taken[0]
+                elif line := line.rstrip("\r\n"):     # a line without quotes is its cells
+                    row = line.split(delimiter)
+                else:                                  # a blank line
+                    continue
+                if len(row) == width and len(taken) == 1:
+                    rows.append([cell or None for cell in row])
+                    size += len(taken[0])
+                    continue
+                reason = self.suspicion() if len(taken) > 1 else ""
             except StopIteration:
                 break
             except (csv.Error, TooLong) as error:
                 row, reason = [], str(error)
-            if len(lines.taken) > 1 or reason:
+            if len(taken) > 1 or reason:
                 row, reason = self.looked_at_again(row, reason, number)
-            size += sum(map(len, lines.taken))
+            size += sum(map(len, taken))
             if reason:
                 broken.append((len(rows), f"line {number} ({reason})", "a line of CSV"))
             elif len(row) == width:
