@@ -195,7 +195,9 @@ def test_a_process_that_has_no_descriptor_left_for_frames_blames_no_clip(worker)
         resource.prlimit(child.process.pid, resource.RLIMIT_NOFILE, (free, before[1]))
     with pytest.raises(WorkerUnfit, match="Too many open files. Raise the limit of open files"):
         worker([latent(1)])
-    for child in worker.pool.children:                  # the one that met it has ended, or is about to
+    while all(child.process.poll() is None for child in worker.pool.children):      # the one that met it leaves
+        time.sleep(0.05)
+    for child in worker.pool.children:
         with suppress(ProcessLookupError):
             resource.prlimit(child.process.pid, resource.RLIMIT_NOFILE, before)
 
