@@ -148,7 +148,7 @@ def prepare(job: RenderJob, *, weights_are_needed: bool = True) -> Night:
         if value not in allowed:
             raise UsageError(f"--{name} must be {' or '.join(allowed)} for {card.name}; got {value}")
     # of a cluster's machines it is known when they are at work
-    fallbacks = () if job.ray != "local" or weights is None else (
+    fallbacks = () if job.ray != "local" else (
         *card.fallbacks(weights, device, precision), *card.decode_fallbacks(device, precision, decode_precision))
     if card.takes_image and manifest.table.num_rows >= MANY_IMAGES:
         print(f"reading the images of {counted(manifest.table.num_rows, 'row')}", file=sys.stderr, flush=True)

@@ -152,16 +152,20 @@ class ModelCard:
         from model import turbo
         return "int8" if turbo.scheme_of(self.dit_tensors(weights)) else self.precision_on(device)
 
-    def fallbacks(self, weights: Path, device: str, precision: str) -> tuple[str, ...]:
-        """What the transformer does here instead of what is asked for, by its files.  Raises CheckpointError."""
+    def fallbacks(self, weights: Path | None, device: str, precision: str) -> tuple[str, ...]:
+        """What the transformer does here instead of what is asked for, by its files; None where they are not here yet.
+
+        Raises CheckpointError.
+        """
         from model import turbo
-        return turbo.fallbacks(self.dit_tensors(weights), device, precision)
+        return turbo.fallbacks(self.dit_tensors(weights) if weights else {}, device, precision)
 
     def decode_fallbacks(self, device: str, precision: str | None, decode_precision: str | None) -> tuple[str, ...]:
         """As fallbacks, of a VAE that is to decode in bf16 where the rest is fp32."""
         from kernels import cpu
         in_bf16 = decode_precision == "bf16" and (precision or self.precision_on(device)) == "fp32"
-        return tuple(f"decoding {note}" for note in cpu.instead_of_bf16()) if in_bf16 and device == "cpu" else ()
+        notes = cpu.instead_of_bf16() if in_bf16 and device.startswith("cpu") else ()
+        return tuple(note.replace("computed", "decoded", 1) for note in notes)
 
     def dit_tensors(self, weights: Path) -> Mapping[str, "StoredTensor"]:
         """What the file of the (first) transformer says it holds."""

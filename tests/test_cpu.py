@@ -12,7 +12,7 @@ import torch
 from kernels import cases, cpu
 from kernels.int8_linear import int8_linear, quantize_rows
 from kernels.sparse_attention import sparse_attention
-from model.catalog import DEMO
+from model.catalog import CATALOG, DEMO
 from model.wan_vae import convolve
 
 ROOT = Path(__file__).parent.parent
@@ -65,6 +65,7 @@ def test_a_processor_is_known_by_what_torch_and_onednn_may_use(processor, int8, 
     assert cpu.dtype_of("fp32", "cuda") == torch.float32 and cpu.dtype_of("int8", "cuda:0") == torch.bfloat16
     assert bool(cpu.instead_of_bf16()) != bf16 and cpu.described()
     assert bool(DEMO.decode_fallbacks("cpu", None, "bf16")) != bf16
+    assert bool(CATALOG["wan2.1-t2v-1.3b"].fallbacks(None, "cpu", "bf16")) != bf16      # before its weights are here
     assert DEMO.decode_fallbacks("cuda", "fp32", "bf16") == DEMO.decode_fallbacks("cpu", "fp32", None) == ()
 
 
