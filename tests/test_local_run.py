@@ -23,8 +23,8 @@ HERE = Path(__file__).resolve().parent
 SECRETS = {"AWS_ACCESS_KEY_ID": "AKID-stays-at-home-1", "AWS_SECRET_ACCESS_KEY": "secret-stays-at-home-2",
            "AWS_SESSION_TOKEN": "session-stays-at-home-3", "HF_TOKEN": "hub-stays-at-home-4",
            "MY_DATABASE_PASSWORD": "password-stays-at-home-5"}
-IN_THE_WAY = ["model", "pipeline", "actors", "kernels", "jobs", "av", "torch", "ray", "numpy", "typer", "token", "re", "json",
-              "sitecustomize"]
+IN_THE_WAY = ["model", "pipeline", "actors", "kernels", "jobs", "av", "torch", "ray", "numpy", "typer", "token", "re",
+              "json", "sitecustomize"]
 
 
 @dataclass
