@@ -23,6 +23,7 @@ HERE = Path(__file__).resolve().parent
 SECRETS = {"AWS_ACCESS_KEY_ID": "AKID-stays-at-home-1", "AWS_SECRET_ACCESS_KEY": "secret-stays-at-home-2",
            "AWS_SESSION_TOKEN": "session-stays-at-home-3", "HF_TOKEN": "hub-stays-at-home-4",
            "MY_DATABASE_PASSWORD": "password-stays-at-home-5"}
+HANG_S = 500
 IN_THE_WAY = ["model", "pipeline", "actors", "kernels", "jobs", "av", "torch", "ray", "numpy", "typer", "token", "re",
               "json", "sitecustomize"]
 
@@ -59,7 +60,8 @@ def run(tmp_path_factory) -> Iterator[Seen]:
             process = subprocess.Popen([sys.executable, "-P", "-c", PROGRAM, "render", "night.csv", "--model", "tiny",
                                         "--out", "out"], cwd=here, env=env, stdout=printed, stderr=printed)
             try:
-                while process.poll() is None:
+                until = time.monotonic() + HANG_S
+                while process.poll() is None and time.monotonic() < until:
                     look(Path(place), process.pid, seen)
                     time.sleep(0.2)
             finally:
