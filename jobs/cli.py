@@ -422,8 +422,9 @@ def import_nothing_from_here() -> None:
     -m`, and an empty entry of PYTHONPATH, would look there first. A checkout that is worked in stays."""
     try:
         here = os.path.realpath(os.curdir)
-    except OSError:                                     # it has been deleted
-        here = None
+    except FileNotFoundError:                           # it has been deleted, and what is relative to it
+        sys.path[:] = [path for path in sys.path if os.path.isabs(path)]
+        return
     if here != os.path.realpath(Path(__file__).parent.parent):
         sys.path[:] = [path for path in sys.path if path and os.path.realpath(path) != here]
 

@@ -377,6 +377,12 @@ def test_nothing_is_imported_from_the_folder_that_the_command_is_given_in(tmp_pa
     monkeypatch.chdir(tmp_path)
     import_nothing_from_here()
     assert sys.path == [root, other]
+    (gone := tmp_path / "gone").mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    sys.path += ["", "lib"]
+    import_nothing_from_here()
+    assert sys.path == [root, other]
 
 
 @pytest.mark.parametrize("arguments", [
