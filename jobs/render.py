@@ -44,7 +44,7 @@ from pipeline.manifest import Manifest
 from pipeline.objects import PROBE, PROBE_KEY
 from pipeline.placement import Node
 from pipeline.plan import RESEEDS, Defaults, Except, Plan, PlannedRow, with_another_seed
-from pipeline.runfile import RUN, check_run, claim_run, has, read_run
+from pipeline.runfile import RUN, check_counts, check_run, claim_run, has, read_run
 from pipeline.seal import BadSealKey, drop_key, own_key, seal_of
 from pipeline.stages import Outcome, Stage
 from pipeline.store import FolderStore, Store, StoreError, open_store
@@ -136,6 +136,8 @@ def prepare(job: RenderJob, *, weights_are_needed: bool = True) -> Night:
     except ValueError as error:
         raise UsageError(f"{error}. This is the default for rows that do not say") from None
     found = read_run(store)
+    if found is not None:
+        check_counts(store, found)
     before = found["identity"] if found else {}         # a run keeps its own, wherever it is continued
     device = job.device or device_of(job.ray)
     way = way_of(job, card, weights, device, found)

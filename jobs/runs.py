@@ -16,10 +16,9 @@ from model.weights import CheckpointError, locate, missing_files, weights_files
 from pipeline import ledger
 from pipeline.lease import Lease
 from pipeline.pace import WAIT_AND_WORK, pace
-from pipeline.runfile import RUN, OtherRun, damaged, has, known_manifest, read_run
+from pipeline.runfile import RUN, OtherRun, check_counts, has, known_manifest, read_run
 from pipeline.store import Store, StoreError, open_store
 
-COUNTED = ("planned_rows", "invalid_rows", "clips", "buckets", "more_buckets")      # by run.json
 STALE = timedelta(minutes=15)                           # without a row for so long, nobody promises an ETA
 
 
@@ -33,8 +32,7 @@ def open_run(uri: str) -> tuple[Store, dict[str, Any]]:
     if run is None:
         raise UsageError(f"{store.uri} is no run folder: it has no run.json. A run begins with: "
                          f"dailies render MANIFEST --out {uri}")
-    if absent := [name for name in COUNTED if name not in run]:
-        raise damaged(store, f"it does not say {', '.join(absent)}")
+    check_counts(store, run)
     return store, run
 
 

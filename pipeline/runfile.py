@@ -19,6 +19,7 @@ MANIFESTS = "manifests/"                                # those that came after 
 COUNTED = ("rows", "invalid_rows", "planned_rows", "clips", "duplicates", "buckets", "more_buckets")
 GROWS = ("manifest_digest", "images_digest")            # in run.json the first manifest's; see growth.py
 MOST_BYTES = 2**22                      # of run.json
+COUNTED = ("planned_rows", "invalid_rows", "clips", "buckets", "more_buckets")
 Count = Annotated[int, Field(strict=True, ge=0, le=10**9)]
 Number = Annotated[float, Field(strict=True, ge=0, le=1e6, allow_inf_nan=False)]
 
@@ -89,6 +90,12 @@ def read_run(store: Store) -> dict[str, Any] | None:
         name = ".".join(map(str, first["loc"][:4]))
         raise damaged(store, f"{shown(name)}: {first['msg']}") from None
     return found
+
+
+def check_counts(store: Store, run: Mapping[str, Any]) -> None:
+    """Raises StoreError where run.json lacks what a run's progress is counted by."""
+    if absent := [name for name in COUNTED if name not in run]:
+        raise damaged(store, f"it does not say {', '.join(absent)}")
 
 
 def damaged(store: Store, why: str) -> StoreError:
