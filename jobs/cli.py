@@ -383,7 +383,10 @@ def program() -> NoReturn:
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; whatever goes wrong becomes one message and an exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    import_nothing_from_here()
+    try:
+        import_nothing_from_here()
+    except FileNotFoundError:                           # paths mean nothing there, and libraries fail to load
+        return fail(2, "The working directory has been deleted; give the command from one that is there", arguments)
     log_plainly()
     if no_text := [argument for argument in arguments if not is_text(argument)]:
         encoding = sys.getfilesystemencoding()
@@ -420,11 +423,7 @@ def is_text(argument: str) -> bool:
 def import_nothing_from_here() -> None:
     """Whatever .py files lie where the command is given, none is taken for a module of ours or of a library's: `python
     -m`, and an empty entry of PYTHONPATH, would look there first. A checkout that is worked in stays."""
-    try:
-        here = os.path.realpath(os.curdir)
-    except FileNotFoundError:                           # it has been deleted, and what is relative to it
-        sys.path[:] = [path for path in sys.path if os.path.isabs(path)]
-        return
+    here = os.path.realpath(os.curdir)                  # raises FileNotFoundError where it has been deleted
     if here != os.path.realpath(Path(__file__).parent.parent):
         sys.path[:] = [path for path in sys.path if path and os.path.realpath(path) != here]
 

@@ -377,12 +377,15 @@ def test_nothing_is_imported_from_the_folder_that_the_command_is_given_in(tmp_pa
     monkeypatch.chdir(tmp_path)
     import_nothing_from_here()
     assert sys.path == [root, other]
+
+
+def test_a_command_from_a_deleted_working_directory_is_answered(tmp_path, monkeypatch, capsys):
     (gone := tmp_path / "gone").mkdir()
     monkeypatch.chdir(gone)
     gone.rmdir()
-    sys.path += ["", "lib"]
-    import_nothing_from_here()
-    assert sys.path == [root, other]
+    monkeypatch.setattr(sys, "path", [*sys.path, "", "lib"])
+    code, _, err = said(capsys, "models")
+    assert (code, err) == (2, "The working directory has been deleted; give the command from one that is there\n")
 
 
 @pytest.mark.parametrize("arguments", [
