@@ -1,14 +1,18 @@
 # Everything lives in .venv; pip takes its settings (mirrors, proxies, caches) from the environment.
 
 .DEFAULT_GOAL := help
-.PHONY: help render test test-gpu chaos lint freeze clean
+.PHONY: help render test test-gpu chaos lint freeze lock clean
 
 VENV    := .venv
 # the first of these that is new enough; `make PYTHON=/path/to/python3.12 ...` chooses another
 PYTHON  ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; do \
              $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
-INPUTS  := pyproject.toml constraints.txt
-INSTALL := $(VENV)/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt
+INPUTS  := pyproject.toml constraints.txt constraints.lock
+# what the lock knows is installed by hash, the rest at the versions of constraints.txt
+INSTALL := { if $(VENV)/bin/python infra/lock.py fits; then $(VENV)/bin/python -m pip install --disable-pip-version-check --require-hashes \
+               --no-deps --only-binary :all: --requirement constraints.lock; \
+             else echo "constraints.lock has no hashes for this Python and machine: versions are pinned, hashes not checked"; \
+             fi; } && $(VENV)/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt
 # said before pip begins; where pip chooses torch with CUDA, as on Linux, that is several GB more
 SIZES   := torch, ray, transformers, pyarrow and what they need, 2 GB on disk and more where torch brings CUDA; minutes
 ARGS    ?=
@@ -37,8 +41,11 @@ lint: $(VENV)/.installed-dev            ## the house rules only: imports, doors,
 freeze: $(VENV)/.installed-dev          ## write the installed versions into constraints.txt
 	@{ sed -n '/^#/p' constraints.txt; \
 	   $(VENV)/bin/python -m pip list --format=freeze --exclude-editable | sed 's/+[a-z0-9.]*$$//' \
-	   | grep -v -E '^(pip|setuptools|wheel)==' | sort -f -u; \
+	   | grep -v -E '^(pip|wheel)==' | sort -f -u; \
 	 } > constraints.new && mv constraints.new constraints.txt
+
+lock: $(VENV)/.installed                ## write the hashes of what dailies needs into constraints.lock
+	@$(VENV)/bin/python infra/lock.py make
 
 clean:                                  ## remove what make made: .venv, .cache, out, out-night
 	rm -rf $(VENV) .cache out out-night

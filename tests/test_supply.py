@@ -4,7 +4,7 @@ import re
 import tomllib
 from pathlib import Path
 
-from test_house import tracked
+from test_house import canonical, required, tracked
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -22,3 +22,23 @@ def test_nobody_is_told_to_install_the_other_program_that_is_called_dailies():
 
 def test_what_builds_the_distribution_is_pinned():
     assert all(re.fullmatch(r"[\w-]+==[\d.]+", each) for each in PROJECT["build-system"]["requires"])
+
+
+def test_the_lock_has_hashes_for_all_that_is_required_at_the_tested_versions():
+    text = (ROOT / "constraints.lock").read_text().replace("\\\n", " ")
+    pins = {line.split("==")[0]: line for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
+    locked = {}
+    for line in text.splitlines():
+        if not line.startswith("#"):
+            pin, *hashes = line.split()
+            assert hashes and all(re.fullmatch(r"--hash=sha256:[0-9a-f]{64}", each) for each in hashes), line
+            assert pins[pin.split("==")[0]] == pin
+            locked[canonical(pin.split("==")[0])] = hashes
+    assert not required() - locked.keys() and "setuptools" in locked
+    assert len(locked["torch"]) >= 2                    # the index's own, and a CPU build
+
+
+def test_what_is_locked_is_installed_by_hash():
+    for name in ("Makefile", "infra/Dockerfile"):
+        text = (ROOT / name).read_text().replace("\\\n", " ")
+        assert re.search(r"pip install [^&;]*--require-hashes\s+--no-deps [^&;]*--requirement constraints.lock", text), name
