@@ -8,11 +8,12 @@ VENV    := .venv
 PYTHON  ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; do \
              $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 INPUTS  := pyproject.toml constraints.txt constraints.lock
-# what the lock knows is installed by hash, the rest at the versions of constraints.txt
-INSTALL := { if $(VENV)/bin/python infra/lock.py fits; then $(VENV)/bin/python -m pip install --disable-pip-version-check --require-hashes \
-               --no-deps --only-binary :all: --requirement constraints.lock; \
+PINNED  := $(VENV)/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt
+# for rendering, what the lock knows is installed by hash; test tools are at the versions of constraints.txt
+LOCKED  := { if $(VENV)/bin/python infra/lock.py fits; then $(VENV)/bin/python -m pip install --disable-pip-version-check \
+               --require-hashes --no-deps --only-binary :all: --requirement constraints.lock; \
              else echo "constraints.lock has no hashes for this Python and machine: versions are pinned, hashes not checked"; \
-             fi; } && $(VENV)/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt
+             fi; } && $(PINNED)
 # said before pip begins; where pip chooses torch with CUDA, as on Linux, that is several GB more
 SIZES   := torch, ray, transformers, pyarrow and what they need, 2 GB on disk and more where torch brings CUDA; minutes
 ARGS    ?=
@@ -61,12 +62,12 @@ $(VENV)/bin/python:
 
 $(VENV)/.installed: $(VENV)/bin/python $(INPUTS)
 	@echo "Installing dailies into $(VENV), the first time only: $(SIZES)"
-	@$(INSTALL) --editable . && touch $@
+	@$(LOCKED) --editable . && touch $@
 
 $(VENV)/.installed-dev: $(VENV)/bin/python $(INPUTS)
 	@echo "Installing dailies and its test tools into $(VENV), the first time only: $(SIZES)"
-	@$(INSTALL) --editable '.[dev]' && touch $@ $(VENV)/.installed
+	@$(PINNED) --editable '.[dev]' && touch $@ $(VENV)/.installed
 
 $(VENV)/.installed-gpu: $(VENV)/bin/python $(INPUTS)
 	@echo "Installing dailies, Triton and the test tools into $(VENV), the first time only: $(SIZES)"
-	@$(INSTALL) --editable '.[dev,gpu]' && touch $@ $(VENV)/.installed $(VENV)/.installed-dev
+	@$(PINNED) --editable '.[dev,gpu]' && touch $@ $(VENV)/.installed $(VENV)/.installed-dev
