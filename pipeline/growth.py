@@ -15,7 +15,7 @@ from actors.messages import Request
 from pipeline import ledger
 from pipeline.complaints import shown
 from pipeline.plan import LISTED, RESEEDS, Except, Plan, with_another_seed
-from pipeline.runfile import COUNTED, MANIFESTS, OtherRun, known_manifest, without_secrets
+from pipeline.runfile import MANIFESTS, SUMMED, OtherRun, known_manifest, without_secrets
 from pipeline.store import Store
 
 NAMED = 5                                               # of the rows that have changed
@@ -100,7 +100,7 @@ def grow(store: Store, plan: Plan) -> None:
     beside = {row["clip_id"]: tuple(row[name] for name in SHAPE) for row in kept
               if row["clip_id"] and row["clip_id"] not in clips}
     num_invalid = sum(row["error_type"] == "invalid" for row in kept)
-    said = {name: summary[name] for name in COUNTED}
+    said = {name: summary[name] for name in SUMMED}
     said |= {"planned_rows": summary["planned_rows"] + len(kept) - num_invalid,
              "invalid_rows": summary["invalid_rows"] + num_invalid, "clips": plan.num_clips + len(beside),
              **merged(plan.buckets(), Counter(beside.values())),

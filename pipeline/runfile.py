@@ -16,10 +16,10 @@ from pipeline.store import NotFound, Store, StoreError, TooLarge
 
 RUN = "run.json"
 MANIFESTS = "manifests/"                                # those that came after the one of run.json (growth.py)
-COUNTED = ("rows", "invalid_rows", "planned_rows", "clips", "duplicates", "buckets", "more_buckets")
 GROWS = ("manifest_digest", "images_digest")            # in run.json the first manifest's; see growth.py
 MOST_BYTES = 2**22                      # of run.json
-COUNTED = ("planned_rows", "invalid_rows", "clips", "buckets", "more_buckets")
+COUNTED = ("planned_rows", "invalid_rows", "clips", "buckets", "more_buckets")      # by which progress is counted
+SUMMED = ("rows", "duplicates", *COUNTED)               # what is said of a manifest
 Count = Annotated[int, Field(strict=True, ge=0, le=10**9)]
 Number = Annotated[float, Field(strict=True, ge=0, le=1e6, allow_inf_nan=False)]
 
@@ -113,13 +113,14 @@ def known_manifest(store: Store, run: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises StoreError for one that is damaged.
     """
-    said = dict.fromkeys(COUNTED, 0) | {"buckets": []} | {name: run[name] for name in (*COUNTED, "rows_digest") if name in run}
+    said = dict.fromkeys(SUMMED, 0) | {"buckets": []}
+    said |= {name: run[name] for name in (*SUMMED, "rows_digest") if name in run}
     said |= {name: run["identity"].get(name) for name in GROWS}
     if not (keys := sorted(info.key for info in store.list(MANIFESTS))):
         return said
     try:
         latest = json.loads(store.get(keys[-1], at_most=MOST_BYTES))
-        if not {*COUNTED, *GROWS, "rows_digest"} <= latest.keys():
+        if not {*SUMMED, *GROWS, "rows_digest"} <= latest.keys():
             raise ValueError
         RunFile.model_validate(latest | {"identity": {}})
     except (NotFound, TooLarge, ValueError, AttributeError, RecursionError):
