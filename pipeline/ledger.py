@@ -337,7 +337,9 @@ def take_out(store: Store, chosen: Container[tuple[str, int | None]]) -> None:
 def remembered(store: Store) -> dict[tuple[str, int | None], list[str]]:
     """What was said of rows that were put back to pending, the oldest first."""
     found: dict[tuple[str, int | None], dict[str, None]] = {}
-    rows = [row for _, table in parts(store, None, RETRIED) if table is not None for row in table.to_pylist()]
+    nothing = dict.fromkeys(REMEMBERED)                 # a file from outside may lack columns
+    rows = [nothing | row for _, table in parts(store, REMEMBERED, RETRIED) if table is not None
+            for row in table.to_pylist()]
     for row in sorted(rows, key=lambda row: str(row["finished_at"])):
         when = f"{row['finished_at']:%Y-%m-%d %H:%M:%S} UTC" if row["finished_at"] else "at a time that is not known"
         attempts = f" after {row['attempts']} attempts" if (row["attempts"] or 1) > 1 else ""
@@ -349,6 +351,7 @@ def remembered(store: Store) -> dict[tuple[str, int | None], list[str]]:
 def forget_retried(store: Store) -> None:
     """Remove what is in the ledger by now; to be called when no row is pending."""
     keys = set(keys_of(read(store, ["id", "seed"])))
+    keys |= {(name, None) for name, _ in keys}          # a row that was invalid had no seed
     for key, table in list(parts(store, ["id", "seed", "status"], RETRIED)):
         if table is not None and all(of_row in keys for of_row in keys_of(table)):
             store.delete(key)
@@ -358,12 +361,15 @@ def write_success(store: Store) -> dict[str, Any]:
     """_SUCCESS.json: counts and digest of a ledger that has a row for everything; returns what it says.
 
     It says how many have failed; where nothing at all was made there is no success to tell of, and it is not written.
+    Nor is it where clips, maybe of another manifest, are to be made again.
     """
-    ledger = read(store, ["id", "seed", "clip_id", "status", "sha256"])
+    ledger = read(store, ["id", "seed", "clip_id", "status", "sha256"], put_back=True)
+    is_pending = pc.equal(ledger["status"], "pending")
+    ledger = ledger.filter(pc.invert(is_pending))
     counts = Counter(ledger["status"].to_pylist())
     said = {"rows": ledger.num_rows, "done": counts["done"], "failed": counts["failed"],
             "ledger_digest": digest(ledger), "finished_at": datetime.now(UTC).isoformat(timespec="seconds")}
-    if said["done"]:
+    if said["done"] and not pc.any(is_pending).as_py():
         store.put(SUCCESS, json.dumps(said, indent=2).encode() + b"\n")
     return said
 

@@ -14,8 +14,9 @@ import pytest
 from actors.messages import Clip, Failure, Request
 from model.shapes import VideoShape
 from pipeline import ledger as ledgers
-from pipeline.ledger import COLUMNS, Ledger, digest, forget_retried, invalid_row, read, retry, row_of, write_success
-from pipeline.runfile import OtherRun, claim_run, read_run
+from pipeline.ledger import (COLUMNS, Ledger, digest, forget_retried, invalid_row, parquet_bytes, put_back, read, retry, row_of,
+                             take_out, write_success)
+from pipeline.runfile import OtherRun, claim_run, known_manifest, read_run
 from pipeline.stages import Outcome
 from pipeline.store import StoreError, open_store
 
@@ -355,6 +356,30 @@ def test_what_a_row_failed_with_is_kept_in_the_row_that_comes_in_its_place(store
     assert [info.key for info in store.list("retried/")] == []
 
 
+def test_what_an_invalid_row_was_refused_for_is_forgotten_when_its_mended_row_is_there(folder):
+    write(folder, [invalid_row("b", None, "no prompt")])
+    take_out(folder, {("b", None)})
+    forget_retried(folder)
+    assert [info.key for info in folder.list("retried/")] != []         # its row is pending
+    write(folder, [done("b", 7)])
+    forget_retried(folder)
+    assert [info.key for info in folder.list("retried/")] == [] and "no prompt" in read(folder)["earlier_errors"][0].as_py()[0]
+
+
+def test_earlier_errors_without_the_usual_columns_are_read_as_far_as_they_go(folder):
+    folder.put("retried/x.parquet", parquet_bytes(pa.table({"id": ["a"], "seed": [0], "status": ["failed"]})))
+    write(folder, [done("a")])
+    assert "at a time that is not known" in read(folder)["earlier_errors"][0].as_py()[0]
+
+
+def test_nothing_tells_of_success_while_clips_are_to_be_made_again(folder):
+    write(folder, [done("a"), done("b")])
+    assert put_back(folder, {"clip of a": "missing"}) == 1
+    assert write_success(folder)["done"] == 1 and folder.head("_SUCCESS.json") is None
+    write(folder, [done("a")])
+    assert write_success(folder)["done"] == 2 and folder.head("_SUCCESS.json") is not None
+
+
 def test_where_nothing_was_made_nothing_tells_of_success(folder):
     write(folder, [failed("a"), invalid_row("b", None, "bad")])
     assert write_success(folder)["done"] == 0 and folder.head("_SUCCESS.json") is None
@@ -404,6 +429,12 @@ def test_run_json_is_written_once_and_says_the_same_when_continued(store):
     first = claim_run(store, IDENTITY, {"versions": {"torch": "1"}})
     assert read_run(store) == first == {"identity": IDENTITY, "versions": {"torch": "1"}}
     assert claim_run(store, IDENTITY, {"versions": {"torch": "2"}}) == first
+
+
+def test_what_a_folder_was_rendered_for_is_known_with_all_its_counts(folder):
+    counts = {"rows": 9, "duplicates": 1, "planned_rows": 11, "invalid_rows": 0, "clips": 10, "buckets": [], "more_buckets": 0}
+    known = known_manifest(folder, claim_run(folder, IDENTITY, counts))
+    assert known.items() >= counts.items() and known["manifest_digest"] == "cd"
 
 
 def test_another_run_is_refused_and_every_difference_named(store):
