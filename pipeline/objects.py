@@ -17,6 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -31,7 +32,7 @@ MADE_HERE = re.compile(r"[0-9a-f]{32}")                 # a name in TEMPORARY
 MAX_DEPTH = 32                          # of folders in a run folder; a run's own are two deep
 # what a run keeps at the top of its folder
 OF_A_RUN = {TEMPORARY, "run.json", "lease.json", "_SUCCESS.json", "ledger", "clips", "posters", "latents", "embeddings",
-            "steps", "manifests", "picks", "report"}
+            "steps", "manifests", "picks", "report", "retried", "seal.key"}
 
 
 class StoreError(RuntimeError):
@@ -95,7 +96,12 @@ class Store(ABC):
 
     def replace(self, key: str, old: bytes, new: bytes, *, metadata: dict[str, str] | None = None) -> bool:
         """As swap, atomically where this store can."""
-        return self.swap(key, old, new, metadata=metadata)
+        return self.swap(key, old, new, atomic=self.swaps, metadata=metadata)
+
+    @cached_property
+    def swaps(self) -> bool:
+        """`can_swap`, tried out once."""
+        return self.can_swap()
 
     @abstractmethod
     def can_swap(self) -> bool:
@@ -271,7 +277,7 @@ class FolderStore(Store):
         super().probe()
         with self.explained("read"), top_folder(self.root) as top:
             self.refuse_planted(top)
-            with below(top, [TEMPORARY]) as temporary:
+            with suppress(FileNotFoundError), below(top, [TEMPORARY]) as temporary:     # tidied away meanwhile
                 for name in os.listdir(temporary):
                     if MADE_HERE.fullmatch(name):
                         with suppress(FileNotFoundError):
@@ -284,13 +290,14 @@ class FolderStore(Store):
         with os.scandir(top) as scan:
             names = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in scan if entry.name in OF_A_RUN]
         for name, is_folder in names:
-            if not is_folder:
-                refuse_strange(top, name, name)
-                continue
-            with below(top, [name]) as folder, os.scandir(folder) as scan:
-                for entry in scan:
-                    if not (entry.is_dir(follow_symlinks=False) or entry.is_file(follow_symlinks=False)):
-                        refuse_strange(folder, entry.name, f"{name}/{entry.name}")
+            with suppress(FileNotFoundError):           # a driver that ends removes what is empty
+                if not is_folder:
+                    refuse_strange(top, name, name)
+                    continue
+                with below(top, [name]) as folder, os.scandir(folder) as scan:
+                    for entry in scan:
+                        if not (entry.is_dir(follow_symlinks=False) or entry.is_file(follow_symlinks=False)):
+                            refuse_strange(folder, entry.name, f"{name}/{entry.name}")
 
     @contextmanager
     def place(self, top: int, key: str, make: bool = False) -> Iterator[tuple[int, str]]:
@@ -352,6 +359,7 @@ class FolderStore(Store):
                       errno.EXDEV: "Keep the whole folder on one file system",
                       errno.EPERM: "If its file system has no hard links, choose a folder on another one",
                       errno.EOPNOTSUPP: "Its file system has no hard links: choose a folder on another one",
+                      errno.ENOSYS: "Its file system has no hard links: choose a folder on another one",
                       errno.EMFILE: "Raise the limit of open files (ulimit -n)"}
             step = advice.get(error.errno or 0, "Check that it is a folder that you may use, or choose another one")
             raise StoreError(f"{self.uri}: cannot {action}: {error.strerror or error}. {step}") from error

@@ -192,12 +192,6 @@ class S3Store(Store):
             return False
         return True
 
-    def replace(self, key: str, old: bytes, new: bytes, *, metadata: dict[str, str] | None = None) -> bool:
-        try:
-            return self.swap(key, old, new, metadata=metadata)
-        except Unsupported:
-            return self.swap(key, old, new, atomic=False, metadata=metadata)
-
     def can_swap(self) -> bool:
         key = f"{PROBE}{secrets.token_hex(8)}"
         self.put(key, b"first")

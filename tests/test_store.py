@@ -1,5 +1,7 @@
 """Stores keep their promises: in a folder, and in a bucket of a real S3 server that fails on demand."""
 
+import errno
+import fcntl
 import hashlib
 import os
 import pickle
@@ -12,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from jobs.settings import RenderJob
+from pipeline import objects
 from pipeline.store import NotFound, Patience, S3Store, StoreError, open_store
 
 KEY = "clips/ab/abcd.mp4"
@@ -86,6 +89,21 @@ def test_a_bucket_without_compare_and_swap_is_found_out(bucket, s3_server):
     assert not bucket.can_swap() and keys(bucket) == []
     bucket.create("lease.json", b"0")
     assert bucket.swap("lease.json", b"0", b"1", atomic=False)
+
+
+def test_where_nothing_can_be_swapped_atomically_it_is_replaced_all_the_same(bucket, s3_server, tmp_path, monkeypatch):
+    s3_server.fault(method="PUT", match="probe-", header="If-Match", status=400, code="InvalidArgument")
+    bucket.create(KEY, b"old")
+    assert bucket.replace(KEY, b"old", b"new") and bucket.get(KEY) == b"new" and keys(bucket) == [KEY]
+
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    folder = open_store(tmp_path / "out")
+    folder.create(KEY, b"old")
+    assert folder.replace(KEY, b"old", b"new") and folder.get(KEY) == b"new"
+    assert not folder.replace(KEY, b"old", b"newer") and folder.get(KEY) == b"new"
 
 
 def test_put_replaces_get_reads_and_delete_forgets(store):
@@ -441,6 +459,33 @@ def test_a_read_only_folder_is_explained(tmp_path):
             open_store(tmp_path).probe()
     finally:
         os.seteuid(user)
+
+
+@pytest.mark.parametrize("error", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_hard_links_is_explained(error, tmp_path, monkeypatch):
+    def no_links(*_, **__):
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(os, "link", no_links)
+    with pytest.raises(StoreError, match="has no hard links.* choose a folder on another"):
+        open_store(tmp_path / "out").probe()
+    assert list((tmp_path / "out/.tmp").iterdir()) == []
+
+
+def test_a_folder_that_another_driver_tidies_meanwhile_is_usable(tmp_path, monkeypatch):
+    store = open_store(tmp_path / "out")
+    store.create("clips/x", b"")
+    store.delete("clips/x")
+    real = objects.below
+
+    def tidied(top, names, **more):
+        if names in (["clips"], [".tmp"]) and not more:
+            os.rmdir(names[0], dir_fd=top)
+        return real(top, names, **more)
+
+    monkeypatch.setattr(objects, "below", tidied)
+    store.probe()
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
