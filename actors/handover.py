@@ -53,18 +53,18 @@ def receive(connection: socket.socket) -> Any:
     """
     files: list[int] = []
     try:
-        head, files, _, _ = socket.recv_fds(connection, HEAD.size, MOST_TENSORS)
-        while 0 < len(head) < HEAD.size:
-            head += connection.recv(HEAD.size - len(head)) or fail()
-        length, sent = HEAD.unpack(head or fail())
-        data, at = memoryview(bytearray(length)), 0
-        while at < length:
-            at += connection.recv_into(data[at:]) or fail()
-    except TimeoutError:
-        raise
-    except OSError as error:
-        raise Closed(str(error)) from error
-    try:
+        try:
+            head, files, _, _ = socket.recv_fds(connection, HEAD.size, MOST_TENSORS)
+            while 0 < len(head) < HEAD.size:
+                head += connection.recv(HEAD.size - len(head)) or fail()
+            length, sent = HEAD.unpack(head or fail())
+            data, at = memoryview(bytearray(length)), 0
+            while at < length:
+                at += connection.recv_into(data[at:]) or fail()
+        except TimeoutError:
+            raise
+        except OSError as error:
+            raise Closed(str(error)) from error
         if len(files) < sent:                           # the system drops what this process has no descriptor for
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         return Opener(io.BytesIO(data), files).load()

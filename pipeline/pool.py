@@ -121,10 +121,15 @@ class Pool:
 
     def replace(self, child: "Child") -> "Child":
         """Raises WorkerUnfit where none can be started."""
+        place = self.children.index(child)
         try:
             replacement = Child(self)
-            self.children[self.children.index(child)] = replacement
-            replacement.wait_until_ready()
+            try:
+                replacement.wait_until_ready()
+            except BaseException:                       # the dead one keeps its place, and is replaced another time
+                replacement.end()
+                raise
+            self.children[place] = replacement
         except StoreError:
             raise
         except Exception as error:                      # steps that were made before cannot be made now

@@ -164,6 +164,35 @@ def test_where_no_process_can_be_started_the_worker_is_unfit_and_the_clip_not_to
         worker([latent(1)])
 
 
+def test_a_process_that_could_not_be_replaced_is_replaced_when_the_store_is_there_again(worker, monkeypatch):
+    def no_store(child):
+        raise StoreError("the store is away")
+
+    for child in worker.pool.children:
+        os.kill(child.process.pid, signal.SIGKILL)
+        child.process.wait()
+    with monkeypatch.context() as patch:
+        patch.setattr(pools.Child, "wait_until_ready", no_store)
+        for number in range(3):
+            with pytest.raises(StoreError, match="is away"):
+                worker([latent(number)])
+    assert all(isinstance(worker([latent(number)])[0][0], Clip) for number in range(4))
+    assert len(worker.pool.children) == 2 and all(child.process.poll() is None for child in worker.pool.children)
+
+
+def test_a_sender_that_dies_in_the_middle_leaves_no_frames_behind():
+    mine, theirs = socket.socketpair()
+    before = len(os.listdir("/proc/self/fd"))
+    file = os.memfd_create("frames")
+    socket.send_fds(mine, [handover.HEAD.pack(100, 1)], [file])
+    os.close(file)
+    mine.close()
+    with pytest.raises(handover.Closed):
+        handover.receive(theirs)
+    assert len(os.listdir("/proc/self/fd")) == before - 1
+    theirs.close()
+
+
 def test_frames_that_were_made_before_the_gpu_was_lost_are_still_published(worker):
     worker.broken = True                                # by another thread, meanwhile
     (clip,), report = worker([latent(3)])
