@@ -84,15 +84,21 @@ class ClipWriter:
             path = Path(file.name)
             write_mp4(path, frames, self.audio_rate)
             psnr_db = check_encoding(path, frames)
-            sha256, num_bytes, notes = self.store_once(path, request)
+            with path.open("rb") as made:
+                mine = hashlib.file_digest(made, "sha256").hexdigest()
+            sha256, num_bytes, notes = self.store_once(path, mine, request)
         return Clip(request=request, uri=self.store.uri_of(clip_key(request.clip_id)), sha256=sha256,
                     num_bytes=num_bytes, duration_s=request.shape.frames / request.fps,
                     has_audio=frames.audio is not None, fallbacks=frames.fallbacks + padding_note(request),
-                    determinism=frames.determinism, quality={**frames.quality, "psnr_db": psnr_db}, notes=notes)
+                    # where another's file is the clip, nobody knows what that was made on
+                    determinism=frames.determinism if sha256 == mine else (),
+                    quality={**frames.quality, "psnr_db": psnr_db}, notes=notes)
 
-    def store_once(self, path: Path, request: Request) -> tuple[str, int, tuple[str, ...]]:
+    def store_once(self, path: Path, mine: str, request: Request) -> tuple[str, int, tuple[str, ...]]:
         """SHA-256 and size of the clip's object, and what is to be told of it: this file, or the one that was there
         first, whoever stored it, if it is this clip. Another is replaced, and stays until this one is there.
+
+        mine: SHA-256 of the file at `path`.
         """
         key, metadata, notes = clip_key(request.clip_id), {"clip-id": request.clip_id}, ()
         tries = count(1)
@@ -117,8 +123,7 @@ class ClipWriter:
                 notes = (f"another file lay under its name ({error}), and was replaced",)
             if self.store.replace(key, there, path.read_bytes(), metadata=metadata):
                 break
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest(), path.stat().st_size, notes
+        return mine, path.stat().st_size, notes
 
 
 def write_mp4(path: Path, frames: Frames, audio_rate: int) -> None:

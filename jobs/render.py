@@ -43,7 +43,7 @@ from pipeline.ledger import (SUCCESS, Ledger, forget_retried, hashes_of, invalid
 from pipeline.manifest import Manifest
 from pipeline.objects import PROBE, PROBE_KEY
 from pipeline.placement import Node
-from pipeline.plan import RESEEDS, Defaults, Except, Plan, PlannedRow, with_another_seed
+from pipeline.plan import BLOCK, RESEEDS, Defaults, Except, Plan, PlannedRow, with_another_seed
 from pipeline.runfile import RUN, check_counts, check_run, claim_run, has, read_run
 from pipeline.seal import BadSealKey, drop_key, own_key, seal_of
 from pipeline.stages import Outcome, Stage
@@ -381,8 +381,10 @@ class Book:
         return notes
 
     def record_invalid(self) -> None:
-        for row in self.new_invalid:
-            self.ledger.append([invalid_row(row.id, row.prompt, row.error)], self.plan.user_columns([row.row]))
+        for start in range(0, len(self.new_invalid), BLOCK):
+            rows = self.new_invalid[start: start + BLOCK]
+            self.ledger.append([invalid_row(row.id, row.prompt, row.error) for row in rows],
+                               self.plan.user_columns([row.row for row in rows]))
         self.num_invalid += len(self.new_invalid)
         self.new_invalid = []
 
@@ -443,8 +445,9 @@ class Book:
 
 def files_of_clips(store: Store) -> dict[str, int]:
     """clip_id -> bytes, of every file that lies where a clip does."""
-    files = {clip_of(info.key): (info.key, info.num_bytes) for info in store.list("clips/")}
-    return {clip_id: num_bytes for clip_id, (key, num_bytes) in files.items() if clip_key(clip_id) == key}
+    # a clip may lie in another folder there, too: somebody's copy
+    return {clip_id: info.num_bytes for info in store.list("clips/")
+            if info.key == clip_key(clip_id := clip_of(info.key))}
 
 
 def work(night: Night, book: Book, todo: Iterable[Request], num_clips: int, budget: Budget) -> Any:

@@ -67,9 +67,9 @@ def moving_disc(frames=9, height=64, width=64):
     return torch.stack(pictures)
 
 
-def write(request, rgb, audio=None, store=None, **kwargs):
+def write(request, rgb, audio=None, store=None, determinism=(), **kwargs):
     store = store or MemoryStore()
-    clip, = ClipWriter(store, **kwargs)([Frames(request=request, rgb=rgb, audio=audio)])
+    clip, = ClipWriter(store, **kwargs)([Frames(request=request, rgb=rgb, audio=audio, determinism=determinism)])
     return clip, store.objects[clip_key(request.clip_id)]
 
 
@@ -217,6 +217,15 @@ def test_the_clip_that_was_there_first_wins():
     clip, data = write(request(), moving_disc(), store=store)
     assert data == first != write(request(), moving_disc())[1] and clip.num_bytes == len(data)
     assert clip.sha256 == hashlib.sha256(data).hexdigest() and clip.notes == ()
+
+
+def test_the_determinism_class_is_that_of_the_frames_in_the_file():
+    store, other = MemoryStore(), moving_disc()
+    other[0, 0, 0] = 0
+    assert write(request(), other, store=store, determinism=("one CPU",))[0].determinism == ("one CPU",)
+    assert write(request(), other, store=store, determinism=("one CPU",))[0].determinism == ("one CPU",)
+    # another machine's clip was there first: what made that, nobody knows here
+    assert write(request(), moving_disc(), store=store, determinism=("another CPU",))[0].determinism == ()
 
 
 def flipped(data, at):

@@ -155,6 +155,13 @@ def test_what_verify_finds_wrong_is_repaired_by_verify_repair_and_render(what, n
     assert ask("verify", night / "out", "--repair")[1]["pending_again"] == 0
 
 
+def test_a_copy_of_a_clip_in_another_folder_does_not_hide_the_clip(night):
+    first, *_ = clips(night)
+    shutil.copytree(path_of(night, first).parent, night / "out/clips/favourites")
+    code, answer, _ = render(night)
+    assert code == 0 and (answer["rendered"], answer["notes"]) == (0, [])
+
+
 @pytest.mark.parametrize("what", ["deleted", "cut short", "longer", "html", "empty"])
 def test_render_alone_makes_again_what_its_listing_shows_to_be_gone_or_of_another_size(what, night, whole):
     damaged, *_ = clips(night)
