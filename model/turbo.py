@@ -11,9 +11,11 @@ releases, NAME.int8_weight and NAME.scale; the scales are per output channel whe
 the releases.
 """
 
+import atexit
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,6 +38,7 @@ from model.private import cache_folder, private_folder
 from model.weights import CheckpointError
 
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+CODE_CACHE = "TORCHINDUCTOR_CACHE_DIR"
 SHAPES = 1000                                           # of clips that one process may compile for
 Attend = Callable[[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None], Tensor]
 
@@ -186,14 +189,29 @@ def compile_blocks(dit: nn.Module, backend: str = "inductor") -> None:
 
     The blocks and not the whole, since equal blocks share what is compiled: a shape costs one block's compilation.
     """
+    keep_code_private()
     for block in dit.blocks:
         block.compile(backend=backend, fullgraph=True, dynamic=False)
-    with suppress(OSError):                             # torch's own place is a known name below /tmp, and code is read
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR",
-                              str(private_folder(cache_folder() / "inductor", below=cache_folder())))
     # by default a ninth shape is an error
     limits = torch._dynamo.config.patch(recompile_limit=SHAPES, accumulated_recompile_limit=SHAPES)
     dit.forward = limits(dit.forward)
+
+
+def keep_code_private() -> None:
+    """Compiled code is kept in the user's cache, or for this process alone where there is none that is private.
+
+    torch's own place is a name below /tmp that anybody can take first, and the code that lies there is run. torch puts
+    that name into the environment itself, as soon as its compiler is imported: then nobody has chosen it.
+    """
+    said = os.environ.get(CODE_CACHE, "")
+    if said and not said.startswith(os.path.join(tempfile.gettempdir(), "torchinductor_")):
+        return
+    try:
+        place = private_folder(cache_folder() / "inductor", below=cache_folder())
+    except OSError:
+        place = Path(tempfile.mkdtemp(prefix="dailies-code-"))
+        atexit.register(shutil.rmtree, place, ignore_errors=True)
+    os.environ[CODE_CACHE] = str(place)
 
 
 class Late(NamedTuple):

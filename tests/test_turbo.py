@@ -1,6 +1,9 @@
 """Refitted transformers: the release's recorded run, INT8 and attention near the plain model, strict files, cards."""
 
+import os
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -224,6 +227,29 @@ def test_a_refitted_block_is_one_graph_to_a_compiler(attention):
     want = dit.blocks[0](x, modulation, context.of_block(0), rope)
     got = torch.compile(dit.blocks[0], fullgraph=True, backend="aot_eager")(x, modulation, context.of_block(0), rope)
     assert error(got, want) < 1e-5
+
+
+def test_compiled_code_is_never_kept_where_others_could_put_theirs(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (cache := tmp_path / "dailies").mkdir(mode=0o700)
+    for said in (None, f"{tempfile.gettempdir()}/torchinductor_root"):      # the second: torch has said it itself
+        monkeypatch.delenv(turbo.CODE_CACHE, raising=False)
+        if said:
+            monkeypatch.setenv(turbo.CODE_CACHE, said)
+        turbo.keep_code_private()
+        assert os.environ[turbo.CODE_CACHE] == str(cache / "inductor")
+    cache.chmod(0o777)
+    for said in (None, f"{tempfile.gettempdir()}/torchinductor_root"):
+        monkeypatch.delenv(turbo.CODE_CACHE)
+        if said:
+            monkeypatch.setenv(turbo.CODE_CACHE, said)
+        turbo.keep_code_private()
+        place = Path(os.environ[turbo.CODE_CACHE])
+        assert place.parent == Path(tempfile.gettempdir()) and not place.name.startswith("torchinductor")
+        assert place.stat().st_mode & 0o777 == 0o700
+    monkeypatch.setenv(turbo.CODE_CACHE, "/of/the/users/choice")
+    turbo.keep_code_private()
+    assert os.environ[turbo.CODE_CACHE] == "/of/the/users/choice"
 
 
 @pytest.mark.parametrize("precision, attention", [("fp32", "dense"), ("bf16", "sparse"), ("int8", "dense")])
