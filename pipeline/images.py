@@ -16,7 +16,6 @@ from threading import Lock
 
 from actors.image_file import ALLOWED, MAX_BYTES, ImageSize, examine
 from actors.image_parts import ImageError
-from model.private import at_home
 from pipeline.beneath import Unfit, below, open_file, top_folder
 from pipeline.objects import plain_uri
 from pipeline.store import NoAccess, NotFound, S3Store, TooLarge, open_store
@@ -77,7 +76,7 @@ def locate(folder: str, name: str, allowed: Sequence[str] = ()) -> str:
             raise ImageError("outside the manifest's folder")
         refuse_hidden(name.split("/"))
         return f"{folder.rstrip('/')}/{name}"
-    base = at_home(folder).resolve()
+    base = Path(folder).resolve()                       # a folder may be called ~
     try:
         path = (base / name).resolve()
     except (OSError, RuntimeError) as error:            # a link to itself; a name too long
@@ -118,7 +117,7 @@ def read_image(uri: str, folder: str | None = None) -> bytes:
     else would be taken for it.
     """
     if not uri.startswith("s3://"):
-        return read_file(Path(uri), None if folder is None else at_home(folder).resolve())
+        return read_file(Path(uri), None if folder is None else Path(folder).resolve())
     bucket, _, key = uri.removeprefix("s3://").partition("/")
     try:
         return store_of(bucket).get(key, at_most=MAX_BYTES)

@@ -16,7 +16,8 @@ from actors import image_file
 from actors.image_file import ImageSize, decode, examine
 from actors.image_parts import ImageError
 from image_files import BROKEN, deep_grey, encoded, jpeg, only_header, palette, pixels, png, see_through
-from pipeline.images import FoundImage, find_image, find_images, locate, read_image
+from pipeline.images import FoundImage, find_image, find_images, folder_of, locate, read_image
+from pipeline.manifest import Manifest
 
 
 def off(got: torch.Tensor, want: np.ndarray) -> float:
@@ -164,6 +165,20 @@ def test_paths_stay_under_the_manifests_folder(tmp_path):
                        ("https://example.org/a.png", "neither a path nor s3://"), ("x" * 1000, "File name too long")):
         found = find_image(str(folder), name)
         assert isinstance(found, ImageError) and said in str(found), (name, found)
+
+
+def test_a_folder_that_is_called_as_the_shell_calls_homes_is_no_home(tmp_path, monkeypatch):
+    (home := tmp_path / "home").mkdir()
+    (home / "private.png").write_bytes(png())
+    (tmp_path / "night/~").mkdir(parents=True)
+    (tmp_path / "night/~/m.jsonl").write_text('{"prompt": "a", "image": "private.png"}')
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(tmp_path / "night")
+    [(file, _)] = Manifest.read(".").files
+    assert str(find_image(folder_of(file), "private.png")) == "no such file"
+    (tmp_path / "night/~/private.png").write_bytes(png())
+    found = find_image(folder_of(file), "private.png")
+    assert found.uri == str(tmp_path / "night/~/private.png") and read_image(found.uri, folder_of(file)) == png()
 
 
 def test_a_pipe_is_not_waited_for(tmp_path):
