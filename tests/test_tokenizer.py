@@ -67,8 +67,9 @@ def charsmap(length, rest):
     return base64.b64encode(length.to_bytes(4, "little") + rest).decode()
 
 
-def precompiled(table):
-    return lambda said: said.update(normalizer={"type": "Precompiled", "precompiled_charsmap": table})
+def precompiled(table, times=1):
+    step = {"type": "Precompiled", "precompiled_charsmap": table}
+    return lambda said: said.update(normalizer={"type": "Sequence", "normalizers": [step] * times})
 
 
 @pytest.mark.parametrize("change, said", [
@@ -81,6 +82,7 @@ def precompiled(table):
     (lambda said: said.update(normalizer={"type": "Prepend", "prepend": "x" * 10**6}), "before a text"),
     (lambda said: said.update(normalizer={"type": "Python", "code": "1"}), "a step 'Python'"),
     (precompiled(charsmap(4, b"\0\0\0\0" + b"x" * 10**6 + b"\0")), "more than 256 bytes of one character"),
+    (precompiled(charsmap(4, b"\0\0\0\0aa\0"), 2), "makes a text longer again and again"),
     (precompiled(charsmap(2**32 - 4, b"\0" * 8)), "replacements is damaged"),
     (precompiled("no base64!"), "does not hold a tokenizer"),
     (lambda said: said.update(pre_tokenizer={"type": "Split", "pattern": {"Regex": "(x+x+)+y"}, "behavior": "Isolated",
