@@ -29,7 +29,7 @@ from urllib.parse import urlsplit
 
 import ray
 from ray import exceptions as rex
-from ray._private import ray_constants
+from ray._private import ray_constants, services
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray._raylet import AuthenticationTokenLoader
 from ray.job_config import JobConfig
@@ -227,14 +227,14 @@ def open_to_everybody(address: str) -> str:
 def reachable(address: str, named: str) -> str:
     """The cluster's HOST:PORT, once something answers there: Ray itself would try for minutes.
 
-    named: what the person said, for messages.
+    named: what the person said, for messages.  Raises ClusterError.
     """
     said = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
     if said.startswith("ray://"):
         raise ClusterError(f"{named}: a Ray Client address cannot carry a render; use `dailies submit` with the "
                            "cluster's http://HEAD:8265, or run on a machine of the cluster with --ray auto")
     try:
-        found = ray._private.services.canonicalize_bootstrap_address_or_die(address)
+        found = services.canonicalize_bootstrap_address_or_die(around_here() if said in ("", "auto") else said)
         host, _, port = found.rpartition(":")
         socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
     except (OSError, ValueError) as error:
@@ -242,6 +242,32 @@ def reachable(address: str, named: str) -> str:
         raise ClusterError(f"no Ray cluster answers at {named}: {error}. Start one with `ray start --head`, "
                            f"{unset}name another with --ray HOST:6379, or use --ray local") from None
     return found
+
+
+def around_here() -> str:
+    """The address of the cluster that this machine belongs to.  Raises ConnectionError with what there is instead.
+
+    Ray's own search goes by what any process of any user says in its command line, and by a file in /tmp/ray, which is
+    open for all to write to; where that leads gets the token, and what it answers is unpickled.
+    """
+    there = own_raylets()
+    latest = services.find_bootstrap_address(None)      # several: that of the last `ray start`, where it is one of them
+    if len(there) > 1 and latest in there:
+        return latest
+    if len(there) != 1:
+        raise ConnectionError(f"{len(there)} clusters have a raylet of this user's or of root's on this machine"
+                              + "".join(f", {address}" for address in sorted(there)))
+    return there.pop()
+
+
+def own_raylets() -> set[str]:
+    """HOST:PORT of each cluster that a raylet on this machine belongs to; those of other users do not count."""
+    found, trusted = set(), {0, os.getuid()}
+    for process in services.psutil.process_iter(["cmdline", "uids"]):
+        said, uids = process.info["cmdline"], process.info["uids"]
+        if said and uids and {uids.real, uids.effective} <= trusted and "raylet" in os.path.basename(said[0]):
+            found |= {each.partition("=")[2] for each in said if each.startswith("--gcs-address=")}
+    return found - {"", "None"}
 
 
 def nodes() -> list[Node]:

@@ -269,6 +269,39 @@ def test_an_address_from_the_environment_is_named_in_what_it_causes(monkeypatch)
     assert "RAY_ADDRESS" not in str(raised.value)
 
 
+def test_auto_does_not_follow_what_other_users_say_about_a_cluster(monkeypatch):
+    """Ray would: a process called raylet, or a file in /tmp/ray, may name anybody's."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+    def raylet(**user) -> subprocess.Popen:
+        started = subprocess.Popen(["raylet", "-c", "echo; read line", "sh", "--gcs-address=192.0.2.7:1"],
+                                   executable="/bin/sh", stdin=subprocess.PIPE, stdout=subprocess.PIPE, **user)
+        started.stdout.readline()
+        return started
+
+    with raylet() as ours:
+        assert "192.0.2.7:1" in cluster.own_raylets()
+        ours.stdin.close()
+    assert "192.0.2.7:1" not in cluster.own_raylets()
+    if os.getuid() == 0:                                # only root can be another user
+        with raylet(user=65534, group=65534, extra_groups=[]) as theirs:
+            assert "192.0.2.7:1" not in cluster.own_raylets()
+            theirs.stdin.close()
+    monkeypatch.setattr(cluster.services, "find_bootstrap_address", lambda folder: "192.0.2.7:1")
+    monkeypatch.setattr(cluster, "own_raylets", set)
+    with pytest.raises(ClusterError, match="0 clusters have a raylet of this user's.*--ray HOST:6379"):
+        cluster.reachable("auto", "'auto'")
+    with socket.create_server(("0.0.0.0", 0)) as head:
+        address = f"127.0.0.1:{head.getsockname()[1]}"
+        monkeypatch.setattr(cluster, "own_raylets", lambda: {address})
+        assert cluster.reachable("auto", "'auto'").endswith(address.partition(":")[2])
+        monkeypatch.setattr(cluster, "own_raylets", lambda: {address, "192.0.2.8:1"})
+        with pytest.raises(ClusterError, match="2 clusters have a raylet.*192.0.2.8:1"):
+            cluster.reachable("auto", "'auto'")
+        monkeypatch.setattr(cluster.services, "find_bootstrap_address", lambda folder: address)
+        assert cluster.reachable("auto", "'auto'").endswith(address.partition(":")[2])
+
+
 def test_a_killed_driver_leaves_no_process(tmp_path):
     script = ("import os, sys\nfrom pathlib import Path\nfrom fake_stages import fake_stages\n"
               "from jobs.bench_pipeline import pretend_request\nfrom pipeline import cluster\n"
