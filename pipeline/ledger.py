@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from pipeline.ledger_part import MOST_BYTES, read_part
 from pipeline.store import NotFound, Store, StoreError, TooLarge
-from pipeline.stored_types import converted, stored_type
+from pipeline.stored_types import as_text, converted, stored_type
 
 if TYPE_CHECKING:                       # they need torch, and `dailies status` does not
     from actors.messages import Clip, Failure
@@ -255,7 +255,7 @@ def read(store: Store, columns: Sequence[str] | None = None, *, put_back: bool =
     tables = [table for _, table in parts(store, wanted) if table is not None]
     empty = COLUMNS if wanted is None else pa.schema([field for field in COLUMNS if field.name in wanted])
     try:
-        table = latest(pa.concat_tables([empty.empty_table(), *tables], promote_options="permissive"))
+        table = latest(together([empty.empty_table(), *tables]))
     except pa.ArrowException as error:
         raise StoreError(f"{store.uri_of(FOLDER)}: its parts do not fit together: {error}. Move away the one that is "
                          "not this run's") from error
@@ -263,6 +263,30 @@ def read(store: Store, columns: Sequence[str] | None = None, *, put_back: bool =
         table = table.filter(pc.not_equal(table["status"], "pending"))
     asked = table.column_names if columns is None else dict.fromkeys(columns)
     return table.select([name for name in asked if name in table.column_names])
+
+
+def together(tables: Sequence[pa.Table]) -> pa.Table:
+    """The rows of all parts; a user's column whose types no type unites is text: manifests that a folder was rendered for
+    one after the other may disagree, and versions have stored times in types of their own.  Raises ArrowException.
+    """
+    try:
+        return pa.concat_tables(tables, promote_options="permissive")
+    except pa.ArrowException:
+        fields: dict[str, list[pa.Field]] = {}
+        for field in (field for table in tables for field in table.schema if field.name.startswith("user.")):
+            fields.setdefault(field.name, []).append(field)
+        odd = {name for name, found in fields.items() if not unite(found)}
+        tables = [pa.table({name: as_text(column) if name in odd else column
+                            for name, column in zip(table.column_names, table.columns, strict=True)}) for table in tables]
+        return pa.concat_tables(tables, promote_options="permissive")
+
+
+def unite(fields: Sequence[pa.Field]) -> bool:
+    try:
+        pa.unify_schemas([pa.schema([field]) for field in fields], promote_options="permissive")
+    except pa.ArrowException:
+        return False
+    return True
 
 
 def put_back(store: Store, problems: Mapping[str, str]) -> int:

@@ -380,6 +380,17 @@ def test_nothing_tells_of_success_while_clips_are_to_be_made_again(folder):
     assert write_success(folder)["done"] == 2 and folder.head("_SUCCESS.json") is not None
 
 
+def test_a_users_column_on_whose_type_the_parts_do_not_agree_is_read_as_text(folder):
+    times, scores = pa.array([10**6], pa.time64("us")), pa.array([3])
+    part = pa.table({"id": ["a"], "seed": [0], "status": ["done"], "user.at": times, "user.score": scores})
+    folder.put("ledger/000001-000000.parquet", parquet_bytes(part))         # as an older version stored it
+    with Ledger.open(folder, pa.schema([("user.at", pa.string()), ("user.score", pa.float64())])) as ledger:
+        ledger.append([done("b")], pa.table({"user.at": ["noon"], "user.score": [0.5]}))
+    assert read(folder, ["id", "user.at", "user.score"]).to_pylist() == [
+        {"id": "a", "user.at": "00:00:01.000000", "user.score": 3.0}, {"id": "b", "user.at": "noon", "user.score": 0.5}]
+    assert read(folder).num_rows == 2 and retry(folder, {"user.at": "noon"}) == 0
+
+
 def test_where_nothing_was_made_nothing_tells_of_success(folder):
     write(folder, [failed("a"), invalid_row("b", None, "bad")])
     assert write_success(folder)["done"] == 0 and folder.head("_SUCCESS.json") is None
