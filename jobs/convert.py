@@ -123,7 +123,7 @@ def one_part(card: ModelCard, path: Path) -> tuple[Layout, list[Part]]:
         if len(named) == 1:
             return layout, named
     names = [name for name, _ in read(path)]
-    known = [part for part in options[0] if any(not table.unknown(names) for table in tables_of(card, part.kind))]
+    known = [part for part in options[0] if not keys.table_of(names, tables_of(card, part.kind)).unknown(names)]
     # of two experts the file's name may say which: wan2.2_t2v_high_noise_14B_fp16.safetensors
     noise = [part for part in known if part.kind == "dit" and re.search(rf"(?i)(?<![a-z]){EXPERTS[part.place]}(?![a-z])", stem)]
     known = noise if len(known) > 1 and len(noise) == 1 else known

@@ -119,6 +119,15 @@ def test_a_single_file_is_known_by_its_name_or_its_tensors(name, kind, tmp_path)
     assert [p.name for p in (tmp_path / "out").glob("*.*") if p.is_file()] == [file.replace(".pth", ".safetensors")]
 
 
+@pytest.mark.parametrize("prefix", ["model.diffusion_model.", "net."])
+def test_a_single_transformer_is_known_whatever_prefix_a_tool_has_put_before_its_names(prefix, tmp_path):
+    write_weights(tmp_path / "src", WAN_TINY, "original")
+    tensors, _ = checkpoint.unpack((tmp_path / "src/diffusion_pytorch_model.safetensors").read_bytes())
+    checkpoint.save(tmp_path / "wan_fp16.safetensors", {prefix + name: tensor for name, tensor in tensors.items()})
+    assert main(["convert", str(tmp_path / "wan_fp16.safetensors"), "--model", "wan-tiny", "--to", str(tmp_path / "out")]) == 0
+    assert WAN_TINY.dit_from(tmp_path / "out/diffusion_pytorch_model.safetensors", "cpu", "fp32")
+
+
 def test_large_parts_become_shards_with_an_index(tmp_path, monkeypatch):
     monkeypatch.setattr(converting, "SHARD_BYTES", 20_000)
     source = published(tmp_path / "src", WAN_TINY)
