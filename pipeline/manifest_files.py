@@ -14,6 +14,7 @@ import urllib.request
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 from urllib.error import HTTPError, URLError
@@ -34,6 +35,7 @@ NO_ROWS = re.compile(r"(readme|licen[sc]e|notice|changelog|requirements|copying|
 NO_VALUE = "__HIVE_DEFAULT_PARTITION__"
 STDIN, TYPED = "-", "--prompt"
 LISTED = 20
+MAX_DEPTH = 32                      # of folders in a manifest's folder
 CONNECT_S = 30.0
 SECRET = re.compile(r"://[^/\s]*@|[?&](X-Amz-\w+|AWSAccessKeyId|Signature|sig|token|key)=", re.I)
 
@@ -116,7 +118,7 @@ def _on_disk(uri: str, base: Path | None) -> Found:
         return _sorted(path, _walked(path))
     if path.exists():
         raise FileNotFoundError("not a file: what comes through a pipe is read from stdin, as -")
-    matches = sorted(map(Path, glob.glob(str(path), recursive=True)))
+    matches = sorted(_globbed(path))
     base = Path(*_fixed(path.parts)) if _fixed(path.parts) else Path()
     found = _sorted(base, [match for match in matches if match.is_file()])
     files = {Path(file.name) for file in found.files}
@@ -132,11 +134,24 @@ def _fixed(parts: Sequence[str]) -> list[str]:
     return list(parts[:next((at for at, part in enumerate(parts) if glob.has_magic(part)), len(parts))])
 
 
+def _globbed(pattern: Path) -> list[Path]:
+    """What a glob matches. "**" goes into no link: two that lead back to where they lie would make it endless."""
+    parts = pattern.parts
+    if "**" not in parts:
+        return list(map(Path, glob.glob(str(pattern))))
+    at = parts.index("**")
+    bases = map(Path, glob.glob(str(Path(*parts[:at])))) if at else [Path()]
+    return [path for base in bases if base.is_dir() for path in _walked(base)
+            if _matches(list(path.relative_to(base).parts), list(parts[at:]))]
+
+
 def _walked(base: Path) -> list[Path]:
     """All files below a folder, but what is hidden, and what a run has made."""
     paths = []
     for folder, inner, names in os.walk(base):
         here = Path(folder)
+        if len(here.parts) - len(base.parts) > MAX_DEPTH:
+            raise FileNotFoundError(f"folders that lie more than {MAX_DEPTH} deep in each other; name the files to read")
         if here != base and "run.json" in names and {"ledger", "clips"} & {*inner}:
             inner.clear()
             paths.append(here)
@@ -151,6 +166,8 @@ def _walked(base: Path) -> list[Path]:
 def _sorted(base: Path, paths: Iterable[Path]) -> Found:
     """Each path to where it belongs."""
     found, root = Found(), base.resolve()
+    # of a glob a folder on the way may be a link, too; a folder is asked once for all its files
+    is_inside = cache(lambda path: path.resolve().is_relative_to(root))
     for path in paths:
         kind = _kind(path.relative_to(base).parts)
         if kind == "silent":
@@ -160,7 +177,7 @@ def _sorted(base: Path, paths: Iterable[Path]) -> Found:
             found.passed_over.append((str(path), reason))
         elif not path.is_file():
             found.passed_over.append((str(path), "no files"))
-        elif path.is_symlink() and not path.resolve().is_relative_to(root):
+        elif not is_inside(path if path.is_symlink() else path.parent):
             found.passed_over.append((str(path), "links that lead out of the folder (name the file itself to read it)"))
         elif kind == "ours":
             found.files.append(_local(path, partition_of(path.relative_to(base).parts[:-1])))

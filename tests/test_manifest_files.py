@@ -5,10 +5,12 @@ import gzip
 import io
 import json
 import lzma
+import os
 import ssl
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -168,6 +170,33 @@ def test_a_folder_is_read_whole_and_what_is_not_is_named(tmp_path):
     assert all(name in said for name in ("README.txt", "notes.docx", "link.txt", "/out")) and ".crc" not in said
     written(tmp_path / "f.xlsx", "x")
     assert "data of formats that are not read" in refused(str(tmp_path)) and "f.xlsx" in refused(str(tmp_path))
+
+
+def test_a_glob_leaves_its_folder_by_no_link_and_is_not_led_in_circles(tmp_path):
+    written(tmp_path / "private/a.jsonl", '{"prompt": "not for the night"}')
+    written(tmp_path / "night/1/a.jsonl", '{"prompt": "a"}')
+    for name, place in (("2", "../private"), ("round", "."), ("and-round", ".")):
+        (tmp_path / "night" / name).symlink_to(place)
+    for pattern in ("night/*/a.jsonl", "night/**/*.jsonl", "night/**/a.jsonl", "night/**", "night/1/**/a.jsonl"):
+        assert prompts(str(tmp_path / pattern)) == ["a"], pattern
+    assert "links that lead out of the folder" in str(Manifest.read(str(tmp_path / "night/*/a.jsonl")).notes)
+
+
+@pytest.mark.parametrize("pattern", ["night", "night/**/*.jsonl"])
+def test_folders_of_any_depth_are_refused_with_a_sentence(pattern, tmp_path):
+    written(tmp_path / "night/a.jsonl", '{"prompt": "a"}')
+    (tmp_path / "night" / "/".join("d" * 31)).mkdir(parents=True)
+    assert prompts(str(tmp_path / pattern)) == ["a"]
+    folder = os.open(tmp_path / "night", os.O_RDONLY)
+    for _ in range(1500):                               # a path of all of them would be too long
+        with suppress(FileExistsError):
+            os.mkdir("d", dir_fd=folder)
+        inner = os.open("d", os.O_RDONLY, dir_fd=folder)
+        os.close(folder)
+        folder = inner
+    os.close(folder)
+    assert "more than 32 deep" in refused(str(tmp_path / pattern))
+    subprocess.run(["rm", "-rf", tmp_path / "night"], check=True)       # pytest cannot
 
 
 def test_folders_called_name_value_are_columns(tmp_path):
