@@ -8,10 +8,11 @@ from urllib.parse import urlsplit
 
 REMOVED = "[removed]"
 SECRET_NAME = re.compile(r"(^|_)(secret|password|passwd|token|credentials?|(access|api|private|seal)_key)($|_)", re.I)
-ASSIGNED = re.compile(r"(?i)\b([\w-]*(?:secret|passwor?d|passwd|token|credential|access[_-]?key|api[_-]?key|private[_-]?key)"
+ASSIGNED = re.compile(r"(?i)\b([\w-]*(?:secret|passwor?d|passwd|token|credential|access[_-]?key|api[_-]?key|account[_-]?key|private[_-]?key)"
                       r"[\w-]*\s*[=:]\s*)([^\s&'\"]{4,})")
-# of AWS, GitHub, GitLab, Hugging Face, Slack, OpenAI and alike; JSON web tokens; private keys
-KEYS = re.compile(r"\b((AKIA|ASIA)[A-Z0-9]{16}|gh[opsru]_\w{30,}|glpat-[\w-]{20,}|hf_[A-Za-z0-9]{30,}|xox[abprs]-[\w-]{10,}"
+# of AWS, GitHub, GitLab, Google, npm, Hugging Face, Slack, OpenAI and alike; JSON web tokens; private keys
+KEYS = re.compile(r"\b((AKIA|ASIA)[A-Z0-9]{16}|gh[opsru]_\w{30,}|github_pat_\w{30,}|glpat-[\w-]{20,}|"
+                  r"AIza[\w-]{35}|ya29\.[\w-]{20,}|npm_[A-Za-z0-9]{36}|hf_[A-Za-z0-9]{30,}|xox[abprs]-[\w-]{10,}"
                   r"|sk-[\w-]{30,}|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]{10,})|-----BEGIN [A-Z ]*PRIVATE KEY-----[^-]*(-----END[A-Z -]*)?")
 
 

@@ -533,6 +533,14 @@ def test_a_secret_in_any_setting_is_refused_wherever_it_comes_from(name, place, 
         assert secret not in said.err + said.out
 
 
+@pytest.mark.parametrize("key", ["github_pat_" + "a1" * 20, "AIza" + "b2" * 17 + "c", "npm_" + "d3" * 18, "ya29." + "e4" * 20,
+                                 "AccountKey=" + "f5" * 20])
+def test_a_key_that_its_form_gives_away_is_not_sent(key):
+    with pytest.raises(job.UsageError, match="must not carry keys") as caught:
+        job.refuse_secrets(["--map", f"{key}=prompt"])
+    assert key[-20:] not in str(caught.value)
+
+
 def test_a_glob_with_a_question_mark_is_no_query():
     job.refuse_secrets(["s3://bucket/night?.parquet", "s3://bucket/night[12].csv", "--model", "demo", "a=b"])
 
