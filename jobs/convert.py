@@ -8,6 +8,7 @@ INT8. Nothing is published before names, shapes and kinds have been checked.
 import json as jsonlib
 import os
 import re
+import site
 import subprocess
 import sys
 import tempfile
@@ -176,9 +177,7 @@ def unpickle(path: Path, target: Path) -> None:
 
     target: a file that is not there yet.  Raises CheckpointError.
     """
-    environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
-    environment |= {"HOME": str(target.parent), "PYTHONPATH": str(HOME), "PYTHONSAFEPATH": "1",
-                    "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = child_environment(target.parent)
     if path.exists() and not path.is_file():            # a pipe would be waited for, a device read without end
         raise CheckpointError(f"{path} is no regular file; a pickle of weights is needed there")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -195,6 +194,17 @@ def unpickle(path: Path, target: Path) -> None:
     if child.returncode:
         raise CheckpointError(f"{path}: the process that reads it ended with {child.returncode}. Is there enough "
                               f"memory, and disk for its tensors? {complaint[-300:]}")
+
+
+def child_environment(home: Path) -> dict[str, str]:
+    """Of the process that reads a pickle: nothing that is secret; Python's libraries are where they are for us."""
+    kept = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    libraries = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep)
+                 if Path(entry).name in ("site-packages", "dist-packages")]
+    if site.ENABLE_USER_SITE:                           # what pip install --user has put below the home, which is another
+        kept["PYTHONUSERBASE"] = site.getuserbase()
+    return kept | {"HOME": str(home), "PYTHONPATH": os.pathsep.join([str(HOME), *libraries]), "PYTHONSAFEPATH": "1",
+                   "PYTHONDONTWRITEBYTECODE": "1"}
 
 
 def text_of(file: BinaryIO) -> str:

@@ -217,7 +217,7 @@ class undumpable:
 
 if __name__ == "__main__":
     module, given_source, target = sys.argv[1:]
-    home = Path(os.environ["PYTHONPATH"])
+    home = Path(os.environ["PYTHONPATH"].partition(os.pathsep)[0])
     for unshut in enter(Path(given_source).resolve(), [home / name for name in ("kernels", "model", "jobs")]):
         print(unshut)
     sys.stdout.flush()

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+import site
 
 import pytest
 import torch
@@ -263,6 +264,22 @@ def test_a_pickle_is_opened_where_there_are_no_credentials(tmp_path, monkeypatch
     environment, folder, stdin = json.loads(str(told.value))
     assert "stays-at-home" not in environment.values() and "AWS_SECRET_ACCESS_KEY" not in environment
     assert environment["HOME"] == folder == str(target.parent) and stdin == ""
+
+
+def test_the_reader_of_a_pickle_finds_libraries_where_this_process_does(tmp_path, monkeypatch):
+    """Installed with pip --user, or in a folder that PYTHONPATH names, as modules of clusters are."""
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs/unpickle.py").write_text("import sys, only_there\nprint(only_there.SAID, file=sys.stderr); sys.exit(2)")
+    libraries = tmp_path / "elsewhere" / "site-packages"
+    libraries.mkdir(parents=True)
+    (libraries / "only_there.py").write_text("SAID = 'found'")
+    monkeypatch.setattr(converting, "HOME", tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(("/secrets", str(libraries))))
+    with pytest.raises(CheckpointError, match="^found$"):
+        converting.unpickle(tmp_path / "a.pth", tmp_path / "model.safetensors")
+    assert "/secrets" not in converting.child_environment(tmp_path)["PYTHONPATH"]
+    monkeypatch.setattr(site, "ENABLE_USER_SITE", True)
+    assert converting.child_environment(tmp_path)["PYTHONUSERBASE"] == site.getuserbase()
 
 
 def test_a_reader_that_is_killed_is_said(tmp_path, monkeypatch):
