@@ -403,7 +403,8 @@ class Book:
         value = outcome.value
         rows = self.rows_of(value.request.clip_id)
         clip_id = value.request.clip_id
-        if isinstance(value, Clip) and not value.notes and clip_id in self.gone | self.ledger.put_back.keys():
+        is_again = clip_id in self.gone or clip_id in self.ledger.put_back
+        if is_again and isinstance(value, Clip) and not value.notes:
             value = replace(value, notes=(f"made again: its file was {self.ledger.put_back.get(clip_id) or 'gone'}",))
         if isinstance(value, Failure) and value.error_type in REJECTIONS:
             rows = self.make_again(value.request, rows)
