@@ -440,9 +440,17 @@ def latest(table: pa.Table) -> pa.Table:
     return table.filter(pa.array(mask))
 
 
+LAST_EPOCH = 999_999                    # of six digits
+
+
 def next_epoch(store: Store) -> int:
+    """Raises StoreError where a part claims an epoch behind which no other has its place in order of name."""
     names = (info.key.removeprefix(FOLDER).partition("-")[0] for info in store.list(FOLDER))
-    return max((int(name) for name in names if name.isascii() and name.isdecimal() and len(name) < 10), default=0) + 1
+    last = max((int(name) for name in names if name.isascii() and name.isdecimal()), default=0)
+    if last >= LAST_EPOCH:
+        raise StoreError(f"{store.uri}/{FOLDER}{last}-... is named as no part of a ledger is: a run begins less often. Move it "
+                         "away and render again")
+    return last + 1
 
 
 def part_key(epoch: int, seq: int) -> str:

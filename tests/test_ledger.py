@@ -482,3 +482,12 @@ def test_run_json_holds_no_secret(folder, monkeypatch):
     (("a", "b"), "encode: a; sample: b")])
 def test_the_determinism_class_is_one_where_all_stages_have_one(stages, said):
     assert ledgers.class_of(stages) == said
+
+
+@pytest.mark.parametrize("name", ["999999-000000", "999999999-000000", "1000000000-000000", "9" * 200 + "-0"])
+def test_a_part_behind_which_no_other_has_its_place_is_refused(name, tmp_path):
+    """Each writer would take the epoch after it, which is there already, and try for ever."""
+    store = open_store(tmp_path)
+    store.create(f"ledger/{name}.parquet", b"x")
+    with pytest.raises(StoreError, match="Move it away"):
+        ledgers.next_epoch(store)
