@@ -213,15 +213,15 @@ def plan(options: dict[str, Any], json: Json = False) -> int:
 
 def job_of(options: dict[str, Any], needs_out: bool = True) -> "RenderJob":
     """The settings, checked, and a word at once: what comes next takes seconds to import."""
-    from jobs.progress import printable
+    from jobs.progress import printable, say
     from jobs.settings import RenderJob
     from jobs.usage import refuse_absent_gpu
     job = RenderJob.read(options, options.pop("config"), needs_out=needs_out)
     refuse_absent_gpu(job.device, job.ray)
     # of a link only what names the file: the rest may be a key
     named = ", ".join(source.partition("?")[0].rpartition("@")[2] if "://" in source else source for source in job.sources)
-    print(printable(f"reading {named or 'the prompts'}" + (f", for {job.out}" if job.out else "") + f" with {job.model}"),
-          file=sys.stderr, flush=True)
+    say(printable(f"reading {named or 'the prompts'}" + (f", for {job.out}" if job.out else "") + f" with {job.model}"),
+        stream=sys.stderr)
     return job
 
 
@@ -322,7 +322,9 @@ def convert(source: Annotated[str, typer.Argument(
 
 
 @app.command()
-def bench(what: Annotated[str | None, typer.Argument(metavar="[WHAT]", help="What to time.  [default: all]")] = None,
+def bench(what: Annotated[str | None, typer.Argument(
+              metavar="[WHAT]", help="demo, quality, pipeline, memory, model, kernels, clip, or gpu.  "
+              "[default: all but gpu]")] = None,
           model: Annotated[str | None, typer.Argument(
               metavar="[NAME]", help="`bench model`: this model's transformer; `bench clip`: a clip of it.")] = None,
           random_weights: Annotated[bool, typer.Option(

@@ -39,6 +39,9 @@ def show(job: RenderJob, *, json: bool, has_out: bool = True) -> int:
         check_weights(night)
     book = Book(night)
     wanted, published = book.wanted()
+    # what was put back, or has another size than its row says, is most likely not what it should be: render reads it
+    doubtful = published & (book.gone | book.ledger.put_back.keys())
+    wanted, published = wanted | doubtful, published - doubtful
     num_clips = min(len(wanted), job.limit or len(wanted))
     left = {**book.counts(), "to_make": num_clips, "left_by_limit": len(wanted) - num_clips,
             "found_published": len(published)}

@@ -15,14 +15,18 @@ NOBODY_READS = {errno.EPIPE, errno.EIO}                 # `| head` has ended; th
 
 
 class Speaker(io.FileIO):
-    """A stream that goes on into nothing when nobody is there to read it: a night does not end with its terminal."""
+    """A stream that goes on into nothing when nobody is there to read it: a night does not end with its terminal, nor
+    with the disk of its log."""
+
+    lost: OSError | None = None                         # what could not be written although somebody may want to read
 
     def write(self, data: bytes) -> int:
         try:
             return super().write(data)
         except OSError as error:
             if error.errno not in NOBODY_READS:
-                raise
+                self.lost = error                       # the next line is tried: there may be room again
+                return len(data)
             nothing = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nothing, self.fileno())
             os.close(nothing)
@@ -52,6 +56,8 @@ def leave(code: int) -> NoReturn:
             try:
                 if stream is not None:
                     stream.flush()
+                    if isinstance(raw := getattr(getattr(stream, "buffer", None), "raw", None), Speaker) and raw.lost:
+                        raise raw.lost
             except OSError as error:                    # a log on a full disk: what is missing there is not passed over
                 code = code or 1
                 os.write(2, f"what this command said could not be written: {error.strerror}\n".encode())

@@ -27,24 +27,29 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
-def columns() -> int | None:
-    """Of the terminal that standard output is; None for a file or a pipe, which has lines of any length."""
-    return shutil.get_terminal_size().columns if sys.stdout is not None and sys.stdout.isatty() else None
+def columns(stream: TextIO | None = None) -> int | None:
+    """Of the terminal that a stream is, or standard output; None for a file or a pipe, which has lines of any length."""
+    stream = stream or sys.stdout
+    return shutil.get_terminal_size().columns if stream is not None and stream.isatty() else None
 
 
-def say(text: str, *, indent: int = 0) -> None:
-    """Print a sentence, on a terminal broken between words; what follows its first line is indented so far."""
-    width = columns()
+def say(text: str, *, indent: int = 0, stream: TextIO | None = None) -> None:
+    """Print a sentence, on a terminal broken between words; what follows its first line is indented so far.
+
+    stream: None is standard output.
+    """
+    width = columns(stream) if stream else columns()
     if width is None or len(text) <= width:
-        print(text)
+        print(text, file=stream, flush=stream is not None)
         return
     if indent > width // 2:                             # a narrow terminal: the second column goes below the first
         first, text = text[:indent].rstrip(), text[indent:]
-        print(first)
-        print(textwrap.fill(text, width, initial_indent="    ", subsequent_indent="    ", break_long_words=False))
+        print(first, file=stream)
+        print(textwrap.fill(text, width, initial_indent="    ", subsequent_indent="    ", break_long_words=False),
+              file=stream, flush=stream is not None)
         return
     print(textwrap.fill(text, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False,
-                        replace_whitespace=False, drop_whitespace=True))
+                        replace_whitespace=False, drop_whitespace=True), file=stream, flush=stream is not None)
 
 
 def counted(number: int, noun: str) -> str:

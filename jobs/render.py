@@ -593,7 +593,7 @@ def clear_shelf(night: Night) -> None:
 
 def tell(notes: list[str]) -> None:
     for note in notes:
-        print(printable(note), file=sys.stderr, flush=True)
+        say(printable(note), stream=sys.stderr)
 
 
 def notes_of(night: Night) -> list[str]:

@@ -556,4 +556,4 @@ def one_line(error: BaseException) -> str:
     """The cause, of Ray's page-long messages: without the list of ids, and without what else it might have been."""
     lines = [line for line in str(error).splitlines() if not line.startswith("\t")]
     said = " ".join(TERMINAL.sub("", " ".join(lines)).removeprefix(rex.ActorDiedError.BASE_ERROR_MSG).split())
-    return said.partition(" Some common causes")[0][:300]
+    return said.partition(" Some common causes")[0][:300].rstrip(". ")

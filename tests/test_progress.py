@@ -116,3 +116,15 @@ def test_what_a_person_reads_is_broken_between_words_on_a_terminal_only(width, m
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) > 1 and max(map(len, lines)) <= width
     assert " ".join(lines).split() == sentence.split()
+
+
+def test_what_is_said_on_standard_error_fits_that_terminal_whatever_standard_output_is(monkeypatch, capsys):
+    stream = io.StringIO()
+    monkeypatch.setenv("COLUMNS", "30")
+    progress.say("one sentence that is longer than this terminal is wide", stream=stream)
+    assert stream.getvalue().count("\n") == 1          # a file
+    monkeypatch.setattr(stream, "isatty", lambda: True)
+    stream.truncate(stream.seek(0))
+    progress.say("one sentence that is longer than this terminal is wide", stream=stream)
+    assert stream.getvalue().splitlines() == ["one sentence that is longer", "than this terminal is wide"]
+    assert capsys.readouterr().out == ""

@@ -147,6 +147,8 @@ def test_what_verify_finds_wrong_is_repaired_by_verify_repair_and_render(what, n
     assert all(path.read_bytes() == data for path, data in parts.items())      # nothing that was written is rewritten
     assert ask("status", night / "out")[1]["pending"] == 1 and not (night / "out/_SUCCESS.json").exists()
     assert path_of(night, damaged).exists() == (what != "deleted")             # until the clip is there again
+    plan = ask("plan", night / "night.jsonl", "--out", night / "out", "--model", "tiny", "--device", "cpu")[1]
+    assert (plan["to_make"], plan["found_published"]) == (1, 0)
     code, answer, _ = render(night, "--keep-latents")
     assert code == 0 and (answer["rendered"], answer["adopted"], answer["done"]) == (1, 0, NUM_CLIPS)
     assert_right(night, whole)

@@ -85,6 +85,10 @@ def test_what_nobody_reads_ends_no_command_and_changes_no_exit_code():
     with open("/dev/full", "wb") as full:               # a log on a full disk: what is not written is told of
         done = program("-m", "jobs.cli", "--help", stdout=full)
     assert done.returncode == 1 and b"could not be written: No space left" in done.stderr
+    with open("/dev/full", "wb") as full:               # nor does a log that fills up in the middle end a night
+        done = program("-c", f"{lines}\nleave(0)", stdout=full)
+    said, last = done.stderr.splitlines()[:-1], done.stderr.splitlines()[-1]
+    assert (done.returncode, said) == (1, [b"line"] * 9999) and b"could not be written: No space left" in last
 
 
 def test_a_terminal_that_knows_no_other_letters_gets_them_in_numbers():
