@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import jobs
+from image_files import png
 from jobs.cli import import_nothing_from_here, main
 from jobs.settings import RenderJob, time_meant
 from jobs.submit import mapping_in, pack
@@ -182,13 +183,14 @@ def test_submit_names_a_deadline_with_its_zone(monkeypatch, tmp_path):
 
 def test_submit_hands_the_options_of_render_on(monkeypatch, tmp_path):
     config = tmp_path / "night.toml"
-    config.write_text('manifest = "m.csv"\nguidance = 4\n')
+    config.write_text('manifest = "m.csv"\nguidance = 4\nmap = {img = "image"}\n')
     calls = []
     monkeypatch.setattr("jobs.submit.submit", lambda *arguments: calls.append(arguments) or 3)
     assert main(["submit", "--config", str(config), "--out", "s3://b/x", "--address", "http://h:1", "--steps", "7",
                  "--no-skip-invalid", "--strict", "--wait"]) == 3
     assert calls == [("m.csv", "s3://b/x", "http://h:1",
-                      ["--config", str(config), "--steps", "7", "--no-skip-invalid", "--strict"], True, False)]
+                      ["--guidance", "4.0", "--map", "img=image", "--no-skip-invalid", "--steps", "7", "--strict"],
+                      True, False)]
 
 
 # Bad manifests, weights and folders: render and plan refuse them alike, and nothing is written.
@@ -475,11 +477,9 @@ def test_submit_ships_what_was_typed_or_piped_as_the_same_manifest(monkeypatch, 
 
 def test_submit_reads_the_images_of_a_mapped_manifest(tmp_path):
     (tmp_path / "images").mkdir()
-    (tmp_path / "images" / "x.png").write_bytes(b"x")
+    (tmp_path / "images" / "x.png").write_bytes(png())
     (tmp_path / "m.csv").write_text("caption,img\na,images/x.png\n")
-    config = tmp_path / "night.toml"
-    config.write_text('map = {img = "image"}\n')
-    arguments = ["--config", str(config), "--map", "caption=prompt"]
+    arguments = ["--map", "img=image", "--map", "caption=prompt"]
     assert mapping_in(arguments) == {"img": "image", "caption": "prompt"}
     pack(tmp_path / "packed", str(tmp_path / "m.csv"), arguments)
     assert (tmp_path / "packed" / "manifest" / "images" / "x.png").is_file()

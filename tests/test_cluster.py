@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType
 
 import pytest
 from fake_stages import CannotBeMade, Patient, calls, fake_stages
@@ -72,7 +72,7 @@ def test_the_encoder_encodes_each_prompt_once_and_its_gpu_goes_to_a_sampler(four
     outcomes = by_seed(cluster.run(stages, rows, on_progress=lambda progress: notes.extend(progress.notes)))
     assert len(outcomes) == 100 and all(isinstance(outcome.value, Clip) for outcome in outcomes.values())
     assert len(calls(tmp_path, "encode")) == 25 and len({call["pid"] for call in calls(tmp_path, "encode")}) == 1
-    assert any("leaves its place to the others" in note for note in notes)
+    assert any("encode: all clips are ready; it has ended" in note for note in notes)
     began = {pid: min(call["began"] for call in calls(tmp_path, "sample") if call["pid"] == pid)
              for pid in {call["pid"] for call in calls(tmp_path, "sample")}}
     all_encoded = max(call["ended"] for call in calls(tmp_path, "encode", "ended"))
@@ -131,7 +131,9 @@ def test_what_cannot_be_imported_where_the_work_is_says_so_in_its_own_words(what
     else:
         wanted = "ModuleNotFoundError: No module named 'only_here'. No clip is charged"
         there = type("OnlyHere", (), {"__module__": "only_here", "__qualname__": "OnlyHere"})
-        monkeypatch.setitem(sys.modules, "only_here", SimpleNamespace(OnlyHere=there))
+        module = ModuleType("only_here")
+        module.OnlyHere = there
+        monkeypatch.setitem(sys.modules, "only_here", module)
         stages = [replace(stages[0], steps=(Step(actor=there),))]
     with pytest.raises(ClusterError) as raised:
         list(cluster.run(stages, requests(2)))
