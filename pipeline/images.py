@@ -21,6 +21,7 @@ from pipeline.objects import plain_uri
 from pipeline.store import NoAccess, NotFound, S3Store, TooLarge, open_store
 
 IN_BUCKET = re.compile(r"s3://[\w.-]{3,255}/.+", re.ASCII | re.DOTALL)
+MAX_KEY_BYTES = 1024                    # S3's own limit
 READERS = 16                            # images read at a time: bounds memory, too
 ALLOWED_IMAGE = (f"{ALLOWED}, as a path under the manifest's folder, or s3:// in the manifest's bucket or below a prefix of "
                  "--allow-images; nothing hidden")
@@ -68,14 +69,14 @@ def locate(folder: str, name: str, allowed: Sequence[str] = ()) -> str:
             raise ImageError("not s3://BUCKET/KEY")
         if not any(is_below(name, prefix) for prefix in allowed):
             refuse_foreign(folder, name)
-        return name
+        return refuse_long_key(name)
     if "://" in name or name.lower().startswith("file:"):
         raise ImageError("neither a path nor s3://")
     if folder.startswith("s3://"):
         if {"", ".", ".."} & set(name.split("/")):
             raise ImageError("outside the manifest's folder")
         refuse_hidden(name.split("/"))
-        return f"{folder.rstrip('/')}/{name}"
+        return refuse_long_key(f"{folder.rstrip('/')}/{name}")
     base = Path(folder).resolve()                       # a folder may be called ~
     try:
         path = (base / name).resolve()
@@ -87,6 +88,13 @@ def locate(folder: str, name: str, allowed: Sequence[str] = ()) -> str:
     refuse_hidden([*Path(name).parts[len(base.parts) if Path(name).is_relative_to(base) else 0:],
                    *path.relative_to(base).parts])
     return str(path)
+
+
+def refuse_long_key(uri: str) -> str:
+    """A store answers a longer one as it answers trouble of its own, which would be every row's."""
+    if (num_bytes := len(uri.split("/", 3)[3].encode(errors="surrogatepass"))) > MAX_KEY_BYTES:
+        raise ImageError(f"a key of {num_bytes:,} bytes; S3 allows {MAX_KEY_BYTES:,}")
+    return uri
 
 
 def is_below(uri: str, prefix: str) -> bool:

@@ -261,6 +261,13 @@ def raised(*calls):
         yield caught.value
 
 
+@pytest.mark.parametrize("folder, name", [("s3://night/m", "s3://night/m/" + "x" * 1025), ("s3://night/" + "m" * 1000, "x" * 30),
+                                          ("s3://night/m", "ü" * 520)])
+def test_a_key_that_no_store_takes_is_its_rows_trouble(folder, name):
+    with pytest.raises(ImageError, match="a key of 1,0[0-9]{2} bytes; S3 allows 1,024"):
+        locate(folder, name)
+
+
 def test_hidden_files_are_no_images_and_neither_is_what_a_link_hides(tmp_path):
     (tmp_path / ".aws").mkdir()
     for name in (".env", ".aws/a.png", "a.png"):
