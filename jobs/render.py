@@ -466,7 +466,7 @@ def work(night: Night, book: Book, todo: Iterable[Request], num_clips: int, budg
         if job.ray == "local":
             display.note(f"starting Ray on this machine, for {counted(cores_of(job), 'core')}; it takes some seconds")
         # in this order: Ray takes SIGTERM for itself when it connects
-        with cluster.connect(job.ray, cpus=cores_of(job)), interruptible(stop, display):
+        with cluster.connect(job.ray, cpus=cores_of(job), note=display.note), interruptible(stop, display):
             while todo and not (stop.draining or budget.is_over):
                 for outcome in cluster.run(stages, todo, max_attempts=job.max_attempts, on_progress=on_progress,
                                            stop=stop, budget=budget):

@@ -87,11 +87,13 @@ def on_this_machine(outcomes: Iterator[Outcome]) -> Iterator[Outcome]:
 
 
 @contextmanager
-def connect(address: str = "local", *, cpus: int | None = None, gpus: int | None = None) -> Iterator[None]:
+def connect(address: str = "local", *, cpus: int | None = None, gpus: int | None = None,
+            note: Callable[[str], None] = lambda text: None) -> Iterator[None]:
     """A cluster for the time of the block: "local" starts one on this machine, "auto" finds the one around this process
     (RAY_ADDRESS, or `ray start` on this machine), HOST:PORT names one that this machine belongs to.
 
     cpus, gpus: what a local one says it has; None: the cores that this process may use, and the GPUs of the machine.
+    note: is told when a local one has to be started again, which costs half a minute.
     A local one listens on loopback only, asks for a token that is made for it, and keeps its files in a folder that
     only this user can enter (local_ray.py). It ends with this process, even when that is killed: raylet, GCS and
     workers within seconds, Ray's two agents, which keep its standard output open, after a minute or two. Call it in the
@@ -102,7 +104,7 @@ def connect(address: str = "local", *, cpus: int | None = None, gpus: int | None
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray._private.worker._worker_logs_enabled = False    # deaths are in Progress.notes, not across the terminal
-    with own_cluster(cpus, gpus) if address == "local" else another_cluster(address):
+    with own_cluster(cpus, gpus, note) if address == "local" else another_cluster(address):
         yield
 
 
@@ -110,14 +112,14 @@ OPTIONS: dict[str, Any] = dict(namespace="dailies", log_to_driver=False, logging
 
 
 @contextmanager
-def own_cluster(cpus: int | None, gpus: int | None) -> Iterator[None]:
+def own_cluster(cpus: int | None, gpus: int | None, note: Callable[[str], None]) -> Iterator[None]:
     refuse_without_token("local")
     with local_ray.room() as folder:
         local_ray.stand_somewhere(folder)
         try:
             with local_ray.changed(local_ray.environment(folder)), on_loopback():
                 AuthenticationTokenLoader.instance().reset_cache()      # it keeps what it read in an earlier block
-                start(folder, address="local", include_dashboard=False, num_cpus=cpus or usable_cores(), num_gpus=gpus,
+                start(folder, note, address="local", include_dashboard=False, num_cpus=cpus or usable_cores(), num_gpus=gpus,
                       object_store_memory=OBJECT_STORE_BYTES, _temp_dir=str(folder / local_ray.SESSION))
             yield
         finally:
@@ -125,7 +127,7 @@ def own_cluster(cpus: int | None, gpus: int | None) -> Iterator[None]:
             AuthenticationTokenLoader.instance().reset_cache()
 
 
-def start(folder: Path, **options: Any) -> None:
+def start(folder: Path, note: Callable[[str], None], **options: Any) -> None:
     """Raises ClusterError with what to do about it."""
     for last in (False, False, True):                   # on a busy machine Ray may not come up within its own 30 s
         try:
@@ -136,6 +138,7 @@ def start(folder: Path, **options: Any) -> None:
             ray.shutdown()
             if last or next_step != local_ray.BUSY:
                 raise ClusterError(f"Ray does not start on this machine: {one_line(error)}. {next_step}") from error
+            note(f"Ray did not come up in time: {one_line(error)}; starting it again")
 
 
 @contextmanager

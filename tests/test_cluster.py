@@ -335,3 +335,15 @@ def processes_of(session: str) -> list[str]:
         except (FileNotFoundError, ProcessLookupError, PermissionError):
             continue
     return found
+
+
+def test_a_start_of_ray_that_is_tried_again_is_told_of(monkeypatch, tmp_path):
+    notes, answers = [], [Exception("The current node timed out during startup. This could happen because ..."), None]
+
+    def init(**options):
+        if error := answers.pop(0):
+            raise error
+
+    monkeypatch.setattr(cluster.ray, "init", init)
+    cluster.start(tmp_path, notes.append)
+    assert not answers and len(notes) == 1 and "did not come up in time: The current node timed out" in notes[0]
