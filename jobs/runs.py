@@ -131,7 +131,8 @@ def retry(uri: str, where: list[str], *, json: bool) -> int:
     elif count:
         print(f"{counted(count, 'failed row')} pending again; the same render command tries them")
     else:
-        print("No failed row" + (" of these" if conditions else "") + "; nothing was changed")
+        print("No failed row" + (" of these" if conditions else "") + " that can be tried again; nothing was changed. "
+              "An invalid row is mended in the manifest")
     return 0
 
 
