@@ -19,10 +19,8 @@ from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTr
 from torch import Tensor
 
 from actors.clip_file import (MOST_BYTES, OPENED, NotThisClip, append_digest, check_clip, clip_key, coded_size, labels,
-                              provenance, read_clip, readable)
+                              provenance)
 from actors.messages import Clip, Frames, Request
-
-__all__ = ["BadEncoding", "ClipStore", "ClipWriter", "clip_key", "coded_size", "read_clip", "readable", "write_mp4"]
 
 # mbtree off: for pictures under some 100 pixels, x264's macroblock tree reads memory that nobody wrote, and equal
 # frames give unequal bytes.

@@ -15,6 +15,7 @@ import torch
 
 from kernels import cpu
 
+
 def class_on(device: str, *, threads: int, compiled: bool = False) -> str:
     """Of what is computed in this process.  threads: torch's; they count on a CPU alone."""
     if device.startswith("cpu"):

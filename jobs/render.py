@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from actors.clip_writer import clip_key
+from actors.clip_file import clip_key
 from actors.cores import usable_cores
 from actors.messages import Clip, Failure, Request
 from actors.shelf import EMBEDDINGS, LATENTS, Seal, clear, is_ours

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from actors import clip_writer
-from actors.clip_writer import ClipWriter, clip_key, coded_size, read_clip
+from actors.clip_file import clip_key, coded_size, read_clip
+from actors.clip_writer import ClipWriter
 from actors.messages import Frames, Request
 from model.shapes import VideoShape
 

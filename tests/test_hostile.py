@@ -21,7 +21,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from actors.clip_writer import clip_key, read_clip, readable
+from actors.clip_file import clip_key, read_clip, readable
 from jobs.cli import main
 from pipeline import cluster, ledger, manifest, manifest_parquet, stages
 from pipeline.store import open_store

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from actors import clip_writer
-from actors.clip_writer import read_clip
+from actors.clip_file import clip_key, read_clip
 from actors.decoder import Decoder
 from actors.shelf import unsealed
 from actors.steps import SavedSteps
@@ -97,7 +97,7 @@ def assert_whole(out, num_rows=NUM_ROWS, num_clips=NUM_CLIPS):
     assert len(rows) == num_rows and len(clips) == num_clips
     assert {row["status"] for row in rows.values()} == {"done"}
     for row in rows.values():
-        assert clips[clip_writer.clip_key(row["clip_id"])] == row["sha256"]
+        assert clips[clip_key(row["clip_id"])] == row["sha256"]
     store = open_store(out)
     assert {info.key.split("/")[0] for info in store.list()} == {"run.json", "lease.json", "_SUCCESS.json", "clips",
                                                                  "ledger"}
@@ -142,7 +142,7 @@ def test_a_run_leaves_one_object_per_clip_and_one_row_per_manifest_row(finished)
 def test_every_clip_is_a_video_that_says_what_it_was_made_from(finished):
     out = finished[0] / "out"
     for (name, seed), row in rows_of(out).items():
-        found = read_clip((out / clip_writer.clip_key(row["clip_id"])).read_bytes())
+        found = read_clip((out / clip_key(row["clip_id"])).read_bytes())
         assert (found.width, found.height, found.frames, found.fps) == (40, 24, row["frames"], 24.0)
         assert (found.metadata["seed"], found.metadata["clip_id"]) == (str(seed), row["clip_id"])
         assert found.metadata["prompt"] == row["prompt"].replace("\x1b", "\u241b")
@@ -200,7 +200,7 @@ def test_three_clips_and_rows_that_were_deleted_are_rendered_again_and_no_other(
     manifest, out = again
     before = clips_of(out)
     for clip_id in forget(out, {"row-0", "row-2", "row-4"}):
-        (out / clip_writer.clip_key(clip_id)).unlink()
+        (out / clip_key(clip_id)).unlink()
     assert len(clips_of(out)) == 7
     others = {path: path.stat().st_mtime_ns for path in (out / "clips").rglob("*.mp4")}
     code, answer = render(capsys, manifest, out)
@@ -442,7 +442,7 @@ def test_a_row_may_ask_for_another_seed_where_its_clip_is_refused(capsys, one_pr
     again = rows["again"]
     assert again["seed"] == 7 and again["quality.seed"] not in (7, None) and again["quality.verdict"] == "ok"
     assert again["fallbacks"] == [f"rejected with seed 7, and made with seed {again['quality.seed']}"]
-    found = read_clip((tmp_path / "out" / clip_writer.clip_key(again["clip_id"])).read_bytes())
+    found = read_clip((tmp_path / "out" / clip_key(again["clip_id"])).read_bytes())
     assert found.metadata["seed"] == str(again["quality.seed"]) and found.metadata["clip_id"] == again["clip_id"]
     assert rows["once"]["quality.seed"] is None and rows["never"]["quality.seed"] != 7
     assert (tmp_path / "out/_SUCCESS.json").exists() and ask(capsys, "verify", tmp_path / "out")[0] == 0
@@ -491,7 +491,7 @@ def test_what_a_person_reads_of_a_failure_has_no_control_characters(capsys, one_
 def test_verify_lists_what_is_missing_changed_and_undecodable(again, capsys):
     _, out = again
     rows = list(rows_of(out).values())
-    clips = [out / clip_writer.clip_key(row["clip_id"]) for row in rows[:3]]
+    clips = [out / clip_key(row["clip_id"]) for row in rows[:3]]
     clips[0].unlink()
     clips[1].write_bytes(clips[1].read_bytes() + b"x")
     clips[2].write_bytes(b"no video")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from actors.clip_writer import clip_key, read_clip
+from actors.clip_file import clip_key, read_clip
 from image_files import BROKEN, deep_grey, encoded, jpeg, palette, pixels, png, see_through
 from jobs.bench_pipeline import SHARED, pretend_stages
 from jobs.cli import main

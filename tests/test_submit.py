@@ -24,7 +24,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from actors.clip_writer import read_clip
+from actors.clip_file import read_clip
 from image_files import png
 from jobs import submit as job
 from jobs.cli import main

@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from actors.clip_writer import read_clip
+from actors.clip_file import read_clip
 from actors.shelf import EMBEDDINGS, LATENTS, Shelved, anything, opened
 from pipeline.seal import seal_of
 from pipeline.store import FolderStore, open_store
