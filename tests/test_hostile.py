@@ -7,11 +7,10 @@ import os
 import random
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,7 @@ from hypothesis import strategies as st
 
 from actors.clip_file import clip_key, read_clip, readable
 from jobs.cli import main
+from limits import within
 from pipeline import cluster, ledger, manifest, manifest_parquet, stages
 from pipeline.store import open_store
 from tiny import TINY
@@ -35,20 +35,6 @@ def one_process(monkeypatch):
     """Stages run one after the other in this process, without Ray."""
     monkeypatch.setattr(cluster, "connect", lambda *_, **__: nullcontext())
     monkeypatch.setattr(cluster, "run", lambda steps, requests, **_: stages.run_local(steps, requests))
-
-
-@contextmanager
-def within(seconds):
-    def late(*_):
-        raise TimeoutError(f"no answer within {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def answer(*arguments):

@@ -4,8 +4,6 @@ import hashlib
 import json
 import random
 import shutil
-import signal
-from contextlib import contextmanager
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,6 +17,7 @@ from actors.clip_file import DIGEST_HEAD
 from actors.shelf import sealed, unsealed
 from actors.steps import KeepSampled
 from jobs import render as renders
+from limits import within
 from pipeline.seal import KEY, seal_of
 from pipeline.store import open_store
 from test_run_folder import NUM_CLIPS, ask, begin, clips, path_of, render, said
@@ -42,20 +41,6 @@ def base(tmp_path_factory):
     kinds = {path.relative_to(folder / "out").parts[0] for path in (folder / "out").rglob("*") if path.is_file()}
     assert kinds == {"run.json", "lease.json", "_SUCCESS.json", KEY, "ledger", "clips", "latents", "steps", "embeddings"}
     return folder
-
-
-@contextmanager
-def within(seconds):
-    def late(*_):
-        raise TimeoutError(f"no answer within {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def bent(data, how):
