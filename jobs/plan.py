@@ -18,9 +18,9 @@ from model.weights import hub_bytes, hub_folder
 from pipeline.forecast import Forecast, forecast, measured_costs, rows_by_work, work_of
 from pipeline.ledger import read
 from pipeline.placement import NoRoom
+from pipeline.runfile import SHAPE
 from pipeline.store import StoreError, open_store
 
-SHAPE = ("width", "height", "frames", "steps", "guidance")
 SECONDS = ("encode_s", "sample_s", "decode_s", "publish_s", "gpu_s")
 
 

@@ -16,7 +16,7 @@ from model.weights import CheckpointError, locate, missing_files, weights_files
 from pipeline import ledger
 from pipeline.lease import Lease
 from pipeline.pace import WAIT_AND_WORK, pace
-from pipeline.runfile import RUN, OtherRun, check_counts, has, known_manifest, read_run
+from pipeline.runfile import RUN, SHAPE, OtherRun, check_counts, has, known_manifest, read_run
 from pipeline.store import Store, StoreError, open_store
 
 STALE = timedelta(minutes=15)                           # without a row for so long, nobody promises an ETA
@@ -62,9 +62,8 @@ def status(uri: str, *, json: bool) -> int:
 
 def progress_of(store: Store, run: dict[str, Any]) -> dict[str, Any]:
     """Rows done, failed and pending, in all and clips by bucket; clips per hour and the seconds that are left."""
-    shape = ["width", "height", "frames", "steps", "guidance"]
     names = ["status", "error_type", "clip_id", "finished_at", "worker", *WAIT_AND_WORK]
-    table = ledger.read(store, [*names, *shape])
+    table = ledger.read(store, [*names, *SHAPE])
     columns = {name: table[name].to_pylist() for name in names}
     counts = Counter(columns["status"])
     rows = run["planned_rows"] + run["invalid_rows"]
@@ -81,7 +80,7 @@ def progress_of(store: Store, run: dict[str, Any]) -> dict[str, Any]:
         "clips_per_hour": per_hour, "eta_s": 3600 * pending_clips / per_hour if running and pending_clips else None,
         "last_row_s_ago": (now - last).total_seconds() if last else None,
         "buckets": buckets_of(run, zip(columns["clip_id"], columns["status"],
-                                       zip(*(table[name].to_pylist() for name in shape), strict=True), strict=True)),
+                                       zip(*(table[name].to_pylist() for name in SHAPE), strict=True), strict=True)),
         "more_buckets": run["more_buckets"],
         "failed_by_type": dict(Counter(error_type for error_type, status in
                                        zip(columns["error_type"], columns["status"], strict=True)
@@ -95,7 +94,7 @@ def buckets_of(run: dict[str, Any], rows: Iterator[tuple[str | None, str, tuple]
     counts = Counter(seen.values())
     said = []
     for bucket in run["buckets"]:
-        shape = tuple(bucket[name] for name in ("width", "height", "frames", "steps", "guidance"))
+        shape = tuple(bucket[name] for name in SHAPE)
         done, failed = counts["done", shape], counts["failed", shape]
         said.append({"bucket": bucket_text(bucket), **bucket, "done": done, "failed": failed,
                      "pending": max(0, bucket["clips"] - done - failed)})

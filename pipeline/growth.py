@@ -15,11 +15,10 @@ from actors.messages import Request
 from pipeline import ledger
 from pipeline.complaints import shown
 from pipeline.plan import LISTED, RESEEDS, Except, Plan, with_another_seed
-from pipeline.runfile import MANIFESTS, SUMMED, OtherRun, known_manifest, without_secrets
+from pipeline.runfile import MANIFESTS, SHAPE, SUMMED, OtherRun, known_manifest, without_secrets
 from pipeline.store import Store
 
 NAMED = 5                                               # of the rows that have changed
-SHAPE = ("width", "height", "frames", "steps", "guidance")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ GROWS = ("manifest_digest", "images_digest")            # in run.json the first 
 MOST_BYTES = 2**22                      # of run.json
 COUNTED = ("planned_rows", "invalid_rows", "clips", "buckets", "more_buckets")      # by which progress is counted
 SUMMED = ("rows", "duplicates", *COUNTED)               # what is said of a manifest
+SHAPE = ("width", "height", "frames", "steps", "guidance")           # clips that agree in it are a bucket
 Count = Annotated[int, Field(strict=True, ge=0, le=10**9)]
 Number = Annotated[float, Field(strict=True, ge=0, le=1e6, allow_inf_nan=False)]
 
