@@ -12,6 +12,7 @@ from typing import BinaryIO
 import pyarrow as pa
 
 MAX_BYTES = 2 << 30                 # of content, all files together: what a machine of 16 GB can plan
+MAX_ROWS = 10_000_000               # of one file
 MAX_UNFOLDED = 2 * MAX_BYTES        # of one compressed file: text is longer than what is kept of it
 FREELY = 64 << 20                   # a compressed file may unfold to this, however small it is
 MAX_RATIO = 500                     # beyond it: more than real rows come to, unless all are the same

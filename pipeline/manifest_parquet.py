@@ -14,10 +14,9 @@ import pyarrow.parquet as pq
 import pyarrow.types as is_
 
 from pipeline.complaints import shown
-from pipeline.manifest_bytes import TooMuch
+from pipeline.manifest_bytes import MAX_ROWS, TooMuch
 from pipeline.stored_types import converted
 
-MAX_ROWS = 10_000_000
 ROWS_PER_BATCH = 65_536
 BATCH_BYTES = 1 << 30                                  # of text that cannot be read as it is stored
 WIDTHS = {"BOOLEAN": 1, "INT32": 4, "FLOAT": 4, "INT64": 8, "DOUBLE": 8, "INT96": 12, "BYTE_ARRAY": 4}

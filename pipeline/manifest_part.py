@@ -8,13 +8,13 @@ from typing import BinaryIO
 import pyarrow as pa
 
 from pipeline.complaints import Complaints, shown
-from pipeline.manifest_bytes import TooMuch, in_memory, unfolded
+from pipeline.manifest_bytes import MAX_ROWS, TooMuch, in_memory, unfolded
 from pipeline.manifest_cells import COLUMNS, INTEGER, TEXT, from_arrow, from_json, from_python, of_one_type
 from pipeline.manifest_files import SUFFIXES, ManifestFile
 from pipeline.manifest_names import Names
 from pipeline.manifest_parquet import read_parquet
 from pipeline.manifest_text import (
-    MAX_COLUMNS, MAX_ROWS, Block, csv_blocks, document_blocks, json_blocks, prompt_blocks, sniffed,
+    MAX_COLUMNS, Block, csv_blocks, document_blocks, json_blocks, prompt_blocks, sniffed,
 )
 from pipeline.stored_types import as_text, free_name
 

@@ -24,7 +24,6 @@ MAX_LINE = 4 << 20                  # characters: a prompt has 8 KiB
 MAX_DOCUMENT = 16 << 20             # characters of a JSON object with the rows in it, which is parsed as a whole
 MAX_COLUMNS = 1_000                 # of text, where every row can bring new ones and all rows then have them
 MAX_BROKEN = 100_000                # lines, after which the file is none of its kind
-MAX_ROWS = 10_000_000
 
 BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
                     codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
