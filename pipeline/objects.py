@@ -196,7 +196,7 @@ class FolderStore(Store):
                 fcntl.flock(file, fcntl.LOCK_EX)
             if not os.path.samestat(os.fstat(file.fileno()), os.stat(name, dir_fd=at, follow_symlinks=False)):
                 return None
-            if file.read() != old:
+            if file.read(len(old) + 1) != old:
                 return False
             os.replace(source.name, name, src_dir_fd=source.folder, dst_dir_fd=at)
             sync(at)
