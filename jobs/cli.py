@@ -316,7 +316,8 @@ def convert(source: Annotated[str, typer.Argument(
     Example:  dailies convert Wan2.1-T2V-1.3B/ --model wan2.1-t2v-1.3b --to s3://b/weights/wan2.1-t2v-1.3b
     """
     from jobs.usage import checked_place
-    checked_place("SRC", source), checked_place("--to", to)
+    checked_place("SRC", source)
+    checked_place("--to", to)
     from jobs.convert import convert
     return convert(source, model, to, precision=precision, json=json)
 

@@ -114,7 +114,7 @@ class Night:
 def prepare(job: RenderJob, *, weights_are_needed: bool = True) -> Night:
     """Every complaint comes from here.  Raises UsageError, ManifestError, CheckpointError, OtherRun, StoreError."""
     began = time.monotonic()
-    refuse_absent_gpu(job)
+    refuse_silent_gpu(job)
     card = card_named(job.model)
     cores_of(job)
     try:
@@ -180,8 +180,8 @@ def variant_of(job: RenderJob, device: str) -> str | None:
     return ", ".join(said) or None
 
 
-def refuse_absent_gpu(job: RenderJob) -> None:
-    """Raises UsageError for a GPU that this machine has not, before anything is read or written."""
+def refuse_silent_gpu(job: RenderJob) -> None:
+    """Raises UsageError for a GPU whose driver does not answer torch, before anything is read or written."""
     import torch
     if job.device == "cuda" and job.ray == "local" and not torch.cuda.is_available():
         raise UsageError(NO_GPU)

@@ -224,7 +224,8 @@ WAN_DIFFUSERS = KeyTable(
     dropped={"blocks.{}.attn2.norm_added_q.": "made by diffusers' attention, used by nothing"},
 )
 
-UMT5 = KeyTable(name="UMT5", rules=T5.rules, dropped=T5.dropped)            # every block brings its relative positions; the names are T5's
+# every block brings its relative positions; the names are T5's
+UMT5 = KeyTable(name="UMT5", rules=T5.rules, dropped=T5.dropped)
 
 UMT5_WAN = KeyTable(
     name="UMT5_WAN",
