@@ -109,6 +109,8 @@ def read_clip(data: bytes | Path, *, wanted: tuple[int, int, int] | None = None)
             if not container.streams.video:
                 raise ValueError("a file with a video stream is needed; got one without")
             video = container.streams.video[0]
+            if video.codec_context is None:             # FFmpeg knows of no codec by the name that the file gives
+                raise ValueError("a video stream in H.264 is needed; got one in a codec that nobody knows")
             size = video.codec_context.width, video.codec_context.height
             options = {"err_detect": "explode"}         # a damaged frame is an error, not one that is patched up
             if wanted:

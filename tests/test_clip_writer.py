@@ -335,6 +335,10 @@ def test_what_is_no_clip_is_said_to_be_none():
     for broken in (b"", b"not a video", data[:200], data[: len(data) // 2]):
         with pytest.raises(ValueError, match="does not decode|without"):
             read_clip(broken)
+    assert data.count(b"avc1") == 2                     # the brand of the file, and the codec of its stream
+    brand, stream, rest = data.split(b"avc1")
+    with pytest.raises(ValueError, match="in a codec that nobody knows"):
+        read_clip(b"avc1".join((brand, stream)) + b"zz9\xff" + rest)
 
 
 def test_encoding_holds_no_second_copy_of_the_clip():
