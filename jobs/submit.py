@@ -16,7 +16,6 @@ import os
 import posixpath
 import secrets
 import shlex
-import shutil
 import signal
 import socket
 import sys
@@ -25,20 +24,26 @@ import time
 import urllib.request
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
+from functools import partial
 from itertools import pairwise, takewhile
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 from urllib.parse import urlsplit
 
 from jobs.progress import printable
 from jobs.settings import RenderJob, parsed_map
 from jobs.usage import UsageError
 from model.private import at_home
+from pipeline.beneath import TooLong, Unfit, read_below
 from pipeline.complaints import shown
 from pipeline.manifest_bytes import unfolded
-from pipeline.manifest_files import STDIN, find_files, from_stdin, typed_rows
+from pipeline.manifest_files import STDIN, ManifestFile, find_files, from_stdin, typed_rows
 from pipeline.manifest_text import sniffed
 from pipeline.masking import without_secrets
+
+if TYPE_CHECKING:
+    from pipeline.manifest import Manifest
 
 HOME = Path(__file__).resolve().parent.parent
 PACKAGES = ("kernels", "model", "actors", "pipeline", "jobs")
@@ -114,30 +119,59 @@ def submit(manifest: str, out: str, address: str, render_args: list[str], wait: 
 def pack(folder: Path, manifest: str, render_args: list[str]) -> list[str]:
     """Fill `folder` with what the cluster needs: our packages, the manifest and its images; says on stderr what that is.
 
+    Each file is read once: the bytes that were checked are those that are sent, whatever takes its place meanwhile.
     Returns manifest and arguments as the job, whose working folder this is, has to name them.
     Raises UsageError for a manifest that is not there, or more than MAX_BYTES, ManifestError for a manifest that cannot
     be read; nothing is copied then.
     """
-    ours = {f"{package}/{name}": file for package in PACKAGES for name, file in files_under(HOME / package)
-            if file.suffix in SHIPPED}
-    named, theirs = manifest, {}
+    parcel = Parcel()
+    for package in PACKAGES:
+        for name, file in files_under(HOME / package):
+            if file.suffix in SHIPPED:
+                parcel.read(f"{package}/{name}", file, (HOME / package).resolve())
+    ours, named = parcel.sizes(), manifest
     if "://" not in manifest:
-        named, theirs = local_manifest(at_home(manifest))
-        refuse_too_much(ours | theirs)                 # before it is read
-        theirs |= images_of(manifest, ours, theirs, mapping_in(render_args))
-    refuse_too_much(ours | theirs)
-    tell_shipped(ours, theirs)
-    for name, file in (ours | theirs).items():
+        named = pack_manifest(parcel, at_home(manifest), mapping_in(render_args))
+    tell_shipped(ours, {name: size for name, size in parcel.sizes().items() if name not in ours})
+    for name, data in parcel.files.items():
         copy = folder / name
         copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, copy)
+        copy.write_bytes(data)
     return [named, *render_args]
 
 
-def tell_shipped(ours: dict[str, Path], theirs: dict[str, Path]) -> None:
-    def size(files: dict[str, Path]) -> str:
-        num_bytes = sum(file.stat().st_size for file in files.values())
-        return f"{len(files):,} file{'' if len(files) == 1 else 's'}, {num_bytes / 1e6:,.1f} MB"
+class Parcel:
+    """What is sent: names in the job's working folder and bytes, together never more than MAX_BYTES."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+
+    def sizes(self) -> dict[str, int]:
+        return {name: len(data) for name, data in self.files.items()}
+
+    def read(self, name: str, path: Path, base: Path) -> None:
+        """Add the file at `path`; links may lead to another below `base`.  Raises UsageError for what cannot be read."""
+        room = MAX_BYTES - sum(self.sizes().values())
+        if not (real := path.resolve()).is_relative_to(base):
+            raise UsageError(f"{path} is a link that leads out of {base}, and what it leads to is not sent. Put the file "
+                             "itself there, or name the files that are to be sent")
+        try:
+            data = read_below(real, base, at_most=room)     # from here on no link is followed
+        except TooLong as error:
+            raise too_much(self.sizes() | {name: error.num_bytes}) from None
+        except (OSError, Unfit) as error:
+            why = error.what if isinstance(error, Unfit) else error.strerror
+            raise UsageError(f"{path} cannot be sent: {why}. Files must not change while they are sent") from None
+        self.add(name, data)
+
+    def add(self, name: str, data: bytes) -> None:
+        refuse_too_much(self.sizes() | {name: len(data)})
+        self.files[name] = data
+
+
+def tell_shipped(ours: dict[str, int], theirs: dict[str, int]) -> None:
+    def size(files: dict[str, int]) -> str:
+        return f"{len(files):,} file{'' if len(files) == 1 else 's'}, {sum(files.values()) / 1e6:,.1f} MB"
 
     print(f"sent to the cluster: dailies ({size(ours)})" + (f"; manifest and images ({size(theirs)}):" if theirs else ""),
           file=sys.stderr)
@@ -175,17 +209,33 @@ def mapping_in(render_args: list[str]) -> dict[str, str]:
     return parsed_map([value for option, value in pairwise(render_args) if option == "--map"])
 
 
-def local_manifest(source: Path) -> tuple[str, dict[str, Path]]:
-    """What a file, folder or glob is called in the job's working folder, and its files by their name there.
+def pack_manifest(parcel: Parcel, source: Path, mapping: dict[str, str]) -> str:
+    """Add a manifest's files and the images that its rows name; returns what it is called in the job's working folder.
 
-    Those are the files that the manifest's reader reads.  Raises UsageError where there is none, or a link leads out.
+    Raises UsageError, ManifestError.
     """
-    if source.is_file():
-        return f"manifest/{source.name}", {f"manifest/{source.name}": source}
+    from pipeline.manifest import Manifest
+
+    named, base, files = local_manifest(source)
+    held = {}
+    for name, file in files.items():
+        parcel.read(name, Path(file.name), base)
+        held[name] = replace(file, open=partial(io.BytesIO, parcel.files[name]))
+    images_of(parcel, Manifest.read(str(source), mapping=mapping, files=list(held.values())), held)
+    return named
+
+
+def local_manifest(source: Path) -> tuple[str, Path, dict[str, ManifestFile]]:
+    """What a file, folder or glob is called in the job's working folder, what it lies below, its files by name there.
+
+    Those are the files that the manifest's reader reads.  Raises UsageError where there is none.
+    """
     try:
         found = find_files(str(source))
     except OSError as error:
         raise UsageError(f"no such manifest: {source} ({error}). Give a file, a folder, a glob or an s3:// URI") from None
+    if source.is_file():                                # its own name may be a link: who names it means what it leads to
+        return f"manifest/{source.name}", source.resolve().parent, {f"manifest/{source.name}": found.files[0]}
     if source.is_dir():
         base, named = source, f"manifest/{source.resolve().name}"
         inside = named
@@ -193,32 +243,27 @@ def local_manifest(source: Path) -> tuple[str, dict[str, Path]]:
         base = Path(*takewhile(lambda part: not glob.has_magic(part), source.parts))
         named, inside = f"manifest/{source.relative_to(base)}", "manifest"
     files = {}
-    for file in (Path(each.name) for each in found.files):
-        inner = file.relative_to(base)
-        if not file.resolve().is_relative_to(base.resolve()):
-            raise UsageError(f"{file} is a link that leads out of {base}, and what it leads to is not sent. Put the file "
-                             "itself there, or name the files that are to be sent")
+    for file in found.files:
+        inner = Path(file.name).relative_to(base)
         if not any(part.startswith(".") for part in inner.parts):
             files[f"{inside}/{inner.as_posix()}"] = file
-    return named, files
+    return named, base.resolve(), files
 
 
-def images_of(manifest: str, ours: dict[str, Path], shipped: dict[str, Path],
-              mapping: dict[str, str]) -> dict[str, Path]:
-    """The images under the manifest's folder that its rows name, by the name that each row's path has on the cluster.
+def images_of(parcel: Parcel, read: "Manifest", shipped: dict[str, ManifestFile]) -> None:
+    """Add the images under the manifest's folder that its rows name, by the name that each row's path has on the cluster.
 
     shipped: the manifest's own files, by their name there.  What is in a bucket, missing, hidden, outside the folder or
-    no image stays behind: render says so.  Raises UsageError for an absolute path, ManifestError.
+    no image stays behind: render says so.  Raises UsageError for an absolute path.
     """
+    from actors.image_file import examine
     from actors.image_parts import ImageError
-    from pipeline.images import FoundImage, find_images, folder_of, locate
-    from pipeline.manifest import Manifest
+    from pipeline.images import folder_of, locate, read_file
 
-    read = Manifest.read(manifest, mapping=mapping)
-    there = {str(file): posixpath.dirname(name) for name, file in shipped.items()}
+    there = {file.name: posixpath.dirname(name) for name, file in shipped.items()}
     ends = [first for _, first in read.files[1:]] + [read.table.num_rows]
-    wanted: dict[str, tuple[str, str]] = {}
-    found: dict[str, Path] = {}
+    wanted: dict[str, tuple[Path, Path]] = {}           # the file, and what it lies below
+    sizes = parcel.sizes()
     for (file, first), end in zip(read.files, ends, strict=True):
         for name in read.table["image"].slice(first, end - first).unique().drop_null().to_pylist():
             try:
@@ -231,26 +276,35 @@ def images_of(manifest: str, ours: dict[str, Path], shipped: dict[str, Path],
             if posixpath.isabs(name):
                 raise UsageError(f"{file}: the image {shown(name)} is an absolute path, and on the cluster that is "
                                  "another place. Give a path under the manifest's folder, or put it into the bucket")
-            key = f"{there[file]}/{inner}"
-            found[key], wanted[key] = path, (folder_of(file), name)
-    refuse_too_much(ours | shipped | found)             # before they are read
-    images = {key for key, image in zip(wanted, find_images(list(wanted.values())), strict=True)
-              if isinstance(image, FoundImage)}
-    if unfit := sorted(found.keys() - images):
-        print(printable(f"not sent, because they are no images: {', '.join(unfit[:LISTED])}"), file=sys.stderr)
-    return {key: path for key, path in found.items() if key in images}
+            with suppress(OSError):                     # gone meanwhile
+                sizes[key := f"{there[file]}/{inner}"] = path.stat().st_size
+                wanted[key] = path, Path(folder_of(file)).resolve()
+    refuse_too_much(sizes)                              # before they are read
+    unfit = []
+    for key, (path, base) in wanted.items():
+        try:
+            data = read_file(path, base)
+            examine(data)
+        except ImageError:
+            unfit.append(key)
+        else:
+            parcel.add(key, data)
+    if unfit:
+        print(printable(f"not sent, because they are no images: {', '.join(sorted(unfit)[:LISTED])}"), file=sys.stderr)
 
 
-def refuse_too_much(files: dict[str, Path]) -> None:
-    """Raises UsageError for more than the head takes."""
-    sizes = {name: file.stat().st_size for name, file in files.items()}
+def refuse_too_much(sizes: dict[str, int]) -> None:
+    """Raises UsageError for more than the head takes.  sizes: bytes by name."""
     if sum(sizes.values()) > MAX_BYTES:
-        largest = max(sizes, key=sizes.__getitem__)
-        raise UsageError(
-            f"what is shipped to the cluster must be at most {MAX_BYTES / 1e6:.0f} MB; this is "
-            f"{sum(sizes.values()) / 1e6:.0f} MB in {len(sizes):,} files, of which the largest is {largest} "
-            f"({sizes[largest] / 1e6:.0f} MB). Put the manifest, and the images that it names, into the bucket and "
-            "submit s3://BUCKET/PATH instead")
+        raise too_much(sizes)
+
+
+def too_much(sizes: dict[str, int]) -> UsageError:
+    largest = max(sizes, key=sizes.__getitem__)
+    return UsageError(f"what is shipped to the cluster must be at most {MAX_BYTES / 1e6:.0f} MB; this is "
+                      f"{sum(sizes.values()) / 1e6:.0f} MB in {len(sizes):,} files, of which the largest is {largest} "
+                      f"({sizes[largest] / 1e6:.0f} MB). Put the manifest, and the images that it names, into the "
+                      "bucket and submit s3://BUCKET/PATH instead")
 
 
 def files_under(folder: Path) -> list[tuple[str, Path]]:

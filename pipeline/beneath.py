@@ -27,6 +27,14 @@ class Unfit(Exception):
         self.what = f"{path} is {KINDS.get(stat.S_IFMT(mode), 'no regular file')}"
 
 
+class TooLong(Exception):
+    """A file has more bytes than it may have."""
+
+    def __init__(self, num_bytes: int):
+        super().__init__(num_bytes)
+        self.num_bytes = num_bytes
+
+
 @contextmanager
 def top_folder(path: Path) -> Iterator[int]:
     """A folder, links followed, open.  Raises OSError."""
@@ -98,6 +106,23 @@ def open_file(parent: int, name: str, path: str, flags: int = os.O_RDONLY) -> Bi
         file.close()
         raise Unfit(path, mode)
     return file
+
+
+def read_below(path: Path, base: Path, *, at_most: int) -> bytes:
+    """The regular file at `path`, to which no link leads from the folder `base`; bytes of one moment's file.
+
+    Raises OSError, Unfit for what is no regular file, TooLong for more than `at_most` bytes.
+    """
+    *folders, name = path.relative_to(base).parts or ("",)
+    if not name:
+        raise Unfit(str(path), stat.S_IFDIR)
+    with top_folder(base) as top, below(top, folders) as folder, open_file(folder, name, name) as file:
+        if (num_bytes := os.fstat(file.fileno()).st_size) > at_most:
+            raise TooLong(num_bytes)
+        data = file.read(at_most + 1)
+    if len(data) > at_most:                             # it grew meanwhile
+        raise TooLong(len(data))
+    return data
 
 
 def sync(folder: int) -> None:

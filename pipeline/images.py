@@ -6,7 +6,6 @@ whatever links lie in it, and nothing hidden. A machine that renders reads the i
 """
 
 import hashlib
-import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,7 @@ from threading import Lock
 
 from actors.image_file import ALLOWED, MAX_BYTES, ImageSize, examine
 from actors.image_parts import ImageError
-from pipeline.beneath import Unfit, below, open_file, top_folder
+from pipeline.beneath import TooLong, Unfit, read_below
 from pipeline.objects import plain_uri
 from pipeline.store import NoAccess, NotFound, S3Store, TooLarge, open_store
 
@@ -137,16 +136,10 @@ def read_image(uri: str, folder: str | None = None) -> bytes:
 
 def read_file(path: Path, base: Path | None) -> bytes:
     """The file at `path`; links are followed above `base` alone, by default the folder that has it."""
-    base = path.parent if base is None else base
-    *folders, name = path.relative_to(base).parts or ("",)
-    if not name:
-        raise ImageError("not a file: a folder")
     try:
-        with top_folder(base) as top, below(top, folders) as folder, open_file(folder, name, name) as file:
-            num_bytes = os.fstat(file.fileno()).st_size
-            if num_bytes > MAX_BYTES:
-                raise ImageError(f"{num_bytes:,} bytes")
-            return file.read(MAX_BYTES)
+        return read_below(path, path.parent if base is None else base, at_most=MAX_BYTES)
+    except TooLong as error:
+        raise ImageError(f"{error.num_bytes:,} bytes") from None
     except (FileNotFoundError, NotADirectoryError):
         raise ImageError("no such file") from None
     except Unfit as error:                              # to open a pipe would wait for ever

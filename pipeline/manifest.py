@@ -48,11 +48,12 @@ class Manifest:
     notes: list[str] = field(default_factory=list)                     # what was not read, or not as one may think
 
     @classmethod
-    def read(cls, uri: str | Sequence[str] = (), *, mapping: Mapping[str, str] = {}, prompts: Sequence[str] = ()
-             ) -> "Manifest":
+    def read(cls, uri: str | Sequence[str] = (), *, mapping: Mapping[str, str] = {}, prompts: Sequence[str] = (),
+             files: Sequence[ManifestFile] | None = None) -> "Manifest":
         """Read and check Parquet, CSV, JSON or text: files, folders or globs; local, s3://, https://, - for stdin.
 
         mapping: name in a file -> column of ours, or "" to carry it along.  prompts: a row for each, without any file.
+        files: what `uri` was found to be, which then is not looked for again.
         Complaints about single rows wait in `complaints`, for the plan to add the model's own.
         Raises ManifestError when no row can be relied on: a file that is missing or cannot be read, a column that is
         missing, of a wrong type, or nearly one of ours.  Raises StoreError for a bucket that does not answer.
@@ -60,7 +61,8 @@ class Manifest:
         uris = [uri] if isinstance(uri, str) else list(uri)
         name = ", ".join(uris[:3]) + (f" and {len(uris) - 3:,} more" if len(uris) > 3 else "") or "--prompt"
         complaints, notes = Complaints(), []
-        files = _found(uris, prompts, complaints, notes)
+        if files is None:
+            files = _found(uris, prompts, complaints, notes)
         if complaints.whole:
             raise ManifestError(name, complaints)
         names = Names(mapping)

@@ -463,6 +463,47 @@ def test_the_images_that_rows_name_travel_with_their_manifest(tmp_path: Path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2", "3", "4", "link", "night", "outside.png"]
 
 
+@pytest.mark.parametrize("swapped", ["night.csv", "a.png", "deep/b.png"])
+@pytest.mark.parametrize("into", ["link", "bytes"])
+def test_what_a_neighbour_puts_in_a_files_place_after_the_check_is_not_sent(swapped, into, tmp_path: Path, monkeypatch):
+    night, secret = tmp_path / "night", tmp_path / "id_rsa"
+    (night / "deep").mkdir(parents=True)
+    secret.write_text("FAKE KEY")
+    (night / "night.csv").write_text("prompt,image\na fox,a.png\na hen,deep/b.png\n")
+    for name in ("a.png", "deep/b.png"):
+        (night / name).write_bytes(png())
+    before = {name: (night / name).read_bytes() for name in ("night.csv", "a.png", "deep/b.png")}
+
+    def swap(*_) -> None:                               # everything has been checked, nothing is written yet
+        (night / swapped).unlink()
+        (night / swapped).symlink_to(secret) if into == "link" else (night / swapped).write_text("FAKE KEY")
+    monkeypatch.setattr(job, "tell_shipped", swap)
+    for number, given in enumerate(("night.csv", "*.csv", "")):
+        (night / swapped).unlink()
+        (night / swapped).write_bytes(before[swapped])
+        job.pack(tmp_path / f"{number}", str(night / given), [])
+        inner = tmp_path / f"{number}/manifest" / ("" if given else "night")
+        assert {name: (inner / name).read_bytes() for name in before} == before
+
+
+def test_a_manifest_that_becomes_a_link_before_it_is_read_is_not_followed(tmp_path: Path, monkeypatch):
+    (tmp_path / "night").mkdir()
+    (tmp_path / "night/a.csv").write_text("prompt\na fox\n")
+    (tmp_path / "home.csv").write_text("prompt\nFAKE KEY\n")
+    found = job.local_manifest
+
+    def swapped(source: Path):
+        answer = found(source)
+        (tmp_path / "night").rename(tmp_path / "moved")
+        (tmp_path / "night").mkdir()
+        (tmp_path / "night/a.csv").symlink_to(tmp_path / "home.csv")
+        return answer
+    monkeypatch.setattr(job, "local_manifest", swapped)
+    with pytest.raises(job.UsageError, match="a link that leads out of|is a link"):
+        job.pack(tmp_path / "shipped", str(tmp_path / "night"), [])
+    assert not (tmp_path / "shipped").exists()
+
+
 def test_an_image_by_its_absolute_path_is_refused_with_what_to_do(tmp_path: Path):
     (tmp_path / "a.png").write_bytes(b"a")
     (tmp_path / "one.csv").write_text(f"prompt,image\na fox,{tmp_path}/a.png\n")
