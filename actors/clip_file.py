@@ -49,6 +49,12 @@ def coded_size(width: int, height: int) -> tuple[int, int]:
     return width + width % 2, height + height % 2
 
 
+def most_bytes(*, width: int, height: int, frames: int) -> int:
+    """More than a clip's file of this shape can have: twice its raw pictures, sound, prompt and index."""
+    width, height = coded_size(width, height)
+    return min(MOST_BYTES, 2**20 + frames * (3 * width * height + 100_000))
+
+
 def provenance(request: Request) -> dict[str, str]:
     """What the file says about itself: only what decides the pixels, so rows that share a clip share its bytes."""
     said = {"prompt": request.prompt, "negative_prompt": request.negative_prompt, "seed": str(request.seed),
@@ -142,7 +148,7 @@ def check_file(data: bytes, *, width: int, height: int, frames: int, fps: float)
         found = read_clip(data, wanted=(*coded, frames))
     except ValueError as error:
         raise NotThisClip(f"undecodable: {error}") from error
-    if found.frames != frames or abs(found.fps - fps) > 0.01:
+    if found.frames != frames or not abs(found.fps - fps) <= 0.01:      # of a forged row it may be NaN
         raise NotThisClip(f"{found.frames} frames at {found.fps:g} fps, where {frames} at {fps:g} fps are wanted")
     # the files of older versions have neither
     if found.metadata.get("description") and holds_digest(data) is None:

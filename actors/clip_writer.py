@@ -18,7 +18,7 @@ import numpy as np
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation, VideoReformatter
 from torch import Tensor
 
-from actors.clip_file import (MOST_BYTES, OPENED, NotThisClip, append_digest, check_clip, clip_key, coded_size, labels,
+from actors.clip_file import (OPENED, NotThisClip, append_digest, check_clip, clip_key, coded_size, labels, most_bytes,
                               provenance)
 from actors.messages import Clip, Frames, Request
 
@@ -99,10 +99,11 @@ class ClipWriter:
         mine: SHA-256 of the file at `path`.
         """
         key, metadata, notes = clip_key(request.clip_id), {"clip-id": request.clip_id}, ()
-        tries = count(1)
+        shape, tries = request.shape, count(1)
+        at_most = most_bytes(width=shape.width, height=shape.height, frames=shape.frames)
         while not self.store.create(key, path, metadata=metadata):
             try:
-                there = self.store.get(key, at_most=MOST_BYTES)
+                there = self.store.get(key, at_most=at_most)
             except KeyError:                            # removed meanwhile
                 if next(tries) > MOST_TRIES:
                     raise

@@ -71,24 +71,47 @@ def wrong_clips(store: Store, *, json: bool) -> tuple[Mapping[str, dict[str, Any
 
 
 def check(store: Store, row: Mapping[str, Any]) -> str | None:
-    """What is wrong with the clip of a ledger row, None for nothing."""
-    from actors.clip_file import MOST_BYTES, NotThisClip, check_file, clip_key
+    """What is wrong with the clip of a ledger row, None for nothing.
+
+    The row may be forged as well: what it says is compared with what a row can ask for before anything is read.
+    """
+    from actors.clip_file import most_bytes
+    from pipeline.adoption import clip_bytes
     if not CLIP_ID.fullmatch(row["clip_id"] or ""):
         return "no clip has this name: it must be 64 digits of a SHA-256"
-    if absent := [name for name in ("sha256", "width", "height", "frames", "fps") if row.get(name) is None]:
+    if absent := [name for name in ("sha256", "bytes", "width", "height", "frames", "fps") if row.get(name) is None]:
         return f"its ledger row does not say {', '.join(absent)}"
+    shape = {name: row[name] for name in ("width", "height", "frames")}
+    most_pixels, most_frames = largest_shape()
+    if min(shape.values()) < 1 or shape["width"] * shape["height"] > most_pixels or shape["frames"] > most_frames:
+        return (f"no model makes what its ledger row says: {shape['width']}x{shape['height']}, {shape['frames']:,} frames; "
+                f"at most {most_pixels:,} pixels and {most_frames:,} frames")
+    if not 0 < row["bytes"] <= most_bytes(**shape):
+        return f"no clip of its shape has {row['bytes']:,} bytes, as its ledger row says"
     try:
-        data = store.get(clip_key(row["clip_id"]), at_most=MOST_BYTES)
+        with clip_bytes(store, row["clip_id"], row["bytes"]) as data:
+            return compared(data, row)
     except NotFound:
         return "missing"
     except TooLarge as error:
-        return f"changed: no clip is that large: {error}"
-    if hashlib.sha256(data).hexdigest() != row["sha256"]:
-        said = "" if row.get("bytes") is None else f" ({row['bytes']:,} bytes)"
-        return f"changed: {len(data):,} bytes whose SHA-256 is not the ledger's{said}"
+        return f"changed: {error}, where the ledger says {row['bytes']:,} bytes"
+
+
+def compared(data: bytes, row: Mapping[str, Any]) -> str | None:
+    """What is wrong with a clip's bytes; FFmpeg sees only those that the ledger names."""
+    from actors.clip_file import NotThisClip, check_file
+    if len(data) != row["bytes"] or hashlib.sha256(data).hexdigest() != row["sha256"]:
+        return f"changed: {len(data):,} bytes whose SHA-256 is not the ledger's ({row['bytes']:,} bytes)"
     try:
         found = check_file(data, width=row["width"], height=row["height"], frames=row["frames"], fps=row["fps"])
     except NotThisClip as error:
         return str(error) if str(error).startswith("undecodable") else f"not what the ledger says: {error}"
     said = found.metadata.get("clip_id")
     return None if said == row["clip_id"] else f"not what the ledger says: it is clip {str(said)[:100]!r}"
+
+
+def largest_shape() -> tuple[int, int]:
+    """The most pixels of a frame, and the most frames, that a row can ask any model for."""
+    from model.catalog import CATALOG
+    return (max(card.max_pixels for card in CATALOG.values()),
+            max(int(card.fps * card.max_duration_s) + 1 for card in CATALOG.values()))

@@ -7,24 +7,29 @@ import hashlib
 import json
 import os
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
-from actors import shelf
+from actors import clip_file, shelf
 from actors.clip_file import clip_key
 from actors.messages import Embedding
 from actors.shelf import LATENTS, Seal, sealed, unsealed
+from jobs import verify
 from jobs.cli import main
-from pipeline import cluster, ledger, stages
+from model.shapes import VideoShape
+from pipeline import adoption, cluster, ledger, stages
 from pipeline.seal import KEY, VARIABLE, seal_of
-from pipeline.store import StoreError, open_store
+from pipeline.store import FolderStore, StoreError, open_store
 import tiny  # noqa: F401: adds the model to the catalogue
 
 ROWS = [{"id": "fox", "prompt": "a red fox", "frames": 5}, {"id": "cats", "prompt": "two cats", "frames": 5, "samples": 2}]
@@ -106,6 +111,65 @@ def assert_right(folder, whole):
 
 
 # Clips.
+
+@pytest.fixture
+def unread(monkeypatch):
+    """What is opened by FFmpeg, and the most bytes that a store was asked for."""
+    opened, asked = [], []
+    get = FolderStore.get
+    monkeypatch.setattr(clip_file.av, "open", lambda *_, **__: opened.append(1) or pytest.fail("FFmpeg was asked"))
+    monkeypatch.setattr(FolderStore, "get", lambda store, key, *, at_most=None: asked.append(at_most)
+                        or get(store, key, at_most=at_most))
+    return asked
+
+
+@pytest.mark.parametrize("forged, said", [
+    ({"frames": 10**9}, "no model makes"), ({"width": 10**6, "height": 10**6}, "no model makes"),
+    ({"width": -64, "height": -64}, "no model makes"), ({"frames": 0}, "no model makes"),
+    ({"bytes": 2**31}, "no clip of its shape has 2,147,483,648 bytes"), ({"bytes": -1}, "no clip of its shape"),
+    ({"bytes": None}, "does not say bytes"), ({"bytes": 100}, "where the ledger says 100 bytes"),
+    ({"sha256": "0" * 64}, "is not the ledger's")])
+def test_a_forged_row_or_another_size_is_wrong_before_anything_is_decoded(forged, said, whole, unread):
+    row = next(iter(rows(whole).values()))
+    unread.clear()
+    store = open_store(whole / "out")
+    assert said in verify.check(store, row | forged)
+    assert all(at_most <= row["bytes"] for at_most in unread)
+
+
+def test_a_forged_rate_that_is_no_number_is_wrong(whole):
+    row = next(iter(rows(whole).values()))
+    store = open_store(whole / "out")
+    assert verify.check(store, row) is None
+    assert "at nan fps are wanted" in verify.check(store, row | {"fps": float("nan")})
+
+
+def test_a_file_larger_than_any_clip_of_the_request_is_not_read(whole, tmp_path, monkeypatch):
+    shape = VideoShape(frames=5, height=64, width=64)
+    asked = SimpleNamespace(clip_id="ab" * 32, shape=shape, fps=24.0)
+    path = tmp_path / clip_key(asked.clip_id)
+    path.parent.mkdir(parents=True)
+    with open(path, "wb") as file:
+        file.truncate(2**31)
+    assert "no clip of its shape is that large" in adoption.published(open_store(tmp_path), asked).why
+
+
+def test_of_large_files_one_is_in_memory_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(adoption, "SMALL_BYTES", 10)
+    store, held, most = open_store(tmp_path), [], []
+    for number in range(8):
+        store.put(clip_key(f"{number:064}"), b"x" * 1000)
+
+    def read(number):
+        with adoption.clip_bytes(store, f"{number:064}", 2000) as data:
+            held.append(len(data))
+            most.append(sum(held))
+            time.sleep(0.01)
+            held.remove(len(data))
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(read, range(8)))
+    assert most == [1000] * 8
+
 
 def test_the_ledger_has_the_clips_path_below_the_folder_and_the_samples_number(whole):
     found = sorted((row["id"], row["sample"], row["path"]) for row in rows(whole).values())
