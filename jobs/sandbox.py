@@ -54,7 +54,10 @@ DENIED = dict(
     init_module=(175, 105), finit_module=(313, 273), delete_module=(176, 106), kexec_load=(246, 104),
     kexec_file_load=(320, 294), reboot=(169, 142), swapon=(167, 224), swapoff=(168, 225), sethostname=(170, 161),
     settimeofday=(164, 170), clock_settime=(227, 112), acct=(163, 89), quotactl=(179, 60), syslog=(103, 116),
-    shmget=(29, 194), msgget=(68, 186), semget=(64, 190), mq_open=(240, 180),
+    shmget=(29, 194), shmat=(30, 196), shmctl=(31, 195), msgget=(68, 186), msgsnd=(69, 189), msgrcv=(70, 188),
+    msgctl=(71, 187), semget=(64, 190), semop=(65, 193), semctl=(66, 191), semtimedop=(220, 192), mq_open=(240, 180),
+    setpriority=(141, 140), ioprio_set=(251, 30), sched_setparam=(142, 118), sched_setscheduler=(144, 119),
+    sched_setattr=(314, 274), migrate_pages=(256, 238), move_pages=(279, 239),
 )
 UNKNOWN = dict(clone3=(435, 435), openat2=(437, 437))   # told to be missing: libraries then use what can be judged
 OPENS = dict(open=((2, None), 1), openat=((257, 56), 2))               # and which argument has the flags

@@ -55,7 +55,7 @@ def verify(uri: str, *, json: bool, repair: bool = False) -> int:
 def wrong_clips(store: Store, *, json: bool) -> tuple[Mapping[str, dict[str, Any]], list[dict[str, Any]]]:
     """A ledger row of each clip that is done, by its clip_id, and of those that are wrong: clip_id, id and problem."""
     columns = ["clip_id", "status", "id", "sha256", "bytes", "width", "height", "frames", "fps"]
-    rows = [row for row in ledger.read(store, columns).to_pylist() if row["status"] == "done"]
+    rows = [row for row in ledger.read(store, columns, whole=True).to_pylist() if row["status"] == "done"]
     clips = {row["clip_id"] or "": row for row in rows}
     wrong: list[dict[str, Any]] = []
     told = time.monotonic()

@@ -66,8 +66,14 @@ def locate(folder: str, name: str, allowed: Sequence[str] = ()) -> str:
     if name.startswith("s3://"):
         if not IN_BUCKET.fullmatch(name):
             raise ImageError("not s3://BUCKET/KEY")
-        if not any(is_below(name, prefix) for prefix in allowed):
+        parts = name.split("/")[3:]
+        if (prefix := next((prefix for prefix in allowed if is_below(name, prefix)), None)) is None:
             refuse_foreign(folder, name)
+        else:                                           # the prefix itself may be hidden: a person has named it
+            parts = name.removeprefix(plain_uri(prefix).rstrip("/")).split("/")
+        if {".", ".."} & set(parts):                    # some servers take own/../other for another bucket
+            raise ImageError("a key with . or .. in it")
+        refuse_hidden(parts)
         return refuse_long_key(name)
     if "://" in name or name.lower().startswith("file:"):
         raise ImageError("neither a path nor s3://")
@@ -109,7 +115,6 @@ def refuse_foreign(folder: str, name: str) -> None:
     if bucket != own:
         where = "of a manifest on a disk" if own is None else f"of a manifest in s3://{own}"
         raise ImageError(f"an s3:// image {where}, for which --allow-images s3://BUCKET/PREFIX has to allow it")
-    refuse_hidden(name.removeprefix(f"s3://{bucket}/").split("/"))
 
 
 def refuse_hidden(parts: Sequence[str]) -> None:

@@ -95,7 +95,7 @@ class Ledger:
             raise ValueError(f"further columns of the ledger must be named user.NAME or quality.NAME; got {strange}")
         quality_first = sorted(extra, key=lambda field: field.name.startswith("user."))
         fields = [pa.field(field.name, stored_type(field.type)) for field in quality_first]
-        keys = read(store, ["id", "seed", "status", "clip_id", "bytes", "error"], put_back=True)
+        keys = read(store, ["id", "seed", "status", "clip_id", "bytes", "error"], put_back=True, whole=True)
         return cls(store, pa.schema([*COLUMNS, *fields]), keys, flush_rows=flush_rows, flush_s=flush_s)
 
     def pending(self, keys: pa.Table) -> pa.Table:
@@ -246,13 +246,14 @@ def invalid_row(name: str, prompt: str | None, error: str) -> dict[str, Any]:
             "fallbacks": [], "finished_at": datetime.now(UTC)}
 
 
-def read(store: Store, columns: Sequence[str] | None = None, *, put_back: bool = False) -> pa.Table:
+def read(store: Store, columns: Sequence[str] | None = None, *, put_back: bool = False, whole: bool = False) -> pa.Table:
     """The ledger as it stands: one row per key, in the order of the parts.
 
     columns: None for all that there are.  put_back: also the rows of clips that are to be made again (pending).
+    whole: every column is read and checked, so that who asks for others later is not refused.
     """
     wanted = None if columns is None else list(dict.fromkeys([*columns, "id", "seed", "status"]))
-    tables = [table for _, table in parts(store, wanted) if table is not None]
+    tables = [table for _, table in parts(store, wanted, whole=whole) if table is not None]
     empty = COLUMNS if wanted is None else pa.schema([field for field in COLUMNS if field.name in wanted])
     try:
         table = latest(together([empty.empty_table(), *tables]))
@@ -409,13 +410,15 @@ def digest(ledger: pa.Table) -> str:
     return hasher.hexdigest()
 
 
-def parts(store: Store, columns: Sequence[str] | None, folder: str = FOLDER) -> Iterator[tuple[str, pa.Table | None]]:
-    """Every part and its rows, the oldest first; None for one that vanished since it was listed."""
+def parts(store: Store, columns: Sequence[str] | None, folder: str = FOLDER, *,
+          whole: bool = False) -> Iterator[tuple[str, pa.Table | None]]:
+    """Every part and its rows, the oldest first; None for one that vanished since it was listed. whole: as of `read`."""
     keys = [info.key for info in store.list(folder) if info.key.endswith(".parquet")]
 
     def part(key: str) -> pa.Table | None:
         try:
-            return read_part(store.get(key, at_most=MOST_BYTES), columns, COLUMNS)
+            table = read_part(store.get(key, at_most=MOST_BYTES), None if whole else columns, COLUMNS)
+            return table if columns is None else table.select([name for name in columns if name in table.column_names])
         except NotFound:
             return None
         except (pa.ArrowException, OSError, ValueError, TypeError, KeyError, OverflowError, MemoryError) as error:

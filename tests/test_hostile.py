@@ -121,7 +121,7 @@ def manifests(draw):
     return ".parquet", bent(content, draw(st.randoms(use_true_random=False))) if kind == "bent" else content
 
 
-@pytest.mark.parametrize("count", [40, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [40, pytest.param(500, marks=pytest.mark.slow)])
 def test_no_manifest_breaks_the_plan_or_leaves_half_a_run(count, tmp_path, one_process):
     seen = {0: 0, 2: 0}
 

@@ -304,6 +304,16 @@ def test_images_of_a_bucket_are_read_for_its_own_manifests_and_where_it_was_allo
             locate(folder, name, allowed)
 
 
+def test_a_key_leads_to_no_other_bucket_and_to_nothing_hidden_below_an_allowed_prefix():
+    """A server that tidies paths reads /bbb/../ccc/a.png as another bucket, with the driver's credentials."""
+    for name in ("s3://bbb/../ccc/a.png", "s3://bbb/in/./a.png", "s3://bbb/in/.."):
+        with pytest.raises(ImageError, match="a key with . or .. in it"):
+            locate("s3://bbb/night", name)
+    with pytest.raises(ImageError, match="a hidden file"):
+        locate("/disk", "s3://ccc/in/.aws/a.png", ["s3://ccc/in"])
+    assert locate("/disk", "s3://ccc/.in/a.png", ["s3://ccc/.in"]) == "s3://ccc/.in/a.png"
+
+
 def test_a_link_that_is_put_in_the_way_after_the_check_is_not_followed(tmp_path, monkeypatch):
     from pipeline import images
     (tmp_path / "night/deep").mkdir(parents=True)

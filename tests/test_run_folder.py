@@ -511,6 +511,20 @@ def test_a_part_of_the_ledger_that_cannot_be_is_named_by_whoever_reads_it(name, 
     assert code == 5 and "000009-000000.parquet" in answer["error"] or name not in OF_ANOTHER_TYPE
 
 
+def test_a_page_that_only_status_reads_is_checked_by_render_and_verify_too(night):
+    """Else render ends well in a folder whose status cannot be told any more."""
+    part, = (night / "out/ledger").iterdir()
+    group = pq.read_metadata(part).row_group(0)
+    chunk, = (group.column(at) for at in range(group.num_columns) if group.column(at).path_in_schema == "worker")
+    data = bytearray(part.read_bytes())
+    data[chunk.data_page_offset:chunk.data_page_offset + 8] = b"\xff" * 8
+    part.write_bytes(data)
+    for command in ("status", "verify"):
+        assert ask(command, night / "out")[0] == 5
+    code, answer, _ = render(night)
+    assert code == 5 and part.name in answer["error"]
+
+
 @pytest.mark.parametrize("clip_id", ["\x1b]0;pwn\x07\x1b[2J", "../../x", "", "x" * 64, "AB" * 32, None, "a/b", "\0"])
 def test_a_clip_id_that_is_none_is_wrong_and_made_again(clip_id, night, whole):
     table = ledger.read(open_store(night / "out"))

@@ -1,5 +1,6 @@
 """Code that got out of a pickle would run in a process that can read nothing, write nothing and talk to nobody."""
 
+import ctypes
 import json
 import os
 import socket
@@ -42,6 +43,10 @@ acts = dict(
     fork=lambda: os.fork() or os._exit(0),
     signal=lambda: os.kill(os.getppid(), 0),
     limits=lambda: resource.prlimit(os.getppid(), resource.RLIMIT_NOFILE, (1, 1)),
+    slower=lambda: os.setpriority(os.PRIO_PROCESS, os.getppid(), 19),
+    scheduled=lambda: os.sched_setscheduler(os.getppid(), os.SCHED_IDLE, os.sched_param(0)),
+    shared_memory=lambda: ctypes.CDLL(None).shmat({segment}, None, 0) not in (-1, 2**64 - 1) or fail(),
+    messages=lambda: ctypes.CDLL(None).msgget(1, 0o1600) != -1 or fail(),
     memory=lambda: bytearray(2**45),
     file=lambda: os.pwrite(target, b"x", 2**40),
     mount=lambda: ctypes.CDLL(None, use_errno=True).mount(b"none", b"/", b"tmpfs", 0, None) == 0 or fail(),
@@ -87,8 +92,15 @@ def test_code_out_of_a_pickle_reads_writes_and_reaches_nothing(tmp_path, replace
     outside.mkdir()
     (outside / "credentials").write_text("secret")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "stays-at-home")
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        found = json.loads(replaced(ESCAPES.format(outside=str(outside), port=server.getsockname()[1])))
+    libc = ctypes.CDLL(None, use_errno=True)
+    segment = libc.shmget(0, 4096, 0o1600)              # known by its number alone, which can be guessed
+    assert segment != -1, os.strerror(ctypes.get_errno())
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            found = json.loads(replaced(ESCAPES.format(outside=str(outside), port=server.getsockname()[1],
+                                                       segment=segment)))
+    finally:
+        libc.shmctl(segment, 0, None)                   # removes it
     notes = capfd.readouterr().err
     if "note:" in notes:
         pytest.skip(notes.strip())
