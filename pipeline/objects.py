@@ -82,8 +82,12 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def put(self, key: str, data: bytes | Path, *, metadata: dict[str, str] | None = None) -> None:
-        """Store an object in place of any other; readers see the old or the new one, whole."""
+    def put(self, key: str, data: bytes | Path, *, metadata: dict[str, str] | None = None,
+            private: bool = False) -> None:
+        """Store an object in place of any other; readers see the old or the new one, whole.
+
+        private: a secret; in a folder only its owner may read it, whatever the umask. A bucket has rules of its own.
+        """
 
     @abstractmethod
     def swap(self, key: str, old: bytes, new: bytes, *, atomic: bool = True,
@@ -173,8 +177,10 @@ class FolderStore(Store):
             sync(at)
         return True
 
-    def put(self, key: str, data: bytes | Path, *, metadata: dict[str, str] | None = None) -> None:
-        with self.explained("write"), self.written(data) as (top, source), self.place(top, key, make=True) as (at, name):
+    def put(self, key: str, data: bytes | Path, *, metadata: dict[str, str] | None = None,
+            private: bool = False) -> None:
+        with self.explained("write"), self.written(data, 0o600 if private else 0o666) as (top, source), \
+                self.place(top, key, make=True) as (at, name):
             os.replace(source.name, name, src_dir_fd=source.folder, dst_dir_fd=at)
             sync(at)
 
@@ -312,10 +318,10 @@ class FolderStore(Store):
             yield file
 
     @contextmanager
-    def written(self, data: bytes | Path) -> Iterator[tuple[int, "Temporary"]]:
+    def written(self, data: bytes | Path, mode: int = 0o666) -> Iterator[tuple[int, "Temporary"]]:
         """The root, open, and a temporary file below it that holds `data`, on the disk and not only in memory."""
         make_folder(self.root)
-        with top_folder(self.root) as top, self.temporary(top) as (folder, name, descriptor):
+        with top_folder(self.root) as top, self.temporary(top, mode) as (folder, name, descriptor):
             try:
                 with open(descriptor, "wb") as file:
                     if isinstance(data, Path):
@@ -331,13 +337,13 @@ class FolderStore(Store):
                     os.unlink(name, dir_fd=folder)
 
     @contextmanager
-    def temporary(self, top: int) -> Iterator[tuple[int, str, int]]:
+    def temporary(self, top: int, mode: int) -> Iterator[tuple[int, str, int]]:
         """The open folder of temporary files, the name of a new one there, and the file, open."""
         name = secrets.token_hex(16)
         for last in (False,) * 9 + (True,):
             with below(top, [TEMPORARY], make=True) as folder:
                 try:
-                    descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | FILE, 0o666, dir_fd=folder)
+                    descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | FILE, mode, dir_fd=folder)
                 except FileNotFoundError:               # another driver has just removed the empty folder (tidy)
                     if last:
                         raise

@@ -12,7 +12,7 @@ import re
 import secrets
 
 from actors.shelf import LATENTS, Seal
-from pipeline.store import NotFound, Store, TooLarge
+from pipeline.store import NotFound, Store, StoreError, TooLarge
 
 KEY, VARIABLE = "seal.key", "DAILIES_SEAL_KEY"
 LEAST_CHARACTERS = 16
@@ -47,8 +47,11 @@ def seal_of(store: Store, *, fresh: bool) -> Seal:
                 return Seal(found)
         except (NotFound, TooLarge):
             pass
+        except StoreError as error:                     # another user's run is continued: what is unfinished is made again
+            if not isinstance(error.__cause__, PermissionError):
+                raise
     drawn = secrets.token_hex(32).encode()
-    store.put(KEY, drawn + b"\n")
+    store.put(KEY, drawn + b"\n", private=True)
     return Seal(drawn)
 
 

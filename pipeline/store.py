@@ -170,7 +170,8 @@ class S3Store(Store):
         raise StoreError(f"{self.uri_of(key)}: the store says that it exists, and that it does not. "
                          "Use a store whose answers are consistent, or a local folder")
 
-    def put(self, key: str, data: bytes | Path, *, metadata: dict[str, str] | None = None) -> None:
+    def put(self, key: str, data: bytes | Path, *, metadata: dict[str, str] | None = None,
+            private: bool = False) -> None:
         self.write(key, data, metadata or {})
 
     def swap(self, key: str, old: bytes, new: bytes, *, atomic: bool = True,

@@ -13,6 +13,7 @@ from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_st
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import pyarrow as pa
@@ -320,6 +321,34 @@ def test_rows_of_others_in_the_ledger_do_not_make_a_run_finished(night):
 
 
 # Latents.
+
+@pytest.mark.parametrize("umask", [0o000, 0o002, 0o022, 0o077])
+def test_the_key_of_the_seal_is_for_its_owner_alone_whatever_the_umask(umask, tmp_path):
+    (tmp_path / KEY).write_text("older")
+    before = os.umask(umask)
+    try:
+        seal_of(store := open_store(tmp_path), fresh=True)
+        store.put("open", b"")
+    finally:
+        os.umask(before)
+    assert (tmp_path / KEY).stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "open").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root, to be another user for a moment")
+def test_another_users_key_is_replaced_when_he_continues_the_run():
+    with TemporaryDirectory() as folder:                # pytest's own is closed to others
+        os.chmod(folder, 0o777)
+        store = open_store(folder)
+        first = seal_of(store, fresh=True).key
+        os.chmod(f"{folder}/.tmp", 0o777)
+        os.seteuid(65534)
+        try:
+            assert seal_of(store, fresh=False).key != first
+            assert os.stat(f"{folder}/{KEY}").st_uid == 65534
+        finally:
+            os.seteuid(0)
+
 
 def forge(night, how, seal):
     """A latent of the first clip as `how` makes it of its tensors and metadata, and no clip."""
