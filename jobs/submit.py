@@ -38,9 +38,9 @@ from model.private import at_home
 from pipeline.beneath import TooLong, Unfit, read_below
 from pipeline.complaints import shown
 from pipeline.manifest_bytes import unfolded
-from pipeline.manifest_files import STDIN, ManifestFile, find_files, from_stdin, typed_rows
+from pipeline.manifest_files import IMAGES, STDIN, ManifestFile, find_files, from_stdin, typed_rows
 from pipeline.manifest_text import sniffed
-from pipeline.masking import without_secrets
+from pipeline.masking import names_a_secret, without_secrets
 
 if TYPE_CHECKING:
     from pipeline.manifest import Manifest
@@ -280,17 +280,22 @@ def images_of(parcel: Parcel, read: "Manifest", shipped: dict[str, ManifestFile]
                 sizes[key := f"{there[file]}/{inner}"] = path.stat().st_size
                 wanted[key] = path, Path(folder_of(file)).resolve()
     refuse_too_much(sizes)                              # before they are read
-    unfit = []
+    unfit, keys = [], []
     for key, (path, base) in wanted.items():
         try:
             data = read_file(path, base)
             examine(data)
         except ImageError:
             unfit.append(key)
+            continue
+        if any(names_a_secret(part) and Path(part).suffix.lower() not in IMAGES
+               for part in (*posixpath.relpath(key, "manifest").split("/"), path.name)):
+            keys.append(key)                            # a key may stand behind an image's first bytes
         else:
             parcel.add(key, data)
-    if unfit:
-        print(printable(f"not sent, because they are no images: {', '.join(sorted(unfit)[:LISTED])}"), file=sys.stderr)
+    for names, why in ((unfit, "no images"), (keys, "called like keys or credentials")):
+        if names:
+            print(printable(f"not sent, because they are {why}: {', '.join(sorted(names)[:LISTED])}"), file=sys.stderr)
 
 
 def refuse_too_much(sizes: dict[str, int]) -> None:

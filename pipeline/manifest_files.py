@@ -23,6 +23,7 @@ from urllib.parse import unquote, urlsplit
 from model.private import at_home
 from pipeline.complaints import shown
 from pipeline.manifest_bytes import MAX_BYTES
+from pipeline.masking import names_a_secret
 
 FORMATS = {".parquet": "parquet", ".pq": "parquet", ".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl",
            ".json": "json", ".txt": "txt"}
@@ -34,6 +35,7 @@ IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")             # the fi
 NO_ROWS = re.compile(r"(readme|licen[sc]e|notice|changelog|requirements|copying|dataset_infos?)\b.*", re.I)
 NO_VALUE = "__HIVE_DEFAULT_PARTITION__"
 STDIN, TYPED = "-", "--prompt"
+SECRETS = "as they are called like keys or credentials (to read one as rows, name the file itself)"
 LISTED = 20
 MAX_DEPTH = 32                      # of folders in a manifest's folder
 CONNECT_S = 30.0
@@ -184,16 +186,18 @@ def _sorted(base: Path, paths: Iterable[Path]) -> Found:
         elif kind == "data":
             found.unreadable.append(str(path))
         else:
-            found.passed_over.append((str(path), "no format of ours"))
+            found.passed_over.append((str(path), SECRETS if kind == "secret" else "no format of ours"))
     return found
 
 
 def _kind(parts: Sequence[str]) -> str:
-    """Of a file below a folder, by its name: ours, data, other, or silent for what nobody misses."""
+    """Of a file below a folder, by its name: ours, data, secret, other, or silent for what nobody misses."""
     name = parts[-1]
     suffix, compression = suffixes(name)
     if any(part[0] in "._" and "=" not in part for part in parts if part) or suffix == ".crc" or suffix in IMAGES:
         return "silent"
+    if any(names_a_secret(part) for part in parts if "=" not in part):
+        return "secret"
     if NO_ROWS.fullmatch(name) and suffix not in (".parquet", ".csv", ".tsv", ".jsonl"):
         return "other"
     if suffix in FORMATS:
@@ -259,7 +263,8 @@ def _in_bucket(uri: str) -> Found:
             found.files.append(remote(name, partition_of(name.split("/")[:-1])))
         elif kind != "silent":
             (found.unreadable if kind == "data" else found.passed_over).append(
-                store.uri_of(name) if kind == "data" else (store.uri_of(name), "no format of ours"))
+                store.uri_of(name) if kind == "data" else
+                (store.uri_of(name), SECRETS if kind == "secret" else "no format of ours"))
     return found
 
 

@@ -15,6 +15,20 @@ KEYS = re.compile(r"\b((AKIA|ASIA)[A-Z0-9]{16}|gh[opsru]_\w{30,}|github_pat_\w{3
                   r"AIza[\w-]{35}|ya29\.[\w-]{20,}|npm_[A-Za-z0-9]{36}|hf_[A-Za-z0-9]{30,}|xox[abprs]-[\w-]{10,}"
                   r"|sk-[\w-]{30,}|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]{10,})|-----BEGIN [A-Z ]*PRIVATE KEY-----[^-]*(-----END[A-Z -]*)?")
 
+# of files that hold keys and credentials: what browsers, clouds, SSH and TLS call them
+KEY_FILE = re.compile(
+    r"(.*[._ -])?(credentials?|secrets?|passw(or)?ds?|passphrases?|tokens?|"
+    r"(access|account|api|auth|private|secret|service|signing|ssh)[._ -]?(keys?|tokens?)|rootkey|keyfile|kubeconfig|"
+    r"service[._ -]?account|client[._ -]?secrets?|id_(rsa|dsa|ecdsa|ed25519)(_sk)?|_?netrc|pgpass|htpasswd|npmrc|pypirc)"
+    r"([._ -]?\d+)?( \(\d+\))?(\.\w+)*"
+    r"|(service[._ -]?accounts?|client[._ -]?secrets?|credentials)[._ -].*"
+    r"|.*\.(pem|key|p12|pfx|jks|keystore|kdbx|ppk|asc|gpg|pgp|ovpn|env|envrc|keytab)(\.\w+)?", re.I)
+
+
+def names_a_secret(name: str) -> bool:
+    """Whether a file or folder of this name holds keys or credentials, as far as names tell."""
+    return KEY_FILE.fullmatch(name.lstrip(".")) is not None
+
 
 def without_secrets(value: Any) -> Any:
     """The same without what must not be written down.

@@ -462,3 +462,32 @@ def test_one_file_behind_https_is_fetched(tmp_path, monkeypatch):
         assert "a web page" in refused(f"{here}/page.csv") and "404" in refused(f"{here}/none.csv")
         assert "not https" in refused(f"{here}/away.csv")
         server.shutdown()
+
+
+@pytest.mark.parametrize("name", [
+    "credentials.json", "credentials (1).json", "aws-credentials.csv", "service_account.json", "prod-service-account-2.json",
+    "client_secret_123.apps.json", "my_accessKeys.csv", "rootkey.csv", "id_rsa.txt", "tls.key.json", "server.pem.txt",
+    "api-keys.jsonl", "auth.token.txt", "passwords.csv.gz", "secrets/a.csv", "aws/Credentials.TXT", "credentials.xlsx",
+    "application_default_credentials.json"])
+def test_a_file_called_like_keys_is_no_rows_of_a_folder_and_is_named(name, tmp_path):
+    written(tmp_path / "a.csv", "prompt\na fox\n")
+    path = written(tmp_path / name, '[{"prompt": "FAKE"}]')
+    for given in (tmp_path, tmp_path / "**"):
+        read = Manifest.read(str(given))
+        assert read.table["prompt"].to_pylist() == ["a fox"]
+        [note] = [note for note in read.notes if path in note]
+        assert "called like keys or credentials (to read one as rows, name the file itself)" in note
+
+
+@pytest.mark.parametrize("name", ["secret_garden.csv", "token_study.csv", "keys.csv", "keyboard.json", "monkey.txt",
+                                  "credential_free.csv", "secret=1/a.csv", "passwordless-login.txt"])
+def test_a_name_that_only_reminds_of_keys_is_read(name, tmp_path):
+    content = {".json": {"prompt": "a fox"}, ".txt": "a fox\n"}.get(Path(name).suffix, "prompt\na fox\n")
+    written(tmp_path / name, content)
+    assert "a fox" in prompts(str(tmp_path))
+
+
+def test_a_file_called_like_keys_is_read_where_it_is_named_and_alone_it_is_explained(tmp_path):
+    path = written(tmp_path / "credentials.json", [{"prompt": "a fox"}])
+    assert prompts(path) == ["a fox"]
+    assert "name the file itself" in refused(str(tmp_path)) and path in refused(str(tmp_path))

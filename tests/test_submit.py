@@ -504,6 +504,23 @@ def test_a_manifest_that_becomes_a_link_before_it_is_read_is_not_followed(tmp_pa
     assert not (tmp_path / "shipped").exists()
 
 
+def test_no_file_that_is_called_like_a_key_is_sent_beside_the_one_that_was_named(tmp_path: Path, capsys):
+    night = tmp_path / "night"
+    night.mkdir()
+    for name in ("credentials.json", "my_accessKeys.csv", "prod-service-account.json"):
+        (night / name).write_text('[{"prompt": "FAKE"}]')
+    for name in ("id_rsa", "server.pem", "secret.png", "deep.pem.png"):
+        (night / name).write_bytes(png())
+    (night / "a.csv").write_text("prompt,image\na fox,id_rsa\na hen,server.pem\na cat,secret.png\n")
+    for number, given in enumerate(("", "*", "*.*", "a.csv")):
+        job.pack(tmp_path / f"{number}", str(night / given), [])
+        assert [Path(name).name for name in shipped_files(tmp_path / f"{number}")] == ["a.csv", "secret.png"]
+        assert "called like keys or credentials: " in capsys.readouterr().err
+    (tmp_path / "credentials.json").write_text('[{"prompt": "a fox"}]')
+    job.pack(tmp_path / "named", str(tmp_path / "credentials.json"), [])
+    assert shipped_files(tmp_path / "named") == ["credentials.json"]
+
+
 def test_an_image_by_its_absolute_path_is_refused_with_what_to_do(tmp_path: Path):
     (tmp_path / "a.png").write_bytes(b"a")
     (tmp_path / "one.csv").write_text(f"prompt,image\na fox,{tmp_path}/a.png\n")
