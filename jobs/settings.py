@@ -17,6 +17,7 @@ from pipeline.objects import plain_uri
 
 Count = Annotated[int, Field(ge=1)]
 Amount = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+CONFIG_BYTES = 1_000_000
 
 
 class RenderJob(BaseModel):
@@ -215,7 +216,13 @@ def is_time_of_day(said: str) -> bool:
 def read_config(path: Path, known: list[str]) -> dict[str, Any]:
     """A TOML file's keys, `max-attempts` as `max_attempts`.  Raises UsageError for what is no TOML or no setting."""
     try:
-        said = tomllib.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:                   # a device has no end
+            text = file.read(CONFIG_BYTES + 1)
+        if len(text) > CONFIG_BYTES:
+            raise ValueError(f"at most {CONFIG_BYTES:,} bytes are read")
+        said = tomllib.loads(text.decode())
+    except RecursionError:
+        raise UsageError(f"--config {path} must be TOML: it is nested too deeply") from None
     except OSError as error:
         raise UsageError(f"--config {path}: {error.strerror}") from None
     except ValueError as error:                         # bad TOML, and bytes that are no UTF-8

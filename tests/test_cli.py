@@ -166,7 +166,9 @@ def test_a_bad_configuration_file_is_one_message_and_exit_2(text, message, capsy
 
 def test_a_configuration_file_that_is_not_there_or_no_text_is_said(capsys, tmp_path):
     (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe\x00")
-    for name, message in (("none.toml", "No such file"), ("bytes.toml", "must be TOML"), (".", "Is a directory")):
+    (tmp_path / "deep.toml").write_text("a = " + "[" * 100_000)
+    for name, message in (("none.toml", "No such file"), ("bytes.toml", "must be TOML"), (".", "Is a directory"),
+                          ("deep.toml", "must be TOML"), ("/dev/zero", "at most 1,000,000 bytes")):
         code, _, err = said(capsys, "plan", "m.csv", "--out", "o", "--config", tmp_path / name)
         assert code == 2 and message in err
 
