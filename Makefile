@@ -7,13 +7,15 @@ VENV    := .venv
 # the first of these that is new enough; `make PYTHON=/path/to/python3.12 ...` chooses another
 PYTHON  ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; do \
              $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
-INPUTS  := pyproject.toml constraints.txt constraints.lock
-PINNED  := $(VENV)/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt
-# for rendering, what the lock knows is installed by hash; test tools are at the versions of constraints.txt
-LOCKED  := { if $(VENV)/bin/python infra/lock.py fits; then $(VENV)/bin/python -m pip install --disable-pip-version-check \
-               --require-hashes --no-deps --only-binary :all: --requirement constraints.lock; \
-             else echo "constraints.lock has no hashes for this Python and machine: versions are pinned, hashes not checked"; \
-             fi; } && $(PINNED)
+INPUTS  := pyproject.toml constraints.txt constraints.lock constraints-gpu.lock constraints-dev.lock
+PIP     := $(VENV)/bin/python -m pip install --disable-pip-version-check
+PINNED  := $(PIP) --constraint constraints.txt
+HASHED  := $(PIP) --require-hashes --no-deps --only-binary :all: --requirement
+FITS    := $(VENV)/bin/python infra/lock.py fits
+# by hash, Triton and NVIDIA's libraries where the torch that is now there asks for them; setuptools, which builds, too
+LOCKED  := $(HASHED) constraints.lock && { ! $(FITS) gpu || $(HASHED) constraints-gpu.lock; } \
+           && $(PINNED) --no-build-isolation
+NO_LOCK := echo "constraints.lock has no hashes for this Python and machine: versions are pinned, hashes not checked"
 # said before pip begins; where pip chooses torch with CUDA, as on Linux, that is several GB more
 SIZES   := torch, ray, transformers, pyarrow and what they need, 2 GB on disk and more where torch brings CUDA; minutes
 ARGS    ?=
@@ -45,7 +47,7 @@ freeze: $(VENV)/.installed-dev          ## write the installed versions into con
 	   | grep -v -E '^(pip|wheel)==' | sort -f -u; \
 	 } > constraints.new && mv constraints.new constraints.txt
 
-lock: $(VENV)/.installed                ## write the hashes of what dailies needs into constraints.lock
+lock: $(VENV)/.installed                ## write the hashes of what is installed into constraints*.lock
 	@$(VENV)/bin/python infra/lock.py make
 
 clean:                                  ## remove what make made: .venv, .cache, out, out-night
@@ -62,11 +64,11 @@ $(VENV)/bin/python:
 
 $(VENV)/.installed: $(VENV)/bin/python $(INPUTS)
 	@echo "Installing dailies into $(VENV), the first time only: $(SIZES)"
-	@$(LOCKED) --editable . && touch $@
+	@if $(FITS); then $(LOCKED) --editable .; else $(NO_LOCK); $(PINNED) --editable .; fi && touch $@
 
 $(VENV)/.installed-dev: $(VENV)/bin/python $(INPUTS)
 	@echo "Installing dailies and its test tools into $(VENV), the first time only: $(SIZES)"
-	@$(PINNED) --editable '.[dev]' && touch $@ $(VENV)/.installed
+	@{ ! $(FITS) || $(HASHED) constraints-dev.lock; } && $(PINNED) --editable '.[dev]' && touch $@ $(VENV)/.installed
 
 $(VENV)/.installed-gpu: $(VENV)/bin/python $(INPUTS)
 	@echo "Installing dailies, Triton and the test tools into $(VENV), the first time only: $(SIZES)"

@@ -24,21 +24,38 @@ def test_what_builds_the_distribution_is_pinned():
     assert all(re.fullmatch(r"[\w-]+==[\d.]+", each) for each in PROJECT["build-system"]["requires"])
 
 
-def test_the_lock_has_hashes_for_all_that_is_required_at_the_tested_versions():
-    text = (ROOT / "constraints.lock").read_text().replace("\\\n", " ")
-    pins = {line.split("==")[0]: line for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
-    locked = {}
+def locked(name):
+    """Canonical name -> hashes, of one file; every pin of constraints.txt is the same there."""
+    text = (ROOT / name).read_text().replace("\\\n", " ")
+    pins = {canonical(line.split("==")[0]): line.split("==")[1]
+            for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
+    found = {}
     for line in text.splitlines():
         if not line.startswith("#"):
             pin, *hashes = line.split()
             assert hashes and all(re.fullmatch(r"--hash=sha256:[0-9a-f]{64}", each) for each in hashes), line
-            assert pins[pin.split("==")[0]] == pin
-            locked[canonical(pin.split("==")[0])] = hashes
-    assert not required() - locked.keys() and "setuptools" in locked
-    assert len(locked["torch"]) >= 2                    # the index's own, and a CPU build
+            package, version = pin.split("==")
+            assert pins.get(canonical(package), version) == version, pin
+            found[canonical(package)] = hashes
+    return found
+
+
+def test_the_locks_have_hashes_for_all_that_is_required_at_the_tested_versions():
+    base, gpu, dev = (locked(f"constraints{kind}.lock") for kind in ("", "-gpu", "-dev"))
+    assert not required() - base.keys() and "setuptools" in base
+    assert len(base["torch"]) >= 2                      # the index's own, and a CPU build
+    assert not required("gpu") - base.keys() - gpu.keys() and any(name.startswith("nvidia-") for name in gpu)
+    assert not required("dev") - base.keys() - gpu.keys() - dev.keys()
+    assert not base.keys() & gpu.keys() and not (base.keys() | gpu.keys()) & dev.keys()
 
 
 def test_what_is_locked_is_installed_by_hash():
-    for name in ("Makefile", "infra/Dockerfile"):
-        text = (ROOT / name).read_text().replace("\\\n", " ")
-        assert re.search(r"pip install [^&;]*--require-hashes\s+--no-deps [^&;]*--requirement constraints.lock", text), name
+    by_hash = r"--require-hashes\s+--no-deps --only-binary :all:\s+--requirement"
+    image = (ROOT / "infra/Dockerfile").read_text().replace("\\\n", " ")
+    assert re.search(rf"pip install [^&;]*{by_hash} constraints.lock\s+--requirement constraints-gpu.lock", image)
+    make = (ROOT / "Makefile").read_text()
+    assert re.search(rf"^HASHED .*{by_hash}$", make, re.M)
+    assert all(f"$(HASHED) constraints{kind}.lock" in make for kind in ("", "-gpu", "-dev"))
+    # what builds the distribution comes from the lock too, not from the index a second time
+    assert image.count("--no-build-isolation") == image.count("pip install") - 1
+    assert "$(PINNED) --no-build-isolation" in make
