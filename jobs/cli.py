@@ -448,7 +448,8 @@ def log_plainly() -> None:
 def fail(code: int, message: str, arguments: list[str], complaints: Any = None) -> int:
     """Say it once for a person, and once for a program; a store's or a cluster's words may be anything."""
     from jobs.progress import printable
-    message = "\n".join(printable(line) for line in message.splitlines())
+    from pipeline.masking import without_secrets
+    message = "\n".join(printable(line) for line in without_secrets(message).splitlines())
     if "--json" in arguments:
         details = {"complaints": complaints.as_json()} if complaints else {}
         print(jsonlib.dumps({"error": message, "exit_code": code} | details))

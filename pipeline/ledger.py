@@ -23,6 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.ledger_part import MOST_BYTES, read_part
+from pipeline.masking import without_secrets
 from pipeline.store import NotFound, Store, StoreError, TooLarge
 from pipeline.stored_types import as_text, converted, stored_type
 
@@ -471,6 +472,6 @@ def keys_of(table: pa.Table) -> Iterator[tuple[str, int | None]]:
 
 
 def said(text: str) -> str:
-    """An error's text as it can be stored: valid UTF-8, and not a whole log."""
-    text = text.encode("utf-8", "replace").decode()
+    """An error's text as it can be stored: valid UTF-8, without secrets, and not a whole log."""
+    text = without_secrets(text.encode("utf-8", "replace").decode())
     return text if len(text) <= MAX_ERROR_CHARACTERS else text[:MAX_ERROR_CHARACTERS - 1] + "…"

@@ -132,7 +132,7 @@ def known_manifest(store: Store, run: Mapping[str, Any]) -> dict[str, Any]:
 
 def check_run(store: Store, found: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
     """Raises OtherRun, naming all that differs, unless `found` is the run of this identity."""
-    before, now = found["identity"], json.loads(json.dumps(without_secrets(identity)))
+    before, now = without_secrets(found["identity"]), json.loads(json.dumps(without_secrets(identity)))
     names = list(dict.fromkeys([*now, *before]))
     differing = [f"{name} was {before.get(name)}, is {now.get(name)}"
                  for name in names if name not in GROWS and before.get(name) != now.get(name)]
