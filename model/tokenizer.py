@@ -28,6 +28,7 @@ ADDED = 10_000                                          # Gemma has 6,415
 ADDED_CHARS = 128
 STEPS = 16                                              # of normalising, or of cutting into words
 GROWTH = 256                                            # bytes that a table of replacements may make of one character
+GROWN = 18                                              # characters of one in Unicode's own NFKC, at most (U+FDFA)
 MODELS = ("Unigram", "BPE")                             # of T5, umT5 and Gemma
 # Steps whose time and result grow with the text alone. Replace and Split come with a pattern, see `check_pattern`.
 STEPS_KNOWN = {
@@ -65,6 +66,11 @@ class Tokenizer:
         Raises CheckpointError where the file's tables do not bear this text.
         """
         with quietly(self.where):
+            steps = self.made.normalizer
+            # before it is cut into pieces, which is what takes long
+            if steps is not None and (grown := len(steps.normalize_str(text))) > GROWN * len(text) + 4 * ADDED_CHARS:
+                raise ValueError(f"its normalizer makes {grown:,} characters of {len(text):,}; Unicode makes {GROWN} of one "
+                                 "at most")
             ids = self.made.encode(text).ids
         return ids if at_most is None or len(ids) <= at_most else [*ids[:at_most - 1], self.end]
 

@@ -4,6 +4,7 @@ import base64
 import json
 import shutil
 import time
+import unicodedata
 
 import pytest
 
@@ -146,3 +147,29 @@ def test_code_in_the_folder_is_named_and_neither_asked_about_nor_run(folder, mon
 def test_a_sentencepiece_model_alone_is_told_what_is_missing(folder):
     (folder / "tokenizer.json").unlink()
     assert "only a spiece.model" in refusal(folder)
+
+
+def test_a_table_that_makes_a_text_much_longer_is_refused_before_it_is_cut_into_pieces(folder):
+    """A trie of one entry: a becomes 256 b. Units of the trie are an offset, a label, and whether there is a value."""
+    units = [0] * 512
+    units[0] = 256 << 10
+    units[256 ^ ord("a")] = (256 ^ ord("a") ^ 1) << 10 | 1 << 8 | ord("a")
+    units[1] = 1 << 31
+    trie = b"".join(unit.to_bytes(4, "little") for unit in units)
+    changed(folder, precompiled(charsmap(len(trie), trie + b"b" * 256 + b"\0")))
+    tokenizer = Tokenizer(folder, "m")
+    tokenizer.made = Uncut(tokenizer.made)
+    with pytest.raises(CheckpointError, match="its normalizer makes 2,048,000 characters of 8,000"):
+        tokenizer.ids("a" * 8000)
+
+
+class Uncut:
+    """A tokenizer that is not asked for pieces."""
+
+    def __init__(self, made):
+        self.normalizer = made.normalizer
+
+
+def test_the_character_that_unicode_makes_longest_is_borne():
+    text = "\ufdfa" * 2000
+    assert len(unicodedata.normalize("NFKC", text)) == 18 * len(text) and Tokenizer(T5, "golden").ids(text)[-1] == 1
