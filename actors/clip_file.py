@@ -11,7 +11,7 @@ from pathlib import Path
 
 import av
 
-from actors.messages import Request
+from dailies.actors.messages import Request
 
 DIGEST_HEAD = (56).to_bytes(4, "big") + b"uuid" + bytes.fromhex("5b1c7a0e6d8f4c3f9a55f0d2b7e41c86")     # then 32 bytes
 DIGEST_BYTES = 56

@@ -18,9 +18,18 @@ import numpy as np
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation, VideoReformatter
 from torch import Tensor
 
-from actors.clip_file import (OPENED, NotThisClip, append_digest, check_clip, clip_key, coded_size, labels, most_bytes,
-                              provenance)
-from actors.messages import Clip, Frames, Request
+from dailies.actors.clip_file import (
+    OPENED,
+    NotThisClip,
+    append_digest,
+    check_clip,
+    clip_key,
+    coded_size,
+    labels,
+    most_bytes,
+    provenance,
+)
+from dailies.actors.messages import Clip, Frames, Request
 
 # mbtree off: for pictures under some 100 pixels, x264's macroblock tree reads memory that nobody wrote, and equal
 # frames give unequal bytes.
@@ -46,7 +55,7 @@ class BadEncoding(ValueError):
 
 
 class ClipStore(Protocol):
-    """What publishing needs of a store; pipeline/store.py says what each of these promises."""
+    """What publishing needs of a store; pipeline/store/store.py says what each of these promises."""
 
     def create(self, key: str, data: bytes | Path, *, metadata: dict[str, str] | None = None) -> bool: ...
     def get(self, key: str, *, at_most: int | None = None) -> bytes: ...

@@ -5,13 +5,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from actors.determinism import class_on
-from actors.device_lock import NO_LOCK
-from actors.messages import Frames, Latent
-from actors.room import room_on
-from model.catalog import ModelCard
-from model.shapes import VideoShape
-from model.wan_vae import SLAB
+from dailies.actors.determinism import class_on
+from dailies.actors.device_lock import NO_LOCK
+from dailies.actors.memory import room_on
+from dailies.actors.messages import Frames, Latent
+from dailies.model.catalog import ModelCard
+from dailies.model.shapes import VideoShape
+from dailies.model.wan.vae import SLAB
 
 SAFE_SHARE = 4              # a clip that has failed twice is decoded in a quarter of the memory that is free
 

@@ -10,16 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from actors.determinism import class_on
-from actors.device_lock import NO_LOCK
-from actors.messages import Embedding, Latent, Request
-from model.catalog import ModelCard
-from model.graphs import CudaGraphs, Graphed
-from model.guidance import AdaptiveProjectedGuidance, AverageToo, classifier_free
-from model.samplers import STRAIGHT, Steps, Streams, Velocity, euler
-from model.schedules import flow_match_sigmas
-from model.shapes import LatentGrid
-from model.turbo import compile_blocks
+from dailies.actors.determinism import class_on
+from dailies.actors.device_lock import NO_LOCK
+from dailies.actors.messages import Embedding, Latent, Request
+from dailies.model.catalog import ModelCard
+from dailies.model.graphs import CudaGraphs, Graphed
+from dailies.model.guidance import AdaptiveProjectedGuidance, AverageToo, classifier_free
+from dailies.model.samplers import STRAIGHT, Steps, Streams, Velocity, euler
+from dailies.model.schedules import flow_match_sigmas
+from dailies.model.shapes import LatentGrid
+from dailies.model.turbo import compile_blocks
 
 Guide = Callable[[Tensor, Tensor], Tensor]              # velocities with and without the prompt in, one out
 DRAWN_AT_ONCE = 2**16                                   # numbers; numpy lets no other thread run meanwhile

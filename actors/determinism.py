@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from kernels import cpu
+from dailies.kernels import cpu
 
 
 def class_on(device: str, *, threads: int, compiled: bool = False) -> str:

@@ -21,7 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
-from model.private import lock_folder
+from dailies.model.private import lock_folder
 
 log = logging.getLogger(__name__)
 

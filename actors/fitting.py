@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from actors.messages import Embedding, Latent
-from model.catalog import ModelCard
+from dailies.actors.messages import Embedding, Latent
+from dailies.model.catalog import ModelCard
 
 
 @dataclass(frozen=True)

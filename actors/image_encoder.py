@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from actors.image_file import decode
-from actors.image_parts import ImageError
-from actors.messages import Embedding, FirstFrame, Request
-from actors.room import room_on
-from actors.text_encoder import TextEncoder
-from model.catalog import WanCard
-from model.shapes import VideoShape
-from model.wan_vae import SLAB
+from dailies.actors.image_file import decode
+from dailies.actors.image_parts import ImageError
+from dailies.actors.memory import room_on
+from dailies.actors.messages import Embedding, FirstFrame, Request
+from dailies.actors.text_encoder import TextEncoder
+from dailies.model.catalog import WanCard
+from dailies.model.shapes import VideoShape
+from dailies.model.wan.vae import SLAB
 
 
 class ImageTextEncoder(TextEncoder):

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from actors.image_parts import ImageError, Parts, parts_of
-from model.weights import first_line
+from dailies.actors.image_parts import ImageError, Parts, parts_of
+from dailies.model.weights import first_line
 
 MAX_BYTES = 64 << 20
 MAX_PIXELS = 100_000_000            # as floats 1.2 GB; a page of an atlas, not a decompression bomb

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from model.shapes import VideoShape
+from dailies.model.shapes import VideoShape
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from actors.determinism import class_on
-from actors.device_lock import NO_LOCK
-from actors.messages import Embedding, Request
-from model.catalog import ModelCard
+from dailies.actors.determinism import class_on
+from dailies.actors.device_lock import NO_LOCK
+from dailies.actors.messages import Embedding, Request
+from dailies.model.catalog import ModelCard
 
 
 class TextEncoder:

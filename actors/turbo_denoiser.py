@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from actors.denoiser import Denoiser
-from actors.messages import Embedding, Request
-from actors.wan_denoiser import WanDenoiser
-from model.samplers import Steps, Streams, Velocity, rcm
-from model.schedules import rcm_sigmas, rcm_timestep
-from model.wan import Context
+from dailies.actors.denoiser import Denoiser
+from dailies.actors.messages import Embedding, Request
+from dailies.actors.wan_denoiser import WanDenoiser
+from dailies.model.samplers import Steps, Streams, Velocity, rcm
+from dailies.model.schedules import rcm_sigmas, rcm_timestep
+from dailies.model.wan.transformer import Context
 
 
 class FewSteps(Denoiser):

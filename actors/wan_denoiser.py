@@ -5,14 +5,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from actors.denoiser import Denoiser
-from actors.messages import Embedding
-from actors.room import free_memory
-from model.guidance import classifier_free
-from model.offload import HostCopy, num_bytes
-from model.samplers import Steps, Streams, Velocity, dpm_solver, unipc
-from model.schedules import wan_sigmas, whole_timestep
-from model.wan import Context, WanDiT
+from dailies.actors.denoiser import Denoiser
+from dailies.actors.memory import free_memory
+from dailies.actors.messages import Embedding
+from dailies.model.guidance import classifier_free
+from dailies.model.offload import HostCopy, num_bytes
+from dailies.model.samplers import Steps, Streams, Velocity, dpm_solver, unipc
+from dailies.model.schedules import wan_sigmas, whole_timestep
+from dailies.model.wan.transformer import Context, WanDiT
 
 SOLVERS = {"unipc": unipc, "dpm++": dpm_solver}
 SAMPLERS_SHARE = 0.75                                   # of a GPU's memory; the rest is for decoder and encoder

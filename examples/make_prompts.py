@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs.demo.world import ATTRIBUTES, Scene, describe
+from dailies.jobs.demo.world import ATTRIBUTES, Scene, describe
 
 
 def rows() -> list[dict]:

@@ -12,9 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
-from jobs.process import leave, speak_safely
-from jobs.signals import on_signals
-from jobs.usage import absent_package
+from dailies import HOME
+from dailies.jobs.process import leave, speak_safely
+from dailies.jobs.signals import on_signals
+from dailies.jobs.usage import absent_package
 
 try:
     import typer
@@ -24,7 +25,7 @@ except ModuleNotFoundError as error:                    # a job on a cluster's h
     sys.exit(5)
 
 if TYPE_CHECKING:
-    from jobs.settings import RenderJob
+    from dailies.jobs.settings import RenderJob
 
 HELP = """Render tonight, look tomorrow: large text-to-video batches, from a manifest of prompts to clips in a folder
 or bucket.
@@ -192,7 +193,7 @@ def render(options: dict[str, Any], json: Json = False) -> int:
       dailies render --config night.toml --until 07:00 --max-cost 400 --price 2.5
     """
     job = job_of(options)
-    from jobs.render import render
+    from dailies.jobs.render import render
     return render(job, json=json)
 
 
@@ -207,15 +208,15 @@ def plan(options: dict[str, Any], json: Json = False) -> int:
     Example:  dailies plan examples/prompts.parquet --out out/
     """
     job = job_of(options, needs_out=False)
-    from jobs.plan import show_plan
+    from dailies.jobs.plan import show_plan
     return show_plan(job, json=json)
 
 
 def job_of(options: dict[str, Any], needs_out: bool = True) -> "RenderJob":
     """The settings, checked, and a word at once: what comes next takes seconds to import."""
-    from jobs.progress import printable, say
-    from jobs.settings import RenderJob
-    from jobs.usage import refuse_absent_gpu
+    from dailies.jobs.progress import printable, say
+    from dailies.jobs.settings import RenderJob
+    from dailies.jobs.usage import refuse_absent_gpu
     job = RenderJob.read(options, options.pop("config"), needs_out=needs_out)
     refuse_absent_gpu(job.device, job.ray)
     # of a link only what names the file: the rest may be a key
@@ -236,8 +237,8 @@ def submit(options: dict[str, Any],
     \b
     Example:  dailies submit night.parquet --out s3://b/runs/0412 --address http://head:8265 --wait
     """
-    from jobs.settings import RenderJob
-    from jobs.submit import one_manifest, submit
+    from dailies.jobs.settings import RenderJob
+    from dailies.jobs.submit import one_manifest, submit
     if options.pop("ray") is not None:
         raise typer.BadParameter("submit runs on the cluster at --address; leave --ray out")
     if options.pop("cpus") is not None:
@@ -254,7 +255,7 @@ def status(uri: RunUri, json: Json = False) -> int:
     \b
     Example:  dailies status s3://b/runs/0412
     """
-    from jobs.runs import status
+    from dailies.jobs.runs import status
     return status(uri, json=json)
 
 
@@ -270,7 +271,7 @@ def verify(uri: RunUri,
       dailies verify out/
       dailies verify out/ --repair
     """
-    from jobs.verify import verify
+    from dailies.jobs.verify import verify
     return verify(uri, json=json, repair=repair)
 
 
@@ -284,7 +285,7 @@ def retry(uri: RunUri,
     \b
     Example:  dailies retry out/ --where error_type=WorkerDied
     """
-    from jobs.runs import retry
+    from dailies.jobs.runs import retry
     return retry(uri, where or [], json=json)
 
 
@@ -297,7 +298,7 @@ def models(name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="On
     \b
     Example:  dailies models linum-v2-720p --weights /data/linum-v2-720p
     """
-    from jobs.runs import models
+    from dailies.jobs.runs import models
     return models(name, weights, json=json)
 
 
@@ -315,10 +316,10 @@ def convert(source: Annotated[str, typer.Argument(
     \b
     Example:  dailies convert Wan2.1-T2V-1.3B/ --model wan2.1-t2v-1.3b --to s3://b/weights/wan2.1-t2v-1.3b
     """
-    from jobs.usage import checked_place
+    from dailies.jobs.usage import checked_place
     checked_place("SRC", source)
     checked_place("--to", to)
-    from jobs.convert import convert
+    from dailies.jobs.convert import convert
     return convert(source, model, to, precision=precision, json=json)
 
 
@@ -359,12 +360,12 @@ def bench(what: Annotated[str | None, typer.Argument(
       dailies bench gpu --out found
     """
     if what == "gpu" and model is None and not random_weights:
-        from jobs.gpu.__main__ import run
+        from dailies.jobs.gpu.__main__ import run
         return run(out, budget=budget or 540, only=only, tiny=tiny, json=json)
     if out or budget or only or tiny:
-        from jobs.usage import UsageError
+        from dailies.jobs.usage import UsageError
         raise UsageError("--out, --budget, --only and --tiny are of: dailies bench gpu")
-    from jobs.bench import bench
+    from dailies.jobs.bench.command import bench
     return bench(what, model, random_weights=random_weights, gpu_shapes=gpu_shapes, ways=ways, steps=steps, frames=frames,
                  size=size, json=json)
 
@@ -408,7 +409,7 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and (lacking := absent_package(error)):
             return fail(5, lacking, arguments)
-        from jobs.settings import exit_code_of
+        from dailies.jobs.settings import exit_code_of
         if (code := exit_code_of(error)) is None:
             raise                                       # our own mistake: the traceback is what helps
         return fail(code, str(error), arguments, getattr(error, "complaints", None))
@@ -427,7 +428,7 @@ def import_nothing_from_here() -> None:
     """Whatever .py files lie where the command is given, none is taken for a module of ours or of a library's: `python
     -m`, and an empty entry of PYTHONPATH, would look there first. A checkout that is worked in stays."""
     here = os.path.realpath(os.curdir)                  # raises FileNotFoundError where it has been deleted
-    if here != os.path.realpath(Path(__file__).parent.parent):
+    if here != str(HOME):
         sys.path[:] = [path for path in sys.path if path and os.path.realpath(path) != here]
 
 
@@ -437,7 +438,7 @@ def log_plainly() -> None:
 
     class Plain(logging.Formatter):
         def format(self, record: logging.LogRecord) -> str:
-            from jobs.progress import printable
+            from dailies.jobs.progress import printable
             return "\n".join(printable(line) for line in super().format(record).splitlines())
 
     handler = logging.StreamHandler()
@@ -447,8 +448,8 @@ def log_plainly() -> None:
 
 def fail(code: int, message: str, arguments: list[str], complaints: Any = None) -> int:
     """Say it once for a person, and once for a program; a store's or a cluster's words may be anything."""
-    from jobs.progress import printable
-    from pipeline.masking import without_secrets
+    from dailies.jobs.progress import printable
+    from dailies.pipeline.run.masking import without_secrets
     message = "\n".join(printable(line) for line in without_secrets(message).splitlines())
     if "--json" in arguments:
         details = {"complaints": complaints.as_json()} if complaints else {}

@@ -16,29 +16,39 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
-from jobs import sandbox
-from jobs.usage import UsageError, card_named
-from kernels.int8_linear import quantize_rows
-from model import checkpoint, keys, turbo
-from model.card import Layout, ModelCard
-from model.catalog import LinumCard
-from model.clip import from_open_clip
-from model.private import at_home, cache_folder
-from model.text import described_encoder
-from model.tokenizer import Tokenizer
-from model.weights import INDEX, PICKLES, SMALL_BYTES, SMALL_KINDS, CheckpointError, is_file, listed, read_small, weight_map
-from pipeline.fetch import bring
-from pipeline.store import Store, open_store
+from dailies import HOME
+from dailies.jobs import sandbox
+from dailies.jobs.usage import UsageError, card_named
+from dailies.kernels.int8_linear import quantize_rows
+from dailies.model import checkpoint, keys, turbo
+from dailies.model.card import Layout, ModelCard
+from dailies.model.catalog import LinumCard
+from dailies.model.private import at_home, cache_folder
+from dailies.model.text import described_encoder
+from dailies.model.tokenizer import Tokenizer
+from dailies.model.wan.image_encoder import from_open_clip
+from dailies.model.weights import (
+    INDEX,
+    PICKLES,
+    SMALL_BYTES,
+    SMALL_KINDS,
+    CheckpointError,
+    is_file,
+    listed,
+    read_small,
+    weight_map,
+)
+from dailies.pipeline.store.fetch import bring
+from dailies.pipeline.store.store import Store, open_store
 
 SAID_BYTES = 8000                                       # of what the reader of a pickle says
 EXPERTS = ("high", "low")                               # for noise, in the order of a layout's dits
 SHARD_BYTES = 4_000_000_000                             # a bucket takes 5 GB in one request
-HOME = Path(__file__).resolve().parent.parent
 # of our environment, all that the process gets which opens a pickle
 PASSED_ON = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR", "OMP_NUM_THREADS")
 
@@ -183,7 +193,7 @@ def unpickle(path: Path, target: Path) -> None:
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     with open(target, "wb", opener=lambda name, _: os.open(name, flags, 0o600)) as made, \
             tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors, sandbox.undumpable():
-        child = subprocess.run([sys.executable, sandbox.__file__, "jobs.unpickle", path.absolute(), str(made.fileno())],
+        child = subprocess.run([sys.executable, sandbox.__file__, "dailies.jobs.unpickle", path.absolute(), str(made.fileno())],
                                env=environment, cwd=target.parent, stdin=subprocess.DEVNULL, stdout=out, stderr=errors,
                                pass_fds=[made.fileno()], start_new_session=True)
         said, complaint = (text_of(file) for file in (out, errors))
@@ -299,8 +309,8 @@ def check(card: ModelCard, part: Part, folder: Path) -> None:
 
 
 def described(card: ModelCard, kind: str) -> torch.nn.Module:
-    from model.clip import ClipVision
-    from model.wan_vae import WanVAE
+    from dailies.model.wan.image_encoder import ClipVision
+    from dailies.model.wan.vae import WanVAE
     with torch.device("meta"):
         return WanVAE(card.vae_config) if kind == "vae" else ClipVision(card.clip_config)
 

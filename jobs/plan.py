@@ -9,17 +9,27 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from jobs.progress import counted, duration_text, printable, say
-from jobs.render import Book, Night, check_weights, limits_of, machines_of, notes_of, prepare, stages_of, what_is_made
-from jobs.runs import bucket_text
-from jobs.settings import RenderJob
-from model.private import cache_folder
-from model.weights import hub_bytes, hub_folder
-from pipeline.forecast import Forecast, forecast, measured_costs, rows_by_work, work_of
-from pipeline.ledger import read
-from pipeline.placement import NoRoom
-from pipeline.runfile import SHAPE
-from pipeline.store import StoreError, open_store
+from dailies.jobs.progress import counted, duration_text, printable, say
+from dailies.jobs.render import (
+    Book,
+    Night,
+    check_weights,
+    limits_of,
+    machines_of,
+    notes_of,
+    prepare,
+    stages_of,
+    what_is_made,
+)
+from dailies.jobs.runs import bucket_text
+from dailies.jobs.settings import RenderJob
+from dailies.model.private import cache_folder
+from dailies.model.weights import hub_bytes, hub_folder
+from dailies.pipeline.run.ledger import read
+from dailies.pipeline.run.run_json import SHAPE
+from dailies.pipeline.scheduler.forecast import Forecast, forecast, measured_costs, rows_by_work, work_of
+from dailies.pipeline.scheduler.placement import NoRoom
+from dailies.pipeline.store.store import StoreError, open_store
 
 SECONDS = ("encode_s", "sample_s", "decode_s", "publish_s", "gpu_s")
 

@@ -1,7 +1,6 @@
 """One run, there and back: settings in; clips, a ledger and an exit code out."""
 
 import json as jsonlib
-import os
 import platform
 import shlex
 import signal
@@ -17,38 +16,47 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from actors.clip_file import clip_key
-from actors.cores import usable_cores
-from actors.messages import Clip, Failure, Request
-from actors.shelf import EMBEDDINGS, LATENTS, Seal, clear, is_ours
-from actors.steps import STEPS
-from jobs.progress import Display, counted, duration_text, printable, say
-from jobs.runs import clip_of
-from jobs.settings import RenderJob
-from jobs.signals import on_signals
-from jobs.usage import NO_GPU, UsageError, card_named
-from model.catalog import ModelCard
-from model.private import at_home
-from model.ways import AUTO, CAPABILITIES, Gpu, Way, fastest
-from model.weights import fingerprint, locate, weights_files, weights_here
-from pipeline.adoption import Spoilt, adopt
-from pipeline.budget import Budget
-from pipeline.complaints import shown
-from pipeline.fetch import bring
-from pipeline.gate import REJECTED
-from pipeline.growth import Change, change, grow
-from pipeline.lease import Lease
-from pipeline.ledger import (SUCCESS, Ledger, forget_retried, hashes_of, invalid_row, keys_of, read, row_of,
-                             write_success)
-from pipeline.manifest import Manifest
-from pipeline.objects import PROBE, PROBE_KEY
-from pipeline.placement import Node
-from pipeline.plan import BLOCK, RESEEDS, Defaults, Except, Plan, PlannedRow, with_another_seed
-from pipeline.runfile import RUN, check_counts, check_run, claim_run, has, read_run
-from pipeline.seal import BadSealKey, drop_key, own_key, seal_of
-from pipeline.stages import Outcome, Stage
-from pipeline.store import FolderStore, Store, StoreError, open_store
-from pipeline.text_to_video import text_to_video
+from dailies.actors.clip_file import clip_key
+from dailies.actors.cores import usable_cores
+from dailies.actors.gate import REJECTED
+from dailies.actors.messages import Clip, Failure, Request
+from dailies.jobs.progress import Display, counted, duration_text, printable, say
+from dailies.jobs.runs import clip_of
+from dailies.jobs.settings import RenderJob
+from dailies.jobs.signals import on_signals
+from dailies.jobs.usage import NO_GPU, UsageError, card_named
+from dailies.model.catalog import ModelCard
+from dailies.model.private import at_home
+from dailies.model.ways import AUTO, CAPABILITIES, Gpu, Way, fastest
+from dailies.model.weights import fingerprint, locate, weights_files, weights_here
+from dailies.pipeline.manifest.manifest import Manifest
+from dailies.pipeline.manifest.validation import shown
+from dailies.pipeline.plan import BLOCK, RESEEDS, Defaults, Except, Plan, PlannedRow, with_another_seed
+from dailies.pipeline.run.adoption import Spoilt, adopt
+from dailies.pipeline.run.growth import Change, change, grow
+from dailies.pipeline.run.intermediates import EMBEDDINGS, LATENTS, Seal, clear, is_ours
+from dailies.pipeline.run.lease import Lease
+from dailies.pipeline.run.ledger import (
+    SUCCESS,
+    Ledger,
+    forget_retried,
+    hashes_of,
+    invalid_row,
+    keys_of,
+    read,
+    row_of,
+    write_success,
+)
+from dailies.pipeline.run.run_json import RUN, check_counts, check_run, claim_run, has, read_run
+from dailies.pipeline.run.saved_steps import STEPS
+from dailies.pipeline.run.seal import BadSealKey, drop_key, own_key, seal_of
+from dailies.pipeline.scheduler.budget import Budget
+from dailies.pipeline.scheduler.placement import Node
+from dailies.pipeline.stages import Outcome, Stage
+from dailies.pipeline.store.fetch import bring
+from dailies.pipeline.store.objects import PROBE, PROBE_KEY
+from dailies.pipeline.store.store import FolderStore, Store, StoreError, open_store
+from dailies.pipeline.text_to_video import text_to_video
 
 PACKAGES = ("torch", "transformers", "ray", "av", "pyarrow")      # whose versions run.json tells
 SHOWN_FAILURES = 20
@@ -219,7 +227,7 @@ def gpus_of(ray: str) -> tuple[Gpu, ...]:
         import torch
         return tuple({Gpu(name=torch.cuda.get_device_name(place), capability=torch.cuda.get_device_capability(place))
                       for place in range(torch.cuda.device_count())})
-    from pipeline import cluster
+    from dailies.pipeline.scheduler import cluster
     with cluster.connect(ray):
         kinds = sorted({node.gpu for node in cluster.nodes() if node.gpus})
     return tuple(Gpu(name=kind or "a GPU without a name", capability=CAPABILITIES.get(kind)) for kind in kinds)
@@ -231,7 +239,7 @@ def device_of(ray: str) -> str:
     if ray == "local":
         import torch
         return "cuda" if torch.cuda.is_available() else "cpu"
-    from pipeline import cluster
+    from dailies.pipeline.scheduler import cluster
     with cluster.connect(ray):
         return "cuda" if any(node.gpus for node in cluster.nodes()) else "cpu"
 
@@ -241,7 +249,7 @@ def machines_of(job: RenderJob) -> list[Node]:
     if job.ray == "local":
         import torch
         return [Node(id="here", host="this machine", cpus=cores_of(job), gpus=torch.cuda.device_count())]
-    from pipeline import cluster
+    from dailies.pipeline.scheduler import cluster
     with cluster.connect(job.ray):
         return cluster.nodes()
 
@@ -453,7 +461,7 @@ def files_of_clips(store: Store) -> dict[str, int]:
 
 def work(night: Night, book: Book, todo: Iterable[Request], num_clips: int, budget: Budget) -> Any:
     """Render until all is done, the budget is used up or somebody stops it; returns the Stop."""
-    from pipeline import cluster                        # Ray is wanted only where there is something to do
+    from dailies.pipeline.scheduler import cluster  # Ray is wanted only where there is something to do
     job, stop = night.job, cluster.Stop()
     book.lease.on_lost = stop.now
     spoilt = {clip_id: found.sha256 for clip_id, found in book.spoilt.items()}

@@ -8,16 +8,16 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from jobs.progress import counted, duration_text, printable, say
-from jobs.usage import UsageError, card_named, checked_place
-from model.catalog import CATALOG, ModelCard
-from model.private import at_home
-from model.weights import CheckpointError, locate, missing_files, weights_files
-from pipeline import ledger
-from pipeline.lease import Lease
-from pipeline.pace import WAIT_AND_WORK, pace
-from pipeline.runfile import RUN, SHAPE, OtherRun, check_counts, has, known_manifest, read_run
-from pipeline.store import Store, StoreError, open_store
+from dailies.jobs.progress import counted, duration_text, printable, say
+from dailies.jobs.usage import UsageError, card_named, checked_place
+from dailies.model.catalog import CATALOG, ModelCard
+from dailies.model.private import at_home
+from dailies.model.weights import CheckpointError, locate, missing_files, weights_files
+from dailies.pipeline.run import ledger
+from dailies.pipeline.run.lease import Lease
+from dailies.pipeline.run.pace import WAIT_AND_WORK, pace
+from dailies.pipeline.run.run_json import RUN, SHAPE, OtherRun, check_counts, has, known_manifest, read_run
+from dailies.pipeline.store.store import Store, StoreError, open_store
 
 STALE = timedelta(minutes=15)                           # without a row for so long, nobody promises an ETA
 

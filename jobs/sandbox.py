@@ -221,7 +221,8 @@ class undumpable:
 if __name__ == "__main__":
     module, given_source, target = sys.argv[1:]
     home = Path(os.environ["PYTHONPATH"].partition(os.pathsep)[0])
-    for unshut in enter(Path(given_source).resolve(), [home / name for name in ("kernels", "model", "jobs")]):
+    names = ("dailies",) if (home / "dailies" / "jobs").is_dir() else ("dailies", "kernels", "model", "jobs")
+    for unshut in enter(Path(given_source).resolve(), [home / name for name in names]):
         print(unshut)
     sys.stdout.flush()
     sys.argv = [module, given_source, target]

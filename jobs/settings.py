@@ -9,11 +9,11 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from jobs.usage import UsageError, checked_place, suggestion
-from pipeline.complaints import shown
-from pipeline.manifest_names import NAMES
-from pipeline.masking import without_secrets
-from pipeline.objects import plain_uri
+from dailies.jobs.usage import UsageError, checked_place, suggestion
+from dailies.pipeline.manifest.columns import NAMES
+from dailies.pipeline.manifest.validation import shown
+from dailies.pipeline.run.masking import without_secrets
+from dailies.pipeline.store.objects import plain_uri
 
 Count = Annotated[int, Field(ge=1)]
 Amount = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -249,12 +249,12 @@ def problem(detail: Mapping[str, Any], flags: set[str], config: Path | None) -> 
 
 def exit_code_of(error: Exception) -> int | None:
     """2 for what the person has to put right, 5 for an unusable store or cluster, None for our own mistakes."""
-    from model.weights import CheckpointError
-    from pipeline.complaints import ManifestError
-    from pipeline.driver import ClusterError
-    from pipeline.lease import LeaseError
-    from pipeline.runfile import OtherRun
-    from pipeline.store import NotFound, StoreError
+    from dailies.model.weights import CheckpointError
+    from dailies.pipeline.manifest.validation import ManifestError
+    from dailies.pipeline.run.lease import LeaseError
+    from dailies.pipeline.run.run_json import OtherRun
+    from dailies.pipeline.scheduler.driver import ClusterError
+    from dailies.pipeline.store.store import NotFound, StoreError
     if isinstance(error, (UsageError, ManifestError, CheckpointError, OtherRun)):
         return 2
     # LeaseError is 5: nothing is wrong with the command, and it continues the run once the folder is free

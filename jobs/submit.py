@@ -26,26 +26,27 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 from urllib.parse import urlsplit
 
-from jobs.progress import printable
-from jobs.settings import RenderJob, parsed_map
-from jobs.usage import UsageError
-from model.private import at_home
-from pipeline.beneath import TooLong, Unfit, read_below
-from pipeline.complaints import shown
-from pipeline.manifest_bytes import unfolded
-from pipeline.manifest_files import IMAGES, STDIN, ManifestFile, find_files, from_stdin, typed_rows
-from pipeline.manifest_text import sniffed
-from pipeline.masking import names_a_secret, without_secrets
+from dailies import HOME
+from dailies.jobs.progress import printable
+from dailies.jobs.settings import RenderJob, parsed_map
+from dailies.jobs.usage import UsageError
+from dailies.model.private import at_home
+from dailies.pipeline.manifest.files import IMAGES, STDIN, ManifestFile, find_files, from_stdin, typed_rows
+from dailies.pipeline.manifest.raw_bytes import unfolded
+from dailies.pipeline.manifest.text import sniffed
+from dailies.pipeline.manifest.validation import shown
+from dailies.pipeline.run.masking import names_a_secret, without_secrets
+from dailies.pipeline.store.beneath import TooLong, Unfit, read_below
 
 if TYPE_CHECKING:
-    from pipeline.manifest import Manifest
+    from dailies.pipeline.manifest.manifest import Manifest
 
-HOME = Path(__file__).resolve().parent.parent
 PACKAGES = ("kernels", "model", "actors", "pipeline", "jobs")
 SHIPPED = (".py", ".safetensors", ".json", ".yaml", ".model")          # what our packages are made of
 LISTED = 100                    # names of what is sent
@@ -92,7 +93,7 @@ def submit(manifest: str, out: str, address: str, render_args: list[str], wait: 
         with tempfile.TemporaryDirectory(prefix="dailies-submit-") as folder:
             render = ["render", *pack(Path(folder), manifest, render_args), "--out", out, "--ray", "auto"]
             client = connect(address)
-            job_id = start(client, address, shlex.join(["python", "-m", "jobs.cli", *render]), folder)
+            job_id = start(client, address, shlex.join(["python", "-m", "dailies.jobs.cli", *render]), folder)
     except HeadError as error:
         return stop(EXIT_UNUSABLE, str(error), json=json, address=address, out=out)
 
@@ -116,6 +117,12 @@ def submit(manifest: str, out: str, address: str, render_args: list[str], wait: 
     return exit_code
 
 
+def homes() -> dict[str, Path]:
+    """Where the files of our packages lie, in a checkout or installed, by the folder in which the cluster imports them."""
+    return {"dailies": HOME / "dailies"} | {
+        f"dailies/{package}": Path(import_module(f"dailies.{package}").__path__[0]) for package in PACKAGES}
+
+
 def pack(folder: Path, manifest: str, render_args: list[str]) -> list[str]:
     """Fill `folder` with what the cluster needs: our packages, the manifest and its images; says on stderr what that is.
 
@@ -125,10 +132,10 @@ def pack(folder: Path, manifest: str, render_args: list[str]) -> list[str]:
     be read; nothing is copied then.
     """
     parcel = Parcel()
-    for package in PACKAGES:
-        for name, file in files_under(HOME / package):
+    for package, home in homes().items():
+        for name, file in files_under(home):
             if file.suffix in SHIPPED:
-                parcel.read(f"{package}/{name}", file, (HOME / package).resolve())
+                parcel.read(f"{package}/{name}", file, home.resolve())
     ours, named = parcel.sizes(), manifest
     if "://" not in manifest:
         named = pack_manifest(parcel, at_home(manifest), mapping_in(render_args))
@@ -214,7 +221,7 @@ def pack_manifest(parcel: Parcel, source: Path, mapping: dict[str, str]) -> str:
 
     Raises UsageError, ManifestError.
     """
-    from pipeline.manifest import Manifest
+    from dailies.pipeline.manifest.manifest import Manifest
 
     named, base, files = local_manifest(source)
     held = {}
@@ -256,9 +263,9 @@ def images_of(parcel: Parcel, read: "Manifest", shipped: dict[str, ManifestFile]
     shipped: the manifest's own files, by their name there.  What is in a bucket, missing, hidden, outside the folder or
     no image stays behind: render says so.  Raises UsageError for an absolute path.
     """
-    from actors.image_file import examine
-    from actors.image_parts import ImageError
-    from pipeline.images import folder_of, locate, read_file
+    from dailies.actors.image_file import examine
+    from dailies.actors.image_parts import ImageError
+    from dailies.pipeline.manifest.images import folder_of, locate, read_file
 
     there = {file.name: posixpath.dirname(name) for name, file in shipped.items()}
     ends = [first for _, first in read.files[1:]] + [read.table.num_rows]
@@ -362,7 +369,7 @@ def connect(address: str) -> JobClient:
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
-    from pipeline.cluster import answers_anyone, open_to_everybody
+    from dailies.pipeline.scheduler.cluster import answers_anyone, open_to_everybody
     if answers_anyone(address):
         raise HeadError(open_to_everybody(address))
 

@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from model.card import ModelCard
+    from dailies.model.card import ModelCard
 
 
 # what a GPU's driver makes, NVIDIA's, AMD's or that of Windows' Linux: asked before torch, which takes long to import
@@ -72,7 +72,7 @@ def suggestion(word: str, known: list[str]) -> str:
 
 def card_named(name: str) -> "ModelCard":
     """The catalogue's card of this name.  Raises UsageError."""
-    from model.catalog import CATALOG
+    from dailies.model.catalog import CATALOG
     if name not in CATALOG:
         raise UsageError(f"no model is called {name!r}.{suggestion(name, list(CATALOG))} "
                          f"There are: {', '.join(CATALOG)}")

@@ -10,11 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import Any
 
-from jobs.progress import counted, printable
-from jobs.runs import clip_of, open_run
-from pipeline import ledger
-from pipeline.lease import Lease
-from pipeline.store import NotFound, Store, TooLarge
+from dailies.jobs.progress import counted, printable
+from dailies.jobs.runs import clip_of, open_run
+from dailies.pipeline.run import ledger
+from dailies.pipeline.run.lease import Lease
+from dailies.pipeline.store.store import NotFound, Store, TooLarge
 
 READERS = 4
 LINE_EVERY_S = 10.0
@@ -75,8 +75,8 @@ def check(store: Store, row: Mapping[str, Any]) -> str | None:
 
     The row may be forged as well: what it says is compared with what a row can ask for before anything is read.
     """
-    from actors.clip_file import most_bytes
-    from pipeline.adoption import clip_bytes
+    from dailies.actors.clip_file import most_bytes
+    from dailies.pipeline.run.adoption import clip_bytes
     if not CLIP_ID.fullmatch(row["clip_id"] or ""):
         return "no clip has this name: it must be 64 digits of a SHA-256"
     if absent := [name for name in ("sha256", "bytes", "width", "height", "frames", "fps") if row.get(name) is None]:
@@ -99,7 +99,7 @@ def check(store: Store, row: Mapping[str, Any]) -> str | None:
 
 def compared(data: bytes, row: Mapping[str, Any]) -> str | None:
     """What is wrong with a clip's bytes; FFmpeg sees only those that the ledger names."""
-    from actors.clip_file import NotThisClip, check_file
+    from dailies.actors.clip_file import NotThisClip, check_file
     if len(data) != row["bytes"] or hashlib.sha256(data).hexdigest() != row["sha256"]:
         return f"changed: {len(data):,} bytes whose SHA-256 is not the ledger's ({row['bytes']:,} bytes)"
     try:
@@ -112,6 +112,6 @@ def compared(data: bytes, row: Mapping[str, Any]) -> str | None:
 
 def largest_shape() -> tuple[int, int]:
     """The most pixels of a frame, and the most frames, that a row can ask any model for."""
-    from model.catalog import CATALOG
+    from dailies.model.catalog import CATALOG
     return (max(card.max_pixels for card in CATALOG.values()),
             max(int(card.fps * card.max_duration_s) + 1 for card in CATALOG.values()))

@@ -6,16 +6,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from model.shapes import LatentGrid, VideoShape
+from dailies.model.shapes import LatentGrid, VideoShape
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from model.checkpoint import StoredTensor
-    from model.keys import KeyTable
-    from model.text import T5TextEncoder
-    from model.turbo import Sparsity
-    from model.wan_vae import WanVAE, WanVAEConfig
+    from dailies.model.checkpoint import StoredTensor
+    from dailies.model.keys import KeyTable
+    from dailies.model.text import T5TextEncoder
+    from dailies.model.turbo import Sparsity
+    from dailies.model.wan.vae import WanVAE, WanVAEConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +92,7 @@ class ModelCard:
 
     @property
     def vae_config(self) -> "WanVAEConfig":
-        from model.wan_vae import WanVAEConfig
+        from dailies.model.wan.vae import WanVAEConfig
         return WanVAEConfig(**self.vae_fields)
 
     @property
@@ -109,9 +109,9 @@ class ModelCard:
 
         Raises CheckpointError.
         """
-        from model import checkpoint, keys
-        from model.wan_vae import WanVAE, channels_last
-        from model.weights import layout_in, stored_at
+        from dailies.model import checkpoint, keys
+        from dailies.model.wan.vae import WanVAE, channels_last
+        from dailies.model.weights import layout_in, stored_at
         vae = checkpoint.build(lambda: WanVAE(self.vae_config), stored_at(weights, layout_in(self, weights).vae),
                                keys.WAN_VAE, keys.WAN_VAE_DIFFUSERS, name=self.name, device=device,
                                precision=decode_precision or self.vae_precision(precision or self.precision_on(device)))
@@ -136,20 +136,20 @@ class ModelCard:
 
         Raises CheckpointError.
         """
-        from model import turbo
+        from dailies.model import turbo
         return turbo.build(self.new_dit, path, *self.dit_tables, name=self.name, device=device,
                            precision=precision or self.precision_on(device), attention=attention or self.attentions[0],
                            sparsity=self.sparsity)
 
     @property
     def sparsity(self) -> "Sparsity":
-        from model.turbo import Sparsity
+        from dailies.model.turbo import Sparsity
         return Sparsity(keep_ratio=self.keep_ratio, block_q=self.sparse_blocks[0], block_k=self.sparse_blocks[1],
                         tuned=self.tuned_for_sparse)
 
     def precision_in(self, weights: Path, device: str) -> str:
         """What runs when nobody says: as precision_on, but INT8 layers stay INT8.  Raises CheckpointError."""
-        from model import turbo
+        from dailies.model import turbo
         return "int8" if turbo.scheme_of(self.dit_tensors(weights)) else self.precision_on(device)
 
     def fallbacks(self, weights: Path | None, device: str, precision: str) -> tuple[str, ...]:
@@ -157,20 +157,20 @@ class ModelCard:
 
         Raises CheckpointError.
         """
-        from model import turbo
+        from dailies.model import turbo
         return turbo.fallbacks(self.dit_tensors(weights) if weights else {}, device, precision)
 
     def decode_fallbacks(self, device: str, precision: str | None, decode_precision: str | None) -> tuple[str, ...]:
         """As fallbacks, of a VAE that is to decode in bf16 where the rest is fp32."""
-        from kernels import cpu
+        from dailies.kernels import cpu
         in_bf16 = decode_precision == "bf16" and (precision or self.precision_on(device)) == "fp32"
         notes = cpu.instead_of_bf16() if in_bf16 and device.startswith("cpu") else ()
         return tuple(note.replace("computed", "decoded", 1) for note in notes)
 
     def dit_tensors(self, weights: Path) -> Mapping[str, "StoredTensor"]:
         """What the file of the (first) transformer says it holds."""
-        from model import checkpoint
-        from model.weights import layout_in, stored_at
+        from dailies.model import checkpoint
+        from dailies.model.weights import layout_in, stored_at
         return checkpoint.stored_tensors(stored_at(weights, layout_in(self, weights).dits[0]))
 
     def latent_statistics(self, weights: Path) -> tuple["Tensor", "Tensor"]:

@@ -9,18 +9,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from model.card import Layout, ModelCard, too_narrow
-from model.shapes import VideoShape
+from dailies.model.card import Layout, ModelCard, too_narrow
+from dailies.model.shapes import VideoShape
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from model.clip import ClipVision, ClipVisionConfig
-    from model.keys import KeyTable
-    from model.linum import LinumConfig, LinumDiT
-    from model.text import T5TextEncoder, UMT5TextEncoder
-    from model.wan import WanConfig, WanDiT
-    from model.wan_vae import WanVAE
+    from dailies.model.keys import KeyTable
+    from dailies.model.linum.transformer import LinumConfig, LinumDiT
+    from dailies.model.text import T5TextEncoder, UMT5TextEncoder
+    from dailies.model.wan.image_encoder import ClipVision, ClipVisionConfig
+    from dailies.model.wan.transformer import WanConfig, WanDiT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +48,7 @@ class LinumCard(ModelCard):
 
     @property
     def dit_config(self) -> "LinumConfig":
-        from model.linum import LinumConfig
+        from dailies.model.linum.transformer import LinumConfig
         return LinumConfig(**self.dit_fields)
 
     def builders(self) -> list[Callable[[Path, str, str | None], Any]]:
@@ -57,7 +56,7 @@ class LinumCard(ModelCard):
 
     def text_encoder(self, weights: Path, device: str, precision: str | None = None) -> "T5TextEncoder":
         """The text encoder, loaded.  Raises CheckpointError."""
-        from model.text import T5TextEncoder
+        from dailies.model.text import T5TextEncoder
         return T5TextEncoder(weights / self.text_encoder_folder, weights / self.tokenizer_folder, device,
                              name=self.name, precision=precision or self.precision_on(device),
                              max_tokens=self.dit_config.text_len, width=self.dit_config.text_dim).checked(self.name)
@@ -67,17 +66,17 @@ class LinumCard(ModelCard):
         return self.dit_from(weights / self.dit_file, device, precision, attention)
 
     def new_dit(self) -> "LinumDiT":
-        from model.linum import LinumDiT
+        from dailies.model.linum.transformer import LinumDiT
         return LinumDiT(self.dit_config)
 
     @property
     def dit_tables(self) -> tuple["KeyTable", ...]:
-        from model import keys
+        from dailies.model import keys
         return keys.LINUM,
 
     def latent_statistics(self, weights: Path) -> tuple["Tensor", "Tensor"]:
         """scale and bias, each [C] fp32: normalised latent = latent * scale + bias.  Raises CheckpointError."""
-        from model import checkpoint
+        from dailies.model import checkpoint
         scale, bias = checkpoint.read(weights / self.dit_file, ("video_data_scale", "video_data_bias"), name=self.name)
         return scale.float(), bias.float()
 
@@ -154,17 +153,17 @@ class WanCard(ModelCard):
 
     @property
     def dit_config(self) -> "WanConfig":
-        from model.wan import WanConfig
+        from dailies.model.wan.transformer import WanConfig
         return WanConfig(**self.dit_fields)
 
     @property
     def clip_config(self) -> "ClipVisionConfig":
-        from model.clip import ClipVisionConfig
+        from dailies.model.wan.image_encoder import ClipVisionConfig
         return ClipVisionConfig(**(self.clip_fields or {}))
 
     @property
     def dit_tables(self) -> tuple["KeyTable", ...]:
-        from model import keys
+        from dailies.model import keys
         return keys.WAN, keys.WAN_DIFFUSERS
 
     @property
@@ -188,8 +187,8 @@ class WanCard(ModelCard):
 
     def text_encoder(self, weights: Path, device: str, precision: str | None = None) -> "UMT5TextEncoder":
         """The text encoder, loaded.  Raises CheckpointError."""
-        from model.text import UMT5TextEncoder
-        from model.weights import layout_in, stored_at
+        from dailies.model.text import UMT5TextEncoder
+        from dailies.model.weights import layout_in, stored_at
         layout = layout_in(self, weights)
         encoder = stored_at(weights, layout.text_encoder)
         return UMT5TextEncoder(encoder, weights / layout.tokenizer, device, name=self.name,
@@ -203,18 +202,18 @@ class WanCard(ModelCard):
 
         Raises CheckpointError.
         """
-        from model.weights import layout_in, stored_at
+        from dailies.model.weights import layout_in, stored_at
         return self.dit_from(stored_at(weights, layout_in(self, weights).dits[expert]), device, precision, attention)
 
     def new_dit(self) -> "WanDiT":
-        from model.wan import WanDiT
+        from dailies.model.wan.transformer import WanDiT
         return WanDiT(self.dit_config)
 
     def image_encoder(self, weights: Path, device: str, precision: str | None = None) -> "ClipVision":
         """CLIP's picture tower, loaded, for the models that attend to it.  Raises CheckpointError."""
-        from model import checkpoint, keys
-        from model.clip import ClipVision
-        from model.weights import layout_in, stored_at
+        from dailies.model import checkpoint, keys
+        from dailies.model.wan.image_encoder import ClipVision
+        from dailies.model.weights import layout_in, stored_at
         return checkpoint.build(lambda: ClipVision(self.clip_config),
                                 stored_at(weights, layout_in(self, weights).image_encoder), keys.CLIP_VISION,
                                 name=self.name, device=device, precision=precision or self.precision_on(device))
@@ -282,7 +281,7 @@ class TurboCard(WanCard):
 
     @property
     def dit_tables(self) -> tuple["KeyTable", ...]:
-        from model import keys
+        from dailies.model import keys
         return keys.TURBO_WAN, keys.TURBO_WAN_WRAPPED
 
     def vae_precision(self, precision: str) -> str:
@@ -341,7 +340,7 @@ DEMO = LinumCard(
     taught="drawn shapes that move on a plain background",
 )
 
-# the two that jobs/distill_demo.py makes of it, beside its folder; they have its text encoder and VAE
+# the two that jobs/demo/distill.py makes of it, beside its folder; they have its text encoder and VAE
 DEMO_TURBO = StudentCard(
     name="demo-turbo",
     description="the demo model in one to four steps: a student, distilled from it",

@@ -17,11 +17,11 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from kernels import cpu
-from model import foreign
-from model.keys import KeyTable, table_of
-from model.layers import takes_low_precision
-from model.weights import INDEX, PICKLES, CheckpointError, first_line, listed, weight_map, weights_file
+from dailies.kernels import cpu
+from dailies.model import foreign
+from dailies.model.keys import KeyTable, table_of
+from dailies.model.layers import takes_low_precision
+from dailies.model.weights import INDEX, PICKLES, CheckpointError, first_line, listed, weight_map, weights_file
 
 Model = TypeVar("Model", bound=nn.Module)
 

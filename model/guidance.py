@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from model.samplers import State, Steps
+from dailies.model.samplers import State, Steps
 
 
 def classifier_free(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:

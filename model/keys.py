@@ -276,6 +276,6 @@ CLIP_VISION = KeyTable(
 
 CLIP_ORIGINAL = KeyTable(
     name="CLIP_ORIGINAL",
-    rules={"visual.": "visual."},                       # model/clip.py, from_open_clip
+    rules={"visual.": "visual."},                       # model/wan/image_encoder.py, from_open_clip
     dropped={"textual.": "the text tower, which Wan does not use", "log_scale": "as the text tower"},
 )

@@ -12,7 +12,7 @@ State = tuple[Streams, ...]     # what goes from one step to the next: the strea
 
 
 class Steps:
-    """Says where a sampler begins, which is here the start, and is told of every step; actors/steps.py saves them."""
+    """Says where a sampler begins, which is here the start, and is told of every step; pipeline/run/saved_steps.py saves them."""
 
     def begin(self, start: State) -> tuple[int, State]:
         """How many steps are done already, and the state after them."""

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-import transformers                                     # loads its parts when they are asked for, so not in annotations
+import transformers  # loads its parts when they are asked for, so not in annotations
 from torch import Tensor
 
-from kernels import cpu
-from model import checkpoint, keys
-from model.tokenizer import Tokenizer, refuse_code
-from model.weights import CheckpointError, first_line, read_json
+from dailies.kernels import cpu
+from dailies.model import checkpoint, keys
+from dailies.model.tokenizer import Tokenizer, refuse_code
+from dailies.model.weights import CheckpointError, first_line, read_json
 
 CONFIG_BYTES = 1_000_000
 # Of transformers' config what decides an encoder, and the largest that there could be: a layer more is a table more to

@@ -25,17 +25,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import cpu
-from kernels.int8_attention import int8_attention
-from kernels.int8_linear import BLOCK, Quantized, dequantize, int8_linear, packed, quantize_rows
-from kernels.norm import after_linear, modulated_norm, quantized_modulated_norm, rms_norm, rms_rope
-from kernels.sparse_attention import sparse_attention
-from model import checkpoint
-from model.checkpoint import StoredTensor
-from model.keys import KeyTable
-from model.layers import FullPrecisionLinear, Linear, RMSNorm, SelfAttention, attention
-from model.private import cache_folder, private_folder
-from model.weights import CheckpointError
+from dailies.kernels import cpu
+from dailies.kernels.int8_attention import int8_attention
+from dailies.kernels.int8_linear import BLOCK, Quantized, dequantize, int8_linear, packed, quantize_rows
+from dailies.kernels.norm import after_linear, modulated_norm, quantized_modulated_norm, rms_norm, rms_rope
+from dailies.kernels.sparse_attention import sparse_attention
+from dailies.model import checkpoint
+from dailies.model.checkpoint import StoredTensor
+from dailies.model.keys import KeyTable
+from dailies.model.layers import FullPrecisionLinear, Linear, SelfAttention, attention
+from dailies.model.private import cache_folder, private_folder
+from dailies.model.weights import CheckpointError
 
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 CODE_CACHE = "TORCHINDUCTOR_CACHE_DIR"

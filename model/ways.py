@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from model.card import ModelCard
+from dailies.model.card import ModelCard
 
 AUTO = "auto"                                           # what a person says who wants the fastest
 MEASURED = Path(__file__).with_name("ways.json")

@@ -12,8 +12,8 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-from model.card import Layout, ModelCard
-from model.private import at_home, cache_folder, open_regular, private_folder
+from dailies.model.card import Layout, ModelCard
+from dailies.model.private import at_home, cache_folder, open_regular, private_folder
 
 HUB_PATIENCE_S = 5.0                                    # for a size
 PICKLES = (".pth", ".pt", ".bin", ".ckpt")
@@ -36,7 +36,7 @@ def locate(weights: str | Path | None, card: ModelCard, fetch: Callable[[str, Pa
 
     weights: a folder, `s3://bucket/prefix`, or None for the weights that come with dailies or, for a published model,
     the Hugging Face cache, or the hub itself.
-    fetch: brings what is at a URI into a cache folder (pipeline.fetch.bring).
+    fetch: brings what is at a URI into a cache folder (dailies.pipeline.store.fetch.bring).
     Raises CheckpointError, naming what is missing and where it was looked for; and what fetch raises.
     """
     if weights is None:
@@ -194,7 +194,7 @@ def check_size(path: Path, num_bytes: int) -> None:
     if num_bytes > most:
         raise CheckpointError(f"{path} has {num_bytes:,} bytes; a {path.suffix} file of a model has at most {most:,}")
     if path.suffix == ".safetensors":
-        from model.checkpoint import read_header        # brings torch
+        from dailies.model.checkpoint import read_header  # brings torch
         read_header(path)
 
 

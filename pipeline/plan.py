@@ -18,12 +18,12 @@ import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from actors.messages import FirstFrame, Request
-from model.catalog import ModelCard
-from model.shapes import VideoShape
-from pipeline.complaints import Complaints, ManifestError, shown
-from pipeline.images import ALLOWED_IMAGE, FoundImage, find_images, folder_of
-from pipeline.manifest import MAX_PROMPT_BYTES, InvalidRow, Manifest, rows_without
+from dailies.actors.messages import FirstFrame, Request
+from dailies.model.catalog import ModelCard
+from dailies.model.shapes import VideoShape
+from dailies.pipeline.manifest.images import ALLOWED_IMAGE, FoundImage, find_images, folder_of
+from dailies.pipeline.manifest.manifest import MAX_PROMPT_BYTES, InvalidRow, Manifest, rows_without
+from dailies.pipeline.manifest.validation import Complaints, ManifestError, shown
 
 MAX_CLIPS = 10_000_000              # of one run; a plan of this size still fits a driver's memory
 BLOCK = 4096                        # rows that live as Python objects at a time

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import PurePath
 from typing import Any, Protocol
 
-from actors.device_lock import DeviceLock, Halted
-from actors.messages import Clip, Failure, Request
-from pipeline.faults import WorkerUnfit, lost_context, machine_fault, store_trouble
-from pipeline.store import NotFound, StoreError
+from dailies.actors.device_lock import DeviceLock, Halted
+from dailies.actors.messages import Clip, Failure, Request
+from dailies.pipeline.scheduler.faults import WorkerUnfit, lost_context, machine_fault, store_trouble
+from dailies.pipeline.store.store import NotFound, StoreError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,22 +5,22 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
-from actors.as_asked import AsAsked
-from actors.clip_writer import ClipWriter
-from actors.decoder import Decoder
-from actors.denoisers import DENOISERS
-from actors.fitting import Fitting
-from actors.image_encoder import ImageTextEncoder
-from actors.shelf import EMBEDDINGS, Drop, Fetch, Keep, Seal
-from actors.steps import KeepSampled
-from actors.text_encoder import TextEncoder
-from model.catalog import ModelCard
-from model.weights import locate
-from pipeline.fetch import bring
-from pipeline.gate import Gate
-from pipeline.images import read_image
-from pipeline.stages import Stage, Step
-from pipeline.store import Store
+from dailies.actors.clip_writer import ClipWriter
+from dailies.actors.decoder import Decoder
+from dailies.actors.denoisers import DENOISERS
+from dailies.actors.fitting import Fitting
+from dailies.actors.gate import Gate
+from dailies.actors.image_encoder import ImageTextEncoder
+from dailies.actors.strict import AsAsked
+from dailies.actors.text_encoder import TextEncoder
+from dailies.model.catalog import ModelCard
+from dailies.model.weights import locate
+from dailies.pipeline.manifest.images import read_image
+from dailies.pipeline.run.intermediates import EMBEDDINGS, Drop, Fetch, Keep, Seal
+from dailies.pipeline.run.saved_steps import KeepSampled
+from dailies.pipeline.stages import Stage, Step
+from dailies.pipeline.store.fetch import bring
+from dailies.pipeline.store.store import Store
 
 ENCODED_AHEAD = 1000                    # clips whose prompts are encoded before the encoder makes room for a sampler
 

@@ -11,11 +11,11 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from actors.messages import Request
-from actors.steps import Halted
-from jobs.bench_pipeline import pretend_value
-from pipeline.stages import Stage, Step
-from pipeline.store import NotFound, StoreError
+from dailies.actors.messages import Request
+from dailies.jobs.bench.pipeline import pretend_value
+from dailies.pipeline.run.saved_steps import Halted
+from dailies.pipeline.stages import Stage, Step
+from dailies.pipeline.store.store import NotFound, StoreError
 
 MAKES = {"encode": "embedding", "sample": "latent", "publish": "clip"}
 
@@ -103,7 +103,7 @@ class CannotBeMade:
     """In place of the process that would load a stage's steps."""
 
     def __init__(self, threads: int):
-        raise ModuleNotFoundError("No module named 'model.catalog'; 'model' is not a package")
+        raise ModuleNotFoundError("No module named 'dailies.model.catalog'; 'model' is not a package")
 
     def hello(self) -> None: ...
     def load(self, stage: Stage, name: str) -> None: ...

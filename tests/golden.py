@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from actors.messages import Request
-from model import checkpoint
-from model.catalog import LINUM_V2_360P
-from model.shapes import VideoShape
+from dailies.actors.messages import Request
+from dailies.model import checkpoint
+from dailies.model.catalog import LINUM_V2_360P
+from dailies.model.shapes import VideoShape
 
 torch.set_num_threads(1)            # the models here are tiny: threads would only wait for each other
 

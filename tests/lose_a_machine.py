@@ -14,8 +14,8 @@ import ray  # noqa: E402
 from fake_stages import calls, fake_stages
 from ray.cluster_utils import Cluster
 
-from jobs.bench_pipeline import pretend_request
-from pipeline import cluster
+from dailies.jobs.bench.pipeline import pretend_request
+from dailies.pipeline.scheduler import cluster
 
 
 def main(folder: Path) -> None:

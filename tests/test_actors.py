@@ -9,17 +9,17 @@ from itertools import permutations
 
 import pytest
 import torch
-
-from actors.decoder import Decoder, NonFiniteFrames, to_uint8
-from actors.denoiser import Denoiser, NonFiniteLatent, noise
-from actors.messages import Embedding, Latent
-from actors.room import free_memory, machine_memory, room_on
-from actors.text_encoder import TextEncoder
 from golden import E2E, E2E_CARD, Golden, e2e_request, error
 from graph_recorder import Recorder
-from kernels import cpu
-from model import checkpoint
-from model.shapes import LatentGrid, VideoShape
+
+from dailies.actors.decoder import Decoder, NonFiniteFrames, to_uint8
+from dailies.actors.denoiser import Denoiser, NonFiniteLatent, noise
+from dailies.actors.memory import free_memory, machine_memory, room_on
+from dailies.actors.messages import Embedding, Latent
+from dailies.actors.text_encoder import TextEncoder
+from dailies.kernels import cpu
+from dailies.model import checkpoint
+from dailies.model.shapes import LatentGrid, VideoShape
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_latents_are_denormalised_with_the_checkpoints_own_statistics(decoder):
 def test_recorded_forwards_end_in_the_same_latent_and_are_set_aside_for_a_clip_that_failed_twice(
         encoder, denoiser, monkeypatch):
     recorder = Recorder()
-    monkeypatch.setattr("actors.denoiser.CudaGraphs", lambda: recorder)
+    monkeypatch.setattr("dailies.actors.denoiser.CudaGraphs", lambda: recorder)
     embeddings = encoder([e2e_request(clip_id=f"{seed:064x}", seed=seed) for seed in (1, 2)])
     recorded = Denoiser(E2E_CARD, E2E, graphs=True)
     for embedding, made in zip(embeddings, (0, 1), strict=True):                # from the second clip of a shape on
@@ -169,7 +169,7 @@ def test_how_much_memory_there_is_does_not_show_in_the_frames(decoder, monkeypat
     latent = Latent(request=request, streams=(noise(request, LatentGrid()),))
     whole, = decoder([latent])
     for room in (0, 2 ** 21):
-        monkeypatch.setattr("actors.decoder.room_on", lambda device, room=room: room)
+        monkeypatch.setattr("dailies.actors.decoder.room_on", lambda device, room=room: room)
         frames, = decoder([latent])
         assert psnr(frames.rgb, whole.rgb) > 60 and frames.fallbacks == ()
 
@@ -179,7 +179,7 @@ def test_a_clip_that_failed_twice_is_decoded_in_smaller_pieces_to_the_same_frame
     latent = Latent(request=request, streams=(noise(request, LatentGrid()),))
     whole, = decoder([latent])
     asked = []
-    monkeypatch.setattr("actors.decoder.room_on", lambda device: 2 ** 30)
+    monkeypatch.setattr("dailies.actors.decoder.room_on", lambda device: 2 ** 30)
     monkeypatch.setattr(decoder.vae, "rows_within", lambda room, *shape: asked.append(room) or 4)
     monkeypatch.setattr(decoder, "safe", True)
     frames, = decoder([latent])

@@ -7,13 +7,13 @@ import subprocess
 import pytest
 from bare import ABSENT, ROOT, run_bare
 
-from jobs.bench import commit_in
+from dailies.jobs.bench.command import commit_in
 
 # tiny sizes, one clip, and no waiting for good times
 QUICK = """
 import sys
-from jobs import bench, bench_clip, bench_kernels
-from kernels import cases
+from dailies.jobs.bench import command as bench, clip as bench_clip, kernels as bench_kernels
+from dailies.kernels import cases
 bench_kernels.SECONDS = 0
 cases.CPU_TOKENS = cases.Tokens(tokens=5, width=64, heads=1)
 cases.CPU_LAYERS = cases.layers_of_block(40, 64, 96)
@@ -40,7 +40,7 @@ def test_a_part_is_timed_where_little_is_installed(arguments, said, tmp_path):
     (["clip", "nothing", "--random-weights"], "no model is called 'nothing'"),
     (["pipeline"], "bench pipeline needs ray, which is not installed: pip install ray")])
 def test_what_cannot_be_measured_there_is_one_sentence(arguments, said, tmp_path):
-    done = run_bare(["-m", "jobs.bench", *arguments], tmp_path)
+    done = run_bare(["-m", "dailies.jobs.bench", *arguments], tmp_path)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-3000:]
     assert said in done.stderr
 

@@ -3,13 +3,13 @@
 from dataclasses import replace
 
 import pytest
-
-from jobs import bench_clip
-from jobs.cli import main
-from jobs.gpu import models
-from model.catalog import CATALOG, DEMO
 from turbo_tiny import TURBO_TINY
 from wan_tiny import WAN_TINY, WAN_TINY_I2V
+
+from dailies.jobs.bench import clip as bench_clip
+from dailies.jobs.cli import main
+from dailies.jobs.gpu import models
+from dailies.model.catalog import CATALOG, DEMO
 
 
 @pytest.mark.parametrize("card", [

@@ -3,11 +3,12 @@
 from dataclasses import replace
 
 import pytest
-
-from jobs import bench_dit, bench_kernels
-from jobs.cli import main
-from model.catalog import CATALOG
 from wan_tiny import TINY_DIT, WAN_TINY
+
+from dailies.jobs.bench import dit as bench_dit
+from dailies.jobs.bench import kernels as bench_kernels
+from dailies.jobs.cli import main
+from dailies.model.catalog import CATALOG
 
 
 @pytest.fixture

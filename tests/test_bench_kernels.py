@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from jobs import bench_kernels
-from kernels import cases
+from dailies.jobs.bench import kernels as bench_kernels
+from dailies.kernels import cases
 
 TOKENS = cases.Tokens(tokens=5, width=64, heads=1)
 LAYERS = cases.layers_of_block(40, 64, 96)

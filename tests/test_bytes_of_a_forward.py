@@ -19,10 +19,10 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from model import turbo
-from model.catalog import CATALOG
-from model.layers import compute_in
-from model.shapes import VideoShape
+from dailies.model import turbo
+from dailies.model.catalog import CATALOG
+from dailies.model.layers import compute_in
+from dailies.model.shapes import VideoShape
 
 PRODUCTS = ("linear", "conv3d", "_addmm_activation", "int8_linear")
 ATTENTION = ("int8_attention", "sparse_attention", "scaled_dot_product_attention")

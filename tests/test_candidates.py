@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from test_house import ROOT, imported, modules
 from test_kernels_sparse_attention import projection, rms
 
-from kernels import cases
-from kernels.int8_attention import reference as dense
-from kernels.sparse_attention import reference
+from dailies.kernels import cases
+from dailies.kernels.int8_attention import reference as dense
+from dailies.kernels.sparse_attention import reference
 
 WAYS = {"one at a time": {}, "ahead": dict(ahead=True), "wide": dict(wide=2), "unrolled": dict(unroll=2),
         "descriptors": dict(descriptors=True), "unrolled, descriptors": dict(descriptors=True, unroll=2),
@@ -62,7 +62,7 @@ def test_candidates_compile_for_sm_90(only, tmp_path, triton_device, monkeypatch
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("case", RAGGED, ids=str)
 def test_every_way_through_the_kept_blocks_gives_the_reference(case, way, int8, dtype, linear, triton_device):
-    from kernels.sparse_attention import kernel
+    from dailies.kernels.sparse_attention import kernel
     from tests.candidates import attention
     q, k, v = case.inputs("large mean", seed=5, dtype=dtype, device=triton_device)
     kept = reference.kept_blocks(reference.pool(q, 128), reference.pool(k, 64), 0.5)

@@ -6,13 +6,13 @@ import sys
 
 import pytest
 
-from model.catalog import CATALOG, DEMO, LINUM_V2_360P, LINUM_V2_720P
-from model.shapes import LatentGrid, VideoShape
+from dailies.model.catalog import CATALOG, DEMO, LINUM_V2_360P, LINUM_V2_720P
+from dailies.model.shapes import LatentGrid, VideoShape
 
 
 def test_importing_the_catalogue_imports_nothing_heavy():
     heavy = {"torch", "transformers", "safetensors", "numpy", "huggingface_hub"}
-    code = f"import sys, model.catalog, model.weights; print(sorted({heavy} & sys.modules.keys()))"
+    code = f"import sys, dailies.model.catalog, dailies.model.weights; print(sorted({heavy} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
@@ -110,7 +110,7 @@ def test_the_full_text_encoder_has_the_published_parameters():
     import torch
     from transformers import T5Config, T5EncoderModel
 
-    from model import keys
+    from dailies.model import keys
     config = T5Config(vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64,
                       feed_forward_proj="gated-gelu")
     with torch.device("meta"):

@@ -8,13 +8,15 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import tiny  # noqa: F401: adds the model to the catalogue
+import tiny  # noqa: F401  adds the model to the catalogue
 from chaos.full_disk import FillingStore, NoDisk, small_disk, spoilt
 
-from jobs import render
-from jobs.cli import main
-from pipeline import cluster, ledger, lease, stages
-from pipeline.store import open_store
+from dailies.jobs import render
+from dailies.jobs.cli import main
+from dailies.pipeline import stages
+from dailies.pipeline.run import lease, ledger
+from dailies.pipeline.scheduler import cluster
+from dailies.pipeline.store.store import open_store
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -10,13 +10,13 @@ import sys
 
 import pytest
 import torch
-
 from golden import E2E, E2E_CARD, GOLDENS
-from model import checkpoint, keys, weights
-from model.catalog import DEMO, LINUM_V2_720P
-from model.checkpoint import CheckpointError
-from model.linum import LinumDiT
-from model.wan_vae import WanVAE
+
+from dailies.model import checkpoint, keys, weights
+from dailies.model.catalog import DEMO, LINUM_V2_720P
+from dailies.model.checkpoint import CheckpointError
+from dailies.model.linum.transformer import LinumDiT
+from dailies.model.wan.vae import WanVAE
 
 DIT = "dit/360p.safetensors"
 
@@ -261,8 +261,8 @@ def test_weights_in_a_store_are_fetched_into_the_cache(folder, cache):
 
 OFFLINE = """
 import sys
-from model.catalog import CATALOG
-from model.weights import CheckpointError, locate
+from dailies.model.catalog import CATALOG
+from dailies.model.weights import CheckpointError, locate
 try:
     print(locate(None, CATALOG[sys.argv[1]]))
 except CheckpointError as error:

@@ -14,16 +14,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-
-import jobs
 from image_files import png
-from jobs.cli import import_nothing_from_here, main
-from jobs.settings import RenderJob, time_meant
-from jobs.submit import mapping_in, pack
-from jobs.usage import UsageError
-from pipeline.manifest import Manifest
+from safetensors.torch import load_file, save_file
 from tiny import TINY
+
+from dailies import HOME
+from dailies.jobs.cli import import_nothing_from_here, main
+from dailies.jobs.settings import RenderJob, time_meant
+from dailies.jobs.submit import mapping_in, pack
+from dailies.jobs.usage import UsageError
+from dailies.pipeline.manifest.manifest import Manifest
 
 COMMANDS = ["render", "plan", "submit", "status", "verify", "retry", "models", "convert", "bench"]
 GOOD = {"prompt": ["a red fox", "a blue fox"], "id": ["x", "y"], "frames": [5, 5]}
@@ -55,7 +55,7 @@ def test_the_program_without_arguments_and_each_command_explain_themselves(capsy
 
 def test_help_imports_nothing_heavy():
     """Seconds each: torch, ray, pyarrow, transformers, boto3. (No time is measured here; it depends on the machine.)"""
-    code = ("import sys; from jobs.cli import main; main(['render', '--help']); "
+    code = ("import sys; from dailies.jobs.cli import main; main(['render', '--help']); "
             "print(sorted({'torch', 'ray', 'pyarrow', 'transformers', 'boto3', 'numpy', 'av'} & sys.modules.keys()))")
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert answer.stdout.splitlines()[-1] == "[]"
@@ -122,7 +122,7 @@ def test_until_is_the_next_such_time(now, until, means, monkeypatch):
         def now(cls, tz=None):
             return cls.fromisoformat(now)
 
-    monkeypatch.setattr("jobs.settings.datetime", At)
+    monkeypatch.setattr("dailies.jobs.settings.datetime", At)
     found = time_meant(until)
     assert (found and found.strftime("%Y-%m-%d %H:%M")) == means
 
@@ -177,7 +177,7 @@ def test_submit_names_a_deadline_with_its_zone(monkeypatch, tmp_path):
     config = tmp_path / "night.toml"
     config.write_text('manifest = "m.csv"\nuntil = "07:00"\n')
     calls = []
-    monkeypatch.setattr("jobs.submit.submit", lambda *arguments: calls.append(arguments) or 0)
+    monkeypatch.setattr("dailies.jobs.submit.submit", lambda *arguments: calls.append(arguments) or 0)
     assert main(["submit", "--config", str(config), "--out", "s3://b/x", "--address", "http://h:1"]) == 0
     said = calls[0][3][calls[0][3].index("--until") + 1]
     assert datetime.fromisoformat(said).tzinfo and datetime.fromisoformat(said) == time_meant("07:00")
@@ -187,7 +187,7 @@ def test_submit_hands_the_options_of_render_on(monkeypatch, tmp_path):
     config = tmp_path / "night.toml"
     config.write_text('manifest = "m.csv"\nguidance = 4\nmap = {img = "image"}\n')
     calls = []
-    monkeypatch.setattr("jobs.submit.submit", lambda *arguments: calls.append(arguments) or 3)
+    monkeypatch.setattr("dailies.jobs.submit.submit", lambda *arguments: calls.append(arguments) or 3)
     assert main(["submit", "--config", str(config), "--out", "s3://b/x", "--address", "http://h:1", "--steps", "7",
                  "--no-skip-invalid", "--strict", "--wait"]) == 3
     assert calls == [("m.csv", "s3://b/x", "http://h:1",
@@ -318,8 +318,8 @@ def test_the_plan_says_what_will_be_rendered_and_writes_nothing(manifest, capsys
 
 
 def test_plan_needs_neither_weights_nor_a_run_folder_and_says_what_is_missing(manifest, capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr("jobs.plan.hub_bytes", lambda card: None)       # as without a network
-    monkeypatch.setattr("model.weights.hub_folder", lambda: tmp_path / "hub")
+    monkeypatch.setattr("dailies.jobs.plan.hub_bytes", lambda card: None)       # as without a network
+    monkeypatch.setattr("dailies.model.weights.hub_folder", lambda: tmp_path / "hub")
     text = {"prompt": ["a red fox"]}
     code, out, _ = said(capsys, "plan", manifest(text), "--model", "wan2.1-t2v-14b", "--limit", "1", "--until", "07:00")
     assert code == 0 and "1 row, 1 clip with wan2.1-t2v-14b" in out and "1 clip to make" in out
@@ -372,7 +372,7 @@ def test_models_downloads_nothing(capsys, monkeypatch, tmp_path):
 
 def test_nothing_is_imported_from_the_folder_that_the_command_is_given_in(tmp_path, monkeypatch):
     """model.py, av.py or token.py there would be taken for ours: python -m, or an empty entry of PYTHONPATH."""
-    root, other = str(Path(jobs.__file__).parent.parent), "/usr/lib/python"
+    root, other = str(HOME), "/usr/lib/python"
     (tmp_path / "link").symlink_to(tmp_path)
     monkeypatch.setattr(sys, "path", ["", str(tmp_path), f"{tmp_path}/link", root, other])
     monkeypatch.chdir(root)
@@ -406,7 +406,7 @@ def test_a_home_that_is_not_there_ends_no_command_with_a_traceback(arguments, tm
 
 
 def test_cores_that_there_are_not_and_cores_of_a_cluster_are_refused(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("jobs.render.usable_cores", lambda: 4)
+    monkeypatch.setattr("dailies.jobs.render.usable_cores", lambda: 4)
     (tmp_path / "m.csv").write_text("prompt\na fox\n")
     for more, word in ((("--cpus", "5"), "at most 4, the cores that this process may use here; got 5"),
                        (("--cpus", "0"), "--cpus must be"),
@@ -464,7 +464,7 @@ def test_submit_ships_what_was_typed_or_piped_as_the_same_manifest(monkeypatch, 
         shipped.append((Path(manifest).name, Manifest.read(manifest).digest, arguments))
         return 0
 
-    monkeypatch.setattr("jobs.submit.submit", submitted)
+    monkeypatch.setattr("dailies.jobs.submit.submit", submitted)
     target = ["--out", "s3://b/x", "--address", "http://h:1"]
     assert main(["submit", "--prompt", "a fox", "--prompt", "an owl", *target, "--map", "a=", "--map", "b=seed"]) == 0
     assert shipped[0] == ("prompts.jsonl", Manifest.read(prompts=["a fox", "an owl"]).digest,

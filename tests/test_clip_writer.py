@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from actors.clip_file import clip_key, coded_size, read_clip
-from actors.clip_writer import ClipWriter
-from actors.messages import Frames, Request
-from model.shapes import VideoShape
+from dailies.actors.clip_file import clip_key, coded_size, read_clip
+from dailies.actors.clip_writer import ClipWriter
+from dailies.actors.messages import Frames, Request
+from dailies.model.shapes import VideoShape
 
 
 class MemoryStore:

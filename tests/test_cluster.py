@@ -15,11 +15,11 @@ from types import ModuleType
 import pytest
 from fake_stages import CannotBeMade, Patient, calls, fake_stages
 
-from actors.messages import Clip, Failure
-from jobs.bench_pipeline import pretend_request, pretend_stages, rss_bytes
-from pipeline import cluster
-from pipeline.cluster import ClusterError, Stop
-from pipeline.stages import Stage, Step, run_local
+from dailies.actors.messages import Clip, Failure
+from dailies.jobs.bench.pipeline import pretend_request, pretend_stages, rss_bytes
+from dailies.pipeline.scheduler import cluster
+from dailies.pipeline.scheduler.cluster import ClusterError, Stop
+from dailies.pipeline.stages import Stage, Step, run_local
 
 HERE = Path(__file__).resolve().parent
 
@@ -80,7 +80,7 @@ def test_the_encoder_encodes_each_prompt_once_and_its_gpu_goes_to_a_sampler(four
 
 
 def test_every_kind_of_poison_costs_its_own_row_after_three_attempts(four_gpus, tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.driver.LEAST_LIMIT_S", 4.0)
+    monkeypatch.setattr("dailies.pipeline.scheduler.driver.LEAST_LIMIT_S", 4.0)
     faults = {"sample": {5: "raise", 9: "segfault", 14: "hang"}, "publish": {20: "raise once"}}
     stages = fake_stages(tmp_path, faults=faults, sleeps_s={"sample": 0.02},
                          copies={"encode": 1, "sample": 2, "publish": 2})
@@ -125,7 +125,7 @@ def test_steps_that_cannot_be_made_end_the_run_with_a_clear_error(four_gpus, tmp
 @pytest.mark.parametrize("what", ["the process", "its steps"])
 def test_what_cannot_be_imported_where_the_work_is_says_so_in_its_own_words(what, four_gpus, tmp_path, monkeypatch):
     stages = fake_stages(tmp_path, names=["sample"], copies={"sample": 1})
-    wanted = "ModuleNotFoundError: No module named 'model.catalog'; 'model' is not a package. No clip is charged"
+    wanted = "ModuleNotFoundError: No module named 'dailies.model.catalog'; 'model' is not a package. No clip is charged"
     if what == "the process":
         monkeypatch.setattr(cluster, "Process", CannotBeMade)
     else:
@@ -239,7 +239,7 @@ def test_a_cluster_without_tokens_is_refused_unless_it_is_on_loopback(monkeypatc
 
 
 def test_a_run_needs_a_cluster():
-    script = ("from pipeline import cluster\ntry:\n    cluster.run([], [])\n"
+    script = ("from dailies.pipeline.scheduler import cluster\ntry:\n    cluster.run([], [])\n"
               "except cluster.ClusterError as error:\n    print(error)")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
     assert "cluster.connect" in done.stdout
@@ -306,7 +306,7 @@ def test_auto_does_not_follow_what_other_users_say_about_a_cluster(monkeypatch):
 
 def test_a_killed_driver_leaves_no_process(tmp_path):
     script = ("import os, sys\nfrom pathlib import Path\nfrom fake_stages import fake_stages\n"
-              "from jobs.bench_pipeline import pretend_request\nfrom pipeline import cluster\n"
+              "from dailies.jobs.bench.pipeline import pretend_request\nfrom pipeline import cluster\n"
               "folder = Path(sys.argv[1])\n"
               "with cluster.connect('local', cpus=2, gpus=0):\n"
               "    stages = fake_stages(folder, names=['sample'], copies={'sample': 1})\n"

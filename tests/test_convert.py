@@ -8,14 +8,14 @@ import site
 
 import pytest
 import torch
-
 from golden import E2E, E2E_CARD, Golden, error
-from jobs import convert as converting
-from jobs.cli import main
-from model import checkpoint
-from model.catalog import CATALOG
-from model.weights import CheckpointError, locate
 from wan_tiny import WAN_TINY, WAN_TINY_A14B, WAN_TINY_I2V, write_weights
+
+from dailies.jobs import convert as converting
+from dailies.jobs.cli import main
+from dailies.model import checkpoint
+from dailies.model.catalog import CATALOG
+from dailies.model.weights import CheckpointError, locate
 
 
 @pytest.fixture(autouse=True)
@@ -248,10 +248,17 @@ def test_the_clip_golden_passes_through_the_conversion(tmp_path, monkeypatch):
     assert error(tower(golden.inputs["image"].transpose(0, 1)), golden.outputs["features"]) < golden.tolerance["value"]
 
 
+def stand_in(home, program):
+    """Puts a program in the place of the one that reads a pickle."""
+    (home / "dailies/jobs").mkdir(parents=True)
+    for package in ("dailies", "dailies/jobs"):
+        (home / package / "__init__.py").touch()
+    (home / "dailies/jobs/unpickle.py").write_text(program)
+
+
 def test_a_pickle_is_opened_where_there_are_no_credentials(tmp_path, monkeypatch):
     """The process that reads it is replaced by one that tells what it has."""
-    (tmp_path / "jobs").mkdir()
-    (tmp_path / "jobs/unpickle.py").write_text(
+    stand_in(tmp_path, 
         "import json, os, sys\n"
         "print(json.dumps([dict(os.environ), os.getcwd(), sys.stdin.read()]), file=sys.stderr); sys.exit(2)")
     monkeypatch.setattr(converting, "HOME", tmp_path)
@@ -268,8 +275,7 @@ def test_a_pickle_is_opened_where_there_are_no_credentials(tmp_path, monkeypatch
 
 def test_the_reader_of_a_pickle_finds_libraries_where_this_process_does(tmp_path, monkeypatch):
     """Installed with pip --user, or in a folder that PYTHONPATH names, as modules of clusters are."""
-    (tmp_path / "jobs").mkdir()
-    (tmp_path / "jobs/unpickle.py").write_text("import sys, only_there\nprint(only_there.SAID, file=sys.stderr); sys.exit(2)")
+    stand_in(tmp_path, "import sys, only_there\nprint(only_there.SAID, file=sys.stderr); sys.exit(2)")
     libraries = tmp_path / "elsewhere" / "site-packages"
     libraries.mkdir(parents=True)
     (libraries / "only_there.py").write_text("SAID = 'found'")
@@ -283,8 +289,7 @@ def test_the_reader_of_a_pickle_finds_libraries_where_this_process_does(tmp_path
 
 
 def test_a_reader_that_is_killed_is_said(tmp_path, monkeypatch):
-    (tmp_path / "jobs").mkdir()
-    (tmp_path / "jobs/unpickle.py").write_text("import os; os.kill(os.getpid(), 9)")
+    stand_in(tmp_path, "import os; os.kill(os.getpid(), 9)")
     monkeypatch.setattr(converting, "HOME", tmp_path)
     with pytest.raises(CheckpointError, match="ended with -9. Is there enough memory"):
         converting.unpickle(tmp_path / "a.pth", tmp_path / "model.safetensors")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from actors.cores import quotas, usable_cores
+from dailies.actors.cores import quotas, usable_cores
 
 V2 = "30 24 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate\n"
 V1 = ("33 32 0:30 {root} /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n"

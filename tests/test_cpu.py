@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import cases, cpu
-from kernels.int8_linear import int8_linear, quantize_rows
-from kernels.sparse_attention import sparse_attention
-from model.catalog import CATALOG, DEMO
-from model.wan_vae import convolve
+from dailies.kernels import cases, cpu
+from dailies.kernels.int8_linear import int8_linear, quantize_rows
+from dailies.kernels.sparse_attention import sparse_attention
+from dailies.model.catalog import CATALOG, DEMO
+from dailies.model.wan.vae import convolve
 
 ROOT = Path(__file__).parent.parent
 # torch's own variable and oneDNN's: what they choose from is what x86-64 with AVX2 alone has

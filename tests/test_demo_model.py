@@ -2,8 +2,8 @@
 
 import pytest
 
-from jobs.demo.evaluate import evaluate, render_prompts, unseen
-from model.catalog import CATALOG
+from dailies.jobs.demo.evaluate import evaluate, render_prompts, unseen
+from dailies.model.catalog import CATALOG
 
 CARD = CATALOG["demo"]
 # model, precision, attention -> how much less of the attributes it may show than the demo model in fp32

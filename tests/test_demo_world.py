@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from jobs.demo.checker import follow, read_attributes
-from jobs.demo.world import ATTRIBUTES, SIZE, WORDS, Scene, describe
-from model.catalog import CATALOG
+from dailies.jobs.demo.checker import follow, read_attributes
+from dailies.jobs.demo.world import ATTRIBUTES, SIZE, WORDS, Scene, describe
+from dailies.model.catalog import CATALOG
 
 
 def to_uint8(video):

@@ -9,13 +9,14 @@ import time
 from pathlib import Path
 
 import pytest
-from actors.device_lock import DeviceLock, Halted
+
+from dailies.actors.device_lock import DeviceLock, Halted
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def other_process(device: str, *lines: str) -> subprocess.Popen:
-    script = "\n".join(["import sys, time", "from actors.device_lock import DeviceLock",
+    script = "\n".join(["import sys, time", "from dailies.actors.device_lock import DeviceLock",
                         f"lock = DeviceLock({device!r})", *lines])
     return subprocess.Popen([sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True,
                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)

@@ -4,14 +4,14 @@ import random
 
 import pytest
 import torch
-
 from golden import error
-from model import checkpoint, keys
-from model.catalog import WAN21_T2V_1_3B
-from model.samplers import dpm_solver, unipc
-from model.schedules import wan_sigmas, whole_timestep
-from model.wan import WanConfig, WanDiT
-from model.wan_vae import WanVAE, WanVAEConfig, channels_last
+
+from dailies.model import checkpoint, keys
+from dailies.model.catalog import WAN21_T2V_1_3B
+from dailies.model.samplers import dpm_solver, unipc
+from dailies.model.schedules import wan_sigmas, whole_timestep
+from dailies.model.wan.transformer import WanConfig, WanDiT
+from dailies.model.wan.vae import WanVAE, WanVAEConfig, channels_last
 
 diffusers = pytest.importorskip("diffusers")
 SEEDS = range(20)
@@ -173,6 +173,6 @@ def test_a_first_timestep_that_comes_twice_skips_no_step():
 def test_an_empty_negative_prompt_stays_empty_and_a_missing_one_is_the_releases():
     """By design: the release takes its default for an empty one too, and diffusers has no default."""
     assert WAN21_T2V_1_3B.negative_prompt.startswith("色调艳丽")
-    from pipeline.plan import Defaults
+    from dailies.pipeline.plan import Defaults
     assert Defaults(negative_prompt="").resolved(WAN21_T2V_1_3B).negative_prompt == ""
     assert Defaults().resolved(WAN21_T2V_1_3B).negative_prompt == WAN21_T2V_1_3B.negative_prompt

@@ -7,15 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from actors.messages import Request
-from actors.text_encoder import TextEncoder
-from actors.turbo_denoiser import StudentDenoiser
-from jobs import distill_demo, train_demo
-from model import checkpoint, keys
-from model.catalog import DEMO, DEMO_SPARSE, DEMO_TURBO
-from model.schedules import rcm_sigmas
-from model.shapes import VideoShape
-from model.weights import CheckpointError
+from dailies.actors.messages import Request
+from dailies.actors.text_encoder import TextEncoder
+from dailies.actors.turbo_denoiser import StudentDenoiser
+from dailies.jobs.demo import distill as distill_demo
+from dailies.jobs.demo import train as train_demo
+from dailies.model import checkpoint, keys
+from dailies.model.catalog import DEMO, DEMO_SPARSE, DEMO_TURBO
+from dailies.model.schedules import rcm_sigmas
+from dailies.model.shapes import VideoShape
+from dailies.model.weights import CheckpointError
 
 
 def test_a_student_of_straight_courses_has_nothing_to_learn():

@@ -9,14 +9,14 @@ from dataclasses import replace
 
 import pytest
 
-from actors.messages import Clip, Failure
-from jobs.bench_pipeline import SHARED, SLEEPS_S, WHOLE, pretend_request, pretend_stages, pretend_value
-from pipeline.budget import Budget
-from pipeline.crew import Alive, Answer, Broken, Call, Copy, Done, Hello
-from pipeline.driver import ClusterError, Driver, Stop
-from pipeline.placement import Node
-from pipeline.stages import Report
-from pipeline.store import StoreError
+from dailies.actors.messages import Clip, Failure
+from dailies.jobs.bench.pipeline import SHARED, SLEEPS_S, WHOLE, pretend_request, pretend_stages, pretend_value
+from dailies.pipeline.scheduler.budget import Budget
+from dailies.pipeline.scheduler.driver import ClusterError, Driver, Stop
+from dailies.pipeline.scheduler.executor import Alive, Answer, Broken, Call, Copy, Done, Hello
+from dailies.pipeline.scheduler.placement import Node
+from dailies.pipeline.stages import Report
+from dailies.pipeline.store.store import StoreError
 
 
 class SimulatedCrew:

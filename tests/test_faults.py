@@ -10,17 +10,17 @@ from itertools import count
 import pytest
 from test_driver import SHARED, SLEEPS_S, WHOLE, SimulatedCrew, box, drive, poisoned, requests
 
-from actors.image_parts import ImageError
-from actors.messages import Clip, Failure
-from jobs.bench_pipeline import pretend_request, pretend_stages
-from pipeline.cluster import last_line, load_failed, on_this_machine
-from pipeline.crew import Broken
-from pipeline.driver import ClusterError, Driver
-from pipeline.faults import WorkerUnfit, killed_for_memory, machine_fault
-from pipeline.placement import Node
-from pipeline.pool import portable
-from pipeline.stages import Step, Worker
-from pipeline.store import StoreError
+from dailies.actors.image_parts import ImageError
+from dailies.actors.messages import Clip, Failure
+from dailies.jobs.bench.pipeline import pretend_request, pretend_stages
+from dailies.pipeline.scheduler.cluster import last_line, load_failed, on_this_machine
+from dailies.pipeline.scheduler.driver import ClusterError, Driver
+from dailies.pipeline.scheduler.executor import Broken
+from dailies.pipeline.scheduler.faults import WorkerUnfit, killed_for_memory, machine_fault
+from dailies.pipeline.scheduler.placement import Node
+from dailies.pipeline.scheduler.pool import portable
+from dailies.pipeline.stages import Step, Worker
+from dailies.pipeline.store.store import StoreError
 
 FULL = "OSError: [Errno 28] No space left on device: '/tmp/dailies-x.mp4'. Free some of that disk"
 
@@ -61,7 +61,7 @@ OF_THE_MACHINE = [
     SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
     SafetensorError('Error while serializing: IoError(Os { code: 122, kind: FilesystemQuotaExceeded, message: "" })'),
     ImportError("libavcodec.so.62: cannot open shared object file: No such file or directory"),
-    ModuleNotFoundError("No module named 'model.catalog'; 'model' is not a package"),
+    ModuleNotFoundError("No module named 'dailies.model.catalog'; 'model' is not a package"),
     OSError("libcudart.so.13: cannot open shared object file: No such file or directory"),
     caused(RuntimeError("the tokenizer cannot be read"), ImportError("sentencepiece")),
     UnknownCodecError("libx264"),
@@ -154,11 +154,11 @@ def test_a_process_that_the_system_killed_for_want_of_memory_is_told_from_one_th
 
 def test_the_last_line_of_another_processs_page_is_what_it_said():
     page = ("The actor died because of an error raised in its creation task, \x1b[36mray::Process.__init__()\x1b[39m "
-            "(pid=1, ip=192.0.2.2, repr=<pipeline.cluster.FunctionActorManager object at 0x7fb9>)\n"
+            "(pid=1, ip=192.0.2.2, repr=<dailies.pipeline.scheduler.cluster.FunctionActorManager object at 0x7fb9>)\n"
             "RuntimeError: The actor with name Process failed to import on the worker:\n\n"
             "\x1b[36mray::Process.__init__()\x1b[39m (pid=1)\n    ^^^^^\n"
-            "\x1b[31mModuleNotFoundError: No module named 'model.catalog'; 'model' is not a package\x1b[0m\n\n")
-    assert last_line(RuntimeError(page)) == ("ModuleNotFoundError: No module named 'model.catalog'; 'model' is not a "
+            "\x1b[31mModuleNotFoundError: No module named 'dailies.model.catalog'; 'model' is not a package\x1b[0m\n\n")
+    assert last_line(RuntimeError(page)) == ("ModuleNotFoundError: No module named 'dailies.model.catalog'; 'model' is not a "
                                              "package")
 
 

@@ -5,14 +5,16 @@ from contextlib import nullcontext
 from datetime import datetime, timedelta
 
 import pytest
-import tiny  # noqa: F401: adds the model to the catalogue
-from jobs.cli import main
-from jobs.plan import said_of
-from jobs.settings import RenderJob
-from pipeline import cluster, stages
-from pipeline.forecast import Cost, Forecast, forecast, measured_costs, rows_by_work
-from pipeline.placement import Node
-from pipeline.stages import Stage
+import tiny  # noqa: F401  adds the model to the catalogue
+
+from dailies.jobs.cli import main
+from dailies.jobs.plan import said_of
+from dailies.jobs.settings import RenderJob
+from dailies.pipeline import stages
+from dailies.pipeline.scheduler import cluster
+from dailies.pipeline.scheduler.forecast import Cost, Forecast, forecast, measured_costs, rows_by_work
+from dailies.pipeline.scheduler.placement import Node
+from dailies.pipeline.stages import Stage
 
 BUCKET = dict(width=832, height=480, frames=81, steps=4)
 

@@ -5,14 +5,14 @@ import os
 
 import pytest
 import torch
-
-from model import checkpoint, keys
-from model.clip import ClipVision
-from model.text import new_encoder
-from model.wan import WanDiT
-from model.weights import CheckpointError, locate
 from turbo_tiny import TURBO_TINY, new_tensors
 from wan_tiny import WAN_TINY, WAN_TINY_I2V, write_weights
+
+from dailies.model import checkpoint, keys
+from dailies.model.text import new_encoder
+from dailies.model.wan.image_encoder import ClipVision
+from dailies.model.wan.transformer import WanDiT
+from dailies.model.weights import CheckpointError, locate
 
 
 @pytest.fixture(scope="module")

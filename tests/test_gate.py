@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from actors.clip_writer import BadEncoding, check_encoding, write_mp4
-from actors.messages import Failure, Frames
-from jobs.bench_pipeline import pretend_request
-from model.shapes import VideoShape
-from pipeline.gate import Gate
+from dailies.actors.clip_writer import BadEncoding, check_encoding, write_mp4
+from dailies.actors.gate import Gate
+from dailies.actors.messages import Failure, Frames
+from dailies.jobs.bench.pipeline import pretend_request
+from dailies.model.shapes import VideoShape
 
 COUNT, HEIGHT, WIDTH = 13, 48, 64
 

@@ -1,11 +1,12 @@
 """GPUs that are never idle: the real driver and placement, on pretended GPUs in simulated time, and a little in Ray."""
 
 import pytest
-from jobs import gpu_shapes
-from jobs.gpu_shapes import BOXES, CLIPS_PER_GPU, SHAPES, box, in_ray, pipeline, simulate
-from pipeline.forecast import forecast
-from pipeline.placement import Node, NoRoom, Post, hires, most_per_s
-from pipeline.stages import Stage
+
+from dailies.jobs.bench import gpu_shapes
+from dailies.jobs.bench.gpu_shapes import BOXES, CLIPS_PER_GPU, SHAPES, box, in_ray, pipeline, simulate
+from dailies.pipeline.scheduler.forecast import forecast
+from dailies.pipeline.scheduler.placement import Node, NoRoom, Post, hires, most_per_s
+from dailies.pipeline.stages import Stage
 
 
 @pytest.mark.parametrize("gpus", BOXES)

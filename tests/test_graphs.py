@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-
 from golden import error
 from graph_recorder import Recorder
-from model.catalog import DEMO, DEMO_SPARSE
-from model.graphs import KEPT, CudaGraphs, Graphed
+
+from dailies.model.catalog import DEMO, DEMO_SPARSE
+from dailies.model.graphs import KEPT, CudaGraphs, Graphed
 
 
 def inputs(dit, frames=2, words=7, seed=1):

@@ -19,13 +19,17 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
-from actors.clip_file import clip_key, read_clip, readable
-from jobs.cli import main
 from limits import within
-from pipeline import cluster, ledger, manifest, manifest_parquet, stages
-from pipeline.store import open_store
 from tiny import TINY
+
+from dailies.actors.clip_file import clip_key, read_clip, readable
+from dailies.jobs.cli import main
+from dailies.pipeline import stages
+from dailies.pipeline.manifest import manifest
+from dailies.pipeline.manifest import parquet as manifest_parquet
+from dailies.pipeline.run import ledger
+from dailies.pipeline.scheduler import cluster
+from dailies.pipeline.store.store import open_store
 
 HANG_S = 120
 
@@ -382,7 +386,7 @@ def test_a_prompt_is_rendered_kept_and_shown_whatever_is_in_it(tmp_path, one_pro
 
 
 def test_a_failure_that_quotes_the_prompt_is_shown_safely(tmp_path, one_process, monkeypatch):
-    from actors.decoder import Decoder
+    from dailies.actors.decoder import Decoder
 
     def broken(self, latent):
         raise ValueError(f"cannot decode {latent.request.prompt}")
@@ -407,7 +411,7 @@ def test_what_was_typed_comes_back_escaped(arguments, tmp_path, monkeypatch):
 
 
 def test_what_is_logged_is_escaped_too():
-    script = ("import logging\nfrom jobs.cli import main\nmain(['models', 'none'])\n"
+    script = ("import logging\nfrom dailies.jobs.cli import main\nmain(['models', 'none'])\n"
               "logging.getLogger('store').warning('cannot write now (%s)', 'Slow\x1b[2JDown')")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
     assert r"cannot write now (Slow\x1b[2JDown)" in done.stderr and "\x1b" not in done.stderr

@@ -20,12 +20,12 @@ DOORS = {
     "ftfy": ["model/text.py"],
     "safetensors": ["model/checkpoint.py"],
     "huggingface_hub": ["model/weights.py"],
-    "pyarrow": ["pipeline/manifest.py", "pipeline/manifest_bytes.py", "pipeline/manifest_cells.py",
-                "pipeline/manifest_parquet.py", "pipeline/manifest_part.py", "pipeline/plan.py", "pipeline/ledger.py",
-                "pipeline/ledger_part.py", "pipeline/stored_types.py"],
-    "boto3": ["pipeline/store.py"],
-    "botocore": ["pipeline/store.py"],
-    "ray": ["pipeline/cluster.py", "jobs/submit.py"],
+    "pyarrow": ["pipeline/manifest/manifest.py", "pipeline/manifest/raw_bytes.py", "pipeline/manifest/cells.py",
+                "pipeline/manifest/parquet.py", "pipeline/manifest/part.py", "pipeline/plan.py", "pipeline/run/ledger.py",
+                "pipeline/run/ledger_part.py", "pipeline/manifest/stored_types.py"],
+    "boto3": ["pipeline/store/store.py"],
+    "botocore": ["pipeline/store/store.py"],
+    "ray": ["pipeline/scheduler/cluster.py", "jobs/submit.py"],
     "av": ["actors/clip_writer.py", "actors/clip_file.py"],
     "PIL": ["actors/image_file.py"],
     "jinja2": ["pipeline/report.py"],
@@ -34,14 +34,21 @@ DOORS = {
     "rich": ["jobs/"],
     "pydantic": ["pipeline/", "jobs/"],
     "triton": ["kernels/"],
-    "torch": ["kernels/", "model/", "actors/", "pipeline/stages.py", "jobs/"],
+    "torch": ["kernels/", "model/", "actors/", "pipeline/stages.py",
+              "pipeline/run/intermediates.py", "pipeline/run/saved_steps.py", "jobs/"],
 }
 PACKAGED_AS = {"botocore": "boto3", "PIL": "pillow", "yaml": "pyyaml"}
 HEAVY = ["torch", "ray", "transformers", "pyarrow", "boto3", "av", "numpy"]
 
 
 def modules() -> list[Path]:
-    return sorted(path for package in [*ORDER, "infra"] for path in (ROOT / package).rglob("*.py"))
+    return sorted(path for package in ["dailies", *ORDER, "infra"] for path in (ROOT / package).rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    """As it is imported, whether its folder is that of dailies or lies beside it."""
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    return name if name.split(".")[0] == "dailies" else f"dailies.{name}"
 
 
 def imported(path: Path) -> Iterator[tuple[str, int]]:
@@ -58,10 +65,13 @@ def test_imports_point_one_way():
     wrong = []
     for path in modules():
         home = path.relative_to(ROOT).parts[0]
-        below = ORDER[:ORDER.index(home) + 1] if home in ORDER else []      # infra runs without the rest
+        below = ORDER[:ORDER.index(home) + 1] if home in ORDER else ORDER if home == "dailies" else []      # infra: alone
         for name, line in imported(path):
-            package = name.split(".")[0]
-            if package in [*ORDER, "infra", "tests"] and package not in below:
+            top, _, package = name.partition(".")
+            if top in [*ORDER, "infra", "tests"]:
+                wrong.append(f"{path.relative_to(ROOT)}:{line} imports {name}; ours are dailies.{top} and below")
+            package = package.split(".")[0]
+            if top == "dailies" and package in [*ORDER, "infra"] and package not in below:
                 wrong.append(f"{path.relative_to(ROOT)}:{line} imports {name}")
     assert not wrong, "\n".join([f"imports must point {' <- '.join(ORDER)}", *wrong])
 
@@ -79,7 +89,7 @@ def test_each_library_has_one_door():
 
 def test_importing_any_module_touches_nothing(tmp_path: Path):
     """All modules, in one process with an empty home, which is asked afterwards what was opened, made or dialled."""
-    names = [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in modules()]
+    names = [module_name(path) for path in modules() if path.name != "__main__.py"]
     names = [name for name in names if name not in needs_absent_library()]
     script = f"""
 import importlib, os, sys
@@ -113,7 +123,7 @@ def needs_absent_library() -> set[str]:
     try:
         import triton  # noqa: F401
     except ImportError:
-        return {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in modules()
+        return {module_name(path) for path in modules()
                 if any(name.split(".")[0] == "triton" for name, _ in imported(path))}
     return set()
 
@@ -125,9 +135,9 @@ def run_python(args: list[str], cwd: Path) -> subprocess.CompletedProcess:
 
 
 def test_help_imports_nothing_heavy(tmp_path: Path):
-    script = ("import sys, jobs.cli\n"
+    script = ("import sys, dailies.jobs.cli\n"
               "sys.argv = ['dailies', '--help']\n"
-              "try:\n    jobs.cli.main()\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
+              "try:\n    dailies.jobs.cli.main()\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
               f"print('HEAVY', [name for name in {HEAVY!r} if name in sys.modules])")
     done = run_python(["-c", script], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -171,7 +181,7 @@ def test_every_command_in_the_documents_exists(tmp_path: Path):
                 continue
             command = words[1]
             if command not in helps:
-                done = run_python(["-m", "jobs.cli", command, "--help"], cwd=tmp_path)
+                done = run_python(["-m", "dailies.jobs.cli", command, "--help"], cwd=tmp_path)
                 assert done.returncode == 0, f"{document.name}: {line}\n{done.stderr}"
                 helps[command] = done.stdout
             for flag in (word.split("=")[0] for word in words[2:] if word.startswith("--")):
@@ -208,7 +218,7 @@ def test_no_file_carries(pattern, why):
 
 
 def test_the_example_settings_are_settings():
-    from jobs.settings import RenderJob
+    from dailies.jobs.settings import RenderJob
     job = RenderJob.read({}, ROOT / "examples" / "night.toml")
     assert (ROOT / job.manifest).suffix == ".parquet"
 
@@ -230,13 +240,20 @@ def test_every_import_is_a_requirement():
     for path in [*modules(), *(ROOT / "tests").glob("*.py")]:
         tests = path.is_relative_to(ROOT / "tests")
         # a benchmark's peer is a tool of development, as what tests compare with
-        allowed = required("gpu", "dev") if tests or path.name.startswith("bench_") else required("gpu")
-        ours = {*ORDER, "infra", "tests", "s3", "chaos", *(each.stem for each in (ROOT / "tests").glob("*.py") if tests)}
+        allowed = required("gpu", "dev") if tests or path.parent.name == "bench" else required("gpu")
+        ours = {"dailies", "tests", "s3", "chaos", *(each.stem for each in (ROOT / "tests").glob("*.py") if tests)}
         for library, line in ((dotted.split(".")[0], line) for dotted, line in imported(path)):
             package = canonical(PACKAGED_AS.get(library, library))
             if library not in sys.stdlib_module_names | ours and package not in allowed:
                 wrong.append(f"{path.relative_to(ROOT)}:{line} imports {library}; add it to pyproject.toml")
     assert not wrong, "\n".join(wrong)
+
+
+def test_every_folder_of_ours_is_installed_below_one_name():
+    tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {path.parent.relative_to(ROOT) for path in tracked() if path.relative_to(ROOT).parts[0] in [*ORDER, "infra"]}
+    assert sorted(tools["packages"]) == sorted(["dailies", *(".".join(["dailies", *folder.parts]) for folder in folders)])
+    assert tools["package-dir"] == {"dailies": "dailies"} | {f"dailies.{top}": top for top in [*ORDER, "infra"]}
 
 
 def canonical(name: str) -> str:

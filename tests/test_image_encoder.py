@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-
-from actors.image_encoder import ImageTextEncoder, cropped
-from actors.image_file import decode
-from actors.image_parts import ImageError
-from actors.messages import FirstFrame, Request
 from golden import error
 from image_files import jpeg, png
-from model.catalog import CATALOG, TURBO_WAN22_I2V_A14B
-from model.shapes import VideoShape
 from wan_tiny import WAN_TINY_I2V, WAN_TINY_I2V_A14B, write_weights
+
+from dailies.actors.image_encoder import ImageTextEncoder, cropped
+from dailies.actors.image_file import decode
+from dailies.actors.image_parts import ImageError
+from dailies.actors.messages import FirstFrame, Request
+from dailies.model.catalog import CATALOG, TURBO_WAN22_I2V_A14B
+from dailies.model.shapes import VideoShape
 
 SHAPE = VideoShape(frames=9, height=32, width=48)
 
@@ -87,7 +87,7 @@ def test_turbodiffusion_makes_images_smaller_as_pillow_does(folders, files, monk
 def test_the_condition_is_that_of_diffusers(folders, files):
     """At the clip's own size, where the other resampling of diffusers has nothing to do."""
     diffusers = pytest.importorskip("diffusers")
-    from model import checkpoint
+    from dailies.model import checkpoint
     files["a.png"] = png(32, 48)
     encoder = ImageTextEncoder(WAN_TINY_I2V_A14B, folders["wan-tiny-i2v-a14b"], read=files.__getitem__)
     vae = diffusers.AutoencoderKLWan(base_dim=2, z_dim=16)

@@ -10,14 +10,14 @@ from io import BytesIO
 import numpy as np
 import pytest
 import torch
+from image_files import BROKEN, deep_grey, encoded, jpeg, only_header, palette, pixels, png, see_through
 from PIL import Image
 
-from actors import image_file
-from actors.image_file import ImageSize, decode, examine
-from actors.image_parts import ImageError
-from image_files import BROKEN, deep_grey, encoded, jpeg, only_header, palette, pixels, png, see_through
-from pipeline.images import FoundImage, find_image, find_images, folder_of, locate, read_image
-from pipeline.manifest import Manifest
+from dailies.actors import image_file
+from dailies.actors.image_file import ImageSize, decode, examine
+from dailies.actors.image_parts import ImageError
+from dailies.pipeline.manifest.images import FoundImage, find_image, find_images, folder_of, locate, read_image
+from dailies.pipeline.manifest.manifest import Manifest
 
 
 def off(got: torch.Tensor, want: np.ndarray) -> float:
@@ -195,7 +195,7 @@ def test_a_relative_path_in_a_manifest_of_a_bucket_stays_under_its_prefix():
 
 
 def test_images_in_a_bucket_are_read_and_each_trouble_is_its_rows(s3_bucket):
-    from pipeline.store import open_store
+    from dailies.pipeline.store.store import open_store
     store = open_store(s3_bucket)
     store.put("night/a.png", png())
     store.put("huge.png", bytes(image_file.MAX_BYTES + 1))
@@ -211,8 +211,8 @@ def test_images_in_a_bucket_are_read_and_each_trouble_is_its_rows(s3_bucket):
 
 
 def test_a_store_that_does_not_answer_is_no_rows_fault(s3_bucket, monkeypatch):
-    from pipeline import images
-    from pipeline.store import StoreError
+    from dailies.pipeline.manifest import images
+    from dailies.pipeline.store.store import StoreError
     monkeypatch.setattr(images, "stores", {})
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(StoreError, match="does not answer"):
@@ -220,7 +220,7 @@ def test_a_store_that_does_not_answer_is_no_rows_fault(s3_bucket, monkeypatch):
 
 
 def test_a_thousand_images_are_read_by_a_few_at_a_time(tmp_path, monkeypatch):
-    from pipeline import images
+    from dailies.pipeline.manifest import images
     (tmp_path / "a.png").write_bytes(png())
     running, most = [], []
 
@@ -315,7 +315,7 @@ def test_a_key_leads_to_no_other_bucket_and_to_nothing_hidden_below_an_allowed_p
 
 
 def test_a_link_that_is_put_in_the_way_after_the_check_is_not_followed(tmp_path, monkeypatch):
-    from pipeline import images
+    from dailies.pipeline.manifest import images
     (tmp_path / "night/deep").mkdir(parents=True)
     (tmp_path / "night/deep/a.png").write_bytes(png())
     (tmp_path / "a.png").write_bytes(png())

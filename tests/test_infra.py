@@ -17,7 +17,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from infra.nightly import ENDED, OURS, Api, start_tonight
+from dailies.infra.nightly import ENDED, OURS, Api, start_tonight
 
 ROOT = Path(__file__).resolve().parent.parent
 INFRA = ROOT / "infra"
@@ -221,7 +221,7 @@ def test_the_entrypoint_is_a_command_that_exists(rayjob):
     program, command, *rest = rayjob["spec"]["entrypoint"].split()
     assert (program, command) == ("dailies", "render")
     assert rest[-2:] == ["--ray", "auto"] and DATE in rest[0]
-    done = subprocess.run([sys.executable, "-m", "jobs.cli", command, "--help"], cwd=ROOT, capture_output=True,
+    done = subprocess.run([sys.executable, "-m", "dailies.jobs.cli", command, "--help"], cwd=ROOT, capture_output=True,
                           text=True, check=True)
     for flag in (word for word in rest if word.startswith("--")):
         assert flag in done.stdout

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from golden import error
 
-from kernels.around_conv import add_bias, channels_adjacent, enlarge, norm_silu
-from model.wan_vae import ChannelNorm
+from dailies.kernels.around_conv import add_bias, channels_adjacent, enlarge, norm_silu
+from dailies.model.wan.vae import ChannelNorm
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,8 +31,8 @@ def kernels(arch):
     """Name -> function, dtypes of its arguments (:16 is a multiple of 16), constants, warps, stages, options."""
     import triton
 
-    from kernels.int8_linear import kernel as linear
-    from kernels.norm import kernel as norm
+    from dailies.kernels.int8_linear import kernel as linear
+    from dailies.kernels.norm import kernel as norm
     unfused = dict(enable_fp_fusion=False)
     for in_blocks, residual in product((False, True), repeat=2):
         name = ("blocks" if in_blocks else "rows") + ", gated" * residual
@@ -69,7 +69,7 @@ def kernels(arch):
 
 
 def around_conv():
-    from kernels.around_conv import kernel as around
+    from dailies.kernels.around_conv import kernel as around
     steps = dict.fromkeys(("x_clip", "x_frame", "residual_clip", "residual_frame", "out_clip", "out_frame"), "i64:16")
     for dtype, (channels, block) in product(("bf16", "fp32"), ((96, 128), (384, 512))):
         given = dict.fromkeys(("x", "out", "residual"), f"*{dtype}") | steps | dict(
@@ -86,8 +86,8 @@ def attention_kernels(arch):
     """As `kernels`, for 128 channels a head."""
     import torch
 
-    from kernels.int8_attention import kernel as int8
-    from kernels.sparse_attention import kernel as sparse
+    from dailies.kernels.int8_attention import kernel as int8
+    from dailies.kernels.sparse_attention import kernel as sparse
 
     def strides(*tensors):
         return {f"{tensor}{stride}": "i32:16" for tensor in tensors for stride in ("stride_b", "stride_n", "stride_h")}

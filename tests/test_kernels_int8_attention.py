@@ -4,8 +4,8 @@ import pytest
 import torch
 from golden import Golden, error
 
-from kernels import cases
-from kernels.int8_attention import int8_attention, reference
+from dailies.kernels import cases
+from dailies.kernels.int8_attention import int8_attention, reference
 
 CASES = [(case, kind) for case in cases.AWKWARD_ATTENTION for kind in cases.FILLS]
 
@@ -80,7 +80,7 @@ def test_triton_follows_the_reference(case, kind, dtype, bound, triton_device):
 
 @pytest.mark.parametrize("kind", cases.FILLS)
 def test_triton_rounds_to_the_reference_s_integers(kind, triton_device):
-    from kernels.int8_attention import kernel
+    from dailies.kernels.int8_attention import kernel
     _, k, _ = cases.AWKWARD_ATTENTION[2].inputs(kind, seed=5, device=triton_device)
     mean = kernel.mean_of(k)
     torch.testing.assert_close(k - mean[:, None], reference.smooth(k))

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from golden import GOLDENS, Golden, error
 
-from kernels import cases
-from kernels.int8_linear import BLOCK, Quantized, dequantize, int8_linear, quantize_blocks, quantize_rows
-from model import checkpoint
+from dailies.kernels import cases
+from dailies.kernels.int8_linear import BLOCK, Quantized, dequantize, int8_linear, quantize_blocks, quantize_rows
+from dailies.model import checkpoint
 
 SCHEMES = {"rows": quantize_rows, "blocks": quantize_blocks}
 PATHS = [("rows", "torch"), ("rows", "int_mm"), ("rows", "triton"), ("blocks", "torch"), ("blocks", "triton")]

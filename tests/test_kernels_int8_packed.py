@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from kernels import cpu
-from kernels.int8_linear import dequantize, int8_linear, packed, quantize_rows
-from kernels.norm import after_linear, quantized_modulated_norm, rms_rope
+from dailies.kernels import cpu
+from dailies.kernels.int8_linear import dequantize, int8_linear, packed, quantize_rows
+from dailies.kernels.norm import after_linear, quantized_modulated_norm, rms_rope
 
 on_vnni = pytest.mark.skipif(not cpu.has_int8_products(), reason="needs a CPU with INT8 products (VNNI)")
 

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from golden import error
 
-from kernels import cases
-from kernels.int8_linear import Quantized, dequantize
-from kernels.norm import modulated_norm, quantized_modulated_norm, rms_norm, rms_rope
-from model.layers import RMSNorm, rotary_table, rotate
+from dailies.kernels import cases
+from dailies.kernels.int8_linear import Quantized, dequantize
+from dailies.kernels.norm import modulated_norm, quantized_modulated_norm, rms_norm, rms_rope
+from dailies.model.layers import RMSNorm, rotary_table, rotate
 
 PARTS = {"norm alone": (), "affine": ("gain", "bias"), "modulated": ("scale", "shift"), "residual": ("update",),
          "all": ("update", "gate", "gain", "bias", "scale", "shift")}
@@ -176,7 +176,7 @@ def test_rms_norm_follows_the_float64_formula(case, kind, impl, triton_device):
 @pytest.mark.parametrize("rows", [2, 4])
 def test_a_program_of_several_rows_says_what_one_of_one_row_says(rows, triton_device, monkeypatch):
     """Ragged: some rows of the last program of a sample are another's, or nobody's."""
-    from kernels.norm import kernel
+    from dailies.kernels.norm import kernel
     x, given = norm_inputs(BATCH, "large mean", PARTS["all"], device=triton_device)
     q, k, q_gain, k_gain, rope = rope_inputs(BATCH, device=triton_device)
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-
-from kernels import cases
-from kernels.norm import modulated_norm, quantized_modulated_norm, rms_norm, rms_rope
 from test_kernels_norm import BATCH, FILLED, PARTS, assert_close, formula, norm_inputs, rope_inputs
+
+from dailies.kernels import cases
+from dailies.kernels.norm import modulated_norm, quantized_modulated_norm, rms_norm, rms_rope
 
 
 @pytest.mark.parametrize("case, kind, parts", [

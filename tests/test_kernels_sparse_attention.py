@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from golden import GOLDENS, Golden, error
 from test_kernels_int8_attention import CASES, DTYPE, DTYPES, EXACT, attention64, rms
 
-from kernels import cases
-from kernels.sparse_attention import reference, sparse_attention
-from model import checkpoint
+from dailies.kernels import cases
+from dailies.kernels.sparse_attention import reference, sparse_attention
+from dailies.model import checkpoint
 
 VARIANTS = {"with linear": dict(linear=True), "int8": dict(int8=True),
             "int8 of Hopper, with linear": dict(linear=True, int8=True, block_q=64, block_k=128),
@@ -132,7 +132,7 @@ def test_triton_follows_the_reference_in_the_other_dtype(case, variant, triton_d
 
 def compare_triton(case, kind, dtype, bound, variant, device):
     """With the reference's choice of blocks: among blocks of zeros any is as good as another."""
-    from kernels.sparse_attention import kernel
+    from dailies.kernels.sparse_attention import kernel
     q, k, v = case.inputs(kind, seed=5, dtype=dtype, device=device)
     int8, block_q, block_k = variant.get("int8", False), variant.get("block_q", 128), variant.get("block_k", 64)
     for x, block in ((q, block_q), (k, block_k)):
@@ -194,7 +194,7 @@ def test_what_does_not_fit_is_turned_away(change, said):
     *((cases.RENDERED_ATTENTION[0], variant) for variant in VARIANTS.values()),
     *((cases.RENDERED_ATTENTION[1], VARIANTS[name]) for name in ("with linear", "int8"))], ids=str)
 def test_triton_at_the_size_that_is_rendered(case, variant):
-    from kernels.sparse_attention import kernel
+    from dailies.kernels.sparse_attention import kernel
     q, k, v = case.inputs("normal", seed=10, dtype=torch.bfloat16, device="cuda")
     int8, block_q, block_k = variant.get("int8", False), variant.get("block_q", 128), variant.get("block_k", 64)
     proj = projection(case.head_dim, "cuda") if variant.get("linear") else None

@@ -11,14 +11,26 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pytest
 
-from actors.messages import Clip, Failure, Request
-from model.shapes import VideoShape
-from pipeline import ledger as ledgers
-from pipeline.ledger import (COLUMNS, Ledger, digest, forget_retried, invalid_row, parquet_bytes, put_back, read, retry, row_of,
-                             take_out, write_success)
-from pipeline.runfile import OtherRun, claim_run, known_manifest, read_run
-from pipeline.stages import Outcome
-from pipeline.store import StoreError, open_store
+from dailies.actors.messages import Clip, Failure, Request
+from dailies.model.shapes import VideoShape
+from dailies.pipeline.run import ledger as ledgers
+from dailies.pipeline.run.ledger import (
+    COLUMNS,
+    Ledger,
+    digest,
+    forget_retried,
+    invalid_row,
+    parquet_bytes,
+    put_back,
+    read,
+    retry,
+    row_of,
+    take_out,
+    write_success,
+)
+from dailies.pipeline.run.run_json import OtherRun, claim_run, known_manifest, read_run
+from dailies.pipeline.stages import Outcome
+from dailies.pipeline.store.store import StoreError, open_store
 
 CONTRACT = """id, clip_id, status, uri, sha256, bytes, width, height, frames, fps, duration_s, has_audio, seed, prompt,
 negative_prompt, steps, guidance, model, weights_fingerprint, precision, attention, fallbacks, attempts, error_type,

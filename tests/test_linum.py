@@ -5,16 +5,16 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-
 from golden import Golden, error, names
-from kernels import cpu
-from model import checkpoint, keys
-from model.catalog import LINUM_V2_720P
-from model.guidance import AdaptiveProjectedGuidance
-from model.layers import rotary_table, rotate
-from model.linum import LinumConfig, LinumDiT
-from model.samplers import euler
-from model.schedules import flow_match_sigmas
+
+from dailies.kernels import cpu
+from dailies.model import checkpoint, keys
+from dailies.model.catalog import LINUM_V2_720P
+from dailies.model.guidance import AdaptiveProjectedGuidance
+from dailies.model.layers import rotary_table, rotate
+from dailies.model.linum.transformer import LinumConfig, LinumDiT
+from dailies.model.samplers import euler
+from dailies.model.schedules import flow_match_sigmas
 
 SMALL = LinumConfig(width=48, heads=2, layers=1, ffn=64, time_features=32, text_dim=20, text_len=12)
 

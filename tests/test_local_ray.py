@@ -11,10 +11,21 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import local_ray
-from pipeline.driver import ClusterError
-from pipeline.local_ray import (
-    LONGEST, OWNER, PREFIX, SESSION, advice, environment, folder_in, paths_kept, room, short_places, tidy)
+from dailies.pipeline.scheduler import local_ray
+from dailies.pipeline.scheduler.driver import ClusterError
+from dailies.pipeline.scheduler.local_ray import (
+    LONGEST,
+    OWNER,
+    PREFIX,
+    SESSION,
+    advice,
+    environment,
+    folder_in,
+    paths_kept,
+    room,
+    short_places,
+    tidy,
+)
 
 LONG = "slurm-job-1355700.node0016/scratch-of-this-job-on-this-node"
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.local_ray import PREFIX
+from dailies.pipeline.scheduler.local_ray import PREFIX
 
 HERE = Path(__file__).resolve().parent
 SECRETS = {"AWS_ACCESS_KEY_ID": "AKID-stays-at-home-1", "AWS_SECRET_ACCESS_KEY": "secret-stays-at-home-2",
@@ -71,7 +71,7 @@ def run(tmp_path_factory) -> Iterator[Seen]:
     yield seen
 
 
-PROGRAM = f"import sys; sys.path.append({str(HERE)!r}); import tiny; from jobs.cli import main; sys.exit(main())"
+PROGRAM = f"import sys; sys.path.append({str(HERE)!r}); import tiny; from dailies.jobs.cli import main; sys.exit(main())"
 
 
 def look(place: Path, driver: int, seen: Seen) -> None:

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.complaints import ManifestError, shown
-from pipeline.manifest import COLUMNS, MAX_PROMPT_BYTES, Manifest
-from pipeline.manifest_text import ROWS_PER_BLOCK
+from dailies.pipeline.manifest.manifest import COLUMNS, MAX_PROMPT_BYTES, Manifest
+from dailies.pipeline.manifest.text import ROWS_PER_BLOCK
+from dailies.pipeline.manifest.validation import ManifestError, shown
 
 
 def parquet(path: Path, **columns) -> str:
@@ -336,7 +336,7 @@ def test_the_digest_follows_the_content_and_not_the_place(tmp_path):
 
 
 def test_a_bucket_is_read_like_a_folder(s3_bucket):
-    from pipeline.store import open_store
+    from dailies.pipeline.store.store import open_store
     store = open_store(s3_bucket)
     for name in ("night/a.csv", "night/b.csv", "night/sub/c.csv", "night/_d.csv", "night/style=a b/e.csv",
                  "night/notes.md"):

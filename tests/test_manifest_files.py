@@ -18,10 +18,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import manifest_bytes, manifest_cells, manifest_text
-from pipeline.complaints import ManifestError
-from pipeline.manifest import Manifest
-from pipeline.manifest_names import NAMES, nearly
+from dailies.pipeline.manifest import cells as manifest_cells
+from dailies.pipeline.manifest import raw_bytes as manifest_bytes
+from dailies.pipeline.manifest import text as manifest_text
+from dailies.pipeline.manifest.columns import NAMES, nearly
+from dailies.pipeline.manifest.manifest import Manifest
+from dailies.pipeline.manifest.validation import ManifestError
 
 
 def written(path: Path, content: str | bytes | list | dict) -> str:
@@ -341,8 +343,8 @@ def test_text_is_bounded_before_it_becomes_objects(what, tmp_path):
     name, content = AMPLIFIED[what]
     path = written(tmp_path / name, content)
     script = f"""
-from pipeline.manifest import Manifest
-from pipeline.complaints import ManifestError
+from dailies.pipeline.manifest.manifest import Manifest
+from dailies.pipeline.manifest.validation import ManifestError
 def at_most():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
 before = at_most()

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from jobs.cli import fail
-from pipeline import ledger
-from pipeline.masking import REMOVED, without_secrets
+from dailies.jobs.cli import fail
+from dailies.pipeline.run import ledger
+from dailies.pipeline.run.masking import REMOVED, without_secrets
 
 VALUE = "hunter2Hunter2"
 
@@ -59,4 +59,4 @@ def test_messages_and_the_errors_of_rows_are_masked(capsys):
 
 def test_the_working_folder_is_no_secret(monkeypatch):
     monkeypatch.setenv("PWD", "/home/somebody")
-    assert without_secrets("/home/somebody/out") == "/home/somebody/out"
+    assert without_secrets("/home/dailies/out") == "/home/dailies/out"

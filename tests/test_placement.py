@@ -5,8 +5,8 @@ from operator import attrgetter
 
 import pytest
 
-from pipeline.placement import Node, NoRoom, Post, Room, check, hires, make_room
-from pipeline.stages import Stage
+from dailies.pipeline.scheduler.placement import Node, NoRoom, Post, Room, check, hires, make_room
+from dailies.pipeline.stages import Stage
 
 MANY = 10**9
 

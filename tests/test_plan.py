@@ -16,16 +16,16 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from actors.messages import FirstFrame
 from image_files import BROKEN, jpeg, png
-from jobs.render import variant_of
-from jobs.settings import RenderJob
-from model.catalog import CATALOG
-from pipeline.complaints import ManifestError
-from pipeline.images import ALLOWED_IMAGE
-from pipeline.manifest import Manifest
-from pipeline.plan import Defaults, Plan, clip_id_of, with_another_seed
+
+from dailies.actors.messages import FirstFrame
+from dailies.jobs.render import variant_of
+from dailies.jobs.settings import RenderJob
+from dailies.model.catalog import CATALOG
+from dailies.pipeline.manifest.images import ALLOWED_IMAGE
+from dailies.pipeline.manifest.manifest import Manifest
+from dailies.pipeline.manifest.validation import ManifestError
+from dailies.pipeline.plan import Defaults, Plan, clip_id_of, with_another_seed
 
 DEMO = replace(CATALOG["demo"], num_steps=20, guidance=3.0)     # whatever its tuning is: the clip_id below is for these
 I2V = CATALOG["wan2.1-i2v-14b"]
@@ -255,7 +255,7 @@ def test_an_images_clips_come_together_and_it_is_read_once(tmp_path, monkeypatch
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_bytes(png(40 if name == "a.png" else 41, 60))
     read = []
-    monkeypatch.setattr("pipeline.images.read_image", lambda uri, _: read.append(uri) or Path(uri).read_bytes())
+    monkeypatch.setattr("dailies.pipeline.manifest.images.read_image", lambda uri, _: read.append(uri) or Path(uri).read_bytes())
     plan = plan_of(tmp_path, card=I2V, prompt=["x", "x", "y", "y"] * 25, image=["a.png", "b.png"] * 50,
                    resolution=["480x480"] * 100)
     order = [(Path(request.image.uri).name, request.prompt) for request in plan.requests()]
@@ -395,9 +395,9 @@ def test_the_example_is_24_clips_of_the_demo_models_world():
 MILLION = """
 import sys, time
 start = time.perf_counter()
-from model.catalog import CATALOG
-from pipeline.manifest import Manifest
-from pipeline.plan import Plan
+from dailies.model.catalog import CATALOG
+from dailies.pipeline.manifest.manifest import Manifest
+from dailies.pipeline.plan import Plan
 plan = Plan.make(Manifest.read(sys.argv[1]), CATALOG["demo"], weights_fingerprint="w" * 64, precision="fp32")
 assert plan.summary()["buckets"]
 planned_s = time.perf_counter() - start

@@ -17,14 +17,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from actors import handover
-from actors.messages import Clip, Failure, Frames, Latent
-from jobs.bench_pipeline import pretend_request
-from model.shapes import VideoShape
-from pipeline import pool as pools
-from pipeline.pool import ChildFailed, Pool
-from pipeline.stages import Stage, Step, Worker, WorkerUnfit, request_of, run_local
-from pipeline.store import NotFound, StoreError
+
+from dailies.actors import handover
+from dailies.actors.messages import Clip, Failure, Frames, Latent
+from dailies.jobs.bench.pipeline import pretend_request
+from dailies.model.shapes import VideoShape
+from dailies.pipeline.scheduler import pool as pools
+from dailies.pipeline.scheduler.pool import ChildFailed, Pool
+from dailies.pipeline.stages import Stage, Step, Worker, WorkerUnfit, request_of, run_local
+from dailies.pipeline.store.store import NotFound, StoreError
 
 ROOT, HERE = Path(__file__).resolve().parent.parent, Path(__file__).resolve().parent
 

@@ -6,9 +6,9 @@ import time
 
 import pytest
 
-from jobs import progress
-from jobs.progress import Display, Rate, duration_text, printable, rate_text
-from pipeline.driver import Progress, StageProgress
+from dailies.jobs import progress
+from dailies.jobs.progress import Display, Rate, duration_text, printable, rate_text
+from dailies.pipeline.scheduler.driver import Progress, StageProgress
 
 
 def stage(name, done, **changes):

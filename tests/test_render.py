@@ -20,19 +20,21 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import tiny  # noqa: F401  adds the model to the catalogue
 
-from actors import clip_writer
-from actors.clip_file import clip_key, read_clip
-from actors.decoder import Decoder
-from actors.shelf import unsealed
-from actors.steps import SavedSteps
-from jobs.cli import main
-from jobs.render import Book
-from pipeline import cluster, ledger, stages
-from pipeline.lease import Lease
-from pipeline.seal import seal_of
-from pipeline.store import open_store
-import tiny  # noqa: F401: adds the model to the catalogue
+from dailies.actors import clip_writer
+from dailies.actors.clip_file import clip_key, read_clip
+from dailies.actors.decoder import Decoder
+from dailies.jobs.cli import main
+from dailies.jobs.render import Book
+from dailies.pipeline import stages
+from dailies.pipeline.run import ledger
+from dailies.pipeline.run.intermediates import unsealed
+from dailies.pipeline.run.lease import Lease
+from dailies.pipeline.run.saved_steps import SavedSteps
+from dailies.pipeline.run.seal import seal_of
+from dailies.pipeline.scheduler import cluster
+from dailies.pipeline.store.store import open_store
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = [sys.executable, str(ROOT / "tests/tiny.py")]
@@ -305,7 +307,7 @@ def test_a_run_whose_json_knows_only_the_file_goes_on_with_the_same_rows(again, 
 def test_a_gpu_that_is_not_here_is_refused_before_anything_is_written(capsys, no_work, tmp_path, monkeypatch):
     import torch
 
-    from jobs import usage
+    from dailies.jobs import usage
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for files in ((), (str(tmp_path),)):                # no driver; a driver that torch cannot use
         monkeypatch.setattr(usage, "GPU_FILES", files)

@@ -5,18 +5,19 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-
-from actors.decoder import Decoder
-from golden import GOLDENS
-from jobs.cli import main
-from kernels import cpu
-from model import checkpoint
-from model.catalog import CATALOG, DEMO
-from model.weights import fingerprint, locate, weights_files
-from pipeline import cluster, ledger, stages
-from pipeline.store import open_store
 from turbo_tiny import TURBO_TINY, TURBO_TINY_I2V, publish
 from wan_tiny import WAN_TINY, write_weights
+
+from dailies.actors.decoder import Decoder
+from dailies.jobs.cli import main
+from dailies.kernels import cpu
+from dailies.model import checkpoint
+from dailies.model.catalog import CATALOG, DEMO
+from dailies.model.weights import fingerprint, locate, weights_files
+from dailies.pipeline import stages
+from dailies.pipeline.run import ledger
+from dailies.pipeline.scheduler import cluster
+from dailies.pipeline.store.store import open_store
 
 INT8_ON_CPU = ("INT8 weights with scales per block are scaled per row: a CPU has no fast product of blocks"
                if cpu.has_int8_products() else "INT8 weights are computed with in fp32: this CPU has no INT8 products")

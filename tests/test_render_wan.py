@@ -9,19 +9,21 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from PIL import Image
-
-from actors.clip_file import clip_key, read_clip
 from image_files import BROKEN, deep_grey, encoded, jpeg, palette, pixels, png, see_through
-from jobs.bench_pipeline import SHARED, pretend_stages
-from jobs.cli import main
-from model.catalog import CATALOG
-from pipeline import cluster, ledger, stages
-from pipeline.manifest import Manifest
-from pipeline.plan import Plan
-from pipeline.store import open_store
+from PIL import Image
 from test_driver import SimulatedCrew, box, drive
 from wan_tiny import CARDS, WAN_TINY, write_weights
+
+from dailies.actors.clip_file import clip_key, read_clip
+from dailies.jobs.bench.pipeline import SHARED, pretend_stages
+from dailies.jobs.cli import main
+from dailies.model.catalog import CATALOG
+from dailies.pipeline import stages
+from dailies.pipeline.manifest.manifest import Manifest
+from dailies.pipeline.plan import Plan
+from dailies.pipeline.run import ledger
+from dailies.pipeline.scheduler import cluster
+from dailies.pipeline.store.store import open_store
 
 PROGRAM = [sys.executable, str(Path(__file__).parent / "wan_tiny.py")]
 ROWS = [{"id": f"row-{number}", "prompt": prompt, "frames": 9}

@@ -12,26 +12,28 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from io import StringIO
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tiny  # noqa: F401  adds the model to the catalogue
 import torch
 
-from actors import clip_file, shelf
-from actors.clip_file import clip_key
-from actors.messages import Embedding
-from actors.shelf import LATENTS, Seal, sealed, unsealed
-from jobs import verify
-from jobs.cli import main
-from model.shapes import VideoShape
-from pipeline import adoption, cluster, ledger, stages
-from pipeline.seal import KEY, VARIABLE, seal_of
-from pipeline.store import FolderStore, StoreError, open_store
-import tiny  # noqa: F401: adds the model to the catalogue
+from dailies.actors import clip_file
+from dailies.actors.clip_file import clip_key
+from dailies.actors.messages import Embedding
+from dailies.jobs import verify
+from dailies.jobs.cli import main
+from dailies.model.shapes import VideoShape
+from dailies.pipeline import stages
+from dailies.pipeline.run import adoption, ledger
+from dailies.pipeline.run import intermediates as shelf
+from dailies.pipeline.run.intermediates import LATENTS, Seal, sealed, unsealed
+from dailies.pipeline.run.seal import KEY, VARIABLE, seal_of
+from dailies.pipeline.scheduler import cluster
+from dailies.pipeline.store.store import FolderStore, StoreError, open_store
 
 ROWS = [{"id": "fox", "prompt": "a red fox", "frames": 5}, {"id": "cats", "prompt": "two cats", "frames": 5, "samples": 2}]
 NUM_CLIPS = 3
@@ -298,7 +300,7 @@ def test_two_whose_ledger_rows_are_put_back_share_the_clip_that_is_made_again(tm
 
 
 def test_verify_repair_waits_for_no_driver_that_is_at_work(night):
-    from pipeline.lease import Lease
+    from dailies.pipeline.run.lease import Lease
     first, *_ = clips(night)
     path_of(night, first).unlink()
     before = sorted((night / "out/ledger").iterdir())
@@ -457,7 +459,7 @@ def test_a_sealed_embedding_that_does_not_fit_is_made_again(how, tmp_path, whole
     folder = begin(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(shelf, "packed", forged)
-        patch.setattr("actors.shelf.Fetch.__call__", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("dailies.pipeline.run.intermediates.Fetch.__call__", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         code, _ = said("render", folder / "night.jsonl", "--out", folder / "out", "--model", "tiny", "--device", "cpu")
         assert code == 130 and list((folder / "out/embeddings").rglob("*.safetensors"))
     assert render(folder)[0] == 0 and clips(folder) == clips(whole)
@@ -575,8 +577,8 @@ LEASES = [b"", b"{", b"[" * 100_000, b'{"id":"x"}', b"\xff" * 100, b"null", b" "
 
 @pytest.mark.parametrize("number", range(len(LEASES)))
 def test_a_lease_that_is_none_ends_in_no_traceback(number, night, monkeypatch):
-    monkeypatch.setattr("pipeline.lease.Lease.LEASE_S", 0.0)
-    monkeypatch.setattr("pipeline.lease.Lease.POLL_S", 0.0)
+    monkeypatch.setattr("dailies.pipeline.run.lease.Lease.LEASE_S", 0.0)
+    monkeypatch.setattr("dailies.pipeline.run.lease.Lease.POLL_S", 0.0)
     (night / "out/lease.json").write_bytes(LEASES[number])
     code, printed = said("retry", night / "out")
     assert code == (5 if len(LEASES[number]) > 2**16 and LEASES[number][:1] != b"[" else code) and code in (0, 5)

@@ -11,16 +11,16 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
-from actors import steps
-from actors.clip_file import DIGEST_HEAD
-from actors.shelf import sealed, unsealed
-from actors.steps import KeepSampled
-from jobs import render as renders
 from limits import within
-from pipeline.seal import KEY, seal_of
-from pipeline.store import open_store
 from test_run_folder import NUM_CLIPS, ask, begin, clips, path_of, render, said
+
+from dailies.actors.clip_file import DIGEST_HEAD
+from dailies.jobs import render as renders
+from dailies.pipeline.run import saved_steps as steps
+from dailies.pipeline.run.intermediates import sealed, unsealed
+from dailies.pipeline.run.saved_steps import KeepSampled
+from dailies.pipeline.run.seal import KEY, seal_of
+from dailies.pipeline.store.store import open_store
 
 HANG_S = 60
 STRANGE = [None, True, -1, 0, 2**63, 10**30, 0.5, float("nan"), "", "\x1b[2J", "x" * 10**5, "../../x", [], {}, [[]], "\ud800",
@@ -173,8 +173,8 @@ def outside(folder):
 @pytest.mark.parametrize("count", [12, pytest.param(300, marks=pytest.mark.slow)])
 def test_whatever_lies_in_the_run_folder_there_is_a_sentence_or_the_right_clips(count, base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("pipeline.lease.Lease.LEASE_S", 0.0)        # what is no lease is waited for
-    monkeypatch.setattr("pipeline.lease.Lease.POLL_S", 0.0)
+    monkeypatch.setattr("dailies.pipeline.run.lease.Lease.LEASE_S", 0.0)        # what is no lease is waited for
+    monkeypatch.setattr("dailies.pipeline.run.lease.Lease.POLL_S", 0.0)
     codes = {}
 
     @settings(max_examples=count, deadline=None, database=None, derandomize=True,

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs.cli import main
-from pipeline.pace import WAIT_AND_WORK, pace
+from dailies.jobs.cli import main
+from dailies.pipeline.run.pace import WAIT_AND_WORK, pace
 
 ROOT = Path(__file__).resolve().parent.parent
 EVENING = datetime(2026, 1, 31, 22, 0, tzinfo=UTC)
@@ -54,7 +54,7 @@ def program(*arguments, **options):
 
 LEAVES = """
 import atexit, sys, tempfile, threading, time
-from jobs.process import leave, speak_safely
+from dailies.jobs.process import leave, speak_safely
 speak_safely()
 folder = tempfile.TemporaryDirectory(dir=sys.argv[1])
 atexit.register(lambda: print("at the end"))
@@ -74,16 +74,16 @@ def test_the_program_leaves_with_its_exit_code_whatever_its_threads_do(tmp_path)
 def test_what_nobody_reads_ends_no_command_and_changes_no_exit_code():
     read, write = os.pipe()
     os.close(read)
-    lines = ("from jobs.process import *\nspeak_safely()\n"
+    lines = ("from dailies.jobs.process import *\nspeak_safely()\n"
              "for _ in range(9999): print('line'); print('line', file=sys.stderr)\n")
     for code in (0, 3):
         assert subprocess.run([sys.executable, "-c", f"{lines}\nleave({code})"], cwd=ROOT, stdout=write, stderr=write,
                               timeout=120).returncode == code
-    done = program("-m", "jobs.cli", "render", "--help", stdout=write)
+    done = program("-m", "dailies.jobs.cli", "render", "--help", stdout=write)
     os.close(write)
     assert (done.returncode, done.stderr) == (0, b"")
     with open("/dev/full", "wb") as full:               # a log on a full disk: what is not written is told of
-        done = program("-m", "jobs.cli", "--help", stdout=full)
+        done = program("-m", "dailies.jobs.cli", "--help", stdout=full)
     assert done.returncode == 1 and b"could not be written: No space left" in done.stderr
     with open("/dev/full", "wb") as full:               # nor does a log that fills up in the middle end a night
         done = program("-c", f"{lines}\nleave(0)", stdout=full)
@@ -92,7 +92,7 @@ def test_what_nobody_reads_ends_no_command_and_changes_no_exit_code():
 
 
 def test_a_terminal_that_knows_no_other_letters_gets_them_in_numbers():
-    code = "from jobs.process import *\nspeak_safely()\nprint('日本 \\udcfc é')\nleave(0)"
+    code = "from dailies.jobs.process import *\nspeak_safely()\nprint('日本 \\udcfc é')\nleave(0)"
     done = program("-c", code, stdout=subprocess.PIPE,
                    env={**os.environ, "PYTHONIOENCODING": "latin-1", "PYTHONUTF8": "0"})
     assert (done.returncode, done.stdout) == (0, b"\\u65e5\\u672c \\udcfc \xe9\n")
@@ -120,7 +120,7 @@ def test_a_library_that_is_not_installed_is_a_sentence_and_exit_5(library, tmp_p
     """As on the head of a cluster that has Ray and little else, to which a job was submitted."""
     code = (f"import sys, runpy; sys.modules[{library!r}] = None; "
             f"sys.argv = ['dailies', 'render', 'm.csv', '--out', {str(tmp_path / 'out')!r}]; "
-            "runpy.run_module('jobs.cli', run_name='__main__')")
+            "runpy.run_module('dailies.jobs.cli', run_name='__main__')")
     done = program("-c", code, stdout=subprocess.PIPE, text=True)
     assert done.returncode == 5 and "Traceback" not in done.stderr
     assert f"the Python package {library} is not installed" in done.stderr and "every machine" in done.stderr

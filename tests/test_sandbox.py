@@ -8,9 +8,9 @@ import subprocess
 
 import pytest
 
-from jobs import convert as converting
-from jobs import sandbox
-from model.weights import CheckpointError
+from dailies.jobs import convert as converting
+from dailies.jobs import sandbox
+from dailies.model.weights import CheckpointError
 
 ESCAPES = '''
 import ctypes, json, os, resource, socket, subprocess, sys, threading
@@ -76,8 +76,10 @@ sys.exit(2)
 def replaced(tmp_path, monkeypatch):
     """Runs a program in the place of the one that reads a pickle; what it said on standard error."""
     def run(program):
-        (tmp_path / "home/jobs").mkdir(parents=True)
-        (tmp_path / "home/jobs/unpickle.py").write_text(program)
+        (tmp_path / "home/dailies/jobs").mkdir(parents=True)
+        for package in ("dailies", "dailies/jobs"):
+            (tmp_path / "home" / package / "__init__.py").touch()
+        (tmp_path / "home/dailies/jobs/unpickle.py").write_text(program)
         monkeypatch.setattr(converting, "HOME", tmp_path / "home")
         (tmp_path / "a.pth").write_bytes(b"weights")
         (tmp_path / "room").mkdir()

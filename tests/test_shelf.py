@@ -9,12 +9,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from actors.device_lock import NO_LOCK, DeviceLock
-from actors.messages import Clip, Embedding, Failure, Latent, Request
-from actors.shelf import EMBEDDINGS, LATENTS, Drop, Fetch, Keep, clear, shelf_key
-from model.shapes import VideoShape
-from pipeline.stages import Stage, Step, run_local
-from pipeline.store import NotFound, open_store
+from dailies.actors.device_lock import NO_LOCK, DeviceLock
+from dailies.actors.messages import Clip, Embedding, Failure, Latent, Request
+from dailies.model.shapes import VideoShape
+from dailies.pipeline.run.intermediates import EMBEDDINGS, LATENTS, Drop, Fetch, Keep, clear, shelf_key
+from dailies.pipeline.stages import Stage, Step, run_local
+from dailies.pipeline.store.store import NotFound, open_store
 
 RUNS = []                                               # the requests that an encoder or sampler below has worked for
 

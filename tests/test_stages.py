@@ -9,11 +9,11 @@ from dataclasses import replace
 import pytest
 from fake_stages import calls, fake_stages
 
-from actors.device_lock import NO_LOCK
-from actors.messages import Clip, Embedding, Failure, Latent
-from jobs.bench_pipeline import pretend_request, pretend_stages
-from pipeline.stages import Stage, Step, Worker, lost_context, readdress, run_local
-from pipeline.store import StoreError
+from dailies.actors.device_lock import NO_LOCK
+from dailies.actors.messages import Clip, Embedding, Failure, Latent
+from dailies.jobs.bench.pipeline import pretend_request, pretend_stages
+from dailies.pipeline.stages import Stage, Step, Worker, lost_context, readdress, run_local
+from dailies.pipeline.store.store import StoreError
 
 
 class Twice:
@@ -234,7 +234,7 @@ def test_a_share_of_several_gpus_is_refused():
 
 
 def test_run_local_needs_no_ray():
-    script = ("import sys\nfrom jobs.bench_pipeline import *\nfrom pipeline.stages import run_local\n"
+    script = ("import sys\nfrom dailies.jobs.bench.pipeline import *\nfrom dailies.pipeline.stages import run_local\n"
               "assert len(list(run_local(pretend_stages(), [pretend_request(1)]))) == 1\n"
               "assert 'ray' not in sys.modules")
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)

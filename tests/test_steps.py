@@ -8,21 +8,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-
-from actors import steps
-from actors.denoiser import Denoiser, NonFiniteLatent
-from actors.messages import Embedding, Latent, Request
-from actors.shelf import LATENTS, Fetch, Shelved, shelf_key
-from actors.steps import STEPS, Halted, KeepSampled
-from actors.turbo_denoiser import TurboWanDenoiser
-from actors.wan_denoiser import WanDenoiser
 from golden import E2E, E2E_CARD
-from model import checkpoint
-from model.samplers import euler
-from model.shapes import VideoShape
-from pipeline.store import StoreError, open_store
 from turbo_tiny import TURBO_TINY, TURBO_TINY_I2V, new_tensors
 from wan_tiny import WAN_TINY, WAN_TINY_A14B, WAN_TINY_I2V_A14B, write_weights
+
+from dailies.actors.denoiser import Denoiser, NonFiniteLatent
+from dailies.actors.messages import Embedding, Latent, Request
+from dailies.actors.turbo_denoiser import TurboWanDenoiser
+from dailies.actors.wan_denoiser import WanDenoiser
+from dailies.model import checkpoint
+from dailies.model.samplers import euler
+from dailies.model.shapes import VideoShape
+from dailies.pipeline.run import saved_steps as steps
+from dailies.pipeline.run.intermediates import LATENTS, Fetch, Shelved, shelf_key
+from dailies.pipeline.run.saved_steps import STEPS, Halted, KeepSampled
+from dailies.pipeline.store.store import StoreError, open_store
 
 NUM_STEPS = 5
 SHAPE = VideoShape(frames=9, height=32, width=48)
@@ -282,6 +282,6 @@ def test_a_clip_that_ends_in_nan_begins_anew(denoisers, store, monkeypatch):
     with pytest.raises(Halted):
         keep_of(denoiser, store, halt_at=2)([embedding])
     with monkeypatch.context() as broken, pytest.raises(NonFiniteLatent):
-        broken.setattr("model.guidance.AdaptiveProjectedGuidance.__call__", lambda self, cond, uncond: cond * math.nan)
+        broken.setattr("dailies.model.guidance.AdaptiveProjectedGuidance.__call__", lambda self, cond, uncond: cond * math.nan)
         keep_of(denoiser, store)([embedding])
     assert folders(store) == set()

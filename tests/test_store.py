@@ -13,9 +13,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from jobs.settings import RenderJob
-from pipeline import objects
-from pipeline.store import NotFound, Patience, S3Store, StoreError, open_store
+from dailies.jobs.settings import RenderJob
+from dailies.pipeline.store import objects
+from dailies.pipeline.store.store import NotFound, Patience, S3Store, StoreError, open_store
 
 KEY = "clips/ab/abcd.mp4"
 

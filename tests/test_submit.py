@@ -23,13 +23,13 @@ from pathlib import Path
 
 import psutil
 import pytest
-
-from actors.clip_file import read_clip
 from image_files import png
-from jobs import submit as job
-from jobs.cli import main
-from pipeline import cluster
 from wan_tiny import WAN_TINY_I2V, write_weights
+
+from dailies.actors.clip_file import read_clip
+from dailies.jobs import submit as job
+from dailies.jobs.cli import main
+from dailies.pipeline.scheduler import cluster
 
 TOKEN = "0123456789abcdef0123456789abcdef"
 ROOT = Path(__file__).resolve().parent.parent
@@ -190,7 +190,7 @@ def test_images_are_rendered_on_the_cluster_from_where_the_job_has_them(head: He
     start = job.start
     monkeypatch.setattr(job, "pack", with_tests)
     monkeypatch.setattr(job, "start", lambda client, address, entrypoint, folder: start(
-        client, address, entrypoint.replace("python -m jobs.cli", "python wan_tiny.py"), folder))
+        client, address, entrypoint.replace("python -m dailies.jobs.cli", "python wan_tiny.py"), folder))
     write_weights(weights, WAN_TINY_I2V)
     night = tmp_path / "night"
     (night / "deep").mkdir(parents=True)
@@ -369,7 +369,7 @@ def test_the_shipped_folder_runs_by_itself(manifest: Path, tmp_path: Path):
     folder = tmp_path / "shipped"
     assert job.pack(folder, str(manifest), []) == ["manifest/prompts.csv"]
     assert (folder / "manifest/prompts.csv").read_bytes() == manifest.read_bytes()
-    done = subprocess.run([sys.executable, "-c", "import jobs.submit; print(jobs.submit.__file__)"], cwd=folder,
+    done = subprocess.run([sys.executable, "-c", "import dailies.jobs.submit; print(dailies.jobs.submit.__file__)"], cwd=folder,
                           capture_output=True, text=True, check=True)
     assert Path(done.stdout.strip()).is_relative_to(folder)
     assert not [path for path in folder.rglob("*") if path.name in ("__pycache__", "tests", "out", ".git", ".venv")]
@@ -431,10 +431,10 @@ def test_our_packages_travel_without_what_lies_beside_them(tmp_path: Path, monke
     for name in ("jobs/.env", "jobs/id_rsa", "model/notes.txt"):
         (home / name).write_text("FAKE")
     (home / "jobs/link.py").symlink_to(tmp_path / "id_rsa")
-    monkeypatch.setattr(job, "HOME", home)
+    monkeypatch.setattr(job, "homes", lambda: {f"dailies/{package}": home / package for package in job.PACKAGES})
     job.pack(tmp_path / "shipped", "s3://bucket/m.parquet", [])
     assert sorted(str(path.relative_to(tmp_path / "shipped")) for path in (tmp_path / "shipped").rglob("*")
-                  if path.is_file()) == sorted(f"{package}/a.py" for package in job.PACKAGES)
+                  if path.is_file()) == sorted(f"dailies/{package}/a.py" for package in job.PACKAGES)
 
 
 def shipped_images(manifest: Path, folder: Path) -> list[str]:

@@ -5,13 +5,12 @@ import shutil
 import socket
 
 import pytest
-import torch
-
 from golden import E2E, E2E_CARD, Golden, error
-from kernels import cpu
-from model import checkpoint
-from model.text import T5TextEncoder
-from model.weights import CheckpointError
+
+from dailies.kernels import cpu
+from dailies.model import checkpoint
+from dailies.model.text import T5TextEncoder
+from dailies.model.weights import CheckpointError
 
 
 @pytest.fixture(scope="module")

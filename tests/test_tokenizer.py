@@ -7,11 +7,11 @@ import time
 import unicodedata
 
 import pytest
-
 from golden import E2E, GOLDENS
-from model import tokenizer as reading
-from model.tokenizer import Tokenizer, new_tokenizer
-from model.weights import CheckpointError
+
+from dailies.model import tokenizer as reading
+from dailies.model.tokenizer import Tokenizer, new_tokenizer
+from dailies.model.weights import CheckpointError
 
 UMT5 = GOLDENS / "umt5_tokenizer_a"
 CASE = json.loads((UMT5 / "case.json").read_text())

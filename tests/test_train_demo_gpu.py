@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import nn
 
-from jobs.demo.course import LOWEST, Course, Learner, orthogonal, rate_at
-from jobs.demo.vae_quality import vae_quality
-from jobs.demo.world import FPS, KINDS, SEEN_KINDS, Painter, Scene
-from jobs.train_demo import Optimizers
-from jobs.train_demo_gpu import FULL, Clock, FrameConv, Sentences, convolve_frames, encode_whole
-from model.catalog import DEMO, DEMO_SPARSE, DEMO_TURBO
-from model.wan_vae import CausalConv, ChannelNorm, Memory
+from dailies.jobs.demo.train import Optimizers
+from dailies.jobs.demo.train_gpu import FULL, Clock, FrameConv, Sentences, convolve_frames, encode_whole
+from dailies.jobs.demo.training import LOWEST, Course, Learner, orthogonal, rate_at
+from dailies.jobs.demo.vae_quality import vae_quality
+from dailies.jobs.demo.world import FPS, KINDS, SEEN_KINDS, Painter, Scene
+from dailies.model.catalog import DEMO, DEMO_SPARSE, DEMO_TURBO
+from dailies.model.wan.vae import CausalConv, ChannelNorm, Memory
 
 ROOT = Path(__file__).resolve().parent.parent
 ABSENT = ("av", "boto3", "ftfy", "pydantic", "ray")     # where only torch and transformers are installed
@@ -154,7 +154,7 @@ def test_the_shipped_vae_is_judged_on_slow_and_fast_clips():
 
 def test_a_tiny_run_leaves_a_model_and_its_students_where_only_torch_and_transformers_are(tmp_path):
     blocked = f"import sys; sys.modules.update(dict.fromkeys({ABSENT!r})); " \
-              "import jobs.train_demo_gpu as t; sys.argv = ['x', *sys.argv[1:]]; t.main()"
+              "import dailies.jobs.demo.train_gpu as t; sys.argv = ['x', *sys.argv[1:]]; t.main()"
     done = subprocess.run([sys.executable, "-c", blocked, "--tiny", "--device", "cpu", "--budget-s", "900", "--out",
                            str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -7,18 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounterWithBackend
-
 from golden import Golden, error
-from kernels import cpu
-from kernels.int8_linear import dequantize, quantize_blocks
-from model import checkpoint, keys, turbo
-from model.catalog import CATALOG, DEMO, TurboCard
-from model.layers import Linear, rotary_table
-from model.wan import WanConfig, WanDiT
-from model.weights import CheckpointError
+from torch._dynamo.testing import CompileCounterWithBackend
 from turbo_tiny import TURBO_TINY, new_tensors
 from wan_tiny import WAN_TINY_I2V
+
+from dailies.kernels import cpu
+from dailies.kernels.int8_linear import dequantize, quantize_blocks
+from dailies.model import checkpoint, keys, turbo
+from dailies.model.catalog import CATALOG, DEMO, TurboCard
+from dailies.model.layers import Linear, rotary_table
+from dailies.model.wan.transformer import WanConfig, WanDiT
+from dailies.model.weights import CheckpointError
 
 TURBO = [name for name, card in CATALOG.items() if isinstance(card, TurboCard)]
 IN_ROWS = "INT8 weights with scales per block are scaled per row: a CPU has no fast product of blocks"

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-
-from actors.denoiser import noise
 from golden import Golden, e2e_request, error
-from model.samplers import rcm
-from model.schedules import rcm_sigmas, rcm_timestep
-from model.shapes import LatentGrid, VideoShape
+
+from dailies.actors.denoiser import noise
+from dailies.model.samplers import rcm
+from dailies.model.schedules import rcm_sigmas, rcm_timestep
+from dailies.model.shapes import LatentGrid, VideoShape
 
 CASES = [("rcm_sampler_t2v_a", "sde"), ("rcm_sampler_i2v_a", "sde"), ("rcm_sampler_i2v_a", "ode")]
 

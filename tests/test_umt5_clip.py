@@ -5,14 +5,14 @@ import sys
 
 import pytest
 import torch
+from golden import E2E, Golden, error
 from hypothesis import given, strategies
 
-from golden import E2E, Golden, error
-from kernels import cpu
-from model import checkpoint, keys
-from model.clip import ClipVision, ClipVisionConfig, from_open_clip
-from model.text import UMT5TextEncoder, cleaned, new_encoder
-from model.weights import CheckpointError
+from dailies.kernels import cpu
+from dailies.model import checkpoint, keys
+from dailies.model.text import UMT5TextEncoder, cleaned, new_encoder
+from dailies.model.wan.image_encoder import ClipVision, ClipVisionConfig, from_open_clip
+from dailies.model.weights import CheckpointError
 
 
 def umt5_fields(said):
@@ -88,7 +88,7 @@ def test_what_is_encoded_is_the_cleaned_text(tmp_path):
 
 
 def test_the_full_encoder_has_the_published_tensors_in_both_layouts():
-    from model.catalog import UMT5_XXL
+    from dailies.model.catalog import UMT5_XXL
     with torch.device("meta"):
         model = new_encoder("umT5", UMT5_XXL)
     names = [name for name, _ in model.named_parameters()]

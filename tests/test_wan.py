@@ -5,14 +5,14 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-
 from golden import Golden, error, names
-from kernels import cpu
-from model import checkpoint, keys
-from model.layers import attention
-from model.samplers import dpm_solver, euler, unipc
-from model.schedules import wan_sigmas, whole_timestep
-from model.wan import WanConfig, WanDiT
+
+from dailies.kernels import cpu
+from dailies.model import checkpoint, keys
+from dailies.model.layers import attention
+from dailies.model.samplers import dpm_solver, euler, unipc
+from dailies.model.schedules import wan_sigmas, whole_timestep
+from dailies.model.wan.transformer import WanConfig, WanDiT
 
 SOLVERS = {"unipc": unipc, "dpm++": dpm_solver}
 SMALL = WanConfig(width=48, heads=2, layers=1, ffn=64, time_features=32, text_dim=20, text_len=12)

@@ -5,17 +5,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-
-from actors.decoder import Decoder
-from actors.denoiser import noise
-from actors.messages import Embedding, Latent, Request
-from actors.text_encoder import TextEncoder
-from actors.wan_denoiser import WanDenoiser
 from golden import Golden, error
-from kernels import cpu
-from model.offload import HostCopy
-from model.shapes import VideoShape
 from wan_tiny import WAN_TINY, WAN_TINY_A14B, WAN_TINY_I2V_A14B, write_weights
+
+from dailies.actors.decoder import Decoder
+from dailies.actors.denoiser import noise
+from dailies.actors.messages import Embedding, Latent, Request
+from dailies.actors.text_encoder import TextEncoder
+from dailies.actors.wan_denoiser import WanDenoiser
+from dailies.kernels import cpu
+from dailies.model.offload import HostCopy
+from dailies.model.shapes import VideoShape
 
 
 def request_for(card, **changes):
@@ -130,7 +130,7 @@ def test_without_room_on_the_host_experts_are_moved(a14b, monkeypatch):
     golden, folder, card, embedding = a14b
     want, = denoiser_of(golden, folder, card)([embedding])
     monkeypatch.setattr(WanDenoiser, "fits_twice", lambda self, dit: False)
-    monkeypatch.setattr("actors.wan_denoiser.free_memory", lambda: 1000)
+    monkeypatch.setattr("dailies.actors.wan_denoiser.free_memory", lambda: 1000)
     denoiser = denoiser_of(golden, folder, card)
     assert denoiser.weights_move and not denoiser.kept
     assert torch.equal(denoiser([embedding])[0].streams[0], want.streams[0])
@@ -164,7 +164,7 @@ def test_a_host_copy_is_pinned_and_comes_back_to_the_gpu():
 def test_guidance_of_the_low_noise_expert_is_a_share_of_the_rows(weights, monkeypatch):
     denoiser = WanDenoiser(WAN_TINY_A14B, weights["wan-tiny-a14b"])
     asked = []
-    monkeypatch.setattr("actors.wan_denoiser.classifier_free", lambda cond, uncond, scale: asked.append(scale) or cond)
+    monkeypatch.setattr("dailies.actors.wan_denoiser.classifier_free", lambda cond, uncond, scale: asked.append(scale) or cond)
     encoder = TextEncoder(WAN_TINY_A14B, weights["wan-tiny-a14b"])
     denoiser(encoder([request_for(WAN_TINY_A14B, num_steps=8, guidance=4.0)]))
     assert asked == sorted(asked, reverse=True) and set(asked) == {4.0, 3.0}

@@ -5,16 +5,16 @@ import shutil
 
 import pytest
 import torch
-
-from actors.image_encoder import is_of
 from golden import Golden
-from model import checkpoint, keys
-from model.catalog import CATALOG, WAN_NEGATIVE_PROMPT, TurboCard, WanCard
-from model.schedules import wan_sigmas, whole_timestep
-from model.shapes import VideoShape
-from model.wan import WanDiT
-from model.weights import CheckpointError, layout_in, locate, missing_files, weights_files
 from wan_tiny import WAN_TINY, WAN_TINY_A14B, write_weights
+
+from dailies.actors.image_encoder import is_of
+from dailies.model import checkpoint, keys
+from dailies.model.catalog import CATALOG, WAN_NEGATIVE_PROMPT, TurboCard, WanCard
+from dailies.model.schedules import wan_sigmas, whole_timestep
+from dailies.model.shapes import VideoShape
+from dailies.model.wan.transformer import WanDiT
+from dailies.model.weights import CheckpointError, layout_in, locate, missing_files, weights_files
 
 WAN = {name: card for name, card in CATALOG.items() if type(card) is WanCard}
 PARAMETERS = {"wan2.1-t2v-1.3b": 1_418_996_800, "wan2.1-t2v-14b": 14_288_491_584, "wan2.1-i2v-14b": 16_394_878_784,
@@ -195,7 +195,7 @@ def test_a_turbo_clip_has_the_images_aspect_as_the_release_rounds_it():
 
 
 def test_what_is_not_as_in_the_release_is_said_of_each_turbo_model_and_guidance_of_two_experts(capsys, tmp_path):
-    from jobs.runs import models
+    from dailies.jobs.runs import models
     models("turbo-wan2.2-i2v-a14b-720p", str(tmp_path), json=False)
     said = capsys.readouterr().out
     assert "the release's default is SageSLA" in said and "stretches every image to 16:9" in said

@@ -10,17 +10,18 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from golden import Golden, error
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from launches import Launches
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from golden import Golden, error
-from launches import Launches
-from kernels import cpu
-from model import checkpoint, keys, wan_vae
-from model.layers import compute_in
-from model.wan_vae import Band, Memory, WanVAE, WanVAEConfig, channels_last
+from dailies.kernels import cpu
+from dailies.model import checkpoint, keys
+from dailies.model.layers import compute_in
+from dailies.model.wan import vae as wan_vae
+from dailies.model.wan.vae import Band, Memory, WanVAE, WanVAEConfig, channels_last
 
 CASES = [("wan_vae_a", "weights"), ("wan_vae_b_diffusers", "weights"), ("wan_vae_b_diffusers", "weights_diffusers")]
 
@@ -239,8 +240,8 @@ def test_a_clip_takes_the_memory_that_it_is_said_to_need(what, steps, height, wi
     """Measured in a process of its own, as its largest resident memory; what is freed is given back at once."""
     script = f"""
 import torch
-from jobs.bench_model import memory, reset_peak
-from model.wan_vae import WanVAE, WanVAEConfig, channels_last
+from dailies.jobs.bench.model import memory, reset_peak
+from dailies.model.wan.vae import WanVAE, WanVAEConfig, channels_last
 torch.set_num_threads(1)
 vae = channels_last(WanVAE(WanVAEConfig(width=32)).requires_grad_(False))
 x = torch.randn(1, 16, {steps}, {height}, {width})

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from jobs.gpu.ways import entries_of
-from model import ways
-from model.catalog import CATALOG
-from model.ways import Gpu, fastest
+from dailies.jobs.gpu.ways import entries_of
+from dailies.model import ways
+from dailies.model.catalog import CATALOG
+from dailies.model.ways import Gpu, fastest
 
 H200, L40 = Gpu(name="NVIDIA H200", capability=(9, 0)), Gpu(name="L40", capability=(8, 9))
 WAN, WAN_14B, TURBO = (CATALOG[name] for name in ("wan2.1-t2v-1.3b", "wan2.1-t2v-14b", "turbo-wan2.1-t2v-1.3b-480p"))
@@ -98,8 +98,8 @@ def test_the_kits_results_become_entries_of_the_table():
     ("int8", "auto", "auto", "int8"), ("int8", None, "auto", "int8"), ("int8", "bf16", "auto", "bf16"),
     ("bf16", None, "auto", "bf16"), ("bf16", "auto", "dense", "int8")])
 def test_auto_of_one_setting_leaves_the_other_as_it_is_said(own, precision, attention, wanted, monkeypatch, tmp_path):
-    from jobs import render
-    from jobs.settings import RenderJob
+    from dailies.jobs import render
+    from dailies.jobs.settings import RenderJob
     monkeypatch.setattr(render, "gpus_of", lambda ray: (H200,))
     monkeypatch.setattr(type(WAN_14B), "precision_in", lambda card, weights, device: own)
     job = RenderJob(manifest="m", out="o", precision=precision, attention=attention)
@@ -109,9 +109,9 @@ def test_auto_of_one_setting_leaves_the_other_as_it_is_said(own, precision, atte
 
 
 def test_auto_is_a_setting_and_plan_run_and_ledger_say_what_was_chosen_and_why(tmp_path, capsys):
-    from jobs.cli import main
-    from pipeline import ledger
-    from pipeline.store import open_store
+    from dailies.jobs.cli import main
+    from dailies.pipeline.run import ledger
+    from dailies.pipeline.store.store import open_store
     manifest, out = tmp_path / "one.csv", str(tmp_path / "out")
     manifest.write_text("prompt,seed\na red circle moves left,1\n")
     command = [str(manifest), "--out", out, "--model", "demo-turbo", "--precision", "auto", "--attention", "auto",

@@ -6,7 +6,7 @@ python tests/tiny.py render prompts.csv --out out/ --model tiny
 from dataclasses import replace
 from pathlib import Path
 
-from model.catalog import CATALOG, LINUM_V2_360P
+from dailies.model.catalog import CATALOG, LINUM_V2_360P
 
 TINY = replace(
     LINUM_V2_360P, name="tiny", description="random weights, for tests", repo_id=None,
@@ -19,5 +19,5 @@ TINY = replace(
 CATALOG[TINY.name] = TINY
 
 if __name__ == "__main__":
-    from jobs.cli import program
+    from dailies.jobs.cli import program
     program()

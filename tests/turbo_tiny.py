@@ -4,11 +4,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-
-from kernels.int8_linear import quantize_blocks
-from model import checkpoint, keys, turbo
-from model.catalog import TURBO_WAN21_T2V_1_3B, TURBO_WAN22_I2V_A14B, TurboCard
 from wan_tiny import TINY, TINY_DIT, WAN_TINY, write_weights
+
+from dailies.kernels.int8_linear import quantize_blocks
+from dailies.model import checkpoint, keys, turbo
+from dailies.model.catalog import TURBO_WAN21_T2V_1_3B, TURBO_WAN22_I2V_A14B, TurboCard
 
 DIT = TINY_DIT | dict(width=64)                         # heads of 32 channels: attention kernels take 16 or more
 SAID = TINY | dict(num_steps=4, keep_ratio=0.4, sparse_blocks=(16, 16))

@@ -10,7 +10,15 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from model.catalog import CATALOG, UMT5_XXL, WAN21_I2V_14B, WAN21_T2V_1_3B, WAN22_I2V_A14B, WAN22_T2V_A14B, WanCard
+from dailies.model.catalog import (
+    CATALOG,
+    UMT5_XXL,
+    WAN21_I2V_14B,
+    WAN21_T2V_1_3B,
+    WAN22_I2V_A14B,
+    WAN22_T2V_A14B,
+    WanCard,
+)
 
 TOKENIZER = Path(__file__).parent / "goldens/linum_e2e_a/checkpoint/t5/tokenizer"
 
@@ -36,11 +44,11 @@ def write_weights(folder: Path, card: WanCard = WAN_TINY, layout: str = "diffuse
     """Random weights in one of the published layouts (the original one as `dailies convert` leaves it)."""
     import torch
 
-    from model import checkpoint, keys
-    from model.clip import ClipVision
-    from model.text import new_encoder
-    from model.wan import WanDiT
-    from model.wan_vae import WanVAE
+    from dailies.model import checkpoint, keys
+    from dailies.model.text import new_encoder
+    from dailies.model.wan.image_encoder import ClipVision
+    from dailies.model.wan.transformer import WanDiT
+    from dailies.model.wan.vae import WanVAE
 
     def write(model: torch.nn.Module, part: str, table: keys.KeyTable) -> None:
         for name, parameter in model.named_parameters():
@@ -71,5 +79,5 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["write"]:
         write_weights(Path(sys.argv[3]), CATALOG[sys.argv[2]])
         sys.exit()
-    from jobs.cli import program
+    from dailies.jobs.cli import program
     program()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from jobs.demo.world import BACKGROUNDS, COLORS, RADII, SIZE, SPEEDS, distance
+from dailies.jobs.demo.world import BACKGROUNDS, COLORS, RADII, SIZE, SPEEDS, distance
 
 AREAS = {"circle": 3.1416, "square": 3.1684, "triangle": 2.3674, "cross": 3.2}     # of a shape of radius 1
 FAINTEST = 30.0                                         # of 255: less apart from the background is no shape

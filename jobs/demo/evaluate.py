@@ -1,6 +1,6 @@
 """How much of what a prompt says the demo model shows: prompts it never saw, rendered, and read back by the checker.
 
-python -m jobs.demo.evaluate --model demo --weights model/demo --prompts 200
+python -m dailies.jobs.demo.evaluate --model demo --weights model/demo --prompts 200
 """
 
 import argparse
@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 
-from actors.decoder import Decoder
-from actors.denoisers import DENOISERS
-from actors.messages import Frames, Request
-from actors.text_encoder import TextEncoder
-from jobs.demo.checker import Track, follow, read_attributes
-from jobs.demo.world import ATTRIBUTES, unseen
-from model.catalog import CATALOG, DEMO, ModelCard
+from dailies.actors.decoder import Decoder
+from dailies.actors.denoisers import DENOISERS
+from dailies.actors.messages import Frames, Request
+from dailies.actors.text_encoder import TextEncoder
+from dailies.jobs.demo.checker import Track, follow, read_attributes
+from dailies.jobs.demo.world import ATTRIBUTES, unseen
+from dailies.model.catalog import CATALOG, DEMO, ModelCard
 
 STRAY_PX = 2.0
 

@@ -1,6 +1,6 @@
 """How well the demo's VAE shows what it codes: dB on the moving shape's own pixels, by quarter of the clip.
 
-python -m jobs.demo.vae_quality --weights model/demo --clips 200 --device cpu
+python -m dailies.jobs.demo.vae_quality --weights model/demo --clips 200 --device cpu
 
 A sampler can do no better than its VAE, and a VAE that has learnt short clips decodes long ones worse towards the end.
 """
@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jobs.demo.world import SPEEDS, Painter, unseen
-from model.catalog import DEMO
-from model.wan_vae import WanVAE
+from dailies.jobs.demo.world import SPEEDS, Painter, unseen
+from dailies.model.catalog import DEMO
+from dailies.model.wan.vae import WanVAE
 
 BATCH = 8
 

@@ -1,12 +1,12 @@
-"""`python -m jobs.gpu --out DIR`, from a bare checkout; `dailies bench gpu --out DIR` is the same."""
+"""`python -m dailies.jobs.gpu --out DIR`, from a bare checkout; `dailies bench gpu --out DIR` is the same."""
 
 import argparse
 import signal
 import sys
 from pathlib import Path
 
-from jobs.gpu.kit import PARTS, Kit
-from jobs.usage import UsageError
+from dailies.jobs.gpu.kit import PARTS, Kit
+from dailies.jobs.usage import UsageError
 
 
 def run(out: str | None, *, budget: float = 540, only: str | None = None, tiny: bool = False,
@@ -24,7 +24,7 @@ def run(out: str | None, *, budget: float = 540, only: str | None = None, tiny: 
     if budget <= 0:
         raise UsageError(f"--budget is the seconds for all parts together; got {budget:g}")
     said = "".join([f" --budget {budget:g}", f" --only {only}" * bool(only), " --tiny" * tiny])
-    kit = Kit(out=Path(out), budget_s=budget, tiny=tiny, command=f"python -m jobs.gpu --out OUT{said}", silent=json)
+    kit = Kit(out=Path(out), budget_s=budget, tiny=tiny, command=f"python -m dailies.jobs.gpu --out OUT{said}", silent=json)
     code = kit.run([part for part in PARTS if part.name in wanted])
     if json:
         print((kit.out / "results.json").read_text())
@@ -32,7 +32,7 @@ def run(out: str | None, *, budget: float = 540, only: str | None = None, tiny: 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m jobs.gpu", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m dailies.jobs.gpu", description=__doc__)
     parser.add_argument("--out", metavar="DIR", help="folder for results.json, report.md and log.txt")
     parser.add_argument("--budget", type=float, default=540, metavar="SECONDS", help="for all parts together")
     parser.add_argument("--only", metavar="PART,PART", help=f"of {', '.join(part.name for part in PARTS)}")

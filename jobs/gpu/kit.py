@@ -18,8 +18,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from jobs.bench import commit
-from jobs.gpu.report import markdown
+from dailies.jobs.bench.command import commit
+from dailies.jobs.gpu.report import markdown
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 LEAST_S = 10.0                                          # a part that has less is not begun
@@ -116,7 +116,7 @@ class Kit:
 
     def start(self, part: Part, box_s: float, work: Path) -> Running:
         log, found = work / f"{part.name}.log", work / f"{part.name}.jsonl"
-        command = [sys.executable, "-m", "jobs.gpu.part", part.name, "--found", str(found), *["--tiny"] * self.tiny]
+        command = [sys.executable, "-m", "dailies.jobs.gpu.part", part.name, "--found", str(found), *["--tiny"] * self.tiny]
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         began = time.monotonic()
         with log.open("w") as file:

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernels import cpu
-from model import turbo
-from model.card import ModelCard
-from model.catalog import LinumCard, WanCard
-from model.layers import compute_in
-from model.shapes import VideoShape
-from model.wan_vae import WanVAE, channels_last
+from dailies.kernels import cpu
+from dailies.model import turbo
+from dailies.model.card import ModelCard
+from dailies.model.catalog import LinumCard, WanCard
+from dailies.model.layers import compute_in
+from dailies.model.shapes import VideoShape
+from dailies.model.wan.vae import WanVAE, channels_last
 
 
 def new_dit(card: ModelCard, device: str, precision: str, attention: str) -> nn.Module:
@@ -44,7 +44,7 @@ def new_vae(card: ModelCard, device: str, precision: str) -> WanVAE:
 
 def new_encoder(card: WanCard, device: str) -> nn.Module:
     """umT5 in bf16, which takes ids."""
-    from model.text import new_encoder as new
+    from dailies.model.text import new_encoder as new
     with torch.device("meta"):
         encoder = new("umT5", dict(card.text_encoder_fields)).to(torch.bfloat16)
     encoder = encoder.to_empty(device=device).requires_grad_(False)

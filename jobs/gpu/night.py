@@ -14,10 +14,10 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from actors.messages import Frames
-from jobs.bench_clip import Bench, Way, request_of, with_random_weights
-from jobs.gpu.part import Ground
-from model.catalog import CATALOG
+from dailies.actors.messages import Frames
+from dailies.jobs.bench.clip import Bench, Way, request_of, with_random_weights
+from dailies.jobs.gpu.part import Ground
+from dailies.model.catalog import CATALOG
 
 CLIPS, WRITERS, AHEAD = 12, 6, 8                        # clips; processes that write; clips not yet written, at most
 FIRST = 3                                               # clips that choose kernels and record the graph: not counted
@@ -66,7 +66,7 @@ def night(ground: Ground) -> None:
 def write(frames: Frames) -> float:
     """Seconds of writing a clip and reading it back; -1 where there is nothing to write it with."""
     try:
-        from actors.clip_writer import BadEncoding, check_encoding, write_mp4
+        from dailies.actors.clip_writer import BadEncoding, check_encoding, write_mp4
     except ImportError:
         return -1.0
     began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""One part of the kit, in its own process: `python -m jobs.gpu.part NAME --found FILE`."""
+"""One part of the kit, in its own process: `python -m dailies.jobs.gpu.part NAME --found FILE`."""
 
 import argparse
 import contextlib
@@ -104,7 +104,7 @@ def difference(got: Any, want: Any) -> float:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    from jobs.gpu import checks, timings
+    from dailies.jobs.gpu import checks, timings
     parts = {**checks.PARTS, **timings.PARTS}
     parser = argparse.ArgumentParser()
     parser.add_argument("part", choices=parts)

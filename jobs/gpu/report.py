@@ -1,6 +1,6 @@
 """What the kit found, as Markdown: all of it, or one table for the README.
 
-    python -m jobs.gpu.report docs/measurements/RESULTS.json README.md
+    python -m dailies.jobs.gpu.report docs/measurements/RESULTS.json README.md
 
 writes that table between the README's two marks.
 """
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-BEGIN, END = "<!-- figures of a GPU: made by jobs.gpu.report -->", "<!-- end of the figures of a GPU -->"
+BEGIN, END = "<!-- figures of a GPU: made by dailies.jobs.gpu.report -->", "<!-- end of the figures of a GPU -->"
 # of which parts the README shows which lines, by what they say, and what their figures are called there
 SHOWN = {"machine": ("copy", "bf16 8192"), "parity": ("bf16, dense", "int8, dense"),
          "clip": ("int8, sparse", "bf16, sparse", "int8, sage", "umT5"), "night": ("prompt to MP4",),

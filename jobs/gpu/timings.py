@@ -14,19 +14,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jobs.gpu.checks import around_norm
-from jobs.gpu.models import inputs, new_dit, new_encoder, new_vae
-from jobs.gpu.night import night
-from jobs.gpu.part import Ground
-from kernels.int8_attention import int8_attention
-from kernels.int8_linear import int8_linear, quantize_rows
-from kernels.norm import modulated_norm, quantized_modulated_norm, rms_norm, rms_rope
-from kernels.sparse_attention import sparse_attention
-from model.card import ModelCard
-from model.catalog import CATALOG
-from model.layers import rotary_table
-from model.shapes import VideoShape
-from model.wan_vae import WanVAE
+from dailies.jobs.gpu.checks import around_norm
+from dailies.jobs.gpu.models import inputs, new_dit, new_encoder, new_vae
+from dailies.jobs.gpu.night import night
+from dailies.jobs.gpu.part import Ground
+from dailies.kernels.int8_attention import int8_attention
+from dailies.kernels.int8_linear import int8_linear, quantize_rows
+from dailies.kernels.norm import modulated_norm, quantized_modulated_norm, rms_norm, rms_rope
+from dailies.kernels.sparse_attention import sparse_attention
+from dailies.model.card import ModelCard
+from dailies.model.catalog import CATALOG
+from dailies.model.layers import rotary_table
+from dailies.model.shapes import VideoShape
+from dailies.model.wan.vae import WanVAE
 
 WANTED = ("triton", "transformers", "ftfy", "pydantic", "av", "ray", "boto3", "diffusers", "pyarrow", "typer")
 TURBO_1_3B, TURBO_14B = "turbo-wan2.1-t2v-1.3b-480p", "turbo-wan2.1-t2v-14b-720p"
@@ -179,8 +179,8 @@ def clip(ground: Ground) -> None:
 def steps(ground: Ground, card: ModelCard, precision: str, attention: str, *, ways: bool,
           shape: VideoShape | None = None) -> None:
     """A forward: eager, what the host takes to launch it, and with `ways` as a CUDA graph and compiled."""
-    from model.graphs import Graphed
-    from model.turbo import compile_blocks
+    from dailies.model.graphs import Graphed
+    from dailies.model.turbo import compile_blocks
     name = f"forward of {card.name}, {precision}, {attention}"
     with ground.trying(name):
         began = time.perf_counter()
@@ -228,7 +228,7 @@ DECODES = (("bf16", "auto", None, False), ("bf16", "auto", None, True), ("fp32",
 def decodes(ground: Ground, card: ModelCard, shape: VideoShape, ways: tuple[tuple, ...] = DECODES) -> None:
     """ways: precision; by kernels or torch's own operators; elements that a layer makes at a time, None as it chooses;
     whether cuDNN chooses by time."""
-    from actors.decoder import to_uint8
+    from dailies.actors.decoder import to_uint8
     _, *grid = card.grid.of(shape)
     for precision, impl, slab, benchmark in ways:
         name = (f"decode {shape}, {precision}, {impl}, slabs of {slab or 'its choice'}"

@@ -1,6 +1,6 @@
 """The kit's forwards as model/ways.json, which `--precision auto` and `--attention auto` read.
 
-    python -m jobs.gpu.ways docs/measurements/RESULTS.json
+    python -m dailies.jobs.gpu.ways docs/measurements/RESULTS.json
 
 replaces what the table says of that GPU.
 """
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from model.ways import MEASURED
+from dailies.model.ways import MEASURED
 
 
 def entries_of(known: Mapping[str, Any]) -> list[dict[str, Any]]:

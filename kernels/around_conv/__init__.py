@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kernels.around_conv import reference
+from dailies.kernels.around_conv import reference
 
 Impl = Literal["auto", "torch", "triton"]              # torch is the reference
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -93,7 +93,7 @@ def channels_adjacent(x: Tensor) -> bool:
 def norm_silu_op(x: Tensor, gamma: Tensor, bias: Tensor | None, out: Tensor, impl: str) -> None:
     if impl == "torch":
         return reference.norm_silu(x, gamma, bias, out)
-    from kernels.around_conv import kernel             # Triton is imported only where it runs
+    from dailies.kernels.around_conv import kernel  # Triton is imported only where it runs
     return kernel.norm_silu(x, gamma, bias, out)
 
 
@@ -101,7 +101,7 @@ def norm_silu_op(x: Tensor, gamma: Tensor, bias: Tensor | None, out: Tensor, imp
 def add_bias_op(x: Tensor, bias: Tensor, residual: Tensor | None, out: Tensor, impl: str) -> None:
     if impl == "torch":
         return reference.add_bias(x, bias, residual, out)
-    from kernels.around_conv import kernel
+    from dailies.kernels.around_conv import kernel
     return kernel.add_bias(x, bias, residual, out)
 
 
@@ -109,7 +109,7 @@ def add_bias_op(x: Tensor, bias: Tensor, residual: Tensor | None, out: Tensor, i
 def enlarge_op(x: Tensor, bias: Tensor | None, out: Tensor, impl: str) -> None:
     if impl == "torch":
         return reference.enlarge(x, bias, out)
-    from kernels.around_conv import kernel
+    from dailies.kernels.around_conv import kernel
     return kernel.enlarge(x, bias, out)
 
 

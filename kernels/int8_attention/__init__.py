@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kernels.int8_attention import reference
+from dailies.kernels.int8_attention import reference
 
 Impl = Literal["auto", "torch", "int_mm", "triton"]
 HEAD_DIMS = (16, 32, 64, 128)                          # powers of two for Triton; 256 would not fit shared memory
@@ -37,9 +37,9 @@ def int8_attention_op(q: Tensor, k: Tensor, v: Tensor, impl: str) -> Tensor:
     if impl == "torch":
         return reference.int8_attention(q, k, v)
     if impl == "int_mm":
-        from kernels.int8_attention import int_mm
+        from dailies.kernels.int8_attention import int_mm
         return int_mm.int8_attention(q, k, v)
-    from kernels.int8_attention import kernel          # Triton is imported only where it runs
+    from dailies.kernels.int8_attention import kernel  # Triton is imported only where it runs
     return kernel.int8_attention(q, k, v)
 
 

@@ -5,11 +5,10 @@ The same results as on a GPU, not the same gain: torch's own attention in bf16 i
 
 import math
 
-import torch
 from torch import Tensor
 
-from kernels import cpu
-from kernels.int8_attention.reference import BLOCK_K, BLOCK_Q, EPS, LOG2_E, quantize_blocks, smooth
+from dailies.kernels import cpu
+from dailies.kernels.int8_attention.reference import BLOCK_K, BLOCK_Q, EPS, LOG2_E, quantize_blocks, smooth
 
 ROWS = BLOCK_Q // 2
 

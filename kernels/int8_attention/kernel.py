@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.int8_attention.reference import BLOCK_K, BLOCK_Q, EPS, LOG2_E
+from dailies.kernels.int8_attention.reference import BLOCK_K, BLOCK_Q, EPS, LOG2_E
 
 
 def int8_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

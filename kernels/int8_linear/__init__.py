@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.int8_linear import int_mm, reference
+from dailies.kernels.int8_linear import int_mm, reference
 
 BLOCK = reference.BLOCK
 Impl = Literal["auto", "torch", "int_mm", "triton"]    # torch is the reference
@@ -124,7 +124,7 @@ def quantize_rows_op(x: Tensor, impl: str) -> tuple[Tensor, Tensor]:
         return reference.quantize_rows(x)
     if impl == "int_mm":
         return int_mm.quantize_rows(x)
-    from kernels.int8_linear import kernel             # Triton is imported only where it runs
+    from dailies.kernels.int8_linear import kernel  # Triton is imported only where it runs
     return kernel.quantize_rows(x)
 
 
@@ -139,7 +139,7 @@ def quantize_blocks_op(x: Tensor, impl: str) -> tuple[Tensor, Tensor]:
         return reference.quantize_blocks(x)
     if impl == "int_mm":
         return int_mm.quantize_blocks(x)
-    from kernels.int8_linear import kernel
+    from dailies.kernels.int8_linear import kernel
     return kernel.quantize_blocks(x)
 
 
@@ -156,7 +156,7 @@ def int8_linear_op(x: Tensor, x_scales: Tensor | None, weight: Tensor, weight_sc
         return reference.int8_linear(x, x_scales, weight, weight_scales, bias, gelu, gate, residual, dtype)
     if impl == "int_mm":
         return int_mm.int8_linear(x, x_scales, weight, weight_scales, bias, gelu, gate, residual, dtype)
-    from kernels.int8_linear import kernel
+    from dailies.kernels.int8_linear import kernel
     return kernel.int8_linear(x, x_scales, weight, weight_scales, bias, gelu, gate, residual, dtype)
 
 

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import cpu
-from kernels.int8_linear import reference
+from dailies.kernels import cpu
+from dailies.kernels.int8_linear import reference
 
 TILE_ROWS, TILE_COLUMNS = 256, 2048                    # of one product, for each thread: 2 MB of int32, a core's L2
 PIECE = 32768                                          # elements of one piece around it, for a single thread

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.int8_linear.reference import BLOCK
+from dailies.kernels.int8_linear.reference import BLOCK
 
 GROUP = 8                                              # tiles of rows that share the columns' operand while it is in L2
 ROOMY = 147456                                         # bytes of shared memory: A100 and what came after it, not GeForce

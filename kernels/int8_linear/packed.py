@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels import cpu
-from kernels.int8_linear import Quantized, int_mm
-from kernels.int8_linear.int_mm import gelu_of_twice_, joined, pieces, quantize_rows_
+from dailies.kernels import cpu
+from dailies.kernels.int8_linear import Quantized, int_mm
+from dailies.kernels.int8_linear.int_mm import gelu_of_twice_, joined, pieces, quantize_rows_
 
 TILE = 512                                             # rows of one product
 HIDDEN_TILE = 256                                      # of one that is wider than the model: its result is still near

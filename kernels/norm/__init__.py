@@ -10,8 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kernels.int8_linear import BLOCK, FLOATS, Quantized
-from kernels.norm import pieces, reference
+from dailies.kernels.int8_linear import BLOCK, FLOATS, Quantized
+from dailies.kernels.norm import pieces, reference
 
 Impl = Literal["auto", "torch", "pieces", "triton"]
 Rope = tuple[Tensor, Tensor]
@@ -134,7 +134,7 @@ def modulated_norm_op(x: Tensor, update: Tensor | None, gate: Tensor | None, gai
     """The stream, if there is an update and it is kept, then y; `output`: y's dtype, or the scheme, for int8 values and
     scales."""
     if impl == "triton":
-        from kernels.norm import kernel                # Triton is imported only where it runs
+        from dailies.kernels.norm import kernel  # Triton is imported only where it runs
         return kernel.modulated_norm(x, update, gate, earlier, earlier_gate, keep, gain, bias, scale, shift, eps, output)
     norm = {"torch": reference, "pieces": pieces}[impl].modulated_norm
     if earlier is not None:                            # in a pass of its own: where passes count it is not asked for
@@ -163,7 +163,7 @@ def rms_rope_op(q: Tensor, k: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tenso
     if impl != "triton":
         turned = {"torch": reference, "pieces": pieces}[impl].rms_rope
         return turned(q, q_gain, cos, sin, heads, eps, dtype), turned(k, k_gain, cos, sin, heads, eps, dtype)
-    from kernels.norm import kernel
+    from dailies.kernels.norm import kernel
     return kernel.rms_rope(q, k, q_gain, k_gain, cos, sin, heads, eps, dtype)
 
 
@@ -180,7 +180,7 @@ def rms_norm_op(x: Tensor, gain: Tensor, eps: float, dtype: torch.dtype, impl: s
         return reference.rms_norm(x, gain, eps, dtype)
     if impl == "pieces":
         return pieces.rms_norm(x, gain, eps, dtype)
-    from kernels.norm import kernel
+    from dailies.kernels.norm import kernel
     return kernel.rms_norm(x, gain, eps, dtype)
 
 

@@ -8,15 +8,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kernels.int8_linear import Quantized
-from kernels.int8_linear.packed import Packed, parts_of, products
-from kernels.norm import pieces
+from dailies.kernels.int8_linear import Quantized
+from dailies.kernels.int8_linear.packed import Packed, parts_of, products
+from dailies.kernels.norm import pieces
 
 
 def modulated_norm_(x: Tensor, y: Tensor | Quantized, layer: Packed, *, gate: Tensor | None = None,
                     gain: Tensor | None = None, bias: Tensor | None = None, scale: Tensor | None = None,
                     shift: Tensor | None = None, eps: float = 1e-6) -> Quantized:
-    """x += gate * layer(y), and the norm of that in INT8: kernels.norm.quantized_modulated_norm in rows, in place.
+    """x += gate * layer(y), and the norm of that in INT8: dailies.kernels.norm.quantized_modulated_norm in rows, in place.
 
     x [B, N, D] fp32 or bf16, y [B, N, K] floating or of quantize_rows; the rest as there.
     """
@@ -28,7 +28,7 @@ def rms_rope(x: Tensor | Quantized, layer: Packed, gain: Tensor, rope: tuple[Ten
              dtype: torch.dtype) -> Tensor:
     """Queries or keys [B, N, heads, D / heads] in `dtype`: layer(x), normed over all heads and turned.
 
-    x [B, N, K], floating or of quantize_rows.  gain [D]; rope as kernels.norm.rms_rope takes it.
+    x [B, N, K], floating or of quantize_rows.  gain [D]; rope as dailies.kernels.norm.rms_rope takes it.
     """
     return torch.ops.dailies.packed_rms_rope(*parts_of(x), *layer, gain, *rope, heads, eps, dtype)
 

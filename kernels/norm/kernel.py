@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.int8_linear.kernel import quantize_tile, round_half_even
-from kernels.int8_linear.reference import BLOCK
+from dailies.kernels.int8_linear.kernel import quantize_tile, round_half_even
+from dailies.kernels.int8_linear.reference import BLOCK
 
 
 @triton.jit

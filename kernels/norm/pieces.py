@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.int8_linear.int_mm import joined, pieces, quantize_rows_
-from kernels.norm import reference
+from dailies.kernels.int8_linear.int_mm import joined, pieces, quantize_rows_
+from dailies.kernels.norm import reference
 
 ROWS = 32                                               # at a time, for a single thread
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kernels.int8_linear import reference as int8
+from dailies.kernels.int8_linear import reference as int8
 
 
 def modulated_norm(x: Tensor, update: Tensor | None, gate: Tensor | None, gain: Tensor | None, bias: Tensor | None,

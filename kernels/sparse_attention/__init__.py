@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kernels.int8_attention import FLOATS, check
-from kernels.sparse_attention import reference
+from dailies.kernels.int8_attention import FLOATS, check
+from dailies.kernels.sparse_attention import reference
 
 Impl = Literal["auto", "torch", "gather", "triton"]
 
@@ -58,9 +58,9 @@ def sparse_attention_op(q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None, 
     if impl == "torch":
         return reference.sparse_attention(q, k, v, weight, bias, keep_ratio, int8, block_q, block_k)
     if impl == "gather":
-        from kernels.sparse_attention import gather
+        from dailies.kernels.sparse_attention import gather
         return gather.sparse_attention(q, k, v, weight, bias, keep_ratio, int8, block_q, block_k)
-    from kernels.sparse_attention import kernel        # Triton is imported only where it runs
+    from dailies.kernels.sparse_attention import kernel  # Triton is imported only where it runs
     return kernel.sparse_attention(q, k, v, weight, bias, keep_ratio, int8, block_q, block_k)
 
 

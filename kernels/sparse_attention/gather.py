@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import cpu
-from kernels.int8_attention.reference import quantize_blocks, smooth
-from kernels.sparse_attention.reference import INT8_EPS, LINEAR_EPS, kept_blocks, pool
+from dailies.kernels import cpu
+from dailies.kernels.int8_attention.reference import quantize_blocks, smooth
+from dailies.kernels.sparse_attention.reference import INT8_EPS, LINEAR_EPS, kept_blocks, pool
 
 GATHERED = 1 << 19                                     # keys times channels copied together, for several query blocks
 

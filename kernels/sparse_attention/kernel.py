@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.int8_attention.kernel import mean_of, quantize_blocks, softmax_step, stages_of, start_softmax
-from kernels.int8_attention.reference import LOG2_E
-from kernels.sparse_attention.reference import INT8_EPS, LINEAR_EPS, kept_blocks
+from dailies.kernels.int8_attention.kernel import mean_of, quantize_blocks, softmax_step, stages_of, start_softmax
+from dailies.kernels.int8_attention.reference import LOG2_E
+from dailies.kernels.sparse_attention.reference import INT8_EPS, LINEAR_EPS, kept_blocks
 
 STRETCH, TILE = 1024, 64                               # tokens of one program of summarise, and of one product in it
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.int8_attention.reference import dequantized_logits, quantize_blocks, smooth
+from dailies.kernels.int8_attention.reference import dequantized_logits, quantize_blocks, smooth
 
 LINEAR_EPS = 1e-5                                      # on the linear branch's denominator, as released
 INT8_EPS = 1e-7                                        # on the scales, as SpargeAttn released them

@@ -33,7 +33,7 @@ def main() -> int:
         os.environ.pop("TRITON_INTERPRET", None)
         os.environ.setdefault("TRITON_CACHE_DIR", str(Path(__file__).parents[2] / "build" / "triton-candidates"))
     compilers = None if said.tiny or said.compile else Compilers(said.only)
-    import torch                                       # the compilers have begun
+    import torch  # the compilers have begun
     import triton
 
     from tests.candidates import timing

@@ -18,10 +18,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.int8_attention.kernel import mean_of, quantize_blocks, start_softmax
-from kernels.int8_attention.reference import BLOCK_K, BLOCK_Q, EPS, LOG2_E
-from kernels.sparse_attention.kernel import channel_softmax
-from kernels.sparse_attention.reference import INT8_EPS, LINEAR_EPS
+from dailies.kernels.int8_attention.kernel import mean_of, quantize_blocks, start_softmax
+from dailies.kernels.int8_attention.reference import BLOCK_K, BLOCK_Q, EPS, LOG2_E
+from dailies.kernels.sparse_attention.kernel import channel_softmax
+from dailies.kernels.sparse_attention.reference import INT8_EPS, LINEAR_EPS
 
 
 @dataclass(frozen=True, kw_only=True)

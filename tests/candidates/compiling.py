@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tests.candidates.timing import Candidate      # the children start before torch is imported
+    from tests.candidates.timing import Candidate  # the children start before torch is imported
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 JOBS = max(1, min(14, (os.cpu_count() or 2) - 2))      # at once
@@ -25,8 +25,8 @@ def compile_part(candidates: "list[Candidate]", part: int, parts: int, done: Pat
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    from kernels.int8_attention import kernel as int8_attention
-    from kernels.sparse_attention import kernel as sparse_attention
+    from dailies.kernels.int8_attention import kernel as int8_attention
+    from dailies.kernels.sparse_attention import kernel as sparse_attention
 
     class Pretended:
         def get_current_target(self) -> GPUTarget:

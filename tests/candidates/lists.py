@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.around_conv import kernel as around_conv
-from kernels.cases import Attention
-from kernels.int8_attention import kernel as int8_attention
-from kernels.sparse_attention import kernel as sparse_attention
-from kernels.sparse_attention import reference
+from dailies.kernels.around_conv import kernel as around_conv
+from dailies.kernels.cases import Attention
+from dailies.kernels.int8_attention import kernel as int8_attention
+from dailies.kernels.sparse_attention import kernel as sparse_attention
+from dailies.kernels.sparse_attention import reference
 from tests.candidates import attention, causal_conv
 from tests.candidates.timing import Candidate, Case
 

@@ -78,7 +78,7 @@ def arguments() -> argparse.Namespace:
 
 def run(name: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Figures of one scenario, and under "wrong" what is not as promised."""
-    from tests.chaos import scenarios                   # Ray reads the environment when it is imported
+    from tests.chaos import scenarios  # Ray reads the environment when it is imported
     folder.mkdir(parents=True, exist_ok=True)
     try:
         return getattr(scenarios, name)(folder, options, random.Random(f"{options.seed} {name}"))

@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from actors.clip_writer import ClipWriter
-from actors.decoder import Decoder, to_uint8
-from actors.denoiser import Denoiser, noise
-from actors.messages import Clip, Embedding, Frames, Latent, Request
-from actors.shelf import Shelved
-from actors.steps import KeepSampled
-from actors.text_encoder import TextEncoder
-from pipeline.lease import process_start
+from dailies.actors.clip_writer import ClipWriter
+from dailies.actors.decoder import Decoder, to_uint8
+from dailies.actors.denoiser import Denoiser, noise
+from dailies.actors.messages import Clip, Embedding, Frames, Latent, Request
+from dailies.actors.text_encoder import TextEncoder
+from dailies.pipeline.run.intermediates import Shelved
+from dailies.pipeline.run.lease import process_start
+from dailies.pipeline.run.saved_steps import KeepSampled
 from tests.chaos.losses import find_no_memory, meets
 
 PIECE_S = 0.02                          # sampling is so many sleeps, each noted when it begins

@@ -11,10 +11,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from actors.clip_file import read_clip
-from actors.shelf import EMBEDDINGS, LATENTS, Shelved, anything, opened
-from pipeline.seal import seal_of
-from pipeline.store import FolderStore, open_store
+from dailies.actors.clip_file import read_clip
+from dailies.pipeline.run.intermediates import EMBEDDINGS, LATENTS, Shelved, anything, opened
+from dailies.pipeline.run.seal import seal_of
+from dailies.pipeline.store.store import FolderStore, open_store
 
 DISK_BYTES = 24 * 2**20
 CLIPS_BEFORE = 4                        # are published, so that there is something that could be spoilt

@@ -9,8 +9,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from pipeline import ledger
-from pipeline.store import open_store
+from dailies.pipeline.run import ledger
+from dailies.pipeline.store.store import open_store
 from tests.chaos.night import ROOT, Night
 
 
@@ -47,6 +47,6 @@ def judge(night: Night, *, clips: int, rows: int, failed: int = 0, sampled_again
 
 def verify(out: str) -> dict[str, Any]:
     """The answer of `dailies verify`."""
-    done = subprocess.run([sys.executable, "-m", "jobs.cli", "verify", out, "--json"], cwd=ROOT, capture_output=True,
+    done = subprocess.run([sys.executable, "-m", "dailies.jobs.cli", "verify", out, "--json"], cwd=ROOT, capture_output=True,
                           text=True, timeout=600)
     return json.loads(done.stdout)

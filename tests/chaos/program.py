@@ -7,12 +7,12 @@ import json
 import os
 from functools import partial
 
-from jobs import render
-from jobs.cli import program
-from model.catalog import LinumCard
-from pipeline import driver
-from pipeline import text_to_video as recipe
-from tests import tiny  # noqa: F401: adds the model to the catalogue
+from dailies.jobs import render
+from dailies.jobs.cli import program
+from dailies.model.catalog import LinumCard
+from dailies.pipeline import text_to_video as recipe
+from dailies.pipeline.scheduler import driver
+from tests import tiny  # noqa: F401  adds the model to the catalogue
 from tests.chaos import fakes
 from tests.chaos.full_disk import FillingStore
 from tests.chaos.losses import GuardedStore

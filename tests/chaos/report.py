@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from jobs.bench import commit
+from dailies.jobs.bench.command import commit
 from tests.chaos.night import ROLES, SAMPLERS
 from tests.chaos.scenarios import CPUS, MACHINES
 

@@ -15,13 +15,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline import ledger
-from pipeline.store import open_store
+from dailies.pipeline.run import ledger
+from dailies.pipeline.store.store import open_store
 from tests.chaos.fakes import Script
 from tests.chaos.full_disk import NoDisk, fill_up, small_disk, spoilt
 from tests.chaos.judge import judge
 from tests.chaos.losses import KINDS, lose, met
-from tests.chaos.machines import CannotStart, Machines  # noqa: F401: for __main__
+from tests.chaos.machines import CannotStart, Machines  # noqa: F401  for __main__
 from tests.chaos.night import GaveUp, Night, write_manifest
 from tests.chaos.weather import Weather
 from tests.s3.server import S3Server

@@ -5,7 +5,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.lease import is_alive
+from dailies.pipeline.run.lease import is_alive
 
 
 @dataclass(kw_only=True)

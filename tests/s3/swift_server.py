@@ -17,20 +17,20 @@ from swift.common import utils
 utils.monkey_patch()
 eventlet.hubs.use_hub("poll")
 
-import errno                                            # noqa: E402  everything below must see the patched sockets
-import json                                             # noqa: E402
-import os                                               # noqa: E402
-import secrets                                          # noqa: E402
-import socket                                           # noqa: E402
-from collections import Counter, defaultdict            # noqa: E402
-from pathlib import Path                                # noqa: E402
+import errno  # noqa: E402  everything below must see the patched sockets
+import json  # noqa: E402
+import os  # noqa: E402
+import secrets  # noqa: E402
+import socket  # noqa: E402
+from collections import Counter, defaultdict  # noqa: E402
+from pathlib import Path  # noqa: E402
 
-from eventlet import wsgi                               # noqa: E402
-from eventlet.semaphore import Semaphore                # noqa: E402
-from swift.common.constraints import MAX_HEADER_SIZE, MAX_REQUEST_LINE   # noqa: E402
-from swift.common.ring import RingBuilder               # noqa: E402
-from swift.common.wsgi import loadapp                   # noqa: E402
+from eventlet import wsgi  # noqa: E402
+from eventlet.semaphore import Semaphore  # noqa: E402
+from swift.common.constraints import MAX_HEADER_SIZE, MAX_REQUEST_LINE  # noqa: E402
 from swift.common.http_protocol import SwiftHttpProtocol  # noqa: E402
+from swift.common.ring import RingBuilder  # noqa: E402
+from swift.common.wsgi import loadapp  # noqa: E402
 
 PIPELINE = "catch_errors gatekeeper healthcheck bulk s3api tempauth copy slo dlo versioned_writes symlink"
 OPTIONS = {

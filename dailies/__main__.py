@@ -1,0 +1,5 @@
+"""`python -m dailies` is the command `dailies`."""
+
+from dailies.jobs.cli import program
+
+program()

@@ -1,0 +1,229 @@
+"""Makes the demo model fast: a student of one to four steps without guidance, and one that bears sparse attention.
+
+python -m dailies.jobs.demo.train --distill --work build/demo             writes demo_turbo/dit.safetensors beside model/demo
+python -m dailies.jobs.demo.train --tune-sparse --work build/demo         writes demo_sparse/dit.safetensors
+
+The demo model's weights are teacher and start of both.
+
+The few-step student is a multi-step consistency model. At each of the four places where its sampler stops
+(model/schedules.py, rcm_sigmas), it learns to say at once where the guided teacher's course ends: the teacher goes on
+to the next place in a few Euler steps, and what the student, held fixed, says there is the target; at the last place
+the teacher goes on to the clean latent. So no target is a mean over many clips, and nothing needs derivatives of the
+network along the course.
+Source   Song et al. 2023 (arXiv 2303.01469), with several places Heek et al. 2024 (arXiv 2403.06807); the places are
+rCM's.
+
+The sparse one first learns to give the velocity that the dense teacher gives, with a prompt and without, and then goes
+on from the clips as its teacher did. All of its weights learn, and a projection of the linear branch, which begins at
+zero.
+Source   TurboDiffusion's tuning (arXiv 2512.16093); that from the data SLA's (arXiv 2509.24006).
+"""
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dailies.jobs.demo.train import (
+    BATCHES,
+    CLIPS_MOSTLY,
+    DIT_CLIPS,
+    DIT_IMAGES,
+    FRAMES,
+    SEED,
+    UNPROMPTED,
+    Phase,
+    encode_scenes,
+    fit,
+    rng_of,
+)
+from dailies.jobs.demo.world import Scene, describe
+from dailies.kernels.sparse_attention import reference
+from dailies.model import checkpoint, keys
+from dailies.model.card import ModelCard
+from dailies.model.catalog import DEMO, DEMO_SPARSE, DEMO_TURBO
+from dailies.model.guidance import classifier_free
+from dailies.model.layers import Linear, SelfAttention, rotate
+from dailies.model.linum.transformer import LinumDiT, TextContext
+from dailies.model.schedules import rcm_sigmas
+from dailies.model.text import T5TextEncoder
+from dailies.model.turbo import Sparsity
+
+STUDENT_PHASE = Phase(name="student", steps=1600, lr=5e-4, ema=0.99, courses=2)
+SPARSE_PHASE = Phase(name="sparse", steps=1600, lr=3e-4, ema=0.99, courses=2)
+SPARSE_DATA_PHASE = Phase(name="sparse-data", steps=1500, lr=6e-4, ema=0.99)
+SUBSTEPS = 3                                            # of the teacher, from one place to the next
+# Of a clip's 13 latent steps each chooses three; in shorter ones it has one, whose loss would drown that of the others.
+# Guidance asks at every step what the model says to no prompt, so a third of the lessons have none.
+SPARSE_LENGTHS, SPARSE_UNPROMPTED = (13, 13, 13, 7, 13, 13, 13, 5), 1 / 3
+
+Predict = Callable[[Tensor, Tensor], Tensor]            # noisy latent and sigma [B] in, velocity out
+
+
+def distill(work: Path, out: Path, device: str) -> None:
+    """The few-step student.  Raises CheckpointError where there is no teacher in `out`."""
+    lessons, student = Lessons.prepare(work, out, device), replace(DEMO, folder=out).dit(out, device, "fp32")
+    nothing = lessons.encoder("").to(device)
+
+    def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
+        rng = rng_of(STUDENT_PHASE.name, step)
+        data, rows = lessons.batch(step, rng)
+        with torch.autocast(device, torch.bfloat16):
+            told = student.embed_text(rows)
+            with torch.no_grad():
+                guided = lessons.teacher.embed_text(rows + [nothing] * len(rows))
+            loss = consistency_loss(data, rng, lambda x, sigma: guided_velocity(lessons.teacher, x, sigma, guided),
+                                    lambda x, sigma: student_velocity(student, x, sigma, told))
+        return loss, dict(length=data.shape[2])
+
+    fit(STUDENT_PHASE, student.train().requires_grad_(True), loss_of, work)
+    write(student, DEMO_TURBO, out)
+
+
+def tune_sparse(work: Path, out: Path, device: str) -> None:
+    """The model that bears sparse attention.  Raises CheckpointError where there is no teacher in `out`."""
+    lessons, student = Lessons.prepare(work, out, device), replace(DEMO, folder=out).dit(out, device, "fp32")
+    for block in student.blocks:
+        block.attn = TrainedSparseAttention(block.attn, DEMO_SPARSE.sparsity).to(device)
+
+    def noised(data: Tensor, rng: random.Random) -> tuple[Tensor, Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(rng.getrandbits(62))
+        noise = torch.randn(data.shape, generator=generator).to(device)
+        sigma = torch.sigmoid(torch.randn(len(data), generator=generator) * 1.4 + 1.1).to(device)      # as its teacher
+        return torch.lerp(data, noise, per_clip(sigma)), sigma, noise
+
+    def velocity_loss(step: int) -> tuple[Tensor, dict[str, float]]:
+        rng = rng_of(SPARSE_PHASE.name, step)
+        data, rows = lessons.batch(step, rng, SPARSE_LENGTHS, SPARSE_UNPROMPTED)
+        noisy, sigma, _ = noised(data, rng)
+        with torch.autocast(device, torch.bfloat16):
+            with torch.no_grad():
+                want = lessons.teacher(noisy, 1000 * sigma, lessons.teacher.embed_text(rows))
+            got = student(noisy, 1000 * sigma, student.embed_text(rows))
+        return F.mse_loss(got.float(), want.float()), dict(length=data.shape[2])
+
+    def data_loss(step: int) -> tuple[Tensor, dict[str, float]]:
+        rng = rng_of(SPARSE_DATA_PHASE.name, step)
+        data, rows = lessons.batch(step, rng, unprompted=UNPROMPTED)
+        noisy, sigma, noise = noised(data, rng)
+        with torch.autocast(device, torch.bfloat16):
+            got = student(noisy, 1000 * sigma, student.embed_text(rows))
+        return F.mse_loss(got.float(), noise - data), dict(length=data.shape[2])
+
+    student.train().requires_grad_(True)
+    fit(SPARSE_PHASE, student, velocity_loss, work)
+    fit(SPARSE_DATA_PHASE, student, data_loss, work)
+    write(student, DEMO_SPARSE, out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lessons:
+    """The teacher, and what it is asked about: normalised latents of drawn clips and images, with their scenes."""
+
+    teacher: LinumDiT
+    encoder: T5TextEncoder
+    clips: tuple[list[Scene], Tensor]
+    images: tuple[list[Scene], Tensor]
+
+    @classmethod
+    def prepare(cls, work: Path, out: Path, device: str) -> "Lessons":
+        card = replace(DEMO, folder=out)
+        teacher, vae, encoder = (make(out, device, "fp32") for make in (card.dit, card.vae, card.text_encoder))
+        torch.manual_seed(SEED)
+        scale, bias = (getattr(teacher, name).cpu().view(-1, 1, 1, 1) for name in ("latent_scale", "latent_bias"))
+        scenes, clips = encode_scenes(vae, work, device, "clips", DIT_CLIPS, FRAMES)
+        pictured, images = encode_scenes(vae, work, device, "images", DIT_IMAGES, 1)
+        return cls(teacher=teacher, encoder=encoder, clips=(scenes, clips * scale + bias),
+                   images=(pictured, images * scale + bias))
+
+    def batch(self, step: int, rng: random.Random, lengths: Sequence[int] = CLIPS_MOSTLY,
+              unprompted: float = 0.0) -> tuple[Tensor, list[Tensor]]:
+        """Latents [B, C, T, H, W] on the teacher's device, and the encoder's rows of what is said of each.
+
+        lengths: in latent steps, taken in turn. unprompted: the share of which nothing is said.
+        """
+        length = lengths[step % len(lengths)]
+        still, device = length == 1, self.teacher.latent_scale.device
+        scenes, latents = self.images if still else self.clips
+        picked = [rng.randrange(len(scenes)) for _ in range(BATCHES[length])]
+        sentences = [describe(scenes[i], rng, still=still, complete=False) for i in picked]
+        if unprompted:
+            sentences = ["" if rng.random() < unprompted else sentence for sentence in sentences]
+        rows = [self.encoder(sentence).to(device) for sentence in sentences]
+        return latents[picked, :, :length].to(device), rows
+
+
+class TrainedSparseAttention(SelfAttention):
+    """Self-attention as model/turbo.py runs it, in plain torch, which has gradients."""
+
+    def __init__(self, base: SelfAttention, sparsity: Sparsity):
+        nn.Module.__init__(self)
+        self.heads, self.sparsity = base.heads, sparsity
+        self.q, self.k, self.v, self.o = base.q, base.k, base.v, base.o
+        self.norm_q, self.norm_k = base.norm_q, base.norm_k
+        width = base.q.out_features // base.heads
+        self.proj = Linear(width, width)
+        nn.init.zeros_(self.proj.weight)
+        nn.init.zeros_(self.proj.bias)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        q = rotate(self.norm_q(self.q(x)).unflatten(-1, (self.heads, -1)), rope)
+        k = rotate(self.norm_k(self.k(x)).unflatten(-1, (self.heads, -1)), rope)
+        v, of = self.v(x).unflatten(-1, (self.heads, -1)).to(q.dtype), self.sparsity
+        y = reference.sparse_attention(q, k, v, self.proj.weight, self.proj.bias, of.keep_ratio, False, of.block_q,
+                                       of.block_k)
+        return self.o(y.flatten(2))
+
+
+def write(student: LinumDiT, card: ModelCard, out: Path) -> None:
+    state = checkpoint.released_state(student, keys.LINUM)
+    state = {name: tensor.to(torch.bfloat16) if tensor.ndim > 1 else tensor for name, tensor in state.items()}
+    checkpoint.save(out / card.dit_file, state)
+    print(json.dumps({"written": str(out / card.dit_file), "bytes": (out / card.dit_file).stat().st_size}))
+
+
+def consistency_loss(data: Tensor, rng: random.Random, teacher: Predict, student: Predict) -> Tensor:
+    """Of clean latents [B, C, T, H, W], each noised to one of the student's places.
+
+    In units of velocity, as the teacher was trained: the difference of clean latents over sigma.
+    """
+    places = rcm_sigmas(DEMO_TURBO.max_steps, DEMO_TURBO.sigma_max).float()
+    generator = torch.Generator().manual_seed(rng.getrandbits(62))
+    noise = torch.randn(data.shape, generator=generator).to(data.device)
+    place = torch.randint(len(places) - 1, (len(data),), generator=generator)
+    return loss_at(places[place].to(data.device), places[place + 1].to(data.device), data, noise, teacher, student)
+
+
+def loss_at(here: Tensor, there: Tensor, data: Tensor, noise: Tensor, teacher: Predict, student: Predict) -> Tensor:
+    """here, there: sigmas [B] of each clip's place and of the next one."""
+    here, there = per_clip(here), per_clip(there)
+    noisy = torch.lerp(data, noise, here)
+    with torch.no_grad():
+        x, sigma = noisy, here
+        for part in range(1, SUBSTEPS + 1):
+            next_sigma = here + (there - here) * (part / SUBSTEPS)
+            x = x + (next_sigma - sigma) * teacher(x, sigma.flatten())
+            sigma = next_sigma
+        target = torch.where(there > 0, x - there * student(x, there.flatten()), x)
+    clean = noisy - here * student(noisy, here.flatten())
+    return ((clean - target) / here).square().mean()
+
+
+def guided_velocity(teacher: LinumDiT, x: Tensor, sigma: Tensor, texts: TextContext) -> Tensor:
+    """texts: of the prompts, then of no prompt."""
+    cond, uncond = teacher(x.repeat(2, 1, 1, 1, 1), 1000 * sigma.repeat(2), texts).chunk(2)
+    return classifier_free(cond, uncond, DEMO.guidance)
+
+
+def student_velocity(student: LinumDiT, x: Tensor, sigma: Tensor, texts: TextContext) -> Tensor:
+    """Given the timesteps that its sampler will give it, those of `rcm_timestep`."""
+    return student(x, (1000 * sigma.float()).bfloat16().float(), texts)
+
+
+def per_clip(sigma: Tensor) -> Tensor:
+    return sigma.view(-1, 1, 1, 1, 1)

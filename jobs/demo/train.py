@@ -1,0 +1,373 @@
+"""Trains the demo model from nothing, on clips that `dailies.jobs.demo.world` draws: tokenizer, text encoder, VAE, DiT, in this order.
+
+`python -m dailies.jobs.demo.train --work build/demo` takes about two hours on 2 CPU cores, minutes on a GPU. Every batch is a
+function of (seed, phase, step), progress is saved once a minute, and the same command continues after an interruption.
+"""
+
+import argparse
+import json
+import math
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dailies.jobs.demo.world import ATTRIBUTES, SIZE, WORDS, Scene, describe
+from dailies.model import checkpoint, keys
+from dailies.model.catalog import CATALOG
+from dailies.model.linum.transformer import LinumDiT
+from dailies.model.text import new_t5
+from dailies.model.tokenizer import Tokenizer, new_tokenizer
+from dailies.model.wan.vae import WanVAE, channels_last
+
+SEED = 20
+CARD = CATALOG["demo"]
+VAE = CARD.vae_config
+FRAMES = 49                                             # of a training clip: 2 s, the demo's longest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """One thing that is trained: its steps, and how fast it learns."""
+
+    name: str
+    steps: int
+    lr: float
+    warmup: int = 50
+    ema: float = 0.998                                  # share of the running average of the weights kept each step
+    courses: int = 1                                    # how often the learning rate goes from the top to the bottom
+
+    def lr_at(self, step: int) -> float:
+        """In each course a linear warm-up, then a cosine down to 2 %."""
+        length = self.steps / self.courses
+        step = step % length
+        return self.lr * min(1.0, (step + 1) / self.warmup) * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * step / length)))
+
+
+class Optimizers:
+    """Muon for the weights of inner layers, AdamW for the rest (biases, gains, embeddings, first and last layers).
+
+    On the VAE's first 240 batches of images Muon reached 24.2 dB, AdamW at its best rate of three 17 dB after 475.
+    """
+
+    def __init__(self, model: nn.Module, lr: float):
+        self.matrices, rest = [], []
+        for name, p in model.named_parameters():
+            if is_inner(name, p):
+                self.matrices.append((p, nn.Parameter(as_matrix(p.data))))
+            else:
+                rest.append(p)
+        self.adam = torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
+        self.muon = torch.optim.Muon([m for _, m in self.matrices], lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+
+    def step(self, lr: float) -> None:
+        for p, matrix in self.matrices:
+            matrix.grad = None if p.grad is None else as_matrix(p.grad)
+        for optimizer in (self.adam, self.muon):
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+
+    def state_dict(self) -> dict:
+        return dict(adam=self.adam.state_dict(), muon=self.muon.state_dict())
+
+    def load_state_dict(self, state: dict) -> None:
+        self.adam.load_state_dict(state["adam"])
+        self.muon.load_state_dict(state["muon"])
+
+
+def is_inner(name: str, p: Tensor) -> bool:
+    """Whether Muon trains this parameter."""
+    outer = ("conv_in", "conv_out", "embed", "head", "shared", "_in.")
+    matrix = p.ndim >= 2 and p[0].numel() > 1 and min(len(p), p[0].numel()) > 8
+    return matrix and "modulation" != name.rpartition(".")[2] and not any(part in name for part in outer)
+
+
+def as_matrix(weight: Tensor) -> Tensor:
+    """[out, everything else], a view of the same memory, whichever of the two layouts a convolution's weight has."""
+    return weight.movedim(1, -1).view(len(weight), -1) if weight.ndim > 2 and weight.stride(1) == 1 else weight.view(len(weight), -1)
+
+
+def rng_of(phase: str, step: int) -> random.Random:
+    return random.Random(f"{SEED} {phase} {step}")
+
+
+def fit(phase: Phase, model: nn.Module, loss_of: Callable[[int], tuple[Tensor, dict[str, float]]], work: Path) -> None:
+    """Train `model` in place to the running average of its weights; continues from `work` when an earlier run stopped there."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    path = work / f"{phase.name}.pt"
+    optimizer = Optimizers(model, phase.lr)
+    average = {name: p.detach().clone() for name, p in model.named_parameters()}
+    step = 0
+    if path.exists():
+        saved = torch.load(path, weights_only=True)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        average, step = saved["average"], saved["step"]
+
+    def save() -> None:
+        state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), average=average, step=step)
+        torch.save(state, path.with_suffix(".tmp"))
+        path.with_suffix(".tmp").replace(path)
+
+    log, saved_at = (work / f"{phase.name}.log").open("a"), time.monotonic()
+    bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+                   TextColumn("{task.fields[said]}"))
+    with bar, log:
+        task = bar.add_task(phase.name, total=phase.steps, completed=step, said="")
+        while step < phase.steps:
+            loss, seen = loss_of(step)
+            model.zero_grad(set_to_none=True)
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            if torch.isfinite(norm):                    # one bad batch must not end the night
+                optimizer.step(phase.lr_at(step))
+            with torch.no_grad():
+                keep = min(phase.ema, (step + 1) / (step + 10))
+                for name, p in model.named_parameters():
+                    average[name].lerp_(p, 1 - keep)
+            step += 1
+            if step % 25 == 0:
+                said = " ".join(f"{name} {value:.4g}" for name, value in {"loss": loss.item(), **seen}.items())
+                bar.update(task, completed=step, said=said)
+                print(time.strftime("%H:%M:%S"), step, said, file=log, flush=True)
+            if time.monotonic() - saved_at > 60 or step == phase.steps:
+                save()
+                saved_at = time.monotonic()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(average[name])
+
+
+# The VAE: images first, then images and clips.
+
+VAE_PHASE = Phase(name="vae", steps=2700, lr=2.5e-3, ema=0.995)
+IMAGES_FIRST, SHORT_UNTIL = 500, 1400                   # steps before the first clip, and before the first long one
+# The convolutions in time reach about 18 latent steps back: after short clips alone, frames beyond their length fall apart.
+REFERENCE_ELEMENTS = 4 * 3 * 9 * SIZE * SIZE            # what every summed loss is divided by, image or clip
+IMAGE_WEIGHT, KL_WEIGHT, SHAPE_WEIGHT = 1.5, 5e-4, 6.0
+
+
+def train_vae(work: Path, device: str) -> WanVAE:
+    torch.manual_seed(SEED)
+    vae = channels_last(WanVAE(VAE)).to(device)
+    with torch.no_grad():                               # little noise at first, or the decoder learns to ignore the latent
+        vae.to_moments.weight[VAE.latent_channels:] = 0
+        vae.to_moments.bias[VAE.latent_channels:] = -4.0
+
+    def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
+        rng = rng_of("vae", step)
+        still = step < IMAGES_FIRST or step % 4 == 0
+        clips, frames = (16, 1) if still else (5, 9) if step < SHORT_UNTIL else (1, 49) if step % 4 == 2 else (2, 25)
+        drawn = [Scene.draw(rng).render(frames, start=rng.randint(0, FRAMES - frames), total=FRAMES) for _ in range(clips)]
+        video = torch.stack([v for v, _ in drawn]).to(device, memory_format=torch.channels_last_3d)
+        coverage = torch.stack([c for _, c in drawn])[:, None].to(device)
+        noise = torch.randn(clips, VAE.latent_channels, (frames - 1) // 4 + 1, SIZE // 8, SIZE // 8,
+                            generator=torch.Generator().manual_seed(rng.getrandbits(62))).to(device)
+        with torch.autocast(device, torch.bfloat16):
+            decoded, mean, log_variance = autoencode(vae, video, noise)
+        error = decoded.float() - video
+        near = F.max_pool3d(coverage, (1, 5, 5), stride=1, padding=(0, 2, 2))
+        weight = 1 + SHAPE_WEIGHT * near                # the moving shape is few pixels: without weight its colour comes last
+        reconstruction = (weight * (error.abs() + error.square())).sum() / REFERENCE_ELEMENTS
+        kl = 0.5 * (mean.float().square() + log_variance.float().exp() - 1 - log_variance.float()).mean()
+        with torch.no_grad():
+            inside = (coverage > 0.5).expand_as(error)
+            psnr = 10 * torch.log10(4 / error.square().mean()).item()
+            shape_psnr = 10 * torch.log10(4 / error[inside].square().mean()).item()
+        kl_weight = KL_WEIGHT * min(1.0, max(0.0, step / IMAGES_FIRST - 0.5))     # from the start it would erase the latent
+        loss = reconstruction * (IMAGE_WEIGHT if still else 1) + kl_weight * kl
+        return loss, dict(frames=frames, psnr=psnr, shape_psnr=shape_psnr, kl=kl.item(), std=mean.std().item())
+
+    fit(VAE_PHASE, vae, loss_of, work)
+    return vae
+
+
+def autoencode(vae: WanVAE, video: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    mean, log_variance = vae.encode(video)
+    log_variance = log_variance.clamp(-4, 4)            # at least this much noise: the decoder must bear a sampler's small errors
+    return vae.decode(mean + (0.5 * log_variance).exp() * noise.to(mean.dtype)), mean, log_variance
+
+
+# The text encoder: learns to say a scene's attributes from a sentence about it. The heads that say them are thrown away.
+
+TEXT_PHASE = Phase(name="text", steps=400, lr=2e-3)
+TEXT_BATCH = 96
+
+
+def train_tokenizer(folder: Path) -> None:
+    """A byte-pair tokenizer of at most 384 pieces over sentences about the world, in the T5 manner: pad 0, end 1, unknown 2."""
+    rng = rng_of("tokenizer", 0)
+    sentences = [describe(Scene.draw(rng, held_out=None), rng, still=rng.random() < 0.3, complete=False) for _ in range(8000)]
+    new_tokenizer(sentences, pieces=384, folder=folder)
+
+
+class Reader(nn.Module):
+    """The T5 encoder, and one linear head per attribute on the mean of its rows; the last answer of each is `not said`."""
+
+    def __init__(self, encoder: nn.Module, width: int):
+        super().__init__()
+        self.encoder = encoder
+        self.heads = nn.ModuleDict({name: nn.Linear(width, len(values) + 1) for name, values in ATTRIBUTES.items()})
+
+    def forward(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        rows = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        mean = (rows * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
+        return {name: head(mean) for name, head in self.heads.items()}
+
+
+def train_text(work: Path, device: str, tokenizer: Tokenizer) -> nn.Module:
+    torch.manual_seed(SEED)
+    width = CARD.dit_config.text_dim
+    encoder = new_t5(d_model=width, d_kv=32, d_ff=2 * width, num_layers=3, num_heads=4, vocab_size=tokenizer.largest + 1)
+    reader = Reader(encoder, width).to(device)
+
+    def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
+        rng = rng_of("text", step)
+        scenes = [Scene.draw(rng) for _ in range(TEXT_BATCH)]
+        stills = [rng.random() < 0.2 for _ in scenes]
+        sentences = [describe(scene, rng, still=still, complete=False) for scene, still in zip(scenes, stills, strict=True)]
+        said = reader(*tokenizer.padded(sentences, device))
+        loss, right = torch.zeros((), device=device), 0.0
+        for name, values in ATTRIBUTES.items():
+            unsaid = len(values)
+            answers = torch.tensor([values.index(scene.attributes[name]) if is_said(name, scene, sentence, still) else unsaid
+                                    for scene, sentence, still in zip(scenes, sentences, stills, strict=True)], device=device)
+            loss = loss + F.cross_entropy(said[name], answers)
+            right += (said[name].argmax(dim=1) == answers).float().mean().item() / len(ATTRIBUTES)
+        return loss, dict(right=right)
+
+    fit(TEXT_PHASE, reader, loss_of, work)
+    return encoder
+
+
+def is_said(name: str, scene: Scene, sentence: str, still: bool) -> bool:
+    if still and name in ("direction", "speed"):
+        return False
+    value = scene.attributes[name]
+    return any(word in sentence for word in WORDS.get(value, (value,)))
+
+
+# The DiT: velocity of flow matching on the VAE's latents; the latent of a clip's start is the latent of a shorter clip,
+# and its first step that of a single image, so images and clips train together.
+
+DIT_PHASE = Phase(name="dit", steps=4400, lr=2e-3, ema=0.995)
+DIT_CLIPS, DIT_IMAGES, UNPROMPTED = 2000, 8000, 0.1
+# What a step trains on: latent steps per sample -> samples, about as many tokens each.  A thing's shape is learnt from
+# images, a thirteenth of a clip's tokens; its motion from clips.
+BATCHES = {1: 192, 5: 40, 7: 28, 13: 16}
+IMAGES_MOSTLY, CLIPS_MOSTLY = (1, 1, 13, 1, 1, 7, 1, 5), (13, 7, 13, 1, 13, 7, 13, 5)
+CLIPS_FROM = 1950                                       # the step at which clips become most of the work
+
+
+@torch.no_grad()
+def encode_scenes(vae: WanVAE, work: Path, device: str, name: str, count: int, frames: int) -> tuple[list[Scene], Tensor]:
+    """`count` scenes and the latents [N, C, T, H, W] of their first `frames` frames, not normalised; kept in `work`."""
+    rng = rng_of(name, 0)
+    scenes = [Scene.draw(rng) for _ in range(count)]
+    path, batch = work / f"{name}.pt", 8 * FRAMES // frames
+    if not path.exists():
+        latents = []
+        for start in range(0, count, batch):
+            video = torch.stack([scene.render(frames, total=FRAMES)[0] for scene in scenes[start:start + batch]]).to(device)
+            with torch.autocast(device, torch.bfloat16):
+                latents.append(vae.encode(video)[0].float().cpu())
+            print(f"\rencoded {min(start + batch, count)} of {count} {name}", end="", flush=True)
+        print()
+        torch.save(torch.cat(latents), path)
+    return scenes, torch.load(path, weights_only=True)
+
+
+def train_dit(work: Path, device: str, vae: WanVAE, encoder: nn.Module, tokenizer: Tokenizer) -> LinumDiT:
+    torch.manual_seed(SEED)
+    scenes, latents = encode_scenes(vae, work, device, "clips", DIT_CLIPS, FRAMES)
+    pictured, images = encode_scenes(vae, work, device, "images", DIT_IMAGES, 1)
+    mean, std = latents.mean(dim=(0, 2, 3, 4)), latents.std(dim=(0, 2, 3, 4))
+    dit = LinumDiT(CARD.dit_config).to(device)
+    dit.latent_scale.copy_(0.5 / std)                   # mean 0 and standard deviation 0.5, as Linum's latents
+    dit.latent_bias.copy_(-mean * 0.5 / std)
+    latents, images = (x * dit.latent_scale.cpu().view(-1, 1, 1, 1) + dit.latent_bias.cpu().view(-1, 1, 1, 1)
+                       for x in (latents, images))
+    with torch.no_grad():                               # each block starts as the identity
+        for block in dit.blocks:
+            for layer in (block.attn.o, block.cross.o, block.ffn_out):
+                nn.init.normal_(layer.weight, std=0.02 / math.sqrt(CARD.dit_config.layers))
+        nn.init.zeros_(dit.head.linear.weight)
+        nn.init.zeros_(dit.head.linear.bias)
+    encoder.eval()
+
+    @torch.no_grad()
+    def embed(sentences: list[str]) -> list[Tensor]:
+        ids, mask = tokenizer.padded(sentences, device, CARD.dit_config.text_len)
+        rows = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        return [row[:n] for row, n in zip(rows, mask.sum(dim=1).tolist(), strict=True)]
+
+    def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
+        rng = rng_of("dit", step)
+        length = (IMAGES_MOSTLY if step < CLIPS_FROM else CLIPS_MOSTLY)[step % 8]
+        clips, still = BATCHES[length], length == 1
+        known, coded = (pictured, images) if still else (scenes, latents)
+        picked = [rng.randrange(len(known)) for _ in range(clips)]
+        sentences = ["" if rng.random() < UNPROMPTED else describe(known[i], rng, still=still, complete=False) for i in picked]
+        data = coded[picked, :, :length].to(device)
+        generator = torch.Generator().manual_seed(rng.getrandbits(62))
+        noise = torch.randn(data.shape, generator=generator).to(device)
+        # where a thing is and moves shows in thousands of latent cells, so it is decided at high noise: train there most
+        sigma = torch.sigmoid(torch.randn(clips, generator=generator) * 1.4 + 1.1).to(device)
+        noisy = torch.lerp(data, noise, sigma.view(-1, 1, 1, 1, 1))
+        with torch.autocast(device, torch.bfloat16):
+            velocity = dit(noisy, 1000 * sigma, dit.embed_text(embed(sentences)))
+        loss = F.mse_loss(velocity.float(), noise - data)
+        return loss, dict(length=length)
+
+    fit(DIT_PHASE, dit, loss_of, work)
+    return dit
+
+
+def export(folder: Path, dit: LinumDiT, vae: WanVAE, encoder: nn.Module) -> None:
+    """The layout and tensor names of a Linum release, in bf16; the tokenizer is there already."""
+    def halved(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: t.to(torch.bfloat16) if t.ndim > 1 else t for name, t in state.items()}
+
+    checkpoint.save(folder / CARD.dit_file, halved(checkpoint.released_state(dit, keys.LINUM)))
+    checkpoint.save(folder / CARD.vae_file, halved(checkpoint.released_state(vae, keys.WAN_VAE)))
+    state = {name: t for name, t in encoder.state_dict().items() if name != "encoder.embed_tokens.weight"}     # tied
+    checkpoint.save(folder / CARD.text_encoder_folder / "model.safetensors", halved(state))
+    (folder / CARD.text_encoder_folder / "config.json").write_text(encoder.config.to_json_string())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("build/demo"), help="where progress is kept")
+    parser.add_argument("--out", type=Path, default=CARD.folder, help="where the finished model goes")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--distill", action="store_true", help="train the few-step student of the model in --out instead")
+    parser.add_argument("--tune-sparse", action="store_true", help="tune the model in --out for sparse attention instead")
+    parser.add_argument("--only", choices=("text", "vae", "dit"), help="train this one, and export nothing")
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    if args.distill or args.tune_sparse:
+        from dailies.jobs.demo.distill import distill, tune_sparse
+        return (distill if args.distill else tune_sparse)(args.work, args.out, args.device)
+    tokenizer_folder = args.out / CARD.tokenizer_folder
+    if not (tokenizer_folder / "tokenizer.json").exists():
+        train_tokenizer(tokenizer_folder)
+    tokenizer = Tokenizer(tokenizer_folder, CARD.name)
+    vae = train_vae(args.work, args.device) if args.only != "text" else None
+    encoder = train_text(args.work, args.device, tokenizer) if args.only != "vae" else None
+    if vae is not None and encoder is not None:
+        dit = train_dit(args.work, args.device, vae.eval(), encoder, tokenizer)
+        if args.only is None:
+            export(args.out, dit, vae, encoder)
+            sizes = {str(p.relative_to(args.out)): p.stat().st_size for p in sorted(args.out.rglob("*")) if p.is_file()}
+            print(json.dumps(dict(written=str(args.out), bytes=sizes, total=sum(sizes.values())), indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""Manifest rows in, checked column by column, with every complaint in one list.
+
+A million rows pass through here, so cells stay in Arrow columns and each rule is asked of a whole column at once; a row
+is looked at alone only when it broke one. What a particular model allows is asked later, by the plan.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from dailies.pipeline.manifest.cells import COLUMNS, MAX_PROMPT_BYTES, TEXT, kept
+from dailies.pipeline.manifest.columns import NAMES, Names, map_flag
+from dailies.pipeline.manifest.files import SUFFIXES, ManifestFile, common_folder, find_files, from_prompts
+from dailies.pipeline.manifest.part import Part, Reader, joined, types_of_folders
+from dailies.pipeline.manifest.raw_bytes import MAX_BYTES
+from dailies.pipeline.manifest.validation import Complaints, ManifestError, shown
+
+__all__ = ["COLUMNS", "MAX_PROMPT_BYTES", "InvalidRow", "Manifest", "rows_without"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InvalidRow:
+    """A row that is set aside: what its failed ledger row says."""
+
+    row: int
+    id: str                         # the row's own, or "row N" where that is unfit or another row's
+    prompt: str | None
+    error: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """A manifest's rows in columns.  A cell that was refused is null here and has its complaint."""
+
+    name: str                       # as given
+    digest: str                     # SHA-256 over the bytes of the files, in order, and what they were taken for
+    files: list[tuple[str, int]]    # name and first row of each
+    table: pa.Table                 # every column of COLUMNS, in its type; `id` has no null in a good row
+    user: pa.Table                  # the other columns, as user.NAME
+    complaints: Complaints = field(repr=False)
+    notes: list[str] = field(default_factory=list)                     # what was not read, or not as one may think
+
+    @classmethod
+    def read(cls, uri: str | Sequence[str] = (), *, mapping: Mapping[str, str] = {}, prompts: Sequence[str] = (),
+             files: Sequence[ManifestFile] | None = None) -> "Manifest":
+        """Read and check Parquet, CSV, JSON or text: files, folders or globs; local, s3://, https://, - for stdin.
+
+        mapping: name in a file -> column of ours, or "" to carry it along.  prompts: a row for each, without any file.
+        files: what `uri` was found to be, which then is not looked for again.
+        Complaints about single rows wait in `complaints`, for the plan to add the model's own.
+        Raises ManifestError when no row can be relied on: a file that is missing or cannot be read, a column that is
+        missing, of a wrong type, or nearly one of ours.  Raises StoreError for a bucket that does not answer.
+        """
+        uris = [uri] if isinstance(uri, str) else list(uri)
+        name = ", ".join(uris[:3]) + (f" and {len(uris) - 3:,} more" if len(uris) > 3 else "") or "--prompt"
+        complaints, notes = Complaints(), []
+        if files is None:
+            files = _found(uris, prompts, complaints, notes)
+        if complaints.whole:
+            raise ManifestError(name, complaints)
+        names = Names(mapping)
+        reader = Reader(names, types_of_folders(files), complaints, notes)
+        parts, digest = _read(files, reader, mapping)
+        for unused in names.unused() if parts else ():
+            complaints.about(name, None, map_flag(unused, mapping[unused]), f"a column that is there; none is called "
+                             f"{shown(unused)}")
+        for target in {ours for ours in mapping.values() if ours and ours not in NAMES}:
+            complaints.about(name, None, f"--map to {shown(target)}", f"a column of ours: {', '.join(NAMES)}")
+        if not sum(part.num_rows for part in parts) and not complaints.whole:
+            complaints.about(name, None, "no row", "at least one row")
+        if any(part.num_rows for part in parts):       # what is wrong with rows is told as well
+            known, user = joined(parts, notes)
+            table = _checked(known, complaints)
+        if complaints.whole:
+            raise ManifestError(name, complaints)
+        return cls(name=name, digest=digest, files=complaints.files, table=table, user=user, complaints=complaints,
+                   notes=notes)
+
+    def invalid_rows(self, complaints: Complaints) -> Iterator[InvalidRow]:
+        """The rows that `complaints` names, in order, with ids that no other row has."""
+        unfit = complaints.rows_of("id")
+        prefix = "row "
+        while pc.any(pc.starts_with(self.table["id"], prefix)).as_py():
+            prefix = "invalid " + prefix
+        for row, reasons in complaints.by_row():
+            row_id = None if row in unfit else self.table["id"][row].as_py()
+            yield InvalidRow(row=row, id=f"{prefix}{row}" if row_id is None else row_id,
+                             prompt=self.table["prompt"][row].as_py(),
+                             error="; ".join(complaint.reason for complaint in reasons))
+
+
+def _found(uris: Sequence[str], prompts: Sequence[str], complaints: Complaints, notes: list[str]) -> list[ManifestFile]:
+    files = [from_prompts(prompts)] if prompts else []
+    base = common_folder(uris) if len(uris) > 1 else None
+    for uri in uris:
+        try:
+            found = find_files(uri, base)
+        except OSError as error:
+            complaints.about(uri, None, str(error), f"a file, a folder or a glob, ending in {SUFFIXES}")
+            continue
+        files += found.files
+        notes += [note for note in found.notes() if note not in notes]
+    names = [file.name for file in files]
+    for twice in sorted({name for name in names if names.count(name) > 1}) if len(uris) > 1 else ():
+        complaints.about(twice, None, "a file that is named twice", "each file once")
+    return files
+
+
+def _read(files: Sequence[ManifestFile], reader: Reader, mapping: Mapping[str, str]) -> tuple[list[Part], str]:
+    """Every file that can be read, and the digest of all."""
+    complaints, parts, digest, first, room = reader.complaints, [], hashlib.sha256(), 0, MAX_BYTES
+    for file in files:
+        complaints.files.append((file.name, first))
+        try:
+            with file.open() as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+                if file.partition:
+                    digest.update(json.dumps(sorted(file.partition.items())).encode())
+                stream.seek(0)
+                part = reader.read(file, stream, first, room)
+        except (OSError, ValueError, pa.ArrowException) as error:
+            complaints.about(file.name, None, str(error).strip(), "a readable file of " + (file.format or SUFFIXES))
+            continue
+        parts.append(part)
+        first += part.num_rows
+        room -= part.num_bytes
+    if mapping:                                        # the same bytes, taken for something else
+        digest.update(json.dumps(sorted(mapping.items())).encode())
+    return parts, digest.hexdigest()
+
+
+def _checked(table: pa.Table, complaints: Complaints) -> pa.Table:
+    """The known columns with every rule asked that no model can change, and an id in every row that was given none."""
+    columns = {name: table[name] for name in COLUMNS}
+    for name, column in COLUMNS.items():
+        values = columns[name]
+        if values.null_count == len(values):
+            continue
+        if column.type == TEXT:
+            fits = pc.less_equal(pc.binary_length(values), column.max_bytes)
+            if column.refuse:
+                fits = pc.and_(fits, pc.invert(pc.match_substring_regex(values, column.refuse)))
+            if column.choices:
+                fits = pc.and_(fits, pc.is_in(values, pa.array(column.choices, TEXT)))
+        else:
+            fits = pc.and_(pc.greater_equal(values, column.low), pc.less_equal(values, column.high))
+        columns[name] = kept(name, values, fits, 0, complaints)
+
+    if not complaints.whole:                           # where the column is missing, one complaint is enough
+        rows = rows_without(columns["prompt"], "prompt", complaints)
+        complaints.add(rows, "prompt", ["nothing"] * len(rows), COLUMNS["prompt"].allowed)
+
+    both = np.flatnonzero(pc.and_(columns["duration_s"].is_valid(), columns["frames"].is_valid()))
+    given = [f"{duration:g} s and {frames} frames" for duration, frames in
+             zip(columns["duration_s"].take(both).to_pylist(), columns["frames"].take(both).to_pylist())]
+    complaints.add(both, "duration_s", given, "duration_s or frames, not both")
+
+    last = pc.add(columns["seed"], pc.subtract(columns["samples"], 1))
+    rows = np.flatnonzero(pc.fill_null(pc.less(last, columns["seed"]), False))     # wrapped around
+    complaints.add(rows, "samples", [f"seeds from {seed}" for seed in columns["seed"].take(rows).to_pylist()],
+                   "seeds seed, seed + 1, ... up to 2**63 - 1")
+
+    columns["id"] = _with_ids(columns["id"], complaints)
+    return pa.table(columns)
+
+
+def rows_without(values: pa.ChunkedArray, column: str, complaints: Complaints) -> np.ndarray:
+    """Rows that have no value and no complaint that says why."""
+    explained = complaints.rows_of(column) | complaints.rows_of(None)
+    return np.setdiff1d(np.flatnonzero(values.is_null()), np.fromiter(explained, np.int64, len(explained)))
+
+
+def _with_ids(ids: pa.ChunkedArray, complaints: Complaints) -> pa.ChunkedArray:
+    """The ids, a row's position where it was given none; one that an earlier row has is complained of."""
+    positions = np.arange(len(ids))
+    missing = rows_without(ids, "id", complaints)
+    if len(missing) == len(ids):
+        return pa.chunked_array([pa.array(positions).cast(TEXT)])
+    if len(missing):
+        ids = pc.if_else(np.isin(positions, missing), pa.array(positions).cast(TEXT), ids)
+    encoded = ids.combine_chunks().dictionary_encode()
+    if len(encoded.dictionary) + encoded.null_count < len(ids):
+        is_given = encoded.is_valid().to_numpy(zero_copy_only=False)
+        rows, codes = positions[is_given], encoded.indices.drop_null().to_numpy()
+        first = rows[np.unique(codes, return_index=True)[1]]           # of each code; they count up from 0
+        again = rows[first[codes] != rows]
+        given = [f"{shown(name)}, the id of row {first[code]}" for name, code in
+                 zip(ids.take(again).to_pylist(), encoded.indices.take(again).to_pylist())]
+        complaints.add(again, "id", given, "an id that no other row has")
+    return ids

@@ -1,0 +1,315 @@
+"""The shelf: what one stage made lies in the run folder until the next has used it, and only its name travels.
+
+A finished latent then survives whatever dies, and a run that is continued finds it: `Keep` around a step looks before
+it works, `Fetch` opens what was kept, `Drop` forgets a latent whose clip is published. Without them whole values
+travel.
+
+Whoever can write the run folder can put anything there. Each object is sealed with the run's key (pipeline/run/seal.py),
+says which key of the store it belongs to, and must fit its request; another is removed and made again.
+"""
+
+import hmac
+import json
+import re
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from dailies.actors.device_lock import NO_LOCK, DeviceLock
+from dailies.actors.messages import Clip, Embedding, Failure, Latent, Request
+from dailies.model.checkpoint import pack, unpack
+
+EMBEDDINGS, LATENTS = "embeddings", "latents"           # folders of the run
+CONNECTIONS = 16                                        # at a time, where many objects are removed
+MADE_HERE = re.compile(r"(embeddings|latents|steps)/([0-9a-f]{2})/\2[0-9a-f]{62}\.safetensors")
+MOST_BYTES = 2**31                                      # of an object; the steps of a 14B model's clip are 77 MB
+MOST_HEADER_BYTES = 2**20
+MOST_NOTES = 100                                        # fallbacks that an object may name
+NO_SEAL = "0" * 64                                      # in an object's place for its seal while it is sealed
+SEAL = re.compile(rb'"seal":"([0-9a-f]{64})"')          # quotes in other texts of the header are escaped
+
+
+class Shelf(Protocol):
+    """What is needed of a store; pipeline/store/store.py says what each promises. `get` of what is absent: a KeyError."""
+
+    def get(self, key: str, *, at_most: int | None = None) -> bytes: ...
+    def put(self, key: str, data: bytes) -> None: ...
+    def delete(self, key: str) -> None: ...
+
+
+class MakesStep(Protocol):
+    """A description of an actor that can travel: dailies.pipeline.stages.Step."""
+
+    def make(self) -> Callable[[list], list]: ...
+
+
+class Damaged(ValueError):
+    """What lies on the shelf is not what was put there."""
+
+
+class Seal:
+    """A key, and what it makes of bytes: nobody without it can make an object that is taken for one of this run."""
+
+    def __init__(self, key: bytes = b""):
+        """key: empty where values only have to be kept whole."""
+        self.key = key
+
+    def __repr__(self) -> str:                          # an error may quote what it was given
+        return "Seal(...)"
+
+    def of(self, *pieces: bytes | memoryview) -> bytes:
+        made = hmac.new(self.key, digestmod="sha256")
+        for piece in pieces:
+            made.update(piece)
+        return made.hexdigest().encode()
+
+
+# Whether a value is what its request asks for (actors/fitting.py): None, or what is wrong with it.
+Fits = Callable[[Embedding | Latent], str | None]
+
+
+def anything(value: Embedding | Latent) -> str | None:
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shelved:
+    """A value that waits on the shelf."""
+
+    request: Request
+    key: str
+
+
+class Keep:
+    """A step whose results stay on the shelf: its values in, a Shelved for each out. Works only for what is missing.
+
+    Threads may call it side by side: while one computes, another looks for the next value or saves the last one. It
+    returns when its results are saved.
+    """
+
+    def __init__(self, step: MakesStep, store: Shelf, folder: str, *, seal: Seal = Seal(), fits: Fits = anything):
+        """folder: EMBEDDINGS for a step that makes them, LATENTS for one that makes those."""
+        self.step, self.store, self.folder, self.seal, self.fits = step.make(), store, folder, seal, fits
+        self.mine = threading.local()                   # of each thread that calls
+
+    def __call__(self, batch: list) -> list[Shelved | Failure]:
+        self.mine.notes = []
+        results = [value if isinstance(value, Failure) else self.find(request_of(value)) for value in batch]
+        missing = [place for place, found in enumerate(results) if found is None]
+        self.partly = any(isinstance(found, Shelved) for found in results)
+        if missing:
+            for place, value in zip(missing, self.work([batch[place] for place in missing]), strict=True):
+                results[place] = value
+        return results
+
+    def work(self, batch: list) -> list[Shelved | Failure]:
+        return [value if isinstance(value, Failure) else self.keep(value) for value in self.step(batch)]
+
+    def find(self, request: Request) -> Shelved | None:
+        """Reads the whole object: the next stage could not make a damaged one again."""
+        shelved = Shelved(request=request, key=shelf_key(self.folder, request))
+        try:
+            opened(self.store, shelved, self.seal, self.fits)
+        except KeyError:
+            return None
+        except Damaged as error:
+            self.note(request, f"made again, not taken from the run folder: {error}")
+            return None
+        if self.folder == LATENTS:
+            self.note(request, "its latent was found in the run folder")
+        return shelved
+
+    def keep(self, value: Embedding | Latent) -> Shelved:
+        shelved = Shelved(request=value.request, key=shelf_key(self.folder, value.request))
+        self.store.put(shelved.key, packed(value, shelved.key, self.seal))
+        return shelved
+
+    def note(self, request: Request, text: str) -> None:
+        self.mine.notes.append((request.clip_id, text))
+
+    @property
+    def notes(self) -> list[tuple[str, str]]:
+        """Of this thread's last batch: clip_id, and what is to be told of what was found of it."""
+        return getattr(self.mine, "notes", [])
+
+    @property
+    def partly(self) -> bool:
+        """Whether something of this thread's last batch had been done before."""
+        return getattr(self.mine, "partly", False)
+
+    @partly.setter
+    def partly(self, partly: bool) -> None:
+        self.mine.partly = partly
+
+    @property
+    def lock(self) -> DeviceLock:
+        """Of the step inside, which takes it while it computes."""
+        return getattr(self.step, "lock", NO_LOCK)
+
+    @lock.setter
+    def lock(self, lock: DeviceLock) -> None:
+        if hasattr(self.step, "lock"):
+            self.step.lock = lock
+
+    @property
+    def safe(self) -> bool:
+        """Of the step inside, if it knows of such a profile."""
+        return getattr(self.step, "safe", False)
+
+    @safe.setter
+    def safe(self, safe: bool) -> None:
+        if hasattr(self.step, "safe"):
+            self.step.safe = safe
+
+    @property
+    def device(self) -> str | None:
+        """Of the step inside."""
+        return getattr(self.step, "device", None)
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether the step inside has its device to itself while it computes."""
+        return getattr(self.step, "takes_turns", True)
+
+
+class Fetch:
+    """Shelved in, what was kept out, on the CPU; any other value passes untouched."""
+
+    def __init__(self, store: Shelf, *, seal: Seal = Seal(), fits: Fits = anything):
+        self.store, self.seal, self.fits = store, seal, fits
+
+    def __call__(self, batch: list) -> list:
+        return [self.fetch(value) if isinstance(value, Shelved) else value for value in batch]
+
+    def fetch(self, shelved: Shelved) -> Embedding | Latent:
+        """Raises the store's KeyError for what is gone. What is damaged is removed first, so that it is made again."""
+        for _ in range(3):                              # somebody may be making it again at this moment
+            try:
+                return opened(self.store, shelved, self.seal, self.fits)
+            except Damaged as error:
+                damage = error
+                self.store.delete(shelved.key)
+        raise damage
+
+
+class Drop:
+    """Clips pass; the latents that those of the call before were made from are removed.
+
+    One call late: where this process is killed before its answer is heard, the clip is asked for again, and without its
+    latent it would be sampled again.
+    """
+
+    def __init__(self, store: Shelf):
+        self.store = store
+        self.published: list[Request] = []              # in the last call
+
+    def __call__(self, batch: list[Clip | Failure]) -> list[Clip | Failure]:
+        for request in self.published:
+            self.store.delete(shelf_key(LATENTS, request))
+        self.published = [value.request for value in batch if isinstance(value, Clip)]
+        return batch
+
+
+def clear(store: Shelf, keys: Iterable[str]) -> None:
+    """Remove many objects: what is left of a folder when all its clips are published."""
+    with ThreadPoolExecutor(CONNECTIONS) as pool:
+        for _ in pool.map(store.delete, keys):
+            pass
+
+
+def is_ours(key: str) -> bool:
+    """Whether `shelf_key` could have made it. Whatever else lies in a folder of the shelf is not ours to remove."""
+    return MADE_HERE.fullmatch(key) is not None
+
+
+def shelf_key(folder: str, request: Request) -> str:
+    """Where a request's embedding or latent lies; the two characters spread a listing over many prefixes."""
+    name = request.embedding_key if folder == EMBEDDINGS else request.clip_id
+    return f"{folder}/{name[:2]}/{name}.safetensors"
+
+
+def request_of(value: Request | Shelved | Embedding) -> Request:
+    return value if isinstance(value, Request) else value.request
+
+
+def packed(value: Embedding | Latent, key: str, seal: Seal) -> bytes:
+    """A safetensors file that names the key of the store it belongs to, and is sealed."""
+    if isinstance(value, Embedding):
+        tensors = numbered("prompt", value.prompt) | numbered("negative", value.negative)
+        tensors |= numbered("image", value.image)
+    else:
+        tensors = numbered("stream", value.streams)
+    return sealed(tensors, {"key": key, "kind": type(value).__name__, "fallbacks": json.dumps(value.fallbacks),
+                            "determinism": json.dumps(value.determinism)}, seal)
+
+
+def opened(store: Shelf, shelved: Shelved, seal: Seal, fits: Fits) -> Embedding | Latent:
+    """What `packed` was given, as an answer to the request of `shelved`.  Raises Damaged; KeyError for what is gone."""
+    tensors, metadata = unsealed(read(store, shelved.key), shelved.key, seal)
+    kind = "Embedding" if shelved.key.startswith(f"{EMBEDDINGS}/") else "Latent"
+    names = ("prompt", "negative", "image") if kind == "Embedding" else ("stream",)
+    parts = {name: counted(name, tensors) for name in names}
+    if metadata.get("kind") != kind or sum(map(len, parts.values())) != len(tensors):
+        raise Damaged(f"{shelved.key} holds no {kind}")
+    told = {name: texts_in(metadata.get(name, ""), shelved.key) for name in ("fallbacks", "determinism")}
+    if kind == "Embedding":
+        value: Embedding | Latent = Embedding(request=shelved.request, **parts, **told)
+    else:
+        value = Latent(request=shelved.request, streams=parts["stream"], **told)
+    if wrong := fits(value):
+        raise Damaged(f"{shelved.key} is not what was asked for: {wrong}")
+    return value
+
+
+def read(store: Shelf, key: str) -> bytes:
+    """Raises KeyError, and Damaged for more than there can be."""
+    try:
+        return store.get(key, at_most=MOST_BYTES)
+    except ValueError as error:
+        raise Damaged(f"{key} is too large: {error}") from error
+
+
+def texts_in(said: str, key: str) -> tuple[str, ...]:
+    try:
+        found = json.loads(said)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, list) or len(found) > MOST_NOTES or not all(isinstance(text, str) for text in found):
+        raise Damaged(f"{key} holds no list of texts")
+    return tuple(found)
+
+
+def sealed(tensors: dict[str, Tensor], metadata: dict[str, str], seal: Seal = Seal()) -> bytes:
+    """metadata: "key" in it says where the bytes are to lie."""
+    data = pack(tensors, metadata | {"seal": NO_SEAL})
+    return data.replace(f'"seal":"{NO_SEAL}"'.encode(), b'"seal":"' + seal.of(data) + b'"', 1)
+
+
+def unsealed(data: bytes, key: str, seal: Seal = Seal()) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What `sealed` was given, if it was for this key, with this seal.  Raises Damaged."""
+    header_bytes = min(int.from_bytes(data[:8], "little"), MOST_HEADER_BYTES)
+    found = SEAL.search(data, 8, 8 + header_bytes)      # before anything else of it is believed
+    view = memoryview(data)
+    if not found or not hmac.compare_digest(
+            seal.of(view[:found.start(1)], NO_SEAL.encode(), view[found.end(1):]), found.group(1)):
+        raise Damaged(f"{key} is damaged, or was not put there by this run")
+    try:
+        tensors, metadata = unpack(data)
+    except Exception as error:                          # sealed, and yet malformed: whoever did it has the key
+        raise Damaged(f"{key}: {error}") from error
+    metadata.pop("seal", None)
+    if metadata.get("key") != key or not all(isinstance(text, str) for text in metadata.values()):
+        raise Damaged(f"{key} holds what belongs to another name")
+    return tensors, metadata
+
+
+def numbered(name: str, tensors: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    return {f"{name}.{place}": tensor.detach().cpu() for place, tensor in enumerate(tensors)}
+
+
+def counted(name: str, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    return tuple(tensors[f"{name}.{place}"] for place in range(sum(key.startswith(f"{name}.") for key in tensors)))

@@ -1,0 +1,477 @@
+"""What is done: one row for each finished manifest row and sample, in Parquet parts that are only ever added.
+
+Part   ledger/<epoch>-<seq>.parquet. Each writer has an epoch of its own, so no writer overwrites another's part.
+Key    (id, seed). A reader takes all parts together; where a key comes twice, the row of the later part counts.
+Status done or failed; pending is the row of a clip that was found missing or damaged (`put_back`): it is to be made
+       again, and its next row counts.
+
+A row is written after its clip. What a killed writer had not written yet is found by listing the clips.
+"""
+
+import hashlib
+import json
+import time
+from collections import Counter
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from dailies.pipeline.manifest.stored_types import as_text, converted, stored_type
+from dailies.pipeline.run.ledger_part import MOST_BYTES, read_part
+from dailies.pipeline.run.masking import without_secrets
+from dailies.pipeline.store.store import NotFound, Store, StoreError, TooLarge
+
+if TYPE_CHECKING:                       # they need torch, and `dailies status` does not
+    from dailies.actors.messages import Clip, Failure
+    from dailies.pipeline.stages import Outcome
+
+FOLDER, SUCCESS = "ledger/", "_SUCCESS.json"
+RETRIED = "retried/"                    # what was said of failed rows that are pending again
+REMEMBERED = ("id", "seed", "status", "error_type", "error", "attempts", "finished_at", "earlier_errors")
+READERS = 8                             # parts read at a time
+MAX_ERROR_CHARACTERS = 4000
+STAGES = ("encode", "sample", "decode")
+COLUMNS = pa.schema({
+    "id": pa.string(), "clip_id": pa.string(), "status": pa.string(),                  # done, failed or pending
+    "uri": pa.string(), "sha256": pa.string(), "bytes": pa.int64(),
+    "width": pa.int32(), "height": pa.int32(), "frames": pa.int32(), "fps": pa.float64(), "duration_s": pa.float64(),
+    "has_audio": pa.bool_(), "seed": pa.int64(), "prompt": pa.string(), "negative_prompt": pa.string(),
+    "steps": pa.int32(), "guidance": pa.float64(), "model": pa.string(), "weights_fingerprint": pa.string(),
+    "precision": pa.string(), "attention": pa.string(), "fallbacks": pa.list_(pa.string()),
+    "attempts": pa.int32(), "error_type": pa.string(), "error": pa.string(),
+    "worker": pa.string(), "device": pa.string(), "queue_s": pa.float64(), "encode_s": pa.float64(),
+    "sample_s": pa.float64(), "decode_s": pa.float64(), "publish_s": pa.float64(), "peak_memory_bytes": pa.int64(),
+    "finished_at": pa.timestamp("us", tz="UTC"),
+    "gpu_s": pa.float64(),                             # of encode_s, sample_s, decode_s: on a GPU; null on CPUs
+    # of the gate (gate.py), and of the clip that was decoded again; null for clips that were found published
+    "quality.verdict": pa.string(), "quality.brightness": pa.float64(), "quality.contrast": pa.float64(),
+    "quality.motion": pa.float64(), "quality.flicker": pa.float64(), "quality.psnr_db": pa.float64(),
+    "quality.audio_peak": pa.float64(), "quality.audio_clipped": pa.float64(),
+    "quality.seed": pa.int64(),                        # what the clip was made with, if not with the row's own seed
+    "decode_precision": pa.string(),                   # of the VAE, where it is not the model's own
+    "chosen_because": pa.string(),                     # why this precision and attention, where they were left to us
+    # what the last bits depend on beside clip_id (actors/determinism.py); null for clips that were found published
+    "determinism": pa.string(),
+    "path": pa.string(),                               # of the clip, below the run folder
+    "sample": pa.int32(),                              # of its manifest row, from 0
+    "notes": pa.list_(pa.string()),                    # what was found in the run folder: used, or made again
+    "earlier_errors": pa.list_(pa.string()),           # of a row that failed and was tried again, the oldest first
+})
+NO_COLUMNS = pa.schema([])
+
+
+class Ledger:
+    """The writer. Rows wait in memory for `flush_rows` of them or for `flush_s`; `close` writes the rest."""
+
+    def __init__(self, store: Store, schema: pa.Schema, keys: pa.Table, *, flush_rows: int, flush_s: float):
+        self.store, self.schema = store, schema
+        self.flush_rows, self.flush_s = flush_rows, flush_s
+        pending = pc.equal(keys["status"], "pending")
+        again = keys.filter(pending)
+        # clip_id -> why, of clips that are to be made again
+        self.put_back = dict(zip(again["clip_id"].to_pylist(), again["error"].to_pylist(), strict=True))
+        self.keys = keys.filter(pc.invert(pending)).drop_columns(["error"])
+        self.counts = Counter(self.keys["status"].to_pylist())
+        self.earlier = remembered(store)
+        self.waiting: list[pa.Table] = []
+        self.waiting_since = 0.0
+        self.epoch, self.seq = next_epoch(store), 0
+
+    @classmethod
+    def open(cls, store: Store, extra: pa.Schema = NO_COLUMNS, *, flush_rows: int = 1000,
+             flush_s: float = 30.0) -> "Ledger":
+        """Reads what is done so far; writes nothing before there are rows.
+
+        extra: further columns of this run, all named user.NAME or quality.NAME, in types that every reader knows.
+        Raises ValueError for other names.
+        """
+        strange = [name for name in extra.names if not name.startswith(("user.", "quality."))]
+        if strange:
+            raise ValueError(f"further columns of the ledger must be named user.NAME or quality.NAME; got {strange}")
+        quality_first = sorted(extra, key=lambda field: field.name.startswith("user."))
+        fields = [pa.field(field.name, stored_type(field.type)) for field in quality_first]
+        keys = read(store, ["id", "seed", "status", "clip_id", "bytes", "error"], put_back=True, whole=True)
+        return cls(store, pa.schema([*COLUMNS, *fields]), keys, flush_rows=flush_rows, flush_s=flush_s)
+
+    def pending(self, keys: pa.Table) -> pa.Table:
+        """The rows of `keys` that had none here when this ledger was opened, in their order.  keys: id, seed, ..."""
+        if not self.keys.num_rows:
+            return keys
+        wanted = comparable(keys).append_column("at", pa.array(np.arange(keys.num_rows)))
+        left = wanted.join(comparable(self.keys), ["id", "seed"], join_type="left anti")
+        mask = np.zeros(keys.num_rows, bool)
+        mask[left["at"].to_numpy()] = True
+        return keys.filter(pa.array(mask))
+
+    def only(self, keys: pa.Table, unsown: Sequence[str] = ()) -> None:
+        """Count these rows alone, whatever else lies in the folder.  keys: id, seed.  unsown: ids of rows without one."""
+        if self.keys.num_rows:
+            invalid = pa.table({"id": pa.array(unsown, pa.string()), "seed": pa.nulls(len(unsown), pa.int64())})
+            keys = pa.concat_tables([comparable(keys), comparable(invalid)])
+            numbered = comparable(self.keys).append_column("at", pa.array(np.arange(self.keys.num_rows)))
+            ours = numbered.join(keys, ["id", "seed"], join_type="left semi")
+            self.keys = self.keys.take(pa.array(np.sort(ours["at"].to_numpy())))
+            self.counts = Counter(self.keys["status"].to_pylist())
+
+    def forget(self, clip_ids: Collection[str | None]) -> None:
+        """Take the rows in which these clips are done as not there; the rows that are appended for them count."""
+        if not clip_ids:
+            return
+        gone = pc.and_(pc.equal(self.keys["status"], "done"),
+                       pc.is_in(self.keys["clip_id"], pa.array(clip_ids, pa.string())))
+        self.keys = self.keys.filter(pc.invert(gone))
+        self.counts = Counter(self.keys["status"].to_pylist())
+
+    def without_a_file(self, files: Mapping[str, int]) -> set[str | None]:
+        """The clips that are done by this ledger, and whose file is not there or has another size.
+
+        files: clip_id -> bytes, of all files of clips.
+        """
+        done = self.keys.filter(pc.equal(self.keys["status"], "done"))
+        return {clip_id for clip_id, num_bytes in zip(done["clip_id"].to_pylist(), done["bytes"].to_pylist(), strict=True)
+                if num_bytes is None or files.get(clip_id) != num_bytes}
+
+    def append(self, rows: Sequence[Mapping[str, Any]], extra: pa.Table | None = None, *,
+               statuses: Collection[str] = ("done", "failed")) -> None:
+        """Take rows, by column name; a column that a row does not name is null in it.
+
+        extra: further columns, one row for each of `rows`.  Raises ValueError for rows that do not fit the columns.
+        """
+        further = extra.column_names if extra is not None else []
+        for row in rows:
+            unknown = sorted({*row, *further} - set(self.schema.names))
+            if unknown or not row.get("id") or row.get("status") not in statuses:
+                raise ValueError(f"a ledger row needs an id, the status {' or '.join(statuses)} and columns of this ledger; got "
+                                 f"{row.get('id')!r}, {row.get('status')!r}, unknown columns {unknown}")
+        try:
+            earlier = [self.earlier.get((row["id"], row.get("seed"))) or self.earlier.get((row["id"], None))
+                       for row in rows]
+            table = pa.Table.from_pylist([dict(row) | {"earlier_errors": said} for row, said in
+                                          zip(rows, earlier, strict=True)], schema=self.schema)
+            for name in further:
+                field = self.schema.field(name)
+                values = converted(extra[name], field.type)
+                table = table.set_column(self.schema.get_field_index(name), field, values)
+        except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, UnicodeError) as error:
+            raise ValueError(f"a row does not fit the ledger's columns: {error}") from error
+        if not self.waiting:
+            self.waiting_since = time.monotonic()
+        self.waiting.append(table)
+        self.counts.update(row["status"] for row in rows)
+        self.tick()
+
+    def tick(self) -> None:
+        """Write what has waited long enough; to be called now and then where rows come slowly."""
+        rows = sum(map(len, self.waiting))
+        if rows >= self.flush_rows or rows and time.monotonic() - self.waiting_since >= self.flush_s:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what waits as one part.  Raises StoreError, and the rows wait on."""
+        if not self.waiting:
+            return
+        data = parquet_bytes(pa.concat_tables(self.waiting))
+        while not self.store.create(part_key(self.epoch, self.seq), data):
+            self.epoch, self.seq = next_epoch(self.store), 0       # another writer has this epoch
+        self.seq += 1
+        self.waiting = []
+
+    def close(self) -> None:
+        self.flush()
+
+    def __enter__(self) -> "Ledger":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def comparable(table: pa.Table) -> pa.Table:
+    """id and seed, for a join: there null would not equal null, and a seed is never negative."""
+    return pa.table({"id": table["id"].cast(pa.string()), "seed": table["seed"].cast(pa.int64()).fill_null(-1)})
+
+
+def row_of(name: str, value: "Clip | Failure", outcome: "Outcome | None" = None, *,
+           seed: int | None = None) -> dict[str, Any]:
+    """The ledger row of manifest row `name` for what became of its request.
+
+    outcome: None for a clip that was found published, whose times nobody knows.  seed: the row's, where that is not the
+    request's because a clip with the row's own was rejected.
+    """
+    from dailies.actors.clip_file import clip_key  # needs torch, and `dailies status` does not
+    request = value.request
+    seed = request.seed if seed is None else seed
+    row: dict[str, Any] = {
+        "id": name, "clip_id": request.clip_id, "seed": seed, "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt, "width": request.shape.width, "height": request.shape.height,
+        "frames": request.shape.frames, "fps": request.fps, "steps": request.num_steps, "guidance": request.guidance,
+        "model": request.model, "weights_fingerprint": request.weights_fingerprint, "precision": request.precision,
+        "attention": request.attention, "decode_precision": request.decode_precision, "finished_at": datetime.now(UTC),
+    }
+    if hasattr(value, "error_type"):
+        row |= {"status": "failed", "error_type": value.error_type, "fallbacks": [],
+                "error": said(value.error) + (f" [stack {value.stack}]" if value.stack else "")}
+    else:
+        row |= {"status": "done", "uri": value.uri, "sha256": value.sha256, "bytes": value.num_bytes,
+                "duration_s": value.duration_s, "has_audio": value.has_audio, "fallbacks": list(value.fallbacks),
+                "determinism": class_of(value.determinism), "path": clip_key(request.clip_id)}
+    row |= {f"quality.{name}": measure for name, measure in value.quality.items()}
+    if request.seed != seed:
+        row["quality.seed"] = request.seed
+        row["fallbacks"] = [*row["fallbacks"], f"rejected with seed {seed}, and made with seed {request.seed}"]
+    notes = [*getattr(value, "notes", ()), *(outcome.notes if outcome is not None else ())]
+    row |= {"notes": notes} if notes else {}
+    if outcome is not None:
+        row |= {"attempts": outcome.attempts, "queue_s": outcome.queue_s, "worker": outcome.worker,
+                "device": outcome.device, "peak_memory_bytes": outcome.peak_memory_bytes, "gpu_s": outcome.gpu_s}
+        row |= {f"{step}_s": outcome.seconds.get(step) for step in ("encode", "sample", "decode", "publish")}
+    return row
+
+
+def class_of(stages: Sequence[str]) -> str | None:
+    """The determinism class of a clip whose stages had these; None where nobody knows."""
+    if len(set(stages)) < 2:
+        return next(iter(stages), None)
+    return "; ".join(f"{stage}: {of_stage}" for stage, of_stage in zip(STAGES, stages, strict=False))
+
+
+def invalid_row(name: str, prompt: str | None, error: str) -> dict[str, Any]:
+    """The ledger row of a manifest row that was set aside: it has no seed, because it has no request."""
+    return {"id": name, "status": "failed", "error_type": "invalid", "error": said(error), "prompt": prompt,
+            "fallbacks": [], "finished_at": datetime.now(UTC)}
+
+
+def read(store: Store, columns: Sequence[str] | None = None, *, put_back: bool = False, whole: bool = False) -> pa.Table:
+    """The ledger as it stands: one row per key, in the order of the parts.
+
+    columns: None for all that there are.  put_back: also the rows of clips that are to be made again (pending).
+    whole: every column is read and checked, so that who asks for others later is not refused.
+    """
+    wanted = None if columns is None else list(dict.fromkeys([*columns, "id", "seed", "status"]))
+    tables = [table for _, table in parts(store, wanted, whole=whole) if table is not None]
+    empty = COLUMNS if wanted is None else pa.schema([field for field in COLUMNS if field.name in wanted])
+    try:
+        table = latest(together([empty.empty_table(), *tables]))
+    except pa.ArrowException as error:
+        raise StoreError(f"{store.uri_of(FOLDER)}: its parts do not fit together: {error}. Move away the one that is "
+                         "not this run's") from error
+    if not put_back:
+        table = table.filter(pc.not_equal(table["status"], "pending"))
+    asked = table.column_names if columns is None else dict.fromkeys(columns)
+    return table.select([name for name in asked if name in table.column_names])
+
+
+def together(tables: Sequence[pa.Table]) -> pa.Table:
+    """The rows of all parts; a user's column whose types no type unites is text: manifests that a folder was rendered for
+    one after the other may disagree, and versions have stored times in types of their own.  Raises ArrowException.
+    """
+    try:
+        return pa.concat_tables(tables, promote_options="permissive")
+    except pa.ArrowException:
+        fields: dict[str, list[pa.Field]] = {}
+        for field in (field for table in tables for field in table.schema if field.name.startswith("user.")):
+            fields.setdefault(field.name, []).append(field)
+        odd = {name for name, found in fields.items() if not unite(found)}
+        tables = [pa.table({name: as_text(column) if name in odd else column
+                            for name, column in zip(table.column_names, table.columns, strict=True)}) for table in tables]
+        return pa.concat_tables(tables, promote_options="permissive")
+
+
+def unite(fields: Sequence[pa.Field]) -> bool:
+    try:
+        pa.unify_schemas([pa.schema([field]) for field in fields], promote_options="permissive")
+    except pa.ArrowException:
+        return False
+    return True
+
+
+def put_back(store: Store, problems: Mapping[str, str]) -> int:
+    """Make the rows of these clips pending; returns how many.  problems: clip_id -> what was found.
+
+    Nothing is removed: each row gets a newer one, which says why. Call it while no run is writing.
+    """
+    done = [row for row in read(store, ["id", "seed", "status", "clip_id", "sample"]).to_pylist()
+            if (row["clip_id"] or "") in problems and row["status"] == "done"]
+    if not done:
+        return 0
+    store.delete(SUCCESS)                               # there is something to do again
+    with Ledger(store, COLUMNS, COLUMNS.empty_table(), flush_rows=1000, flush_s=30.0) as ledger:
+        ledger.append([row | {"status": "pending", "error_type": "ClipDamaged", "error": said(problems[row["clip_id"] or ""]),
+                              "finished_at": datetime.now(UTC)} for row in done], statuses=("pending",))
+    return len(done)
+
+
+def hashes_of(store: Store, clip_ids: Collection[str]) -> dict[str, str]:
+    """clip_id -> SHA-256 of its file as the last row says in which it was done, put back or not."""
+    found = {}
+    for _, table in parts(store, ["id", "seed", "status", "clip_id", "sha256"]) if clip_ids else ():
+        if table is not None and {"clip_id", "sha256"} <= {*table.column_names}:
+            found |= {row["clip_id"]: row["sha256"] for row in table.to_pylist()
+                      if row["status"] == "done" and row["clip_id"] in clip_ids and row["sha256"]}
+    return found
+
+
+def retry(store: Store, where: Mapping[str, str] | None = None) -> int:
+    """Put failed rows back to pending; returns how many. Invalid rows stay: another try changes nothing of them.
+
+    where: column -> value as text; all must hold.  Raises ValueError for a column that the ledger does not have.
+    Call it while no run is writing. Killed half-way, it has put some of the rows back; the same call does the rest.
+    """
+    where = dict(where or {})
+    ledger = read(store, ["id", "seed", "status", "error_type", *where])
+    mask = pc.and_(pc.equal(ledger["status"], "failed"),
+                   pc.fill_null(pc.not_equal(ledger["error_type"], "invalid"), True))
+    for column, value in where.items():
+        if column not in ledger.column_names or pa.types.is_nested(ledger.schema.field(column).type):
+            known = [field.name for field in read(store).schema if not pa.types.is_nested(field.type)]
+            raise ValueError(f"the ledger has no column {column} to choose rows by; it has {', '.join(known)}")
+        mask = pc.and_(mask, pc.fill_null(pc.equal(ledger[column].cast(pa.string()), value), False))
+    chosen = set(keys_of(ledger.filter(mask)))
+    take_out(store, chosen)
+    return len(chosen)
+
+
+def take_out(store: Store, chosen: Container[tuple[str, int | None]]) -> None:
+    """Take failed rows out of the ledger, so that these keys are pending. What was said of them is kept under retried/,
+    for the rows that come in their place (`earlier_errors`)."""
+    if not chosen:
+        return
+    store.delete(SUCCESS)                               # there is something to do again
+    failed = read(store, REMEMBERED)
+    failed = failed.filter(pc.equal(failed["status"], "failed"))
+    failed = failed.filter(pa.array([key in chosen for key in keys_of(failed)], pa.bool_()))
+    if failed.num_rows:
+        data = parquet_bytes(failed.select(list(REMEMBERED)))
+        store.create(f"{RETRIED}{hashlib.sha256(data).hexdigest()[:32]}.parquet", data)
+    for key, table in parts(store, None):               # the oldest first: a row that is left counts as before
+        if table is None or "failed" not in table["status"].to_pylist():
+            continue
+        stays = [status != "failed" or of_row not in chosen
+                 for of_row, status in zip(keys_of(table), table["status"].to_pylist(), strict=True)]
+        if not any(stays):
+            store.delete(key)
+        elif not all(stays):
+            store.put(key, parquet_bytes(table.filter(pa.array(stays))))
+
+
+def remembered(store: Store) -> dict[tuple[str, int | None], list[str]]:
+    """What was said of rows that were put back to pending, the oldest first."""
+    found: dict[tuple[str, int | None], dict[str, None]] = {}
+    nothing = dict.fromkeys(REMEMBERED)                 # a file from outside may lack columns
+    rows = [nothing | row for _, table in parts(store, REMEMBERED, RETRIED) if table is not None
+            for row in table.to_pylist()]
+    for row in sorted(rows, key=lambda row: str(row["finished_at"])):
+        when = f"{row['finished_at']:%Y-%m-%d %H:%M:%S} UTC" if row["finished_at"] else "at a time that is not known"
+        attempts = f" after {row['attempts']} attempts" if (row["attempts"] or 1) > 1 else ""
+        found.setdefault((row["id"], row["seed"]), {}).update(dict.fromkeys(
+            [*(row["earlier_errors"] or ()), f"{when}{attempts}: {row['error_type']}: {row['error']}"]))
+    return {key: list(said) for key, said in found.items()}
+
+
+def forget_retried(store: Store) -> None:
+    """Remove what is in the ledger by now; to be called when no row is pending."""
+    keys = set(keys_of(read(store, ["id", "seed"])))
+    keys |= {(name, None) for name, _ in keys}          # a row that was invalid had no seed
+    for key, table in list(parts(store, ["id", "seed", "status"], RETRIED)):
+        if table is not None and all(of_row in keys for of_row in keys_of(table)):
+            store.delete(key)
+
+
+def write_success(store: Store) -> dict[str, Any]:
+    """_SUCCESS.json: counts and digest of a ledger that has a row for everything; returns what it says.
+
+    It says how many have failed; where nothing at all was made there is no success to tell of, and it is not written.
+    Nor is it where clips, maybe of another manifest, are to be made again.
+    """
+    ledger = read(store, ["id", "seed", "clip_id", "status", "sha256"], put_back=True)
+    is_pending = pc.equal(ledger["status"], "pending")
+    ledger = ledger.filter(pc.invert(is_pending))
+    counts = Counter(ledger["status"].to_pylist())
+    said = {"rows": ledger.num_rows, "done": counts["done"], "failed": counts["failed"],
+            "ledger_digest": digest(ledger), "finished_at": datetime.now(UTC).isoformat(timespec="seconds")}
+    if said["done"] and not pc.any(is_pending).as_py():
+        store.put(SUCCESS, json.dumps(said, indent=2).encode() + b"\n")
+    return said
+
+
+def digest(ledger: pa.Table) -> str:
+    """SHA-256 over id, seed, clip_id, status and sha256 of each row, by id and seed: not over when and where it ran."""
+    columns = ["id", "seed", "clip_id", "status", "sha256"]
+    ordered = ledger.select(columns).sort_by([("id", "ascending"), ("seed", "ascending")])
+    hasher = hashlib.sha256()
+    for batch in ordered.to_batches(max_chunksize=10_000):
+        for row in zip(*(batch[column].to_pylist() for column in columns), strict=True):
+            hasher.update(json.dumps(row).encode() + b"\n")
+    return hasher.hexdigest()
+
+
+def parts(store: Store, columns: Sequence[str] | None, folder: str = FOLDER, *,
+          whole: bool = False) -> Iterator[tuple[str, pa.Table | None]]:
+    """Every part and its rows, the oldest first; None for one that vanished since it was listed. whole: as of `read`."""
+    keys = [info.key for info in store.list(folder) if info.key.endswith(".parquet")]
+
+    def part(key: str) -> pa.Table | None:
+        try:
+            table = read_part(store.get(key, at_most=MOST_BYTES), None if whole else columns, COLUMNS)
+            return table if columns is None else table.select([name for name in columns if name in table.column_names])
+        except NotFound:
+            return None
+        except (pa.ArrowException, OSError, ValueError, TypeError, KeyError, OverflowError, MemoryError) as error:
+            why = f"it is larger than any part: {error}" if isinstance(error, TooLarge) else str(error)
+            raise StoreError(f"{store.uri_of(key)} cannot be read: {why or type(error).__name__}. Move it away and "
+                             "render again: its clips are found and get new rows") from error
+
+    with ThreadPoolExecutor(READERS) as pool:
+        for start in range(0, len(keys), 4 * READERS):          # not all of a large ledger at once
+            block = keys[start: start + 4 * READERS]
+            yield from zip(block, pool.map(part, block), strict=True)
+
+
+def latest(table: pa.Table) -> pa.Table:
+    """Of the rows with one key only the last, all in their order."""
+    numbered = pa.table({"id": table["id"], "seed": table["seed"], "at": np.arange(table.num_rows)})
+    last = numbered.group_by(["id", "seed"]).aggregate([("at", "max")])
+    if last.num_rows == table.num_rows:
+        return table
+    mask = np.zeros(table.num_rows, bool)
+    mask[last["at_max"].to_numpy()] = True
+    return table.filter(pa.array(mask))
+
+
+LAST_EPOCH = 999_999                    # of six digits
+
+
+def next_epoch(store: Store) -> int:
+    """Raises StoreError where a part claims an epoch behind which no other has its place in order of name."""
+    names = (info.key.removeprefix(FOLDER).partition("-")[0] for info in store.list(FOLDER))
+    last = max((int(name) for name in names if name.isascii() and name.isdecimal()), default=0)
+    if last >= LAST_EPOCH:
+        raise StoreError(f"{store.uri}/{FOLDER}{last}-... is named as no part of a ledger is: a run begins less often. Move it "
+                         "away and render again")
+    return last + 1
+
+
+def part_key(epoch: int, seq: int) -> str:
+    return f"{FOLDER}{epoch:06d}-{seq:06d}.parquet"
+
+
+def parquet_bytes(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table.combine_chunks(), sink, compression="zstd", write_page_checksum=True)
+    return sink.getvalue().to_pybytes()
+
+
+def keys_of(table: pa.Table) -> Iterator[tuple[str, int | None]]:
+    return zip(table["id"].to_pylist(), table["seed"].to_pylist(), strict=True)
+
+
+def said(text: str) -> str:
+    """An error's text as it can be stored: valid UTF-8, without secrets, and not a whole log."""
+    text = without_secrets(text.encode("utf-8", "replace").decode())
+    return text if len(text) <= MAX_ERROR_CHARACTERS else text[:MAX_ERROR_CHARACTERS - 1] + "…"

@@ -1,0 +1,116 @@
+"""A part of the ledger as a table, read as a file from outside: its types, its values and its size are checked first.
+
+Whoever can write the run folder can write a part, and a disk can spoil one. What is wrong is said with the column's
+name; nothing of such a part is used.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pyarrow.types as is_
+
+from dailies.pipeline.manifest.parquet import announced, chunks_of, is_text, leaves, plain, unfolded
+
+MOST_BYTES = 2**28                      # of a part as it is stored: ours have a thousand rows
+ROOM_BYTES = 2**31                      # of its columns in memory
+ROWS_PER_BATCH = 4096                   # where text cannot be read as it is stored
+STATUSES = ("done", "failed", "pending")
+KINDS = (lambda kind: is_.is_string(kind) or is_.is_large_string(kind) or is_.is_string_view(kind), is_.is_integer,
+         lambda kind: is_.is_floating(kind) or is_.is_integer(kind), is_.is_boolean, is_.is_timestamp, is_.is_list)
+LATEST_US = 253_402_300_799_000_000     # the end of the year 9999, which is Python's
+LONGEST_S = 1e10
+
+
+def read_part(data: bytes, columns: Sequence[str] | None, schema: pa.Schema) -> pa.Table:
+    """The columns that are asked for and there; those of `schema` in its types.
+
+    columns: None for all.  Raises ValueError, saying what is wrong with which column; ArrowException and OSError for
+    bytes that are no Parquet file.
+    """
+    stream = pa.BufferReader(data)
+    metadata = pq.read_metadata(stream)
+    # page checksums are of our own parts; a part without them is read as it is
+    options = dict(metadata=metadata, page_checksum_verification=True, arrow_extensions_enabled=False)
+    stored = pq.ParquetFile(stream, **options).schema_arrow
+    names = stored.names
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"two columns are named {twice[0]!r}")
+    wanted = [name for name in (names if columns is None else columns) if name in names]
+    if missing := [name for name in ("id", "seed", "status") if name not in names]:
+        raise ValueError(f"it has no column {missing[0]}")
+    for name in names:                                  # also of what is not asked for: the footer is read anyway
+        check_type(name, plain(stored.field(name).type), schema)
+    size = announced(metadata)
+    if size > ROOM_BYTES or metadata.num_rows > ROOM_BYTES // 8:
+        raise ValueError(f"it unfolds to {max(size, 8 * metadata.num_rows):,} bytes; at most {ROOM_BYTES:,} are read")
+    texts = [leaf for leaf in leaves(metadata) if is_text(leaf) and leaf.path.partition(".")[0] in wanted]
+    parquet = pq.ParquetFile(stream, read_dictionary=[leaf.path for leaf in texts], **options)
+    tables, size = [], 0
+    for table in pieces(parquet, metadata, wanted):
+        size += sum(unfolded(chunk) for column in table.columns for chunk in column.chunks)
+        if size > ROOM_BYTES:
+            raise ValueError(f"it unfolds to more than {ROOM_BYTES:,} bytes")
+        tables.append(pa.table([column.cast(plain(column.type)) for column in table.columns], names=wanted))
+    if not tables:
+        return pa.schema([schema.field(name) for name in wanted if name in schema.names]).empty_table()
+    table = checked_types(pa.concat_tables(tables), schema)
+    check_values(table)
+    return table
+
+
+def pieces(parquet: pq.ParquetFile, metadata: pq.FileMetaData, wanted: list[str]):
+    """Row group by row group, text as dictionaries; a few rows at a time where a file stores it as lengths."""
+    spread = any("DELTA" in said for chunks in chunks_of(metadata) for chunk in chunks for said in chunk.encodings)
+    if spread:
+        yield from (pa.table(batch) for batch in parquet.iter_batches(ROWS_PER_BATCH, columns=wanted))
+    else:
+        yield from (parquet.read_row_group(place, wanted) for place in range(metadata.num_row_groups))
+
+
+def check_type(name: str, found: pa.DataType, schema: pa.Schema) -> None:
+    """Raises ValueError for a column of `schema` that is of another kind."""
+    if name not in schema.names or found == (wanted := schema.field(name).type) or is_.is_null(found):
+        return
+    if not any(kind(found) and kind(wanted) for kind in KINDS):
+        raise ValueError(f"its column {name} must be {wanted}; it is {found}")
+    if is_.is_list(wanted):
+        check_type("item", found.value_type, pa.schema([("item", wanted.value_type)]))
+
+
+def checked_types(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """With the columns of `schema` in its types.  Raises ValueError for one of another kind."""
+    columns = []
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        check_type(name, column.type, schema)
+        columns.append(column.cast(schema.field(name).type) if name in schema.names else column)
+    table = pa.table(columns, names=table.column_names)
+    table.validate(full=True)                           # text that is no UTF-8, offsets that point elsewhere
+    return table
+
+
+def check_values(table: pa.Table) -> None:
+    """Raises ValueError for what no writer of ours puts down."""
+    columns: Mapping[str, pa.ChunkedArray] = dict(zip(table.column_names, table.columns, strict=True))
+    if "id" in columns and (columns["id"].null_count or pc.any(pc.equal(columns["id"], "")).as_py()):
+        raise ValueError("a row of it has no id")
+    if "status" in columns:
+        for said in columns["status"].unique().to_pylist():
+            if said not in STATUSES:
+                raise ValueError(f"status must be one of {', '.join(STATUSES)}; got {said!r}")
+    limits = {name: LONGEST_S for name in columns if name.endswith("_s") and not name.startswith("user.")}
+    limits |= {"seed": 2**63 - 1, "bytes": 2**63 - 1, "width": 2**31, "height": 2**31, "frames": 2**31, "fps": 1e6,
+               "steps": 2**31, "guidance": 1e6, "sample": 2**31, "attempts": 2**31}
+    for name, most in limits.items():
+        if name in columns and not within(columns[name], most):
+            raise ValueError(f"{name} must be a number from 0 to {most:g}")
+    if "finished_at" in columns and not within(columns["finished_at"].cast(pa.int64()), LATEST_US):
+        raise ValueError("finished_at must be a time from 1970 to 9999")
+
+
+def within(column: pa.ChunkedArray, most: float) -> bool:
+    if is_.is_floating(column.type) and pc.any(pc.is_nan(column)).as_py():
+        return False
+    found = pc.min_max(column).as_py()
+    return found["min"] is None or 0 <= found["min"] and found["max"] <= most

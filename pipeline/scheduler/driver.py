@@ -1,0 +1,699 @@
+"""The driver's book: which row waits where, who works on it, what comes next, and what a death costs.
+
+It knows no Ray: a `Crew` starts processes, hands them calls and brings back answers (cluster.py has the real one).
+It holds a window of rows, never the whole night, so its memory is bounded.
+
+A row is charged an attempt for an exception of its own, for the death of a process that was working on it, and for
+taking too long. One that only waited there, or whose machine was lost, goes back to its line free of charge. So does
+one whose machine failed it (faults.py): that ends the process, and the row is tried on another machine, where there is
+one (fitness.py).
+
+    attempt 1   as planned
+    attempt 2   on another copy, where there is one
+    attempt 3   in the safe profile: alone, in a quarter of the memory; the clip's fallbacks say so
+
+A copy that fails three different rows in succession, or three that others then make, is replaced. Where no copy of a
+stage makes anything of many different rows the run ends, and what failed in that time is not held against the rows.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import count
+
+from dailies.actors.messages import Clip, Failure, Request
+from dailies.pipeline.scheduler import placement
+from dailies.pipeline.scheduler.budget import Budget
+from dailies.pipeline.scheduler.executor import Answer, Broken, Call, Copy, Crew, Done, Hello, Row
+from dailies.pipeline.scheduler.placement import Node
+from dailies.pipeline.scheduler.quarantine import Fitness
+from dailies.pipeline.scheduler.stage_queue import Line, Lines
+from dailies.pipeline.stages import Outcome, Stage, outcome
+from dailies.pipeline.store.store import StoreError
+
+LOOK_S = 2.0                # between two looks at the machines
+COUNT_S = 1.0               # between two counts of the GPUs that are held
+SHUN_S = 10.0               # a machine that was lost gets nothing, though the cluster may still list it
+IDLE_S = 2.0                # after which a process is asked whether it lives before it gets a row
+ANSWER_S = 1.0              # within which the answer to a call that is done has arrived
+PATIENCE_S = 600.0          # nothing runs and nothing can be started: then the run ends
+MOST_LOSSES = 10            # of machines under one row, before the row is suspected after all; so many times, too,
+                            # the memory of machines that made other rows before
+MOST_FAILED = 3             # different rows of one copy, in succession or blamed on it: then it is replaced
+FIRST_STREAK = 12           # different rows that fail in one stage, or six for each copy, before it made anything: and
+LONGEST_STREAK = 1000       # afterwards, in succession, since a whole bucket may be too large; then the run ends
+ASKS_S = 60.0               # of one call on a GPU: then it is asked whether another process has that
+GPU_HELD_S = 1800.0         # by a process that is not ours, in one piece: steps and clips give it back much sooner
+SAVING_S = 10.0             # in which a run that is told to save may still publish what is sampled
+LEAST_LIMIT_S = 120.0       # a row may always take so long in a stage, not counting what it waits for the store,
+LIMIT = 10                  # and so many times as long as others of its kind
+MOST_DEAD_STARTS = 3        # and one for each copy, of a stage that has none alive; then the run ends
+MOST_STORE_TROUBLE = 5      # answers of every copy in succession that the store is unusable; then the run ends
+MOVES_AFTER = 3             # such answers of one copy in succession: then it is started on another machine
+RESTS_S, LONGEST_REST_S = 0.5, 5.0      # after such an answer, longer each time: credentials may be renewed meanwhile
+SAFE_NOTE = "made in attempt {}, in the safe profile: alone, in a quarter of the memory"
+
+
+class ClusterError(RuntimeError):
+    """The cluster cannot run this pipeline; the message says what to do."""
+
+
+class Stop:
+    """Asks a run to end early; may be used from a signal handler or another thread."""
+
+    def __init__(self) -> None:
+        self.draining = self.saving = self.at_once = False
+
+    def drain(self) -> None:
+        """Begin nothing new; what is being sampled is still published."""
+        self.draining = True
+
+    def save(self) -> None:
+        """As drain, but what is being sampled stops between two steps; it is continued from there another time."""
+        self.draining = self.saving = True
+
+    def now(self) -> None:
+        self.draining = self.at_once = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageProgress:
+    name: str
+    copies: int                 # ready to work
+    starting: int
+    queued: int
+    in_flight: int
+    done: int
+    seconds: float | None       # per value, lately
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    stages: tuple[StageProgress, ...]
+    done: int                   # requests that ended as a Clip
+    failed: int
+    notes: tuple[str, ...]      # what happened since the last Progress: hand-overs, deaths, retries
+
+
+class Driver:
+    def __init__(self, crew: Crew, stages: Sequence[Stage], requests: Iterable[Request], *, max_attempts: int = 3,
+                 row_timeout_s: float | None = None, on_progress: Callable[[Progress], None] | None = None,
+                 progress_every_s: float = 0.5, stop: Stop | None = None, budget: Budget | None = None):
+        self.crew, self.max_attempts, self.row_timeout_s = crew, max_attempts, row_timeout_s
+        self.on_progress, self.progress_every_s, self.stop = on_progress, progress_every_s, stop or Stop()
+        self.budget = budget or Budget()
+        self.stages, self.lines = list(stages), Lines(stages)
+        self.requests = iter(requests)
+        self.coming: Request | None = None              # the next request: None when there is none
+        self.results: list[Outcome] = []
+        self.done = self.failed = 0
+        self.notes: list[str] = []
+        self.lost_inputs = 0                            # since the last Progress
+        self.nodes: list[Node] = []
+        self.shunned_until: dict[str, float] = {}       # by node
+        self.fitness = Fitness()
+        self.serials = count(1)
+        self.names = count(1)
+        self.look_at = self.tell_at = self.count_at = -math.inf
+        self.busy_at = crew.now()                       # when something last ran
+        self.changed, self.drained = True, False
+        self.saving_since: float | None = None
+        self.stopped: set[Call] = set()                 # that were at work, and asked to stop where they can
+
+    def outcomes(self) -> Iterator[Outcome]:
+        try:
+            self.coming = next(self.requests, None)
+            if self.coming is not None:
+                self.nodes = self.crew.nodes()
+                try:
+                    placement.check(self.stages, self.nodes)
+                except placement.NoRoom as error:
+                    raise ClusterError(str(error)) from None
+            while not self.stop.at_once:
+                self.count_gpus()
+                if self.draining:
+                    self.drain()
+                self.fill()
+                self.tend_windows()
+                self.look()
+                for line in reversed(self.lines):       # what is nearly done first
+                    self.dispatch(line)
+                self.tell()
+                if finished := self.finished():
+                    for line in self.lines:
+                        self.end_streak(line)
+                yield from self.results
+                self.results.clear()
+                if finished:
+                    break
+                for call, answer in self.crew.wait(self.timeout_s()):
+                    self.settle(call, answer)
+        finally:
+            self.count_gpus(last=True)
+            for line in self.lines:
+                for copy in list(line.copies):
+                    self.end(copy)
+            self.tell(last=True)
+
+    @property
+    def draining(self) -> bool:
+        return self.stop.draining or self.budget.is_over
+
+    def finished(self) -> bool:
+        if self.draining:
+            working = any(call.kind == "work" for line in self.lines for copy in line.copies for call in copy.calls)
+            return not working and not (len(self.lines) > 1 and self.lines[-1].queue and self.serves_last())
+        return self.lines.held == 0 and self.coming is None
+
+    def drain(self) -> None:
+        """Forget the rows that no stage has begun; those that only the last stage waits for are still served."""
+        for line in self.lines[:-1]:
+            line.queue.clear()
+            for copy in line.copies:
+                calls = [call for call in copy.calls if call.kind == "work"]
+                for call in () if self.drained else calls[1:]:
+                    self.crew.recall(call)
+                for call in calls if self.stop.saving else ():
+                    if call not in self.stopped:
+                        self.stopped.add(call)
+                        self.crew.cancel(call)
+        self.drained = True
+
+    def serves_last(self) -> bool:
+        """Whether the last stage may begin something. Who tells a run to save does not wait long, and a finished latent
+        is safe: a decoder that is only starting would be given hundreds."""
+        if not self.stop.saving:
+            return True
+        self.saving_since = self.crew.now() if self.saving_since is None else self.saving_since
+        return self.crew.now() - self.saving_since < SAVING_S
+
+    def timeout_s(self) -> float:
+        return max(0.0, min(0.5, self.look_at - self.crew.now()))
+
+    # Rows in and out.
+
+    def fill(self) -> None:
+        """Take requests until the first queue is long enough."""
+        first = self.lines[0]
+        while self.coming is not None and not self.draining and self.lines.has_room(first):
+            if self.budget.has_limit and not self.budget.fits(self.path_s(first, self.coming), self.crew.now()):
+                self.budget.left_out += 1
+                self.coming = next(self.requests, None)
+                continue
+            row = Row(request=self.coming, arrived=self.crew.now())
+            self.coming = next(self.requests, None)
+            self.lines.add(row)
+
+    def finish(self, row: Row, value: Clip | Failure) -> None:
+        failed = isinstance(value, Failure)
+        if row.safe and not failed:
+            value = replace(value, fallbacks=(*value.fallbacks, SAFE_NOTE.format(row.failures + 1)))
+        result = outcome(value, row.reports, attempts=row.failures + (not failed), waited_s=self.crew.now() - row.arrived)
+        line = self.lines[row.place]
+        if failed and line.streak:
+            line.withheld.append(result)
+        else:
+            self.give(result)
+        self.lines.remove(row)
+
+    def give(self, result: Outcome) -> None:
+        failed = isinstance(result.value, Failure)
+        self.failed += failed
+        self.done += not failed
+        self.results.append(result)
+
+    def end_streak(self, line: Line) -> None:
+        """The stage works: what failed lately failed by itself."""
+        line.streak.clear()
+        for result in line.withheld:
+            self.give(result)
+        line.withheld.clear()
+
+    # Work.
+
+    def dispatch(self, line: Line) -> None:
+        """As many calls in each copy as keep it busy, unless so few rows are left that another would idle."""
+        last = line.index == len(self.lines) - 1
+        if not line.queue or self.draining and not (last and line.index and self.serves_last()):
+            return
+        if not last and line.stage.window is None and not self.lines.has_room(self.lines[line.index + 1]):
+            return
+        ready = line.ready
+        for depth in range(1, line.stage.depth + 1):
+            if depth > 1 and self.unbegun(line) <= len(ready):
+                return
+            for copy in ready:
+                if len(copy.calls) >= depth or copy.calls and any(row.shares_none for row in copy.calls[-1].rows):
+                    continue
+                if copy.rests_until > self.crew.now():
+                    continue
+                while (rows := line.take(copy)) and not (last and line.index) and not self.fits(line, copy, rows):
+                    self.budget.left_out += len(rows)
+                    for row in rows:
+                        self.lines.remove(row)
+                if not rows:
+                    continue
+                if not copy.calls and self.crew.now() - copy.since > IDLE_S:
+                    self.call(copy, "ping")
+                line.in_flight += len(rows)
+                self.call(copy, "work", rows, last)
+
+    def fits(self, line: Line, copy: Copy, rows: Sequence[Row]) -> bool:
+        """Whether rows can become clips within the budget if this copy gets them now."""
+        if not self.budget.has_limit:
+            return True
+        request, name, now = rows[0].request, line.stage.name, self.crew.now()
+        seconds = self.path_s(line, request) + (len(rows) - 1) * self.budget.seconds(name, request)
+        for place, call in enumerate(call for call in copy.calls if call.rows):
+            takes_s = len(call.rows) * self.budget.seconds(name, call.rows[0].request) * line.pace_share
+            seconds += takes_s if place else max(0.0, takes_s - (now - call.began))
+        if line.stage.window is None:                   # what works ahead of a long queue is not judged by its length
+            for later in self.lines.all[line.index + 1:]:
+                seconds += len(later.queue) * (later.pace_s or 0.0) / max(1, len(later.ready))
+        return self.budget.fits(seconds, now)
+
+    def path_s(self, line: Line, request: Request) -> float:
+        """Seconds of work on a request from this stage to the last."""
+        return sum(self.budget.seconds(each.stage.name, request) for each in self.lines.all[line.index:])
+
+    def unbegun(self, line: Line) -> float:
+        """Rows that this stage has still to begin."""
+        return self.lines.unbegun(line) if self.coming is None or self.draining else math.inf
+
+    def call(self, copy: Copy, kind: str, rows: Sequence[Row] = (), last: bool = False) -> None:
+        call = Call(copy=copy, kind=kind, serial=next(self.serials), rows=list(rows), last=last,
+                    safe=any(row.safe for row in rows), began=self.crew.now())
+        copy.calls.append(call)
+        self.crew.submit(call)
+
+    def settle(self, call: Call, answer: Answer) -> None:
+        copy = call.copy
+        if call not in copy.calls:                      # its copy has ended meanwhile
+            return
+        line = self.lines[copy.place]
+        if isinstance(answer, Broken) and answer.how in ("died", "hung", "node", "load", "unfit"):
+            self.died(copy, answer, call)
+            return
+        was_first = call is copy.calls[0]
+        copy.calls.remove(call)
+        copy.since = self.crew.now()
+        if copy.calls and was_first:
+            copy.calls[0].began = copy.since
+        if isinstance(answer, Hello):
+            copy.post = replace(copy.post, devices=answer.devices)
+            copy.state = "loading"
+            self.start_planned()
+        elif call.kind == "load":
+            copy.state = "ready"
+            line.failed_starts = 0
+        elif call.kind == "work":
+            line.in_flight -= len(call.rows)
+            if isinstance(answer, Done):
+                self.made(line, copy, call, answer)
+            else:
+                self.gave_nothing(line, copy, call, answer)
+        if copy.state == "leaving" and not copy.calls:
+            self.end(copy)
+
+    def made(self, line: Line, copy: Copy, call: Call, answer: Done) -> None:
+        spent = sum(answer.report.seconds.values())
+        pace_s = spent if answer.report.pace_s is None else answer.report.pace_s
+        copy.store_trouble = 0
+        bucket, whole = call.rows[0].request.bucket, not answer.report.partly
+        if whole:
+            line.seconds = spent if line.seconds is None else 0.9 * line.seconds + 0.1 * spent
+            line.pace_s = pace_s if line.pace_s is None else 0.9 * line.pace_s + 0.1 * pace_s
+        if whole and not any(isinstance(made, Failure) for made in answer.made):
+            self.budget.measured(line.stage.name, call.rows[0].request, spent)
+            if bucket not in copy.buckets:
+                line.first_s = max(line.first_s, spent)
+        for row, made, value in zip(call.rows, answer.made, call.values or answer.made, strict=True):
+            if isinstance(made, Failure):
+                self.charge(row, made, copy)
+                continue
+            line.done += 1
+            if whole:
+                copy.buckets.add(bucket)
+            copy.failed.clear()
+            self.fitness.made(copy)
+            self.end_streak(line)
+            if row.avoid not in (None, copy):
+                row.avoid.blamed.add(row.request.clip_id)
+                self.fence(row.avoid)
+            row.reports.append(answer.report)
+            row.value = value
+            if call.last:
+                self.finish(row, value)
+            else:
+                self.lines.advance(row)
+        if answer.report.broken:
+            self.died(copy, Broken(how="gpu", reason="its GPU's context is lost"))
+        else:
+            self.fence(copy)
+
+    def gave_nothing(self, line: Line, copy: Copy, call: Call, answer: Broken) -> None:
+        for row in reversed(call.rows):
+            if answer.how == "input":
+                self.lost_inputs += 1
+                if self.lost(row, line, answer.reason):
+                    self.lines.restart(row)
+            else:
+                line.queue.appendleft(row)
+        if answer.how == "store":
+            self.no_store(line, copy, answer)
+
+    def no_store(self, line: Line, copy: Copy, answer: Broken) -> None:
+        """The run ends where no copy has the store; where others may have it, this one is started elsewhere."""
+        now = self.crew.now()
+        if now < copy.rests_until:                      # another call met the same trouble
+            return
+        copy.store_trouble += 1
+        copy.rests_until = now + min(LONGEST_REST_S, RESTS_S * 2.0 ** (copy.store_trouble - 1))
+        elsewhere = [node for node in self.fitness.left(line.stage, self.nodes) if node.id != copy.post.node]
+        if copy.store_trouble >= MOVES_AFTER and elsewhere:
+            self.died(copy, replace(answer, how="unfit"))
+        elif all(other.store_trouble >= MOST_STORE_TROUBLE for other in line.copies):
+            raise StoreError(answer.reason)
+
+    def charge(self, row: Row, failure: Failure, copy: Copy) -> None:
+        """An attempt is used up: again, elsewhere if there is another copy, or never again."""
+        row.failures += 1
+        line = self.lines[row.place]
+        if not failure.about_row:
+            if row.avoid in (None, copy):
+                copy.failed.add(row.request.clip_id)
+            else:                                       # it fails there and here: that is its own doing
+                row.avoid.failed.discard(row.request.clip_id)
+            line.streak.add(row.request.clip_id)
+            self.check_streak(line, failure)
+        if row.failures >= self.max_attempts:
+            self.finish(row, failure)
+            return
+        self.note(f"{copy.name}: attempt {row.failures} at clip {row.request.clip_id[:12]} failed: "
+                  f"{failure.error_type}: {failure.error}")
+        row.avoid = copy
+        line.queue.insert(len(line.copies), row)        # behind others, which show whether the stage works at all
+
+    def check_streak(self, line: Line, failure: Failure) -> None:
+        most = LONGEST_STREAK if line.done else max(FIRST_STREAK, 2 * MOST_FAILED * len(line.copies))
+        if len(line.streak) >= most:
+            raise ClusterError(f"stage {line.stage.name} made nothing of {len(line.streak)} different clips in succession, "
+                               f"on any of its workers; none of them is charged. The last one: {failure.error_type}: "
+                               f"{failure.error}. See to the machines or the model; if it is the clips, take them out or "
+                               "put others before them (priority). Then run the same command again")
+
+    def fence(self, copy: Copy) -> None:
+        """Replace a copy that cannot do what others can."""
+        if copy.state == "ready" and max(len(copy.failed), len(copy.blamed)) >= MOST_FAILED:
+            what = "failed in succession" if len(copy.failed) >= MOST_FAILED else "failed here and were made elsewhere"
+            self.note(f"{copy.name}: replaced by a new process: {MOST_FAILED} different clips {what}")
+            self.leave(copy)
+
+    def lost(self, row: Row, line: Line, reason: str) -> bool:
+        """Count a loss that is not the row's fault. False, and it has failed, once there are too many to believe it."""
+        row.losses += 1
+        if row.losses <= MOST_LOSSES:
+            return True
+        self.finish(row, Failure(
+            request=row.request, stage=line.stage.name, error_type="WorkerDied",
+            error=f"{row.losses} machines or inputs were lost under it, lately: {reason}"))
+        return False
+
+    # Processes.
+
+    def died(self, copy: Copy, answer: Broken, call: Call | None = None) -> None:
+        """A process is gone, and its first call pays. If another may have done it, all are suspects and none pays.
+
+        call: that has met what is wrong with the machine.
+        """
+        line, calls, state, now = self.lines[copy.place], list(copy.calls), copy.state, self.crew.now()
+        if answer.how == "node":
+            self.shunned_until[copy.post.node] = now + SHUN_S
+        at_work_s = now - calls[0].began if calls else 0.0
+        self.end(copy)
+        self.note(f"{copy.name}: {what_became_of(copy, answer)}: {answer.reason}")
+        certain = len(calls) == 1 or line.stage.concurrency == 1 and at_work_s > ANSWER_S
+        for place, each in reversed(list(enumerate(calls))):
+            for row in reversed(each.rows):
+                line.in_flight -= 1
+                if answer.how in ("died", "hung"):
+                    row.alone = row.alone or place == 0 or not certain
+                if each is call and answer.how == "unfit":
+                    self.failed_by_machine(row, line, copy, answer)
+                elif place == 0 and answer.how in ("died", "hung") and certain:
+                    self.charge(row, worker_died(row, line, answer, copy), copy)
+                elif place or answer.how not in ("died", "node") or self.lost(row, line, answer.reason):
+                    line.queue.appendleft(row)
+        if answer.how in ("unfit", "load"):
+            self.unfit(line, copy, answer, "start" if state in ("starting", "loading") else "work on any machine")
+        elif state in ("starting", "loading") and answer.how != "node":
+            self.start_failed(line, answer)
+
+    def failed_by_machine(self, row: Row, line: Line, copy: Copy, answer: Broken) -> None:
+        """Back to its line, behind the others, which show whether they can be made there. Free of charge, unless it is
+        a matter of memory, and machines that made others had none for it again and again."""
+        if not answer.sure:
+            row.alone = True
+            if copy.buckets and not self.lost(row, line, answer.reason):
+                return
+        line.queue.append(row)
+
+    def unfit(self, line: Line, copy: Copy, answer: Broken, what: str) -> None:
+        """Leave that machine alone for a while. The run ends where none is left for the stage."""
+        self.fitness.failed(copy, answer, self.crew.now())
+        fitting = [node for node in self.nodes if placement.can_hold(node, line.stage)]
+        if any(other.state != "leaving" for other in line.copies) or not fitting:
+            return
+        if not self.fitness.left(line.stage, fitting):
+            told = self.fitness.told(line.stage.name, fitting).rstrip(".")
+            raise ClusterError(f"stage {line.stage.name} cannot {what}: {told}. No clip is charged for it, and "
+                               "the same command continues")
+
+    def start_failed(self, line: Line, answer: Broken) -> None:
+        """If another copy lives, try again later. If none does, the run ends after a few tries."""
+        line.failed_starts += 1
+        if not line.ready and line.failed_starts >= MOST_DEAD_STARTS + len(line.copies):
+            raise ClusterError(f"stage {line.stage.name} cannot start: {answer.reason}")
+        line.not_before = self.crew.now() + min(600.0, 0.25 * 2.0 ** line.failed_starts)
+
+    def end(self, copy: Copy) -> None:
+        self.lines[copy.place].copies.remove(copy)
+        if copy.state != "planned":
+            self.crew.end(copy)
+        copy.calls.clear()
+        copy.state, self.changed = "ended", True
+
+    def leave(self, copy: Copy) -> None:
+        """End a copy between two calls: what has not begun there goes elsewhere."""
+        if copy.state != "ready" or not copy.calls:
+            rows = [row for call in copy.calls for row in call.rows]
+            line = self.lines[copy.place]
+            line.in_flight -= len(rows)
+            line.queue.extendleft(reversed(rows))
+            self.end(copy)
+            return
+        copy.state = "leaving"
+        for call in list(copy.calls)[1:]:
+            self.crew.recall(call)
+
+    def tend_windows(self) -> None:
+        """The stage that works ahead gives its resources back when enough is ready, and returns when that runs low."""
+        line = self.lines[0]
+        if line.stage.window is None:
+            return
+        draining, ahead = self.draining, self.lines.ahead(line)
+        more = self.coming is not None and not draining
+        if line.open:
+            idle = not (line.in_flight if draining else line.rows)
+            if idle and (not more or not self.lines.has_room(line) and self.someone_gains(line)):
+                line.open = False
+                if line.copies:
+                    self.note(f"{line.stage.name}: {ahead if more else 'all'} clips are ready; it "
+                              + ("pauses and leaves its place to the others" if more else "has ended"))
+                for copy in list(line.copies):
+                    self.leave(copy)
+        elif (line.rows or more) and ahead <= self.lines.window(line) // 4 and not draining:
+            line.open = self.changed = True
+            self.note(f"{line.stage.name}: {ahead} clips are ready; it goes on")
+
+    def someone_gains(self, line: Line) -> bool:
+        posts = [copy.post for other in self.lines if other is not line for copy in other.copies]
+        return bool(placement.hires(self.stages, self.usable(), posts,
+                                    limits=self.limits() | {line.stage.name: 0}, seconds=self.seconds(),
+                                    barred=self.fitness.barred(self.crew.now())))
+
+    def limits(self) -> dict[str, int]:
+        """The most copies of each stage that would have work."""
+        limits = {}
+        for line in self.lines:
+            if not line.open or self.draining and line is not self.lines[-1]:
+                limits[line.stage.name] = 0
+            elif self.crew.now() < line.not_before:
+                limits[line.stage.name] = len(line.copies)
+            elif self.coming is not None and not self.draining:
+                limits[line.stage.name] = 10**9
+            else:
+                limits[line.stage.name] = math.ceil((self.unbegun(line) + line.in_flight) / line.stage.batch)
+        return limits
+
+    def usable(self) -> list[Node]:
+        return [node for node in self.nodes if self.shunned_until.get(node.id, 0.0) <= self.crew.now()]
+
+    def seconds(self) -> dict[str, float]:
+        return {line.stage.name: line.pace_s for line in self.lines if line.pace_s is not None}
+
+    def look(self) -> None:
+        """See to the machines: now and then, and whenever a copy came or went."""
+        now = self.crew.now()
+        if now >= self.look_at:
+            self.look_at, self.changed = now + LOOK_S, True
+            self.nodes = self.crew.nodes()
+            alive = {node.id for node in self.nodes}
+            for copy in self.copies():
+                if copy.post.node not in alive:
+                    self.died(copy, Broken(how="node", reason=f"node {copy.post.node[:12]} is gone"))
+                elif overdue := self.overdue(copy, now):
+                    self.died(copy, overdue)
+            if any(copy.calls for copy in self.copies()):
+                self.busy_at = now
+            elif now - self.busy_at > PATIENCE_S:
+                waiting = ", ".join(f"{line.stage.name} {line.rows}" for line in self.lines if line.rows)
+                raise ClusterError(f"no machine could run a stage for {PATIENCE_S:.0f} s; clips that wait: "
+                                   f"{waiting}. Add the machines that are gone, then run the same command again")
+        if self.changed:
+            self.changed = False
+            self.place()
+
+    def overdue(self, copy: Copy, now: float) -> Broken | None:
+        """What is to be said of a copy that has taken too long."""
+        if copy.state == "starting" and now - copy.since > PATIENCE_S:
+            need = f"{copy.post.gpus:g} GPU, {copy.post.cpus:g} CPU"
+            return Broken(how="load", reason=f"its machine gave it no room for {PATIENCE_S:.0f} s; something else may "
+                                             f"hold its {need} there (`ray status` shows what)")
+        head = copy.calls[0] if copy.calls else None
+        if head and head.kind == "work":
+            at_work_s, limit_s = now - head.began, self.limit_s(head)
+            if at_work_s > limit_s and at_work_s - self.crew.kept_waiting_s(copy) > limit_s:
+                return Broken(how="hung", reason=f"no answer after {at_work_s:.0f} s, where it may take {limit_s:.0f} s")
+            return self.kept_from_gpu(copy, now)
+        return None
+
+    def kept_from_gpu(self, copy: Copy, now: float) -> Broken | None:
+        """Tell of another process that has a copy's GPU, and give up on one that keeps it."""
+        if not copy.post.gpus or now - max(copy.calls[0].began, copy.asked_at) < ASKS_S:
+            return None
+        copy.asked_at = now
+        who, seconds = self.crew.waits_for(copy) or ("", 0.0)
+        if seconds > GPU_HELD_S:
+            return Broken(how="unfit", reason=f"{who} has had its GPU for {seconds:.0f} s. End it, or use another GPU")
+        if seconds > ASKS_S:
+            self.note(f"{copy.name}: waits for its GPU, which {who} has had for {seconds:.0f} s")
+        return None
+
+    def limit_s(self, call: Call) -> float:
+        """How long a call may take: a multiple of what its like took. The first of a bucket compiles, tunes and warms up."""
+        line, request = self.lines[call.copy.place], call.rows[0].request
+        usual_s, most_s = self.budget.seconds(line.stage.name, request), self.row_timeout_s or math.inf
+        if not usual_s:
+            return most_s * len(call.rows)
+        if request.bucket not in call.copy.buckets:
+            usual_s = max(usual_s, line.first_s)
+        return min(most_s, LEAST_LIMIT_S + LIMIT * usual_s) * len(call.rows)
+
+    def place(self) -> None:
+        for post in placement.hires(self.stages, self.usable(), [copy.post for copy in self.copies()],
+                                    limits=self.limits(), seconds=self.seconds(),
+                                    barred=self.fitness.barred(self.crew.now())):
+            line = next(line for line in self.lines if line.stage.name == post.stage)
+            name = f"{post.stage}-{next(self.names)}"
+            line.copies.append(Copy(name=name, stage=line.stage, place=line.index, post=post))
+        self.start_planned()
+        for line in self.lines:
+            if line.queue and not line.copies and self.limits()[line.stage.name]:
+                self.make_room(line)
+
+    def make_room(self, line: Line) -> None:
+        """A stage with rows has no copy and no place: others leave, but the last of a stage only for the first stage."""
+        first = self.lines[0]
+        if line is not first and first.stage.window is not None and first.open and first.copies:
+            return                                      # it will give its place back by itself
+        staying = [copy for copy in self.copies() if copy.state != "leaving"]
+        staying.sort(key=lambda copy: copy.state == "ready")
+        posts = [copy.post for copy in staying]
+        barred = self.fitness.barred(self.crew.now())
+        nodes = [node for node in self.usable() if (line.stage.name, node.id) not in barred]
+        if placement.Room(nodes, posts).node_for(line.stage) is not None:
+            return                                      # it has: who leaves is on the way
+        keep = [] if line is first else [other.copies[-1].post for other in self.lines if other.copies and other.rows]
+        leaving = placement.make_room(line.stage, nodes, posts, keep)
+        for copy in staying:
+            if any(copy.post is post for post in leaving):
+                self.note(f"{copy.name}: makes room for {line.stage.name}")
+                self.leave(copy)
+
+    def start_planned(self) -> None:
+        """Start copies, on each node the larger shares of a GPU first: the node fills its GPUs in the order they come."""
+        largest: dict[str, float] = {}
+        for copy in self.copies():
+            if copy.state in ("planned", "starting"):
+                largest[copy.post.node] = max(copy.post.gpus, largest.get(copy.post.node, 0.0))
+        for copy in self.copies():
+            if copy.state == "planned" and (not copy.post.gpus or copy.post.gpus >= largest[copy.post.node]):
+                copy.state, copy.since = "starting", self.crew.now()
+                copy.started = copy.since
+                self.crew.start(copy)
+                self.call(copy, "hello")
+                self.call(copy, "load")
+
+    def count_gpus(self, last: bool = False) -> None:
+        """Tell the budget of the GPUs that have a process of ours; each counts whole, because it is paid whole."""
+        now = self.crew.now()
+        if now < self.count_at and not last:
+            return
+        self.count_at = now + COUNT_S
+        shares: dict[str, float] = defaultdict(float)
+        devices: dict[str, set[str]] = defaultdict(set)
+        for copy in self.copies():
+            if copy.state != "planned" and copy.post.gpus:
+                shares[copy.post.node] += copy.post.gpus
+                devices[copy.post.node].update(copy.post.devices)
+        self.budget.spend(sum(max(len(devices[node]), math.ceil(share - placement.EPSILON))
+                              for node, share in shares.items()), now)
+
+    def copies(self) -> list[Copy]:
+        return [copy for line in self.lines for copy in line.copies]
+
+    # What a person sees.
+
+    def note(self, text: str) -> None:
+        if self.on_progress:
+            self.notes.append(text)
+
+    def tell(self, last: bool = False) -> None:
+        now = self.crew.now()
+        if not self.on_progress or now < self.tell_at and not last:
+            return
+        self.tell_at = now + self.progress_every_s
+        if self.lost_inputs:
+            self.note(f"what an earlier stage made is gone for {self.lost_inputs} clips, and is made again")
+            self.lost_inputs = 0
+        notes, self.notes = tuple(self.notes), []
+        self.on_progress(Progress(stages=tuple(self.stage_progress(line) for line in self.lines), done=self.done,
+                                  failed=self.failed, notes=notes))
+
+    def stage_progress(self, line: Line) -> StageProgress:
+        ready = len(line.ready)
+        return StageProgress(name=line.stage.name, copies=ready, starting=len(line.copies) - ready, done=line.done,
+                             queued=len(line.queue) + line.sharing, in_flight=line.in_flight, seconds=line.seconds)
+
+
+def what_became_of(copy: Copy, answer: Broken) -> str:
+    return {"died": "it died", "hung": "ended", "node": "its machine was lost", "load": "it could not start",
+            "gpu": "replaced", "unfit": "ended, since its machine cannot do its work now"}[answer.how]
+
+
+def worker_died(row: Row, line: Line, answer: Broken, copy: Copy) -> Failure:
+    hung = answer.how == "hung"
+    return Failure(request=row.request, stage=line.stage.name, error_type="TimedOut" if hung else "WorkerDied",
+                   error=answer.reason if hung else f"its process ended at work: {answer.reason}", worker=copy.name)

@@ -1,0 +1,254 @@
+"""Which copies of which stage to start, where, and who makes room. Pure functions: resources in, decisions out.
+
+GPUs are hard: a copy's share lies on one GPU (or on whole GPUs), and shares of one GPU never exceed it. CPU cores are
+soft: a node may promise half a core more than it has, since light stages mostly wait.
+
+A share of a GPU is a share of its memory. Its time is one, and whoever is on it takes turns: a second copy of a stage
+there would have no time of its own, so there is never one. Copies of different stages fill it: where every GPU has a
+sampler and a decoder, none of them waits, whatever the ratio of their seconds, and sampling and decoding have all of
+the time there is (`most_per_s`).
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+from dailies.pipeline.stages import Stage
+
+SPARE_CPUS = 0.5            # promised beyond a node's cores: on 2 cores 2 samplers and the publisher run side by side
+EPSILON = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """One machine that is alive, with all it has (not what is free)."""
+
+    id: str
+    cpus: float
+    gpus: float = 0.0
+    host: str = ""
+    gpu: str = ""                                       # the kind, as Ray names it
+
+    @property
+    def cpu_share(self) -> float:
+        """What to ask the node's own scheduler for, per core that a stage needs."""
+        return self.cpus / (self.cpus + SPARE_CPUS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Post:
+    """One copy of a stage on a node, and what it takes there."""
+
+    stage: str
+    node: str
+    gpus: float
+    cpus: float
+    devices: tuple[str, ...] = ()       # the node's names of the GPUs that it got; empty: not known yet
+
+
+class NoRoom(ValueError):
+    """The machines cannot run the pipeline, however they are divided."""
+
+
+class Room:
+    """What is free: per node its cores, and each GPU by itself, because a share cannot be put together from two."""
+
+    def __init__(self, nodes: Sequence[Node], posts: Sequence[Post], barred: Collection[tuple[str, str]] = ()):
+        """barred: stage and node of each pair of which there is to be no copy."""
+        self.barred = barred
+        self.nodes = {node.id: node for node in nodes}
+        self.cpus = {node.id: node.cpus + SPARE_CPUS if node.cpus else 0.0 for node in nodes}
+        self.gpus = {node.id: [1.0] * int(node.gpus) for node in nodes}
+        self.slots: dict[str, dict[str, int]] = defaultdict(dict)      # node -> a GPU's name there -> its place
+        self.held: list[tuple[Post, list[int]]] = []
+        for post in sorted(posts, key=lambda post: not post.devices):  # known places first, guesses fill the rest
+            if post.node in self.nodes:
+                self.take(post)
+
+    def take(self, post: Post) -> None:
+        self.cpus[post.node] -= post.cpus
+        gpus, names = self.gpus[post.node], self.slots[post.node]
+        if post.devices:
+            for device in post.devices:
+                names.setdefault(device, len(names))
+            places = [names[device] for device in post.devices if names[device] < len(gpus)]
+        else:
+            places = self.places(post.node, post.gpus, post.stage) or self.places(post.node, post.gpus) or []
+        for place in places:
+            gpus[place] -= min(1.0, post.gpus)
+        self.held.append((post, places))
+
+    def places(self, node: str, gpus: float, stage: str | None = None) -> list[int] | None:
+        """The GPUs of a node that such a copy would get, the fullest that fit first; None: it does not fit.
+
+        stage: none of those that have a copy of this stage.
+        """
+        need = min(1.0, gpus)
+        taken = {place for post, places in self.held if post.node == node and post.stage == stage for place in places}
+        fitting = [place for place, free in enumerate(self.gpus[node]) if free >= need - EPSILON and place not in taken]
+        fitting.sort(key=lambda place: self.gpus[node][place])
+        count = round(max(1.0, gpus)) if gpus else 0
+        return fitting[:count] if len(fitting) >= count else None
+
+    def node_for(self, stage: Stage) -> str | None:
+        """The node where a copy fits and leaves the fewest GPUs free; None where it fits nowhere."""
+        fitting = [node for node in self.nodes if self.nodes[node].cpus and self.cpus[node] >= stage.cpus - EPSILON
+                   and (stage.name, node) not in self.barred and self.places(node, stage.gpus, stage.name) is not None]
+        return min(fitting, key=lambda node: (sum(self.gpus[node]), -self.cpus[node]), default=None)
+
+    def post(self, stage: Stage, node: str) -> Post:
+        return Post(stage=stage.name, node=node, gpus=stage.gpus, cpus=stage.cpus)
+
+
+def can_hold(node: Node, stage: Stage) -> bool:
+    """Whether a copy of the stage fits on the node if it has nothing else to do."""
+    return Room([node], []).node_for(stage) is not None
+
+
+def check(stages: Sequence[Stage], nodes: Sequence[Node]) -> None:
+    """Raise NoRoom unless the stages that stay fit side by side, and each that gives its resources back fits alone."""
+    stay = [stage for stage in stages if stage.window is None]
+    for group in (stay, *([stage] for stage in stages if stage.window is not None)):
+        room = Room(nodes, [])
+        for stage in by_size(group):
+            node = room.node_for(stage)
+            if node is None:
+                need = ", ".join(f"{stage.name} {stage.gpus:g} GPU {stage.cpus:g} CPU" for stage in group)
+                have = ", ".join(f"{node.host or node.id[:8]} {node.gpus:g} GPU {node.cpus:g} CPU" for node in nodes)
+                raise NoRoom(f"stage {stage.name} fits on no machine. Needed at once: {need}. "
+                             f"There is: {have or 'nothing'}. Add a machine that has that much, or ask for less "
+                             "(--threads-per-sampler)")
+            room.take(room.post(stage, node))
+
+
+def hires(stages: Sequence[Stage], nodes: Sequence[Node], posts: Sequence[Post], *, limits: Mapping[str, int],
+          seconds: Mapping[str, float], barred: Collection[tuple[str, str]] = ()) -> list[Post]:
+    """The copies to start now, in order.
+
+    barred: as Room takes it.
+    limits: the most copies of a stage that have work; 0 for a stage that gave its resources back.
+    seconds: after which a copy takes the next value, for the stages that have been measured.
+    First one copy of each stage (`Stage.copies` of them where that is set), those that give back before all others,
+    and nobody else until they have their place. Then each next copy goes to the stage that holds the others back, until
+    it fits nowhere. At last, of the stages that share GPUs and have been measured, one beside every copy of another: a
+    GPU whose sampler has a decoder beside it is never idle.
+    """
+    room = Room(nodes, posts, barred)
+    count = {stage.name: sum(post.stage == stage.name for post in posts) for stage in stages}
+    new: list[Post] = []
+
+    def hire(stage: Stage) -> bool:
+        node = room.node_for(stage)
+        if node is None:
+            return False
+        new.append(room.post(stage, node))
+        room.take(new[-1])
+        count[stage.name] += 1
+        return True
+
+    def wanted(stage: Stage) -> int:
+        return min(limits[stage.name], stage.copies or limits[stage.name])
+
+    for stage in sorted(by_size(stages), key=lambda stage: stage.window is None):
+        while count[stage.name] < min(wanted(stage), stage.copies or 1):
+            if not hire(stage):
+                if stage.window is not None and not count[stage.name]:
+                    return new
+                break
+    cost = value_seconds(stages, seconds)
+    while open_stages := [stage for stage in stages if wanted(stage)]:
+        slowest = min(open_stages, key=lambda stage: count[stage.name] / cost[stage.name])
+        if count[slowest.name] >= wanted(slowest) or not hire(slowest):
+            break
+    for stage in stages:
+        while (stage.shares_gpus and stage.window is None and stage.name in seconds
+               and count[stage.name] < wanted(stage) and hire(stage)):
+            pass
+    return new
+
+
+def make_room(stage: Stage, nodes: Sequence[Node], posts: Sequence[Post], keep: Sequence[Post] = ()) -> list[Post]:
+    """The fewest posts, on one node and none of `keep`, that must end so that a copy of the stage fits; else none."""
+    room = Room(nodes, posts)
+    copies = defaultdict(int)
+    for post in posts:
+        copies[post.stage] += 1
+    best: list[Post] = []
+    for node in nodes:
+        here = [(post, places) for post, places in room.held
+                if post.node == node.id and not any(post is kept for kept in keep)]
+        # the stage with the most copies misses one least; the larger copy makes more room
+        here.sort(key=lambda held: (-copies[held[0].stage], -held[0].gpus, -held[0].cpus))
+        ended = room_on(node, stage, room, here)
+        if ended and (not best or len(ended) < len(best)):
+            best = ended
+    return best
+
+
+def room_on(node: Node, stage: Stage, room: Room, here: list[tuple[Post, list[int]]]) -> list[Post]:
+    """The fewest of `here`, posts with the places of their GPUs, whose end makes room for the stage on this node."""
+    need, count = min(1.0, stage.gpus), round(max(1.0, stage.gpus)) if stage.gpus else 0
+    options: list[tuple[int, list[Post]]] = []
+    for place, free in enumerate(room.gpus[node.id]):
+        leaving: list[Post] = []
+        alone = [post for post, places in here if place in places and free + min(1.0, post.gpus) >= need - EPSILON]
+        if alone and free < need - EPSILON:             # the smallest that is enough: a decoder is back sooner
+            leaving.append(min(alone, key=lambda post: post.gpus))
+            free += min(1.0, leaving[0].gpus)
+        for post, places in here:
+            if free >= need - EPSILON:
+                break
+            if place in places and not any(post is other for other in leaving):
+                leaving.append(post)
+                free += min(1.0, post.gpus)
+        if free >= need - EPSILON:
+            options.append((len(leaving), leaving))
+    options.sort(key=lambda option: option[0])
+    if len(options) < count:
+        return []
+    ended: list[Post] = []
+    for _, leaving in options[:count]:
+        ended += [post for post in leaving if not any(post is other for other in ended)]
+    free_cpus = room.cpus[node.id] + sum(post.cpus for post in ended)
+    for post, _ in here:
+        if free_cpus >= stage.cpus - EPSILON:
+            break
+        if not any(post is other for other in ended):
+            ended.append(post)
+            free_cpus += post.cpus
+    return ended if free_cpus >= stage.cpus - EPSILON else []
+
+
+def most_per_s(stages: Sequence[Stage], posts: Sequence[Post], *, held_s: Mapping[str, float],
+               pace_s: Mapping[str, float]) -> float:
+    """Values per second that these copies can make, if none of them ever waits for anything but a GPU.
+
+    held_s: of a GPU's time per value, by stage; pace_s: after which a copy of it takes the next value, at best.
+    Whatever stages one picks, their GPU time must come from the GPUs on which they have a copy; and where that holds for
+    every choice, there is a division of the GPUs' time that reaches it (Hall's theorem, for flows).
+    posts: with `devices`.
+    """
+    names = [stage.name for stage in stages if any(post.stage == stage.name for post in posts)]
+    on_gpus = [name for name in names if held_s.get(name)]
+    rates = [sum(post.stage == name for post in posts) / pace_s[name] for name in names if pace_s.get(name)]
+    for size in range(1, len(on_gpus) + 1):
+        for chosen in combinations(on_gpus, size):
+            gpus = {(post.node, device) for post in posts if post.stage in chosen for device in post.devices}
+            rates.append(len(gpus) / sum(held_s[name] for name in chosen))
+    return min(rates, default=math.inf)
+
+
+def by_size(stages: Sequence[Stage]) -> list[Stage]:
+    return sorted(stages, key=lambda stage: (-stage.gpus, -stage.cpus))
+
+
+def value_seconds(stages: Sequence[Stage], measured: Mapping[str, float]) -> dict[str, float]:
+    """Seconds per value of every stage: measured, or a guess: ten times as many in the largest as in any other, and a
+    hundred times as many as in one whose work is shared."""
+    main = max(stages, key=lambda stage: (stage.key is None, stage.gpus, stage.cpus))
+    ratio = {stage.name: 1 if stage is main else 10 if stage.key is None else 100 for stage in stages}
+    guesses = [ratio[name] * seconds for name, seconds in measured.items()]
+    largest = measured.get(main.name) or max(guesses, default=1.0)
+    return {name: max(EPSILON, measured.get(name, largest / ratio[name])) for name in ratio}

@@ -1,0 +1,177 @@
+"""The rows that the driver holds, each in the line of the stage that it waits for or is in."""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+from dailies.pipeline.scheduler.executor import Copy, Row
+from dailies.pipeline.stages import Outcome, Stage
+
+FOR_LATER = 256             # rows that may wait for copies that are about to start on GPUs: those have work meanwhile
+
+
+@dataclass(eq=False, kw_only=True, slots=True)
+class Shared:
+    """Work that all rows of one key share."""
+
+    users: int = 0
+    ready: bool = False
+    value: Any = None
+    leader: Row | None = None           # the one that works for all
+    waiting: list[Row] = field(default_factory=list)
+
+
+class Line:
+    """One stage's queue and its copies."""
+
+    def __init__(self, stage: Stage, index: int):
+        self.stage, self.index = stage, index
+        self.queue: deque[Row] = deque()
+        self.shared: dict[str, Shared] = {}
+        self.sharing = 0                    # rows that wait for another row of their key
+        self.copies: list[Copy] = []
+        self.open = True                    # False: it gave its resources back
+        self.done = self.in_flight = 0
+        self.failed_starts = 0              # with no success since
+        self.not_before = 0.0
+        self.seconds: float | None = None   # of work on a value
+        self.pace_s: float | None = None    # after which a copy takes the next
+        self.first_s = 0.0                  # the longest that a copy took for its first value of a bucket
+        self.streak: set[str] = set()       # clips that failed here since it last made one, on any copy
+        self.withheld: list[Outcome] = []   # failures of the streak: are they the rows' own?
+
+    @property
+    def ready(self) -> list[Copy]:
+        return [copy for copy in self.copies if copy.state == "ready"]
+
+    @property
+    def pace_share(self) -> float:
+        """Of a value's seconds, those in which the copy could not have taken another."""
+        return self.pace_s / self.seconds if self.pace_s and self.seconds else 1.0
+
+    @property
+    def rows(self) -> int:
+        return len(self.queue) + self.in_flight + self.sharing
+
+    def take(self, copy: Copy) -> list[Row]:
+        """The next rows for a copy: all of one bucket; none that failed in this very copy while there are others.
+
+        A suspect works alone: no other row in its batch, none before or behind it in the process.
+        """
+        queue, choosy = self.queue, len(self.ready) > 1
+        places = (place for place, row in enumerate(islice(queue, 8)) if not choosy or row.avoid is not copy)
+        place = next(places, None)
+        if place is None or queue[place].shares_none and copy.calls:
+            return []
+        rows = [queue[place]]
+        del queue[place]
+        while len(rows) < self.stage.batch and not rows[0].shares_none and place < len(queue):
+            row = queue[place]
+            if row.shares_none or row.request.bucket != rows[0].request.bucket:
+                break
+            rows.append(row)
+            del queue[place]
+        return rows
+
+
+class Lines:
+    """All lines. Work by key is shared in the first: there one row of a key works, and the others wait for it."""
+
+    def __init__(self, stages: Sequence[Stage]):
+        self.all = [Line(stage, index) for index, stage in enumerate(stages)]
+        for stage in stages[1:]:
+            if stage.key is not None or stage.window is not None:
+                raise ValueError(f"stage {stage.name}: only the first stage may have a key or a window")
+        self.held = 0                       # rows between the source and their outcome
+
+    def __getitem__(self, index: int) -> Line:
+        return self.all[index]
+
+    def __iter__(self) -> Iterator[Line]:
+        return iter(self.all)
+
+    def __len__(self) -> int:
+        return len(self.all)
+
+    def add(self, row: Row) -> None:
+        self.held += 1
+        self.enter(row)
+
+    def remove(self, row: Row) -> None:
+        """The row has its outcome."""
+        self.held -= 1
+        if row.key is None:
+            return
+        first = self.all[0]
+        shared = first.shared[row.key]
+        shared.users -= 1
+        if not shared.users:
+            del first.shared[row.key]
+        elif shared.leader is row:          # it failed; the next of its key tries for itself
+            shared.leader = None
+            first.sharing -= 1
+            self.enter(shared.waiting.pop(0))
+
+    def enter(self, row: Row) -> None:
+        line = self.all[row.place]
+        if line.stage.key is None:
+            line.queue.append(row)
+            return
+        first_time = row.key is None
+        row.key = row.key or line.stage.key(row.request)
+        shared = line.shared.setdefault(row.key, Shared())
+        shared.users += first_time
+        if shared.ready:
+            row.value = shared.value
+            self.advance(row)
+        elif shared.leader in (None, row):
+            shared.leader = row
+            line.queue.append(row)
+        else:
+            shared.waiting.append(row)
+            line.sharing += 1
+
+    def advance(self, row: Row) -> None:
+        """The row's value is made; so is that of all rows which waited for it."""
+        line = self.all[row.place]
+        waiting: list[Row] = []
+        if row.key is not None and row.place == 0 and not (shared := line.shared[row.key]).ready:
+            shared.ready, shared.value, shared.leader = True, row.value, None
+            waiting, shared.waiting = shared.waiting, []
+            line.sharing -= len(waiting)
+        row.place += 1
+        row.alone, row.avoid = False, None
+        self.enter(row)
+        for other in waiting:
+            other.value = row.value
+            self.advance(other)
+
+    def restart(self, row: Row) -> None:
+        """Its input is gone: back to the first stage, where what its key made may be gone too."""
+        if row.key is not None and (shared := self.all[0].shared[row.key]).value is row.value:
+            shared.ready, shared.value = False, None
+        row.place, row.value, row.alone, row.avoid = 0, None, False, None
+        self.enter(row)
+
+    def has_room(self, line: Line) -> bool:
+        """May the line take another row?"""
+        if line.stage.window is None:
+            if line.stage.shares_gpus and (not line.ready or len(line.ready) < len(line.copies)):
+                return len(line.queue) < FOR_LATER
+            feeders = len(self.all[line.index - 1].copies) if line.index else 0
+            return len(line.queue) < max(4, 2 * line.stage.batch * len(line.copies), feeders)
+        return line.open and line.rows + self.ahead(line) < self.window(line)
+
+    def ahead(self, line: Line) -> int:
+        """Rows that this line has made ready and the next has not begun."""
+        return len(self.all[line.index + 1].queue) if line.index + 1 < len(self.all) else 0
+
+    def window(self, line: Line) -> int:
+        follower = self.all[min(line.index + 1, len(self.all) - 1)]
+        return max(line.stage.window or 0, 4 * follower.stage.batch * max(1, len(follower.copies)))
+
+    def unbegun(self, line: Line) -> int:
+        """Rows held that this stage has still to begin."""
+        return len(line.queue) + sum(before.rows for before in self.all[:line.index])
