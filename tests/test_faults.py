@@ -8,7 +8,7 @@ from collections import Counter
 from itertools import count
 
 import pytest
-from test_driver import SHARED, SLEEPS_S, WHOLE, SimulatedCrew, box, drive, poisoned, requests
+from test_driver import SHARED, SLEEPS_S, WHOLE, SimulatedExecutor, box, drive, poisoned, requests
 
 from dailies.actors.image_parts import ImageError
 from dailies.actors.messages import Clip, Failure
@@ -186,7 +186,7 @@ def at(stage: str, answer: Broken, node: str | None = None, begins: float = 0.0,
        kind: str = "work"):
     """A fault of every such call of a stage, on one node or on all, in a span of simulated time."""
     def fault(call):
-        now = fault.crew.clock
+        now = fault.executor.clock
         here = node in (None, call.copy.post.node)
         if here and call.kind == kind and call.copy.stage.name == stage and begins <= now < ends:
             fault.met.append(now)
@@ -197,17 +197,17 @@ def at(stage: str, answer: Broken, node: str | None = None, begins: float = 0.0,
     return fault
 
 
-def crew_with(fault, nodes, seconds=SLEEPS_S) -> SimulatedCrew:
-    fault.crew = SimulatedCrew(nodes, seconds, fault=fault)
-    return fault.crew
+def executor_with(fault, nodes, seconds=SLEEPS_S) -> SimulatedExecutor:
+    fault.executor = SimulatedExecutor(nodes, seconds, fault=fault)
+    return fault.executor
 
 
-def kept(crew: SimulatedCrew, rows, **options) -> list:
+def kept(executor: SimulatedExecutor, rows, **options) -> list:
     """Outcomes until the run ends with an error, and the error."""
-    outcomes, driver = [], Driver(crew, pretend_stages(**options), rows)
+    outcomes, driver = [], Driver(executor, pretend_stages(**options), rows)
     with pytest.raises((ClusterError, StoreError)) as raised:
         outcomes.extend(driver.outcomes())
-    assert not crew.free_at, "processes were left behind"
+    assert not executor.free_at, "processes were left behind"
     return [*outcomes, raised.value]
 
 
@@ -215,18 +215,18 @@ def kept(crew: SimulatedCrew, rows, **options) -> list:
 @pytest.mark.parametrize("rows", [2, 2000])
 def test_where_no_machine_is_left_the_night_ends_and_charges_none(stage, rows):
     for nodes in (box(1), NIGHT):
-        *outcomes, error = kept(crew := crew_with(fault := at(stage, broken()), nodes), requests(rows), gpus=SHARED)
+        *outcomes, error = kept(executor := executor_with(fault := at(stage, broken()), nodes), requests(rows), gpus=SHARED)
         assert outcomes == [] and isinstance(error, ClusterError)
         assert f"stage {stage} cannot work on any machine" in str(error) and FULL in str(error)
-        assert "No clip is charged" in str(error) and crew.clock < 300
+        assert "No clip is charged" in str(error) and executor.clock < 300
         assert len(fault.met) <= 3 * 2 * len(nodes) * 3         # three times, on every GPU that a copy is on
 
 
 def test_a_disk_that_fills_up_after_a_thousand_clips_charges_none():
-    *outcomes, error = kept(crew := crew_with(at("publish", broken(), begins=150.0), box(4)), requests(2000),
+    *outcomes, error = kept(executor := executor_with(at("publish", broken(), begins=150.0), box(4)), requests(2000),
                             gpus=SHARED)
     assert len(outcomes) > 1000 and all(isinstance(each.value, Clip) and each.attempts == 1 for each in outcomes)
-    assert FULL in str(error) and crew.clock < 250
+    assert FULL in str(error) and executor.clock < 250
 
 
 @pytest.mark.parametrize("stage", ["encode", "sample", "publish"])
@@ -235,7 +235,7 @@ def test_a_disk_that_fills_up_after_a_thousand_clips_charges_none():
     ("work", broken("store", "access denied")), ("load", broken("load"))], ids=lambda each: str(each)[:80])
 def test_one_bad_machine_of_three_gets_hardly_any_work_and_no_row_is_charged(stage, kind, answer):
     fault = at(stage, answer, node="a", kind=kind)
-    _, outcomes = drive(crew_with(fault, NIGHT), pretend_stages(gpus=SHARED, copies=None), requests(400))
+    _, outcomes = drive(executor_with(fault, NIGHT), pretend_stages(gpus=SHARED, copies=None), requests(400))
     assert len(outcomes) == 400
     assert all(isinstance(each.value, Clip) and each.attempts == 1 for each in outcomes)
     assert len(fault.met) <= 24
@@ -248,23 +248,23 @@ def test_three_machines_with_a_fault_each_do_the_night_together():
     def fault(call):
         return next((answer for each in faults if (answer := each(call))), None)
 
-    crew = crew_with(fault, NIGHT)
+    executor = executor_with(fault, NIGHT)
     for each in faults:
-        each.crew = crew
-    _, outcomes = drive(crew, pretend_stages(gpus=SHARED), requests(400))
+        each.executor = executor
+    _, outcomes = drive(executor, pretend_stages(gpus=SHARED), requests(400))
     assert len(outcomes) == 400 and all(each.attempts == 1 for each in outcomes)
     assert all(isinstance(each.value, Clip) for each in outcomes)
 
 
 def test_a_disk_that_has_room_again_is_used_again():
-    _, outcomes = drive(crew_with(at("publish", broken(), begins=10.0, ends=25.0), box(1)),
+    _, outcomes = drive(executor_with(at("publish", broken(), begins=10.0, ends=25.0), box(1)),
                         pretend_stages(gpus=SHARED), requests(100))
     assert len(outcomes) == 100 and all(each.attempts == 1 for each in outcomes)
 
 
 def test_a_machine_that_now_and_then_has_no_room_charges_none():
     calls = count()
-    _, outcomes = drive(SimulatedCrew(box(2), SLEEPS_S, fault=lambda call: broken() if (
+    _, outcomes = drive(SimulatedExecutor(box(2), SLEEPS_S, fault=lambda call: broken() if (
         call.kind == "work" and call.copy.stage.name == "publish" and next(calls) % 2) else None),
         pretend_stages(gpus=SHARED), requests(150))
     assert len(outcomes) == 150 and all(isinstance(each.value, Clip) and each.attempts == 1 for each in outcomes)
@@ -276,7 +276,7 @@ def test_a_row_for_which_no_machine_ever_has_the_memory_is_charged_and_no_other(
             return broken(reason="MemoryError", sure=False)
         return None
 
-    _, outcomes = drive(SimulatedCrew(NIGHT, SLEEPS_S, fault=fault), pretend_stages(gpus=SHARED), requests(3000))
+    _, outcomes = drive(SimulatedExecutor(NIGHT, SLEEPS_S, fault=fault), pretend_stages(gpus=SHARED), requests(3000))
     failed, = [each.value for each in outcomes if isinstance(each.value, Failure)]
     assert failed.request.seed == 7 and "MemoryError" in failed.error and len(outcomes) == 3000
     assert Counter(each.attempts for each in outcomes)[1] >= 2999
@@ -290,34 +290,34 @@ def test_a_bad_row_among_faults_of_machines_is_still_charged():
             return poisoned({7})(call)
         return full(call)
 
-    full.crew = crew = SimulatedCrew(NIGHT, SLEEPS_S, fault=fault)
-    _, outcomes = drive(crew, pretend_stages(gpus=SHARED), requests(60))
+    full.executor = executor = SimulatedExecutor(NIGHT, SLEEPS_S, fault=fault)
+    _, outcomes = drive(executor, pretend_stages(gpus=SHARED), requests(60))
     failed, = [each for each in outcomes if isinstance(each.value, Failure)]
     assert failed.value.request.seed == 7 and failed.attempts == 3 and len(outcomes) == 60
 
 
 def test_calls_beside_the_one_that_met_the_fault_go_back_free_of_charge():
     fault = at("sample", broken(), begins=20.0, ends=21.0)
-    _, outcomes = drive(crew_with(fault, box(2)), pretend_stages(gpus=SHARED, concurrency=3, batch=2), requests(120))
+    _, outcomes = drive(executor_with(fault, box(2)), pretend_stages(gpus=SHARED, concurrency=3, batch=2), requests(120))
     assert fault.met and len(outcomes) == 120 and all(each.attempts == 1 for each in outcomes)
 
 
 def test_a_stage_that_lacks_a_library_everywhere_ends_at_once():
-    crew = crew_with(at("publish", broken(reason="ImportError: no av", lasting=True), kind="load"), NIGHT)
-    *outcomes, error = kept(crew, requests(20), gpus=WHOLE)
-    assert not outcomes and "stage publish cannot start: ImportError: no av" in str(error) and crew.clock < 30
+    executor = executor_with(at("publish", broken(reason="ImportError: no av", lasting=True), kind="load"), NIGHT)
+    *outcomes, error = kept(executor, requests(20), gpus=WHOLE)
+    assert not outcomes and "stage publish cannot start: ImportError: no av" in str(error) and executor.clock < 30
 
 
 def test_credentials_that_are_refused_everywhere_end_the_night_in_the_stores_words():
     for nodes in (box(1), NIGHT):
-        *outcomes, error = kept(crew := crew_with(at("publish", broken("store", "out: access denied")), nodes),
+        *outcomes, error = kept(executor := executor_with(at("publish", broken("store", "out: access denied")), nodes),
                                 requests(50), gpus=SHARED)
         assert not outcomes and isinstance(error, StoreError) and str(error) == "out: access denied"
-        assert crew.clock < 200
+        assert executor.clock < 200
 
 
 def test_credentials_that_are_refused_for_a_moment_end_no_process():
-    crew = crew_with(at("publish", broken("store", "expired"), begins=20.0, ends=21.2), NIGHT)
-    _, outcomes = drive(crew, pretend_stages(gpus=SHARED), requests(200))
+    executor = executor_with(at("publish", broken("store", "expired"), begins=20.0, ends=21.2), NIGHT)
+    _, outcomes = drive(executor, pretend_stages(gpus=SHARED), requests(200))
     assert len(outcomes) == 200 and all(each.attempts == 1 for each in outcomes)
-    assert Counter(copy.stage.name for copy in crew.started)["publish"] <= 6
+    assert Counter(copy.stage.name for copy in executor.started)["publish"] <= 6

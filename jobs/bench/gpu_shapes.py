@@ -95,7 +95,7 @@ class Task:
 
 
 class SimulatedGPUs:
-    """A crew whose processes keep only time: threads, turns and pools as Worker, DeviceLock and Pool have them."""
+    """An executor whose processes keep only time: threads, turns and pools as Worker, DeviceLock and Pool have them."""
 
     def __init__(self, machines: list[Node], shape: Shape):
         self.machines, self.shape, self.costs = machines, shape, shape.costs
@@ -234,18 +234,18 @@ class SimulatedGPUs:
 
 def simulate(shape: Shape, gpus: int, clips: int) -> dict[str, float]:
     """A night of this many clips: how it went, and what its first clips foretold."""
-    crew, stages = SimulatedGPUs(box(gpus), shape), pipeline()
-    outcomes = list(Driver(crew, stages, map(pretend_request, range(clips))).outcomes())
+    executor, stages = SimulatedGPUs(box(gpus), shape), pipeline()
+    outcomes = list(Driver(executor, stages, map(pretend_request, range(clips))).outcomes())
     assert len(outcomes) == clips
     # as `dailies plan` does it, from what the ledger would say of the first
     rows = [row_of("", outcome.value, outcome) for outcome in outcomes[:MEASURED]]
     foretold = forecast(stages, box(gpus), measured_costs(rows_by_work(rows), rows[0]), clips)
-    busy = busy_shares([(stage, str(gpu), *times) for stage, gpu, *times in crew.busy], gpus)
-    span_s = max(end for *_, end in crew.busy) - min(start for _, _, start, _ in crew.busy)
+    busy = busy_shares([(stage, str(gpu), *times) for stage, gpu, *times in executor.busy], gpus)
+    span_s = max(end for *_, end in executor.busy) - min(start for _, _, start, _ in executor.busy)
     return {"clips": clips, **busy, "clips_per_hour": 3600 * clips / span_s,
             "foretold_clips_per_hour": 3600 * clips / foretold.seconds,
             "seconds": span_s, "foretold_seconds": foretold.seconds, "foretold_gpu_hours": foretold.gpu_hours,
-            "decoders": len({copy for copy in crew.started if copy.stage.name == "publish"})}
+            "decoders": len({copy for copy in executor.started if copy.stage.name == "publish"})}
 
 
 def busy_shares(work: Sequence[tuple[str, str, float, float]], gpus: int) -> dict[str, float]:

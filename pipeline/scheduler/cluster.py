@@ -75,7 +75,7 @@ def run(stages: Sequence[Stage], requests: Iterable[Request], *, max_attempts: i
     """
     if not ray.is_initialized():
         raise ClusterError("no cluster is connected; use `with cluster.connect(address):` around cluster.run")
-    driver = Driver(RayCrew(), stages, requests, max_attempts=max_attempts, row_timeout_s=row_timeout_s,
+    driver = Driver(RayExecutor(), stages, requests, max_attempts=max_attempts, row_timeout_s=row_timeout_s,
                     on_progress=on_progress, progress_every_s=progress_every_s, stop=stop, budget=budget)
     return on_this_machine(driver.outcomes())
 
@@ -412,8 +412,8 @@ def load_failed(error: Exception) -> Broken:
     return Broken(how="load", reason=f"{type(error).__name__}: {error}")
 
 
-class RayCrew:
-    """Ray actors as the driver's crew."""
+class RayExecutor:
+    """Ray actors as the driver's executor."""
 
     def __init__(self) -> None:
         self.nodes_now: dict[str, Node] = {}

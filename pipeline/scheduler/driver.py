@@ -1,6 +1,6 @@
 """The driver's book: which row waits where, who works on it, what comes next, and what a death costs.
 
-It knows no Ray: a `Crew` starts processes, hands them calls and brings back answers (cluster.py has the real one).
+It knows no Ray: an `Executor` starts processes, hands them calls and brings back answers (cluster.py has the real one).
 It holds a window of rows, never the whole night, so its memory is bounded.
 
 A row is charged an attempt for an exception of its own, for the death of a process that was working on it, and for
@@ -25,7 +25,7 @@ from itertools import count
 from dailies.actors.messages import Clip, Failure, Request
 from dailies.pipeline.scheduler import placement
 from dailies.pipeline.scheduler.budget import Budget
-from dailies.pipeline.scheduler.executor import Answer, Broken, Call, Copy, Crew, Done, Hello, Row
+from dailies.pipeline.scheduler.executor import Answer, Broken, Call, Copy, Executor, Done, Hello, Row
 from dailies.pipeline.scheduler.placement import Node
 from dailies.pipeline.scheduler.quarantine import Fitness
 from dailies.pipeline.scheduler.stage_queue import Line, Lines
@@ -97,10 +97,10 @@ class Progress:
 
 
 class Driver:
-    def __init__(self, crew: Crew, stages: Sequence[Stage], requests: Iterable[Request], *, max_attempts: int = 3,
+    def __init__(self, executor: Executor, stages: Sequence[Stage], requests: Iterable[Request], *, max_attempts: int = 3,
                  row_timeout_s: float | None = None, on_progress: Callable[[Progress], None] | None = None,
                  progress_every_s: float = 0.5, stop: Stop | None = None, budget: Budget | None = None):
-        self.crew, self.max_attempts, self.row_timeout_s = crew, max_attempts, row_timeout_s
+        self.executor, self.max_attempts, self.row_timeout_s = executor, max_attempts, row_timeout_s
         self.on_progress, self.progress_every_s, self.stop = on_progress, progress_every_s, stop or Stop()
         self.budget = budget or Budget()
         self.stages, self.lines = list(stages), Lines(stages)
@@ -116,7 +116,7 @@ class Driver:
         self.serials = count(1)
         self.names = count(1)
         self.look_at = self.tell_at = self.count_at = -math.inf
-        self.busy_at = crew.now()                       # when something last ran
+        self.busy_at = executor.now()                       # when something last ran
         self.changed, self.drained = True, False
         self.saving_since: float | None = None
         self.stopped: set[Call] = set()                 # that were at work, and asked to stop where they can
@@ -125,7 +125,7 @@ class Driver:
         try:
             self.coming = next(self.requests, None)
             if self.coming is not None:
-                self.nodes = self.crew.nodes()
+                self.nodes = self.executor.nodes()
                 try:
                     placement.check(self.stages, self.nodes)
                 except placement.NoRoom as error:
@@ -147,7 +147,7 @@ class Driver:
                 self.results.clear()
                 if finished:
                     break
-                for call, answer in self.crew.wait(self.timeout_s()):
+                for call, answer in self.executor.wait(self.timeout_s()):
                     self.settle(call, answer)
         finally:
             self.count_gpus(last=True)
@@ -173,11 +173,11 @@ class Driver:
             for copy in line.copies:
                 calls = [call for call in copy.calls if call.kind == "work"]
                 for call in () if self.drained else calls[1:]:
-                    self.crew.recall(call)
+                    self.executor.recall(call)
                 for call in calls if self.stop.saving else ():
                     if call not in self.stopped:
                         self.stopped.add(call)
-                        self.crew.cancel(call)
+                        self.executor.cancel(call)
         self.drained = True
 
     def serves_last(self) -> bool:
@@ -185,11 +185,11 @@ class Driver:
         is safe: a decoder that is only starting would be given hundreds."""
         if not self.stop.saving:
             return True
-        self.saving_since = self.crew.now() if self.saving_since is None else self.saving_since
-        return self.crew.now() - self.saving_since < SAVING_S
+        self.saving_since = self.executor.now() if self.saving_since is None else self.saving_since
+        return self.executor.now() - self.saving_since < SAVING_S
 
     def timeout_s(self) -> float:
-        return max(0.0, min(0.5, self.look_at - self.crew.now()))
+        return max(0.0, min(0.5, self.look_at - self.executor.now()))
 
     # Rows in and out.
 
@@ -197,11 +197,11 @@ class Driver:
         """Take requests until the first queue is long enough."""
         first = self.lines[0]
         while self.coming is not None and not self.draining and self.lines.has_room(first):
-            if self.budget.has_limit and not self.budget.fits(self.path_s(first, self.coming), self.crew.now()):
+            if self.budget.has_limit and not self.budget.fits(self.path_s(first, self.coming), self.executor.now()):
                 self.budget.left_out += 1
                 self.coming = next(self.requests, None)
                 continue
-            row = Row(request=self.coming, arrived=self.crew.now())
+            row = Row(request=self.coming, arrived=self.executor.now())
             self.coming = next(self.requests, None)
             self.lines.add(row)
 
@@ -209,7 +209,7 @@ class Driver:
         failed = isinstance(value, Failure)
         if row.safe and not failed:
             value = replace(value, fallbacks=(*value.fallbacks, SAFE_NOTE.format(row.failures + 1)))
-        result = outcome(value, row.reports, attempts=row.failures + (not failed), waited_s=self.crew.now() - row.arrived)
+        result = outcome(value, row.reports, attempts=row.failures + (not failed), waited_s=self.executor.now() - row.arrived)
         line = self.lines[row.place]
         if failed and line.streak:
             line.withheld.append(result)
@@ -246,7 +246,7 @@ class Driver:
             for copy in ready:
                 if len(copy.calls) >= depth or copy.calls and any(row.shares_none for row in copy.calls[-1].rows):
                     continue
-                if copy.rests_until > self.crew.now():
+                if copy.rests_until > self.executor.now():
                     continue
                 while (rows := line.take(copy)) and not (last and line.index) and not self.fits(line, copy, rows):
                     self.budget.left_out += len(rows)
@@ -254,7 +254,7 @@ class Driver:
                         self.lines.remove(row)
                 if not rows:
                     continue
-                if not copy.calls and self.crew.now() - copy.since > IDLE_S:
+                if not copy.calls and self.executor.now() - copy.since > IDLE_S:
                     self.call(copy, "ping")
                 line.in_flight += len(rows)
                 self.call(copy, "work", rows, last)
@@ -263,7 +263,7 @@ class Driver:
         """Whether rows can become clips within the budget if this copy gets them now."""
         if not self.budget.has_limit:
             return True
-        request, name, now = rows[0].request, line.stage.name, self.crew.now()
+        request, name, now = rows[0].request, line.stage.name, self.executor.now()
         seconds = self.path_s(line, request) + (len(rows) - 1) * self.budget.seconds(name, request)
         for place, call in enumerate(call for call in copy.calls if call.rows):
             takes_s = len(call.rows) * self.budget.seconds(name, call.rows[0].request) * line.pace_share
@@ -283,9 +283,9 @@ class Driver:
 
     def call(self, copy: Copy, kind: str, rows: Sequence[Row] = (), last: bool = False) -> None:
         call = Call(copy=copy, kind=kind, serial=next(self.serials), rows=list(rows), last=last,
-                    safe=any(row.safe for row in rows), began=self.crew.now())
+                    safe=any(row.safe for row in rows), began=self.executor.now())
         copy.calls.append(call)
-        self.crew.submit(call)
+        self.executor.submit(call)
 
     def settle(self, call: Call, answer: Answer) -> None:
         copy = call.copy
@@ -297,7 +297,7 @@ class Driver:
             return
         was_first = call is copy.calls[0]
         copy.calls.remove(call)
-        copy.since = self.crew.now()
+        copy.since = self.executor.now()
         if copy.calls and was_first:
             copy.calls[0].began = copy.since
         if isinstance(answer, Hello):
@@ -365,7 +365,7 @@ class Driver:
 
     def no_store(self, line: Line, copy: Copy, answer: Broken) -> None:
         """The run ends where no copy has the store; where others may have it, this one is started elsewhere."""
-        now = self.crew.now()
+        now = self.executor.now()
         if now < copy.rests_until:                      # another call met the same trouble
             return
         copy.store_trouble += 1
@@ -427,7 +427,7 @@ class Driver:
 
         call: that has met what is wrong with the machine.
         """
-        line, calls, state, now = self.lines[copy.place], list(copy.calls), copy.state, self.crew.now()
+        line, calls, state, now = self.lines[copy.place], list(copy.calls), copy.state, self.executor.now()
         if answer.how == "node":
             self.shunned_until[copy.post.node] = now + SHUN_S
         at_work_s = now - calls[0].began if calls else 0.0
@@ -461,7 +461,7 @@ class Driver:
 
     def unfit(self, line: Line, copy: Copy, answer: Broken, what: str) -> None:
         """Leave that machine alone for a while. The run ends where none is left for the stage."""
-        self.fitness.failed(copy, answer, self.crew.now())
+        self.fitness.failed(copy, answer, self.executor.now())
         fitting = [node for node in self.nodes if placement.can_hold(node, line.stage)]
         if any(other.state != "leaving" for other in line.copies) or not fitting:
             return
@@ -475,12 +475,12 @@ class Driver:
         line.failed_starts += 1
         if not line.ready and line.failed_starts >= MOST_DEAD_STARTS + len(line.copies):
             raise ClusterError(f"stage {line.stage.name} cannot start: {answer.reason}")
-        line.not_before = self.crew.now() + min(600.0, 0.25 * 2.0 ** line.failed_starts)
+        line.not_before = self.executor.now() + min(600.0, 0.25 * 2.0 ** line.failed_starts)
 
     def end(self, copy: Copy) -> None:
         self.lines[copy.place].copies.remove(copy)
         if copy.state != "planned":
-            self.crew.end(copy)
+            self.executor.end(copy)
         copy.calls.clear()
         copy.state, self.changed = "ended", True
 
@@ -495,7 +495,7 @@ class Driver:
             return
         copy.state = "leaving"
         for call in list(copy.calls)[1:]:
-            self.crew.recall(call)
+            self.executor.recall(call)
 
     def tend_windows(self) -> None:
         """The stage that works ahead gives its resources back when enough is ready, and returns when that runs low."""
@@ -521,7 +521,7 @@ class Driver:
         posts = [copy.post for other in self.lines if other is not line for copy in other.copies]
         return bool(placement.hires(self.stages, self.usable(), posts,
                                     limits=self.limits() | {line.stage.name: 0}, seconds=self.seconds(),
-                                    barred=self.fitness.barred(self.crew.now())))
+                                    barred=self.fitness.barred(self.executor.now())))
 
     def limits(self) -> dict[str, int]:
         """The most copies of each stage that would have work."""
@@ -529,7 +529,7 @@ class Driver:
         for line in self.lines:
             if not line.open or self.draining and line is not self.lines[-1]:
                 limits[line.stage.name] = 0
-            elif self.crew.now() < line.not_before:
+            elif self.executor.now() < line.not_before:
                 limits[line.stage.name] = len(line.copies)
             elif self.coming is not None and not self.draining:
                 limits[line.stage.name] = 10**9
@@ -538,17 +538,17 @@ class Driver:
         return limits
 
     def usable(self) -> list[Node]:
-        return [node for node in self.nodes if self.shunned_until.get(node.id, 0.0) <= self.crew.now()]
+        return [node for node in self.nodes if self.shunned_until.get(node.id, 0.0) <= self.executor.now()]
 
     def seconds(self) -> dict[str, float]:
         return {line.stage.name: line.pace_s for line in self.lines if line.pace_s is not None}
 
     def look(self) -> None:
         """See to the machines: now and then, and whenever a copy came or went."""
-        now = self.crew.now()
+        now = self.executor.now()
         if now >= self.look_at:
             self.look_at, self.changed = now + LOOK_S, True
-            self.nodes = self.crew.nodes()
+            self.nodes = self.executor.nodes()
             alive = {node.id for node in self.nodes}
             for copy in self.copies():
                 if copy.post.node not in alive:
@@ -574,7 +574,7 @@ class Driver:
         head = copy.calls[0] if copy.calls else None
         if head and head.kind == "work":
             at_work_s, limit_s = now - head.began, self.limit_s(head)
-            if at_work_s > limit_s and at_work_s - self.crew.kept_waiting_s(copy) > limit_s:
+            if at_work_s > limit_s and at_work_s - self.executor.kept_waiting_s(copy) > limit_s:
                 return Broken(how="hung", reason=f"no answer after {at_work_s:.0f} s, where it may take {limit_s:.0f} s")
             return self.kept_from_gpu(copy, now)
         return None
@@ -584,7 +584,7 @@ class Driver:
         if not copy.post.gpus or now - max(copy.calls[0].began, copy.asked_at) < ASKS_S:
             return None
         copy.asked_at = now
-        who, seconds = self.crew.waits_for(copy) or ("", 0.0)
+        who, seconds = self.executor.waits_for(copy) or ("", 0.0)
         if seconds > GPU_HELD_S:
             return Broken(how="unfit", reason=f"{who} has had its GPU for {seconds:.0f} s. End it, or use another GPU")
         if seconds > ASKS_S:
@@ -604,7 +604,7 @@ class Driver:
     def place(self) -> None:
         for post in placement.hires(self.stages, self.usable(), [copy.post for copy in self.copies()],
                                     limits=self.limits(), seconds=self.seconds(),
-                                    barred=self.fitness.barred(self.crew.now())):
+                                    barred=self.fitness.barred(self.executor.now())):
             line = next(line for line in self.lines if line.stage.name == post.stage)
             name = f"{post.stage}-{next(self.names)}"
             line.copies.append(Copy(name=name, stage=line.stage, place=line.index, post=post))
@@ -621,7 +621,7 @@ class Driver:
         staying = [copy for copy in self.copies() if copy.state != "leaving"]
         staying.sort(key=lambda copy: copy.state == "ready")
         posts = [copy.post for copy in staying]
-        barred = self.fitness.barred(self.crew.now())
+        barred = self.fitness.barred(self.executor.now())
         nodes = [node for node in self.usable() if (line.stage.name, node.id) not in barred]
         if placement.Room(nodes, posts).node_for(line.stage) is not None:
             return                                      # it has: who leaves is on the way
@@ -640,15 +640,15 @@ class Driver:
                 largest[copy.post.node] = max(copy.post.gpus, largest.get(copy.post.node, 0.0))
         for copy in self.copies():
             if copy.state == "planned" and (not copy.post.gpus or copy.post.gpus >= largest[copy.post.node]):
-                copy.state, copy.since = "starting", self.crew.now()
+                copy.state, copy.since = "starting", self.executor.now()
                 copy.started = copy.since
-                self.crew.start(copy)
+                self.executor.start(copy)
                 self.call(copy, "hello")
                 self.call(copy, "load")
 
     def count_gpus(self, last: bool = False) -> None:
         """Tell the budget of the GPUs that have a process of ours; each counts whole, because it is paid whole."""
-        now = self.crew.now()
+        now = self.executor.now()
         if now < self.count_at and not last:
             return
         self.count_at = now + COUNT_S
@@ -671,7 +671,7 @@ class Driver:
             self.notes.append(text)
 
     def tell(self, last: bool = False) -> None:
-        now = self.crew.now()
+        now = self.executor.now()
         if not self.on_progress or now < self.tell_at and not last:
             return
         self.tell_at = now + self.progress_every_s

@@ -1,6 +1,6 @@
 """What the driver and the machines say to each other: rows, calls, copies of a stage, and the answers.
 
-`Driver` (driver.py) decides, a `Crew` does: cluster.py has the one that runs on Ray.
+`Driver` (driver.py) decides, an `Executor` does: cluster.py has the one that runs on Ray.
 """
 
 from collections import deque
@@ -22,7 +22,7 @@ class Row:
     request: Request
     arrived: float
     place: int = 0                      # of the stage that it waits for or is in
-    value: Any = None                   # what the stage before made: a reference that only the crew understands
+    value: Any = None                   # what the stage before made: a reference that only the executor understands
     failures: int = 0                   # attempts charged
     losses: int = 0                     # machines lost under it, and inputs lost
     alone: bool = False                 # a suspect: a process died while it was there, and shares none now
@@ -59,7 +59,7 @@ class Copy:
     buckets: set[str] = field(default_factory=set)      # of clips that it has made from the start
     failed: set[str] = field(default_factory=set)       # clips that failed here since it last made one
     blamed: set[str] = field(default_factory=set)       # clips that failed here and were made elsewhere
-    handle: Any = None                  # the crew's own
+    handle: Any = None                  # the executor's own
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
@@ -68,11 +68,11 @@ class Call:
     kind: str                           # hello, load, ping, work
     serial: int
     rows: list[Row] = field(default_factory=list)
-    values: list = field(default_factory=list)      # references to what it will make, one per row; set by the crew
+    values: list = field(default_factory=list)      # references to what it will make, one per row; set by the executor
     safe: bool = False                  # see Row.safe
     last: bool = False                  # what it makes comes back in the answer, and `values` stays empty
     began: float = 0.0                  # when it was submitted, or became the first of its copy
-    handle: Any = None                  # the crew's own
+    handle: Any = None                  # the executor's own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +114,7 @@ class Broken:
 Answer = Hello | Alive | Done | Broken
 
 
-class Crew(Protocol):
+class Executor(Protocol):
     """Processes on machines. A copy begins its calls in the order they were submitted, as many at once as its stage's
     concurrency, and answers each when it is done."""
 
