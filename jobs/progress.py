@@ -175,7 +175,7 @@ class Display:
 
     def line(self) -> str:
         with self.lock:
-            stages = "  ".join(f"{stage.name} starting" if stage.starting and not stage.copies else
+            stages = "  ".join(f"{stage.name} starting" if stage.starting and not stage.replicas else
                                f"{stage.name} {stage.done:,} done, {stage.in_flight:,} in flight"
                                for stage in self.stages)
             return f"{time.strftime('%H:%M:%S')}  {self.headline()}" + (f"  | {stages}" if stages else "")
@@ -196,8 +196,8 @@ class Display:
                 table.add_column("", width=bar)
             for stage in self.stages:
                 starting = f"+{stage.starting}" if stage.starting else ""
-                rate = rate_text(self.rates[stage.name].per_s(time.monotonic())) if stage.copies else "-"
-                row = [stage.name, f"{stage.copies}{starting}", f"{stage.queued:,}", f"{stage.in_flight:,}",
+                rate = rate_text(self.rates[stage.name].per_s(time.monotonic())) if stage.replicas else "-"
+                row = [stage.name, f"{stage.replicas}{starting}", f"{stage.queued:,}", f"{stage.in_flight:,}",
                        f"{stage.done:,}", rate]
                 table.add_row(*row, *([ProgressBar(total=max(1, self.total), completed=stage.done, width=bar)]
                                       if bar > 4 else []))

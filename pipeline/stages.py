@@ -35,16 +35,16 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One kind of worker: what it runs, and what one copy of it needs."""
+    """One kind of worker: what it runs, and what one replica of it needs."""
 
     name: str                                           # encode, sample, publish: names its seconds in the ledger
     steps: tuple[Step, ...]                             # in one process, so what passes between them never travels
     then: tuple[Step, ...] = ()                         # after them, in processes of its own beside it (pool.py):
     processes: int = 0                                  # so many; 0: in the same process
     concurrency: int = 1                                # calls within at once: one computes, others fetch, save, wait
-    gpus: float = 0.0                                   # of one copy: a share of a GPU's memory, or whole GPUs
-    cpus: float = 1.0                                   # of one copy; whole cores are its torch threads, at least one
-    copies: int | None = None                           # None: as many as fit (placement.py)
+    gpus: float = 0.0                                   # of one replica: a share of a GPU's memory, or whole GPUs
+    cpus: float = 1.0                                   # of one replica; whole cores are its torch threads, at least one
+    replicas: int | None = None                         # None: as many as fit (placement.py)
     batch: int = 1                                      # values per call, all of one bucket
     key: Callable[[Request], str] | None = None         # requests of one key share the work; the first stage only
     window: int | None = None                           # clips made ready ahead, then its resources go back; likewise
@@ -65,7 +65,7 @@ class Stage:
 
     @property
     def depth(self) -> int:
-        """Calls that one copy is given at once: so that one waits there, it never does."""
+        """Calls that one replica is given at once: so that one waits there, it never does."""
         return max(2, self.concurrency)
 
     @property
@@ -113,7 +113,7 @@ class WorksOn(Protocol):
 
 
 class Worker:
-    """One copy of a stage. Making it loads; calling it never raises for a value's sake.
+    """One replica of a stage. Making it loads; calling it never raises for a value's sake.
 
     What is not the value's fault passes through: StoreError, NotFound (a lost input), Halted, WorkerUnfit.
     Threads may call it side by side: steps that compute on its device take `lock` meanwhile.

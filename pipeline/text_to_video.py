@@ -1,4 +1,4 @@
-"""Text, or text and an image, to video: which actors, in what order, and what one copy of each needs."""
+"""Text, or text and an image, to video: which actors, in what order, and what one replica of each needs."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -69,7 +69,7 @@ def text_to_video(card: ModelCard, weights: str | None, store: Store, *, device:
         Stage(name="encode", steps=(encode,), gpus=0.25 if on_gpu else 0.0, concurrency=overlap.calls,
               key=attrgetter("embedding_key"), window=ENCODED_AHEAD),
         Stage(name="sample", steps=(*fetch, sample), gpus=0.75 if on_gpu else 0.0, concurrency=overlap.calls,
-              cpus=float(threads), copies=samplers, batch=max(batch, card.clips_per_turn)),
+              cpus=float(threads), replicas=samplers, batch=max(batch, card.clips_per_turn)),
         # Frames never travel: who writes them is on the decoder's machine. Beside the sampler, not in its process: a
         # clip that kills the decoder costs no sampling, and DeviceLock gives each the GPU while the other has no use
         # for it. On a CPU it needs a fraction of what sampling needs.

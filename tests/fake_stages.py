@@ -123,17 +123,17 @@ def threads() -> int:
 
 def fake_stages(folder: Path, *, faults: dict[str, dict[int, str]] | None = None,
                 sleeps_s: dict[str, float] | None = None, gpus: dict[str, float] | None = None,
-                load: dict[str, str] | None = None, copies: dict[str, int] | None = None, cpus: float = 0.1,
+                load: dict[str, str] | None = None, replicas: dict[str, int] | None = None, cpus: float = 0.1,
                 window: int = 100, embedding_bytes: int = 0, names: Iterable[str] = MAKES) -> list[Stage]:
     """Dictionaries by stage; cpus of every stage."""
-    faults, sleeps_s, gpus, load, copies = faults or {}, sleeps_s or {}, gpus or {}, load or {}, copies or {}
+    faults, sleeps_s, gpus, load, replicas = faults or {}, sleeps_s or {}, gpus or {}, load or {}, replicas or {}
     first = dict(key=attrgetter("embedding_key"), window=window)
     stages = []
     for name in names:
         args = dict(stage=name, folder=folder, faults=faults.get(name, {}), sleep_s=sleeps_s.get(name, 0.0),
                     load=load.get(name), embedding_bytes=embedding_bytes)
         stages.append(Stage(name=name, steps=(Step(actor=Fake, args=args),), gpus=gpus.get(name, 0.0), cpus=cpus,
-                            copies=copies.get(name), **(first if name == "encode" else {})))
+                            replicas=replicas.get(name), **(first if name == "encode" else {})))
     return stages
 
 

@@ -25,7 +25,7 @@ def main(folder: Path) -> None:
     try:
         with cluster.connect(machines.address):
             stages = fake_stages(folder, gpus={"encode": 1, "sample": 1}, sleeps_s={"sample": 0.3},
-                                 copies={"publish": 1}, embedding_bytes=1_000_000)
+                                 replicas={"publish": 1}, embedding_bytes=1_000_000)
             seeds, attempts, notes = set(), set(), []
             for outcome in cluster.run(stages, map(pretend_request, range(40)),
                                        on_progress=lambda progress: notes.extend(progress.notes)):

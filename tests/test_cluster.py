@@ -50,7 +50,7 @@ def test_outcomes_are_those_of_run_local(four_gpus, tmp_path):
     wanted = by_seed(run_local(fake_stages(local, faults=faults), requests(12)))
     seen = []
     stages = fake_stages(spread, faults=faults, gpus={"encode": 0.25, "sample": 0.75, "publish": 0.25}, cpus=2.0,
-                         copies={"encode": 1, "sample": 1, "publish": 1})
+                         replicas={"encode": 1, "sample": 1, "publish": 1})
     got = by_seed(cluster.run(stages, requests(12), on_progress=seen.append))
     assert got.keys() == wanted.keys()
     assert got[5].value == replace(wanted[5].value, worker=got[5].worker) and got[5].worker.startswith("sample-")
@@ -66,7 +66,7 @@ def test_outcomes_are_those_of_run_local(four_gpus, tmp_path):
 
 def test_the_encoder_encodes_each_prompt_once_and_its_gpu_goes_to_a_sampler(four_gpus, tmp_path):
     stages = fake_stages(tmp_path, gpus={"encode": 2, "sample": 2}, sleeps_s={"encode": 0.05, "sample": 0.2},
-                         window=200, copies={"publish": 1})
+                         window=200, replicas={"publish": 1})
     rows = [pretend_request(number, prompt=f"prompt {number // 4}") for number in range(100)]
     notes = []
     outcomes = by_seed(cluster.run(stages, rows, on_progress=lambda progress: notes.extend(progress.notes)))
@@ -83,7 +83,7 @@ def test_every_kind_of_poison_costs_its_own_row_after_three_attempts(four_gpus, 
     monkeypatch.setattr("dailies.pipeline.scheduler.driver.LEAST_LIMIT_S", 4.0)
     faults = {"sample": {5: "raise", 9: "segfault", 14: "hang"}, "publish": {20: "raise once"}}
     stages = fake_stages(tmp_path, faults=faults, sleeps_s={"sample": 0.02},
-                         copies={"encode": 1, "sample": 2, "publish": 2})
+                         replicas={"encode": 1, "sample": 2, "publish": 2})
     outcomes = by_seed(cluster.run(stages, requests(40)))
     failed = {seed: outcome for seed, outcome in outcomes.items() if isinstance(outcome.value, Failure)}
     assert {seed: outcome.value.error_type for seed, outcome in failed.items()} == {
@@ -99,7 +99,7 @@ def test_a_death_reruns_only_what_that_process_held(four_gpus, tmp_path):
     """One process of each kind dies under one clip, and every process that samples seed 20 dies."""
     faults = {"encode": {7: "die once"}, "sample": {8: "die once", 20: "die"}, "publish": {9: "die once"}}
     stages = fake_stages(tmp_path, faults=faults, sleeps_s={"sample": 0.05},
-                         copies={"encode": 1, "sample": 2, "publish": 1})
+                         replicas={"encode": 1, "sample": 2, "publish": 1})
     notes = []
     outcomes = by_seed(cluster.run(stages, requests(40), max_attempts=2,
                                    on_progress=lambda progress: notes.extend(progress.notes)))
@@ -118,13 +118,13 @@ def test_a_death_reruns_only_what_that_process_held(four_gpus, tmp_path):
 @pytest.mark.parametrize("how, word", [("raise", "ValueError: weights are broken"), ("die", "cannot start")])
 def test_steps_that_cannot_be_made_end_the_run_with_a_clear_error(four_gpus, tmp_path, how, word):
     with pytest.raises(ClusterError, match=word):
-        stages = fake_stages(tmp_path, load={"sample": how}, names=["sample"], copies={"sample": 1})
+        stages = fake_stages(tmp_path, load={"sample": how}, names=["sample"], replicas={"sample": 1})
         list(cluster.run(stages, requests(4)))
 
 
 @pytest.mark.parametrize("what", ["the process", "its steps"])
 def test_what_cannot_be_imported_where_the_work_is_says_so_in_its_own_words(what, four_gpus, tmp_path, monkeypatch):
-    stages = fake_stages(tmp_path, names=["sample"], copies={"sample": 1})
+    stages = fake_stages(tmp_path, names=["sample"], replicas={"sample": 1})
     wanted = "ModuleNotFoundError: No module named 'dailies.model.catalog'; 'model' is not a package. No clip is charged"
     if what == "the process":
         monkeypatch.setattr(cluster, "Process", CannotBeMade)
@@ -148,7 +148,7 @@ def test_what_the_machines_can_never_hold_is_said_at_once(four_gpus, tmp_path):
 
 def test_draining_publishes_what_is_sampled_and_ends_every_process(four_gpus, tmp_path):
     stop, outcomes = Stop(), []
-    stages = fake_stages(tmp_path, sleeps_s={"sample": 0.2}, copies={"sample": 2})
+    stages = fake_stages(tmp_path, sleeps_s={"sample": 0.2}, replicas={"sample": 2})
     for outcome in cluster.run(stages, requests(1000), stop=stop):
         outcomes.append(outcome)
         if len(outcomes) == 5:
@@ -175,7 +175,7 @@ def test_a_sampler_that_is_told_to_end_saves_and_charges_nobody(who, four_gpus, 
         stop.save() if who == "the driver" else os.kill(told[0], signal.SIGTERM)
 
     encode, _, publish = fake_stages(tmp_path)
-    sample = Stage(name="sample", steps=(Step(actor=Patient, args={"folder": tmp_path}),), copies=1)
+    sample = Stage(name="sample", steps=(Step(actor=Patient, args={"folder": tmp_path}),), replicas=1)
     stages = [encode, sample, publish]
     outcomes = by_seed(cluster.run(stages, requests(3), stop=stop, on_progress=tell, progress_every_s=0.1))
     assert (tmp_path / "saved").read_text() == str(told[0])
@@ -196,7 +196,7 @@ def alive(pid: int) -> bool:
 
 def test_the_drivers_memory_does_not_grow_with_the_night(four_gpus):
     marks = []
-    stages = pretend_stages(window=50, copies=1)
+    stages = pretend_stages(window=50, replicas=1)
     for done, _ in enumerate(cluster.run(stages, requests(3000)), start=1):
         if done % 500 == 0:
             marks.append(rss_bytes())
@@ -309,7 +309,7 @@ def test_a_killed_driver_leaves_no_process(tmp_path):
               "from dailies.jobs.bench.pipeline import pretend_request\nfrom pipeline import cluster\n"
               "folder = Path(sys.argv[1])\n"
               "with cluster.connect('local', cpus=2, gpus=0):\n"
-              "    stages = fake_stages(folder, names=['sample'], copies={'sample': 1})\n"
+              "    stages = fake_stages(folder, names=['sample'], replicas={'sample': 1})\n"
               "    for _ in cluster.run(stages, map(pretend_request, range(1000))):\n"
               "        node = cluster.ray._private.worker._global_node\n"
               "        (folder / 'session').write_text(node.get_session_dir_path())\n"

@@ -13,7 +13,7 @@ from dailies.actors.messages import Clip, Failure
 from dailies.jobs.bench.pipeline import SHARED, SLEEPS_S, WHOLE, pretend_request, pretend_stages, pretend_value
 from dailies.pipeline.scheduler.budget import Budget
 from dailies.pipeline.scheduler.driver import ClusterError, Driver, Stop
-from dailies.pipeline.scheduler.executor import Alive, Answer, Broken, Call, Copy, Done, Hello
+from dailies.pipeline.scheduler.executor import Alive, Answer, Broken, Call, Replica, Done, Hello
 from dailies.pipeline.scheduler.placement import Node
 from dailies.pipeline.stages import Report
 from dailies.pipeline.store.store import StoreError
@@ -27,8 +27,8 @@ class SimulatedExecutor:
         self.clock, self.machines, self.seconds, self.load_s, self.fault = 0.0, nodes, seconds, load_s, fault
         self.events: list[tuple[float, int, Call]] = []
         self.order = itertools.count()
-        self.free_at: dict[Copy, float] = {}
-        self.started: list[Copy] = []
+        self.free_at: dict[Replica, float] = {}
+        self.started: list[Replica] = []
         self.worked: dict[str, list[tuple[float, float, Call]]] = defaultdict(list)
         self.store_waits_s = 0.0
 
@@ -38,12 +38,12 @@ class SimulatedExecutor:
     def nodes(self) -> list[Node]:
         return self.machines
 
-    def start(self, copy: Copy) -> None:
-        self.started.append(copy)
-        self.free_at[copy] = self.clock
+    def start(self, replica: Replica) -> None:
+        self.started.append(replica)
+        self.free_at[replica] = self.clock
 
-    def end(self, copy: Copy) -> None:
-        del self.free_at[copy]
+    def end(self, replica: Replica) -> None:
+        del self.free_at[replica]
 
     def cancel(self, call: Call) -> None:
         for place, (_, order, other) in enumerate(self.events):
@@ -54,17 +54,17 @@ class SimulatedExecutor:
 
     recall = cancel
 
-    def waits_for(self, copy: Copy) -> None:
+    def waits_for(self, replica: Replica) -> None:
         return None
 
-    def kept_waiting_s(self, copy: Copy) -> float:
+    def kept_waiting_s(self, replica: Replica) -> float:
         return self.store_waits_s
 
     def submit(self, call: Call) -> None:
-        stage = call.copy.stage.name
+        stage = call.replica.stage.name
         takes = {"hello": 0.5, "load": self.load_s, "ping": 0.0}.get(call.kind, self.seconds[stage] * len(call.rows))
-        began = max(self.clock, self.free_at[call.copy])
-        self.free_at[call.copy] = began + takes
+        began = max(self.clock, self.free_at[call.replica])
+        self.free_at[call.replica] = began + takes
         if call.kind == "work":
             call.values = [] if call.last else [(stage, row.request) for row in call.rows]
             self.worked[stage].append((began, began + takes, call))
@@ -78,7 +78,7 @@ class SimulatedExecutor:
         self.clock = max(self.clock, self.events[0][0])
         while self.events and self.events[0][0] <= self.clock:
             call = heapq.heappop(self.events)[2]
-            if call.copy in self.free_at:
+            if call.replica in self.free_at:
                 yield call, self.fault(call) or self.answer(call)
 
     def answer(self, call: Call) -> Answer:
@@ -87,9 +87,9 @@ class SimulatedExecutor:
             return Broken(how="cancelled", reason="")
         if call.kind != "work":
             return Hello() if call.kind == "hello" else Alive()
-        name = call.copy.stage.name
+        name = call.replica.stage.name
         return Done(made=values(call),
-                    report=Report(seconds={name: self.seconds[name]}, worker=call.copy.name, device="none",
+                    report=Report(seconds={name: self.seconds[name]}, worker=call.replica.name, device="none",
                                   peak_memory_bytes=0))
 
     def encoded(self) -> list[str]:
@@ -130,7 +130,7 @@ def test_samplers_are_kept_busy(gpus, limit_s):
 def test_the_encoder_gives_its_gpu_to_a_sampler_when_all_is_encoded():
     executor = SimulatedExecutor(box(4), SLEEPS_S)
     drive(executor, pretend_stages(gpus=WHOLE), requests(200))
-    assert Counter(copy.stage.name for copy in executor.started) == {"encode": 1, "sample": 4, "publish": 1}
+    assert Counter(replica.stage.name for replica in executor.started) == {"encode": 1, "sample": 4, "publish": 1}
 
 
 @pytest.mark.parametrize("gpus", [1, 4])
@@ -169,12 +169,12 @@ def test_a_thousand_gpus_are_all_used():
     assert executor.clock < 1.25 * (3 * 60 + 60)            # three rounds and one start
 
 
-def test_a_slow_publisher_holds_the_samplers_back_and_gets_copies():
+def test_a_slow_publisher_holds_the_samplers_back_and_gets_replicas():
     executor = SimulatedExecutor([Node(id="box", cpus=4, gpus=4)], {"encode": 0.01, "sample": 0.5, "publish": 2.0})
     driver = Driver(executor, pretend_stages(gpus=WHOLE, cpus=0.5), requests(300))
     queued = [len(driver.lines[2].queue) for _ in driver.outcomes()]
     assert max(queued) <= 16
-    assert Counter(copy.stage.name for copy in executor.started)["publish"] > 1
+    assert Counter(replica.stage.name for replica in executor.started)["publish"] > 1
 
 
 def test_a_batch_is_of_one_bucket():
@@ -188,14 +188,14 @@ def test_a_batch_is_of_one_bucket():
 
 def failing(stage: str, seeds: set[int], answer: Callable[[Call], Answer]) -> Callable[[Call], Answer | None]:
     def fault(call: Call) -> Answer | None:
-        if call.kind == "work" and call.copy.stage.name == stage and {row.request.seed for row in call.rows} & seeds:
+        if call.kind == "work" and call.replica.stage.name == stage and {row.request.seed for row in call.rows} & seeds:
             return answer(call)
         return None
     return fault
 
 
-def failing_load(reason: str, where: Callable[[Copy], bool], how: str = "load") -> Callable[[Call], Answer | None]:
-    return lambda call: Broken(how=how, reason=reason) if call.kind == "load" and where(call.copy) else None
+def failing_load(reason: str, where: Callable[[Replica], bool], how: str = "load") -> Callable[[Call], Answer | None]:
+    return lambda call: Broken(how=how, reason=reason) if call.kind == "load" and where(call.replica) else None
 
 
 def dying(reason: str, how: str = "died") -> Callable[[Call], Answer]:
@@ -204,9 +204,9 @@ def dying(reason: str, how: str = "died") -> Callable[[Call], Answer]:
 
 def poisoned(seeds: set[int]) -> Callable[[Call], Answer]:
     def answer(call: Call) -> Answer:
-        made = [Failure(request=row.request, stage=call.copy.stage.name, error_type="ValueError", error="poison")
+        made = [Failure(request=row.request, stage=call.replica.stage.name, error_type="ValueError", error="poison")
                 if row.request.seed in seeds else value for row, value in zip(call.rows, values(call), strict=True)]
-        return Done(made=made, report=Report(seconds={}, worker=call.copy.name, device="none", peak_memory_bytes=0))
+        return Done(made=made, report=Report(seconds={}, worker=call.replica.name, device="none", peak_memory_bytes=0))
     return answer
 
 
@@ -216,7 +216,7 @@ def test_an_exception_is_tried_again_elsewhere_and_then_fails_the_row():
     failed, = [outcome for outcome in outcomes if isinstance(outcome.value, Failure)]
     assert failed.value.error_type == "ValueError" and failed.attempts == 3
     assert len(outcomes) == 40
-    where = [call.copy.name for _, _, call in executor.worked["sample"] if call.rows[0].request.seed == 7]
+    where = [call.replica.name for _, _, call in executor.worked["sample"] if call.rows[0].request.seed == 7]
     assert len(where) == 3 and where[0] != where[1] != where[2]
 
 
@@ -238,11 +238,11 @@ def test_where_several_rows_are_at_work_in_one_process_a_death_charges_none_unti
 
 
 @pytest.mark.parametrize("concurrency, calls", [(1, 2), (2, 2), (4, 4)])
-def test_a_copy_is_given_as_many_calls_as_it_has_threads_and_two_at_least(concurrency, calls):
+def test_a_replica_is_given_as_many_calls_as_it_has_threads_and_two_at_least(concurrency, calls):
     executor, most = SimulatedExecutor(box(1), SLEEPS_S | {"sample": 5.0}), []
     driver = Driver(executor, pretend_stages(gpus=SHARED, concurrency=concurrency), requests(30))
     for _ in driver.outcomes():
-        most.append(max(len(copy.calls) for copy in driver.lines[1].copies))
+        most.append(max(len(replica.calls) for replica in driver.lines[1].replicas))
     assert max(most) == calls
 
 
@@ -252,7 +252,7 @@ def test_a_decoder_makes_room_for_the_encoder_and_the_sampler_goes_on():
     _, outcomes = drive(executor, pretend_stages(gpus=SHARED, window=100), requests(300),
                         on_progress=lambda progress: notes.extend(progress.notes))
     assert len(outcomes) == 300 and any(note.startswith("publish") and "makes room" in note for note in notes)
-    assert Counter(copy.stage.name for copy in executor.started)["sample"] == 1
+    assert Counter(replica.stage.name for replica in executor.started)["sample"] == 1
 
 
 def test_a_suspect_shares_no_batch_so_one_poison_costs_one_row():
@@ -274,7 +274,7 @@ def test_inputs_lost_after_the_encoder_left_are_made_again():
     lost = iter(range(30))
 
     def fault(call: Call) -> Answer | None:
-        sampling = call.kind == "work" and call.copy.stage.name == "sample" and executor.clock > 12
+        sampling = call.kind == "work" and call.replica.stage.name == "sample" and executor.clock > 12
         return Broken(how="input", reason="its node is gone") if sampling and next(lost, None) is not None else None
 
     executor = SimulatedExecutor(box(2), SLEEPS_S, fault=fault)
@@ -295,7 +295,7 @@ def test_a_lost_machine_charges_nobody_and_a_new_one_is_used():
         if len(outcomes) == 100:
             executor.machines = [*executor.machines, Node(id="c", cpus=8, gpus=2)]
     assert len(outcomes) == 200 and all(outcome.attempts == 1 for outcome in outcomes)
-    assert {copy.post.node for copy in executor.started} == {"a", "b", "c"}
+    assert {replica.post.node for replica in executor.started} == {"a", "b", "c"}
 
 
 def test_a_machine_that_is_lost_under_one_row_again_and_again_is_the_rows_doing():
@@ -307,15 +307,15 @@ def test_a_machine_that_is_lost_under_one_row_again_and_again_is_the_rows_doing(
 
 @pytest.mark.parametrize("stage", ["encode", "sample", "publish"])
 def test_steps_that_cannot_be_made_end_the_run(stage):
-    fault = failing_load("ValueError: weights", lambda copy: copy.stage.name == stage)
+    fault = failing_load("ValueError: weights", lambda replica: replica.stage.name == stage)
     executor = SimulatedExecutor(box(4), SLEEPS_S, fault=fault)
     with pytest.raises(ClusterError, match=f"stage {stage} cannot start: ValueError: weights"):
         drive(executor, pretend_stages(gpus=WHOLE), requests(20))
-    assert not executor.free_at and len([copy for copy in executor.started if copy.stage.name == stage]) <= 3
+    assert not executor.free_at and len([replica for replica in executor.started if replica.stage.name == stage]) <= 3
 
 
 def test_one_bad_machine_does_not_end_the_run():
-    fault = failing_load("no CUDA device", lambda copy: copy.post.node == "bad")
+    fault = failing_load("no CUDA device", lambda replica: replica.post.node == "bad")
     executor = SimulatedExecutor([Node(id="good", cpus=8, gpus=2)], SLEEPS_S, fault=fault)
     driver = Driver(executor, pretend_stages(gpus=WHOLE), requests(200))
     outcomes = []
@@ -324,11 +324,11 @@ def test_one_bad_machine_does_not_end_the_run():
         if len(outcomes) == 20:
             executor.machines = [*executor.machines, Node(id="bad", cpus=8, gpus=1)]
     assert len(outcomes) == 200
-    assert 1 <= sum(copy.post.node == "bad" for copy in executor.started) <= 9      # tried again at growing distances
+    assert 1 <= sum(replica.post.node == "bad" for replica in executor.started) <= 9      # tried again at growing distances
 
 
 def test_processes_that_die_while_loading_end_the_run():
-    executor = SimulatedExecutor(box(4), SLEEPS_S, fault=failing_load("out of memory", lambda copy: True, how="died"))
+    executor = SimulatedExecutor(box(4), SLEEPS_S, fault=failing_load("out of memory", lambda replica: True, how="died"))
     with pytest.raises(ClusterError, match="cannot start: out of memory"):
         drive(executor, pretend_stages(gpus=WHOLE), requests(20))
 
@@ -349,9 +349,9 @@ def hanging(executor: SimulatedExecutor, seeds: set[int]) -> None:
 
     def submit(call: Call) -> None:
         plain(call)
-        if call.kind == "work" and call.copy.stage.name == "sample" and call.rows[0].request.seed in seeds:
+        if call.kind == "work" and call.replica.stage.name == "sample" and call.rows[0].request.seed in seeds:
             executor.events = [event for event in executor.events if event[2] is not call]
-            executor.free_at[call.copy] = 10**6
+            executor.free_at[call.replica] = 10**6
 
     executor.submit = submit
 
@@ -399,9 +399,9 @@ def test_the_third_attempt_is_in_the_safe_profile_and_its_clip_says_so():
     assert all(told[seed] == (1, ()) for seed in told if seed != 7)
 
 
-def test_a_copy_that_fails_three_rows_in_succession_is_replaced_and_no_row_is_lost():
+def test_a_replica_that_fails_three_rows_in_succession_is_replaced_and_no_row_is_lost():
     notes = []
-    executor = SimulatedExecutor(box(4), SLEEPS_S, fault=lambda call: bad_copy(call, "sample-4"))
+    executor = SimulatedExecutor(box(4), SLEEPS_S, fault=lambda call: bad_replica(call, "sample-4"))
     _, outcomes = drive(executor, pretend_stages(gpus=WHOLE), requests(100),
                         on_progress=lambda progress: notes.extend(progress.notes))
     assert len(outcomes) == 100 and all(isinstance(outcome.value, Clip) for outcome in outcomes)
@@ -409,36 +409,36 @@ def test_a_copy_that_fails_three_rows_in_succession_is_replaced_and_no_row_is_lo
     assert 3 <= sum(outcome.attempts - 1 for outcome in outcomes) <= 5
 
 
-def test_a_copy_that_now_and_then_fails_what_others_make_is_replaced():
+def test_a_replica_that_now_and_then_fails_what_others_make_is_replaced():
     calls, notes = itertools.count(), []
     executor = SimulatedExecutor(box(4), SLEEPS_S,
-                         fault=lambda call: bad_copy(call, "sample-4") if next(calls) % 3 == 0 else None)
+                         fault=lambda call: bad_replica(call, "sample-4") if next(calls) % 3 == 0 else None)
     _, outcomes = drive(executor, pretend_stages(gpus=WHOLE), requests(200),
                         on_progress=lambda progress: notes.extend(progress.notes))
     assert len(outcomes) == 200 and all(isinstance(outcome.value, Clip) for outcome in outcomes)
     assert sum("sample-4: replaced by a new process" in note and "made elsewhere" in note for note in notes) == 1
 
 
-def bad_copy(call: Call, name: str) -> Answer | None:
-    if call.kind != "work" or call.copy.name != name:
+def bad_replica(call: Call, name: str) -> Answer | None:
+    if call.kind != "work" or call.replica.name != name:
         return None
     return poisoned({row.request.seed for row in call.rows})(call)
 
 
-def test_rows_that_fail_everywhere_do_not_fence_the_copies_that_make_all_others():
+def test_rows_that_fail_everywhere_do_not_fence_the_replicas_that_make_all_others():
     notes, poison = [], set(range(0, 200, 5))
     executor = SimulatedExecutor(box(4), SLEEPS_S, fault=failing("sample", poison, poisoned(poison)))
     _, outcomes = drive(executor, pretend_stages(gpus=WHOLE), requests(200),
                         on_progress=lambda progress: notes.extend(progress.notes))
     failed = {outcome.value.request.seed for outcome in outcomes if isinstance(outcome.value, Failure)}
     assert failed == poison and len(outcomes) == 200
-    assert len([copy for copy in executor.started if copy.stage.name == "sample"]) <= 8
+    assert len([replica for replica in executor.started if replica.stage.name == "sample"]) <= 8
 
 
 @pytest.mark.parametrize("gpus", [1, 4])
 def test_a_stage_that_makes_nothing_ends_the_run_and_charges_no_row(gpus):
     executor = SimulatedExecutor(box(gpus), SLEEPS_S,
-                         fault=lambda call: bad_copy(call, call.copy.name) if call.copy.stage.name == "sample" else None)
+                         fault=lambda call: bad_replica(call, call.replica.name) if call.replica.stage.name == "sample" else None)
     driver, outcomes = Driver(executor, pretend_stages(gpus=WHOLE), requests(500)), []
     with pytest.raises(ClusterError, match="stage sample made nothing of .* different clips .* ValueError: poison"):
         outcomes.extend(driver.outcomes())
@@ -451,7 +451,7 @@ def test_a_manifest_of_a_few_bad_rows_ends_with_failed_rows():
     assert len(outcomes) == 10 and all(outcome.attempts == 3 for outcome in outcomes)
 
 
-def test_verdicts_on_rows_never_fence_a_copy():
+def test_verdicts_on_rows_never_fence_a_replica():
     def refused(call: Call) -> Answer:
         done = poisoned({row.request.seed for row in call.rows})(call)
         return replace(done, made=[replace(failure, about_row=True) for failure in done.made])
@@ -505,7 +505,7 @@ def test_when_a_long_clip_no_longer_fits_shorter_ones_are_still_made():
 
     def answer(call: Call) -> Answer:                   # a frame takes 0.1 s of sampling
         done = plain(call)
-        if call.kind == "work" and call.copy.stage.name == "sample":
+        if call.kind == "work" and call.replica.stage.name == "sample":
             seconds = {"sample": 0.1 * call.rows[0].request.shape.frames}
             return replace(done, report=replace(done.report, seconds=seconds))
         return done
@@ -559,7 +559,7 @@ def test_saving_leaves_what_waits_for_a_decoder_that_is_only_starting():
     slow_to_load = executor.submit
 
     def submit(call: Call) -> None:
-        executor.load_s = 60.0 if call.copy.stage.name == "publish" else 2.0
+        executor.load_s = 60.0 if call.replica.stage.name == "publish" else 2.0
         slow_to_load(call)
 
     executor.submit = submit
@@ -577,7 +577,7 @@ def test_saving_leaves_what_waits_for_a_decoder_that_is_only_starting():
 
 def test_another_process_that_keeps_a_gpu_is_named_and_not_waited_for_without_end():
     executor, notes = SimulatedExecutor(box(1), SLEEPS_S | {"sample": 10_000.0}), []
-    executor.waits_for = lambda copy: ("process 7 (night.py)", executor.clock - 20.0)
+    executor.waits_for = lambda replica: ("process 7 (night.py)", executor.clock - 20.0)
     with pytest.raises(ClusterError, match="sample cannot work .*process 7 .night.py. has had its GPU for [0-9]+ s. End it"):
         drive(executor, pretend_stages(gpus=SHARED), requests(5), on_progress=lambda progress: notes.extend(progress.notes))
     assert sum("waits for its GPU, which process 7 (night.py) has had for" in note for note in notes) > 20
@@ -585,7 +585,7 @@ def test_another_process_that_keeps_a_gpu_is_named_and_not_waited_for_without_en
 
 def test_seconds_of_a_clip_that_was_partly_done_before_are_no_measure_for_others():
     def fault(call):
-        if call.kind == "work" and call.copy.stage.name == "sample" and call.rows[0].request.seed < 5:
+        if call.kind == "work" and call.replica.stage.name == "sample" and call.rows[0].request.seed < 5:
             report = Report(seconds={"sample": 0.001}, worker="", device="", peak_memory_bytes=0, partly=True)
             return Done(made=values(call), report=report)
 

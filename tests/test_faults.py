@@ -187,8 +187,8 @@ def at(stage: str, answer: Broken, node: str | None = None, begins: float = 0.0,
     """A fault of every such call of a stage, on one node or on all, in a span of simulated time."""
     def fault(call):
         now = fault.executor.clock
-        here = node in (None, call.copy.post.node)
-        if here and call.kind == kind and call.copy.stage.name == stage and begins <= now < ends:
+        here = node in (None, call.replica.post.node)
+        if here and call.kind == kind and call.replica.stage.name == stage and begins <= now < ends:
             fault.met.append(now)
             return answer
         return None
@@ -219,7 +219,7 @@ def test_where_no_machine_is_left_the_night_ends_and_charges_none(stage, rows):
         assert outcomes == [] and isinstance(error, ClusterError)
         assert f"stage {stage} cannot work on any machine" in str(error) and FULL in str(error)
         assert "No clip is charged" in str(error) and executor.clock < 300
-        assert len(fault.met) <= 3 * 2 * len(nodes) * 3         # three times, on every GPU that a copy is on
+        assert len(fault.met) <= 3 * 2 * len(nodes) * 3         # three times, on every GPU that a replica is on
 
 
 def test_a_disk_that_fills_up_after_a_thousand_clips_charges_none():
@@ -235,7 +235,7 @@ def test_a_disk_that_fills_up_after_a_thousand_clips_charges_none():
     ("work", broken("store", "access denied")), ("load", broken("load"))], ids=lambda each: str(each)[:80])
 def test_one_bad_machine_of_three_gets_hardly_any_work_and_no_row_is_charged(stage, kind, answer):
     fault = at(stage, answer, node="a", kind=kind)
-    _, outcomes = drive(executor_with(fault, NIGHT), pretend_stages(gpus=SHARED, copies=None), requests(400))
+    _, outcomes = drive(executor_with(fault, NIGHT), pretend_stages(gpus=SHARED, replicas=None), requests(400))
     assert len(outcomes) == 400
     assert all(isinstance(each.value, Clip) and each.attempts == 1 for each in outcomes)
     assert len(fault.met) <= 24
@@ -265,14 +265,14 @@ def test_a_disk_that_has_room_again_is_used_again():
 def test_a_machine_that_now_and_then_has_no_room_charges_none():
     calls = count()
     _, outcomes = drive(SimulatedExecutor(box(2), SLEEPS_S, fault=lambda call: broken() if (
-        call.kind == "work" and call.copy.stage.name == "publish" and next(calls) % 2) else None),
+        call.kind == "work" and call.replica.stage.name == "publish" and next(calls) % 2) else None),
         pretend_stages(gpus=SHARED), requests(150))
     assert len(outcomes) == 150 and all(isinstance(each.value, Clip) and each.attempts == 1 for each in outcomes)
 
 
 def test_a_row_for_which_no_machine_ever_has_the_memory_is_charged_and_no_other():
     def fault(call):
-        if call.kind == "work" and call.copy.stage.name == "sample" and 7 in {row.request.seed for row in call.rows}:
+        if call.kind == "work" and call.replica.stage.name == "sample" and 7 in {row.request.seed for row in call.rows}:
             return broken(reason="MemoryError", sure=False)
         return None
 
@@ -286,7 +286,7 @@ def test_a_bad_row_among_faults_of_machines_is_still_charged():
     full = at("publish", broken(), node="a")
 
     def fault(call):
-        if call.kind == "work" and call.copy.stage.name == "sample" and call.rows[0].request.seed == 7:
+        if call.kind == "work" and call.replica.stage.name == "sample" and call.rows[0].request.seed == 7:
             return poisoned({7})(call)
         return full(call)
 
@@ -320,4 +320,4 @@ def test_credentials_that_are_refused_for_a_moment_end_no_process():
     executor = executor_with(at("publish", broken("store", "expired"), begins=20.0, ends=21.2), NIGHT)
     _, outcomes = drive(executor, pretend_stages(gpus=SHARED), requests(200))
     assert len(outcomes) == 200 and all(each.attempts == 1 for each in outcomes)
-    assert Counter(copy.stage.name for copy in executor.started)["publish"] <= 6
+    assert Counter(replica.stage.name for replica in executor.started)["publish"] <= 6

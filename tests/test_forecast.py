@@ -37,12 +37,12 @@ def test_a_bucket_that_was_not_seen_costs_what_the_nearest_does_by_its_work():
     assert not rows_by_work([row(sample_s=None)]) and not rows_by_work([])
 
 
-def test_on_cpus_all_seconds_of_a_copy_count_and_no_gpu_is_held():
+def test_on_cpus_all_seconds_of_a_replica_count_and_no_gpu_is_held():
     costs = measured_costs(rows_by_work([row(gpu_s=None, encode_s=0.0)]), BUCKET)
     pipeline = [Stage(name="sample", steps=()), Stage(name="publish", steps=(), cpus=0.5)]
     found = forecast(pipeline, [Node(id="a", cpus=4)], costs, clips=100)
-    assert found.gpu_hours == 0.0 and found.copies["sample"] + 0.5 * found.copies["publish"] <= 4.5
-    assert found.clips_per_hour == pytest.approx(3600 * min(found.copies["sample"] / 1.0, found.copies["publish"] / 2.9))
+    assert found.gpu_hours == 0.0 and found.replicas["sample"] + 0.5 * found.replicas["publish"] <= 4.5
+    assert found.clips_per_hour == pytest.approx(3600 * min(found.replicas["sample"] / 1.0, found.replicas["publish"] / 2.9))
 
 
 def test_nothing_left_takes_no_time():
@@ -84,7 +84,7 @@ def test_plan_says_how_long_the_rest_will_take_once_clips_are_made(tmp_path, cap
 
 
 def test_plan_names_what_does_not_fit_into_the_night():
-    night = [(8, Forecast(seconds=800.0, gpu_hours=0.5, clips_per_hour=36.0, copies={}))]
+    night = [(8, Forecast(seconds=800.0, gpu_hours=0.5, clips_per_hour=36.0, replicas={}))]
     job = dict(manifest="m.csv", out="o", price=2.0)
     assert said_of(night, 3, RenderJob(**job))["fits"] == 8 and said_of(night, 3, RenderJob(**job))["cost"] == 1.0
     assert said_of(night, 3, RenderJob(**job, max_cost=0.5))["fits"] == 4

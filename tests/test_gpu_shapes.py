@@ -43,7 +43,7 @@ def post(stage: str, *devices: int) -> Post:
     ([post("sample", 0), post("sample", 1), post("decode", 1)], 2 / 3),         # both are busy all the time
     ([post("sample", 0), post("decode", 0), post("decode", 1)], 1 / 2),         # the second decoder leaves it to sample
     ([post("sample", 0), post("sample", 1), post("sample", 2), post("decode", 0)], 1.0)])
-def test_copies_make_what_the_gpus_they_are_on_have_time_for(posts, most):
+def test_replicas_make_what_the_gpus_they_are_on_have_time_for(posts, most):
     stages = [Stage(name="sample", steps=()), Stage(name="decode", steps=())]
     held_s = {"sample": 2.0, "decode": 1.0}
     assert most_per_s(stages, posts, held_s=held_s, pace_s={}) == pytest.approx(most)

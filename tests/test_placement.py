@@ -1,4 +1,4 @@
-"""Which copies start where."""
+"""Which replicas start where."""
 
 from collections import Counter
 from operator import attrgetter
@@ -11,9 +11,9 @@ from dailies.pipeline.stages import Stage
 MANY = 10**9
 
 
-def stages(encode=0.0, sample=0.0, publish=0.0, *, cpus=(1.0, 1.0, 1.0), copies=None) -> list[Stage]:
+def stages(encode=0.0, sample=0.0, publish=0.0, *, cpus=(1.0, 1.0, 1.0), replicas=None) -> list[Stage]:
     return [Stage(name="encode", steps=(), gpus=encode, cpus=cpus[0], key=attrgetter("embedding_key"), window=64),
-            Stage(name="sample", steps=(), gpus=sample, cpus=cpus[1], copies=copies),
+            Stage(name="sample", steps=(), gpus=sample, cpus=cpus[1], replicas=replicas),
             Stage(name="publish", steps=(), gpus=publish, cpus=cpus[2])]
 
 
@@ -84,21 +84,21 @@ def test_two_cores_run_two_samplers_and_the_publisher():
     assert asked <= 2
 
 
-def test_no_more_copies_than_there_is_work_for():
+def test_no_more_replicas_than_there_is_work_for():
     pipeline = stages(0, 1, 0)
     limits = {"encode": 1, "sample": 2, "publish": 2}
     assert hired(pipeline, FOUR_GPUS, limits=limits) == {"encode": 1, "sample": 2, "publish": 1}
 
 
-def test_the_next_copy_goes_to_the_stage_that_holds_the_others_back():
+def test_the_next_replica_goes_to_the_stage_that_holds_the_others_back():
     pipeline = stages(0, 1, 0)
     slow_publisher = {"encode": 0.01, "sample": 1.0, "publish": 0.6}
     found = hired(pipeline, [Node(id="a", cpus=32, gpus=4)], seconds=slow_publisher)
     assert found == {"encode": 1, "sample": 4, "publish": 3}
 
 
-def test_a_fixed_number_of_copies_is_kept():
-    assert hired(stages(0, 1, 0, copies=2), FOUR_GPUS)["sample"] == 2
+def test_a_fixed_number_of_replicas_is_kept():
+    assert hired(stages(0, 1, 0, replicas=2), FOUR_GPUS)["sample"] == 2
 
 
 def test_a_gpu_share_is_not_put_together_from_two_gpus():

@@ -12,12 +12,12 @@ from dailies.pipeline.scheduler.driver import Progress, StageProgress
 
 
 def stage(name, done, **changes):
-    return StageProgress(**(dict(name=name, copies=1, starting=0, queued=3, in_flight=2, done=done,
+    return StageProgress(**(dict(name=name, replicas=1, starting=0, queued=3, in_flight=2, done=done,
                                  seconds=0.1) | changes))
 
 
 def told(done, failed=0, notes=()):
-    return Progress(stages=(stage("encode", done + 5), stage("sample", done, copies=0, starting=1)), done=done,
+    return Progress(stages=(stage("encode", done + 5), stage("sample", done, replicas=0, starting=1)), done=done,
                     failed=failed, notes=notes)
 
 
@@ -97,7 +97,7 @@ def test_a_table_fits_its_terminal_and_shortens_no_number(width, monkeypatch):
     monkeypatch.setattr(out, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", str(width))
     monkeypatch.setenv("TERM", "xterm-256color")
-    stages = stage("encode", 123_456, queued=12_345), stage("publish", 98_765, copies=128, starting=16)
+    stages = stage("encode", 123_456, queued=12_345), stage("publish", 98_765, replicas=128, starting=16)
     large = Progress(stages=stages, done=98_765, failed=1_234, notes=())
     with Display(total=100_000, view="live", stream=out) as display:
         display.update(large)

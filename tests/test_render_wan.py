@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from image_files import BROKEN, deep_grey, encoded, jpeg, palette, pixels, png, see_through
 from PIL import Image
-from test_driver import SimulatedCrew, box, drive
+from test_driver import SimulatedExecutor, box, drive
 from wan_tiny import CARDS, WAN_TINY, write_weights
 
 from dailies.actors.clip_file import clip_key, read_clip
@@ -218,9 +218,9 @@ def test_rows_are_ordered_and_batched_so_that_experts_change_rarely(tmp_path):
             for number in range(160)]
     card = CATALOG["wan2.2-t2v-a14b"]
     plan = Plan.make(Manifest.read(str(manifest(tmp_path, rows))), card, weights_fingerprint="w" * 64, precision="bf16")
-    crew = SimulatedCrew(box(1), {"encode": 1.0, "sample": 600.0, "publish": 20.0})
-    drive(crew, pretend_stages(gpus=SHARED, batch=card.clips_per_turn), plan.requests())
-    batches = [[row.request.bucket for row in call.rows] for _, _, call in crew.worked["sample"]]
+    executor = SimulatedExecutor(box(1), {"encode": 1.0, "sample": 600.0, "publish": 20.0})
+    drive(executor, pretend_stages(gpus=SHARED, batch=card.clips_per_turn), plan.requests())
+    batches = [[row.request.bucket for row in call.rows] for _, _, call in executor.worked["sample"]]
     assert sum(map(len, batches)) == 160 and all(len(set(batch)) == 1 for batch in batches)
     assert len(batches) <= 160 / card.clips_per_turn + 4    # the first are not waited for; each bucket has a last
     assert sum(one[0] != other[0] for one, other in pairwise(batches)) == 3

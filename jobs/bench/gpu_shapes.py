@@ -25,7 +25,7 @@ from dailies.jobs.bench.pipeline import Pretend, pretend_request, pretend_value
 from dailies.model.catalog import CATALOG
 from dailies.pipeline.run.ledger import row_of
 from dailies.pipeline.scheduler.driver import Driver
-from dailies.pipeline.scheduler.executor import Alive, Answer, Broken, Call, Copy, Done, Hello
+from dailies.pipeline.scheduler.executor import Alive, Answer, Broken, Call, Replica, Done, Hello
 from dailies.pipeline.scheduler.forecast import Cost, forecast, measured_costs, rows_by_work
 from dailies.pipeline.scheduler.placement import Node
 from dailies.pipeline.stages import Outcome, Report, Stage, Step
@@ -89,7 +89,7 @@ class Place:
 class Task:
     """One call on its way: yields seconds to wait, or a Place that it wants."""
 
-    copy: Copy
+    replica: Replica
     course: Iterator[float | Place]
     held: list[Place] = field(default_factory=list)
 
@@ -105,10 +105,10 @@ class SimulatedGPUs:
         self.gpus = {(node.id, str(at)): Place() for node in machines for at in range(int(node.gpus))}
         self.memory = dict.fromkeys(self.gpus, 1.0)
         self.sliced_s = dict.fromkeys(self.gpus, 0.0)   # taken by an encoder from whatever step comes next
-        self.places: dict[Copy, tuple[Place, Place, Place]] = {}    # threads, turn, pool
+        self.places: dict[Replica, tuple[Place, Place, Place]] = {}    # threads, turn, pool
         self.recalled: set[Call] = set()
         self.busy: list[tuple[str, tuple[str, str], float, float]] = []     # stage, GPU, from, to
-        self.started: list[Copy] = []
+        self.started: list[Replica] = []
 
     def now(self) -> float:
         return self.clock
@@ -116,26 +116,26 @@ class SimulatedGPUs:
     def nodes(self) -> list[Node]:
         return self.machines
 
-    def waits_for(self, copy: Copy) -> None:
+    def waits_for(self, replica: Replica) -> None:
         return None
 
-    def kept_waiting_s(self, copy: Copy) -> float:
+    def kept_waiting_s(self, replica: Replica) -> float:
         return 0.0
 
-    def start(self, copy: Copy) -> None:
+    def start(self, replica: Replica) -> None:
         """Ray gives a share of the GPU that has the least memory free for it."""
-        stage = copy.stage
-        fitting = [gpu for gpu, free in self.memory.items() if gpu[0] == copy.post.node and free >= stage.gpus - 1e-6]
-        copy.handle = min(fitting, key=lambda gpu: self.memory[gpu])
-        self.memory[copy.handle] -= stage.gpus
-        self.places[copy] = Place(stage.concurrency), Place(), Place(max(1, stage.processes))
-        self.started.append(copy)
+        stage = replica.stage
+        fitting = [gpu for gpu, free in self.memory.items() if gpu[0] == replica.post.node and free >= stage.gpus - 1e-6]
+        replica.handle = min(fitting, key=lambda gpu: self.memory[gpu])
+        self.memory[replica.handle] -= stage.gpus
+        self.places[replica] = Place(stage.concurrency), Place(), Place(max(1, stage.processes))
+        self.started.append(replica)
 
-    def end(self, copy: Copy) -> None:
-        self.memory[copy.handle] += copy.stage.gpus
-        del self.places[copy]
+    def end(self, replica: Replica) -> None:
+        self.memory[replica.handle] += replica.stage.gpus
+        del self.places[replica]
         for gpu in self.gpus.values():
-            gpu.waiting = deque(task for task in gpu.waiting if task.copy is not copy)
+            gpu.waiting = deque(task for task in gpu.waiting if task.replica is not replica)
 
     def recall(self, call: Call) -> None:
         self.recalled.add(call)
@@ -143,16 +143,16 @@ class SimulatedGPUs:
     cancel = recall
 
     def submit(self, call: Call) -> None:
-        self.advance(Task(call.copy, self.work(call) if call.kind == "work" else self.other(call)))
+        self.advance(Task(call.replica, self.work(call) if call.kind == "work" else self.other(call)))
 
     def other(self, call: Call) -> Iterator[float | Place]:
         yield {"hello": 0.5, "load": LOAD_S, "ping": 0.0}[call.kind]
-        self.answers.append((call, Hello(devices=(call.copy.handle[1],)) if call.kind == "hello" else Alive()))
+        self.answers.append((call, Hello(devices=(call.replica.handle[1],)) if call.kind == "hello" else Alive()))
 
     def work(self, call: Call) -> Iterator[float | Place]:
-        stage, values = call.copy.stage, len(call.rows)
-        cost, gpu = self.costs[stage.name], self.gpus[call.copy.handle]
-        threads, turn, pool = self.places[call.copy]
+        stage, values = call.replica.stage, len(call.rows)
+        cost, gpu = self.costs[stage.name], self.gpus[call.replica.handle]
+        threads, turn, pool = self.places[call.replica]
         steps = self.shape.num_steps if stage.name == "sample" else 1
         call.values = [] if call.last else [None] * values
         yield threads
@@ -160,14 +160,14 @@ class SimulatedGPUs:
         yield turn
         if stage.name == "encode":                      # takes no turns: CUDA slices the time
             yield 2 * values * cost.held_s
-            self.sliced_s[call.copy.handle] += values * cost.held_s
+            self.sliced_s[call.replica.handle] += values * cost.held_s
         elif call not in self.recalled:
             for _ in range(steps):
                 yield gpu
-                began, self.sliced_s[call.copy.handle], sliced_s = self.clock, 0.0, self.sliced_s[call.copy.handle]
+                began, self.sliced_s[call.replica.handle], sliced_s = self.clock, 0.0, self.sliced_s[call.replica.handle]
                 yield sliced_s + values * cost.held_s / steps
-                self.busy.append(("encode", call.copy.handle, began, began + sliced_s))
-                self.busy.append((stage.name, call.copy.handle, began + sliced_s, self.clock))
+                self.busy.append(("encode", call.replica.handle, began, began + sliced_s))
+                self.busy.append((stage.name, call.replica.handle, began + sliced_s, self.clock))
                 self.give(gpu, call)
         self.give(turn, call)
         if call in self.recalled:
@@ -179,16 +179,16 @@ class SimulatedGPUs:
                 self.give(pool, call)
             yield values * cost.beside_s / 2
             made = [pretend_value("clip", row.request) if call.last else None for row in call.rows]
-            answer = Done(made=made, report=self.report(call.copy, cost))
+            answer = Done(made=made, report=self.report(call.replica, cost))
         self.give(threads, call)
         self.answers.append((call, answer))
 
-    def report(self, copy: Copy, cost: Cost) -> Report:
-        seconds = {copy.stage.name: cost.held_s + cost.beside_s}
-        if copy.stage.name == "publish":
+    def report(self, replica: Replica, cost: Cost) -> Report:
+        seconds = {replica.stage.name: cost.held_s + cost.beside_s}
+        if replica.stage.name == "publish":
             seconds = {"decode": cost.held_s + cost.beside_s, "publish": cost.pool_s}
-        return Report(seconds=seconds, worker=copy.name, device="pretended", peak_memory_bytes=0,
-                      held_s=cost.held_s, pace_s=cost.pace_s(copy.stage))
+        return Report(seconds=seconds, worker=replica.name, device="pretended", peak_memory_bytes=0,
+                      held_s=cost.held_s, pace_s=cost.pace_s(replica.stage))
 
     def advance(self, task: Task) -> None:
         """Until it has to wait."""
@@ -211,7 +211,7 @@ class SimulatedGPUs:
     def free(self, place: Place) -> None:
         while place.waiting:
             task = place.waiting.popleft()
-            if task.copy in self.places:
+            if task.replica in self.places:
                 task.held.append(place)
                 heapq.heappush(self.events, (self.clock, next(self.order), task))
                 return
@@ -221,7 +221,7 @@ class SimulatedGPUs:
         until = self.clock + max(timeout_s, 1e-3)
         while not self.answers and self.events and self.events[0][0] <= until:
             self.clock, _, task = heapq.heappop(self.events)
-            if task.copy in self.places:
+            if task.replica in self.places:
                 self.advance(task)
             else:                                       # its process has ended
                 for place in task.held:
@@ -245,7 +245,7 @@ def simulate(shape: Shape, gpus: int, clips: int) -> dict[str, float]:
     return {"clips": clips, **busy, "clips_per_hour": 3600 * clips / span_s,
             "foretold_clips_per_hour": 3600 * clips / foretold.seconds,
             "seconds": span_s, "foretold_seconds": foretold.seconds, "foretold_gpu_hours": foretold.gpu_hours,
-            "decoders": len({copy for copy in executor.started if copy.stage.name == "publish"})}
+            "decoders": len({replica for replica in executor.started if replica.stage.name == "publish"})}
 
 
 def busy_shares(work: Sequence[tuple[str, str, float, float]], gpus: int) -> dict[str, float]:

@@ -23,7 +23,7 @@ from dailies.pipeline.stages import Outcome, Stage, Step
 
 SLEEPS_S = {"encode": 0.02, "sample": 0.5, "publish": 0.1}
 
-# GPUs per copy of each stage, and what the machine is told to have
+# GPUs per replica of each stage, and what the machine is told to have
 SHARED = {"encode": 0.25, "sample": 0.75, "publish": 0.25}         # the encoder lives beside a sampler
 WHOLE = {"encode": 1.0, "sample": 1.0, "publish": 0.0}             # the encoder has a sampler's GPU, and gives it back
 
@@ -82,7 +82,7 @@ def overhead(clips: int = 5000) -> dict[str, float]:
 
     with cluster.connect("local", cpus=4, gpus=0):
         marks: list[tuple[int, float, float, int]] = []
-        outcomes = cluster.run(pretend_stages(copies=1, window=None), map(pretend_request, range(clips)))
+        outcomes = cluster.run(pretend_stages(replicas=1, window=None), map(pretend_request, range(clips)))
         for done, _ in enumerate(outcomes, start=1):
             if done % (clips // 10) == 0:
                 marks.append((done, time.perf_counter(), time.process_time(), rss_bytes()))

@@ -42,7 +42,7 @@ from dailies.model.private import at_home
 from dailies.pipeline.scheduler import local_ray
 from dailies.pipeline.scheduler.budget import Budget
 from dailies.pipeline.scheduler.driver import ClusterError, Driver, Progress, Stop
-from dailies.pipeline.scheduler.executor import Alive, Answer, Broken, Call, Copy, Done, Hello
+from dailies.pipeline.scheduler.executor import Alive, Answer, Broken, Call, Replica, Done, Hello
 from dailies.pipeline.scheduler.faults import (
     OUT_OF_MEMORY,
     WorkerUnfit,
@@ -418,7 +418,7 @@ class RayExecutor:
     def __init__(self) -> None:
         self.nodes_now: dict[str, Node] = {}
         self.pending: dict[ray.ObjectRef, Call] = {}
-        self.killed_before: dict[Copy, int] = {}        # on its machine, for want of memory, when it was started
+        self.killed_before: dict[Replica, int] = {}        # on its machine, for want of memory, when it was started
         self.process = ray.remote(concurrency_groups={"beside": 1})(Process)              # once: exporting a class takes Ray long
 
     def now(self) -> float:
@@ -428,48 +428,48 @@ class RayExecutor:
         self.nodes_now = {node.id: node for node in nodes()}
         return list(self.nodes_now.values())
 
-    def start(self, copy: Copy) -> None:
-        post = copy.post
+    def start(self, replica: Replica) -> None:
+        post = replica.post
         cpus = math.floor(post.cpus * self.nodes_now[post.node].cpu_share * 1e4) / 1e4      # Ray's unit is 0.0001
-        copy.handle = self.process.options(
+        replica.handle = self.process.options(
             num_cpus=cpus, num_gpus=post.gpus, max_restarts=0, max_task_retries=0,
-            max_concurrency=copy.stage.concurrency,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(post.node, soft=False)).remote(copy.stage.threads)
+            max_concurrency=replica.stage.concurrency,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(post.node, soft=False)).remote(replica.stage.threads)
 
-    def end(self, copy: Copy) -> None:
-        for call in copy.calls:
+    def end(self, replica: Replica) -> None:
+        for call in replica.calls:
             self.pending.pop(call.handle, None)
-        self.killed_before.pop(copy, None)
-        ray.kill(copy.handle)
+        self.killed_before.pop(replica, None)
+        ray.kill(replica.handle)
 
     def submit(self, call: Call) -> None:
-        actor, stage = call.copy.handle, call.copy.stage
+        actor, stage = call.replica.handle, call.replica.stage
         if call.kind == "work":
             method = actor.work.options(num_returns=1 if call.last else 1 + len(call.rows))
-            values = [row.value for row in call.rows] if call.copy.place else []
+            values = [row.value for row in call.rows] if call.replica.place else []
             returned = method.remote(call.serial, [row.request for row in call.rows], call.safe, call.last, *values)
             call.handle, *call.values = [returned] if call.last else returned
         elif call.kind == "load":
-            call.handle = actor.load.remote(stage, call.copy.name)
+            call.handle = actor.load.remote(stage, call.replica.name)
         else:
             call.handle = getattr(actor, call.kind).remote()
         self.pending[call.handle] = call
 
     def cancel(self, call: Call) -> None:
-        call.copy.handle.stop.remote(call.serial, at_work=True)
+        call.replica.handle.stop.remote(call.serial, at_work=True)
 
     def recall(self, call: Call) -> None:
-        call.copy.handle.stop.remote(call.serial, at_work=False)
-        before = list(call.copy.calls)[:call.copy.stage.concurrency]
+        call.replica.handle.stop.remote(call.serial, at_work=False)
+        before = list(call.replica.calls)[:call.replica.stage.concurrency]
         if call in before or ray.wait([other.handle for other in before], timeout=0)[0]:
             return                                      # it has begun, or does so now that another is done
         ray.cancel(call.handle)                         # what only waits there need not wait for its answer
 
-    def kept_waiting_s(self, copy: Copy) -> float:
-        return beside(copy.handle.kept_waiting_s) or 0.0
+    def kept_waiting_s(self, replica: Replica) -> float:
+        return beside(replica.handle.kept_waiting_s) or 0.0
 
-    def waits_for(self, copy: Copy) -> tuple[str, float] | None:
-        return beside(copy.handle.waits_for)
+    def waits_for(self, replica: Replica) -> tuple[str, float] | None:
+        return beside(replica.handle.waits_for)
 
     def wait(self, timeout_s: float) -> Iterator[tuple[Call, Answer]]:
         if not self.pending:
@@ -489,7 +489,7 @@ class RayExecutor:
 
     def before(self, call: Call) -> Iterator[tuple[Call, Answer]]:
         """A death answers all calls at once; one that was done before it must be told first, or it is blamed."""
-        for earlier in [other for other in call.copy.calls if other.serial < call.serial]:
+        for earlier in [other for other in call.replica.calls if other.serial < call.serial]:
             ready, _ = ray.wait([earlier.handle], timeout=5)
             if ready and self.pending.pop(earlier.handle, None):
                 yield earlier, self.answer(earlier)
@@ -502,9 +502,9 @@ class RayExecutor:
         except rex.ActorDiedError as error:
             if MAKING_IT in str(error):                 # its modules cannot be imported there, or the like
                 return Broken(how="load", reason=last_line(error))
-            if self.machine_lost(call.copy, error):
+            if self.machine_lost(call.replica, error):
                 return Broken(how="node", reason=one_line(error))
-            if self.was_killed_for_memory(call.copy):
+            if self.was_killed_for_memory(call.replica):
                 return Broken(how="unfit", reason=OUT_OF_MEMORY, sure=False)
             return Broken(how="died", reason=one_line(error))
         except (rex.ActorUnschedulableError, rex.TaskUnschedulableError, rex.NodeDiedError) as error:
@@ -531,20 +531,20 @@ class RayExecutor:
                 raise
             return broken_by(unfit)
         if isinstance(answer, Hello):
-            self.killed_before[call.copy] = answer.killed_for_memory
+            self.killed_before[call.replica] = answer.killed_for_memory
         return Alive() if answer is None else answer
 
-    def was_killed_for_memory(self, copy: Copy) -> bool:
-        """Whether some process was on this machine since the copy was started; whether this one, nobody says."""
-        before = self.killed_before.get(copy)
+    def was_killed_for_memory(self, replica: Replica) -> bool:
+        """Whether some process was on this machine since the replica was started; whether this one, nobody says."""
+        before = self.killed_before.get(replica)
         if before is None:
             return False
         ask = ray.remote(killed_for_memory).options(num_cpus=0, max_retries=0, scheduling_strategy=(
-            NodeAffinitySchedulingStrategy(copy.post.node, soft=False)))
+            NodeAffinitySchedulingStrategy(replica.post.node, soft=False)))
         return (beside(ask) or 0) > before
 
-    def machine_lost(self, copy: Copy, error: rex.ActorDiedError) -> bool:
-        return error.preempted or "node has died" in str(error) or copy.post.node not in {node.id for node in nodes()}
+    def machine_lost(self, replica: Replica, error: rex.ActorDiedError) -> bool:
+        return error.preempted or "node has died" in str(error) or replica.post.node not in {node.id for node in nodes()}
 
 
 def beside(method: Any) -> Any:

@@ -9,10 +9,10 @@ one whose machine failed it (faults.py): that ends the process, and the row is t
 one (fitness.py).
 
     attempt 1   as planned
-    attempt 2   on another copy, where there is one
+    attempt 2   on another replica, where there is one
     attempt 3   in the safe profile: alone, in a quarter of the memory; the clip's fallbacks say so
 
-A copy that fails three different rows in succession, or three that others then make, is replaced. Where no copy of a
+A replica that fails three different rows in succession, or three that others then make, is replaced. Where no replica of a
 stage makes anything of many different rows the run ends, and what failed in that time is not held against the rows.
 """
 
@@ -25,7 +25,7 @@ from itertools import count
 from dailies.actors.messages import Clip, Failure, Request
 from dailies.pipeline.scheduler import placement
 from dailies.pipeline.scheduler.budget import Budget
-from dailies.pipeline.scheduler.executor import Answer, Broken, Call, Copy, Executor, Done, Hello, Row
+from dailies.pipeline.scheduler.executor import Answer, Broken, Call, Replica, Executor, Done, Hello, Row
 from dailies.pipeline.scheduler.placement import Node
 from dailies.pipeline.scheduler.quarantine import Fitness
 from dailies.pipeline.scheduler.stage_queue import Line, Lines
@@ -40,17 +40,17 @@ ANSWER_S = 1.0              # within which the answer to a call that is done has
 PATIENCE_S = 600.0          # nothing runs and nothing can be started: then the run ends
 MOST_LOSSES = 10            # of machines under one row, before the row is suspected after all; so many times, too,
                             # the memory of machines that made other rows before
-MOST_FAILED = 3             # different rows of one copy, in succession or blamed on it: then it is replaced
-FIRST_STREAK = 12           # different rows that fail in one stage, or six for each copy, before it made anything: and
+MOST_FAILED = 3             # different rows of one replica, in succession or blamed on it: then it is replaced
+FIRST_STREAK = 12           # different rows that fail in one stage, or six for each replica, before it made anything: and
 LONGEST_STREAK = 1000       # afterwards, in succession, since a whole bucket may be too large; then the run ends
 ASKS_S = 60.0               # of one call on a GPU: then it is asked whether another process has that
 GPU_HELD_S = 1800.0         # by a process that is not ours, in one piece: steps and clips give it back much sooner
 SAVING_S = 10.0             # in which a run that is told to save may still publish what is sampled
 LEAST_LIMIT_S = 120.0       # a row may always take so long in a stage, not counting what it waits for the store,
 LIMIT = 10                  # and so many times as long as others of its kind
-MOST_DEAD_STARTS = 3        # and one for each copy, of a stage that has none alive; then the run ends
-MOST_STORE_TROUBLE = 5      # answers of every copy in succession that the store is unusable; then the run ends
-MOVES_AFTER = 3             # such answers of one copy in succession: then it is started on another machine
+MOST_DEAD_STARTS = 3        # and one for each replica, of a stage that has none alive; then the run ends
+MOST_STORE_TROUBLE = 5      # answers of every replica in succession that the store is unusable; then the run ends
+MOVES_AFTER = 3             # such answers of one replica in succession: then it is started on another machine
 RESTS_S, LONGEST_REST_S = 0.5, 5.0      # after such an answer, longer each time: credentials may be renewed meanwhile
 SAFE_NOTE = "made in attempt {}, in the safe profile: alone, in a quarter of the memory"
 
@@ -80,7 +80,7 @@ class Stop:
 @dataclass(frozen=True, kw_only=True)
 class StageProgress:
     name: str
-    copies: int                 # ready to work
+    replicas: int                 # ready to work
     starting: int
     queued: int
     in_flight: int
@@ -152,8 +152,8 @@ class Driver:
         finally:
             self.count_gpus(last=True)
             for line in self.lines:
-                for copy in list(line.copies):
-                    self.end(copy)
+                for replica in list(line.replicas):
+                    self.end(replica)
             self.tell(last=True)
 
     @property
@@ -162,7 +162,7 @@ class Driver:
 
     def finished(self) -> bool:
         if self.draining:
-            working = any(call.kind == "work" for line in self.lines for copy in line.copies for call in copy.calls)
+            working = any(call.kind == "work" for line in self.lines for replica in line.replicas for call in replica.calls)
             return not working and not (len(self.lines) > 1 and self.lines[-1].queue and self.serves_last())
         return self.lines.held == 0 and self.coming is None
 
@@ -170,8 +170,8 @@ class Driver:
         """Forget the rows that no stage has begun; those that only the last stage waits for are still served."""
         for line in self.lines[:-1]:
             line.queue.clear()
-            for copy in line.copies:
-                calls = [call for call in copy.calls if call.kind == "work"]
+            for replica in line.replicas:
+                calls = [call for call in replica.calls if call.kind == "work"]
                 for call in () if self.drained else calls[1:]:
                     self.executor.recall(call)
                 for call in calls if self.stop.saving else ():
@@ -233,7 +233,7 @@ class Driver:
     # Work.
 
     def dispatch(self, line: Line) -> None:
-        """As many calls in each copy as keep it busy, unless so few rows are left that another would idle."""
+        """As many calls in each replica as keep it busy, unless so few rows are left that another would idle."""
         last = line.index == len(self.lines) - 1
         if not line.queue or self.draining and not (last and line.index and self.serves_last()):
             return
@@ -243,29 +243,29 @@ class Driver:
         for depth in range(1, line.stage.depth + 1):
             if depth > 1 and self.unbegun(line) <= len(ready):
                 return
-            for copy in ready:
-                if len(copy.calls) >= depth or copy.calls and any(row.shares_none for row in copy.calls[-1].rows):
+            for replica in ready:
+                if len(replica.calls) >= depth or replica.calls and any(row.shares_none for row in replica.calls[-1].rows):
                     continue
-                if copy.rests_until > self.executor.now():
+                if replica.rests_until > self.executor.now():
                     continue
-                while (rows := line.take(copy)) and not (last and line.index) and not self.fits(line, copy, rows):
+                while (rows := line.take(replica)) and not (last and line.index) and not self.fits(line, replica, rows):
                     self.budget.left_out += len(rows)
                     for row in rows:
                         self.lines.remove(row)
                 if not rows:
                     continue
-                if not copy.calls and self.executor.now() - copy.since > IDLE_S:
-                    self.call(copy, "ping")
+                if not replica.calls and self.executor.now() - replica.since > IDLE_S:
+                    self.call(replica, "ping")
                 line.in_flight += len(rows)
-                self.call(copy, "work", rows, last)
+                self.call(replica, "work", rows, last)
 
-    def fits(self, line: Line, copy: Copy, rows: Sequence[Row]) -> bool:
-        """Whether rows can become clips within the budget if this copy gets them now."""
+    def fits(self, line: Line, replica: Replica, rows: Sequence[Row]) -> bool:
+        """Whether rows can become clips within the budget if this replica gets them now."""
         if not self.budget.has_limit:
             return True
         request, name, now = rows[0].request, line.stage.name, self.executor.now()
         seconds = self.path_s(line, request) + (len(rows) - 1) * self.budget.seconds(name, request)
-        for place, call in enumerate(call for call in copy.calls if call.rows):
+        for place, call in enumerate(call for call in replica.calls if call.rows):
             takes_s = len(call.rows) * self.budget.seconds(name, call.rows[0].request) * line.pace_share
             seconds += takes_s if place else max(0.0, takes_s - (now - call.began))
         if line.stage.window is None:                   # what works ahead of a long queue is not judged by its length
@@ -281,64 +281,64 @@ class Driver:
         """Rows that this stage has still to begin."""
         return self.lines.unbegun(line) if self.coming is None or self.draining else math.inf
 
-    def call(self, copy: Copy, kind: str, rows: Sequence[Row] = (), last: bool = False) -> None:
-        call = Call(copy=copy, kind=kind, serial=next(self.serials), rows=list(rows), last=last,
+    def call(self, replica: Replica, kind: str, rows: Sequence[Row] = (), last: bool = False) -> None:
+        call = Call(replica=replica, kind=kind, serial=next(self.serials), rows=list(rows), last=last,
                     safe=any(row.safe for row in rows), began=self.executor.now())
-        copy.calls.append(call)
+        replica.calls.append(call)
         self.executor.submit(call)
 
     def settle(self, call: Call, answer: Answer) -> None:
-        copy = call.copy
-        if call not in copy.calls:                      # its copy has ended meanwhile
+        replica = call.replica
+        if call not in replica.calls:                      # its replica has ended meanwhile
             return
-        line = self.lines[copy.place]
+        line = self.lines[replica.place]
         if isinstance(answer, Broken) and answer.how in ("died", "hung", "node", "load", "unfit"):
-            self.died(copy, answer, call)
+            self.died(replica, answer, call)
             return
-        was_first = call is copy.calls[0]
-        copy.calls.remove(call)
-        copy.since = self.executor.now()
-        if copy.calls and was_first:
-            copy.calls[0].began = copy.since
+        was_first = call is replica.calls[0]
+        replica.calls.remove(call)
+        replica.since = self.executor.now()
+        if replica.calls and was_first:
+            replica.calls[0].began = replica.since
         if isinstance(answer, Hello):
-            copy.post = replace(copy.post, devices=answer.devices)
-            copy.state = "loading"
+            replica.post = replace(replica.post, devices=answer.devices)
+            replica.state = "loading"
             self.start_planned()
         elif call.kind == "load":
-            copy.state = "ready"
+            replica.state = "ready"
             line.failed_starts = 0
         elif call.kind == "work":
             line.in_flight -= len(call.rows)
             if isinstance(answer, Done):
-                self.made(line, copy, call, answer)
+                self.made(line, replica, call, answer)
             else:
-                self.gave_nothing(line, copy, call, answer)
-        if copy.state == "leaving" and not copy.calls:
-            self.end(copy)
+                self.gave_nothing(line, replica, call, answer)
+        if replica.state == "leaving" and not replica.calls:
+            self.end(replica)
 
-    def made(self, line: Line, copy: Copy, call: Call, answer: Done) -> None:
+    def made(self, line: Line, replica: Replica, call: Call, answer: Done) -> None:
         spent = sum(answer.report.seconds.values())
         pace_s = spent if answer.report.pace_s is None else answer.report.pace_s
-        copy.store_trouble = 0
+        replica.store_trouble = 0
         bucket, whole = call.rows[0].request.bucket, not answer.report.partly
         if whole:
             line.seconds = spent if line.seconds is None else 0.9 * line.seconds + 0.1 * spent
             line.pace_s = pace_s if line.pace_s is None else 0.9 * line.pace_s + 0.1 * pace_s
         if whole and not any(isinstance(made, Failure) for made in answer.made):
             self.budget.measured(line.stage.name, call.rows[0].request, spent)
-            if bucket not in copy.buckets:
+            if bucket not in replica.buckets:
                 line.first_s = max(line.first_s, spent)
         for row, made, value in zip(call.rows, answer.made, call.values or answer.made, strict=True):
             if isinstance(made, Failure):
-                self.charge(row, made, copy)
+                self.charge(row, made, replica)
                 continue
             line.done += 1
             if whole:
-                copy.buckets.add(bucket)
-            copy.failed.clear()
-            self.fitness.made(copy)
+                replica.buckets.add(bucket)
+            replica.failed.clear()
+            self.fitness.made(replica)
             self.end_streak(line)
-            if row.avoid not in (None, copy):
+            if row.avoid not in (None, replica):
                 row.avoid.blamed.add(row.request.clip_id)
                 self.fence(row.avoid)
             row.reports.append(answer.report)
@@ -348,11 +348,11 @@ class Driver:
             else:
                 self.lines.advance(row)
         if answer.report.broken:
-            self.died(copy, Broken(how="gpu", reason="its GPU's context is lost"))
+            self.died(replica, Broken(how="gpu", reason="its GPU's context is lost"))
         else:
-            self.fence(copy)
+            self.fence(replica)
 
-    def gave_nothing(self, line: Line, copy: Copy, call: Call, answer: Broken) -> None:
+    def gave_nothing(self, line: Line, replica: Replica, call: Call, answer: Broken) -> None:
         for row in reversed(call.rows):
             if answer.how == "input":
                 self.lost_inputs += 1
@@ -361,28 +361,28 @@ class Driver:
             else:
                 line.queue.appendleft(row)
         if answer.how == "store":
-            self.no_store(line, copy, answer)
+            self.no_store(line, replica, answer)
 
-    def no_store(self, line: Line, copy: Copy, answer: Broken) -> None:
-        """The run ends where no copy has the store; where others may have it, this one is started elsewhere."""
+    def no_store(self, line: Line, replica: Replica, answer: Broken) -> None:
+        """The run ends where no replica has the store; where others may have it, this one is started elsewhere."""
         now = self.executor.now()
-        if now < copy.rests_until:                      # another call met the same trouble
+        if now < replica.rests_until:                      # another call met the same trouble
             return
-        copy.store_trouble += 1
-        copy.rests_until = now + min(LONGEST_REST_S, RESTS_S * 2.0 ** (copy.store_trouble - 1))
-        elsewhere = [node for node in self.fitness.left(line.stage, self.nodes) if node.id != copy.post.node]
-        if copy.store_trouble >= MOVES_AFTER and elsewhere:
-            self.died(copy, replace(answer, how="unfit"))
-        elif all(other.store_trouble >= MOST_STORE_TROUBLE for other in line.copies):
+        replica.store_trouble += 1
+        replica.rests_until = now + min(LONGEST_REST_S, RESTS_S * 2.0 ** (replica.store_trouble - 1))
+        elsewhere = [node for node in self.fitness.left(line.stage, self.nodes) if node.id != replica.post.node]
+        if replica.store_trouble >= MOVES_AFTER and elsewhere:
+            self.died(replica, replace(answer, how="unfit"))
+        elif all(other.store_trouble >= MOST_STORE_TROUBLE for other in line.replicas):
             raise StoreError(answer.reason)
 
-    def charge(self, row: Row, failure: Failure, copy: Copy) -> None:
-        """An attempt is used up: again, elsewhere if there is another copy, or never again."""
+    def charge(self, row: Row, failure: Failure, replica: Replica) -> None:
+        """An attempt is used up: again, elsewhere if there is another replica, or never again."""
         row.failures += 1
         line = self.lines[row.place]
         if not failure.about_row:
-            if row.avoid in (None, copy):
-                copy.failed.add(row.request.clip_id)
+            if row.avoid in (None, replica):
+                replica.failed.add(row.request.clip_id)
             else:                                       # it fails there and here: that is its own doing
                 row.avoid.failed.discard(row.request.clip_id)
             line.streak.add(row.request.clip_id)
@@ -390,25 +390,25 @@ class Driver:
         if row.failures >= self.max_attempts:
             self.finish(row, failure)
             return
-        self.note(f"{copy.name}: attempt {row.failures} at clip {row.request.clip_id[:12]} failed: "
+        self.note(f"{replica.name}: attempt {row.failures} at clip {row.request.clip_id[:12]} failed: "
                   f"{failure.error_type}: {failure.error}")
-        row.avoid = copy
-        line.queue.insert(len(line.copies), row)        # behind others, which show whether the stage works at all
+        row.avoid = replica
+        line.queue.insert(len(line.replicas), row)        # behind others, which show whether the stage works at all
 
     def check_streak(self, line: Line, failure: Failure) -> None:
-        most = LONGEST_STREAK if line.done else max(FIRST_STREAK, 2 * MOST_FAILED * len(line.copies))
+        most = LONGEST_STREAK if line.done else max(FIRST_STREAK, 2 * MOST_FAILED * len(line.replicas))
         if len(line.streak) >= most:
             raise ClusterError(f"stage {line.stage.name} made nothing of {len(line.streak)} different clips in succession, "
                                f"on any of its workers; none of them is charged. The last one: {failure.error_type}: "
                                f"{failure.error}. See to the machines or the model; if it is the clips, take them out or "
                                "put others before them (priority). Then run the same command again")
 
-    def fence(self, copy: Copy) -> None:
-        """Replace a copy that cannot do what others can."""
-        if copy.state == "ready" and max(len(copy.failed), len(copy.blamed)) >= MOST_FAILED:
-            what = "failed in succession" if len(copy.failed) >= MOST_FAILED else "failed here and were made elsewhere"
-            self.note(f"{copy.name}: replaced by a new process: {MOST_FAILED} different clips {what}")
-            self.leave(copy)
+    def fence(self, replica: Replica) -> None:
+        """Replace a replica that cannot do what others can."""
+        if replica.state == "ready" and max(len(replica.failed), len(replica.blamed)) >= MOST_FAILED:
+            what = "failed in succession" if len(replica.failed) >= MOST_FAILED else "failed here and were made elsewhere"
+            self.note(f"{replica.name}: replaced by a new process: {MOST_FAILED} different clips {what}")
+            self.leave(replica)
 
     def lost(self, row: Row, line: Line, reason: str) -> bool:
         """Count a loss that is not the row's fault. False, and it has failed, once there are too many to believe it."""
@@ -422,17 +422,17 @@ class Driver:
 
     # Processes.
 
-    def died(self, copy: Copy, answer: Broken, call: Call | None = None) -> None:
+    def died(self, replica: Replica, answer: Broken, call: Call | None = None) -> None:
         """A process is gone, and its first call pays. If another may have done it, all are suspects and none pays.
 
         call: that has met what is wrong with the machine.
         """
-        line, calls, state, now = self.lines[copy.place], list(copy.calls), copy.state, self.executor.now()
+        line, calls, state, now = self.lines[replica.place], list(replica.calls), replica.state, self.executor.now()
         if answer.how == "node":
-            self.shunned_until[copy.post.node] = now + SHUN_S
+            self.shunned_until[replica.post.node] = now + SHUN_S
         at_work_s = now - calls[0].began if calls else 0.0
-        self.end(copy)
-        self.note(f"{copy.name}: {what_became_of(copy, answer)}: {answer.reason}")
+        self.end(replica)
+        self.note(f"{replica.name}: {what_became_of(replica, answer)}: {answer.reason}")
         certain = len(calls) == 1 or line.stage.concurrency == 1 and at_work_s > ANSWER_S
         for place, each in reversed(list(enumerate(calls))):
             for row in reversed(each.rows):
@@ -440,30 +440,30 @@ class Driver:
                 if answer.how in ("died", "hung"):
                     row.alone = row.alone or place == 0 or not certain
                 if each is call and answer.how == "unfit":
-                    self.failed_by_machine(row, line, copy, answer)
+                    self.failed_by_machine(row, line, replica, answer)
                 elif place == 0 and answer.how in ("died", "hung") and certain:
-                    self.charge(row, worker_died(row, line, answer, copy), copy)
+                    self.charge(row, worker_died(row, line, answer, replica), replica)
                 elif place or answer.how not in ("died", "node") or self.lost(row, line, answer.reason):
                     line.queue.appendleft(row)
         if answer.how in ("unfit", "load"):
-            self.unfit(line, copy, answer, "start" if state in ("starting", "loading") else "work on any machine")
+            self.unfit(line, replica, answer, "start" if state in ("starting", "loading") else "work on any machine")
         elif state in ("starting", "loading") and answer.how != "node":
             self.start_failed(line, answer)
 
-    def failed_by_machine(self, row: Row, line: Line, copy: Copy, answer: Broken) -> None:
+    def failed_by_machine(self, row: Row, line: Line, replica: Replica, answer: Broken) -> None:
         """Back to its line, behind the others, which show whether they can be made there. Free of charge, unless it is
         a matter of memory, and machines that made others had none for it again and again."""
         if not answer.sure:
             row.alone = True
-            if copy.buckets and not self.lost(row, line, answer.reason):
+            if replica.buckets and not self.lost(row, line, answer.reason):
                 return
         line.queue.append(row)
 
-    def unfit(self, line: Line, copy: Copy, answer: Broken, what: str) -> None:
+    def unfit(self, line: Line, replica: Replica, answer: Broken, what: str) -> None:
         """Leave that machine alone for a while. The run ends where none is left for the stage."""
-        self.fitness.failed(copy, answer, self.executor.now())
+        self.fitness.failed(replica, answer, self.executor.now())
         fitting = [node for node in self.nodes if placement.can_hold(node, line.stage)]
-        if any(other.state != "leaving" for other in line.copies) or not fitting:
+        if any(other.state != "leaving" for other in line.replicas) or not fitting:
             return
         if not self.fitness.left(line.stage, fitting):
             told = self.fitness.told(line.stage.name, fitting).rstrip(".")
@@ -471,30 +471,30 @@ class Driver:
                                "the same command continues")
 
     def start_failed(self, line: Line, answer: Broken) -> None:
-        """If another copy lives, try again later. If none does, the run ends after a few tries."""
+        """If another replica lives, try again later. If none does, the run ends after a few tries."""
         line.failed_starts += 1
-        if not line.ready and line.failed_starts >= MOST_DEAD_STARTS + len(line.copies):
+        if not line.ready and line.failed_starts >= MOST_DEAD_STARTS + len(line.replicas):
             raise ClusterError(f"stage {line.stage.name} cannot start: {answer.reason}")
         line.not_before = self.executor.now() + min(600.0, 0.25 * 2.0 ** line.failed_starts)
 
-    def end(self, copy: Copy) -> None:
-        self.lines[copy.place].copies.remove(copy)
-        if copy.state != "planned":
-            self.executor.end(copy)
-        copy.calls.clear()
-        copy.state, self.changed = "ended", True
+    def end(self, replica: Replica) -> None:
+        self.lines[replica.place].replicas.remove(replica)
+        if replica.state != "planned":
+            self.executor.end(replica)
+        replica.calls.clear()
+        replica.state, self.changed = "ended", True
 
-    def leave(self, copy: Copy) -> None:
-        """End a copy between two calls: what has not begun there goes elsewhere."""
-        if copy.state != "ready" or not copy.calls:
-            rows = [row for call in copy.calls for row in call.rows]
-            line = self.lines[copy.place]
+    def leave(self, replica: Replica) -> None:
+        """End a replica between two calls: what has not begun there goes elsewhere."""
+        if replica.state != "ready" or not replica.calls:
+            rows = [row for call in replica.calls for row in call.rows]
+            line = self.lines[replica.place]
             line.in_flight -= len(rows)
             line.queue.extendleft(reversed(rows))
-            self.end(copy)
+            self.end(replica)
             return
-        copy.state = "leaving"
-        for call in list(copy.calls)[1:]:
+        replica.state = "leaving"
+        for call in list(replica.calls)[1:]:
             self.executor.recall(call)
 
     def tend_windows(self) -> None:
@@ -508,29 +508,29 @@ class Driver:
             idle = not (line.in_flight if draining else line.rows)
             if idle and (not more or not self.lines.has_room(line) and self.someone_gains(line)):
                 line.open = False
-                if line.copies:
+                if line.replicas:
                     self.note(f"{line.stage.name}: {ahead if more else 'all'} clips are ready; it "
                               + ("pauses and leaves its place to the others" if more else "has ended"))
-                for copy in list(line.copies):
-                    self.leave(copy)
+                for replica in list(line.replicas):
+                    self.leave(replica)
         elif (line.rows or more) and ahead <= self.lines.window(line) // 4 and not draining:
             line.open = self.changed = True
             self.note(f"{line.stage.name}: {ahead} clips are ready; it goes on")
 
     def someone_gains(self, line: Line) -> bool:
-        posts = [copy.post for other in self.lines if other is not line for copy in other.copies]
+        posts = [replica.post for other in self.lines if other is not line for replica in other.replicas]
         return bool(placement.hires(self.stages, self.usable(), posts,
                                     limits=self.limits() | {line.stage.name: 0}, seconds=self.seconds(),
                                     barred=self.fitness.barred(self.executor.now())))
 
     def limits(self) -> dict[str, int]:
-        """The most copies of each stage that would have work."""
+        """The most replicas of each stage that would have work."""
         limits = {}
         for line in self.lines:
             if not line.open or self.draining and line is not self.lines[-1]:
                 limits[line.stage.name] = 0
             elif self.executor.now() < line.not_before:
-                limits[line.stage.name] = len(line.copies)
+                limits[line.stage.name] = len(line.replicas)
             elif self.coming is not None and not self.draining:
                 limits[line.stage.name] = 10**9
             else:
@@ -544,18 +544,18 @@ class Driver:
         return {line.stage.name: line.pace_s for line in self.lines if line.pace_s is not None}
 
     def look(self) -> None:
-        """See to the machines: now and then, and whenever a copy came or went."""
+        """See to the machines: now and then, and whenever a replica came or went."""
         now = self.executor.now()
         if now >= self.look_at:
             self.look_at, self.changed = now + LOOK_S, True
             self.nodes = self.executor.nodes()
             alive = {node.id for node in self.nodes}
-            for copy in self.copies():
-                if copy.post.node not in alive:
-                    self.died(copy, Broken(how="node", reason=f"node {copy.post.node[:12]} is gone"))
-                elif overdue := self.overdue(copy, now):
-                    self.died(copy, overdue)
-            if any(copy.calls for copy in self.copies()):
+            for replica in self.replicas():
+                if replica.post.node not in alive:
+                    self.died(replica, Broken(how="node", reason=f"node {replica.post.node[:12]} is gone"))
+                elif overdue := self.overdue(replica, now):
+                    self.died(replica, overdue)
+            if any(replica.calls for replica in self.replicas()):
                 self.busy_at = now
             elif now - self.busy_at > PATIENCE_S:
                 waiting = ", ".join(f"{line.stage.name} {line.rows}" for line in self.lines if line.rows)
@@ -565,86 +565,86 @@ class Driver:
             self.changed = False
             self.place()
 
-    def overdue(self, copy: Copy, now: float) -> Broken | None:
-        """What is to be said of a copy that has taken too long."""
-        if copy.state == "starting" and now - copy.since > PATIENCE_S:
-            need = f"{copy.post.gpus:g} GPU, {copy.post.cpus:g} CPU"
+    def overdue(self, replica: Replica, now: float) -> Broken | None:
+        """What is to be said of a replica that has taken too long."""
+        if replica.state == "starting" and now - replica.since > PATIENCE_S:
+            need = f"{replica.post.gpus:g} GPU, {replica.post.cpus:g} CPU"
             return Broken(how="load", reason=f"its machine gave it no room for {PATIENCE_S:.0f} s; something else may "
                                              f"hold its {need} there (`ray status` shows what)")
-        head = copy.calls[0] if copy.calls else None
+        head = replica.calls[0] if replica.calls else None
         if head and head.kind == "work":
             at_work_s, limit_s = now - head.began, self.limit_s(head)
-            if at_work_s > limit_s and at_work_s - self.executor.kept_waiting_s(copy) > limit_s:
+            if at_work_s > limit_s and at_work_s - self.executor.kept_waiting_s(replica) > limit_s:
                 return Broken(how="hung", reason=f"no answer after {at_work_s:.0f} s, where it may take {limit_s:.0f} s")
-            return self.kept_from_gpu(copy, now)
+            return self.kept_from_gpu(replica, now)
         return None
 
-    def kept_from_gpu(self, copy: Copy, now: float) -> Broken | None:
-        """Tell of another process that has a copy's GPU, and give up on one that keeps it."""
-        if not copy.post.gpus or now - max(copy.calls[0].began, copy.asked_at) < ASKS_S:
+    def kept_from_gpu(self, replica: Replica, now: float) -> Broken | None:
+        """Tell of another process that has a replica's GPU, and give up on one that keeps it."""
+        if not replica.post.gpus or now - max(replica.calls[0].began, replica.asked_at) < ASKS_S:
             return None
-        copy.asked_at = now
-        who, seconds = self.executor.waits_for(copy) or ("", 0.0)
+        replica.asked_at = now
+        who, seconds = self.executor.waits_for(replica) or ("", 0.0)
         if seconds > GPU_HELD_S:
             return Broken(how="unfit", reason=f"{who} has had its GPU for {seconds:.0f} s. End it, or use another GPU")
         if seconds > ASKS_S:
-            self.note(f"{copy.name}: waits for its GPU, which {who} has had for {seconds:.0f} s")
+            self.note(f"{replica.name}: waits for its GPU, which {who} has had for {seconds:.0f} s")
         return None
 
     def limit_s(self, call: Call) -> float:
         """How long a call may take: a multiple of what its like took. The first of a bucket compiles, tunes and warms up."""
-        line, request = self.lines[call.copy.place], call.rows[0].request
+        line, request = self.lines[call.replica.place], call.rows[0].request
         usual_s, most_s = self.budget.seconds(line.stage.name, request), self.row_timeout_s or math.inf
         if not usual_s:
             return most_s * len(call.rows)
-        if request.bucket not in call.copy.buckets:
+        if request.bucket not in call.replica.buckets:
             usual_s = max(usual_s, line.first_s)
         return min(most_s, LEAST_LIMIT_S + LIMIT * usual_s) * len(call.rows)
 
     def place(self) -> None:
-        for post in placement.hires(self.stages, self.usable(), [copy.post for copy in self.copies()],
+        for post in placement.hires(self.stages, self.usable(), [replica.post for replica in self.replicas()],
                                     limits=self.limits(), seconds=self.seconds(),
                                     barred=self.fitness.barred(self.executor.now())):
             line = next(line for line in self.lines if line.stage.name == post.stage)
             name = f"{post.stage}-{next(self.names)}"
-            line.copies.append(Copy(name=name, stage=line.stage, place=line.index, post=post))
+            line.replicas.append(Replica(name=name, stage=line.stage, place=line.index, post=post))
         self.start_planned()
         for line in self.lines:
-            if line.queue and not line.copies and self.limits()[line.stage.name]:
+            if line.queue and not line.replicas and self.limits()[line.stage.name]:
                 self.make_room(line)
 
     def make_room(self, line: Line) -> None:
-        """A stage with rows has no copy and no place: others leave, but the last of a stage only for the first stage."""
+        """A stage with rows has no replica and no place: others leave, but the last of a stage only for the first stage."""
         first = self.lines[0]
-        if line is not first and first.stage.window is not None and first.open and first.copies:
+        if line is not first and first.stage.window is not None and first.open and first.replicas:
             return                                      # it will give its place back by itself
-        staying = [copy for copy in self.copies() if copy.state != "leaving"]
-        staying.sort(key=lambda copy: copy.state == "ready")
-        posts = [copy.post for copy in staying]
+        staying = [replica for replica in self.replicas() if replica.state != "leaving"]
+        staying.sort(key=lambda replica: replica.state == "ready")
+        posts = [replica.post for replica in staying]
         barred = self.fitness.barred(self.executor.now())
         nodes = [node for node in self.usable() if (line.stage.name, node.id) not in barred]
         if placement.Room(nodes, posts).node_for(line.stage) is not None:
             return                                      # it has: who leaves is on the way
-        keep = [] if line is first else [other.copies[-1].post for other in self.lines if other.copies and other.rows]
+        keep = [] if line is first else [other.replicas[-1].post for other in self.lines if other.replicas and other.rows]
         leaving = placement.make_room(line.stage, nodes, posts, keep)
-        for copy in staying:
-            if any(copy.post is post for post in leaving):
-                self.note(f"{copy.name}: makes room for {line.stage.name}")
-                self.leave(copy)
+        for replica in staying:
+            if any(replica.post is post for post in leaving):
+                self.note(f"{replica.name}: makes room for {line.stage.name}")
+                self.leave(replica)
 
     def start_planned(self) -> None:
-        """Start copies, on each node the larger shares of a GPU first: the node fills its GPUs in the order they come."""
+        """Start replicas, on each node the larger shares of a GPU first: the node fills its GPUs in the order they come."""
         largest: dict[str, float] = {}
-        for copy in self.copies():
-            if copy.state in ("planned", "starting"):
-                largest[copy.post.node] = max(copy.post.gpus, largest.get(copy.post.node, 0.0))
-        for copy in self.copies():
-            if copy.state == "planned" and (not copy.post.gpus or copy.post.gpus >= largest[copy.post.node]):
-                copy.state, copy.since = "starting", self.executor.now()
-                copy.started = copy.since
-                self.executor.start(copy)
-                self.call(copy, "hello")
-                self.call(copy, "load")
+        for replica in self.replicas():
+            if replica.state in ("planned", "starting"):
+                largest[replica.post.node] = max(replica.post.gpus, largest.get(replica.post.node, 0.0))
+        for replica in self.replicas():
+            if replica.state == "planned" and (not replica.post.gpus or replica.post.gpus >= largest[replica.post.node]):
+                replica.state, replica.since = "starting", self.executor.now()
+                replica.started = replica.since
+                self.executor.start(replica)
+                self.call(replica, "hello")
+                self.call(replica, "load")
 
     def count_gpus(self, last: bool = False) -> None:
         """Tell the budget of the GPUs that have a process of ours; each counts whole, because it is paid whole."""
@@ -654,15 +654,15 @@ class Driver:
         self.count_at = now + COUNT_S
         shares: dict[str, float] = defaultdict(float)
         devices: dict[str, set[str]] = defaultdict(set)
-        for copy in self.copies():
-            if copy.state != "planned" and copy.post.gpus:
-                shares[copy.post.node] += copy.post.gpus
-                devices[copy.post.node].update(copy.post.devices)
+        for replica in self.replicas():
+            if replica.state != "planned" and replica.post.gpus:
+                shares[replica.post.node] += replica.post.gpus
+                devices[replica.post.node].update(replica.post.devices)
         self.budget.spend(sum(max(len(devices[node]), math.ceil(share - placement.EPSILON))
                               for node, share in shares.items()), now)
 
-    def copies(self) -> list[Copy]:
-        return [copy for line in self.lines for copy in line.copies]
+    def replicas(self) -> list[Replica]:
+        return [replica for line in self.lines for replica in line.replicas]
 
     # What a person sees.
 
@@ -684,16 +684,16 @@ class Driver:
 
     def stage_progress(self, line: Line) -> StageProgress:
         ready = len(line.ready)
-        return StageProgress(name=line.stage.name, copies=ready, starting=len(line.copies) - ready, done=line.done,
+        return StageProgress(name=line.stage.name, replicas=ready, starting=len(line.replicas) - ready, done=line.done,
                              queued=len(line.queue) + line.sharing, in_flight=line.in_flight, seconds=line.seconds)
 
 
-def what_became_of(copy: Copy, answer: Broken) -> str:
+def what_became_of(replica: Replica, answer: Broken) -> str:
     return {"died": "it died", "hung": "ended", "node": "its machine was lost", "load": "it could not start",
             "gpu": "replaced", "unfit": "ended, since its machine cannot do its work now"}[answer.how]
 
 
-def worker_died(row: Row, line: Line, answer: Broken, copy: Copy) -> Failure:
+def worker_died(row: Row, line: Line, answer: Broken, replica: Replica) -> Failure:
     hung = answer.how == "hung"
     return Failure(request=row.request, stage=line.stage.name, error_type="TimedOut" if hung else "WorkerDied",
-                   error=answer.reason if hung else f"its process ended at work: {answer.reason}", worker=copy.name)
+                   error=answer.reason if hung else f"its process ended at work: {answer.reason}", worker=replica.name)

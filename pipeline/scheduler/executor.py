@@ -1,4 +1,4 @@
-"""What the driver and the machines say to each other: rows, calls, copies of a stage, and the answers.
+"""What the driver and the machines say to each other: rows, calls, replicas of a stage, and the answers.
 
 `Driver` (driver.py) decides, an `Executor` does: cluster.py has the one that runs on Ray.
 """
@@ -26,7 +26,7 @@ class Row:
     failures: int = 0                   # attempts charged
     losses: int = 0                     # machines lost under it, and inputs lost
     alone: bool = False                 # a suspect: a process died while it was there, and shares none now
-    avoid: "Copy | None" = None         # where it failed last
+    avoid: "Replica | None" = None         # where it failed last
     key: str | None = None              # whose work it shares in the first stage
     reports: list[Report] = field(default_factory=list)
 
@@ -42,7 +42,7 @@ class Row:
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
-class Copy:
+class Replica:
     """One process of a stage."""
 
     name: str
@@ -64,14 +64,14 @@ class Copy:
 
 @dataclass(eq=False, kw_only=True, slots=True)
 class Call:
-    copy: Copy
+    replica: Replica
     kind: str                           # hello, load, ping, work
     serial: int
     rows: list[Row] = field(default_factory=list)
     values: list = field(default_factory=list)      # references to what it will make, one per row; set by the executor
     safe: bool = False                  # see Row.safe
     last: bool = False                  # what it makes comes back in the answer, and `values` stays empty
-    began: float = 0.0                  # when it was submitted, or became the first of its copy
+    began: float = 0.0                  # when it was submitted, or became the first of its replica
     handle: Any = None                  # the executor's own
 
 
@@ -115,16 +115,16 @@ Answer = Hello | Alive | Done | Broken
 
 
 class Executor(Protocol):
-    """Processes on machines. A copy begins its calls in the order they were submitted, as many at once as its stage's
+    """Processes on machines. A replica begins its calls in the order they were submitted, as many at once as its stage's
     concurrency, and answers each when it is done."""
 
     def now(self) -> float: ...
     def nodes(self) -> list[Node]: ...
-    def start(self, copy: Copy) -> None: ...
-    def end(self, copy: Copy) -> None: ...
+    def start(self, replica: Replica) -> None: ...
+    def end(self, replica: Replica) -> None: ...
     def submit(self, call: Call) -> None: ...
     def cancel(self, call: Call) -> None: ...            # not begun: it never does; at work: it stops where it can
     def recall(self, call: Call) -> None: ...           # not begun: it never does; at work: it is let finish
-    def kept_waiting_s(self, copy: Copy) -> float: ...  # of its first call: by the store, by others on its GPU
-    def waits_for(self, copy: Copy) -> tuple[str, float] | None: ...    # who has its GPU, and for how many seconds
+    def kept_waiting_s(self, replica: Replica) -> float: ...  # of its first call: by the store, by others on its GPU
+    def waits_for(self, replica: Replica) -> tuple[str, float] | None: ...    # who has its GPU, and for how many seconds
     def wait(self, timeout_s: float) -> Iterable[tuple[Call, Answer]]: ...

@@ -1,4 +1,4 @@
-"""How long a night will take: from what clips have cost, where copies would be started, and how they share the GPUs."""
+"""How long a night will take: from what clips have cost, where replicas would be started, and how they share the GPUs."""
 
 import math
 from collections import defaultdict
@@ -20,7 +20,7 @@ class Cost:
     pool_s: float = 0.0                 # in a process of the stage's pool
 
     def pace_s(self, stage: Stage) -> float:
-        """After which a copy takes the next value, at best; as Worker.pace_s has it measured."""
+        """After which a replica takes the next value, at best; as Worker.pace_s has it measured."""
         whole = self.held_s + self.beside_s + self.pool_s
         pool_s = self.pool_s / stage.processes if stage.processes else 0.0
         return max(self.held_s, pool_s, whole / stage.concurrency)
@@ -31,7 +31,7 @@ class Forecast:
     seconds: float                      # from the first prompt to the last clip; not what processes take to start
     gpu_hours: float                    # of GPUs that are held
     clips_per_hour: float               # when all are at work
-    copies: Mapping[str, int]           # by stage
+    replicas: Mapping[str, int]         # by stage
 
 
 def forecast(stages: Sequence[Stage], nodes: Sequence[Node], costs: Mapping[str, Cost], clips: int,
@@ -63,7 +63,7 @@ def forecast(stages: Sequence[Stage], nodes: Sequence[Node], costs: Mapping[str,
     seconds = first_s + max(0, clips - fewest) / per_s if clips else 0.0
     return Forecast(seconds=seconds, gpu_hours=len(gpus) * seconds / 3600,
                     clips_per_hour=0.0 if math.isinf(per_s) else 3600 * per_s,
-                    copies={stage.name: sum(post.stage == stage.name for post in posts)
+                    replicas={stage.name: sum(post.stage == stage.name for post in posts)
                             for stage in stages if stage not in ahead})
 
 

@@ -1,9 +1,9 @@
-"""Which copies of which stage to start, where, and who makes room. Pure functions: resources in, decisions out.
+"""Which replicas of which stage to start, where, and who makes room. Pure functions: resources in, decisions out.
 
-GPUs are hard: a copy's share lies on one GPU (or on whole GPUs), and shares of one GPU never exceed it. CPU cores are
+GPUs are hard: a replica's share lies on one GPU (or on whole GPUs), and shares of one GPU never exceed it. CPU cores are
 soft: a node may promise half a core more than it has, since light stages mostly wait.
 
-A share of a GPU is a share of its memory. Its time is one, and whoever is on it takes turns: a second copy of a stage
+A share of a GPU is a share of its memory. Its time is one, and whoever is on it takes turns: a second replica of a stage
 there would have no time of its own, so there is never one. Copies of different stages fill it: where every GPU has a
 sampler and a decoder, none of them waits, whatever the ratio of their seconds, and sampling and decoding have all of
 the time there is (`most_per_s`).
@@ -39,7 +39,7 @@ class Node:
 
 @dataclass(frozen=True, kw_only=True)
 class Post:
-    """One copy of a stage on a node, and what it takes there."""
+    """One replica of a stage on a node, and what it takes there."""
 
     stage: str
     node: str
@@ -56,7 +56,7 @@ class Room:
     """What is free: per node its cores, and each GPU by itself, because a share cannot be put together from two."""
 
     def __init__(self, nodes: Sequence[Node], posts: Sequence[Post], barred: Collection[tuple[str, str]] = ()):
-        """barred: stage and node of each pair of which there is to be no copy."""
+        """barred: stage and node of each pair of which there is to be no replica."""
         self.barred = barred
         self.nodes = {node.id: node for node in nodes}
         self.cpus = {node.id: node.cpus + SPARE_CPUS if node.cpus else 0.0 for node in nodes}
@@ -81,9 +81,9 @@ class Room:
         self.held.append((post, places))
 
     def places(self, node: str, gpus: float, stage: str | None = None) -> list[int] | None:
-        """The GPUs of a node that such a copy would get, the fullest that fit first; None: it does not fit.
+        """The GPUs of a node that such a replica would get, the fullest that fit first; None: it does not fit.
 
-        stage: none of those that have a copy of this stage.
+        stage: none of those that have a replica of this stage.
         """
         need = min(1.0, gpus)
         taken = {place for post, places in self.held if post.node == node and post.stage == stage for place in places}
@@ -93,7 +93,7 @@ class Room:
         return fitting[:count] if len(fitting) >= count else None
 
     def node_for(self, stage: Stage) -> str | None:
-        """The node where a copy fits and leaves the fewest GPUs free; None where it fits nowhere."""
+        """The node where a replica fits and leaves the fewest GPUs free; None where it fits nowhere."""
         fitting = [node for node in self.nodes if self.nodes[node].cpus and self.cpus[node] >= stage.cpus - EPSILON
                    and (stage.name, node) not in self.barred and self.places(node, stage.gpus, stage.name) is not None]
         return min(fitting, key=lambda node: (sum(self.gpus[node]), -self.cpus[node]), default=None)
@@ -103,7 +103,7 @@ class Room:
 
 
 def can_hold(node: Node, stage: Stage) -> bool:
-    """Whether a copy of the stage fits on the node if it has nothing else to do."""
+    """Whether a replica of the stage fits on the node if it has nothing else to do."""
     return Room([node], []).node_for(stage) is not None
 
 
@@ -125,14 +125,14 @@ def check(stages: Sequence[Stage], nodes: Sequence[Node]) -> None:
 
 def hires(stages: Sequence[Stage], nodes: Sequence[Node], posts: Sequence[Post], *, limits: Mapping[str, int],
           seconds: Mapping[str, float], barred: Collection[tuple[str, str]] = ()) -> list[Post]:
-    """The copies to start now, in order.
+    """The replicas to start now, in order.
 
     barred: as Room takes it.
-    limits: the most copies of a stage that have work; 0 for a stage that gave its resources back.
-    seconds: after which a copy takes the next value, for the stages that have been measured.
-    First one copy of each stage (`Stage.copies` of them where that is set), those that give back before all others,
-    and nobody else until they have their place. Then each next copy goes to the stage that holds the others back, until
-    it fits nowhere. At last, of the stages that share GPUs and have been measured, one beside every copy of another: a
+    limits: the most replicas of a stage that have work; 0 for a stage that gave its resources back.
+    seconds: after which a replica takes the next value, for the stages that have been measured.
+    First one replica of each stage (`Stage.replicas` of them where that is set), those that give back before all others,
+    and nobody else until they have their place. Then each next replica goes to the stage that holds the others back, until
+    it fits nowhere. At last, of the stages that share GPUs and have been measured, one beside every replica of another: a
     GPU whose sampler has a decoder beside it is never idle.
     """
     room = Room(nodes, posts, barred)
@@ -149,10 +149,10 @@ def hires(stages: Sequence[Stage], nodes: Sequence[Node], posts: Sequence[Post],
         return True
 
     def wanted(stage: Stage) -> int:
-        return min(limits[stage.name], stage.copies or limits[stage.name])
+        return min(limits[stage.name], stage.replicas or limits[stage.name])
 
     for stage in sorted(by_size(stages), key=lambda stage: stage.window is None):
-        while count[stage.name] < min(wanted(stage), stage.copies or 1):
+        while count[stage.name] < min(wanted(stage), stage.replicas or 1):
             if not hire(stage):
                 if stage.window is not None and not count[stage.name]:
                     return new
@@ -170,17 +170,17 @@ def hires(stages: Sequence[Stage], nodes: Sequence[Node], posts: Sequence[Post],
 
 
 def make_room(stage: Stage, nodes: Sequence[Node], posts: Sequence[Post], keep: Sequence[Post] = ()) -> list[Post]:
-    """The fewest posts, on one node and none of `keep`, that must end so that a copy of the stage fits; else none."""
+    """The fewest posts, on one node and none of `keep`, that must end so that a replica of the stage fits; else none."""
     room = Room(nodes, posts)
-    copies = defaultdict(int)
+    replicas = defaultdict(int)
     for post in posts:
-        copies[post.stage] += 1
+        replicas[post.stage] += 1
     best: list[Post] = []
     for node in nodes:
         here = [(post, places) for post, places in room.held
                 if post.node == node.id and not any(post is kept for kept in keep)]
-        # the stage with the most copies misses one least; the larger copy makes more room
-        here.sort(key=lambda held: (-copies[held[0].stage], -held[0].gpus, -held[0].cpus))
+        # the stage with the most replicas misses one least; the larger replica makes more room
+        here.sort(key=lambda held: (-replicas[held[0].stage], -held[0].gpus, -held[0].cpus))
         ended = room_on(node, stage, room, here)
         if ended and (not best or len(ended) < len(best)):
             best = ended
@@ -223,10 +223,10 @@ def room_on(node: Node, stage: Stage, room: Room, here: list[tuple[Post, list[in
 
 def most_per_s(stages: Sequence[Stage], posts: Sequence[Post], *, held_s: Mapping[str, float],
                pace_s: Mapping[str, float]) -> float:
-    """Values per second that these copies can make, if none of them ever waits for anything but a GPU.
+    """Values per second that these replicas can make, if none of them ever waits for anything but a GPU.
 
-    held_s: of a GPU's time per value, by stage; pace_s: after which a copy of it takes the next value, at best.
-    Whatever stages one picks, their GPU time must come from the GPUs on which they have a copy; and where that holds for
+    held_s: of a GPU's time per value, by stage; pace_s: after which a replica of it takes the next value, at best.
+    Whatever stages one picks, their GPU time must come from the GPUs on which they have a replica; and where that holds for
     every choice, there is a division of the GPUs' time that reaches it (Hall's theorem, for flows).
     posts: with `devices`.
     """

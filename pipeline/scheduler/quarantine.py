@@ -8,7 +8,7 @@ stage: the night goes on without it, and ends where no other is left.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dailies.pipeline.scheduler.executor import Broken, Copy
+from dailies.pipeline.scheduler.executor import Broken, Replica
 from dailies.pipeline.scheduler.placement import Node, can_hold
 from dailies.pipeline.stages import Stage
 
@@ -29,11 +29,11 @@ class Fitness:
     def __init__(self) -> None:
         self.faults: dict[tuple[str, str], Fault] = {}  # by stage and node
 
-    def failed(self, copy: Copy, answer: Broken, now: float) -> None:
-        """A machine failed a copy. What several copies met there at once counts once."""
-        key = copy.stage.name, copy.post.node
+    def failed(self, replica: Replica, answer: Broken, now: float) -> None:
+        """A machine failed a replica. What several replicas met there at once counts once."""
+        key = replica.stage.name, replica.post.node
         found = self.faults.get(key)
-        if found and copy.started <= found.at:
+        if found and replica.started <= found.at:
             return
         count = MOST_FAULTS if answer.lasting or answer.how == "load" else 1
         if found:
@@ -41,10 +41,10 @@ class Fitness:
         self.faults[key] = Fault(count=count, at=now, until=now + min(LATEST_S, AGAIN_S * 2.0 ** (count - 1)),
                                  answer=answer)
 
-    def made(self, copy: Copy) -> None:
-        """The copy has made a value: what was wrong there before it was started is mended."""
-        key = copy.stage.name, copy.post.node
-        if self.faults and (found := self.faults.get(key)) and copy.started > found.at:
+    def made(self, replica: Replica) -> None:
+        """The replica has made a value: what was wrong there before it was started is mended."""
+        key = replica.stage.name, replica.post.node
+        if self.faults and (found := self.faults.get(key)) and replica.started > found.at:
             del self.faults[key]
 
     def barred(self, now: float) -> set[tuple[str, str]]:

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from dailies.pipeline.scheduler.executor import Copy, Row
+from dailies.pipeline.scheduler.executor import Replica, Row
 from dailies.pipeline.stages import Outcome, Stage
 
-FOR_LATER = 256             # rows that may wait for copies that are about to start on GPUs: those have work meanwhile
+FOR_LATER = 256             # rows that may wait for replicas that are about to start on GPUs: those have work meanwhile
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
@@ -24,46 +24,46 @@ class Shared:
 
 
 class Line:
-    """One stage's queue and its copies."""
+    """One stage's queue and its replicas."""
 
     def __init__(self, stage: Stage, index: int):
         self.stage, self.index = stage, index
         self.queue: deque[Row] = deque()
         self.shared: dict[str, Shared] = {}
         self.sharing = 0                    # rows that wait for another row of their key
-        self.copies: list[Copy] = []
+        self.replicas: list[Replica] = []
         self.open = True                    # False: it gave its resources back
         self.done = self.in_flight = 0
         self.failed_starts = 0              # with no success since
         self.not_before = 0.0
         self.seconds: float | None = None   # of work on a value
-        self.pace_s: float | None = None    # after which a copy takes the next
-        self.first_s = 0.0                  # the longest that a copy took for its first value of a bucket
-        self.streak: set[str] = set()       # clips that failed here since it last made one, on any copy
+        self.pace_s: float | None = None    # after which a replica takes the next
+        self.first_s = 0.0                  # the longest that a replica took for its first value of a bucket
+        self.streak: set[str] = set()       # clips that failed here since it last made one, on any replica
         self.withheld: list[Outcome] = []   # failures of the streak: are they the rows' own?
 
     @property
-    def ready(self) -> list[Copy]:
-        return [copy for copy in self.copies if copy.state == "ready"]
+    def ready(self) -> list[Replica]:
+        return [replica for replica in self.replicas if replica.state == "ready"]
 
     @property
     def pace_share(self) -> float:
-        """Of a value's seconds, those in which the copy could not have taken another."""
+        """Of a value's seconds, those in which the replica could not have taken another."""
         return self.pace_s / self.seconds if self.pace_s and self.seconds else 1.0
 
     @property
     def rows(self) -> int:
         return len(self.queue) + self.in_flight + self.sharing
 
-    def take(self, copy: Copy) -> list[Row]:
-        """The next rows for a copy: all of one bucket; none that failed in this very copy while there are others.
+    def take(self, replica: Replica) -> list[Row]:
+        """The next rows for a replica: all of one bucket; none that failed in this very replica while there are others.
 
         A suspect works alone: no other row in its batch, none before or behind it in the process.
         """
         queue, choosy = self.queue, len(self.ready) > 1
-        places = (place for place, row in enumerate(islice(queue, 8)) if not choosy or row.avoid is not copy)
+        places = (place for place, row in enumerate(islice(queue, 8)) if not choosy or row.avoid is not replica)
         place = next(places, None)
-        if place is None or queue[place].shares_none and copy.calls:
+        if place is None or queue[place].shares_none and replica.calls:
             return []
         rows = [queue[place]]
         del queue[place]
@@ -158,10 +158,10 @@ class Lines:
     def has_room(self, line: Line) -> bool:
         """May the line take another row?"""
         if line.stage.window is None:
-            if line.stage.shares_gpus and (not line.ready or len(line.ready) < len(line.copies)):
+            if line.stage.shares_gpus and (not line.ready or len(line.ready) < len(line.replicas)):
                 return len(line.queue) < FOR_LATER
-            feeders = len(self.all[line.index - 1].copies) if line.index else 0
-            return len(line.queue) < max(4, 2 * line.stage.batch * len(line.copies), feeders)
+            feeders = len(self.all[line.index - 1].replicas) if line.index else 0
+            return len(line.queue) < max(4, 2 * line.stage.batch * len(line.replicas), feeders)
         return line.open and line.rows + self.ahead(line) < self.window(line)
 
     def ahead(self, line: Line) -> int:
@@ -170,7 +170,7 @@ class Lines:
 
     def window(self, line: Line) -> int:
         follower = self.all[min(line.index + 1, len(self.all) - 1)]
-        return max(line.stage.window or 0, 4 * follower.stage.batch * max(1, len(follower.copies)))
+        return max(line.stage.window or 0, 4 * follower.stage.batch * max(1, len(follower.replicas)))
 
     def unbegun(self, line: Line) -> int:
         """Rows held that this stage has still to begin."""
