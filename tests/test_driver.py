@@ -295,7 +295,7 @@ def test_a_lost_machine_charges_nobody_and_a_new_one_is_used():
         if len(outcomes) == 100:
             executor.machines = [*executor.machines, Node(id="c", cpus=8, gpus=2)]
     assert len(outcomes) == 200 and all(outcome.attempts == 1 for outcome in outcomes)
-    assert {replica.post.node for replica in executor.started} == {"a", "b", "c"}
+    assert {replica.placement.node for replica in executor.started} == {"a", "b", "c"}
 
 
 def test_a_machine_that_is_lost_under_one_row_again_and_again_is_the_rows_doing():
@@ -315,7 +315,7 @@ def test_steps_that_cannot_be_made_end_the_run(stage):
 
 
 def test_one_bad_machine_does_not_end_the_run():
-    fault = failing_load("no CUDA device", lambda replica: replica.post.node == "bad")
+    fault = failing_load("no CUDA device", lambda replica: replica.placement.node == "bad")
     executor = SimulatedExecutor([Node(id="good", cpus=8, gpus=2)], SLEEPS_S, fault=fault)
     driver = Driver(executor, pretend_stages(gpus=WHOLE), requests(200))
     outcomes = []
@@ -324,7 +324,7 @@ def test_one_bad_machine_does_not_end_the_run():
         if len(outcomes) == 20:
             executor.machines = [*executor.machines, Node(id="bad", cpus=8, gpus=1)]
     assert len(outcomes) == 200
-    assert 1 <= sum(replica.post.node == "bad" for replica in executor.started) <= 9      # tried again at growing distances
+    assert 1 <= sum(replica.placement.node == "bad" for replica in executor.started) <= 9      # tried again at growing distances
 
 
 def test_processes_that_die_while_loading_end_the_run():

@@ -187,7 +187,7 @@ def at(stage: str, answer: Broken, node: str | None = None, begins: float = 0.0,
     """A fault of every such call of a stage, on one node or on all, in a span of simulated time."""
     def fault(call):
         now = fault.executor.clock
-        here = node in (None, call.replica.post.node)
+        here = node in (None, call.replica.placement.node)
         if here and call.kind == kind and call.replica.stage.name == stage and begins <= now < ends:
             fault.met.append(now)
             return answer

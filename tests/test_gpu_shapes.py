@@ -5,7 +5,7 @@ import pytest
 from dailies.jobs.bench import gpu_shapes
 from dailies.jobs.bench.gpu_shapes import BOXES, CLIPS_PER_GPU, SHAPES, box, in_ray, pipeline, simulate
 from dailies.pipeline.scheduler.forecast import forecast
-from dailies.pipeline.scheduler.placement import Node, NoRoom, Post, hires, most_per_s
+from dailies.pipeline.scheduler.placement import Node, NoRoom, Placement, hires, most_per_s
 from dailies.pipeline.stages import Stage
 
 
@@ -29,26 +29,26 @@ def test_one_gpu_has_one_process_at_a_time_in_ray_and_every_clip_is_made():
 @pytest.mark.parametrize("gpus", BOXES)
 def test_measured_seconds_never_give_a_gpu_two_decoders_or_a_decoder_a_samplers_place(gpus):
     for pace in ({"sample": 0.8, "publish": 2.2}, {"sample": 13.0, "publish": 2.6}, {"sample": 0.1, "publish": 9.0}):
-        posts = hires(pipeline(), box(gpus), [], limits={"encode": 0, "sample": 10**9, "publish": 10**9}, seconds=pace)
-        assert sorted(post.stage for post in posts) == ["publish"] * gpus + ["sample"] * gpus
+        placements = hires(pipeline(), box(gpus), [], limits={"encode": 0, "sample": 10**9, "publish": 10**9}, seconds=pace)
+        assert sorted(placement.stage for placement in placements) == ["publish"] * gpus + ["sample"] * gpus
 
 
-def post(stage: str, *devices: int) -> Post:
-    return Post(stage=stage, node="a", gpus=0.5, cpus=1, devices=tuple(map(str, devices)))
+def placement(stage: str, *devices: int) -> Placement:
+    return Placement(stage=stage, node="a", gpus=0.5, cpus=1, devices=tuple(map(str, devices)))
 
 
-@pytest.mark.parametrize("posts, most", [
-    ([post("sample", 0), post("decode", 0)], 1 / 3),                            # one GPU's time is shared
-    ([post("sample", 0), post("decode", 1)], 1 / 2),                            # two GPUs, and the slower one decides
-    ([post("sample", 0), post("sample", 1), post("decode", 1)], 2 / 3),         # both are busy all the time
-    ([post("sample", 0), post("decode", 0), post("decode", 1)], 1 / 2),         # the second decoder leaves it to sample
-    ([post("sample", 0), post("sample", 1), post("sample", 2), post("decode", 0)], 1.0)])
-def test_replicas_make_what_the_gpus_they_are_on_have_time_for(posts, most):
+@pytest.mark.parametrize("placements, most", [
+    ([placement("sample", 0), placement("decode", 0)], 1 / 3),                            # one GPU's time is shared
+    ([placement("sample", 0), placement("decode", 1)], 1 / 2),                            # two GPUs, and the slower one decides
+    ([placement("sample", 0), placement("sample", 1), placement("decode", 1)], 2 / 3),         # both are busy all the time
+    ([placement("sample", 0), placement("decode", 0), placement("decode", 1)], 1 / 2),         # the second decoder leaves it to sample
+    ([placement("sample", 0), placement("sample", 1), placement("sample", 2), placement("decode", 0)], 1.0)])
+def test_replicas_make_what_the_gpus_they_are_on_have_time_for(placements, most):
     stages = [Stage(name="sample", steps=()), Stage(name="decode", steps=())]
     held_s = {"sample": 2.0, "decode": 1.0}
-    assert most_per_s(stages, posts, held_s=held_s, pace_s={}) == pytest.approx(most)
-    assert most_per_s(stages, posts, held_s=held_s, pace_s={"decode": 10.0}) == pytest.approx(
-        sum(post.stage == "decode" for post in posts) / 10)
+    assert most_per_s(stages, placements, held_s=held_s, pace_s={}) == pytest.approx(most)
+    assert most_per_s(stages, placements, held_s=held_s, pace_s={"decode": 10.0}) == pytest.approx(
+        sum(placement.stage == "decode" for placement in placements) / 10)
 
 
 def test_a_forecast_of_machines_that_are_too_small_says_so():

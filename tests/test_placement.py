@@ -5,7 +5,7 @@ from operator import attrgetter
 
 import pytest
 
-from dailies.pipeline.scheduler.placement import Node, NoRoom, Post, Room, check, hires, make_room
+from dailies.pipeline.scheduler.placement import Node, NoRoom, Placement, Room, check, hires, make_room
 from dailies.pipeline.stages import Stage
 
 MANY = 10**9
@@ -17,16 +17,16 @@ def stages(encode=0.0, sample=0.0, publish=0.0, *, cpus=(1.0, 1.0, 1.0), replica
             Stage(name="publish", steps=(), gpus=publish, cpus=cpus[2])]
 
 
-def hired(pipeline, nodes, posts=(), *, closed=(), limits=None, seconds=None) -> Counter:
+def hired(pipeline, nodes, placements=(), *, closed=(), limits=None, seconds=None) -> Counter:
     limits = {stage.name: 0 if stage.name in closed else MANY for stage in pipeline} | (limits or {})
-    return Counter(post.stage for post in hires(pipeline, nodes, posts, limits=limits, seconds=seconds or {}))
+    return Counter(placement.stage for placement in hires(pipeline, nodes, placements, limits=limits, seconds=seconds or {}))
 
 
-def posts(nodes, pipeline, counts) -> list[Post]:
+def placements(nodes, pipeline, counts) -> list[Placement]:
     room, made = Room(nodes, []), []
     for stage in pipeline:
         for _ in range(counts.get(stage.name, 0)):
-            made.append(room.post(stage, room.node_for(stage)))
+            made.append(room.placement(stage, room.node_for(stage)))
             room.take(made[-1])
     return made
 
@@ -43,7 +43,7 @@ def test_the_encoder_holds_a_gpu_and_a_sampler_gets_it():
     pipeline = stages(1, 1, 0)
     first = hired(pipeline, FOUR_GPUS)
     assert first == {"encode": 1, "sample": 3, "publish": 1}
-    staying = posts(FOUR_GPUS, pipeline, {"sample": 3, "publish": 1})
+    staying = placements(FOUR_GPUS, pipeline, {"sample": 3, "publish": 1})
     assert hired(pipeline, FOUR_GPUS, staying, closed=["encode"]) == {"sample": 1}
 
 
@@ -55,30 +55,30 @@ def test_on_one_gpu_encoder_and_sampler_take_turns():
 
 def test_nobody_takes_the_place_that_the_encoder_waits_for():
     pipeline = stages(1, 1, 0)
-    staying = posts(FOUR_GPUS, pipeline, {"sample": 4, "publish": 1})
+    staying = placements(FOUR_GPUS, pipeline, {"sample": 4, "publish": 1})
     assert hired(pipeline, [*FOUR_GPUS, Node(id="b", cpus=0.2, gpus=4)], staying) == {}
     leaving = make_room(pipeline[0], FOUR_GPUS, staying)
-    assert [post.stage for post in leaving] == ["sample"]
+    assert [placement.stage for placement in leaving] == ["sample"]
 
 
 def test_room_is_made_where_the_fewest_leave():
     pipeline = stages(1, 0.5, 0)
     nodes = [Node(id="a", cpus=8, gpus=1), Node(id="b", cpus=8, gpus=2)]
-    staying = [Post(stage="sample", node=node, gpus=0.5, cpus=1, devices=(device,))
+    staying = [Placement(stage="sample", node=node, gpus=0.5, cpus=1, devices=(device,))
                for node, device in (("a", "0"), ("a", "0"), ("b", "0"), ("b", "1"))]
     assert make_room(pipeline[0], nodes, staying) == [staying[2]]
 
 
 def test_room_is_made_on_cores_too():
     pipeline, nodes = stages(cpus=(1, 1, 0.25)), [Node(id="a", cpus=2)]
-    staying = posts(nodes, pipeline, {"sample": 2, "publish": 1})
-    assert [post.stage for post in make_room(pipeline[0], nodes, staying)] == ["sample"]
+    staying = placements(nodes, pipeline, {"sample": 2, "publish": 1})
+    assert [placement.stage for placement in make_room(pipeline[0], nodes, staying)] == ["sample"]
 
 
 def test_two_cores_run_two_samplers_and_the_publisher():
     pipeline, nodes = stages(cpus=(1, 1, 0.25)), [Node(id="a", cpus=2)]
     assert hired(pipeline, nodes) == {"encode": 1, "sample": 1, "publish": 1}
-    staying = posts(nodes, pipeline, {"sample": 1, "publish": 1})
+    staying = placements(nodes, pipeline, {"sample": 1, "publish": 1})
     assert hired(pipeline, nodes, staying, closed=["encode"]) == {"sample": 1}
     asked = (nodes[0].cpu_share * (2 + 0.25))
     assert asked <= 2
@@ -104,13 +104,13 @@ def test_a_fixed_number_of_replicas_is_kept():
 def test_a_gpu_share_is_not_put_together_from_two_gpus():
     pipeline = stages(0.5, 0.75, 0)
     nodes = [Node(id="a", cpus=8, gpus=2)]
-    taken = [Post(stage="sample", node="a", gpus=0.75, cpus=1, devices=(device,)) for device in ("3", "7")]
+    taken = [Placement(stage="sample", node="a", gpus=0.75, cpus=1, devices=(device,)) for device in ("3", "7")]
     assert Room(nodes, taken).node_for(pipeline[0]) is None
 
 
 def test_lost_machines_hold_nothing():
     pipeline = stages(0, 1, 0)
-    gone = [Post(stage="sample", node="gone", gpus=1, cpus=1)]
+    gone = [Placement(stage="sample", node="gone", gpus=1, cpus=1)]
     assert hired(pipeline, ONE_GPU, gone)["publish"] == 1
 
 

@@ -125,7 +125,7 @@ class SimulatedGPUs:
     def start(self, replica: Replica) -> None:
         """Ray gives a share of the GPU that has the least memory free for it."""
         stage = replica.stage
-        fitting = [gpu for gpu, free in self.memory.items() if gpu[0] == replica.post.node and free >= stage.gpus - 1e-6]
+        fitting = [gpu for gpu, free in self.memory.items() if gpu[0] == replica.placement.node and free >= stage.gpus - 1e-6]
         replica.handle = min(fitting, key=lambda gpu: self.memory[gpu])
         self.memory[replica.handle] -= stage.gpus
         self.places[replica] = Place(stage.concurrency), Place(), Place(max(1, stage.processes))

@@ -429,12 +429,12 @@ class RayExecutor:
         return list(self.nodes_now.values())
 
     def start(self, replica: Replica) -> None:
-        post = replica.post
-        cpus = math.floor(post.cpus * self.nodes_now[post.node].cpu_share * 1e4) / 1e4      # Ray's unit is 0.0001
+        placement = replica.placement
+        cpus = math.floor(placement.cpus * self.nodes_now[placement.node].cpu_share * 1e4) / 1e4      # Ray's unit is 0.0001
         replica.handle = self.process.options(
-            num_cpus=cpus, num_gpus=post.gpus, max_restarts=0, max_task_retries=0,
+            num_cpus=cpus, num_gpus=placement.gpus, max_restarts=0, max_task_retries=0,
             max_concurrency=replica.stage.concurrency,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(post.node, soft=False)).remote(replica.stage.threads)
+            scheduling_strategy=NodeAffinitySchedulingStrategy(placement.node, soft=False)).remote(replica.stage.threads)
 
     def end(self, replica: Replica) -> None:
         for call in replica.calls:
@@ -540,11 +540,11 @@ class RayExecutor:
         if before is None:
             return False
         ask = ray.remote(killed_for_memory).options(num_cpus=0, max_retries=0, scheduling_strategy=(
-            NodeAffinitySchedulingStrategy(replica.post.node, soft=False)))
+            NodeAffinitySchedulingStrategy(replica.placement.node, soft=False)))
         return (beside(ask) or 0) > before
 
     def machine_lost(self, replica: Replica, error: rex.ActorDiedError) -> bool:
-        return error.preempted or "node has died" in str(error) or replica.post.node not in {node.id for node in nodes()}
+        return error.preempted or "node has died" in str(error) or replica.placement.node not in {node.id for node in nodes()}
 
 
 def beside(method: Any) -> Any:

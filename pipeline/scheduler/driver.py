@@ -23,10 +23,9 @@ from dataclasses import dataclass, replace
 from itertools import count
 
 from dailies.actors.messages import Clip, Failure, Request
-from dailies.pipeline.scheduler import placement
 from dailies.pipeline.scheduler.budget import Budget
 from dailies.pipeline.scheduler.executor import Answer, Broken, Call, Replica, Executor, Done, Hello, Row
-from dailies.pipeline.scheduler.placement import Node
+from dailies.pipeline.scheduler.placement import EPSILON, Node, NoRoom, Room, can_hold, check, hires, make_room
 from dailies.pipeline.scheduler.quarantine import Fitness
 from dailies.pipeline.scheduler.stage_queue import Line, Lines
 from dailies.pipeline.stages import Outcome, Stage, outcome
@@ -127,8 +126,8 @@ class Driver:
             if self.coming is not None:
                 self.nodes = self.executor.nodes()
                 try:
-                    placement.check(self.stages, self.nodes)
-                except placement.NoRoom as error:
+                    check(self.stages, self.nodes)
+                except NoRoom as error:
                     raise ClusterError(str(error)) from None
             while not self.stop.at_once:
                 self.count_gpus()
@@ -301,7 +300,7 @@ class Driver:
         if replica.calls and was_first:
             replica.calls[0].began = replica.since
         if isinstance(answer, Hello):
-            replica.post = replace(replica.post, devices=answer.devices)
+            replica.placement = replace(replica.placement, devices=answer.devices)
             replica.state = "loading"
             self.start_planned()
         elif call.kind == "load":
@@ -370,7 +369,7 @@ class Driver:
             return
         replica.store_trouble += 1
         replica.rests_until = now + min(LONGEST_REST_S, RESTS_S * 2.0 ** (replica.store_trouble - 1))
-        elsewhere = [node for node in self.fitness.left(line.stage, self.nodes) if node.id != replica.post.node]
+        elsewhere = [node for node in self.fitness.left(line.stage, self.nodes) if node.id != replica.placement.node]
         if replica.store_trouble >= MOVES_AFTER and elsewhere:
             self.died(replica, replace(answer, how="unfit"))
         elif all(other.store_trouble >= MOST_STORE_TROUBLE for other in line.replicas):
@@ -429,7 +428,7 @@ class Driver:
         """
         line, calls, state, now = self.lines[replica.place], list(replica.calls), replica.state, self.executor.now()
         if answer.how == "node":
-            self.shunned_until[replica.post.node] = now + SHUN_S
+            self.shunned_until[replica.placement.node] = now + SHUN_S
         at_work_s = now - calls[0].began if calls else 0.0
         self.end(replica)
         self.note(f"{replica.name}: {what_became_of(replica, answer)}: {answer.reason}")
@@ -462,7 +461,7 @@ class Driver:
     def unfit(self, line: Line, replica: Replica, answer: Broken, what: str) -> None:
         """Leave that machine alone for a while. The run ends where none is left for the stage."""
         self.fitness.failed(replica, answer, self.executor.now())
-        fitting = [node for node in self.nodes if placement.can_hold(node, line.stage)]
+        fitting = [node for node in self.nodes if can_hold(node, line.stage)]
         if any(other.state != "leaving" for other in line.replicas) or not fitting:
             return
         if not self.fitness.left(line.stage, fitting):
@@ -518,8 +517,8 @@ class Driver:
             self.note(f"{line.stage.name}: {ahead} clips are ready; it goes on")
 
     def someone_gains(self, line: Line) -> bool:
-        posts = [replica.post for other in self.lines if other is not line for replica in other.replicas]
-        return bool(placement.hires(self.stages, self.usable(), posts,
+        placements = [replica.placement for other in self.lines if other is not line for replica in other.replicas]
+        return bool(hires(self.stages, self.usable(), placements,
                                     limits=self.limits() | {line.stage.name: 0}, seconds=self.seconds(),
                                     barred=self.fitness.barred(self.executor.now())))
 
@@ -551,8 +550,8 @@ class Driver:
             self.nodes = self.executor.nodes()
             alive = {node.id for node in self.nodes}
             for replica in self.replicas():
-                if replica.post.node not in alive:
-                    self.died(replica, Broken(how="node", reason=f"node {replica.post.node[:12]} is gone"))
+                if replica.placement.node not in alive:
+                    self.died(replica, Broken(how="node", reason=f"node {replica.placement.node[:12]} is gone"))
                 elif overdue := self.overdue(replica, now):
                     self.died(replica, overdue)
             if any(replica.calls for replica in self.replicas()):
@@ -568,7 +567,7 @@ class Driver:
     def overdue(self, replica: Replica, now: float) -> Broken | None:
         """What is to be said of a replica that has taken too long."""
         if replica.state == "starting" and now - replica.since > PATIENCE_S:
-            need = f"{replica.post.gpus:g} GPU, {replica.post.cpus:g} CPU"
+            need = f"{replica.placement.gpus:g} GPU, {replica.placement.cpus:g} CPU"
             return Broken(how="load", reason=f"its machine gave it no room for {PATIENCE_S:.0f} s; something else may "
                                              f"hold its {need} there (`ray status` shows what)")
         head = replica.calls[0] if replica.calls else None
@@ -581,7 +580,7 @@ class Driver:
 
     def kept_from_gpu(self, replica: Replica, now: float) -> Broken | None:
         """Tell of another process that has a replica's GPU, and give up on one that keeps it."""
-        if not replica.post.gpus or now - max(replica.calls[0].began, replica.asked_at) < ASKS_S:
+        if not replica.placement.gpus or now - max(replica.calls[0].began, replica.asked_at) < ASKS_S:
             return None
         replica.asked_at = now
         who, seconds = self.executor.waits_for(replica) or ("", 0.0)
@@ -602,12 +601,12 @@ class Driver:
         return min(most_s, LEAST_LIMIT_S + LIMIT * usual_s) * len(call.rows)
 
     def place(self) -> None:
-        for post in placement.hires(self.stages, self.usable(), [replica.post for replica in self.replicas()],
+        for placement in hires(self.stages, self.usable(), [replica.placement for replica in self.replicas()],
                                     limits=self.limits(), seconds=self.seconds(),
                                     barred=self.fitness.barred(self.executor.now())):
-            line = next(line for line in self.lines if line.stage.name == post.stage)
-            name = f"{post.stage}-{next(self.names)}"
-            line.replicas.append(Replica(name=name, stage=line.stage, place=line.index, post=post))
+            line = next(line for line in self.lines if line.stage.name == placement.stage)
+            name = f"{placement.stage}-{next(self.names)}"
+            line.replicas.append(Replica(name=name, stage=line.stage, place=line.index, placement=placement))
         self.start_planned()
         for line in self.lines:
             if line.queue and not line.replicas and self.limits()[line.stage.name]:
@@ -620,15 +619,15 @@ class Driver:
             return                                      # it will give its place back by itself
         staying = [replica for replica in self.replicas() if replica.state != "leaving"]
         staying.sort(key=lambda replica: replica.state == "ready")
-        posts = [replica.post for replica in staying]
+        placements = [replica.placement for replica in staying]
         barred = self.fitness.barred(self.executor.now())
         nodes = [node for node in self.usable() if (line.stage.name, node.id) not in barred]
-        if placement.Room(nodes, posts).node_for(line.stage) is not None:
+        if Room(nodes, placements).node_for(line.stage) is not None:
             return                                      # it has: who leaves is on the way
-        keep = [] if line is first else [other.replicas[-1].post for other in self.lines if other.replicas and other.rows]
-        leaving = placement.make_room(line.stage, nodes, posts, keep)
+        keep = [] if line is first else [other.replicas[-1].placement for other in self.lines if other.replicas and other.rows]
+        leaving = make_room(line.stage, nodes, placements, keep)
         for replica in staying:
-            if any(replica.post is post for post in leaving):
+            if any(replica.placement is placement for placement in leaving):
                 self.note(f"{replica.name}: makes room for {line.stage.name}")
                 self.leave(replica)
 
@@ -637,9 +636,9 @@ class Driver:
         largest: dict[str, float] = {}
         for replica in self.replicas():
             if replica.state in ("planned", "starting"):
-                largest[replica.post.node] = max(replica.post.gpus, largest.get(replica.post.node, 0.0))
+                largest[replica.placement.node] = max(replica.placement.gpus, largest.get(replica.placement.node, 0.0))
         for replica in self.replicas():
-            if replica.state == "planned" and (not replica.post.gpus or replica.post.gpus >= largest[replica.post.node]):
+            if replica.state == "planned" and (not replica.placement.gpus or replica.placement.gpus >= largest[replica.placement.node]):
                 replica.state, replica.since = "starting", self.executor.now()
                 replica.started = replica.since
                 self.executor.start(replica)
@@ -655,10 +654,10 @@ class Driver:
         shares: dict[str, float] = defaultdict(float)
         devices: dict[str, set[str]] = defaultdict(set)
         for replica in self.replicas():
-            if replica.state != "planned" and replica.post.gpus:
-                shares[replica.post.node] += replica.post.gpus
-                devices[replica.post.node].update(replica.post.devices)
-        self.budget.spend(sum(max(len(devices[node]), math.ceil(share - placement.EPSILON))
+            if replica.state != "planned" and replica.placement.gpus:
+                shares[replica.placement.node] += replica.placement.gpus
+                devices[replica.placement.node].update(replica.placement.devices)
+        self.budget.spend(sum(max(len(devices[node]), math.ceil(share - EPSILON))
                               for node, share in shares.items()), now)
 
     def replicas(self) -> list[Replica]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from dailies.actors.messages import Request
-from dailies.pipeline.scheduler.placement import Node, Post
+from dailies.pipeline.scheduler.placement import Node, Placement
 from dailies.pipeline.stages import Report, Stage
 
 SAFE_AFTER = 2                          # failed attempts
@@ -48,7 +48,7 @@ class Replica:
     name: str
     stage: Stage
     place: int                          # of the stage in the pipeline
-    post: Post
+    placement: Placement
     state: str = "planned"              # planned, starting, loading, ready, leaving, ended
     calls: "deque[Call]" = field(default_factory=deque)
     started: float = 0.0

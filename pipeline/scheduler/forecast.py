@@ -44,26 +44,26 @@ def forecast(stages: Sequence[Stage], nodes: Sequence[Node], costs: Mapping[str,
     pace_s = {stage.name: costs[stage.name].pace_s(stage) for stage in stages}
     open_end = {stage.name: 0 if stage.window is not None else 10**9 for stage in stages}
     limits = {name: min(limit, clips) for name, limit in open_end.items()}
-    room, posts = Room(nodes, []), []
-    for post in hires(stages, nodes, [], limits=limits, seconds=pace_s):
-        places = room.places(post.node, post.gpus, post.stage) or room.places(post.node, post.gpus) or []
-        posts.append(replace(post, devices=tuple(map(str, places))))
-        room.take(posts[-1])
-    gpus = {(post.node, device) for post in posts for device in post.devices}
+    room, placements = Room(nodes, []), []
+    for placement in hires(stages, nodes, [], limits=limits, seconds=pace_s):
+        places = room.places(placement.node, placement.gpus, placement.stage) or room.places(placement.node, placement.gpus) or []
+        placements.append(replace(placement, devices=tuple(map(str, places))))
+        room.take(placements[-1])
+    gpus = {(placement.node, device) for placement in placements for device in placement.devices}
     share = (clips if encoded is None else encoded) / max(1, clips)
     ahead = [stage for stage in stages if stage.window is not None]
-    everywhere = [room.post(stage, node) for stage in ahead if stage.gpus for node, _ in gpus]
-    posts += [replace(post, devices=(device,)) for post, (_, device) in zip(everywhere, gpus, strict=False)]
+    everywhere = [room.placement(stage, node) for stage in ahead if stage.gpus for node, _ in gpus]
+    placements += [replace(placement, devices=(device,)) for placement, (_, device) in zip(everywhere, gpus, strict=False)]
     held_s = {stage.name: costs[stage.name].held_s * (share if stage in ahead else 1.0)
               for stage in stages if stage.gpus}
     paces = {name: pace for name, pace in pace_s.items() if name not in {stage.name for stage in ahead}}
-    per_s = most_per_s(stages, posts, held_s=held_s, pace_s=paces)
+    per_s = most_per_s(stages, placements, held_s=held_s, pace_s=paces)
     first_s = sum(cost.held_s + cost.beside_s + cost.pool_s for cost in costs.values())
-    fewest = min((sum(post.stage == name for post in posts) for name in paces), default=1) or 1
+    fewest = min((sum(placement.stage == name for placement in placements) for name in paces), default=1) or 1
     seconds = first_s + max(0, clips - fewest) / per_s if clips else 0.0
     return Forecast(seconds=seconds, gpu_hours=len(gpus) * seconds / 3600,
                     clips_per_hour=0.0 if math.isinf(per_s) else 3600 * per_s,
-                    replicas={stage.name: sum(post.stage == stage.name for post in posts)
+                    replicas={stage.name: sum(placement.stage == stage.name for placement in placements)
                             for stage in stages if stage not in ahead})
 
 

@@ -38,7 +38,7 @@ class Node:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Post:
+class Placement:
     """One replica of a stage on a node, and what it takes there."""
 
     stage: str
@@ -55,30 +55,30 @@ class NoRoom(ValueError):
 class Room:
     """What is free: per node its cores, and each GPU by itself, because a share cannot be put together from two."""
 
-    def __init__(self, nodes: Sequence[Node], posts: Sequence[Post], barred: Collection[tuple[str, str]] = ()):
+    def __init__(self, nodes: Sequence[Node], placements: Sequence[Placement], barred: Collection[tuple[str, str]] = ()):
         """barred: stage and node of each pair of which there is to be no replica."""
         self.barred = barred
         self.nodes = {node.id: node for node in nodes}
         self.cpus = {node.id: node.cpus + SPARE_CPUS if node.cpus else 0.0 for node in nodes}
         self.gpus = {node.id: [1.0] * int(node.gpus) for node in nodes}
         self.slots: dict[str, dict[str, int]] = defaultdict(dict)      # node -> a GPU's name there -> its place
-        self.held: list[tuple[Post, list[int]]] = []
-        for post in sorted(posts, key=lambda post: not post.devices):  # known places first, guesses fill the rest
-            if post.node in self.nodes:
-                self.take(post)
+        self.held: list[tuple[Placement, list[int]]] = []
+        for placement in sorted(placements, key=lambda placement: not placement.devices):  # known places first, guesses fill the rest
+            if placement.node in self.nodes:
+                self.take(placement)
 
-    def take(self, post: Post) -> None:
-        self.cpus[post.node] -= post.cpus
-        gpus, names = self.gpus[post.node], self.slots[post.node]
-        if post.devices:
-            for device in post.devices:
+    def take(self, placement: Placement) -> None:
+        self.cpus[placement.node] -= placement.cpus
+        gpus, names = self.gpus[placement.node], self.slots[placement.node]
+        if placement.devices:
+            for device in placement.devices:
                 names.setdefault(device, len(names))
-            places = [names[device] for device in post.devices if names[device] < len(gpus)]
+            places = [names[device] for device in placement.devices if names[device] < len(gpus)]
         else:
-            places = self.places(post.node, post.gpus, post.stage) or self.places(post.node, post.gpus) or []
+            places = self.places(placement.node, placement.gpus, placement.stage) or self.places(placement.node, placement.gpus) or []
         for place in places:
-            gpus[place] -= min(1.0, post.gpus)
-        self.held.append((post, places))
+            gpus[place] -= min(1.0, placement.gpus)
+        self.held.append((placement, places))
 
     def places(self, node: str, gpus: float, stage: str | None = None) -> list[int] | None:
         """The GPUs of a node that such a replica would get, the fullest that fit first; None: it does not fit.
@@ -86,7 +86,7 @@ class Room:
         stage: none of those that have a replica of this stage.
         """
         need = min(1.0, gpus)
-        taken = {place for post, places in self.held if post.node == node and post.stage == stage for place in places}
+        taken = {place for placement, places in self.held if placement.node == node and placement.stage == stage for place in places}
         fitting = [place for place, free in enumerate(self.gpus[node]) if free >= need - EPSILON and place not in taken]
         fitting.sort(key=lambda place: self.gpus[node][place])
         count = round(max(1.0, gpus)) if gpus else 0
@@ -98,8 +98,8 @@ class Room:
                    and (stage.name, node) not in self.barred and self.places(node, stage.gpus, stage.name) is not None]
         return min(fitting, key=lambda node: (sum(self.gpus[node]), -self.cpus[node]), default=None)
 
-    def post(self, stage: Stage, node: str) -> Post:
-        return Post(stage=stage.name, node=node, gpus=stage.gpus, cpus=stage.cpus)
+    def placement(self, stage: Stage, node: str) -> Placement:
+        return Placement(stage=stage.name, node=node, gpus=stage.gpus, cpus=stage.cpus)
 
 
 def can_hold(node: Node, stage: Stage) -> bool:
@@ -120,11 +120,11 @@ def check(stages: Sequence[Stage], nodes: Sequence[Node]) -> None:
                 raise NoRoom(f"stage {stage.name} fits on no machine. Needed at once: {need}. "
                              f"There is: {have or 'nothing'}. Add a machine that has that much, or ask for less "
                              "(--threads-per-sampler)")
-            room.take(room.post(stage, node))
+            room.take(room.placement(stage, node))
 
 
-def hires(stages: Sequence[Stage], nodes: Sequence[Node], posts: Sequence[Post], *, limits: Mapping[str, int],
-          seconds: Mapping[str, float], barred: Collection[tuple[str, str]] = ()) -> list[Post]:
+def hires(stages: Sequence[Stage], nodes: Sequence[Node], placements: Sequence[Placement], *, limits: Mapping[str, int],
+          seconds: Mapping[str, float], barred: Collection[tuple[str, str]] = ()) -> list[Placement]:
     """The replicas to start now, in order.
 
     barred: as Room takes it.
@@ -135,15 +135,15 @@ def hires(stages: Sequence[Stage], nodes: Sequence[Node], posts: Sequence[Post],
     it fits nowhere. At last, of the stages that share GPUs and have been measured, one beside every replica of another: a
     GPU whose sampler has a decoder beside it is never idle.
     """
-    room = Room(nodes, posts, barred)
-    count = {stage.name: sum(post.stage == stage.name for post in posts) for stage in stages}
-    new: list[Post] = []
+    room = Room(nodes, placements, barred)
+    count = {stage.name: sum(placement.stage == stage.name for placement in placements) for stage in stages}
+    new: list[Placement] = []
 
     def hire(stage: Stage) -> bool:
         node = room.node_for(stage)
         if node is None:
             return False
-        new.append(room.post(stage, node))
+        new.append(room.placement(stage, node))
         room.take(new[-1])
         count[stage.name] += 1
         return True
@@ -169,16 +169,16 @@ def hires(stages: Sequence[Stage], nodes: Sequence[Node], posts: Sequence[Post],
     return new
 
 
-def make_room(stage: Stage, nodes: Sequence[Node], posts: Sequence[Post], keep: Sequence[Post] = ()) -> list[Post]:
-    """The fewest posts, on one node and none of `keep`, that must end so that a replica of the stage fits; else none."""
-    room = Room(nodes, posts)
+def make_room(stage: Stage, nodes: Sequence[Node], placements: Sequence[Placement], keep: Sequence[Placement] = ()) -> list[Placement]:
+    """The fewest placements, on one node and none of `keep`, that must end so that a replica of the stage fits; else none."""
+    room = Room(nodes, placements)
     replicas = defaultdict(int)
-    for post in posts:
-        replicas[post.stage] += 1
-    best: list[Post] = []
+    for placement in placements:
+        replicas[placement.stage] += 1
+    best: list[Placement] = []
     for node in nodes:
-        here = [(post, places) for post, places in room.held
-                if post.node == node.id and not any(post is kept for kept in keep)]
+        here = [(placement, places) for placement, places in room.held
+                if placement.node == node.id and not any(placement is kept for kept in keep)]
         # the stage with the most replicas misses one least; the larger replica makes more room
         here.sort(key=lambda held: (-replicas[held[0].stage], -held[0].gpus, -held[0].cpus))
         ended = room_on(node, stage, room, here)
@@ -187,55 +187,55 @@ def make_room(stage: Stage, nodes: Sequence[Node], posts: Sequence[Post], keep: 
     return best
 
 
-def room_on(node: Node, stage: Stage, room: Room, here: list[tuple[Post, list[int]]]) -> list[Post]:
-    """The fewest of `here`, posts with the places of their GPUs, whose end makes room for the stage on this node."""
+def room_on(node: Node, stage: Stage, room: Room, here: list[tuple[Placement, list[int]]]) -> list[Placement]:
+    """The fewest of `here`, placements with the places of their GPUs, whose end makes room for the stage on this node."""
     need, count = min(1.0, stage.gpus), round(max(1.0, stage.gpus)) if stage.gpus else 0
-    options: list[tuple[int, list[Post]]] = []
+    options: list[tuple[int, list[Placement]]] = []
     for place, free in enumerate(room.gpus[node.id]):
-        leaving: list[Post] = []
-        alone = [post for post, places in here if place in places and free + min(1.0, post.gpus) >= need - EPSILON]
+        leaving: list[Placement] = []
+        alone = [placement for placement, places in here if place in places and free + min(1.0, placement.gpus) >= need - EPSILON]
         if alone and free < need - EPSILON:             # the smallest that is enough: a decoder is back sooner
-            leaving.append(min(alone, key=lambda post: post.gpus))
+            leaving.append(min(alone, key=lambda placement: placement.gpus))
             free += min(1.0, leaving[0].gpus)
-        for post, places in here:
+        for placement, places in here:
             if free >= need - EPSILON:
                 break
-            if place in places and not any(post is other for other in leaving):
-                leaving.append(post)
-                free += min(1.0, post.gpus)
+            if place in places and not any(placement is other for other in leaving):
+                leaving.append(placement)
+                free += min(1.0, placement.gpus)
         if free >= need - EPSILON:
             options.append((len(leaving), leaving))
     options.sort(key=lambda option: option[0])
     if len(options) < count:
         return []
-    ended: list[Post] = []
+    ended: list[Placement] = []
     for _, leaving in options[:count]:
-        ended += [post for post in leaving if not any(post is other for other in ended)]
-    free_cpus = room.cpus[node.id] + sum(post.cpus for post in ended)
-    for post, _ in here:
+        ended += [placement for placement in leaving if not any(placement is other for other in ended)]
+    free_cpus = room.cpus[node.id] + sum(placement.cpus for placement in ended)
+    for placement, _ in here:
         if free_cpus >= stage.cpus - EPSILON:
             break
-        if not any(post is other for other in ended):
-            ended.append(post)
-            free_cpus += post.cpus
+        if not any(placement is other for other in ended):
+            ended.append(placement)
+            free_cpus += placement.cpus
     return ended if free_cpus >= stage.cpus - EPSILON else []
 
 
-def most_per_s(stages: Sequence[Stage], posts: Sequence[Post], *, held_s: Mapping[str, float],
+def most_per_s(stages: Sequence[Stage], placements: Sequence[Placement], *, held_s: Mapping[str, float],
                pace_s: Mapping[str, float]) -> float:
     """Values per second that these replicas can make, if none of them ever waits for anything but a GPU.
 
     held_s: of a GPU's time per value, by stage; pace_s: after which a replica of it takes the next value, at best.
     Whatever stages one picks, their GPU time must come from the GPUs on which they have a replica; and where that holds for
     every choice, there is a division of the GPUs' time that reaches it (Hall's theorem, for flows).
-    posts: with `devices`.
+    placements: with `devices`.
     """
-    names = [stage.name for stage in stages if any(post.stage == stage.name for post in posts)]
+    names = [stage.name for stage in stages if any(placement.stage == stage.name for placement in placements)]
     on_gpus = [name for name in names if held_s.get(name)]
-    rates = [sum(post.stage == name for post in posts) / pace_s[name] for name in names if pace_s.get(name)]
+    rates = [sum(placement.stage == name for placement in placements) / pace_s[name] for name in names if pace_s.get(name)]
     for size in range(1, len(on_gpus) + 1):
         for chosen in combinations(on_gpus, size):
-            gpus = {(post.node, device) for post in posts if post.stage in chosen for device in post.devices}
+            gpus = {(placement.node, device) for placement in placements if placement.stage in chosen for device in placement.devices}
             rates.append(len(gpus) / sum(held_s[name] for name in chosen))
     return min(rates, default=math.inf)
 

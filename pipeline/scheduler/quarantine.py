@@ -31,7 +31,7 @@ class Fitness:
 
     def failed(self, replica: Replica, answer: Broken, now: float) -> None:
         """A machine failed a replica. What several replicas met there at once counts once."""
-        key = replica.stage.name, replica.post.node
+        key = replica.stage.name, replica.placement.node
         found = self.faults.get(key)
         if found and replica.started <= found.at:
             return
@@ -43,7 +43,7 @@ class Fitness:
 
     def made(self, replica: Replica) -> None:
         """The replica has made a value: what was wrong there before it was started is mended."""
-        key = replica.stage.name, replica.post.node
+        key = replica.stage.name, replica.placement.node
         if self.faults and (found := self.faults.get(key)) and replica.started > found.at:
             del self.faults[key]
 
