@@ -156,9 +156,9 @@ def test_what_is_held_does_not_grow_with_the_night():
     executor, held = SimulatedExecutor(box(8), {"encode": 0.001, "sample": 0.01, "publish": 0.001}), []
     driver = Driver(executor, pretend_stages(gpus=WHOLE, window=200), requests(5000))
     for _ in driver.outcomes():
-        held.append(driver.lines.held)
+        held.append(driver.queues.held)
     assert len(held) == 5000 and max(held) <= 300
-    assert not driver.lines[0].shared and driver.lines.held == 0
+    assert not driver.queues[0].shared and driver.queues.held == 0
 
 
 def test_a_thousand_gpus_are_all_used():
@@ -172,7 +172,7 @@ def test_a_thousand_gpus_are_all_used():
 def test_a_slow_publisher_holds_the_samplers_back_and_gets_replicas():
     executor = SimulatedExecutor([Node(id="box", cpus=4, gpus=4)], {"encode": 0.01, "sample": 0.5, "publish": 2.0})
     driver = Driver(executor, pretend_stages(gpus=WHOLE, cpus=0.5), requests(300))
-    queued = [len(driver.lines[2].queue) for _ in driver.outcomes()]
+    queued = [len(driver.queues[2].waiting) for _ in driver.outcomes()]
     assert max(queued) <= 16
     assert Counter(replica.stage.name for replica in executor.started)["publish"] > 1
 
@@ -242,7 +242,7 @@ def test_a_replica_is_given_as_many_calls_as_it_has_threads_and_two_at_least(con
     executor, most = SimulatedExecutor(box(1), SLEEPS_S | {"sample": 5.0}), []
     driver = Driver(executor, pretend_stages(gpus=SHARED, concurrency=concurrency), requests(30))
     for _ in driver.outcomes():
-        most.append(max(len(replica.calls) for replica in driver.lines[1].replicas))
+        most.append(max(len(replica.calls) for replica in driver.queues[1].replicas))
     assert max(most) == calls
 
 
@@ -660,6 +660,6 @@ def test_every_request_ends_once_whatever_breaks(seed):
     driver, outcomes = drive(executor, stages, iter(wanted), max_attempts=3)
     assert Counter(outcome.value.request.seed for outcome in outcomes) == Counter(range(150))
     assert all(1 <= outcome.attempts <= 3 for outcome in outcomes)
-    assert driver.lines.held == 0 and not driver.lines[0].shared and not any(line.rows for line in driver.lines)
+    assert driver.queues.held == 0 and not driver.queues[0].shared and not any(queue.rows for queue in driver.queues)
     if not breaks:
         assert all(isinstance(outcome.value, Clip) and outcome.attempts == 1 for outcome in outcomes)

@@ -4,7 +4,7 @@ It knows no Ray: an `Executor` starts processes, hands them calls and brings bac
 It holds a window of rows, never the whole night, so its memory is bounded.
 
 A row is charged an attempt for an exception of its own, for the death of a process that was working on it, and for
-taking too long. One that only waited there, or whose machine was lost, goes back to its line free of charge. So does
+taking too long. One that only waited there, or whose machine was lost, goes back to its queue free of charge. So does
 one whose machine failed it (faults.py): that ends the process, and the row is tried on another machine, where there is
 one (fitness.py).
 
@@ -27,7 +27,7 @@ from dailies.pipeline.scheduler.budget import Budget
 from dailies.pipeline.scheduler.executor import Answer, Broken, Call, Replica, Executor, Done, Hello, Row
 from dailies.pipeline.scheduler.placement import EPSILON, Node, NoRoom, Room, can_hold, check, hires, make_room
 from dailies.pipeline.scheduler.quarantine import Fitness
-from dailies.pipeline.scheduler.stage_queue import Line, Lines
+from dailies.pipeline.scheduler.stage_queue import StageQueue, StageQueues
 from dailies.pipeline.stages import Outcome, Stage, outcome
 from dailies.pipeline.store.store import StoreError
 
@@ -102,7 +102,7 @@ class Driver:
         self.executor, self.max_attempts, self.row_timeout_s = executor, max_attempts, row_timeout_s
         self.on_progress, self.progress_every_s, self.stop = on_progress, progress_every_s, stop or Stop()
         self.budget = budget or Budget()
-        self.stages, self.lines = list(stages), Lines(stages)
+        self.stages, self.queues = list(stages), StageQueues(stages)
         self.requests = iter(requests)
         self.coming: Request | None = None              # the next request: None when there is none
         self.results: list[Outcome] = []
@@ -136,12 +136,12 @@ class Driver:
                 self.fill()
                 self.tend_windows()
                 self.look()
-                for line in reversed(self.lines):       # what is nearly done first
-                    self.dispatch(line)
+                for queue in reversed(self.queues):     # what is nearly done first
+                    self.dispatch(queue)
                 self.tell()
                 if finished := self.finished():
-                    for line in self.lines:
-                        self.end_streak(line)
+                    for queue in self.queues:
+                        self.end_streak(queue)
                 yield from self.results
                 self.results.clear()
                 if finished:
@@ -150,8 +150,8 @@ class Driver:
                     self.settle(call, answer)
         finally:
             self.count_gpus(last=True)
-            for line in self.lines:
-                for replica in list(line.replicas):
+            for queue in self.queues:
+                for replica in list(queue.replicas):
                     self.end(replica)
             self.tell(last=True)
 
@@ -161,15 +161,15 @@ class Driver:
 
     def finished(self) -> bool:
         if self.draining:
-            working = any(call.kind == "work" for line in self.lines for replica in line.replicas for call in replica.calls)
-            return not working and not (len(self.lines) > 1 and self.lines[-1].queue and self.serves_last())
-        return self.lines.held == 0 and self.coming is None
+            working = any(call.kind == "work" for queue in self.queues for replica in queue.replicas for call in replica.calls)
+            return not working and not (len(self.queues) > 1 and self.queues[-1].waiting and self.serves_last())
+        return self.queues.held == 0 and self.coming is None
 
     def drain(self) -> None:
         """Forget the rows that no stage has begun; those that only the last stage waits for are still served."""
-        for line in self.lines[:-1]:
-            line.queue.clear()
-            for replica in line.replicas:
+        for queue in self.queues[:-1]:
+            queue.waiting.clear()
+            for replica in queue.replicas:
                 calls = [call for call in replica.calls if call.kind == "work"]
                 for call in () if self.drained else calls[1:]:
                     self.executor.recall(call)
@@ -194,27 +194,27 @@ class Driver:
 
     def fill(self) -> None:
         """Take requests until the first queue is long enough."""
-        first = self.lines[0]
-        while self.coming is not None and not self.draining and self.lines.has_room(first):
+        first = self.queues[0]
+        while self.coming is not None and not self.draining and self.queues.has_room(first):
             if self.budget.has_limit and not self.budget.fits(self.path_s(first, self.coming), self.executor.now()):
                 self.budget.left_out += 1
                 self.coming = next(self.requests, None)
                 continue
             row = Row(request=self.coming, arrived=self.executor.now())
             self.coming = next(self.requests, None)
-            self.lines.add(row)
+            self.queues.add(row)
 
     def finish(self, row: Row, value: Clip | Failure) -> None:
         failed = isinstance(value, Failure)
         if row.safe and not failed:
             value = replace(value, fallbacks=(*value.fallbacks, SAFE_NOTE.format(row.failures + 1)))
         result = outcome(value, row.reports, attempts=row.failures + (not failed), waited_s=self.executor.now() - row.arrived)
-        line = self.lines[row.place]
-        if failed and line.streak:
-            line.withheld.append(result)
+        queue = self.queues[row.place]
+        if failed and queue.streak:
+            queue.withheld.append(result)
         else:
             self.give(result)
-        self.lines.remove(row)
+        self.queues.remove(row)
 
     def give(self, result: Outcome) -> None:
         failed = isinstance(result.value, Failure)
@@ -222,63 +222,63 @@ class Driver:
         self.done += not failed
         self.results.append(result)
 
-    def end_streak(self, line: Line) -> None:
+    def end_streak(self, queue: StageQueue) -> None:
         """The stage works: what failed lately failed by itself."""
-        line.streak.clear()
-        for result in line.withheld:
+        queue.streak.clear()
+        for result in queue.withheld:
             self.give(result)
-        line.withheld.clear()
+        queue.withheld.clear()
 
     # Work.
 
-    def dispatch(self, line: Line) -> None:
+    def dispatch(self, queue: StageQueue) -> None:
         """As many calls in each replica as keep it busy, unless so few rows are left that another would idle."""
-        last = line.index == len(self.lines) - 1
-        if not line.queue or self.draining and not (last and line.index and self.serves_last()):
+        last = queue.index == len(self.queues) - 1
+        if not queue.waiting or self.draining and not (last and queue.index and self.serves_last()):
             return
-        if not last and line.stage.window is None and not self.lines.has_room(self.lines[line.index + 1]):
+        if not last and queue.stage.window is None and not self.queues.has_room(self.queues[queue.index + 1]):
             return
-        ready = line.ready
-        for depth in range(1, line.stage.depth + 1):
-            if depth > 1 and self.unbegun(line) <= len(ready):
+        ready = queue.ready
+        for depth in range(1, queue.stage.depth + 1):
+            if depth > 1 and self.unbegun(queue) <= len(ready):
                 return
             for replica in ready:
                 if len(replica.calls) >= depth or replica.calls and any(row.shares_none for row in replica.calls[-1].rows):
                     continue
                 if replica.rests_until > self.executor.now():
                     continue
-                while (rows := line.take(replica)) and not (last and line.index) and not self.fits(line, replica, rows):
+                while (rows := queue.take(replica)) and not (last and queue.index) and not self.fits(queue, replica, rows):
                     self.budget.left_out += len(rows)
                     for row in rows:
-                        self.lines.remove(row)
+                        self.queues.remove(row)
                 if not rows:
                     continue
                 if not replica.calls and self.executor.now() - replica.since > IDLE_S:
                     self.call(replica, "ping")
-                line.in_flight += len(rows)
+                queue.in_flight += len(rows)
                 self.call(replica, "work", rows, last)
 
-    def fits(self, line: Line, replica: Replica, rows: Sequence[Row]) -> bool:
+    def fits(self, queue: StageQueue, replica: Replica, rows: Sequence[Row]) -> bool:
         """Whether rows can become clips within the budget if this replica gets them now."""
         if not self.budget.has_limit:
             return True
-        request, name, now = rows[0].request, line.stage.name, self.executor.now()
-        seconds = self.path_s(line, request) + (len(rows) - 1) * self.budget.seconds(name, request)
+        request, name, now = rows[0].request, queue.stage.name, self.executor.now()
+        seconds = self.path_s(queue, request) + (len(rows) - 1) * self.budget.seconds(name, request)
         for place, call in enumerate(call for call in replica.calls if call.rows):
-            takes_s = len(call.rows) * self.budget.seconds(name, call.rows[0].request) * line.pace_share
+            takes_s = len(call.rows) * self.budget.seconds(name, call.rows[0].request) * queue.pace_share
             seconds += takes_s if place else max(0.0, takes_s - (now - call.began))
-        if line.stage.window is None:                   # what works ahead of a long queue is not judged by its length
-            for later in self.lines.all[line.index + 1:]:
-                seconds += len(later.queue) * (later.pace_s or 0.0) / max(1, len(later.ready))
+        if queue.stage.window is None:                  # what works ahead of a long queue is not judged by its length
+            for later in self.queues.all[queue.index + 1:]:
+                seconds += len(later.waiting) * (later.pace_s or 0.0) / max(1, len(later.ready))
         return self.budget.fits(seconds, now)
 
-    def path_s(self, line: Line, request: Request) -> float:
+    def path_s(self, queue: StageQueue, request: Request) -> float:
         """Seconds of work on a request from this stage to the last."""
-        return sum(self.budget.seconds(each.stage.name, request) for each in self.lines.all[line.index:])
+        return sum(self.budget.seconds(each.stage.name, request) for each in self.queues.all[queue.index:])
 
-    def unbegun(self, line: Line) -> float:
+    def unbegun(self, queue: StageQueue) -> float:
         """Rows that this stage has still to begin."""
-        return self.lines.unbegun(line) if self.coming is None or self.draining else math.inf
+        return self.queues.unbegun(queue) if self.coming is None or self.draining else math.inf
 
     def call(self, replica: Replica, kind: str, rows: Sequence[Row] = (), last: bool = False) -> None:
         call = Call(replica=replica, kind=kind, serial=next(self.serials), rows=list(rows), last=last,
@@ -290,7 +290,7 @@ class Driver:
         replica = call.replica
         if call not in replica.calls:                      # its replica has ended meanwhile
             return
-        line = self.lines[replica.place]
+        queue = self.queues[replica.place]
         if isinstance(answer, Broken) and answer.how in ("died", "hung", "node", "load", "unfit"):
             self.died(replica, answer, call)
             return
@@ -305,38 +305,38 @@ class Driver:
             self.start_planned()
         elif call.kind == "load":
             replica.state = "ready"
-            line.failed_starts = 0
+            queue.failed_starts = 0
         elif call.kind == "work":
-            line.in_flight -= len(call.rows)
+            queue.in_flight -= len(call.rows)
             if isinstance(answer, Done):
-                self.made(line, replica, call, answer)
+                self.made(queue, replica, call, answer)
             else:
-                self.gave_nothing(line, replica, call, answer)
+                self.gave_nothing(queue, replica, call, answer)
         if replica.state == "leaving" and not replica.calls:
             self.end(replica)
 
-    def made(self, line: Line, replica: Replica, call: Call, answer: Done) -> None:
+    def made(self, queue: StageQueue, replica: Replica, call: Call, answer: Done) -> None:
         spent = sum(answer.report.seconds.values())
         pace_s = spent if answer.report.pace_s is None else answer.report.pace_s
         replica.store_trouble = 0
         bucket, whole = call.rows[0].request.bucket, not answer.report.partly
         if whole:
-            line.seconds = spent if line.seconds is None else 0.9 * line.seconds + 0.1 * spent
-            line.pace_s = pace_s if line.pace_s is None else 0.9 * line.pace_s + 0.1 * pace_s
+            queue.seconds = spent if queue.seconds is None else 0.9 * queue.seconds + 0.1 * spent
+            queue.pace_s = pace_s if queue.pace_s is None else 0.9 * queue.pace_s + 0.1 * pace_s
         if whole and not any(isinstance(made, Failure) for made in answer.made):
-            self.budget.measured(line.stage.name, call.rows[0].request, spent)
+            self.budget.measured(queue.stage.name, call.rows[0].request, spent)
             if bucket not in replica.buckets:
-                line.first_s = max(line.first_s, spent)
+                queue.first_s = max(queue.first_s, spent)
         for row, made, value in zip(call.rows, answer.made, call.values or answer.made, strict=True):
             if isinstance(made, Failure):
                 self.charge(row, made, replica)
                 continue
-            line.done += 1
+            queue.done += 1
             if whole:
                 replica.buckets.add(bucket)
             replica.failed.clear()
             self.fitness.made(replica)
-            self.end_streak(line)
+            self.end_streak(queue)
             if row.avoid not in (None, replica):
                 row.avoid.blamed.add(row.request.clip_id)
                 self.fence(row.avoid)
@@ -345,59 +345,59 @@ class Driver:
             if call.last:
                 self.finish(row, value)
             else:
-                self.lines.advance(row)
+                self.queues.advance(row)
         if answer.report.broken:
             self.died(replica, Broken(how="gpu", reason="its GPU's context is lost"))
         else:
             self.fence(replica)
 
-    def gave_nothing(self, line: Line, replica: Replica, call: Call, answer: Broken) -> None:
+    def gave_nothing(self, queue: StageQueue, replica: Replica, call: Call, answer: Broken) -> None:
         for row in reversed(call.rows):
             if answer.how == "input":
                 self.lost_inputs += 1
-                if self.lost(row, line, answer.reason):
-                    self.lines.restart(row)
+                if self.lost(row, queue, answer.reason):
+                    self.queues.restart(row)
             else:
-                line.queue.appendleft(row)
+                queue.waiting.appendleft(row)
         if answer.how == "store":
-            self.no_store(line, replica, answer)
+            self.no_store(queue, replica, answer)
 
-    def no_store(self, line: Line, replica: Replica, answer: Broken) -> None:
+    def no_store(self, queue: StageQueue, replica: Replica, answer: Broken) -> None:
         """The run ends where no replica has the store; where others may have it, this one is started elsewhere."""
         now = self.executor.now()
         if now < replica.rests_until:                      # another call met the same trouble
             return
         replica.store_trouble += 1
         replica.rests_until = now + min(LONGEST_REST_S, RESTS_S * 2.0 ** (replica.store_trouble - 1))
-        elsewhere = [node for node in self.fitness.left(line.stage, self.nodes) if node.id != replica.placement.node]
+        elsewhere = [node for node in self.fitness.left(queue.stage, self.nodes) if node.id != replica.placement.node]
         if replica.store_trouble >= MOVES_AFTER and elsewhere:
             self.died(replica, replace(answer, how="unfit"))
-        elif all(other.store_trouble >= MOST_STORE_TROUBLE for other in line.replicas):
+        elif all(other.store_trouble >= MOST_STORE_TROUBLE for other in queue.replicas):
             raise StoreError(answer.reason)
 
     def charge(self, row: Row, failure: Failure, replica: Replica) -> None:
         """An attempt is used up: again, elsewhere if there is another replica, or never again."""
         row.failures += 1
-        line = self.lines[row.place]
+        queue = self.queues[row.place]
         if not failure.about_row:
             if row.avoid in (None, replica):
                 replica.failed.add(row.request.clip_id)
             else:                                       # it fails there and here: that is its own doing
                 row.avoid.failed.discard(row.request.clip_id)
-            line.streak.add(row.request.clip_id)
-            self.check_streak(line, failure)
+            queue.streak.add(row.request.clip_id)
+            self.check_streak(queue, failure)
         if row.failures >= self.max_attempts:
             self.finish(row, failure)
             return
         self.note(f"{replica.name}: attempt {row.failures} at clip {row.request.clip_id[:12]} failed: "
                   f"{failure.error_type}: {failure.error}")
         row.avoid = replica
-        line.queue.insert(len(line.replicas), row)        # behind others, which show whether the stage works at all
+        queue.waiting.insert(len(queue.replicas), row)        # behind others, which show whether the stage works at all
 
-    def check_streak(self, line: Line, failure: Failure) -> None:
-        most = LONGEST_STREAK if line.done else max(FIRST_STREAK, 2 * MOST_FAILED * len(line.replicas))
-        if len(line.streak) >= most:
-            raise ClusterError(f"stage {line.stage.name} made nothing of {len(line.streak)} different clips in succession, "
+    def check_streak(self, queue: StageQueue, failure: Failure) -> None:
+        most = LONGEST_STREAK if queue.done else max(FIRST_STREAK, 2 * MOST_FAILED * len(queue.replicas))
+        if len(queue.streak) >= most:
+            raise ClusterError(f"stage {queue.stage.name} made nothing of {len(queue.streak)} different clips in succession, "
                                f"on any of its workers; none of them is charged. The last one: {failure.error_type}: "
                                f"{failure.error}. See to the machines or the model; if it is the clips, take them out or "
                                "put others before them (priority). Then run the same command again")
@@ -409,13 +409,13 @@ class Driver:
             self.note(f"{replica.name}: replaced by a new process: {MOST_FAILED} different clips {what}")
             self.leave(replica)
 
-    def lost(self, row: Row, line: Line, reason: str) -> bool:
+    def lost(self, row: Row, queue: StageQueue, reason: str) -> bool:
         """Count a loss that is not the row's fault. False, and it has failed, once there are too many to believe it."""
         row.losses += 1
         if row.losses <= MOST_LOSSES:
             return True
         self.finish(row, Failure(
-            request=row.request, stage=line.stage.name, error_type="WorkerDied",
+            request=row.request, stage=queue.stage.name, error_type="WorkerDied",
             error=f"{row.losses} machines or inputs were lost under it, lately: {reason}"))
         return False
 
@@ -426,58 +426,58 @@ class Driver:
 
         call: that has met what is wrong with the machine.
         """
-        line, calls, state, now = self.lines[replica.place], list(replica.calls), replica.state, self.executor.now()
+        queue, calls, state, now = self.queues[replica.place], list(replica.calls), replica.state, self.executor.now()
         if answer.how == "node":
             self.shunned_until[replica.placement.node] = now + SHUN_S
         at_work_s = now - calls[0].began if calls else 0.0
         self.end(replica)
         self.note(f"{replica.name}: {what_became_of(replica, answer)}: {answer.reason}")
-        certain = len(calls) == 1 or line.stage.concurrency == 1 and at_work_s > ANSWER_S
+        certain = len(calls) == 1 or queue.stage.concurrency == 1 and at_work_s > ANSWER_S
         for place, each in reversed(list(enumerate(calls))):
             for row in reversed(each.rows):
-                line.in_flight -= 1
+                queue.in_flight -= 1
                 if answer.how in ("died", "hung"):
                     row.alone = row.alone or place == 0 or not certain
                 if each is call and answer.how == "unfit":
-                    self.failed_by_machine(row, line, replica, answer)
+                    self.failed_by_machine(row, queue, replica, answer)
                 elif place == 0 and answer.how in ("died", "hung") and certain:
-                    self.charge(row, worker_died(row, line, answer, replica), replica)
-                elif place or answer.how not in ("died", "node") or self.lost(row, line, answer.reason):
-                    line.queue.appendleft(row)
+                    self.charge(row, worker_died(row, queue, answer, replica), replica)
+                elif place or answer.how not in ("died", "node") or self.lost(row, queue, answer.reason):
+                    queue.waiting.appendleft(row)
         if answer.how in ("unfit", "load"):
-            self.unfit(line, replica, answer, "start" if state in ("starting", "loading") else "work on any machine")
+            self.unfit(queue, replica, answer, "start" if state in ("starting", "loading") else "work on any machine")
         elif state in ("starting", "loading") and answer.how != "node":
-            self.start_failed(line, answer)
+            self.start_failed(queue, answer)
 
-    def failed_by_machine(self, row: Row, line: Line, replica: Replica, answer: Broken) -> None:
-        """Back to its line, behind the others, which show whether they can be made there. Free of charge, unless it is
+    def failed_by_machine(self, row: Row, queue: StageQueue, replica: Replica, answer: Broken) -> None:
+        """Back to its queue, behind the others, which show whether they can be made there. Free of charge, unless it is
         a matter of memory, and machines that made others had none for it again and again."""
         if not answer.sure:
             row.alone = True
-            if replica.buckets and not self.lost(row, line, answer.reason):
+            if replica.buckets and not self.lost(row, queue, answer.reason):
                 return
-        line.queue.append(row)
+        queue.waiting.append(row)
 
-    def unfit(self, line: Line, replica: Replica, answer: Broken, what: str) -> None:
+    def unfit(self, queue: StageQueue, replica: Replica, answer: Broken, what: str) -> None:
         """Leave that machine alone for a while. The run ends where none is left for the stage."""
         self.fitness.failed(replica, answer, self.executor.now())
-        fitting = [node for node in self.nodes if can_hold(node, line.stage)]
-        if any(other.state != "leaving" for other in line.replicas) or not fitting:
+        fitting = [node for node in self.nodes if can_hold(node, queue.stage)]
+        if any(other.state != "leaving" for other in queue.replicas) or not fitting:
             return
-        if not self.fitness.left(line.stage, fitting):
-            told = self.fitness.told(line.stage.name, fitting).rstrip(".")
-            raise ClusterError(f"stage {line.stage.name} cannot {what}: {told}. No clip is charged for it, and "
+        if not self.fitness.left(queue.stage, fitting):
+            told = self.fitness.told(queue.stage.name, fitting).rstrip(".")
+            raise ClusterError(f"stage {queue.stage.name} cannot {what}: {told}. No clip is charged for it, and "
                                "the same command continues")
 
-    def start_failed(self, line: Line, answer: Broken) -> None:
+    def start_failed(self, queue: StageQueue, answer: Broken) -> None:
         """If another replica lives, try again later. If none does, the run ends after a few tries."""
-        line.failed_starts += 1
-        if not line.ready and line.failed_starts >= MOST_DEAD_STARTS + len(line.replicas):
-            raise ClusterError(f"stage {line.stage.name} cannot start: {answer.reason}")
-        line.not_before = self.executor.now() + min(600.0, 0.25 * 2.0 ** line.failed_starts)
+        queue.failed_starts += 1
+        if not queue.ready and queue.failed_starts >= MOST_DEAD_STARTS + len(queue.replicas):
+            raise ClusterError(f"stage {queue.stage.name} cannot start: {answer.reason}")
+        queue.not_before = self.executor.now() + min(600.0, 0.25 * 2.0 ** queue.failed_starts)
 
     def end(self, replica: Replica) -> None:
-        self.lines[replica.place].replicas.remove(replica)
+        self.queues[replica.place].replicas.remove(replica)
         if replica.state != "planned":
             self.executor.end(replica)
         replica.calls.clear()
@@ -487,9 +487,9 @@ class Driver:
         """End a replica between two calls: what has not begun there goes elsewhere."""
         if replica.state != "ready" or not replica.calls:
             rows = [row for call in replica.calls for row in call.rows]
-            line = self.lines[replica.place]
-            line.in_flight -= len(rows)
-            line.queue.extendleft(reversed(rows))
+            queue = self.queues[replica.place]
+            queue.in_flight -= len(rows)
+            queue.waiting.extendleft(reversed(rows))
             self.end(replica)
             return
         replica.state = "leaving"
@@ -498,49 +498,49 @@ class Driver:
 
     def tend_windows(self) -> None:
         """The stage that works ahead gives its resources back when enough is ready, and returns when that runs low."""
-        line = self.lines[0]
-        if line.stage.window is None:
+        queue = self.queues[0]
+        if queue.stage.window is None:
             return
-        draining, ahead = self.draining, self.lines.ahead(line)
+        draining, ahead = self.draining, self.queues.ahead(queue)
         more = self.coming is not None and not draining
-        if line.open:
-            idle = not (line.in_flight if draining else line.rows)
-            if idle and (not more or not self.lines.has_room(line) and self.someone_gains(line)):
-                line.open = False
-                if line.replicas:
-                    self.note(f"{line.stage.name}: {ahead if more else 'all'} clips are ready; it "
+        if queue.open:
+            idle = not (queue.in_flight if draining else queue.rows)
+            if idle and (not more or not self.queues.has_room(queue) and self.someone_gains(queue)):
+                queue.open = False
+                if queue.replicas:
+                    self.note(f"{queue.stage.name}: {ahead if more else 'all'} clips are ready; it "
                               + ("pauses and leaves its place to the others" if more else "has ended"))
-                for replica in list(line.replicas):
+                for replica in list(queue.replicas):
                     self.leave(replica)
-        elif (line.rows or more) and ahead <= self.lines.window(line) // 4 and not draining:
-            line.open = self.changed = True
-            self.note(f"{line.stage.name}: {ahead} clips are ready; it goes on")
+        elif (queue.rows or more) and ahead <= self.queues.window(queue) // 4 and not draining:
+            queue.open = self.changed = True
+            self.note(f"{queue.stage.name}: {ahead} clips are ready; it goes on")
 
-    def someone_gains(self, line: Line) -> bool:
-        placements = [replica.placement for other in self.lines if other is not line for replica in other.replicas]
+    def someone_gains(self, queue: StageQueue) -> bool:
+        placements = [replica.placement for other in self.queues if other is not queue for replica in other.replicas]
         return bool(hires(self.stages, self.usable(), placements,
-                                    limits=self.limits() | {line.stage.name: 0}, seconds=self.seconds(),
+                                    limits=self.limits() | {queue.stage.name: 0}, seconds=self.seconds(),
                                     barred=self.fitness.barred(self.executor.now())))
 
     def limits(self) -> dict[str, int]:
         """The most replicas of each stage that would have work."""
         limits = {}
-        for line in self.lines:
-            if not line.open or self.draining and line is not self.lines[-1]:
-                limits[line.stage.name] = 0
-            elif self.executor.now() < line.not_before:
-                limits[line.stage.name] = len(line.replicas)
+        for queue in self.queues:
+            if not queue.open or self.draining and queue is not self.queues[-1]:
+                limits[queue.stage.name] = 0
+            elif self.executor.now() < queue.not_before:
+                limits[queue.stage.name] = len(queue.replicas)
             elif self.coming is not None and not self.draining:
-                limits[line.stage.name] = 10**9
+                limits[queue.stage.name] = 10**9
             else:
-                limits[line.stage.name] = math.ceil((self.unbegun(line) + line.in_flight) / line.stage.batch)
+                limits[queue.stage.name] = math.ceil((self.unbegun(queue) + queue.in_flight) / queue.stage.batch)
         return limits
 
     def usable(self) -> list[Node]:
         return [node for node in self.nodes if self.shunned_until.get(node.id, 0.0) <= self.executor.now()]
 
     def seconds(self) -> dict[str, float]:
-        return {line.stage.name: line.pace_s for line in self.lines if line.pace_s is not None}
+        return {queue.stage.name: queue.pace_s for queue in self.queues if queue.pace_s is not None}
 
     def look(self) -> None:
         """See to the machines: now and then, and whenever a replica came or went."""
@@ -557,7 +557,7 @@ class Driver:
             if any(replica.calls for replica in self.replicas()):
                 self.busy_at = now
             elif now - self.busy_at > PATIENCE_S:
-                waiting = ", ".join(f"{line.stage.name} {line.rows}" for line in self.lines if line.rows)
+                waiting = ", ".join(f"{queue.stage.name} {queue.rows}" for queue in self.queues if queue.rows)
                 raise ClusterError(f"no machine could run a stage for {PATIENCE_S:.0f} s; clips that wait: "
                                    f"{waiting}. Add the machines that are gone, then run the same command again")
         if self.changed:
@@ -592,43 +592,43 @@ class Driver:
 
     def limit_s(self, call: Call) -> float:
         """How long a call may take: a multiple of what its like took. The first of a bucket compiles, tunes and warms up."""
-        line, request = self.lines[call.replica.place], call.rows[0].request
-        usual_s, most_s = self.budget.seconds(line.stage.name, request), self.row_timeout_s or math.inf
+        queue, request = self.queues[call.replica.place], call.rows[0].request
+        usual_s, most_s = self.budget.seconds(queue.stage.name, request), self.row_timeout_s or math.inf
         if not usual_s:
             return most_s * len(call.rows)
         if request.bucket not in call.replica.buckets:
-            usual_s = max(usual_s, line.first_s)
+            usual_s = max(usual_s, queue.first_s)
         return min(most_s, LEAST_LIMIT_S + LIMIT * usual_s) * len(call.rows)
 
     def place(self) -> None:
         for placement in hires(self.stages, self.usable(), [replica.placement for replica in self.replicas()],
                                     limits=self.limits(), seconds=self.seconds(),
                                     barred=self.fitness.barred(self.executor.now())):
-            line = next(line for line in self.lines if line.stage.name == placement.stage)
+            queue = next(queue for queue in self.queues if queue.stage.name == placement.stage)
             name = f"{placement.stage}-{next(self.names)}"
-            line.replicas.append(Replica(name=name, stage=line.stage, place=line.index, placement=placement))
+            queue.replicas.append(Replica(name=name, stage=queue.stage, place=queue.index, placement=placement))
         self.start_planned()
-        for line in self.lines:
-            if line.queue and not line.replicas and self.limits()[line.stage.name]:
-                self.make_room(line)
+        for queue in self.queues:
+            if queue.waiting and not queue.replicas and self.limits()[queue.stage.name]:
+                self.make_room(queue)
 
-    def make_room(self, line: Line) -> None:
+    def make_room(self, queue: StageQueue) -> None:
         """A stage with rows has no replica and no place: others leave, but the last of a stage only for the first stage."""
-        first = self.lines[0]
-        if line is not first and first.stage.window is not None and first.open and first.replicas:
+        first = self.queues[0]
+        if queue is not first and first.stage.window is not None and first.open and first.replicas:
             return                                      # it will give its place back by itself
         staying = [replica for replica in self.replicas() if replica.state != "leaving"]
         staying.sort(key=lambda replica: replica.state == "ready")
         placements = [replica.placement for replica in staying]
         barred = self.fitness.barred(self.executor.now())
-        nodes = [node for node in self.usable() if (line.stage.name, node.id) not in barred]
-        if Room(nodes, placements).node_for(line.stage) is not None:
+        nodes = [node for node in self.usable() if (queue.stage.name, node.id) not in barred]
+        if Room(nodes, placements).node_for(queue.stage) is not None:
             return                                      # it has: who leaves is on the way
-        keep = [] if line is first else [other.replicas[-1].placement for other in self.lines if other.replicas and other.rows]
-        leaving = make_room(line.stage, nodes, placements, keep)
+        keep = [] if queue is first else [other.replicas[-1].placement for other in self.queues if other.replicas and other.rows]
+        leaving = make_room(queue.stage, nodes, placements, keep)
         for replica in staying:
             if any(replica.placement is placement for placement in leaving):
-                self.note(f"{replica.name}: makes room for {line.stage.name}")
+                self.note(f"{replica.name}: makes room for {queue.stage.name}")
                 self.leave(replica)
 
     def start_planned(self) -> None:
@@ -661,7 +661,7 @@ class Driver:
                               for node, share in shares.items()), now)
 
     def replicas(self) -> list[Replica]:
-        return [replica for line in self.lines for replica in line.replicas]
+        return [replica for queue in self.queues for replica in queue.replicas]
 
     # What a person sees.
 
@@ -678,13 +678,13 @@ class Driver:
             self.note(f"what an earlier stage made is gone for {self.lost_inputs} clips, and is made again")
             self.lost_inputs = 0
         notes, self.notes = tuple(self.notes), []
-        self.on_progress(Progress(stages=tuple(self.stage_progress(line) for line in self.lines), done=self.done,
+        self.on_progress(Progress(stages=tuple(self.stage_progress(queue) for queue in self.queues), done=self.done,
                                   failed=self.failed, notes=notes))
 
-    def stage_progress(self, line: Line) -> StageProgress:
-        ready = len(line.ready)
-        return StageProgress(name=line.stage.name, replicas=ready, starting=len(line.replicas) - ready, done=line.done,
-                             queued=len(line.queue) + line.sharing, in_flight=line.in_flight, seconds=line.seconds)
+    def stage_progress(self, queue: StageQueue) -> StageProgress:
+        ready = len(queue.ready)
+        return StageProgress(name=queue.stage.name, replicas=ready, starting=len(queue.replicas) - ready, done=queue.done,
+                             queued=len(queue.waiting) + queue.sharing, in_flight=queue.in_flight, seconds=queue.seconds)
 
 
 def what_became_of(replica: Replica, answer: Broken) -> str:
@@ -692,7 +692,7 @@ def what_became_of(replica: Replica, answer: Broken) -> str:
             "gpu": "replaced", "unfit": "ended, since its machine cannot do its work now"}[answer.how]
 
 
-def worker_died(row: Row, line: Line, answer: Broken, replica: Replica) -> Failure:
+def worker_died(row: Row, queue: StageQueue, answer: Broken, replica: Replica) -> Failure:
     hung = answer.how == "hung"
-    return Failure(request=row.request, stage=line.stage.name, error_type="TimedOut" if hung else "WorkerDied",
+    return Failure(request=row.request, stage=queue.stage.name, error_type="TimedOut" if hung else "WorkerDied",
                    error=answer.reason if hung else f"its process ended at work: {answer.reason}", worker=replica.name)

@@ -1,4 +1,4 @@
-"""The rows that the driver holds, each in the line of the stage that it waits for or is in."""
+"""The rows that the driver holds, each in the queue of the stage that it waits for or is in."""
 
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -23,12 +23,12 @@ class Shared:
     waiting: list[Row] = field(default_factory=list)
 
 
-class Line:
+class StageQueue:
     """One stage's queue and its replicas."""
 
     def __init__(self, stage: Stage, index: int):
         self.stage, self.index = stage, index
-        self.queue: deque[Row] = deque()
+        self.waiting: deque[Row] = deque()
         self.shared: dict[str, Shared] = {}
         self.sharing = 0                    # rows that wait for another row of their key
         self.replicas: list[Replica] = []
@@ -53,43 +53,43 @@ class Line:
 
     @property
     def rows(self) -> int:
-        return len(self.queue) + self.in_flight + self.sharing
+        return len(self.waiting) + self.in_flight + self.sharing
 
     def take(self, replica: Replica) -> list[Row]:
         """The next rows for a replica: all of one bucket; none that failed in this very replica while there are others.
 
         A suspect works alone: no other row in its batch, none before or behind it in the process.
         """
-        queue, choosy = self.queue, len(self.ready) > 1
-        places = (place for place, row in enumerate(islice(queue, 8)) if not choosy or row.avoid is not replica)
+        waiting, choosy = self.waiting, len(self.ready) > 1
+        places = (place for place, row in enumerate(islice(waiting, 8)) if not choosy or row.avoid is not replica)
         place = next(places, None)
-        if place is None or queue[place].shares_none and replica.calls:
+        if place is None or waiting[place].shares_none and replica.calls:
             return []
-        rows = [queue[place]]
-        del queue[place]
-        while len(rows) < self.stage.batch and not rows[0].shares_none and place < len(queue):
-            row = queue[place]
+        rows = [waiting[place]]
+        del waiting[place]
+        while len(rows) < self.stage.batch and not rows[0].shares_none and place < len(waiting):
+            row = waiting[place]
             if row.shares_none or row.request.bucket != rows[0].request.bucket:
                 break
             rows.append(row)
-            del queue[place]
+            del waiting[place]
         return rows
 
 
-class Lines:
-    """All lines. Work by key is shared in the first: there one row of a key works, and the others wait for it."""
+class StageQueues:
+    """All queues. Work by key is shared in the first: there one row of a key works, and the others wait for it."""
 
     def __init__(self, stages: Sequence[Stage]):
-        self.all = [Line(stage, index) for index, stage in enumerate(stages)]
+        self.all = [StageQueue(stage, index) for index, stage in enumerate(stages)]
         for stage in stages[1:]:
             if stage.key is not None or stage.window is not None:
                 raise ValueError(f"stage {stage.name}: only the first stage may have a key or a window")
         self.held = 0                       # rows between the source and their outcome
 
-    def __getitem__(self, index: int) -> Line:
+    def __getitem__(self, index: int) -> StageQueue:
         return self.all[index]
 
-    def __iter__(self) -> Iterator[Line]:
+    def __iter__(self) -> Iterator[StageQueue]:
         return iter(self.all)
 
     def __len__(self) -> int:
@@ -115,32 +115,32 @@ class Lines:
             self.enter(shared.waiting.pop(0))
 
     def enter(self, row: Row) -> None:
-        line = self.all[row.place]
-        if line.stage.key is None:
-            line.queue.append(row)
+        queue = self.all[row.place]
+        if queue.stage.key is None:
+            queue.waiting.append(row)
             return
         first_time = row.key is None
-        row.key = row.key or line.stage.key(row.request)
-        shared = line.shared.setdefault(row.key, Shared())
+        row.key = row.key or queue.stage.key(row.request)
+        shared = queue.shared.setdefault(row.key, Shared())
         shared.users += first_time
         if shared.ready:
             row.value = shared.value
             self.advance(row)
         elif shared.leader in (None, row):
             shared.leader = row
-            line.queue.append(row)
+            queue.waiting.append(row)
         else:
             shared.waiting.append(row)
-            line.sharing += 1
+            queue.sharing += 1
 
     def advance(self, row: Row) -> None:
         """The row's value is made; so is that of all rows which waited for it."""
-        line = self.all[row.place]
+        queue = self.all[row.place]
         waiting: list[Row] = []
-        if row.key is not None and row.place == 0 and not (shared := line.shared[row.key]).ready:
+        if row.key is not None and row.place == 0 and not (shared := queue.shared[row.key]).ready:
             shared.ready, shared.value, shared.leader = True, row.value, None
             waiting, shared.waiting = shared.waiting, []
-            line.sharing -= len(waiting)
+            queue.sharing -= len(waiting)
         row.place += 1
         row.alone, row.avoid = False, None
         self.enter(row)
@@ -155,23 +155,23 @@ class Lines:
         row.place, row.value, row.alone, row.avoid = 0, None, False, None
         self.enter(row)
 
-    def has_room(self, line: Line) -> bool:
-        """May the line take another row?"""
-        if line.stage.window is None:
-            if line.stage.shares_gpus and (not line.ready or len(line.ready) < len(line.replicas)):
-                return len(line.queue) < FOR_LATER
-            feeders = len(self.all[line.index - 1].replicas) if line.index else 0
-            return len(line.queue) < max(4, 2 * line.stage.batch * len(line.replicas), feeders)
-        return line.open and line.rows + self.ahead(line) < self.window(line)
+    def has_room(self, queue: StageQueue) -> bool:
+        """May the queue take another row?"""
+        if queue.stage.window is None:
+            if queue.stage.shares_gpus and (not queue.ready or len(queue.ready) < len(queue.replicas)):
+                return len(queue.waiting) < FOR_LATER
+            feeders = len(self.all[queue.index - 1].replicas) if queue.index else 0
+            return len(queue.waiting) < max(4, 2 * queue.stage.batch * len(queue.replicas), feeders)
+        return queue.open and queue.rows + self.ahead(queue) < self.window(queue)
 
-    def ahead(self, line: Line) -> int:
-        """Rows that this line has made ready and the next has not begun."""
-        return len(self.all[line.index + 1].queue) if line.index + 1 < len(self.all) else 0
+    def ahead(self, queue: StageQueue) -> int:
+        """Rows that this queue has made ready and the next has not begun."""
+        return len(self.all[queue.index + 1].waiting) if queue.index + 1 < len(self.all) else 0
 
-    def window(self, line: Line) -> int:
-        follower = self.all[min(line.index + 1, len(self.all) - 1)]
-        return max(line.stage.window or 0, 4 * follower.stage.batch * max(1, len(follower.replicas)))
+    def window(self, queue: StageQueue) -> int:
+        follower = self.all[min(queue.index + 1, len(self.all) - 1)]
+        return max(queue.stage.window or 0, 4 * follower.stage.batch * max(1, len(follower.replicas)))
 
-    def unbegun(self, line: Line) -> int:
+    def unbegun(self, queue: StageQueue) -> int:
         """Rows held that this stage has still to begin."""
-        return len(line.queue) + sum(before.rows for before in self.all[:line.index])
+        return len(queue.waiting) + sum(before.rows for before in self.all[:queue.index])
