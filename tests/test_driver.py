@@ -62,11 +62,11 @@ class SimulatedExecutor:
 
     def submit(self, call: Call) -> None:
         stage = call.replica.stage.name
-        takes = {"hello": 0.5, "load": self.load_s, "ping": 0.0}.get(call.kind, self.seconds[stage] * len(call.rows))
+        takes = {"hello": 0.5, "load": self.load_s, "ping": 0.0}.get(call.kind, self.seconds[stage] * len(call.tasks))
         began = max(self.clock, self.free_at[call.replica])
         self.free_at[call.replica] = began + takes
         if call.kind == "work":
-            call.values = [] if call.last else [(stage, row.request) for row in call.rows]
+            call.values = [] if call.last else [(stage, task.request) for task in call.tasks]
             self.worked[stage].append((began, began + takes, call))
         heapq.heappush(self.events, (began + takes, next(self.order), call))
 
@@ -93,11 +93,11 @@ class SimulatedExecutor:
                                   peak_memory_bytes=0))
 
     def encoded(self) -> list[str]:
-        return [row.request.prompt for _, _, call in self.worked["encode"] for row in call.rows]
+        return [task.request.prompt for _, _, call in self.worked["encode"] for task in call.tasks]
 
 
 def values(call: Call) -> list:
-    return [pretend_value("clip", row.request) if call.last else None for row in call.rows]
+    return [pretend_value("clip", task.request) if call.last else None for task in call.tasks]
 
 
 def drive(executor: SimulatedExecutor, stages, requests, **options) -> tuple[Driver, list]:
@@ -181,14 +181,14 @@ def test_a_batch_is_of_one_bucket():
     executor = SimulatedExecutor(box(2), SLEEPS_S)
     mixed = (pretend_request(number, frames=1 + 4 * (number // 3 % 2)) for number in range(60))
     drive(executor, pretend_stages(gpus=WHOLE, batch=4), mixed)
-    batches = [{row.request.bucket for row in call.rows} for _, _, call in executor.worked["sample"]]
+    batches = [{task.request.bucket for task in call.tasks} for _, _, call in executor.worked["sample"]]
     assert all(len(buckets) == 1 for buckets in batches)
-    assert max(len(call.rows) for _, _, call in executor.worked["sample"]) > 1
+    assert max(len(call.tasks) for _, _, call in executor.worked["sample"]) > 1
 
 
 def failing(stage: str, seeds: set[int], answer: Callable[[Call], Answer]) -> Callable[[Call], Answer | None]:
     def fault(call: Call) -> Answer | None:
-        if call.kind == "work" and call.replica.stage.name == stage and {row.request.seed for row in call.rows} & seeds:
+        if call.kind == "work" and call.replica.stage.name == stage and {task.request.seed for task in call.tasks} & seeds:
             return answer(call)
         return None
     return fault
@@ -204,8 +204,8 @@ def dying(reason: str, how: str = "died") -> Callable[[Call], Answer]:
 
 def poisoned(seeds: set[int]) -> Callable[[Call], Answer]:
     def answer(call: Call) -> Answer:
-        made = [Failure(request=row.request, stage=call.replica.stage.name, error_type="ValueError", error="poison")
-                if row.request.seed in seeds else value for row, value in zip(call.rows, values(call), strict=True)]
+        made = [Failure(request=task.request, stage=call.replica.stage.name, error_type="ValueError", error="poison")
+                if task.request.seed in seeds else value for task, value in zip(call.tasks, values(call), strict=True)]
         return Done(made=made, report=Report(seconds={}, worker=call.replica.name, device="none", peak_memory_bytes=0))
     return answer
 
@@ -216,7 +216,7 @@ def test_an_exception_is_tried_again_elsewhere_and_then_fails_the_row():
     failed, = [outcome for outcome in outcomes if isinstance(outcome.value, Failure)]
     assert failed.value.error_type == "ValueError" and failed.attempts == 3
     assert len(outcomes) == 40
-    where = [call.replica.name for _, _, call in executor.worked["sample"] if call.rows[0].request.seed == 7]
+    where = [call.replica.name for _, _, call in executor.worked["sample"] if call.tasks[0].request.seed == 7]
     assert len(where) == 3 and where[0] != where[1] != where[2]
 
 
@@ -349,7 +349,7 @@ def hanging(executor: SimulatedExecutor, seeds: set[int]) -> None:
 
     def submit(call: Call) -> None:
         plain(call)
-        if call.kind == "work" and call.replica.stage.name == "sample" and call.rows[0].request.seed in seeds:
+        if call.kind == "work" and call.replica.stage.name == "sample" and call.tasks[0].request.seed in seeds:
             executor.events = [event for event in executor.events if event[2] is not call]
             executor.free_at[call.replica] = 10**6
 
@@ -359,7 +359,7 @@ def hanging(executor: SimulatedExecutor, seeds: set[int]) -> None:
 def test_a_call_that_never_ends_costs_its_row_an_attempt():
     executor = SimulatedExecutor(box(2), SLEEPS_S)
     hanging(executor, {5})
-    _, outcomes = drive(executor, pretend_stages(gpus=WHOLE), requests(30), row_timeout_s=60.0)
+    _, outcomes = drive(executor, pretend_stages(gpus=WHOLE), requests(30), task_timeout_s=60.0)
     failed, = [outcome for outcome in outcomes if isinstance(outcome.value, Failure)]
     assert failed.value.request.seed == 5 and "no answer" in failed.value.error and failed.attempts == 3
     assert failed.value.error_type == "TimedOut" and len(outcomes) == 30
@@ -379,7 +379,7 @@ def test_waiting_for_the_store_is_not_charged_to_the_row():
     plain = executor.submit
 
     def submit(call: Call) -> None:                     # one clip takes 1,000 s longer
-        executor.seconds = SLEEPS_S | {"publish": 1000.0 if call.rows and call.rows[0].request.seed == 5 else 0.1}
+        executor.seconds = SLEEPS_S | {"publish": 1000.0 if call.tasks and call.tasks[0].request.seed == 5 else 0.1}
         plain(call)
 
     executor.submit = submit
@@ -392,8 +392,8 @@ def test_the_third_attempt_is_in_the_safe_profile_and_its_clip_says_so():
     fault = failing("sample", {7}, lambda call: poisoned({7})(call) if next(tries, None) is not None else None)
     executor = SimulatedExecutor(box(4), SLEEPS_S, fault=fault)
     _, outcomes = drive(executor, pretend_stages(gpus=WHOLE, batch=4), requests(40))
-    calls = [call for _, _, call in executor.worked["sample"] if 7 in {row.request.seed for row in call.rows}]
-    assert [call.safe for call in calls] == [False, False, True] and len(calls[2].rows) == 1
+    calls = [call for _, _, call in executor.worked["sample"] if 7 in {task.request.seed for task in call.tasks}]
+    assert [call.safe for call in calls] == [False, False, True] and len(calls[2].tasks) == 1
     told = {outcome.value.request.seed: (outcome.attempts, outcome.value.fallbacks) for outcome in outcomes}
     assert told[7][0] == 3 and "safe profile" in told[7][1][0]
     assert all(told[seed] == (1, ()) for seed in told if seed != 7)
@@ -422,7 +422,7 @@ def test_a_replica_that_now_and_then_fails_what_others_make_is_replaced():
 def bad_replica(call: Call, name: str) -> Answer | None:
     if call.kind != "work" or call.replica.name != name:
         return None
-    return poisoned({row.request.seed for row in call.rows})(call)
+    return poisoned({task.request.seed for task in call.tasks})(call)
 
 
 def test_rows_that_fail_everywhere_do_not_fence_the_replicas_that_make_all_others():
@@ -453,7 +453,7 @@ def test_a_manifest_of_a_few_bad_rows_ends_with_failed_rows():
 
 def test_verdicts_on_rows_never_fence_a_replica():
     def refused(call: Call) -> Answer:
-        done = poisoned({row.request.seed for row in call.rows})(call)
+        done = poisoned({task.request.seed for task in call.tasks})(call)
         return replace(done, made=[replace(failure, about_row=True) for failure in done.made])
 
     executor, notes = SimulatedExecutor(box(2), SLEEPS_S, fault=failing("publish", set(range(100)), refused)), []
@@ -506,7 +506,7 @@ def test_when_a_long_clip_no_longer_fits_shorter_ones_are_still_made():
     def answer(call: Call) -> Answer:                   # a frame takes 0.1 s of sampling
         done = plain(call)
         if call.kind == "work" and call.replica.stage.name == "sample":
-            seconds = {"sample": 0.1 * call.rows[0].request.shape.frames}
+            seconds = {"sample": 0.1 * call.tasks[0].request.shape.frames}
             return replace(done, report=replace(done.report, seconds=seconds))
         return done
 
@@ -585,7 +585,7 @@ def test_another_process_that_keeps_a_gpu_is_named_and_not_waited_for_without_en
 
 def test_seconds_of_a_clip_that_was_partly_done_before_are_no_measure_for_others():
     def fault(call):
-        if call.kind == "work" and call.replica.stage.name == "sample" and call.rows[0].request.seed < 5:
+        if call.kind == "work" and call.replica.stage.name == "sample" and call.tasks[0].request.seed < 5:
             report = Report(seconds={"sample": 0.001}, worker="", device="", peak_memory_bytes=0, partly=True)
             return Done(made=values(call), report=report)
 
@@ -647,7 +647,7 @@ def test_every_request_ends_once_whatever_breaks(seed):
             return None
         how = chance.choice(["died", "node", *(["input", "store", "cancelled", "failure", "unfit"] if call.kind == "work" else [])])
         if how == "failure":
-            return poisoned({chance.choice(call.rows).request.seed})(call)
+            return poisoned({chance.choice(call.tasks).request.seed})(call)
         return Broken(how=how, reason="chance")
 
     seconds = {"encode": 0.02, "sample": chance.choice([0.05, 0.5]), "publish": chance.choice([0.01, 0.3])}
@@ -660,6 +660,6 @@ def test_every_request_ends_once_whatever_breaks(seed):
     driver, outcomes = drive(executor, stages, iter(wanted), max_attempts=3)
     assert Counter(outcome.value.request.seed for outcome in outcomes) == Counter(range(150))
     assert all(1 <= outcome.attempts <= 3 for outcome in outcomes)
-    assert driver.queues.held == 0 and not driver.queues[0].shared and not any(queue.rows for queue in driver.queues)
+    assert driver.queues.held == 0 and not driver.queues[0].shared and not any(queue.tasks for queue in driver.queues)
     if not breaks:
         assert all(isinstance(outcome.value, Clip) and outcome.attempts == 1 for outcome in outcomes)

@@ -272,7 +272,7 @@ def test_a_machine_that_now_and_then_has_no_room_charges_none():
 
 def test_a_row_for_which_no_machine_ever_has_the_memory_is_charged_and_no_other():
     def fault(call):
-        if call.kind == "work" and call.replica.stage.name == "sample" and 7 in {row.request.seed for row in call.rows}:
+        if call.kind == "work" and call.replica.stage.name == "sample" and 7 in {task.request.seed for task in call.tasks}:
             return broken(reason="MemoryError", sure=False)
         return None
 
@@ -286,7 +286,7 @@ def test_a_bad_row_among_faults_of_machines_is_still_charged():
     full = at("publish", broken(), node="a")
 
     def fault(call):
-        if call.kind == "work" and call.replica.stage.name == "sample" and call.rows[0].request.seed == 7:
+        if call.kind == "work" and call.replica.stage.name == "sample" and call.tasks[0].request.seed == 7:
             return poisoned({7})(call)
         return full(call)
 

@@ -220,7 +220,7 @@ def test_rows_are_ordered_and_batched_so_that_experts_change_rarely(tmp_path):
     plan = Plan.make(Manifest.read(str(manifest(tmp_path, rows))), card, weights_fingerprint="w" * 64, precision="bf16")
     executor = SimulatedExecutor(box(1), {"encode": 1.0, "sample": 600.0, "publish": 20.0})
     drive(executor, pretend_stages(gpus=SHARED, batch=card.clips_per_turn), plan.requests())
-    batches = [[row.request.bucket for row in call.rows] for _, _, call in executor.worked["sample"]]
+    batches = [[task.request.bucket for task in call.tasks] for _, _, call in executor.worked["sample"]]
     assert sum(map(len, batches)) == 160 and all(len(set(batch)) == 1 for batch in batches)
     assert len(batches) <= 160 / card.clips_per_turn + 4    # the first are not waited for; each bucket has a last
     assert sum(one[0] != other[0] for one, other in pairwise(batches)) == 3

@@ -78,20 +78,20 @@ def box(gpus: int) -> list[Node]:
 # In simulated time.
 
 @dataclass(eq=False)
-class Place:
+class Resource:
     """What so many can have at a time, first come, first served."""
 
     free: int = 1
-    waiting: deque["Task"] = field(default_factory=deque)
+    waiting: deque["Activity"] = field(default_factory=deque)
 
 
 @dataclass(eq=False)
-class Task:
-    """One call on its way: yields seconds to wait, or a Place that it wants."""
+class Activity:
+    """One call on its way: yields seconds to wait, or a Resource that it wants."""
 
     replica: Replica
-    course: Iterator[float | Place]
-    held: list[Place] = field(default_factory=list)
+    timeline: Iterator[float | Resource]
+    held: list[Resource] = field(default_factory=list)
 
 
 class SimulatedGPUs:
@@ -100,12 +100,12 @@ class SimulatedGPUs:
     def __init__(self, machines: list[Node], shape: Shape):
         self.machines, self.shape, self.costs = machines, shape, shape.costs
         self.clock, self.order = 0.0, itertools.count()
-        self.events: list[tuple[float, int, Task]] = []
+        self.events: list[tuple[float, int, Activity]] = []
         self.answers: deque[tuple[Call, Answer]] = deque()
-        self.gpus = {(node.id, str(at)): Place() for node in machines for at in range(int(node.gpus))}
+        self.gpus = {(node.id, str(at)): Resource() for node in machines for at in range(int(node.gpus))}
         self.memory = dict.fromkeys(self.gpus, 1.0)
         self.sliced_s = dict.fromkeys(self.gpus, 0.0)   # taken by an encoder from whatever step comes next
-        self.places: dict[Replica, tuple[Place, Place, Place]] = {}    # threads, turn, pool
+        self.resources: dict[Replica, tuple[Resource, Resource, Resource]] = {}    # threads, turn, pool
         self.recalled: set[Call] = set()
         self.busy: list[tuple[str, tuple[str, str], float, float]] = []     # stage, GPU, from, to
         self.started: list[Replica] = []
@@ -128,14 +128,14 @@ class SimulatedGPUs:
         fitting = [gpu for gpu, free in self.memory.items() if gpu[0] == replica.placement.node and free >= stage.gpus - 1e-6]
         replica.handle = min(fitting, key=lambda gpu: self.memory[gpu])
         self.memory[replica.handle] -= stage.gpus
-        self.places[replica] = Place(stage.concurrency), Place(), Place(max(1, stage.processes))
+        self.resources[replica] = Resource(stage.concurrency), Resource(), Resource(max(1, stage.processes))
         self.started.append(replica)
 
     def end(self, replica: Replica) -> None:
         self.memory[replica.handle] += replica.stage.gpus
-        del self.places[replica]
+        del self.resources[replica]
         for gpu in self.gpus.values():
-            gpu.waiting = deque(task for task in gpu.waiting if task.replica is not replica)
+            gpu.waiting = deque(activity for activity in gpu.waiting if activity.replica is not replica)
 
     def recall(self, call: Call) -> None:
         self.recalled.add(call)
@@ -143,16 +143,16 @@ class SimulatedGPUs:
     cancel = recall
 
     def submit(self, call: Call) -> None:
-        self.advance(Task(call.replica, self.work(call) if call.kind == "work" else self.other(call)))
+        self.advance(Activity(call.replica, self.work(call) if call.kind == "work" else self.other(call)))
 
-    def other(self, call: Call) -> Iterator[float | Place]:
+    def other(self, call: Call) -> Iterator[float | Resource]:
         yield {"hello": 0.5, "load": LOAD_S, "ping": 0.0}[call.kind]
         self.answers.append((call, Hello(devices=(call.replica.handle[1],)) if call.kind == "hello" else Alive()))
 
-    def work(self, call: Call) -> Iterator[float | Place]:
-        stage, values = call.replica.stage, len(call.rows)
+    def work(self, call: Call) -> Iterator[float | Resource]:
+        stage, values = call.replica.stage, len(call.tasks)
         cost, gpu = self.costs[stage.name], self.gpus[call.replica.handle]
-        threads, turn, pool = self.places[call.replica]
+        threads, turn, pool = self.resources[call.replica]
         steps = self.shape.num_steps if stage.name == "sample" else 1
         call.values = [] if call.last else [None] * values
         yield threads
@@ -178,7 +178,7 @@ class SimulatedGPUs:
                 yield values * cost.pool_s
                 self.give(pool, call)
             yield values * cost.beside_s / 2
-            made = [pretend_value("clip", row.request) if call.last else None for row in call.rows]
+            made = [pretend_value("clip", task.request) if call.last else None for task in call.tasks]
             answer = Done(made=made, report=self.report(call.replica, cost))
         self.give(threads, call)
         self.answers.append((call, answer))
@@ -190,42 +190,42 @@ class SimulatedGPUs:
         return Report(seconds=seconds, worker=replica.name, device="pretended", peak_memory_bytes=0,
                       held_s=cost.held_s, pace_s=cost.pace_s(replica.stage))
 
-    def advance(self, task: Task) -> None:
+    def advance(self, activity: Activity) -> None:
         """Until it has to wait."""
-        self.running = task
-        for wanted in task.course:
-            if not isinstance(wanted, Place):
-                heapq.heappush(self.events, (self.clock + wanted, next(self.order), task))
+        self.running = activity
+        for wanted in activity.timeline:
+            if not isinstance(wanted, Resource):
+                heapq.heappush(self.events, (self.clock + wanted, next(self.order), activity))
                 return
             if not wanted.free:
-                wanted.waiting.append(task)
+                wanted.waiting.append(activity)
                 return
             wanted.free -= 1
-            task.held.append(wanted)
+            activity.held.append(wanted)
 
-    def give(self, place: Place, call: Call) -> None:
+    def give(self, resource: Resource, call: Call) -> None:
         """To the next that waits, in a moment."""
-        self.running.held.remove(place)
-        self.free(place)
+        self.running.held.remove(resource)
+        self.free(resource)
 
-    def free(self, place: Place) -> None:
-        while place.waiting:
-            task = place.waiting.popleft()
-            if task.replica in self.places:
-                task.held.append(place)
-                heapq.heappush(self.events, (self.clock, next(self.order), task))
+    def free(self, resource: Resource) -> None:
+        while resource.waiting:
+            activity = resource.waiting.popleft()
+            if activity.replica in self.resources:
+                activity.held.append(resource)
+                heapq.heappush(self.events, (self.clock, next(self.order), activity))
                 return
-        place.free += 1
+        resource.free += 1
 
     def wait(self, timeout_s: float) -> Iterator[tuple[Call, Answer]]:
         until = self.clock + max(timeout_s, 1e-3)
         while not self.answers and self.events and self.events[0][0] <= until:
-            self.clock, _, task = heapq.heappop(self.events)
-            if task.replica in self.places:
-                self.advance(task)
+            self.clock, _, activity = heapq.heappop(self.events)
+            if activity.replica in self.resources:
+                self.advance(activity)
             else:                                       # its process has ended
-                for place in task.held:
-                    self.free(place)
+                for resource in activity.held:
+                    self.free(resource)
         if not self.answers:
             self.clock = until
         while self.answers:

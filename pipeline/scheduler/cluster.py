@@ -64,18 +64,18 @@ OBJECT_STORE_BYTES = 512 * 2**20    # of a local cluster; what does not fit goes
 
 
 def run(stages: Sequence[Stage], requests: Iterable[Request], *, max_attempts: int = 3,
-        row_timeout_s: float | None = 4 * 3600.0, on_progress: Callable[[Progress], None] | None = None,
+        task_timeout_s: float | None = 4 * 3600.0, on_progress: Callable[[Progress], None] | None = None,
         progress_every_s: float = 0.5, stop: Stop | None = None, budget: Budget | None = None) -> Iterator[Outcome]:
     """What `run_local` yields, in any order, from all machines of the connected cluster.
 
-    requests: taken as the first stage has room, so there may be any number.  row_timeout_s: of one clip in one stage.
+    requests: taken as the first stage has room, so there may be any number.  task_timeout_s: of one clip in one stage.
     budget: what does not fit in it is not begun, and has no outcome.
     All processes are ended when the iterator is exhausted or closed.
     Raises ClusterError when the machines cannot run the stages, StoreError when the store cannot be used.
     """
     if not ray.is_initialized():
         raise ClusterError("no cluster is connected; use `with cluster.connect(address):` around cluster.run")
-    driver = Driver(RayExecutor(), stages, requests, max_attempts=max_attempts, row_timeout_s=row_timeout_s,
+    driver = Driver(RayExecutor(), stages, requests, max_attempts=max_attempts, task_timeout_s=task_timeout_s,
                     on_progress=on_progress, progress_every_s=progress_every_s, stop=stop, budget=budget)
     return on_this_machine(driver.outcomes())
 
@@ -445,9 +445,9 @@ class RayExecutor:
     def submit(self, call: Call) -> None:
         actor, stage = call.replica.handle, call.replica.stage
         if call.kind == "work":
-            method = actor.work.options(num_returns=1 if call.last else 1 + len(call.rows))
-            values = [row.value for row in call.rows] if call.replica.place else []
-            returned = method.remote(call.serial, [row.request for row in call.rows], call.safe, call.last, *values)
+            method = actor.work.options(num_returns=1 if call.last else 1 + len(call.tasks))
+            values = [task.value for task in call.tasks] if call.replica.place else []
+            returned = method.remote(call.serial, [task.request for task in call.tasks], call.safe, call.last, *values)
             call.handle, *call.values = [returned] if call.last else returned
         elif call.kind == "load":
             call.handle = actor.load.remote(stage, call.replica.name)

@@ -1,19 +1,19 @@
-"""The driver's book: which row waits where, who works on it, what comes next, and what a death costs.
+"""The driver's book: which task waits where, who works on it, what comes next, and what a death costs.
 
 It knows no Ray: an `Executor` starts processes, hands them calls and brings back answers (cluster.py has the real one).
-It holds a window of rows, never the whole night, so its memory is bounded.
+It holds a window of tasks, never the whole night, so its memory is bounded.
 
-A row is charged an attempt for an exception of its own, for the death of a process that was working on it, and for
+A task is charged an attempt for an exception of its own, for the death of a process that was working on it, and for
 taking too long. One that only waited there, or whose machine was lost, goes back to its queue free of charge. So does
-one whose machine failed it (faults.py): that ends the process, and the row is tried on another machine, where there is
+one whose machine failed it (faults.py): that ends the process, and the task is tried on another machine, where there is
 one (fitness.py).
 
     attempt 1   as planned
     attempt 2   on another replica, where there is one
     attempt 3   in the safe profile: alone, in a quarter of the memory; the clip's fallbacks say so
 
-A replica that fails three different rows in succession, or three that others then make, is replaced. Where no replica of a
-stage makes anything of many different rows the run ends, and what failed in that time is not held against the rows.
+A replica that fails three different tasks in succession, or three that others then make, is replaced. Where no replica of a
+stage makes anything of many different tasks the run ends, and what failed in that time is not held against the tasks.
 """
 
 import math
@@ -24,7 +24,7 @@ from itertools import count
 
 from dailies.actors.messages import Clip, Failure, Request
 from dailies.pipeline.scheduler.budget import Budget
-from dailies.pipeline.scheduler.executor import Answer, Broken, Call, Replica, Executor, Done, Hello, Row
+from dailies.pipeline.scheduler.executor import Answer, Broken, Call, Replica, Executor, Done, Hello, Task
 from dailies.pipeline.scheduler.placement import EPSILON, Node, NoRoom, Room, can_hold, check, hires, make_room
 from dailies.pipeline.scheduler.quarantine import Fitness
 from dailies.pipeline.scheduler.stage_queue import StageQueue, StageQueues
@@ -34,18 +34,18 @@ from dailies.pipeline.store.store import StoreError
 LOOK_S = 2.0                # between two looks at the machines
 COUNT_S = 1.0               # between two counts of the GPUs that are held
 SHUN_S = 10.0               # a machine that was lost gets nothing, though the cluster may still list it
-IDLE_S = 2.0                # after which a process is asked whether it lives before it gets a row
+IDLE_S = 2.0                # after which a process is asked whether it lives before it gets a task
 ANSWER_S = 1.0              # within which the answer to a call that is done has arrived
 PATIENCE_S = 600.0          # nothing runs and nothing can be started: then the run ends
-MOST_LOSSES = 10            # of machines under one row, before the row is suspected after all; so many times, too,
-                            # the memory of machines that made other rows before
-MOST_FAILED = 3             # different rows of one replica, in succession or blamed on it: then it is replaced
-FIRST_STREAK = 12           # different rows that fail in one stage, or six for each replica, before it made anything: and
+MOST_LOSSES = 10            # of machines under one task, before the task is suspected after all; so many times, too,
+                            # the memory of machines that made other tasks before
+MOST_FAILED = 3             # different tasks of one replica, in succession or blamed on it: then it is replaced
+FIRST_STREAK = 12           # different tasks that fail in one stage, or six for each replica, before it made anything: and
 LONGEST_STREAK = 1000       # afterwards, in succession, since a whole bucket may be too large; then the run ends
 ASKS_S = 60.0               # of one call on a GPU: then it is asked whether another process has that
 GPU_HELD_S = 1800.0         # by a process that is not ours, in one piece: steps and clips give it back much sooner
 SAVING_S = 10.0             # in which a run that is told to save may still publish what is sampled
-LEAST_LIMIT_S = 120.0       # a row may always take so long in a stage, not counting what it waits for the store,
+LEAST_LIMIT_S = 120.0       # a task may always take so long in a stage, not counting what it waits for the store,
 LIMIT = 10                  # and so many times as long as others of its kind
 MOST_DEAD_STARTS = 3        # and one for each replica, of a stage that has none alive; then the run ends
 MOST_STORE_TROUBLE = 5      # answers of every replica in succession that the store is unusable; then the run ends
@@ -97,9 +97,9 @@ class Progress:
 
 class Driver:
     def __init__(self, executor: Executor, stages: Sequence[Stage], requests: Iterable[Request], *, max_attempts: int = 3,
-                 row_timeout_s: float | None = None, on_progress: Callable[[Progress], None] | None = None,
+                 task_timeout_s: float | None = None, on_progress: Callable[[Progress], None] | None = None,
                  progress_every_s: float = 0.5, stop: Stop | None = None, budget: Budget | None = None):
-        self.executor, self.max_attempts, self.row_timeout_s = executor, max_attempts, row_timeout_s
+        self.executor, self.max_attempts, self.task_timeout_s = executor, max_attempts, task_timeout_s
         self.on_progress, self.progress_every_s, self.stop = on_progress, progress_every_s, stop or Stop()
         self.budget = budget or Budget()
         self.stages, self.queues = list(stages), StageQueues(stages)
@@ -166,7 +166,7 @@ class Driver:
         return self.queues.held == 0 and self.coming is None
 
     def drain(self) -> None:
-        """Forget the rows that no stage has begun; those that only the last stage waits for are still served."""
+        """Forget the tasks that no stage has begun; those that only the last stage waits for are still served."""
         for queue in self.queues[:-1]:
             queue.waiting.clear()
             for replica in queue.replicas:
@@ -190,7 +190,7 @@ class Driver:
     def timeout_s(self) -> float:
         return max(0.0, min(0.5, self.look_at - self.executor.now()))
 
-    # Rows in and out.
+    # Tasks in and out.
 
     def fill(self) -> None:
         """Take requests until the first queue is long enough."""
@@ -200,21 +200,21 @@ class Driver:
                 self.budget.left_out += 1
                 self.coming = next(self.requests, None)
                 continue
-            row = Row(request=self.coming, arrived=self.executor.now())
+            task = Task(request=self.coming, arrived=self.executor.now())
             self.coming = next(self.requests, None)
-            self.queues.add(row)
+            self.queues.add(task)
 
-    def finish(self, row: Row, value: Clip | Failure) -> None:
+    def finish(self, task: Task, value: Clip | Failure) -> None:
         failed = isinstance(value, Failure)
-        if row.safe and not failed:
-            value = replace(value, fallbacks=(*value.fallbacks, SAFE_NOTE.format(row.failures + 1)))
-        result = outcome(value, row.reports, attempts=row.failures + (not failed), waited_s=self.executor.now() - row.arrived)
-        queue = self.queues[row.place]
+        if task.safe and not failed:
+            value = replace(value, fallbacks=(*value.fallbacks, SAFE_NOTE.format(task.failures + 1)))
+        result = outcome(value, task.reports, attempts=task.failures + (not failed), waited_s=self.executor.now() - task.arrived)
+        queue = self.queues[task.place]
         if failed and queue.streak:
             queue.withheld.append(result)
         else:
             self.give(result)
-        self.queues.remove(row)
+        self.queues.remove(task)
 
     def give(self, result: Outcome) -> None:
         failed = isinstance(result.value, Failure)
@@ -232,7 +232,7 @@ class Driver:
     # Work.
 
     def dispatch(self, queue: StageQueue) -> None:
-        """As many calls in each replica as keep it busy, unless so few rows are left that another would idle."""
+        """As many calls in each replica as keep it busy, unless so few tasks are left that another would idle."""
         last = queue.index == len(self.queues) - 1
         if not queue.waiting or self.draining and not (last and queue.index and self.serves_last()):
             return
@@ -243,29 +243,29 @@ class Driver:
             if depth > 1 and self.unbegun(queue) <= len(ready):
                 return
             for replica in ready:
-                if len(replica.calls) >= depth or replica.calls and any(row.shares_none for row in replica.calls[-1].rows):
+                if len(replica.calls) >= depth or replica.calls and any(task.shares_none for task in replica.calls[-1].tasks):
                     continue
                 if replica.rests_until > self.executor.now():
                     continue
-                while (rows := queue.take(replica)) and not (last and queue.index) and not self.fits(queue, replica, rows):
-                    self.budget.left_out += len(rows)
-                    for row in rows:
-                        self.queues.remove(row)
-                if not rows:
+                while (tasks := queue.take(replica)) and not (last and queue.index) and not self.fits(queue, replica, tasks):
+                    self.budget.left_out += len(tasks)
+                    for task in tasks:
+                        self.queues.remove(task)
+                if not tasks:
                     continue
                 if not replica.calls and self.executor.now() - replica.since > IDLE_S:
                     self.call(replica, "ping")
-                queue.in_flight += len(rows)
-                self.call(replica, "work", rows, last)
+                queue.in_flight += len(tasks)
+                self.call(replica, "work", tasks, last)
 
-    def fits(self, queue: StageQueue, replica: Replica, rows: Sequence[Row]) -> bool:
-        """Whether rows can become clips within the budget if this replica gets them now."""
+    def fits(self, queue: StageQueue, replica: Replica, tasks: Sequence[Task]) -> bool:
+        """Whether tasks can become clips within the budget if this replica gets them now."""
         if not self.budget.has_limit:
             return True
-        request, name, now = rows[0].request, queue.stage.name, self.executor.now()
-        seconds = self.path_s(queue, request) + (len(rows) - 1) * self.budget.seconds(name, request)
-        for place, call in enumerate(call for call in replica.calls if call.rows):
-            takes_s = len(call.rows) * self.budget.seconds(name, call.rows[0].request) * queue.pace_share
+        request, name, now = tasks[0].request, queue.stage.name, self.executor.now()
+        seconds = self.path_s(queue, request) + (len(tasks) - 1) * self.budget.seconds(name, request)
+        for place, call in enumerate(call for call in replica.calls if call.tasks):
+            takes_s = len(call.tasks) * self.budget.seconds(name, call.tasks[0].request) * queue.pace_share
             seconds += takes_s if place else max(0.0, takes_s - (now - call.began))
         if queue.stage.window is None:                  # what works ahead of a long queue is not judged by its length
             for later in self.queues.all[queue.index + 1:]:
@@ -277,12 +277,12 @@ class Driver:
         return sum(self.budget.seconds(each.stage.name, request) for each in self.queues.all[queue.index:])
 
     def unbegun(self, queue: StageQueue) -> float:
-        """Rows that this stage has still to begin."""
+        """Tasks that this stage has still to begin."""
         return self.queues.unbegun(queue) if self.coming is None or self.draining else math.inf
 
-    def call(self, replica: Replica, kind: str, rows: Sequence[Row] = (), last: bool = False) -> None:
-        call = Call(replica=replica, kind=kind, serial=next(self.serials), rows=list(rows), last=last,
-                    safe=any(row.safe for row in rows), began=self.executor.now())
+    def call(self, replica: Replica, kind: str, tasks: Sequence[Task] = (), last: bool = False) -> None:
+        call = Call(replica=replica, kind=kind, serial=next(self.serials), tasks=list(tasks), last=last,
+                    safe=any(task.safe for task in tasks), began=self.executor.now())
         replica.calls.append(call)
         self.executor.submit(call)
 
@@ -307,7 +307,7 @@ class Driver:
             replica.state = "ready"
             queue.failed_starts = 0
         elif call.kind == "work":
-            queue.in_flight -= len(call.rows)
+            queue.in_flight -= len(call.tasks)
             if isinstance(answer, Done):
                 self.made(queue, replica, call, answer)
             else:
@@ -319,17 +319,17 @@ class Driver:
         spent = sum(answer.report.seconds.values())
         pace_s = spent if answer.report.pace_s is None else answer.report.pace_s
         replica.store_trouble = 0
-        bucket, whole = call.rows[0].request.bucket, not answer.report.partly
+        bucket, whole = call.tasks[0].request.bucket, not answer.report.partly
         if whole:
             queue.seconds = spent if queue.seconds is None else 0.9 * queue.seconds + 0.1 * spent
             queue.pace_s = pace_s if queue.pace_s is None else 0.9 * queue.pace_s + 0.1 * pace_s
         if whole and not any(isinstance(made, Failure) for made in answer.made):
-            self.budget.measured(queue.stage.name, call.rows[0].request, spent)
+            self.budget.measured(queue.stage.name, call.tasks[0].request, spent)
             if bucket not in replica.buckets:
                 queue.first_s = max(queue.first_s, spent)
-        for row, made, value in zip(call.rows, answer.made, call.values or answer.made, strict=True):
+        for task, made, value in zip(call.tasks, answer.made, call.values or answer.made, strict=True):
             if isinstance(made, Failure):
-                self.charge(row, made, replica)
+                self.charge(task, made, replica)
                 continue
             queue.done += 1
             if whole:
@@ -337,28 +337,28 @@ class Driver:
             replica.failed.clear()
             self.fitness.made(replica)
             self.end_streak(queue)
-            if row.avoid not in (None, replica):
-                row.avoid.blamed.add(row.request.clip_id)
-                self.fence(row.avoid)
-            row.reports.append(answer.report)
-            row.value = value
+            if task.avoid not in (None, replica):
+                task.avoid.blamed.add(task.request.clip_id)
+                self.fence(task.avoid)
+            task.reports.append(answer.report)
+            task.value = value
             if call.last:
-                self.finish(row, value)
+                self.finish(task, value)
             else:
-                self.queues.advance(row)
+                self.queues.advance(task)
         if answer.report.broken:
             self.died(replica, Broken(how="gpu", reason="its GPU's context is lost"))
         else:
             self.fence(replica)
 
     def gave_nothing(self, queue: StageQueue, replica: Replica, call: Call, answer: Broken) -> None:
-        for row in reversed(call.rows):
+        for task in reversed(call.tasks):
             if answer.how == "input":
                 self.lost_inputs += 1
-                if self.lost(row, queue, answer.reason):
-                    self.queues.restart(row)
+                if self.lost(task, queue, answer.reason):
+                    self.queues.restart(task)
             else:
-                queue.waiting.appendleft(row)
+                queue.waiting.appendleft(task)
         if answer.how == "store":
             self.no_store(queue, replica, answer)
 
@@ -375,24 +375,24 @@ class Driver:
         elif all(other.store_trouble >= MOST_STORE_TROUBLE for other in queue.replicas):
             raise StoreError(answer.reason)
 
-    def charge(self, row: Row, failure: Failure, replica: Replica) -> None:
+    def charge(self, task: Task, failure: Failure, replica: Replica) -> None:
         """An attempt is used up: again, elsewhere if there is another replica, or never again."""
-        row.failures += 1
-        queue = self.queues[row.place]
+        task.failures += 1
+        queue = self.queues[task.place]
         if not failure.about_row:
-            if row.avoid in (None, replica):
-                replica.failed.add(row.request.clip_id)
+            if task.avoid in (None, replica):
+                replica.failed.add(task.request.clip_id)
             else:                                       # it fails there and here: that is its own doing
-                row.avoid.failed.discard(row.request.clip_id)
-            queue.streak.add(row.request.clip_id)
+                task.avoid.failed.discard(task.request.clip_id)
+            queue.streak.add(task.request.clip_id)
             self.check_streak(queue, failure)
-        if row.failures >= self.max_attempts:
-            self.finish(row, failure)
+        if task.failures >= self.max_attempts:
+            self.finish(task, failure)
             return
-        self.note(f"{replica.name}: attempt {row.failures} at clip {row.request.clip_id[:12]} failed: "
+        self.note(f"{replica.name}: attempt {task.failures} at clip {task.request.clip_id[:12]} failed: "
                   f"{failure.error_type}: {failure.error}")
-        row.avoid = replica
-        queue.waiting.insert(len(queue.replicas), row)        # behind others, which show whether the stage works at all
+        task.avoid = replica
+        queue.waiting.insert(len(queue.replicas), task)        # behind others, which show whether the stage works at all
 
     def check_streak(self, queue: StageQueue, failure: Failure) -> None:
         most = LONGEST_STREAK if queue.done else max(FIRST_STREAK, 2 * MOST_FAILED * len(queue.replicas))
@@ -409,14 +409,14 @@ class Driver:
             self.note(f"{replica.name}: replaced by a new process: {MOST_FAILED} different clips {what}")
             self.leave(replica)
 
-    def lost(self, row: Row, queue: StageQueue, reason: str) -> bool:
-        """Count a loss that is not the row's fault. False, and it has failed, once there are too many to believe it."""
-        row.losses += 1
-        if row.losses <= MOST_LOSSES:
+    def lost(self, task: Task, queue: StageQueue, reason: str) -> bool:
+        """Count a loss that is not the task's fault. False, and it has failed, once there are too many to believe it."""
+        task.losses += 1
+        if task.losses <= MOST_LOSSES:
             return True
-        self.finish(row, Failure(
-            request=row.request, stage=queue.stage.name, error_type="WorkerDied",
-            error=f"{row.losses} machines or inputs were lost under it, lately: {reason}"))
+        self.finish(task, Failure(
+            request=task.request, stage=queue.stage.name, error_type="WorkerDied",
+            error=f"{task.losses} machines or inputs were lost under it, lately: {reason}"))
         return False
 
     # Processes.
@@ -434,29 +434,29 @@ class Driver:
         self.note(f"{replica.name}: {what_became_of(replica, answer)}: {answer.reason}")
         certain = len(calls) == 1 or queue.stage.concurrency == 1 and at_work_s > ANSWER_S
         for place, each in reversed(list(enumerate(calls))):
-            for row in reversed(each.rows):
+            for task in reversed(each.tasks):
                 queue.in_flight -= 1
                 if answer.how in ("died", "hung"):
-                    row.alone = row.alone or place == 0 or not certain
+                    task.alone = task.alone or place == 0 or not certain
                 if each is call and answer.how == "unfit":
-                    self.failed_by_machine(row, queue, replica, answer)
+                    self.failed_by_machine(task, queue, replica, answer)
                 elif place == 0 and answer.how in ("died", "hung") and certain:
-                    self.charge(row, worker_died(row, queue, answer, replica), replica)
-                elif place or answer.how not in ("died", "node") or self.lost(row, queue, answer.reason):
-                    queue.waiting.appendleft(row)
+                    self.charge(task, worker_died(task, queue, answer, replica), replica)
+                elif place or answer.how not in ("died", "node") or self.lost(task, queue, answer.reason):
+                    queue.waiting.appendleft(task)
         if answer.how in ("unfit", "load"):
             self.unfit(queue, replica, answer, "start" if state in ("starting", "loading") else "work on any machine")
         elif state in ("starting", "loading") and answer.how != "node":
             self.start_failed(queue, answer)
 
-    def failed_by_machine(self, row: Row, queue: StageQueue, replica: Replica, answer: Broken) -> None:
+    def failed_by_machine(self, task: Task, queue: StageQueue, replica: Replica, answer: Broken) -> None:
         """Back to its queue, behind the others, which show whether they can be made there. Free of charge, unless it is
         a matter of memory, and machines that made others had none for it again and again."""
         if not answer.sure:
-            row.alone = True
-            if replica.buckets and not self.lost(row, queue, answer.reason):
+            task.alone = True
+            if replica.buckets and not self.lost(task, queue, answer.reason):
                 return
-        queue.waiting.append(row)
+        queue.waiting.append(task)
 
     def unfit(self, queue: StageQueue, replica: Replica, answer: Broken, what: str) -> None:
         """Leave that machine alone for a while. The run ends where none is left for the stage."""
@@ -486,10 +486,10 @@ class Driver:
     def leave(self, replica: Replica) -> None:
         """End a replica between two calls: what has not begun there goes elsewhere."""
         if replica.state != "ready" or not replica.calls:
-            rows = [row for call in replica.calls for row in call.rows]
+            tasks = [task for call in replica.calls for task in call.tasks]
             queue = self.queues[replica.place]
-            queue.in_flight -= len(rows)
-            queue.waiting.extendleft(reversed(rows))
+            queue.in_flight -= len(tasks)
+            queue.waiting.extendleft(reversed(tasks))
             self.end(replica)
             return
         replica.state = "leaving"
@@ -504,7 +504,7 @@ class Driver:
         draining, ahead = self.draining, self.queues.ahead(queue)
         more = self.coming is not None and not draining
         if queue.open:
-            idle = not (queue.in_flight if draining else queue.rows)
+            idle = not (queue.in_flight if draining else queue.tasks)
             if idle and (not more or not self.queues.has_room(queue) and self.someone_gains(queue)):
                 queue.open = False
                 if queue.replicas:
@@ -512,7 +512,7 @@ class Driver:
                               + ("pauses and leaves its place to the others" if more else "has ended"))
                 for replica in list(queue.replicas):
                     self.leave(replica)
-        elif (queue.rows or more) and ahead <= self.queues.window(queue) // 4 and not draining:
+        elif (queue.tasks or more) and ahead <= self.queues.window(queue) // 4 and not draining:
             queue.open = self.changed = True
             self.note(f"{queue.stage.name}: {ahead} clips are ready; it goes on")
 
@@ -557,7 +557,7 @@ class Driver:
             if any(replica.calls for replica in self.replicas()):
                 self.busy_at = now
             elif now - self.busy_at > PATIENCE_S:
-                waiting = ", ".join(f"{queue.stage.name} {queue.rows}" for queue in self.queues if queue.rows)
+                waiting = ", ".join(f"{queue.stage.name} {queue.tasks}" for queue in self.queues if queue.tasks)
                 raise ClusterError(f"no machine could run a stage for {PATIENCE_S:.0f} s; clips that wait: "
                                    f"{waiting}. Add the machines that are gone, then run the same command again")
         if self.changed:
@@ -592,13 +592,13 @@ class Driver:
 
     def limit_s(self, call: Call) -> float:
         """How long a call may take: a multiple of what its like took. The first of a bucket compiles, tunes and warms up."""
-        queue, request = self.queues[call.replica.place], call.rows[0].request
-        usual_s, most_s = self.budget.seconds(queue.stage.name, request), self.row_timeout_s or math.inf
+        queue, request = self.queues[call.replica.place], call.tasks[0].request
+        usual_s, most_s = self.budget.seconds(queue.stage.name, request), self.task_timeout_s or math.inf
         if not usual_s:
-            return most_s * len(call.rows)
+            return most_s * len(call.tasks)
         if request.bucket not in call.replica.buckets:
             usual_s = max(usual_s, queue.first_s)
-        return min(most_s, LEAST_LIMIT_S + LIMIT * usual_s) * len(call.rows)
+        return min(most_s, LEAST_LIMIT_S + LIMIT * usual_s) * len(call.tasks)
 
     def place(self) -> None:
         for placement in hires(self.stages, self.usable(), [replica.placement for replica in self.replicas()],
@@ -613,7 +613,7 @@ class Driver:
                 self.make_room(queue)
 
     def make_room(self, queue: StageQueue) -> None:
-        """A stage with rows has no replica and no place: others leave, but the last of a stage only for the first stage."""
+        """A stage with tasks has no replica and no place: others leave, but the last of a stage only for the first stage."""
         first = self.queues[0]
         if queue is not first and first.stage.window is not None and first.open and first.replicas:
             return                                      # it will give its place back by itself
@@ -624,7 +624,7 @@ class Driver:
         nodes = [node for node in self.usable() if (queue.stage.name, node.id) not in barred]
         if Room(nodes, placements).node_for(queue.stage) is not None:
             return                                      # it has: who leaves is on the way
-        keep = [] if queue is first else [other.replicas[-1].placement for other in self.queues if other.replicas and other.rows]
+        keep = [] if queue is first else [other.replicas[-1].placement for other in self.queues if other.replicas and other.tasks]
         leaving = make_room(queue.stage, nodes, placements, keep)
         for replica in staying:
             if any(replica.placement is placement for placement in leaving):
@@ -692,7 +692,7 @@ def what_became_of(replica: Replica, answer: Broken) -> str:
             "gpu": "replaced", "unfit": "ended, since its machine cannot do its work now"}[answer.how]
 
 
-def worker_died(row: Row, queue: StageQueue, answer: Broken, replica: Replica) -> Failure:
+def worker_died(task: Task, queue: StageQueue, answer: Broken, replica: Replica) -> Failure:
     hung = answer.how == "hung"
-    return Failure(request=row.request, stage=queue.stage.name, error_type="TimedOut" if hung else "WorkerDied",
+    return Failure(request=task.request, stage=queue.stage.name, error_type="TimedOut" if hung else "WorkerDied",
                    error=answer.reason if hung else f"its process ended at work: {answer.reason}", worker=replica.name)

@@ -1,4 +1,4 @@
-"""What the driver and the machines say to each other: rows, calls, replicas of a stage, and the answers.
+"""What the driver and the machines say to each other: tasks, calls, replicas of a stage, and the answers.
 
 `Driver` (driver.py) decides, an `Executor` does: cluster.py has the one that runs on Ray.
 """
@@ -16,7 +16,7 @@ SAFE_AFTER = 2                          # failed attempts
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
-class Row:
+class Task:
     """A request on its way."""
 
     request: Request
@@ -37,7 +37,7 @@ class Row:
 
     @property
     def shares_none(self) -> bool:
-        """No call and no process with another row."""
+        """No call and no process with another task."""
         return self.alone or self.safe
 
 
@@ -67,9 +67,9 @@ class Call:
     replica: Replica
     kind: str                           # hello, load, ping, work
     serial: int
-    rows: list[Row] = field(default_factory=list)
-    values: list = field(default_factory=list)      # references to what it will make, one per row; set by the executor
-    safe: bool = False                  # see Row.safe
+    tasks: list[Task] = field(default_factory=list)
+    values: list = field(default_factory=list)      # references to what it will make, one per task; set by the executor
+    safe: bool = False                  # see Task.safe
     last: bool = False                  # what it makes comes back in the answer, and `values` stays empty
     began: float = 0.0                  # when it was submitted, or became the first of its replica
     handle: Any = None                  # the executor's own
@@ -91,7 +91,7 @@ class Alive:
 
 @dataclass(frozen=True, kw_only=True)
 class Done:
-    made: list                          # per row: a Failure, or, of the last stage, its value; else None
+    made: list                          # per task: a Failure, or, of the last stage, its value; else None
     report: Report
 
 

@@ -1,4 +1,4 @@
-"""The rows that the driver holds, each in the queue of the stage that it waits for or is in."""
+"""The tasks that the driver holds, each in the queue of the stage that it waits for or is in."""
 
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -6,21 +6,21 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from dailies.pipeline.scheduler.executor import Replica, Row
+from dailies.pipeline.scheduler.executor import Replica, Task
 from dailies.pipeline.stages import Outcome, Stage
 
-FOR_LATER = 256             # rows that may wait for replicas that are about to start on GPUs: those have work meanwhile
+FOR_LATER = 256             # tasks that may wait for replicas that are about to start on GPUs: those have work meanwhile
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
 class Shared:
-    """Work that all rows of one key share."""
+    """Work that all tasks of one key share."""
 
     users: int = 0
     ready: bool = False
     value: Any = None
-    leader: Row | None = None           # the one that works for all
-    waiting: list[Row] = field(default_factory=list)
+    leader: Task | None = None           # the one that works for all
+    waiting: list[Task] = field(default_factory=list)
 
 
 class StageQueue:
@@ -28,9 +28,9 @@ class StageQueue:
 
     def __init__(self, stage: Stage, index: int):
         self.stage, self.index = stage, index
-        self.waiting: deque[Row] = deque()
+        self.waiting: deque[Task] = deque()
         self.shared: dict[str, Shared] = {}
-        self.sharing = 0                    # rows that wait for another row of their key
+        self.sharing = 0                    # tasks that wait for another task of their key
         self.replicas: list[Replica] = []
         self.open = True                    # False: it gave its resources back
         self.done = self.in_flight = 0
@@ -40,7 +40,7 @@ class StageQueue:
         self.pace_s: float | None = None    # after which a replica takes the next
         self.first_s = 0.0                  # the longest that a replica took for its first value of a bucket
         self.streak: set[str] = set()       # clips that failed here since it last made one, on any replica
-        self.withheld: list[Outcome] = []   # failures of the streak: are they the rows' own?
+        self.withheld: list[Outcome] = []   # failures of the streak: are they the tasks' own?
 
     @property
     def ready(self) -> list[Replica]:
@@ -52,39 +52,39 @@ class StageQueue:
         return self.pace_s / self.seconds if self.pace_s and self.seconds else 1.0
 
     @property
-    def rows(self) -> int:
+    def tasks(self) -> int:
         return len(self.waiting) + self.in_flight + self.sharing
 
-    def take(self, replica: Replica) -> list[Row]:
-        """The next rows for a replica: all of one bucket; none that failed in this very replica while there are others.
+    def take(self, replica: Replica) -> list[Task]:
+        """The next tasks for a replica: all of one bucket; none that failed in this very replica while there are others.
 
-        A suspect works alone: no other row in its batch, none before or behind it in the process.
+        A suspect works alone: no other task in its batch, none before or behind it in the process.
         """
         waiting, choosy = self.waiting, len(self.ready) > 1
-        places = (place for place, row in enumerate(islice(waiting, 8)) if not choosy or row.avoid is not replica)
+        places = (place for place, task in enumerate(islice(waiting, 8)) if not choosy or task.avoid is not replica)
         place = next(places, None)
         if place is None or waiting[place].shares_none and replica.calls:
             return []
-        rows = [waiting[place]]
+        tasks = [waiting[place]]
         del waiting[place]
-        while len(rows) < self.stage.batch and not rows[0].shares_none and place < len(waiting):
-            row = waiting[place]
-            if row.shares_none or row.request.bucket != rows[0].request.bucket:
+        while len(tasks) < self.stage.batch and not tasks[0].shares_none and place < len(waiting):
+            task = waiting[place]
+            if task.shares_none or task.request.bucket != tasks[0].request.bucket:
                 break
-            rows.append(row)
+            tasks.append(task)
             del waiting[place]
-        return rows
+        return tasks
 
 
 class StageQueues:
-    """All queues. Work by key is shared in the first: there one row of a key works, and the others wait for it."""
+    """All queues. Work by key is shared in the first: there one task of a key works, and the others wait for it."""
 
     def __init__(self, stages: Sequence[Stage]):
         self.all = [StageQueue(stage, index) for index, stage in enumerate(stages)]
         for stage in stages[1:]:
             if stage.key is not None or stage.window is not None:
                 raise ValueError(f"stage {stage.name}: only the first stage may have a key or a window")
-        self.held = 0                       # rows between the source and their outcome
+        self.held = 0                       # tasks between the source and their outcome
 
     def __getitem__(self, index: int) -> StageQueue:
         return self.all[index]
@@ -95,77 +95,77 @@ class StageQueues:
     def __len__(self) -> int:
         return len(self.all)
 
-    def add(self, row: Row) -> None:
+    def add(self, task: Task) -> None:
         self.held += 1
-        self.enter(row)
+        self.enter(task)
 
-    def remove(self, row: Row) -> None:
-        """The row has its outcome."""
+    def remove(self, task: Task) -> None:
+        """The task has its outcome."""
         self.held -= 1
-        if row.key is None:
+        if task.key is None:
             return
         first = self.all[0]
-        shared = first.shared[row.key]
+        shared = first.shared[task.key]
         shared.users -= 1
         if not shared.users:
-            del first.shared[row.key]
-        elif shared.leader is row:          # it failed; the next of its key tries for itself
+            del first.shared[task.key]
+        elif shared.leader is task:          # it failed; the next of its key tries for itself
             shared.leader = None
             first.sharing -= 1
             self.enter(shared.waiting.pop(0))
 
-    def enter(self, row: Row) -> None:
-        queue = self.all[row.place]
+    def enter(self, task: Task) -> None:
+        queue = self.all[task.place]
         if queue.stage.key is None:
-            queue.waiting.append(row)
+            queue.waiting.append(task)
             return
-        first_time = row.key is None
-        row.key = row.key or queue.stage.key(row.request)
-        shared = queue.shared.setdefault(row.key, Shared())
+        first_time = task.key is None
+        task.key = task.key or queue.stage.key(task.request)
+        shared = queue.shared.setdefault(task.key, Shared())
         shared.users += first_time
         if shared.ready:
-            row.value = shared.value
-            self.advance(row)
-        elif shared.leader in (None, row):
-            shared.leader = row
-            queue.waiting.append(row)
+            task.value = shared.value
+            self.advance(task)
+        elif shared.leader in (None, task):
+            shared.leader = task
+            queue.waiting.append(task)
         else:
-            shared.waiting.append(row)
+            shared.waiting.append(task)
             queue.sharing += 1
 
-    def advance(self, row: Row) -> None:
-        """The row's value is made; so is that of all rows which waited for it."""
-        queue = self.all[row.place]
-        waiting: list[Row] = []
-        if row.key is not None and row.place == 0 and not (shared := queue.shared[row.key]).ready:
-            shared.ready, shared.value, shared.leader = True, row.value, None
+    def advance(self, task: Task) -> None:
+        """The task's value is made; so is that of all tasks which waited for it."""
+        queue = self.all[task.place]
+        waiting: list[Task] = []
+        if task.key is not None and task.place == 0 and not (shared := queue.shared[task.key]).ready:
+            shared.ready, shared.value, shared.leader = True, task.value, None
             waiting, shared.waiting = shared.waiting, []
             queue.sharing -= len(waiting)
-        row.place += 1
-        row.alone, row.avoid = False, None
-        self.enter(row)
+        task.place += 1
+        task.alone, task.avoid = False, None
+        self.enter(task)
         for other in waiting:
-            other.value = row.value
+            other.value = task.value
             self.advance(other)
 
-    def restart(self, row: Row) -> None:
+    def restart(self, task: Task) -> None:
         """Its input is gone: back to the first stage, where what its key made may be gone too."""
-        if row.key is not None and (shared := self.all[0].shared[row.key]).value is row.value:
+        if task.key is not None and (shared := self.all[0].shared[task.key]).value is task.value:
             shared.ready, shared.value = False, None
-        row.place, row.value, row.alone, row.avoid = 0, None, False, None
-        self.enter(row)
+        task.place, task.value, task.alone, task.avoid = 0, None, False, None
+        self.enter(task)
 
     def has_room(self, queue: StageQueue) -> bool:
-        """May the queue take another row?"""
+        """May the queue take another task?"""
         if queue.stage.window is None:
             if queue.stage.shares_gpus and (not queue.ready or len(queue.ready) < len(queue.replicas)):
                 return len(queue.waiting) < FOR_LATER
             feeders = len(self.all[queue.index - 1].replicas) if queue.index else 0
             return len(queue.waiting) < max(4, 2 * queue.stage.batch * len(queue.replicas), feeders)
-        return queue.open and queue.rows + self.ahead(queue) < self.window(queue)
+        return queue.open and queue.tasks + self.ahead(queue) < self.window(queue)
 
     def ahead(self, queue: StageQueue) -> int:
-        """Rows that this queue has made ready and the next has not begun."""
+        """Tasks that this queue has made ready and the next has not begun."""
         return len(self.all[queue.index + 1].waiting) if queue.index + 1 < len(self.all) else 0
 
     def window(self, queue: StageQueue) -> int:
@@ -173,5 +173,5 @@ class StageQueues:
         return max(queue.stage.window or 0, 4 * follower.stage.batch * max(1, len(follower.replicas)))
 
     def unbegun(self, queue: StageQueue) -> int:
-        """Rows held that this stage has still to begin."""
-        return len(queue.waiting) + sum(before.rows for before in self.all[:queue.index])
+        """Tasks held that this stage has still to begin."""
+        return len(queue.waiting) + sum(before.tasks for before in self.all[:queue.index])
