@@ -446,7 +446,7 @@ class RayExecutor:
         actor, stage = call.replica.handle, call.replica.stage
         if call.kind == "work":
             method = actor.work.options(num_returns=1 if call.last else 1 + len(call.tasks))
-            values = [task.value for task in call.tasks] if call.replica.place else []
+            values = [task.value for task in call.tasks] if call.replica.stage_index else []
             returned = method.remote(call.serial, [task.request for task in call.tasks], call.safe, call.last, *values)
             call.handle, *call.values = [returned] if call.last else returned
         elif call.kind == "load":

@@ -209,7 +209,7 @@ class Driver:
         if task.safe and not failed:
             value = replace(value, fallbacks=(*value.fallbacks, SAFE_NOTE.format(task.failures + 1)))
         result = outcome(value, task.reports, attempts=task.failures + (not failed), waited_s=self.executor.now() - task.arrived)
-        queue = self.queues[task.place]
+        queue = self.queues[task.stage_index]
         if failed and queue.streak:
             queue.withheld.append(result)
         else:
@@ -264,9 +264,9 @@ class Driver:
             return True
         request, name, now = tasks[0].request, queue.stage.name, self.executor.now()
         seconds = self.path_s(queue, request) + (len(tasks) - 1) * self.budget.seconds(name, request)
-        for place, call in enumerate(call for call in replica.calls if call.tasks):
+        for position, call in enumerate(call for call in replica.calls if call.tasks):
             takes_s = len(call.tasks) * self.budget.seconds(name, call.tasks[0].request) * queue.pace_share
-            seconds += takes_s if place else max(0.0, takes_s - (now - call.began))
+            seconds += takes_s if position else max(0.0, takes_s - (now - call.began))
         if queue.stage.window is None:                  # what works ahead of a long queue is not judged by its length
             for later in self.queues.all[queue.index + 1:]:
                 seconds += len(later.waiting) * (later.pace_s or 0.0) / max(1, len(later.ready))
@@ -290,7 +290,7 @@ class Driver:
         replica = call.replica
         if call not in replica.calls:                      # its replica has ended meanwhile
             return
-        queue = self.queues[replica.place]
+        queue = self.queues[replica.stage_index]
         if isinstance(answer, Broken) and answer.how in ("died", "hung", "node", "load", "unfit"):
             self.died(replica, answer, call)
             return
@@ -378,7 +378,7 @@ class Driver:
     def charge(self, task: Task, failure: Failure, replica: Replica) -> None:
         """An attempt is used up: again, elsewhere if there is another replica, or never again."""
         task.failures += 1
-        queue = self.queues[task.place]
+        queue = self.queues[task.stage_index]
         if not failure.about_row:
             if task.avoid in (None, replica):
                 replica.failed.add(task.request.clip_id)
@@ -426,23 +426,23 @@ class Driver:
 
         call: that has met what is wrong with the machine.
         """
-        queue, calls, state, now = self.queues[replica.place], list(replica.calls), replica.state, self.executor.now()
+        queue, calls, state, now = self.queues[replica.stage_index], list(replica.calls), replica.state, self.executor.now()
         if answer.how == "node":
             self.shunned_until[replica.placement.node] = now + SHUN_S
         at_work_s = now - calls[0].began if calls else 0.0
         self.end(replica)
         self.note(f"{replica.name}: {what_became_of(replica, answer)}: {answer.reason}")
         certain = len(calls) == 1 or queue.stage.concurrency == 1 and at_work_s > ANSWER_S
-        for place, each in reversed(list(enumerate(calls))):
+        for position, each in reversed(list(enumerate(calls))):
             for task in reversed(each.tasks):
                 queue.in_flight -= 1
                 if answer.how in ("died", "hung"):
-                    task.alone = task.alone or place == 0 or not certain
+                    task.alone = task.alone or position == 0 or not certain
                 if each is call and answer.how == "unfit":
                     self.failed_by_machine(task, queue, replica, answer)
-                elif place == 0 and answer.how in ("died", "hung") and certain:
+                elif position == 0 and answer.how in ("died", "hung") and certain:
                     self.charge(task, worker_died(task, queue, answer, replica), replica)
-                elif place or answer.how not in ("died", "node") or self.lost(task, queue, answer.reason):
+                elif position or answer.how not in ("died", "node") or self.lost(task, queue, answer.reason):
                     queue.waiting.appendleft(task)
         if answer.how in ("unfit", "load"):
             self.unfit(queue, replica, answer, "start" if state in ("starting", "loading") else "work on any machine")
@@ -477,7 +477,7 @@ class Driver:
         queue.not_before = self.executor.now() + min(600.0, 0.25 * 2.0 ** queue.failed_starts)
 
     def end(self, replica: Replica) -> None:
-        self.queues[replica.place].replicas.remove(replica)
+        self.queues[replica.stage_index].replicas.remove(replica)
         if replica.state != "planned":
             self.executor.end(replica)
         replica.calls.clear()
@@ -487,7 +487,7 @@ class Driver:
         """End a replica between two calls: what has not begun there goes elsewhere."""
         if replica.state != "ready" or not replica.calls:
             tasks = [task for call in replica.calls for task in call.tasks]
-            queue = self.queues[replica.place]
+            queue = self.queues[replica.stage_index]
             queue.in_flight -= len(tasks)
             queue.waiting.extendleft(reversed(tasks))
             self.end(replica)
@@ -592,7 +592,7 @@ class Driver:
 
     def limit_s(self, call: Call) -> float:
         """How long a call may take: a multiple of what its like took. The first of a bucket compiles, tunes and warms up."""
-        queue, request = self.queues[call.replica.place], call.tasks[0].request
+        queue, request = self.queues[call.replica.stage_index], call.tasks[0].request
         usual_s, most_s = self.budget.seconds(queue.stage.name, request), self.task_timeout_s or math.inf
         if not usual_s:
             return most_s * len(call.tasks)
@@ -606,7 +606,7 @@ class Driver:
                                     barred=self.fitness.barred(self.executor.now())):
             queue = next(queue for queue in self.queues if queue.stage.name == placement.stage)
             name = f"{placement.stage}-{next(self.names)}"
-            queue.replicas.append(Replica(name=name, stage=queue.stage, place=queue.index, placement=placement))
+            queue.replicas.append(Replica(name=name, stage=queue.stage, stage_index=queue.index, placement=placement))
         self.start_planned()
         for queue in self.queues:
             if queue.waiting and not queue.replicas and self.limits()[queue.stage.name]:

@@ -21,7 +21,7 @@ class Task:
 
     request: Request
     arrived: float
-    place: int = 0                      # of the stage that it waits for or is in
+    stage_index: int = 0                # of the stage that it waits for or is in
     value: Any = None                   # what the stage before made: a reference that only the executor understands
     failures: int = 0                   # attempts charged
     losses: int = 0                     # machines lost under it, and inputs lost
@@ -47,7 +47,7 @@ class Replica:
 
     name: str
     stage: Stage
-    place: int                          # of the stage in the pipeline
+    stage_index: int
     placement: Placement
     state: str = "planned"              # planned, starting, loading, ready, leaving, ended
     calls: "deque[Call]" = field(default_factory=deque)

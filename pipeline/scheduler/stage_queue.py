@@ -61,18 +61,18 @@ class StageQueue:
         A suspect works alone: no other task in its batch, none before or behind it in the process.
         """
         waiting, choosy = self.waiting, len(self.ready) > 1
-        places = (place for place, task in enumerate(islice(waiting, 8)) if not choosy or task.avoid is not replica)
-        place = next(places, None)
-        if place is None or waiting[place].shares_none and replica.calls:
+        positions = (position for position, task in enumerate(islice(waiting, 8)) if not choosy or task.avoid is not replica)
+        position = next(positions, None)
+        if position is None or waiting[position].shares_none and replica.calls:
             return []
-        tasks = [waiting[place]]
-        del waiting[place]
-        while len(tasks) < self.stage.batch and not tasks[0].shares_none and place < len(waiting):
-            task = waiting[place]
+        tasks = [waiting[position]]
+        del waiting[position]
+        while len(tasks) < self.stage.batch and not tasks[0].shares_none and position < len(waiting):
+            task = waiting[position]
             if task.shares_none or task.request.bucket != tasks[0].request.bucket:
                 break
             tasks.append(task)
-            del waiting[place]
+            del waiting[position]
         return tasks
 
 
@@ -115,7 +115,7 @@ class StageQueues:
             self.enter(shared.waiting.pop(0))
 
     def enter(self, task: Task) -> None:
-        queue = self.all[task.place]
+        queue = self.all[task.stage_index]
         if queue.stage.key is None:
             queue.waiting.append(task)
             return
@@ -135,13 +135,13 @@ class StageQueues:
 
     def advance(self, task: Task) -> None:
         """The task's value is made; so is that of all tasks which waited for it."""
-        queue = self.all[task.place]
+        queue = self.all[task.stage_index]
         waiting: list[Task] = []
-        if task.key is not None and task.place == 0 and not (shared := queue.shared[task.key]).ready:
+        if task.key is not None and task.stage_index == 0 and not (shared := queue.shared[task.key]).ready:
             shared.ready, shared.value, shared.leader = True, task.value, None
             waiting, shared.waiting = shared.waiting, []
             queue.sharing -= len(waiting)
-        task.place += 1
+        task.stage_index += 1
         task.alone, task.avoid = False, None
         self.enter(task)
         for other in waiting:
@@ -152,7 +152,7 @@ class StageQueues:
         """Its input is gone: back to the first stage, where what its key made may be gone too."""
         if task.key is not None and (shared := self.all[0].shared[task.key]).value is task.value:
             shared.ready, shared.value = False, None
-        task.place, task.value, task.alone, task.avoid = 0, None, False, None
+        task.stage_index, task.value, task.alone, task.avoid = 0, None, False, None
         self.enter(task)
 
     def has_room(self, queue: StageQueue) -> bool:
