@@ -5,7 +5,7 @@ import pytest
 from dailies.jobs.bench import gpu_shapes
 from dailies.jobs.bench.gpu_shapes import BOXES, CLIPS_PER_GPU, SHAPES, box, in_ray, pipeline, simulate
 from dailies.pipeline.scheduler.forecast import forecast
-from dailies.pipeline.scheduler.placement import Node, NoRoom, Placement, hires, most_per_s
+from dailies.pipeline.scheduler.placement import Node, NoRoom, Placement, scale_up, most_per_s
 from dailies.pipeline.stages import Stage
 
 
@@ -29,7 +29,7 @@ def test_one_gpu_has_one_process_at_a_time_in_ray_and_every_clip_is_made():
 @pytest.mark.parametrize("gpus", BOXES)
 def test_measured_seconds_never_give_a_gpu_two_decoders_or_a_decoder_a_samplers_place(gpus):
     for pace in ({"sample": 0.8, "publish": 2.2}, {"sample": 13.0, "publish": 2.6}, {"sample": 0.1, "publish": 9.0}):
-        placements = hires(pipeline(), box(gpus), [], limits={"encode": 0, "sample": 10**9, "publish": 10**9}, seconds=pace)
+        placements = scale_up(pipeline(), box(gpus), [], limits={"encode": 0, "sample": 10**9, "publish": 10**9}, seconds=pace)
         assert sorted(placement.stage for placement in placements) == ["publish"] * gpus + ["sample"] * gpus
 
 

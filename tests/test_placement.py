@@ -5,7 +5,7 @@ from operator import attrgetter
 
 import pytest
 
-from dailies.pipeline.scheduler.placement import Node, NoRoom, Placement, Room, check, hires, make_room
+from dailies.pipeline.scheduler.placement import Node, NoRoom, Placement, Room, check, scale_up, make_room
 from dailies.pipeline.stages import Stage
 
 MANY = 10**9
@@ -17,9 +17,9 @@ def stages(encode=0.0, sample=0.0, publish=0.0, *, cpus=(1.0, 1.0, 1.0), replica
             Stage(name="publish", steps=(), gpus=publish, cpus=cpus[2])]
 
 
-def hired(pipeline, nodes, placements=(), *, closed=(), limits=None, seconds=None) -> Counter:
+def scaled(pipeline, nodes, placements=(), *, closed=(), limits=None, seconds=None) -> Counter:
     limits = {stage.name: 0 if stage.name in closed else MANY for stage in pipeline} | (limits or {})
-    return Counter(placement.stage for placement in hires(pipeline, nodes, placements, limits=limits, seconds=seconds or {}))
+    return Counter(placement.stage for placement in scale_up(pipeline, nodes, placements, limits=limits, seconds=seconds or {}))
 
 
 def placements(nodes, pipeline, counts) -> list[Placement]:
@@ -36,27 +36,27 @@ ONE_GPU, FOUR_GPUS = [Node(id="a", cpus=8, gpus=1)], [Node(id="a", cpus=8, gpus=
 
 def test_shares_of_a_gpu_live_together():
     pipeline = stages(0.25, 0.75, 0.25)
-    assert hired(pipeline, FOUR_GPUS) == {"encode": 1, "sample": 4, "publish": 1}
+    assert scaled(pipeline, FOUR_GPUS) == {"encode": 1, "sample": 4, "publish": 1}
 
 
 def test_the_encoder_holds_a_gpu_and_a_sampler_gets_it():
     pipeline = stages(1, 1, 0)
-    first = hired(pipeline, FOUR_GPUS)
+    first = scaled(pipeline, FOUR_GPUS)
     assert first == {"encode": 1, "sample": 3, "publish": 1}
     staying = placements(FOUR_GPUS, pipeline, {"sample": 3, "publish": 1})
-    assert hired(pipeline, FOUR_GPUS, staying, closed=["encode"]) == {"sample": 1}
+    assert scaled(pipeline, FOUR_GPUS, staying, closed=["encode"]) == {"sample": 1}
 
 
 def test_on_one_gpu_encoder_and_sampler_take_turns():
     pipeline = stages(1, 1, 0)
-    assert hired(pipeline, ONE_GPU) == {"encode": 1, "publish": 1}
-    assert hired(pipeline, ONE_GPU, closed=["encode"]) == {"sample": 1, "publish": 1}
+    assert scaled(pipeline, ONE_GPU) == {"encode": 1, "publish": 1}
+    assert scaled(pipeline, ONE_GPU, closed=["encode"]) == {"sample": 1, "publish": 1}
 
 
 def test_nobody_takes_the_place_that_the_encoder_waits_for():
     pipeline = stages(1, 1, 0)
     staying = placements(FOUR_GPUS, pipeline, {"sample": 4, "publish": 1})
-    assert hired(pipeline, [*FOUR_GPUS, Node(id="b", cpus=0.2, gpus=4)], staying) == {}
+    assert scaled(pipeline, [*FOUR_GPUS, Node(id="b", cpus=0.2, gpus=4)], staying) == {}
     leaving = make_room(pipeline[0], FOUR_GPUS, staying)
     assert [placement.stage for placement in leaving] == ["sample"]
 
@@ -77,9 +77,9 @@ def test_room_is_made_on_cores_too():
 
 def test_two_cores_run_two_samplers_and_the_publisher():
     pipeline, nodes = stages(cpus=(1, 1, 0.25)), [Node(id="a", cpus=2)]
-    assert hired(pipeline, nodes) == {"encode": 1, "sample": 1, "publish": 1}
+    assert scaled(pipeline, nodes) == {"encode": 1, "sample": 1, "publish": 1}
     staying = placements(nodes, pipeline, {"sample": 1, "publish": 1})
-    assert hired(pipeline, nodes, staying, closed=["encode"]) == {"sample": 1}
+    assert scaled(pipeline, nodes, staying, closed=["encode"]) == {"sample": 1}
     asked = (nodes[0].cpu_share * (2 + 0.25))
     assert asked <= 2
 
@@ -87,18 +87,18 @@ def test_two_cores_run_two_samplers_and_the_publisher():
 def test_no_more_replicas_than_there_is_work_for():
     pipeline = stages(0, 1, 0)
     limits = {"encode": 1, "sample": 2, "publish": 2}
-    assert hired(pipeline, FOUR_GPUS, limits=limits) == {"encode": 1, "sample": 2, "publish": 1}
+    assert scaled(pipeline, FOUR_GPUS, limits=limits) == {"encode": 1, "sample": 2, "publish": 1}
 
 
 def test_the_next_replica_goes_to_the_stage_that_holds_the_others_back():
     pipeline = stages(0, 1, 0)
     slow_publisher = {"encode": 0.01, "sample": 1.0, "publish": 0.6}
-    found = hired(pipeline, [Node(id="a", cpus=32, gpus=4)], seconds=slow_publisher)
+    found = scaled(pipeline, [Node(id="a", cpus=32, gpus=4)], seconds=slow_publisher)
     assert found == {"encode": 1, "sample": 4, "publish": 3}
 
 
 def test_a_fixed_number_of_replicas_is_kept():
-    assert hired(stages(0, 1, 0, replicas=2), FOUR_GPUS)["sample"] == 2
+    assert scaled(stages(0, 1, 0, replicas=2), FOUR_GPUS)["sample"] == 2
 
 
 def test_a_gpu_share_is_not_put_together_from_two_gpus():
@@ -111,7 +111,7 @@ def test_a_gpu_share_is_not_put_together_from_two_gpus():
 def test_lost_machines_hold_nothing():
     pipeline = stages(0, 1, 0)
     gone = [Placement(stage="sample", node="gone", gpus=1, cpus=1)]
-    assert hired(pipeline, ONE_GPU, gone)["publish"] == 1
+    assert scaled(pipeline, ONE_GPU, gone)["publish"] == 1
 
 
 @pytest.mark.parametrize("pipeline, nodes, word", [

@@ -25,7 +25,7 @@ from itertools import count
 from dailies.actors.messages import Clip, Failure, Request
 from dailies.pipeline.scheduler.budget import Budget
 from dailies.pipeline.scheduler.executor import Answer, Broken, Call, Replica, Executor, Done, Hello, Task
-from dailies.pipeline.scheduler.placement import EPSILON, Node, NoRoom, Room, can_hold, check, hires, make_room
+from dailies.pipeline.scheduler.placement import EPSILON, Node, NoRoom, Room, can_hold, check, scale_up, make_room
 from dailies.pipeline.scheduler.quarantine import Fitness
 from dailies.pipeline.scheduler.stage_queue import StageQueue, StageQueues
 from dailies.pipeline.stages import Outcome, Stage, outcome
@@ -518,7 +518,7 @@ class Driver:
 
     def someone_gains(self, queue: StageQueue) -> bool:
         placements = [replica.placement for other in self.queues if other is not queue for replica in other.replicas]
-        return bool(hires(self.stages, self.usable(), placements,
+        return bool(scale_up(self.stages, self.usable(), placements,
                                     limits=self.limits() | {queue.stage.name: 0}, seconds=self.seconds(),
                                     barred=self.fitness.barred(self.executor.now())))
 
@@ -562,7 +562,7 @@ class Driver:
                                    f"{waiting}. Add the machines that are gone, then run the same command again")
         if self.changed:
             self.changed = False
-            self.place()
+            self.scale_up()
 
     def overdue(self, replica: Replica, now: float) -> Broken | None:
         """What is to be said of a replica that has taken too long."""
@@ -600,8 +600,8 @@ class Driver:
             usual_s = max(usual_s, queue.first_s)
         return min(most_s, LEAST_LIMIT_S + LIMIT * usual_s) * len(call.tasks)
 
-    def place(self) -> None:
-        for placement in hires(self.stages, self.usable(), [replica.placement for replica in self.replicas()],
+    def scale_up(self) -> None:
+        for placement in scale_up(self.stages, self.usable(), [replica.placement for replica in self.replicas()],
                                     limits=self.limits(), seconds=self.seconds(),
                                     barred=self.fitness.barred(self.executor.now())):
             queue = next(queue for queue in self.queues if queue.stage.name == placement.stage)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
-from dailies.pipeline.scheduler.placement import Node, Room, check, hires, most_per_s
+from dailies.pipeline.scheduler.placement import Node, Room, check, scale_up, most_per_s
 from dailies.pipeline.stages import Stage
 
 
@@ -45,9 +45,9 @@ def forecast(stages: Sequence[Stage], nodes: Sequence[Node], costs: Mapping[str,
     open_end = {stage.name: 0 if stage.window is not None else 10**9 for stage in stages}
     limits = {name: min(limit, clips) for name, limit in open_end.items()}
     room, placements = Room(nodes, []), []
-    for placement in hires(stages, nodes, [], limits=limits, seconds=pace_s):
-        places = room.places(placement.node, placement.gpus, placement.stage) or room.places(placement.node, placement.gpus) or []
-        placements.append(replace(placement, devices=tuple(map(str, places))))
+    for placement in scale_up(stages, nodes, [], limits=limits, seconds=pace_s):
+        slots = room.slots(placement.node, placement.gpus, placement.stage) or room.slots(placement.node, placement.gpus) or []
+        placements.append(replace(placement, devices=tuple(map(str, slots))))
         room.take(placements[-1])
     gpus = {(placement.node, device) for placement in placements for device in placement.devices}
     share = (clips if encoded is None else encoded) / max(1, clips)

@@ -61,41 +61,41 @@ class Room:
         self.nodes = {node.id: node for node in nodes}
         self.cpus = {node.id: node.cpus + SPARE_CPUS if node.cpus else 0.0 for node in nodes}
         self.gpus = {node.id: [1.0] * int(node.gpus) for node in nodes}
-        self.slots: dict[str, dict[str, int]] = defaultdict(dict)      # node -> a GPU's name there -> its place
+        self.slot_of: dict[str, dict[str, int]] = defaultdict(dict)      # node -> a GPU's name there -> its slot
         self.held: list[tuple[Placement, list[int]]] = []
-        for placement in sorted(placements, key=lambda placement: not placement.devices):  # known places first, guesses fill the rest
+        for placement in sorted(placements, key=lambda placement: not placement.devices):  # known slots first, guesses fill the rest
             if placement.node in self.nodes:
                 self.take(placement)
 
     def take(self, placement: Placement) -> None:
         self.cpus[placement.node] -= placement.cpus
-        gpus, names = self.gpus[placement.node], self.slots[placement.node]
+        gpus, names = self.gpus[placement.node], self.slot_of[placement.node]
         if placement.devices:
             for device in placement.devices:
                 names.setdefault(device, len(names))
-            places = [names[device] for device in placement.devices if names[device] < len(gpus)]
+            slots = [names[device] for device in placement.devices if names[device] < len(gpus)]
         else:
-            places = self.places(placement.node, placement.gpus, placement.stage) or self.places(placement.node, placement.gpus) or []
-        for place in places:
-            gpus[place] -= min(1.0, placement.gpus)
-        self.held.append((placement, places))
+            slots = self.slots(placement.node, placement.gpus, placement.stage) or self.slots(placement.node, placement.gpus) or []
+        for slot in slots:
+            gpus[slot] -= min(1.0, placement.gpus)
+        self.held.append((placement, slots))
 
-    def places(self, node: str, gpus: float, stage: str | None = None) -> list[int] | None:
+    def slots(self, node: str, gpus: float, stage: str | None = None) -> list[int] | None:
         """The GPUs of a node that such a replica would get, the fullest that fit first; None: it does not fit.
 
         stage: none of those that have a replica of this stage.
         """
         need = min(1.0, gpus)
-        taken = {place for placement, places in self.held if placement.node == node and placement.stage == stage for place in places}
-        fitting = [place for place, free in enumerate(self.gpus[node]) if free >= need - EPSILON and place not in taken]
-        fitting.sort(key=lambda place: self.gpus[node][place])
+        taken = {slot for placement, slots in self.held if placement.node == node and placement.stage == stage for slot in slots}
+        fitting = [slot for slot, free in enumerate(self.gpus[node]) if free >= need - EPSILON and slot not in taken]
+        fitting.sort(key=lambda slot: self.gpus[node][slot])
         count = round(max(1.0, gpus)) if gpus else 0
         return fitting[:count] if len(fitting) >= count else None
 
     def node_for(self, stage: Stage) -> str | None:
         """The node where a replica fits and leaves the fewest GPUs free; None where it fits nowhere."""
         fitting = [node for node in self.nodes if self.nodes[node].cpus and self.cpus[node] >= stage.cpus - EPSILON
-                   and (stage.name, node) not in self.barred and self.places(node, stage.gpus, stage.name) is not None]
+                   and (stage.name, node) not in self.barred and self.slots(node, stage.gpus, stage.name) is not None]
         return min(fitting, key=lambda node: (sum(self.gpus[node]), -self.cpus[node]), default=None)
 
     def placement(self, stage: Stage, node: str) -> Placement:
@@ -123,7 +123,7 @@ def check(stages: Sequence[Stage], nodes: Sequence[Node]) -> None:
             room.take(room.placement(stage, node))
 
 
-def hires(stages: Sequence[Stage], nodes: Sequence[Node], placements: Sequence[Placement], *, limits: Mapping[str, int],
+def scale_up(stages: Sequence[Stage], nodes: Sequence[Node], placements: Sequence[Placement], *, limits: Mapping[str, int],
           seconds: Mapping[str, float], barred: Collection[tuple[str, str]] = ()) -> list[Placement]:
     """The replicas to start now, in order.
 
@@ -139,7 +139,7 @@ def hires(stages: Sequence[Stage], nodes: Sequence[Node], placements: Sequence[P
     count = {stage.name: sum(placement.stage == stage.name for placement in placements) for stage in stages}
     new: list[Placement] = []
 
-    def hire(stage: Stage) -> bool:
+    def add(stage: Stage) -> bool:
         node = room.node_for(stage)
         if node is None:
             return False
@@ -153,18 +153,18 @@ def hires(stages: Sequence[Stage], nodes: Sequence[Node], placements: Sequence[P
 
     for stage in sorted(by_size(stages), key=lambda stage: stage.window is None):
         while count[stage.name] < min(wanted(stage), stage.replicas or 1):
-            if not hire(stage):
+            if not add(stage):
                 if stage.window is not None and not count[stage.name]:
                     return new
                 break
     cost = value_seconds(stages, seconds)
     while open_stages := [stage for stage in stages if wanted(stage)]:
         slowest = min(open_stages, key=lambda stage: count[stage.name] / cost[stage.name])
-        if count[slowest.name] >= wanted(slowest) or not hire(slowest):
+        if count[slowest.name] >= wanted(slowest) or not add(slowest):
             break
     for stage in stages:
         while (stage.shares_gpus and stage.window is None and stage.name in seconds
-               and count[stage.name] < wanted(stage) and hire(stage)):
+               and count[stage.name] < wanted(stage) and add(stage)):
             pass
     return new
 
@@ -177,7 +177,7 @@ def make_room(stage: Stage, nodes: Sequence[Node], placements: Sequence[Placemen
         replicas[placement.stage] += 1
     best: list[Placement] = []
     for node in nodes:
-        here = [(placement, places) for placement, places in room.held
+        here = [(placement, slots) for placement, slots in room.held
                 if placement.node == node.id and not any(placement is kept for kept in keep)]
         # the stage with the most replicas misses one least; the larger replica makes more room
         here.sort(key=lambda held: (-replicas[held[0].stage], -held[0].gpus, -held[0].cpus))
@@ -188,19 +188,19 @@ def make_room(stage: Stage, nodes: Sequence[Node], placements: Sequence[Placemen
 
 
 def room_on(node: Node, stage: Stage, room: Room, here: list[tuple[Placement, list[int]]]) -> list[Placement]:
-    """The fewest of `here`, placements with the places of their GPUs, whose end makes room for the stage on this node."""
+    """The fewest of `here`, placements with the slots of their GPUs, whose end makes room for the stage on this node."""
     need, count = min(1.0, stage.gpus), round(max(1.0, stage.gpus)) if stage.gpus else 0
     options: list[tuple[int, list[Placement]]] = []
-    for place, free in enumerate(room.gpus[node.id]):
+    for slot, free in enumerate(room.gpus[node.id]):
         leaving: list[Placement] = []
-        alone = [placement for placement, places in here if place in places and free + min(1.0, placement.gpus) >= need - EPSILON]
+        alone = [placement for placement, slots in here if slot in slots and free + min(1.0, placement.gpus) >= need - EPSILON]
         if alone and free < need - EPSILON:             # the smallest that is enough: a decoder is back sooner
             leaving.append(min(alone, key=lambda placement: placement.gpus))
             free += min(1.0, leaving[0].gpus)
-        for placement, places in here:
+        for placement, slots in here:
             if free >= need - EPSILON:
                 break
-            if place in places and not any(placement is other for other in leaving):
+            if slot in slots and not any(placement is other for other in leaving):
                 leaving.append(placement)
                 free += min(1.0, placement.gpus)
         if free >= need - EPSILON:
