@@ -6,7 +6,7 @@ It holds a window of tasks, never the whole night, so its memory is bounded.
 A task is charged an attempt for an exception of its own, for the death of a process that was working on it, and for
 taking too long. One that only waited there, or whose machine was lost, goes back to its queue free of charge. So does
 one whose machine failed it (faults.py): that ends the process, and the task is tried on another machine, where there is
-one (fitness.py).
+one (quarantine.py).
 
     attempt 1   as planned
     attempt 2   on another replica, where there is one
@@ -26,7 +26,7 @@ from dailies.actors.messages import Clip, Failure, Request
 from dailies.pipeline.scheduler.budget import Budget
 from dailies.pipeline.scheduler.executor import Answer, Broken, Call, Replica, Executor, Done, Hello, Task
 from dailies.pipeline.scheduler.placement import EPSILON, Node, NoRoom, Room, can_hold, check, scale_up, make_room
-from dailies.pipeline.scheduler.quarantine import Fitness
+from dailies.pipeline.scheduler.quarantine import Quarantine
 from dailies.pipeline.scheduler.stage_queue import StageQueue, StageQueues
 from dailies.pipeline.stages import Outcome, Stage, outcome
 from dailies.pipeline.store.store import StoreError
@@ -111,7 +111,7 @@ class Driver:
         self.lost_inputs = 0                            # since the last Progress
         self.nodes: list[Node] = []
         self.shunned_until: dict[str, float] = {}       # by node
-        self.fitness = Fitness()
+        self.quarantine = Quarantine()
         self.serials = count(1)
         self.names = count(1)
         self.look_at = self.tell_at = self.count_at = -math.inf
@@ -335,7 +335,7 @@ class Driver:
             if whole:
                 replica.buckets.add(bucket)
             replica.failed.clear()
-            self.fitness.made(replica)
+            self.quarantine.made(replica)
             self.end_streak(queue)
             if task.avoid not in (None, replica):
                 task.avoid.blamed.add(task.request.clip_id)
@@ -369,7 +369,7 @@ class Driver:
             return
         replica.store_trouble += 1
         replica.rests_until = now + min(LONGEST_REST_S, RESTS_S * 2.0 ** (replica.store_trouble - 1))
-        elsewhere = [node for node in self.fitness.left(queue.stage, self.nodes) if node.id != replica.placement.node]
+        elsewhere = [node for node in self.quarantine.left(queue.stage, self.nodes) if node.id != replica.placement.node]
         if replica.store_trouble >= MOVES_AFTER and elsewhere:
             self.died(replica, replace(answer, how="unfit"))
         elif all(other.store_trouble >= MOST_STORE_TROUBLE for other in queue.replicas):
@@ -460,12 +460,12 @@ class Driver:
 
     def unfit(self, queue: StageQueue, replica: Replica, answer: Broken, what: str) -> None:
         """Leave that machine alone for a while. The run ends where none is left for the stage."""
-        self.fitness.failed(replica, answer, self.executor.now())
+        self.quarantine.failed(replica, answer, self.executor.now())
         fitting = [node for node in self.nodes if can_hold(node, queue.stage)]
         if any(other.state != "leaving" for other in queue.replicas) or not fitting:
             return
-        if not self.fitness.left(queue.stage, fitting):
-            told = self.fitness.told(queue.stage.name, fitting).rstrip(".")
+        if not self.quarantine.left(queue.stage, fitting):
+            told = self.quarantine.told(queue.stage.name, fitting).rstrip(".")
             raise ClusterError(f"stage {queue.stage.name} cannot {what}: {told}. No clip is charged for it, and "
                                "the same command continues")
 
@@ -520,7 +520,7 @@ class Driver:
         placements = [replica.placement for other in self.queues if other is not queue for replica in other.replicas]
         return bool(scale_up(self.stages, self.usable(), placements,
                                     limits=self.limits() | {queue.stage.name: 0}, seconds=self.seconds(),
-                                    barred=self.fitness.barred(self.executor.now())))
+                                    barred=self.quarantine.barred(self.executor.now())))
 
     def limits(self) -> dict[str, int]:
         """The most replicas of each stage that would have work."""
@@ -603,7 +603,7 @@ class Driver:
     def scale_up(self) -> None:
         for placement in scale_up(self.stages, self.usable(), [replica.placement for replica in self.replicas()],
                                     limits=self.limits(), seconds=self.seconds(),
-                                    barred=self.fitness.barred(self.executor.now())):
+                                    barred=self.quarantine.barred(self.executor.now())):
             queue = next(queue for queue in self.queues if queue.stage.name == placement.stage)
             name = f"{placement.stage}-{next(self.names)}"
             queue.replicas.append(Replica(name=name, stage=queue.stage, stage_index=queue.index, placement=placement))
@@ -620,7 +620,7 @@ class Driver:
         staying = [replica for replica in self.replicas() if replica.state != "leaving"]
         staying.sort(key=lambda replica: replica.state == "ready")
         placements = [replica.placement for replica in staying]
-        barred = self.fitness.barred(self.executor.now())
+        barred = self.quarantine.barred(self.executor.now())
         nodes = [node for node in self.usable() if (queue.stage.name, node.id) not in barred]
         if Room(nodes, placements).node_for(queue.stage) is not None:
             return                                      # it has: who leaves is on the way

@@ -25,7 +25,7 @@ class Fault:
     answer: Broken
 
 
-class Fitness:
+class Quarantine:
     def __init__(self) -> None:
         self.faults: dict[tuple[str, str], Fault] = {}  # by stage and node
 
