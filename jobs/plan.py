@@ -28,7 +28,7 @@ from dailies.model.weights import hub_bytes, hub_folder
 from dailies.pipeline.run.ledger import read
 from dailies.pipeline.run.run_json import SHAPE
 from dailies.pipeline.scheduler.forecast import Forecast, forecast, measured_costs, rows_by_work, work_of
-from dailies.pipeline.scheduler.placement import NoRoom
+from dailies.pipeline.scheduler.placement import InsufficientCapacity
 from dailies.pipeline.store.store import StoreError, open_store
 
 SECONDS = ("encode_s", "sample_s", "decode_s", "publish_s", "gpu_s")
@@ -58,7 +58,7 @@ def show(job: RenderJob, *, json: bool, has_out: bool = True) -> int:
     foretold, no_room = None, ""
     try:
         foretold = foretell(night, wanted)
-    except NoRoom as error:
+    except InsufficientCapacity as error:
         no_room = str(error)
     summary, deadline = night.plan.summary(), job.deadline()
     if json:
@@ -154,7 +154,7 @@ def free_bytes(folder: Path) -> int | None:
 
 
 def foretell(night: Night, wanted: set[str]) -> dict[str, Any] | None:
-    """What these clips will take here, by those that are made; None where none is.  Raises NoRoom.
+    """What these clips will take here, by those that are made; None where none is.  Raises InsufficientCapacity.
 
     Only the first --limit of them; `fits`: those of them that are made within the deadline and budget.
     """

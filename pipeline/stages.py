@@ -107,7 +107,7 @@ class Outcome:
 class WorksOn(Protocol):
     """What does the rest beside a worker (pool.py)."""
 
-    def room(self, requests: Sequence[Request]) -> AbstractContextManager[Any]: ...
+    def reserve(self, requests: Sequence[Request]) -> AbstractContextManager[Any]: ...
     def kept_waiting_s(self) -> float: ...
     def __call__(self, values: list, safe: bool) -> tuple[list, Report]: ...
 
@@ -176,7 +176,7 @@ class Worker:
         if self.torch:
             self.torch.set_num_threads(self.threads)    # each time: in run_local, stages share one process
         self.mine.peak, held_s = 0, self.lock.held_s
-        with self.pool.room([request_of(value) for value in values]) if self.pool else nullcontext():
+        with self.pool.reserve([request_of(value) for value in values]) if self.pool else nullcontext():
             values, seconds = self.make(list(values))
             report = Report(seconds=seconds, worker=self.name, device=self.device, broken=self.broken,
                             partly=any(getattr(step, "partly", False) for _, step in self.steps),

@@ -13,7 +13,7 @@ from dailies.actors.messages import Clip, Failure
 from dailies.jobs.bench.pipeline import SHARED, SLEEPS_S, WHOLE, pretend_request, pretend_stages, pretend_value
 from dailies.pipeline.scheduler.budget import Budget
 from dailies.pipeline.scheduler.driver import ClusterError, Driver, Stop
-from dailies.pipeline.scheduler.executor import Alive, Answer, Broken, Call, Replica, Done, Hello
+from dailies.pipeline.scheduler.executor import Alive, Answer, Broken, Call, Done, Hello, Replica
 from dailies.pipeline.scheduler.placement import Node
 from dailies.pipeline.stages import Report
 from dailies.pipeline.store.store import StoreError

@@ -5,7 +5,7 @@ import pytest
 from dailies.jobs.bench import gpu_shapes
 from dailies.jobs.bench.gpu_shapes import BOXES, CLIPS_PER_GPU, SHAPES, box, in_ray, pipeline, simulate
 from dailies.pipeline.scheduler.forecast import forecast
-from dailies.pipeline.scheduler.placement import Node, NoRoom, Placement, scale_up, most_per_s
+from dailies.pipeline.scheduler.placement import InsufficientCapacity, Node, Placement, most_per_s, scale_up
 from dailies.pipeline.stages import Stage
 
 
@@ -52,7 +52,7 @@ def test_replicas_make_what_the_gpus_they_are_on_have_time_for(placements, most)
 
 
 def test_a_forecast_of_machines_that_are_too_small_says_so():
-    with pytest.raises(NoRoom, match="fits on no machine"):
+    with pytest.raises(InsufficientCapacity, match="fits on no machine"):
         forecast(pipeline(), [Node(id="a", cpus=8)], SHAPES[0].costs, clips=10)
 
 

@@ -22,7 +22,7 @@ from dailies.pipeline.scheduler.local_ray import (
     environment,
     folder_in,
     paths_kept,
-    room,
+    session_folder,
     short_places,
     tidy,
 )
@@ -44,7 +44,7 @@ def mode(path: Path) -> int:
 def test_a_runs_folder_is_its_users_alone_and_gone_at_its_end(place):
     before = os.umask(0)
     try:
-        with room({"RAY_TMPDIR": str(place)}) as folder, room({"RAY_TMPDIR": str(place)}) as another:
+        with session_folder({"RAY_TMPDIR": str(place)}) as folder, session_folder({"RAY_TMPDIR": str(place)}) as another:
             assert folder.parent == another.parent == place and folder != another
             assert mode(folder) == 0o700 and mode(folder / "token") == 0o600 and mode(folder / OWNER) == 0o600
             tokens = [(each / "token").read_text() for each in (folder, another)]
@@ -56,14 +56,14 @@ def test_a_runs_folder_is_its_users_alone_and_gone_at_its_end(place):
 
 
 def test_it_is_gone_when_the_run_ends_badly_too(place):
-    with pytest.raises(KeyboardInterrupt), room({"RAY_TMPDIR": str(place)}):
+    with pytest.raises(KeyboardInterrupt), session_folder({"RAY_TMPDIR": str(place)}):
         raise KeyboardInterrupt
     assert list(place.iterdir()) == []
 
 
 @pytest.mark.parametrize("environ", [{}, {"TMPDIR": f"/tmp/{LONG}"}, {"TMPDIR": "/no/such/folder"}, {"TMPDIR": "rel"}])
 def test_sockets_go_where_the_path_is_short_whatever_tmpdir_says(environ):
-    with room(environ) as folder:
+    with session_folder(environ) as folder:
         assert folder.parent == Path("/tmp") and len(str(folder / SESSION)) <= LONGEST
 
 
@@ -82,13 +82,13 @@ def test_where_tmp_will_not_do_the_next_place_is_taken(place):
 
 def test_a_full_disk_is_passed_over_and_said(place, monkeypatch):
     monkeypatch.setattr(local_ray, "LEAST_BYTES", 2**62)
-    with pytest.raises(ClusterError, match="MB are free"), room({}):
+    with pytest.raises(ClusterError, match="MB are free"), session_folder({}):
         pass
 
 
 def test_a_long_ray_tmpdir_holds_the_files_and_a_short_place_the_door_to_it(place):
     (asked := place / LONG).mkdir(parents=True)
-    with room({"RAY_TMPDIR": str(asked)}) as folder:
+    with session_folder({"RAY_TMPDIR": str(asked)}) as folder:
         assert folder.parent == Path("/tmp") and len(str(folder / SESSION)) <= LONGEST
         (folder / SESSION / "log").write_text("x")
         inside, = asked.iterdir()
@@ -99,13 +99,13 @@ def test_a_long_ray_tmpdir_holds_the_files_and_a_short_place_the_door_to_it(plac
 def test_a_ray_tmpdir_that_will_not_do_is_named(place):
     for asked, word in (("/no/such/folder", "RAY_TMPDIR: /no/such/folder: No such file"),
                         ("here", "absolute path; got 'here'")):
-        with pytest.raises(ClusterError, match=word), room({"RAY_TMPDIR": asked}):
+        with pytest.raises(ClusterError, match=word), session_folder({"RAY_TMPDIR": asked}):
             pass
 
 
 def test_what_a_killed_run_left_the_next_one_removes_and_nothing_else(place, tmp_path):
     kill = ("import os, sys\nfrom pathlib import Path\nfrom pipeline import local_ray\n"
-            "with local_ray.room({'RAY_TMPDIR': sys.argv[1]}) as folder:\n"
+            "with local_ray.session_folder({'RAY_TMPDIR': sys.argv[1]}) as folder:\n"
             "    print(folder, flush=True)\n    os.kill(os.getpid(), 9)\n")
     dead = Path(subprocess.run([sys.executable, "-c", kill, place], stdout=subprocess.PIPE, text=True,
                                timeout=60).stdout.strip())
@@ -118,7 +118,7 @@ def test_what_a_killed_run_left_the_next_one_removes_and_nothing_else(place, tmp
     os.utime(place / f"{PREFIX}old", (0, 0))
     (place / f"{PREFIX}elsewhere" / OWNER).write_text("of another kernel, which shares this disk")
     (place / "mine").mkdir()
-    with room({"RAY_TMPDIR": str(place)}) as living:
+    with session_folder({"RAY_TMPDIR": str(place)}) as living:
         tidy(place)
         assert {path.name for path in place.iterdir()} == {
             living.name, "mine", *(f"{PREFIX}{name}" for name in ("begun", "elsewhere", "link"))}

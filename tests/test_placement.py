@@ -5,7 +5,15 @@ from operator import attrgetter
 
 import pytest
 
-from dailies.pipeline.scheduler.placement import Node, NoRoom, Placement, Room, check, scale_up, make_room
+from dailies.pipeline.scheduler.placement import (
+    Capacity,
+    InsufficientCapacity,
+    Node,
+    Placement,
+    check,
+    free_capacity,
+    scale_up,
+)
 from dailies.pipeline.stages import Stage
 
 MANY = 10**9
@@ -23,11 +31,11 @@ def scaled(pipeline, nodes, placements=(), *, closed=(), limits=None, seconds=No
 
 
 def placements(nodes, pipeline, counts) -> list[Placement]:
-    room, made = Room(nodes, []), []
+    capacity, made = Capacity(nodes, []), []
     for stage in pipeline:
         for _ in range(counts.get(stage.name, 0)):
-            made.append(room.placement(stage, room.node_for(stage)))
-            room.take(made[-1])
+            made.append(capacity.placement(stage, capacity.node_for(stage)))
+            capacity.take(made[-1])
     return made
 
 
@@ -57,7 +65,7 @@ def test_nobody_takes_the_place_that_the_encoder_waits_for():
     pipeline = stages(1, 1, 0)
     staying = placements(FOUR_GPUS, pipeline, {"sample": 4, "publish": 1})
     assert scaled(pipeline, [*FOUR_GPUS, Node(id="b", cpus=0.2, gpus=4)], staying) == {}
-    leaving = make_room(pipeline[0], FOUR_GPUS, staying)
+    leaving = free_capacity(pipeline[0], FOUR_GPUS, staying)
     assert [placement.stage for placement in leaving] == ["sample"]
 
 
@@ -66,13 +74,13 @@ def test_room_is_made_where_the_fewest_leave():
     nodes = [Node(id="a", cpus=8, gpus=1), Node(id="b", cpus=8, gpus=2)]
     staying = [Placement(stage="sample", node=node, gpus=0.5, cpus=1, devices=(device,))
                for node, device in (("a", "0"), ("a", "0"), ("b", "0"), ("b", "1"))]
-    assert make_room(pipeline[0], nodes, staying) == [staying[2]]
+    assert free_capacity(pipeline[0], nodes, staying) == [staying[2]]
 
 
 def test_room_is_made_on_cores_too():
     pipeline, nodes = stages(cpus=(1, 1, 0.25)), [Node(id="a", cpus=2)]
     staying = placements(nodes, pipeline, {"sample": 2, "publish": 1})
-    assert [placement.stage for placement in make_room(pipeline[0], nodes, staying)] == ["sample"]
+    assert [placement.stage for placement in free_capacity(pipeline[0], nodes, staying)] == ["sample"]
 
 
 def test_two_cores_run_two_samplers_and_the_publisher():
@@ -105,7 +113,7 @@ def test_a_gpu_share_is_not_put_together_from_two_gpus():
     pipeline = stages(0.5, 0.75, 0)
     nodes = [Node(id="a", cpus=8, gpus=2)]
     taken = [Placement(stage="sample", node="a", gpus=0.75, cpus=1, devices=(device,)) for device in ("3", "7")]
-    assert Room(nodes, taken).node_for(pipeline[0]) is None
+    assert Capacity(nodes, taken).node_for(pipeline[0]) is None
 
 
 def test_lost_machines_hold_nothing():
@@ -121,7 +129,7 @@ def test_lost_machines_hold_nothing():
     (stages(0, 1, 0.5), ONE_GPU, "publish"),
 ], ids=["no machines", "no GPU", "two GPUs", "side by side"])
 def test_what_can_never_run_is_said_at_once(pipeline, nodes, word):
-    with pytest.raises(NoRoom, match=word):
+    with pytest.raises(InsufficientCapacity, match=word):
         check(pipeline, nodes)
 
 

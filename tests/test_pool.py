@@ -267,7 +267,7 @@ def test_no_more_bytes_of_frames_are_on_their_way_than_there_may_be(monkeypatch)
     monkeypatch.setattr(pools, "FRAMES_BYTES", 2.5 * pools.frame_bytes(requests[0]))
 
     def carry(request):
-        with pool.room([request]):
+        with pool.reserve([request]):
             most.append(pool.bytes)
             time.sleep(0.01)
 

@@ -25,7 +25,7 @@ from dailies.jobs.bench.pipeline import Pretend, pretend_request, pretend_value
 from dailies.model.catalog import CATALOG
 from dailies.pipeline.run.ledger import row_of
 from dailies.pipeline.scheduler.driver import Driver
-from dailies.pipeline.scheduler.executor import Alive, Answer, Broken, Call, Replica, Done, Hello
+from dailies.pipeline.scheduler.executor import Alive, Answer, Broken, Call, Done, Hello, Replica
 from dailies.pipeline.scheduler.forecast import Cost, forecast, measured_costs, rows_by_work
 from dailies.pipeline.scheduler.placement import Node
 from dailies.pipeline.stages import Outcome, Report, Stage, Step

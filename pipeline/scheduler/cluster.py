@@ -42,7 +42,7 @@ from dailies.model.private import at_home
 from dailies.pipeline.scheduler import local_ray
 from dailies.pipeline.scheduler.budget import Budget
 from dailies.pipeline.scheduler.driver import ClusterError, Driver, Progress, Stop
-from dailies.pipeline.scheduler.executor import Alive, Answer, Broken, Call, Replica, Done, Hello
+from dailies.pipeline.scheduler.executor import Alive, Answer, Broken, Call, Done, Hello, Replica
 from dailies.pipeline.scheduler.faults import (
     OUT_OF_MEMORY,
     WorkerUnfit,
@@ -120,7 +120,7 @@ OPTIONS: dict[str, Any] = dict(namespace="dailies", log_to_driver=False, logging
 @contextmanager
 def own_cluster(cpus: int | None, gpus: int | None, note: Callable[[str], None]) -> Iterator[None]:
     refuse_without_token("local")
-    with local_ray.room() as folder:
+    with local_ray.session_folder() as folder:
         local_ray.stand_somewhere(folder)
         try:
             with local_ray.changed(local_ray.environment(folder)), on_loopback():

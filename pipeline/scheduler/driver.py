@@ -24,8 +24,17 @@ from itertools import count
 
 from dailies.actors.messages import Clip, Failure, Request
 from dailies.pipeline.scheduler.budget import Budget
-from dailies.pipeline.scheduler.executor import Answer, Broken, Call, Replica, Executor, Done, Hello, Task
-from dailies.pipeline.scheduler.placement import EPSILON, Node, NoRoom, Room, can_hold, check, scale_up, make_room
+from dailies.pipeline.scheduler.executor import Answer, Broken, Call, Done, Executor, Hello, Replica, Task
+from dailies.pipeline.scheduler.placement import (
+    EPSILON,
+    Capacity,
+    InsufficientCapacity,
+    Node,
+    can_hold,
+    check,
+    free_capacity,
+    scale_up,
+)
 from dailies.pipeline.scheduler.quarantine import Quarantine
 from dailies.pipeline.scheduler.stage_queue import StageQueue, StageQueues
 from dailies.pipeline.stages import Outcome, Stage, outcome
@@ -127,7 +136,7 @@ class Driver:
                 self.nodes = self.executor.nodes()
                 try:
                     check(self.stages, self.nodes)
-                except NoRoom as error:
+                except InsufficientCapacity as error:
                     raise ClusterError(str(error)) from None
             while not self.stop.at_once:
                 self.count_gpus()
@@ -195,7 +204,7 @@ class Driver:
     def fill(self) -> None:
         """Take requests until the first queue is long enough."""
         first = self.queues[0]
-        while self.coming is not None and not self.draining and self.queues.has_room(first):
+        while self.coming is not None and not self.draining and self.queues.has_capacity(first):
             if self.budget.has_limit and not self.budget.fits(self.path_s(first, self.coming), self.executor.now()):
                 self.budget.left_out += 1
                 self.coming = next(self.requests, None)
@@ -236,7 +245,7 @@ class Driver:
         last = queue.index == len(self.queues) - 1
         if not queue.waiting or self.draining and not (last and queue.index and self.serves_last()):
             return
-        if not last and queue.stage.window is None and not self.queues.has_room(self.queues[queue.index + 1]):
+        if not last and queue.stage.window is None and not self.queues.has_capacity(self.queues[queue.index + 1]):
             return
         ready = queue.ready
         for depth in range(1, queue.stage.depth + 1):
@@ -505,7 +514,7 @@ class Driver:
         more = self.coming is not None and not draining
         if queue.open:
             idle = not (queue.in_flight if draining else queue.tasks)
-            if idle and (not more or not self.queues.has_room(queue) and self.someone_gains(queue)):
+            if idle and (not more or not self.queues.has_capacity(queue) and self.someone_gains(queue)):
                 queue.open = False
                 if queue.replicas:
                     self.note(f"{queue.stage.name}: {ahead if more else 'all'} clips are ready; it "
@@ -610,9 +619,9 @@ class Driver:
         self.start_planned()
         for queue in self.queues:
             if queue.waiting and not queue.replicas and self.limits()[queue.stage.name]:
-                self.make_room(queue)
+                self.free_capacity(queue)
 
-    def make_room(self, queue: StageQueue) -> None:
+    def free_capacity(self, queue: StageQueue) -> None:
         """A stage with tasks has no replica and no place: others leave, but the last of a stage only for the first stage."""
         first = self.queues[0]
         if queue is not first and first.stage.window is not None and first.open and first.replicas:
@@ -622,10 +631,10 @@ class Driver:
         placements = [replica.placement for replica in staying]
         barred = self.quarantine.barred(self.executor.now())
         nodes = [node for node in self.usable() if (queue.stage.name, node.id) not in barred]
-        if Room(nodes, placements).node_for(queue.stage) is not None:
+        if Capacity(nodes, placements).node_for(queue.stage) is not None:
             return                                      # it has: who leaves is on the way
         keep = [] if queue is first else [other.replicas[-1].placement for other in self.queues if other.replicas and other.tasks]
-        leaving = make_room(queue.stage, nodes, placements, keep)
+        leaving = free_capacity(queue.stage, nodes, placements, keep)
         for replica in staying:
             if any(replica.placement is placement for placement in leaving):
                 self.note(f"{replica.name}: makes room for {queue.stage.name}")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
-from dailies.pipeline.scheduler.placement import Node, Room, check, scale_up, most_per_s
+from dailies.pipeline.scheduler.placement import Capacity, Node, check, most_per_s, scale_up
 from dailies.pipeline.stages import Stage
 
 
@@ -36,7 +36,7 @@ class Forecast:
 
 def forecast(stages: Sequence[Stage], nodes: Sequence[Node], costs: Mapping[str, Cost], clips: int,
              encoded: int | None = None) -> Forecast:
-    """costs: of every stage.  encoded: distinct prompts; None: as many as clips.  Raises NoRoom.
+    """costs: of every stage.  encoded: distinct prompts; None: as many as clips.  Raises InsufficientCapacity.
 
     The first stage's GPU time is everybody's: it works ahead, where it is wanted.
     """
@@ -44,15 +44,15 @@ def forecast(stages: Sequence[Stage], nodes: Sequence[Node], costs: Mapping[str,
     pace_s = {stage.name: costs[stage.name].pace_s(stage) for stage in stages}
     open_end = {stage.name: 0 if stage.window is not None else 10**9 for stage in stages}
     limits = {name: min(limit, clips) for name, limit in open_end.items()}
-    room, placements = Room(nodes, []), []
+    capacity, placements = Capacity(nodes, []), []
     for placement in scale_up(stages, nodes, [], limits=limits, seconds=pace_s):
-        slots = room.slots(placement.node, placement.gpus, placement.stage) or room.slots(placement.node, placement.gpus) or []
+        slots = capacity.slots(placement.node, placement.gpus, placement.stage) or capacity.slots(placement.node, placement.gpus) or []
         placements.append(replace(placement, devices=tuple(map(str, slots))))
-        room.take(placements[-1])
+        capacity.take(placements[-1])
     gpus = {(placement.node, device) for placement in placements for device in placement.devices}
     share = (clips if encoded is None else encoded) / max(1, clips)
     ahead = [stage for stage in stages if stage.window is not None]
-    everywhere = [room.placement(stage, node) for stage in ahead if stage.gpus for node, _ in gpus]
+    everywhere = [capacity.placement(stage, node) for stage in ahead if stage.gpus for node, _ in gpus]
     placements += [replace(placement, devices=(device,)) for placement, (_, device) in zip(everywhere, gpus, strict=False)]
     held_s = {stage.name: costs[stage.name].held_s * (share if stage in ahead else 1.0)
               for stage in stages if stage.gpus}

@@ -35,14 +35,14 @@ OF_OTHER_CLUSTERS = ("RAY_ADDRESS", "RAY_REDIS_ADDRESS", "RAY_GCS_SERVER_PORT", 
 
 
 @contextmanager
-def room(environ: Mapping[str, str] = os.environ) -> Iterator[Path]:
+def session_folder(environ: Mapping[str, str] = os.environ) -> Iterator[Path]:
     """The folder of this run, which is removed afterwards; before, those of runs that were killed are.
 
     In RAY_TMPDIR where that is set, or else in the first that will do of /tmp, TMPDIR, XDG_RUNTIME_DIR and /var/tmp.
     Raises ClusterError, with what is wrong with each of them.
     """
     asked = environ.get("RAY_TMPDIR")
-    with folder_in(short_places(environ)) if not asked else room_in(Path(asked), environ) as folder:
+    with folder_in(short_places(environ)) if not asked else folder_at(Path(asked), environ) as folder:
         (folder / SESSION).mkdir(exist_ok=True)
         with open(os.open(folder / "token", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(secrets.token_hex(32))
@@ -50,7 +50,7 @@ def room(environ: Mapping[str, str] = os.environ) -> Iterator[Path]:
 
 
 @contextmanager
-def room_in(asked: Path, environ: Mapping[str, str]) -> Iterator[Path]:
+def folder_at(asked: Path, environ: Mapping[str, str]) -> Iterator[Path]:
     """A folder there; where that path is too long for sockets, one in a short place, from which a link leads there."""
     if not asked.is_absolute():
         raise ClusterError(f"RAY_TMPDIR must be an absolute path; got {str(asked)!r}. Unset, /tmp is taken")
@@ -301,7 +301,7 @@ WARNING = re.compile(r"RNING|\b[IW] \d")               # of what it tries again,
 def advice(error: BaseException, folder: Path) -> str:
     """The next step for a start of Ray that failed, and the line of its logs that says why, where one does.
 
-    folder: of `room`, while it is there.
+    folder: of `session_folder`, while it is there.
     """
     said = []
     cause: BaseException | None = error

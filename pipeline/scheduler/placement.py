@@ -48,11 +48,11 @@ class Placement:
     devices: tuple[str, ...] = ()       # the node's names of the GPUs that it got; empty: not known yet
 
 
-class NoRoom(ValueError):
+class InsufficientCapacity(ValueError):
     """The machines cannot run the pipeline, however they are divided."""
 
 
-class Room:
+class Capacity:
     """What is free: per node its cores, and each GPU by itself, because a share cannot be put together from two."""
 
     def __init__(self, nodes: Sequence[Node], placements: Sequence[Placement], barred: Collection[tuple[str, str]] = ()):
@@ -104,30 +104,30 @@ class Room:
 
 def can_hold(node: Node, stage: Stage) -> bool:
     """Whether a replica of the stage fits on the node if it has nothing else to do."""
-    return Room([node], []).node_for(stage) is not None
+    return Capacity([node], []).node_for(stage) is not None
 
 
 def check(stages: Sequence[Stage], nodes: Sequence[Node]) -> None:
-    """Raise NoRoom unless the stages that stay fit side by side, and each that gives its resources back fits alone."""
+    """Raise InsufficientCapacity unless the stages that stay fit side by side, and each that gives its resources back fits alone."""
     stay = [stage for stage in stages if stage.window is None]
     for group in (stay, *([stage] for stage in stages if stage.window is not None)):
-        room = Room(nodes, [])
+        capacity = Capacity(nodes, [])
         for stage in by_size(group):
-            node = room.node_for(stage)
+            node = capacity.node_for(stage)
             if node is None:
                 need = ", ".join(f"{stage.name} {stage.gpus:g} GPU {stage.cpus:g} CPU" for stage in group)
                 have = ", ".join(f"{node.host or node.id[:8]} {node.gpus:g} GPU {node.cpus:g} CPU" for node in nodes)
-                raise NoRoom(f"stage {stage.name} fits on no machine. Needed at once: {need}. "
+                raise InsufficientCapacity(f"stage {stage.name} fits on no machine. Needed at once: {need}. "
                              f"There is: {have or 'nothing'}. Add a machine that has that much, or ask for less "
                              "(--threads-per-sampler)")
-            room.take(room.placement(stage, node))
+            capacity.take(capacity.placement(stage, node))
 
 
 def scale_up(stages: Sequence[Stage], nodes: Sequence[Node], placements: Sequence[Placement], *, limits: Mapping[str, int],
           seconds: Mapping[str, float], barred: Collection[tuple[str, str]] = ()) -> list[Placement]:
     """The replicas to start now, in order.
 
-    barred: as Room takes it.
+    barred: as Capacity takes it.
     limits: the most replicas of a stage that have work; 0 for a stage that gave its resources back.
     seconds: after which a replica takes the next value, for the stages that have been measured.
     First one replica of each stage (`Stage.replicas` of them where that is set), those that give back before all others,
@@ -135,16 +135,16 @@ def scale_up(stages: Sequence[Stage], nodes: Sequence[Node], placements: Sequenc
     it fits nowhere. At last, of the stages that share GPUs and have been measured, one beside every replica of another: a
     GPU whose sampler has a decoder beside it is never idle.
     """
-    room = Room(nodes, placements, barred)
+    capacity = Capacity(nodes, placements, barred)
     count = {stage.name: sum(placement.stage == stage.name for placement in placements) for stage in stages}
     new: list[Placement] = []
 
     def add(stage: Stage) -> bool:
-        node = room.node_for(stage)
+        node = capacity.node_for(stage)
         if node is None:
             return False
-        new.append(room.placement(stage, node))
-        room.take(new[-1])
+        new.append(capacity.placement(stage, node))
+        capacity.take(new[-1])
         count[stage.name] += 1
         return True
 
@@ -169,29 +169,29 @@ def scale_up(stages: Sequence[Stage], nodes: Sequence[Node], placements: Sequenc
     return new
 
 
-def make_room(stage: Stage, nodes: Sequence[Node], placements: Sequence[Placement], keep: Sequence[Placement] = ()) -> list[Placement]:
+def free_capacity(stage: Stage, nodes: Sequence[Node], placements: Sequence[Placement], keep: Sequence[Placement] = ()) -> list[Placement]:
     """The fewest placements, on one node and none of `keep`, that must end so that a replica of the stage fits; else none."""
-    room = Room(nodes, placements)
+    capacity = Capacity(nodes, placements)
     replicas = defaultdict(int)
     for placement in placements:
         replicas[placement.stage] += 1
     best: list[Placement] = []
     for node in nodes:
-        here = [(placement, slots) for placement, slots in room.held
+        here = [(placement, slots) for placement, slots in capacity.held
                 if placement.node == node.id and not any(placement is kept for kept in keep)]
         # the stage with the most replicas misses one least; the larger replica makes more room
         here.sort(key=lambda held: (-replicas[held[0].stage], -held[0].gpus, -held[0].cpus))
-        ended = room_on(node, stage, room, here)
+        ended = freed_on(node, stage, capacity, here)
         if ended and (not best or len(ended) < len(best)):
             best = ended
     return best
 
 
-def room_on(node: Node, stage: Stage, room: Room, here: list[tuple[Placement, list[int]]]) -> list[Placement]:
+def freed_on(node: Node, stage: Stage, capacity: Capacity, here: list[tuple[Placement, list[int]]]) -> list[Placement]:
     """The fewest of `here`, placements with the slots of their GPUs, whose end makes room for the stage on this node."""
     need, count = min(1.0, stage.gpus), round(max(1.0, stage.gpus)) if stage.gpus else 0
     options: list[tuple[int, list[Placement]]] = []
-    for slot, free in enumerate(room.gpus[node.id]):
+    for slot, free in enumerate(capacity.gpus[node.id]):
         leaving: list[Placement] = []
         alone = [placement for placement, slots in here if slot in slots and free + min(1.0, placement.gpus) >= need - EPSILON]
         if alone and free < need - EPSILON:             # the smallest that is enough: a decoder is back sooner
@@ -211,7 +211,7 @@ def room_on(node: Node, stage: Stage, room: Room, here: list[tuple[Placement, li
     ended: list[Placement] = []
     for _, leaving in options[:count]:
         ended += [placement for placement in leaving if not any(placement is other for other in ended)]
-    free_cpus = room.cpus[node.id] + sum(placement.cpus for placement in ended)
+    free_cpus = capacity.cpus[node.id] + sum(placement.cpus for placement in ended)
     for placement, _ in here:
         if free_cpus >= stage.cpus - EPSILON:
             break

@@ -61,7 +61,7 @@ class Pool:
             raise
 
     @contextmanager
-    def room(self, requests: Sequence[Request]) -> Iterator[None]:
+    def reserve(self, requests: Sequence[Request]) -> Iterator[None]:
         """For the frames of these clips, from before they are decoded until their answer is there."""
         wanted = sum(frame_bytes(request) for request in requests)
         with self.changed:

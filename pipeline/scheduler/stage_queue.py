@@ -155,7 +155,7 @@ class StageQueues:
         task.stage_index, task.value, task.alone, task.avoid = 0, None, False, None
         self.enter(task)
 
-    def has_room(self, queue: StageQueue) -> bool:
+    def has_capacity(self, queue: StageQueue) -> bool:
         """May the queue take another task?"""
         if queue.stage.window is None:
             if queue.stage.shares_gpus and (not queue.ready or len(queue.ready) < len(queue.replicas)):
