@@ -10,7 +10,7 @@ from collections import defaultdict, deque
 from typing import TYPE_CHECKING, Literal, Self, TextIO
 
 if TYPE_CHECKING:
-    from dailies.pipeline.scheduler.driver import Progress, StageProgress
+    from dailies.pipeline.scheduler.progress import Progress, StageProgress
 
 LINE_EVERY_S = 10.0
 RATE_OVER_S = 300.0                     # a rate is what was done in the last minutes, not since the start

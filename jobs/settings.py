@@ -253,7 +253,7 @@ def exit_code_of(error: Exception) -> int | None:
     from dailies.pipeline.manifest.validation import ManifestError
     from dailies.pipeline.run.lease import LeaseError
     from dailies.pipeline.run.run_json import OtherRun
-    from dailies.pipeline.scheduler.driver import ClusterError
+    from dailies.pipeline.scheduler.executor import ClusterError
     from dailies.pipeline.store.store import NotFound, StoreError
     if isinstance(error, (UsageError, ManifestError, CheckpointError, OtherRun)):
         return 2

@@ -43,7 +43,7 @@ class Stage:
     processes: int = 0                                  # so many; 0: in the same process
     concurrency: int = 1                                # calls within at once: one computes, others fetch, save, wait
     gpus: float = 0.0                                   # of one replica: a share of a GPU's memory, or whole GPUs
-    cpus: float = 1.0                                   # of one replica; whole cores are its torch threads, at least one
+    cpus: float = 1.0                                   # of one replica; whole cores are its torch threads, 1 at least
     replicas: int | None = None                         # None: as many as fit (placement.py)
     batch: int = 1                                      # values per call, all of one bucket
     key: Callable[[Request], str] | None = None         # requests of one key share the work; the first stage only

@@ -188,7 +188,8 @@ def test_a_batch_is_of_one_bucket():
 
 def failing(stage: str, seeds: set[int], answer: Callable[[Call], Answer]) -> Callable[[Call], Answer | None]:
     def fault(call: Call) -> Answer | None:
-        if call.kind == "work" and call.replica.stage.name == stage and {task.request.seed for task in call.tasks} & seeds:
+        hit = {task.request.seed for task in call.tasks} & seeds
+        if call.kind == "work" and call.replica.stage.name == stage and hit:
             return answer(call)
         return None
     return fault
@@ -324,11 +325,11 @@ def test_one_bad_machine_does_not_end_the_run():
         if len(outcomes) == 20:
             executor.machines = [*executor.machines, Node(id="bad", cpus=8, gpus=1)]
     assert len(outcomes) == 200
-    assert 1 <= sum(replica.placement.node == "bad" for replica in executor.started) <= 9      # tried again at growing distances
+    assert 1 <= sum(replica.placement.node == "bad" for replica in executor.started) <= 9      # ever later
 
 
 def test_processes_that_die_while_loading_end_the_run():
-    executor = SimulatedExecutor(box(4), SLEEPS_S, fault=failing_load("out of memory", lambda replica: True, how="died"))
+    executor = SimulatedExecutor(box(4), SLEEPS_S, fault=failing_load("out of memory", lambda _: True, how="died"))
     with pytest.raises(ClusterError, match="cannot start: out of memory"):
         drive(executor, pretend_stages(gpus=WHOLE), requests(20))
 
@@ -370,7 +371,7 @@ def test_a_row_may_take_a_multiple_of_what_its_like_took():
     hanging(executor, {5})
     _, outcomes = drive(executor, pretend_stages(gpus=WHOLE), requests(30))
     assert [outcome.value.error_type for outcome in outcomes if isinstance(outcome.value, Failure)] == ["TimedOut"]
-    assert 3 * 120 < executor.clock < 3 * (120 + 10 * 0.5) + 60         # three attempts, and nobody knew a limit in hours
+    assert 3 * 120 < executor.clock < 3 * (120 + 10 * 0.5) + 60     # three attempts; nobody knew a limit in hours
 
 
 def test_waiting_for_the_store_is_not_charged_to_the_row():
@@ -438,7 +439,8 @@ def test_rows_that_fail_everywhere_do_not_fence_the_replicas_that_make_all_other
 @pytest.mark.parametrize("gpus", [1, 4])
 def test_a_stage_that_makes_nothing_ends_the_run_and_charges_no_row(gpus):
     executor = SimulatedExecutor(box(gpus), SLEEPS_S,
-                         fault=lambda call: bad_replica(call, call.replica.name) if call.replica.stage.name == "sample" else None)
+                                 fault=lambda call: bad_replica(call, call.replica.name)
+                                 if call.replica.stage.name == "sample" else None)
     driver, outcomes = Driver(executor, pretend_stages(gpus=WHOLE), requests(500)), []
     with pytest.raises(ClusterError, match="stage sample made nothing of .* different clips .* ValueError: poison"):
         outcomes.extend(driver.outcomes())
@@ -471,7 +473,7 @@ def test_no_clip_is_begun_that_would_not_be_published_by_the_deadline(gpus, batc
     executor = SimulatedExecutor(box(4), SLEEPS_S)
     budget = Budget(until=40.0, clock=executor.now)
     _, outcomes = drive(executor, pretend_stages(gpus=gpus, batch=batch), requests(10_000), budget=budget)
-    assert len(outcomes) == len(ends(executor, "sample")) * batch == len(ends(executor)) * batch    # nothing begun in vain
+    assert len(outcomes) == len(ends(executor, "sample")) * batch == len(ends(executor)) * batch
     assert max(ends(executor)) <= 40.0 and max(ends(executor)) > 40.0 - 2 * batch
     assert budget.has_stopped
 
@@ -570,7 +572,7 @@ def test_saving_leaves_what_waits_for_a_decoder_that_is_only_starting():
             stop.save()
             stop.at = executor.clock
 
-    driver.on_progress = on_progress
+    driver.reporter.on_progress = on_progress
     outcomes = list(driver.outcomes())
     assert stop.saving and len(outcomes) <= 20 and executor.clock - stop.at < 20 and not executor.free_at
 
@@ -578,8 +580,10 @@ def test_saving_leaves_what_waits_for_a_decoder_that_is_only_starting():
 def test_another_process_that_keeps_a_gpu_is_named_and_not_waited_for_without_end():
     executor, notes = SimulatedExecutor(box(1), SLEEPS_S | {"sample": 10_000.0}), []
     executor.waits_for = lambda replica: ("process 7 (night.py)", executor.clock - 20.0)
-    with pytest.raises(ClusterError, match="sample cannot work .*process 7 .night.py. has had its GPU for [0-9]+ s. End it"):
-        drive(executor, pretend_stages(gpus=SHARED), requests(5), on_progress=lambda progress: notes.extend(progress.notes))
+    said = "sample cannot work .*process 7 .night.py. has had its GPU for [0-9]+ s. End it"
+    with pytest.raises(ClusterError, match=said):
+        drive(executor, pretend_stages(gpus=SHARED), requests(5),
+              on_progress=lambda progress: notes.extend(progress.notes))
     assert sum("waits for its GPU, which process 7 (night.py) has had for" in note for note in notes) > 20
 
 
@@ -590,8 +594,8 @@ def test_seconds_of_a_clip_that_was_partly_done_before_are_no_measure_for_others
             return Done(made=values(call), report=report)
 
     budget = Budget()
-    driver, outcomes = drive(SimulatedExecutor(box(4), SLEEPS_S, fault=fault), pretend_stages(gpus=SHARED), requests(20),
-                             budget=budget)
+    _, outcomes = drive(SimulatedExecutor(box(4), SLEEPS_S, fault=fault), pretend_stages(gpus=SHARED), requests(20),
+                        budget=budget)
     assert len(outcomes) == 20 and min(outcome.seconds["sample"] for outcome in outcomes) == 0.001
     assert budget.seconds("sample", outcomes[0].value.request) == pytest.approx(SLEEPS_S["sample"])
 
@@ -645,7 +649,8 @@ def test_every_request_ends_once_whatever_breaks(seed):
             executor.machines = full
         if chance.random() >= breaks:
             return None
-        how = chance.choice(["died", "node", *(["input", "store", "cancelled", "failure", "unfit"] if call.kind == "work" else [])])
+        at_work = ["input", "store", "cancelled", "failure", "unfit"] if call.kind == "work" else []
+        how = chance.choice(["died", "node", *at_work])
         if how == "failure":
             return poisoned({chance.choice(call.tasks).request.seed})(call)
         return Broken(how=how, reason="chance")

@@ -215,7 +215,8 @@ def kept(executor: SimulatedExecutor, rows, **options) -> list:
 @pytest.mark.parametrize("rows", [2, 2000])
 def test_where_no_machine_is_left_the_night_ends_and_charges_none(stage, rows):
     for nodes in (box(1), NIGHT):
-        *outcomes, error = kept(executor := executor_with(fault := at(stage, broken()), nodes), requests(rows), gpus=SHARED)
+        executor = executor_with(fault := at(stage, broken()), nodes)
+        *outcomes, error = kept(executor, requests(rows), gpus=SHARED)
         assert outcomes == [] and isinstance(error, ClusterError)
         assert f"stage {stage} cannot work on any machine" in str(error) and FULL in str(error)
         assert "No clip is charged" in str(error) and executor.clock < 300
@@ -272,7 +273,8 @@ def test_a_machine_that_now_and_then_has_no_room_charges_none():
 
 def test_a_row_for_which_no_machine_ever_has_the_memory_is_charged_and_no_other():
     def fault(call):
-        if call.kind == "work" and call.replica.stage.name == "sample" and 7 in {task.request.seed for task in call.tasks}:
+        poison = 7 in {task.request.seed for task in call.tasks}
+        if call.kind == "work" and call.replica.stage.name == "sample" and poison:
             return broken(reason="MemoryError", sure=False)
         return None
 
@@ -298,7 +300,8 @@ def test_a_bad_row_among_faults_of_machines_is_still_charged():
 
 def test_calls_beside_the_one_that_met_the_fault_go_back_free_of_charge():
     fault = at("sample", broken(), begins=20.0, ends=21.0)
-    _, outcomes = drive(executor_with(fault, box(2)), pretend_stages(gpus=SHARED, concurrency=3, batch=2), requests(120))
+    _, outcomes = drive(executor_with(fault, box(2)), pretend_stages(gpus=SHARED, concurrency=3, batch=2),
+                        requests(120))
     assert fault.met and len(outcomes) == 120 and all(each.attempts == 1 for each in outcomes)
 
 

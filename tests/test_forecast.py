@@ -42,7 +42,8 @@ def test_on_cpus_all_seconds_of_a_replica_count_and_no_gpu_is_held():
     pipeline = [Stage(name="sample", steps=()), Stage(name="publish", steps=(), cpus=0.5)]
     found = forecast(pipeline, [Node(id="a", cpus=4)], costs, clips=100)
     assert found.gpu_hours == 0.0 and found.replicas["sample"] + 0.5 * found.replicas["publish"] <= 4.5
-    assert found.clips_per_hour == pytest.approx(3600 * min(found.replicas["sample"] / 1.0, found.replicas["publish"] / 2.9))
+    rates = found.replicas["sample"] / 1.0, found.replicas["publish"] / 2.9
+    assert found.clips_per_hour == pytest.approx(3600 * min(rates))
 
 
 def test_nothing_left_takes_no_time():

@@ -29,7 +29,8 @@ def test_one_gpu_has_one_process_at_a_time_in_ray_and_every_clip_is_made():
 @pytest.mark.parametrize("gpus", BOXES)
 def test_measured_seconds_never_give_a_gpu_two_decoders_or_a_decoder_a_samplers_place(gpus):
     for pace in ({"sample": 0.8, "publish": 2.2}, {"sample": 13.0, "publish": 2.6}, {"sample": 0.1, "publish": 9.0}):
-        placements = scale_up(pipeline(), box(gpus), [], limits={"encode": 0, "sample": 10**9, "publish": 10**9}, seconds=pace)
+        limits = {"encode": 0, "sample": 10**9, "publish": 10**9}
+        placements = scale_up(pipeline(), box(gpus), [], limits=limits, seconds=pace)
         assert sorted(placement.stage for placement in placements) == ["publish"] * gpus + ["sample"] * gpus
 
 
@@ -38,10 +39,10 @@ def placement(stage: str, *devices: int) -> Placement:
 
 
 @pytest.mark.parametrize("placements, most", [
-    ([placement("sample", 0), placement("decode", 0)], 1 / 3),                            # one GPU's time is shared
-    ([placement("sample", 0), placement("decode", 1)], 1 / 2),                            # two GPUs, and the slower one decides
-    ([placement("sample", 0), placement("sample", 1), placement("decode", 1)], 2 / 3),         # both are busy all the time
-    ([placement("sample", 0), placement("decode", 0), placement("decode", 1)], 1 / 2),         # the second decoder leaves it to sample
+    ([placement("sample", 0), placement("decode", 0)], 1 / 3),                # one GPU's time is shared
+    ([placement("sample", 0), placement("decode", 1)], 1 / 2),                # two GPUs, and the slower one decides
+    ([placement("sample", 0), placement("sample", 1), placement("decode", 1)], 2 / 3),    # both are busy all the time
+    ([placement("sample", 0), placement("decode", 0), placement("decode", 1)], 1 / 2),    # the second leaves it to sample
     ([placement("sample", 0), placement("sample", 1), placement("sample", 2), placement("decode", 0)], 1.0)])
 def test_replicas_make_what_the_gpus_they_are_on_have_time_for(placements, most):
     stages = [Stage(name="sample", steps=()), Stage(name="decode", steps=())]

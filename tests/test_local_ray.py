@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dailies.pipeline.scheduler import local_ray
-from dailies.pipeline.scheduler.driver import ClusterError
+from dailies.pipeline.scheduler.executor import ClusterError
 from dailies.pipeline.scheduler.local_ray import (
     LONGEST,
     OWNER,
@@ -104,7 +104,7 @@ def test_a_ray_tmpdir_that_will_not_do_is_named(place):
 
 
 def test_what_a_killed_run_left_the_next_one_removes_and_nothing_else(place, tmp_path):
-    kill = ("import os, sys\nfrom pathlib import Path\nfrom pipeline import local_ray\n"
+    kill = ("import os, sys\nfrom pathlib import Path\nfrom dailies.pipeline.scheduler import local_ray\n"
             "with local_ray.session_folder({'RAY_TMPDIR': sys.argv[1]}) as folder:\n"
             "    print(folder, flush=True)\n    os.kill(os.getpid(), 9)\n")
     dead = Path(subprocess.run([sys.executable, "-c", kill, place], stdout=subprocess.PIPE, text=True,

@@ -27,7 +27,8 @@ def stages(encode=0.0, sample=0.0, publish=0.0, *, cpus=(1.0, 1.0, 1.0), replica
 
 def scaled(pipeline, nodes, placements=(), *, closed=(), limits=None, seconds=None) -> Counter:
     limits = {stage.name: 0 if stage.name in closed else MANY for stage in pipeline} | (limits or {})
-    return Counter(placement.stage for placement in scale_up(pipeline, nodes, placements, limits=limits, seconds=seconds or {}))
+    new = scale_up(pipeline, nodes, placements, limits=limits, seconds=seconds or {})
+    return Counter(placement.stage for placement in new)
 
 
 def placements(nodes, pipeline, counts) -> list[Placement]:

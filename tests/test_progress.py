@@ -8,7 +8,7 @@ import pytest
 
 from dailies.jobs import progress
 from dailies.jobs.progress import Display, Rate, duration_text, printable, rate_text
-from dailies.pipeline.scheduler.driver import Progress, StageProgress
+from dailies.pipeline.scheduler.progress import Progress, StageProgress
 
 
 def stage(name, done, **changes):

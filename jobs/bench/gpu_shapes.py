@@ -125,7 +125,8 @@ class SimulatedGPUs:
     def start(self, replica: Replica) -> None:
         """Ray gives a share of the GPU that has the least memory free for it."""
         stage = replica.stage
-        fitting = [gpu for gpu, free in self.memory.items() if gpu[0] == replica.placement.node and free >= stage.gpus - 1e-6]
+        fitting = [gpu for gpu, free in self.memory.items()
+                   if gpu[0] == replica.placement.node and free >= stage.gpus - 1e-6]
         replica.handle = min(fitting, key=lambda gpu: self.memory[gpu])
         self.memory[replica.handle] -= stage.gpus
         self.resources[replica] = Resource(stage.concurrency), Resource(), Resource(max(1, stage.processes))
@@ -164,7 +165,8 @@ class SimulatedGPUs:
         elif call not in self.recalled:
             for _ in range(steps):
                 yield gpu
-                began, self.sliced_s[call.replica.handle], sliced_s = self.clock, 0.0, self.sliced_s[call.replica.handle]
+                began, sliced_s = self.clock, self.sliced_s[call.replica.handle]
+                self.sliced_s[call.replica.handle] = 0.0
                 yield sliced_s + values * cost.held_s / steps
                 self.busy.append(("encode", call.replica.handle, began, began + sliced_s))
                 self.busy.append((stage.name, call.replica.handle, began + sliced_s, self.clock))

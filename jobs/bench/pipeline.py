@@ -1,7 +1,7 @@
 """What the pipeline itself costs: stages that only sleep, on GPUs that only count.
 
     python -m dailies.jobs.bench.pipeline overhead        driver seconds per clip with empty stages, and its memory
-    python -m dailies.jobs.bench.pipeline overlap         how busy 4 samplers are kept: encode 20, sample 500, publish 100 ms
+    python -m dailies.jobs.bench.pipeline overlap         how busy 4 samplers are kept: 20, 500 and 100 ms a clip
     python -m dailies.jobs.bench.pipeline gpu-shapes      how busy GPUs are kept, in the shapes of gpu_shapes.py
 """
 

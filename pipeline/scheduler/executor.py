@@ -15,6 +15,10 @@ from dailies.pipeline.stages import Report, Stage
 SAFE_AFTER = 2                          # failed attempts
 
 
+class ClusterError(RuntimeError):
+    """The cluster cannot run this pipeline; the message says what to do."""
+
+
 @dataclass(eq=False, kw_only=True, slots=True)
 class Task:
     """A request on its way."""
@@ -26,7 +30,7 @@ class Task:
     failures: int = 0                   # attempts charged
     losses: int = 0                     # machines lost under it, and inputs lost
     alone: bool = False                 # a suspect: a process died while it was there, and shares none now
-    avoid: "Replica | None" = None         # where it failed last
+    avoid: "Replica | None" = None      # where it failed last
     key: str | None = None              # whose work it shares in the first stage
     reports: list[Report] = field(default_factory=list)
 
@@ -60,6 +64,11 @@ class Replica:
     failed: set[str] = field(default_factory=set)       # clips that failed here since it last made one
     blamed: set[str] = field(default_factory=set)       # clips that failed here and were made elsewhere
     handle: Any = None                  # the executor's own
+
+    def takes(self, depth: int, now: float) -> bool:
+        """Whether it may be given a call, so that it has `depth` of them."""
+        has_suspect = bool(self.calls) and any(task.shares_none for task in self.calls[-1].tasks)
+        return len(self.calls) < depth and not has_suspect and self.rests_until <= now
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
@@ -115,8 +124,8 @@ Answer = Hello | Alive | Done | Broken
 
 
 class Executor(Protocol):
-    """Processes on machines. A replica begins its calls in the order they were submitted, as many at once as its stage's
-    concurrency, and answers each when it is done."""
+    """Processes on machines. A replica begins its calls in the order they were submitted, as many at once as its
+    stage's concurrency, and answers each when it is done."""
 
     def now(self) -> float: ...
     def nodes(self) -> list[Node]: ...
@@ -126,5 +135,5 @@ class Executor(Protocol):
     def cancel(self, call: Call) -> None: ...            # not begun: it never does; at work: it stops where it can
     def recall(self, call: Call) -> None: ...           # not begun: it never does; at work: it is let finish
     def kept_waiting_s(self, replica: Replica) -> float: ...  # of its first call: by the store, by others on its GPU
-    def waits_for(self, replica: Replica) -> tuple[str, float] | None: ...    # who has its GPU, and for how many seconds
+    def waits_for(self, replica: Replica) -> tuple[str, float] | None: ...  # who has its GPU, for how many seconds
     def wait(self, timeout_s: float) -> Iterable[tuple[Call, Answer]]: ...

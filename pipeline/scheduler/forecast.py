@@ -1,4 +1,4 @@
-"""How long a night will take: from what clips have cost, where replicas would be started, and how they share the GPUs."""
+"""How long a night will take: from what clips have cost, where replicas would start, and how they share the GPUs."""
 
 import math
 from collections import defaultdict
@@ -46,14 +46,14 @@ def forecast(stages: Sequence[Stage], nodes: Sequence[Node], costs: Mapping[str,
     limits = {name: min(limit, clips) for name, limit in open_end.items()}
     capacity, placements = Capacity(nodes, []), []
     for placement in scale_up(stages, nodes, [], limits=limits, seconds=pace_s):
-        slots = capacity.slots(placement.node, placement.gpus, placement.stage) or capacity.slots(placement.node, placement.gpus) or []
-        placements.append(replace(placement, devices=tuple(map(str, slots))))
+        placements.append(replace(placement, devices=tuple(map(str, capacity.likely_slots(placement)))))
         capacity.take(placements[-1])
     gpus = {(placement.node, device) for placement in placements for device in placement.devices}
     share = (clips if encoded is None else encoded) / max(1, clips)
     ahead = [stage for stage in stages if stage.window is not None]
     everywhere = [capacity.placement(stage, node) for stage in ahead if stage.gpus for node, _ in gpus]
-    placements += [replace(placement, devices=(device,)) for placement, (_, device) in zip(everywhere, gpus, strict=False)]
+    placements += [replace(placement, devices=(device,))
+                   for placement, (_, device) in zip(everywhere, gpus, strict=False)]
     held_s = {stage.name: costs[stage.name].held_s * (share if stage in ahead else 1.0)
               for stage in stages if stage.gpus}
     paces = {name: pace for name, pace in pace_s.items() if name not in {stage.name for stage in ahead}}

@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dailies.model.private import cache_folder, private_folder
-from dailies.pipeline.scheduler.driver import ClusterError
+from dailies.pipeline.scheduler.executor import ClusterError
 
 PREFIX = "dailies-ray-"
 OWNER = "owner"                         # the file in a run's folder that its driver keeps locked while it lives

@@ -1,11 +1,11 @@
 """Which replicas of which stage to start, where, and who makes room. Pure functions: resources in, decisions out.
 
-GPUs are hard: a replica's share lies on one GPU (or on whole GPUs), and shares of one GPU never exceed it. CPU cores are
-soft: a node may promise half a core more than it has, since light stages mostly wait.
+GPUs are hard: a replica's share lies on one GPU (or on whole GPUs), and shares of one GPU never exceed it. CPU cores
+are soft: a node may promise half a core more than it has, since light stages mostly wait.
 
-A share of a GPU is a share of its memory. Its time is one, and whoever is on it takes turns: a second replica of a stage
-there would have no time of its own, so there is never one. Copies of different stages fill it: where every GPU has a
-sampler and a decoder, none of them waits, whatever the ratio of their seconds, and sampling and decoding have all of
+A share of a GPU is a share of its memory. Its time is one, and whoever is on it takes turns: a second replica of a
+stage there would have no time of its own, so there is never one. Replicas of other stages fill it: where every GPU has
+a sampler and a decoder, none of them waits, whatever the ratio of their seconds, and sampling and decoding have all of
 the time there is (`most_per_s`).
 """
 
@@ -55,7 +55,8 @@ class InsufficientCapacity(ValueError):
 class Capacity:
     """What is free: per node its cores, and each GPU by itself, because a share cannot be put together from two."""
 
-    def __init__(self, nodes: Sequence[Node], placements: Sequence[Placement], barred: Collection[tuple[str, str]] = ()):
+    def __init__(self, nodes: Sequence[Node], placements: Sequence[Placement],
+                 barred: Collection[tuple[str, str]] = ()):
         """barred: stage and node of each pair of which there is to be no replica."""
         self.barred = barred
         self.nodes = {node.id: node for node in nodes}
@@ -63,7 +64,8 @@ class Capacity:
         self.gpus = {node.id: [1.0] * int(node.gpus) for node in nodes}
         self.slot_of: dict[str, dict[str, int]] = defaultdict(dict)      # node -> a GPU's name there -> its slot
         self.held: list[tuple[Placement, list[int]]] = []
-        for placement in sorted(placements, key=lambda placement: not placement.devices):  # known slots first, guesses fill the rest
+        # known slots first, guesses fill the rest
+        for placement in sorted(placements, key=lambda placement: not placement.devices):
             if placement.node in self.nodes:
                 self.take(placement)
 
@@ -75,10 +77,15 @@ class Capacity:
                 names.setdefault(device, len(names))
             slots = [names[device] for device in placement.devices if names[device] < len(gpus)]
         else:
-            slots = self.slots(placement.node, placement.gpus, placement.stage) or self.slots(placement.node, placement.gpus) or []
+            slots = self.likely_slots(placement)
         for slot in slots:
             gpus[slot] -= min(1.0, placement.gpus)
         self.held.append((placement, slots))
+
+    def likely_slots(self, placement: Placement) -> list[int]:
+        """The GPUs that a replica has which has not told them yet."""
+        return (self.slots(placement.node, placement.gpus, placement.stage)
+                or self.slots(placement.node, placement.gpus) or [])
 
     def slots(self, node: str, gpus: float, stage: str | None = None) -> list[int] | None:
         """The GPUs of a node that such a replica would get, the fullest that fit first; None: it does not fit.
@@ -86,7 +93,8 @@ class Capacity:
         stage: none of those that have a replica of this stage.
         """
         need = min(1.0, gpus)
-        taken = {slot for placement, slots in self.held if placement.node == node and placement.stage == stage for slot in slots}
+        taken = {slot for placement, slots in self.held if (placement.node, placement.stage) == (node, stage)
+                 for slot in slots}
         fitting = [slot for slot, free in enumerate(self.gpus[node]) if free >= need - EPSILON and slot not in taken]
         fitting.sort(key=lambda slot: self.gpus[node][slot])
         count = round(max(1.0, gpus)) if gpus else 0
@@ -108,7 +116,8 @@ def can_hold(node: Node, stage: Stage) -> bool:
 
 
 def check(stages: Sequence[Stage], nodes: Sequence[Node]) -> None:
-    """Raise InsufficientCapacity unless the stages that stay fit side by side, and each that gives its resources back fits alone."""
+    """Raise InsufficientCapacity unless the stages that stay fit side by side, and each that gives its resources back
+    fits alone."""
     stay = [stage for stage in stages if stage.window is None]
     for group in (stay, *([stage] for stage in stages if stage.window is not None)):
         capacity = Capacity(nodes, [])
@@ -123,17 +132,18 @@ def check(stages: Sequence[Stage], nodes: Sequence[Node]) -> None:
             capacity.take(capacity.placement(stage, node))
 
 
-def scale_up(stages: Sequence[Stage], nodes: Sequence[Node], placements: Sequence[Placement], *, limits: Mapping[str, int],
-          seconds: Mapping[str, float], barred: Collection[tuple[str, str]] = ()) -> list[Placement]:
+def scale_up(stages: Sequence[Stage], nodes: Sequence[Node], placements: Sequence[Placement], *,
+             limits: Mapping[str, int], seconds: Mapping[str, float],
+             barred: Collection[tuple[str, str]] = ()) -> list[Placement]:
     """The replicas to start now, in order.
 
     barred: as Capacity takes it.
     limits: the most replicas of a stage that have work; 0 for a stage that gave its resources back.
     seconds: after which a replica takes the next value, for the stages that have been measured.
-    First one replica of each stage (`Stage.replicas` of them where that is set), those that give back before all others,
-    and nobody else until they have their place. Then each next replica goes to the stage that holds the others back, until
-    it fits nowhere. At last, of the stages that share GPUs and have been measured, one beside every replica of another: a
-    GPU whose sampler has a decoder beside it is never idle.
+    First one replica of each stage (`Stage.replicas` of them where that is set), those that give back before all
+    others, and nobody else until they have their place. Then each next replica goes to the stage that holds the others
+    back, until it fits nowhere. At last, of the stages that share GPUs and have been measured, one beside every replica
+    of another: a GPU whose sampler has a decoder beside it is never idle.
     """
     capacity = Capacity(nodes, placements, barred)
     count = {stage.name: sum(placement.stage == stage.name for placement in placements) for stage in stages}
@@ -169,8 +179,10 @@ def scale_up(stages: Sequence[Stage], nodes: Sequence[Node], placements: Sequenc
     return new
 
 
-def free_capacity(stage: Stage, nodes: Sequence[Node], placements: Sequence[Placement], keep: Sequence[Placement] = ()) -> list[Placement]:
-    """The fewest placements, on one node and none of `keep`, that must end so that a replica of the stage fits; else none."""
+def free_capacity(stage: Stage, nodes: Sequence[Node], placements: Sequence[Placement],
+                  keep: Sequence[Placement] = ()) -> list[Placement]:
+    """The fewest placements, on one node and none of `keep`, that must end so that a replica of the stage fits; or
+    none, where none would do."""
     capacity = Capacity(nodes, placements)
     replicas = defaultdict(int)
     for placement in placements:
@@ -188,12 +200,13 @@ def free_capacity(stage: Stage, nodes: Sequence[Node], placements: Sequence[Plac
 
 
 def freed_on(node: Node, stage: Stage, capacity: Capacity, here: list[tuple[Placement, list[int]]]) -> list[Placement]:
-    """The fewest of `here`, placements with the slots of their GPUs, whose end makes room for the stage on this node."""
+    """The fewest of `here`, placements with the slots of their GPUs, whose end lets the stage fit on this node."""
     need, count = min(1.0, stage.gpus), round(max(1.0, stage.gpus)) if stage.gpus else 0
     options: list[tuple[int, list[Placement]]] = []
     for slot, free in enumerate(capacity.gpus[node.id]):
         leaving: list[Placement] = []
-        alone = [placement for placement, slots in here if slot in slots and free + min(1.0, placement.gpus) >= need - EPSILON]
+        alone = [placement for placement, slots in here
+                 if slot in slots and free + min(1.0, placement.gpus) >= need - EPSILON]
         if alone and free < need - EPSILON:             # the smallest that is enough: a decoder is back sooner
             leaving.append(min(alone, key=lambda placement: placement.gpus))
             free += min(1.0, leaving[0].gpus)
@@ -226,16 +239,18 @@ def most_per_s(stages: Sequence[Stage], placements: Sequence[Placement], *, held
     """Values per second that these replicas can make, if none of them ever waits for anything but a GPU.
 
     held_s: of a GPU's time per value, by stage; pace_s: after which a replica of it takes the next value, at best.
-    Whatever stages one picks, their GPU time must come from the GPUs on which they have a replica; and where that holds for
-    every choice, there is a division of the GPUs' time that reaches it (Hall's theorem, for flows).
+    Whatever stages one picks, their GPU time must come from the GPUs on which they have a replica; and where that holds
+    for every choice, there is a division of the GPUs' time that reaches it (Hall's theorem, for flows).
     placements: with `devices`.
     """
     names = [stage.name for stage in stages if any(placement.stage == stage.name for placement in placements)]
     on_gpus = [name for name in names if held_s.get(name)]
-    rates = [sum(placement.stage == name for placement in placements) / pace_s[name] for name in names if pace_s.get(name)]
+    rates = [sum(placement.stage == name for placement in placements) / pace_s[name]
+             for name in names if pace_s.get(name)]
     for size in range(1, len(on_gpus) + 1):
         for chosen in combinations(on_gpus, size):
-            gpus = {(placement.node, device) for placement in placements if placement.stage in chosen for device in placement.devices}
+            gpus = {(placement.node, device) for placement in placements if placement.stage in chosen
+                    for device in placement.devices}
             rates.append(len(gpus) / sum(held_s[name] for name in chosen))
     return min(rates, default=math.inf)
 

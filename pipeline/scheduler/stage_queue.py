@@ -9,7 +9,7 @@ from typing import Any
 from dailies.pipeline.scheduler.executor import Replica, Task
 from dailies.pipeline.stages import Outcome, Stage
 
-FOR_LATER = 256             # tasks that may wait for replicas that are about to start on GPUs: those have work meanwhile
+FOR_LATER = 256             # tasks that may wait for replicas about to start on GPUs: those have work meanwhile
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
@@ -56,13 +56,13 @@ class StageQueue:
         return len(self.waiting) + self.in_flight + self.sharing
 
     def take(self, replica: Replica) -> list[Task]:
-        """The next tasks for a replica: all of one bucket; none that failed in this very replica while there are others.
+        """The next tasks for a replica: all of one bucket; none that failed in it while there are others.
 
         A suspect works alone: no other task in its batch, none before or behind it in the process.
         """
         waiting, choosy = self.waiting, len(self.ready) > 1
-        positions = (position for position, task in enumerate(islice(waiting, 8)) if not choosy or task.avoid is not replica)
-        position = next(positions, None)
+        position = next((position for position, task in enumerate(islice(waiting, 8))
+                         if not choosy or task.avoid is not replica), None)
         if position is None or waiting[position].shares_none and replica.calls:
             return []
         tasks = [waiting[position]]

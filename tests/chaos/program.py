@@ -11,7 +11,7 @@ from dailies.jobs import render
 from dailies.jobs.cli import program
 from dailies.model.catalog import LinumCard
 from dailies.pipeline import text_to_video as recipe
-from dailies.pipeline.scheduler import driver
+from dailies.pipeline.scheduler import watchdog
 from tests import tiny  # noqa: F401  adds the model to the catalogue
 from tests.chaos import fakes
 from tests.chaos.full_disk import FillingStore
@@ -28,7 +28,7 @@ def put_fakes_in(script: fakes.Script) -> None:
     recipe.ClipWriter = partial(fakes.NotedWriter, script=script)
     recipe.ENCODED_AHEAD = script.ahead
     recipe.OVERLAP["cpu"] = recipe.OVERLAP["cuda" if script.overlap else "cpu"]
-    driver.LEAST_LIMIT_S = script.least_limit_s or driver.LEAST_LIMIT_S
+    watchdog.LEAST_LIMIT_S = script.least_limit_s or watchdog.LEAST_LIMIT_S
     if script.fill:
         render.open_store = partial(FillingStore, folder=script.fill, ballast=script.ballast)
     if script.lost:
