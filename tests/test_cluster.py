@@ -17,7 +17,7 @@ from fake_stages import CannotBeMade, Patient, calls, fake_stages
 
 from dailies.actors.messages import Clip, Failure
 from dailies.jobs.bench.pipeline import pretend_request, pretend_stages, rss_bytes
-from dailies.pipeline.scheduler import cluster
+from dailies.pipeline.scheduler import cluster, ray_private
 from dailies.pipeline.scheduler.cluster import ClusterError, Stop
 from dailies.pipeline.stages import Stage, Step, run_local
 
@@ -80,7 +80,7 @@ def test_the_encoder_encodes_each_prompt_once_and_its_gpu_goes_to_a_sampler(four
 
 
 def test_every_kind_of_poison_costs_its_own_row_after_three_attempts(four_gpus, tmp_path, monkeypatch):
-    monkeypatch.setattr("dailies.pipeline.scheduler.driver.LEAST_LIMIT_S", 4.0)
+    monkeypatch.setattr("dailies.pipeline.scheduler.watchdog.LEAST_LIMIT_S", 4.0)
     faults = {"sample": {5: "raise", 9: "segfault", 14: "hang"}, "publish": {20: "raise once"}}
     stages = fake_stages(tmp_path, faults=faults, sleeps_s={"sample": 0.02},
                          replicas={"encode": 1, "sample": 2, "publish": 2})
@@ -289,7 +289,7 @@ def test_auto_does_not_follow_what_other_users_say_about_a_cluster(monkeypatch):
         with raylet(user=65534, group=65534, extra_groups=[]) as theirs:
             assert "192.0.2.7:1" not in cluster.own_raylets()
             theirs.stdin.close()
-    monkeypatch.setattr(cluster.services, "find_bootstrap_address", lambda folder: "192.0.2.7:1")
+    monkeypatch.setattr(ray_private, "latest_address", lambda: "192.0.2.7:1")
     monkeypatch.setattr(cluster, "own_raylets", set)
     with pytest.raises(ClusterError, match="0 clusters have a raylet of this user's.*--ray HOST:6379"):
         cluster.reachable("auto", "'auto'")
@@ -300,13 +300,13 @@ def test_auto_does_not_follow_what_other_users_say_about_a_cluster(monkeypatch):
         monkeypatch.setattr(cluster, "own_raylets", lambda: {address, "192.0.2.8:1"})
         with pytest.raises(ClusterError, match="2 clusters have a raylet.*192.0.2.8:1"):
             cluster.reachable("auto", "'auto'")
-        monkeypatch.setattr(cluster.services, "find_bootstrap_address", lambda folder: address)
+        monkeypatch.setattr(ray_private, "latest_address", lambda: address)
         assert cluster.reachable("auto", "'auto'").endswith(address.partition(":")[2])
 
 
 def test_a_killed_driver_leaves_no_process(tmp_path):
     script = ("import os, sys\nfrom pathlib import Path\nfrom fake_stages import fake_stages\n"
-              "from dailies.jobs.bench.pipeline import pretend_request\nfrom pipeline import cluster\n"
+              "from dailies.jobs.bench.pipeline import pretend_request\nfrom dailies.pipeline.scheduler import cluster\n"
               "folder = Path(sys.argv[1])\n"
               "with cluster.connect('local', cpus=2, gpus=0):\n"
               "    stages = fake_stages(folder, names=['sample'], replicas={'sample': 1})\n"

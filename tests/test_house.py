@@ -25,7 +25,7 @@ DOORS = {
                 "pipeline/run/ledger_part.py", "pipeline/manifest/stored_types.py"],
     "boto3": ["pipeline/store/store.py"],
     "botocore": ["pipeline/store/store.py"],
-    "ray": ["pipeline/scheduler/cluster.py", "jobs/submit.py"],
+    "ray": ["pipeline/scheduler/cluster.py", "pipeline/scheduler/ray_private.py", "jobs/submit.py"],
     "av": ["actors/clip_writer.py", "actors/clip_file.py"],
     "PIL": ["actors/image_file.py"],
     "jinja2": ["pipeline/report.py"],

@@ -29,20 +29,16 @@ from urllib.parse import urlsplit
 
 import ray
 from ray import exceptions as rex
-from ray._private import ray_constants, services
-from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
-from ray._raylet import AuthenticationTokenLoader
-from ray.job_config import JobConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dailies.actors.cores import usable_cores
 from dailies.actors.device_lock import Halted
 from dailies.actors.messages import Failure, Request
 from dailies.model.private import at_home
-from dailies.pipeline.scheduler import local_ray
+from dailies.pipeline.scheduler import local_ray, ray_private
 from dailies.pipeline.scheduler.budget import Budget
-from dailies.pipeline.scheduler.driver import ClusterError, Driver, Progress, Stop
-from dailies.pipeline.scheduler.executor import Alive, Answer, Broken, Call, Done, Hello, Replica
+from dailies.pipeline.scheduler.driver import Driver
+from dailies.pipeline.scheduler.executor import Alive, Answer, Broken, Call, ClusterError, Done, Hello, Replica
 from dailies.pipeline.scheduler.faults import (
     OUT_OF_MEMORY,
     WorkerUnfit,
@@ -50,8 +46,10 @@ from dailies.pipeline.scheduler.faults import (
     machine_fault,
     store_trouble,
 )
+from dailies.pipeline.scheduler.intake import Stop
 from dailies.pipeline.scheduler.placement import Node
 from dailies.pipeline.scheduler.pool import Pool
+from dailies.pipeline.scheduler.progress import Progress
 from dailies.pipeline.stages import Outcome, Stage, Worker, readdress
 from dailies.pipeline.store.store import PATIENCE, NotFound, StoreError
 
@@ -99,7 +97,8 @@ def connect(address: str = "local", *, cpus: int | None = None, gpus: int | None
     (RAY_ADDRESS, or `ray start` on this machine), HOST:PORT names one that this machine belongs to.
 
     cpus, gpus: what a local one says it has; None: the cores that this process may use, and the GPUs of the machine.
-    note: is told when a local one has to be started again, which costs half a minute.
+    note: is told when a local one has to be started again, which costs half a minute, and of a Ray that was never
+    tried with.
     A local one listens on loopback only, asks for a token that is made for it, and keeps its files in a folder that
     only this user can enter (local_ray.py). It ends with this process, even when that is killed: raylet, GCS and
     workers within seconds, Ray's two agents, which keep its standard output open, after a minute or two. Call it in the
@@ -109,7 +108,9 @@ def connect(address: str = "local", *, cpus: int | None = None, gpus: int | None
     Raises ClusterError with the next step when there is no such cluster, or it is open to everybody.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray._private.worker._worker_logs_enabled = False    # deaths are in Progress.notes, not across the terminal
+    if warning := ray_private.unknown_version():
+        note(warning)
+    ray_private.quiet_workers()
     with own_cluster(cpus, gpus, note) if address == "local" else another_cluster(address):
         yield
 
@@ -123,21 +124,21 @@ def own_cluster(cpus: int | None, gpus: int | None, note: Callable[[str], None])
     with local_ray.session_folder() as folder:
         local_ray.stand_somewhere(folder)
         try:
-            with local_ray.changed(local_ray.environment(folder)), on_loopback():
-                AuthenticationTokenLoader.instance().reset_cache()      # it keeps what it read in an earlier block
-                start(folder, note, address="local", include_dashboard=False, num_cpus=cpus or usable_cores(), num_gpus=gpus,
-                      object_store_memory=OBJECT_STORE_BYTES, _temp_dir=str(folder / local_ray.SESSION))
+            with local_ray.changed(local_ray.environment(folder)), ray_private.on_loopback():
+                ray_private.forget_token()
+                start(folder, note, address="local", include_dashboard=False, num_cpus=cpus or usable_cores(),
+                      num_gpus=gpus, object_store_memory=OBJECT_STORE_BYTES, _temp_dir=str(folder / local_ray.SESSION))
             yield
         finally:
             ray.shutdown()
-            AuthenticationTokenLoader.instance().reset_cache()
+            ray_private.forget_token()
 
 
 def start(folder: Path, note: Callable[[str], None], **options: Any) -> None:
     """Raises ClusterError with what to do about it."""
     for last in (False, False, True):                   # on a busy machine Ray may not come up within its own 30 s
         try:
-            ray.init(job_config=Job(), **options, **OPTIONS)
+            ray.init(job_config=ray_private.Job(), **options, **OPTIONS)
             return
         except Exception as error:                      # Ray raises bare Exceptions too
             next_step = local_ray.advice(error, folder)
@@ -148,28 +149,16 @@ def start(folder: Path, note: Callable[[str], None], **options: Any) -> None:
 
 
 @contextmanager
-def on_loopback() -> Iterator[None]:
-    """Ray takes 127.0.0.1 for this machine's address, and listens there only, where it believes that there are no other
-    machines; its own switch for that is read when it is imported."""
-    before = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    try:
-        yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
-
-
-@contextmanager
 def another_cluster(address: str) -> Iterator[None]:
     named = f"{address!r}"
     if address == "auto" and os.environ.get("RAY_ADDRESS"):
         named = f"RAY_ADDRESS={os.environ['RAY_ADDRESS']!r}, which the environment sets and --ray auto obeys"
     token = guard_token()
     address = reachable(address, named)
-    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    ray_private.use_token()
     refuse_without_token(address, named)
     try:
-        context = ray.init(address=address, job_config=Job(), **OPTIONS)
+        context = ray.init(address=address, job_config=ray_private.Job(), **OPTIONS)
     except Exception as error:                          # Ray raises bare Exceptions too
         ray.shutdown()
         raise ClusterError(f"Ray at {named} cannot be used: {one_line(error)}. It needs Ray {ray.__version__}, as "
@@ -180,15 +169,6 @@ def another_cluster(address: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
-
-
-class Job(JobConfig):
-    """Workers import from where the driver does. Ray would add the folder that the driver was started in: a file
-    there of the name of one of our modules, or of a library's, would be imported in its place."""
-
-    def _serialize(self) -> str:
-        self._py_driver_sys_path = local_ray.paths_kept(self._py_driver_sys_path)
-        return super()._serialize()
 
 
 def refuse_without_token(address: str, named: str = "'local'") -> None:
@@ -243,7 +223,7 @@ def reachable(address: str, named: str) -> str:
         raise ClusterError(f"{named}: a Ray Client address cannot carry a render; use `dailies submit` with the "
                            "cluster's http://HEAD:8265, or run on a machine of the cluster with --ray auto")
     try:
-        found = services.canonicalize_bootstrap_address_or_die(around_here() if said in ("", "auto") else said)
+        found = ray_private.full_address(around_here() if said in ("", "auto") else said)
         host, _, port = found.rpartition(":")
         socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
     except (OSError, ValueError) as error:
@@ -260,7 +240,7 @@ def around_here() -> str:
     open for all to write to; where that leads gets the token, and what it answers is unpickled.
     """
     there = own_raylets()
-    latest = services.find_bootstrap_address(None)      # several: that of the last `ray start`, where it is one of them
+    latest = ray_private.latest_address()               # several: that of the last `ray start`, where it is one of them
     if len(there) > 1 and latest in there:
         return latest
     if len(there) != 1:
@@ -272,7 +252,7 @@ def around_here() -> str:
 def own_raylets() -> set[str]:
     """HOST:PORT of each cluster that a raylet on this machine belongs to; those of other users do not count."""
     found, trusted = set(), {0, os.getuid()}
-    for process in services.psutil.process_iter(["cmdline", "uids"]):
+    for process in ray_private.processes():
         said, uids = process.info["cmdline"], process.info["uids"]
         if said and uids and {uids.real, uids.effective} <= trusted and "raylet" in os.path.basename(said[0]):
             found |= {each.partition("=")[2] for each in said if each.startswith("--gcs-address=")}
@@ -287,7 +267,7 @@ def nodes() -> list[Node]:
 
 
 def gpu_of(resources: dict[str, float]) -> str:
-    """The kind of a node's GPUs; Ray says it as a resource of that name. Empty: it has none, or Ray does not know it."""
+    """The kind of a node's GPUs; Ray says it as a resource of that name. Empty: none, or Ray does not know it."""
     kind = "accelerator_type:"
     return next((name.removeprefix(kind) for name in resources if name.startswith(kind)), "")
 
@@ -321,7 +301,7 @@ class Process:
         return None
 
     def make(self, stage: Stage, name: str) -> None:
-        name, steps, pool = f"{name}@{socket.gethostname()}", stage.steps, None
+        name, steps = f"{name}@{socket.gethostname()}", stage.steps
         if not stage.processes:
             steps += stage.then
         worker = Worker(stage.name, steps, stage.threads, name=name, halted=self.is_halted, recalled=self.is_recalled,
@@ -419,7 +399,8 @@ class RayExecutor:
         self.nodes_now: dict[str, Node] = {}
         self.pending: dict[ray.ObjectRef, Call] = {}
         self.killed_before: dict[Replica, int] = {}        # on its machine, for want of memory, when it was started
-        self.process = ray.remote(concurrency_groups={"beside": 1})(Process)              # once: exporting a class takes Ray long
+        # once: exporting a class takes Ray long
+        self.process = ray.remote(concurrency_groups={"beside": 1})(Process)
 
     def now(self) -> float:
         return time.monotonic()
@@ -430,11 +411,12 @@ class RayExecutor:
 
     def start(self, replica: Replica) -> None:
         placement = replica.placement
-        cpus = math.floor(placement.cpus * self.nodes_now[placement.node].cpu_share * 1e4) / 1e4      # Ray's unit is 0.0001
+        cpu_share = self.nodes_now[placement.node].cpu_share
+        cpus = math.floor(placement.cpus * cpu_share * 1e4) / 1e4           # Ray's unit is 0.0001
         replica.handle = self.process.options(
             num_cpus=cpus, num_gpus=placement.gpus, max_restarts=0, max_task_retries=0,
-            max_concurrency=replica.stage.concurrency,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(placement.node, soft=False)).remote(replica.stage.threads)
+            max_concurrency=replica.stage.concurrency, scheduling_strategy=NodeAffinitySchedulingStrategy(
+                placement.node, soft=False)).remote(replica.stage.threads)
 
     def end(self, replica: Replica) -> None:
         for call in replica.calls:
@@ -513,8 +495,8 @@ class RayExecutor:
             return Broken(how="unfit", sure=False, reason="its machine has run out of memory, and Ray's memory monitor "
                           "ended it. Free memory there, or let fewer processes share it (--samplers)")
         except (rex.OutOfDiskError, rex.ObjectStoreFullError) as error:
-            return Broken(how="unfit", reason=f"{last_line(error)} Free some of the disk of Ray's temporary folder there "
-                          "(RAY_TMPDIR, TMPDIR or /tmp)")
+            return Broken(how="unfit", reason=f"{last_line(error)} Free some of the disk of Ray's temporary folder "
+                          "there (RAY_TMPDIR, TMPDIR or /tmp)")
         except rex.RuntimeEnvSetupError as error:
             return Broken(how="load", reason=last_line(error))
         except rex.TaskCancelledError:
@@ -544,7 +526,8 @@ class RayExecutor:
         return (beside(ask) or 0) > before
 
     def machine_lost(self, replica: Replica, error: rex.ActorDiedError) -> bool:
-        return error.preempted or "node has died" in str(error) or replica.placement.node not in {node.id for node in nodes()}
+        return (error.preempted or "node has died" in str(error)
+                or replica.placement.node not in {node.id for node in nodes()})
 
 
 def beside(method: Any) -> Any:
