@@ -58,7 +58,7 @@ def refuse_absent_gpu(device: str | None, ray: str) -> None:
 def absent_package(error: ModuleNotFoundError) -> str | None:
     """What to say of a library that is not installed; None where a module of ours is missing, which is our mistake."""
     name = (error.name or "").partition(".")[0]
-    if not name or name in ("kernels", "model", "actors", "pipeline", "jobs"):
+    if name in ("", "dailies"):
         return None
     return (f"the Python package {name} is not installed in {sys.executable}. dailies needs what its pyproject.toml "
             "names: pip install it there. On a cluster that is every machine: `dailies submit` brings the program, not "
