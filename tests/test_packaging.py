@@ -8,7 +8,6 @@ import zipfile
 from pathlib import Path
 
 import pytest
-
 from test_house import ORDER, ROOT, module_name, modules, needs_absent_library, tracked
 
 FOLDERS = {*ORDER, "dailies", "infra"}
