@@ -13,13 +13,13 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from dailies.kernels import cpu
+from dailies.kernels import processor
 
 
 def class_on(device: str, *, threads: int, compiled: bool = False) -> str:
     """Of what is computed in this process.  threads: torch's; they count on a CPU alone."""
     if device.startswith("cpu"):
-        found = [cpu.described(), f"{threads} thread{'s' if threads != 1 else ''}", f"torch {torch.__version__}"]
+        found = [processor.described(), f"{threads} thread{'s' if threads != 1 else ''}", f"torch {torch.__version__}"]
     else:
         found = [torch.cuda.get_device_name(device), f"torch {torch.__version__}",
                  f"cuDNN {torch.backends.cudnn.version()}", f"Triton {triton_version()}"]

@@ -162,9 +162,9 @@ class ModelCard:
 
     def decode_fallbacks(self, device: str, precision: str | None, decode_precision: str | None) -> tuple[str, ...]:
         """As fallbacks, of a VAE that is to decode in bf16 where the rest is fp32."""
-        from dailies.kernels import cpu
+        from dailies.kernels import processor
         in_bf16 = decode_precision == "bf16" and (precision or self.precision_on(device)) == "fp32"
-        notes = cpu.instead_of_bf16() if in_bf16 and device.startswith("cpu") else ()
+        notes = processor.instead_of_bf16() if in_bf16 and device.startswith("cpu") else ()
         return tuple(note.replace("computed", "decoded", 1) for note in notes)
 
     def dit_tensors(self, weights: Path) -> Mapping[str, "StoredTensor"]:

@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from dailies.kernels import cpu
+from dailies.kernels import processor
 from dailies.model import foreign
 from dailies.model.keys import KeyTable, table_of
 from dailies.model.layers import takes_low_precision
@@ -52,13 +52,13 @@ def build(make: Callable[[], Model], path: Path, *tables: KeyTable, name: str, d
 
     It is described on the meta device, so the weights are the only copy. precision: fp32, or bf16 (or int8, of which
     the rest is bf16) for the linear and convolution weights alone: gains and modulation stay fp32, and with them the
-    residual stream. A CPU that has no bf16 products is given fp32 (kernels/cpu.py).
+    residual stream. A CPU that has no bf16 products is given fp32 (kernels/processor.py).
     tables: the layouts the file may have. name: of the model, for messages. settle: see load.
     Raises CheckpointError, before any weight is read when names, shapes or dtypes do not fit.
     """
     with torch.device("meta"):
         model = make()
-    dtypes, lower = {}, cpu.dtype_of(precision, device)
+    dtypes, lower = {}, processor.dtype_of(precision, device)
     for prefix, module in model.named_modules():
         for leaf, _ in module.named_parameters(prefix=prefix, recurse=False):
             dtypes[leaf] = lower if takes_low_precision(module) else torch.float32

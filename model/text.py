@@ -10,7 +10,7 @@ import torch
 import transformers  # loads its parts when they are asked for, so not in annotations
 from torch import Tensor
 
-from dailies.kernels import cpu
+from dailies.kernels import processor
 from dailies.model import checkpoint, keys
 from dailies.model.tokenizer import Tokenizer, refuse_code
 from dailies.model.weights import CheckpointError, first_line, read_json
@@ -50,7 +50,7 @@ class T5TextEncoder:
         if self.model.config.d_model != width:
             raise CheckpointError(f"{name}: {encoder} gives rows of {self.model.config.d_model} numbers; "
                                   f"the model takes {width}")
-        self.load(encoder, name, cpu.dtype_of(precision, device))
+        self.load(encoder, name, processor.dtype_of(precision, device))
         self.model.requires_grad_(False).eval()
 
     def load(self, encoder: Path, name: str, dtype: torch.dtype) -> None:

@@ -6,7 +6,7 @@ compared to.
 
 Of a model in int8, the linear layers of its blocks are INT8 and the rest is bf16, as TurboDiffusion publishes it:
 patches, text, time, head and the projection of sparse attention stay. On a CPU without such products both are computed
-in fp32 (kernels/cpu.py). Their names in a file are those of the -quant
+in fp32 (kernels/processor.py). Their names in a file are those of the -quant
 releases, NAME.int8_weight and NAME.scale; the scales are per output channel where we quantise, per 128 x 128 tile in
 the releases.
 """
@@ -15,20 +15,38 @@ import atexit
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dailies.kernels import cpu
+from dailies.kernels import processor
 from dailies.kernels.int8_attention import int8_attention
-from dailies.kernels.int8_linear import BLOCK, Quantized, dequantize, int8_linear, packed, quantize_rows
-from dailies.kernels.norm import after_linear, modulated_norm, quantized_modulated_norm, rms_norm, rms_rope
+from dailies.kernels.int8_linear import (
+    BLOCK,
+    Quantized,
+    dequantize,
+    int8_linear,
+    pack,
+    packed_feed_forward_,
+    packed_linear,
+    quantize_rows,
+)
+from dailies.kernels.norm import (
+    Affine,
+    Update,
+    modulated_norm,
+    packed_modulated_norm_,
+    packed_rms_norm,
+    packed_rms_rope,
+    rms_norm,
+    rms_rope,
+)
 from dailies.kernels.sparse_attention import sparse_attention
 from dailies.model import checkpoint
 from dailies.model.checkpoint import StoredTensor
@@ -91,12 +109,12 @@ def fallbacks(stored: Mapping[str, StoredTensor], device: str, precision: str) -
     if precision == "fp32" or not device.startswith("cpu"):
         return ()
     notes = []
-    if precision == "int8" and not cpu.has_int8_products():
-        notes.append(f"INT8 weights are computed with in {NAMES[cpu.dtype_of(precision, device)]}: "
+    if precision == "int8" and not processor.has_int8_products():
+        notes.append(f"INT8 weights are computed with in {NAMES[processor.dtype_of(precision, device)]}: "
                      "this CPU has no INT8 products")
     elif precision == "int8" and scheme_of(stored) == "blocks":
         notes.append("INT8 weights with scales per block are scaled per row: a CPU has no fast product of blocks")
-    return *notes, *cpu.instead_of_bf16()
+    return *notes, *processor.instead_of_bf16()
 
 
 def linears_of_blocks(dit: nn.Module) -> list[tuple[str, Linear]]:
@@ -110,7 +128,7 @@ def settled(place: str, module: nn.Module) -> nn.Module:
     if isinstance(module, Unquantized) and not module.weight.is_meta:
         module = Int8Linear.of(module)
     if isinstance(module, Int8Linear) and module.int8_weight.is_cpu:
-        return PackedInt8Linear(module) if cpu.has_int8_products() else module.dequantized(cpu.dtype_of("int8", "cpu"))
+        return PackedInt8Linear(module) if processor.has_int8_products() else module.dequantized(processor.dtype_of("int8", "cpu"))
     return module
 
 
@@ -167,11 +185,11 @@ class PackedInt8Linear(nn.Module):
     def __init__(self, layer: Int8Linear):
         super().__init__()
         rows = layer.quantized if layer.scheme == "rows" else quantize_rows(dequantize(layer.quantized))
-        self.weight = packed.pack(rows, layer.bias)
-        self.dtype = cpu.dtype_of("int8", "cpu")        # of what it makes
+        self.weight = pack(rows, layer.bias)
+        self.dtype = processor.dtype_of("int8", "cpu")        # of what it makes
 
     def forward(self, x: Tensor | Quantized) -> Tensor:
-        return packed.linear(x, self.weight, self.dtype)
+        return packed_linear(x, self.weight, self.dtype)
 
 
 Layer = Linear | Int8Linear | PackedInt8Linear
@@ -235,7 +253,7 @@ class TurboBlock(nn.Module):
         self.norm_attn, self.norm_cross, self.norm_ffn = block.norm_attn, block.norm_cross, block.norm_ffn
         self.attn = TurboSelfAttention(block.attn, attention, sparsity)
         self.cross, self.ffn_in, self.ffn_out = block.cross, block.ffn_in, block.ffn_out
-        self.has_gelu_in_product = cpu.has_gelu_in_product()       # asked here, because a compiler cannot
+        self.has_gelu_in_product = processor.has_gelu_in_product()       # asked here, because a compiler cannot
 
     def forward(self, x: Tensor | Late, modulation: Tensor,
                 *context_rope: tuple[Tensor, ...] | Tensor) -> Tensor | Late:
@@ -252,9 +270,10 @@ class TurboBlock(nn.Module):
         y = self.attn(h, rope)
         if x.is_cuda:                                   # the stream is written once for the two updates
             y = self.attn.o(y)
-            _, h = normed(x, self.norm_cross, self.cross.q, update=y, gate=gate_attn, keep=False)
-            x, h = normed(x, self.norm_ffn, self.ffn_in, earlier=(y, gate_attn), scale=scale_ffn, shift=shift_ffn,
-                          update=self.cross.o(cross_attention(self.cross, h, context)))
+            attended = Update(y, gate_attn)
+            _, h = normed(x, self.norm_cross, self.cross.q, updates=[attended], keep=False)
+            crossed = Update(self.cross.o(cross_attention(self.cross, h, context)))
+            x, h = normed(x, self.norm_ffn, self.ffn_in, scale=scale_ffn, shift=shift_ffn, updates=[attended, crossed])
         else:
             x, h = joined(x, y, self.attn.o, self.norm_cross, self.cross.q, gate=gate_attn)
             x, h = joined(x, cross_attention(self.cross, h, context), self.cross.o, self.norm_ffn, self.ffn_in,
@@ -262,30 +281,31 @@ class TurboBlock(nn.Module):
         return feed_forward(x, h, self.ffn_in, self.ffn_out, gate_ffn, self.has_gelu_in_product)
 
 
-def normed(x: Tensor | Late, norm: nn.LayerNorm, before: Layer, **around: Any) -> tuple[Tensor, Tensor | Quantized]:
+def normed(x: Tensor | Late, norm: nn.LayerNorm, before: Layer, *, scale: Tensor | None = None,
+           shift: Tensor | None = None, updates: Sequence[Update] = (),
+           keep: bool = True) -> tuple[Tensor, Tensor | Quantized]:
     """The stream with its update, and its norm as the layer behind it takes it."""
-    around |= dict(gain=norm.weight, bias=norm.bias, eps=norm.eps)
     if isinstance(x, Late):
         x, *late = x
-        around |= dict(zip(("update", "gate"), late, strict=True))
-    if not isinstance(before, Linear):
-        return quantized_modulated_norm(x, before.scheme, **around)
-    return modulated_norm(x, dtype=before.weight.dtype, **around)
+        updates = [Update(*late)]
+    output = before.weight.dtype if isinstance(before, Linear) else before.scheme
+    return modulated_norm(x, Affine(norm.weight, norm.bias, scale, shift), updates=updates, keep=keep, output=output,
+                          eps=norm.eps)
 
 
-def joined(x: Tensor, y: Tensor, out: Layer, norm: nn.LayerNorm, before: Layer,
-           **around: Tensor) -> tuple[Tensor, Tensor | Quantized]:
+def joined(x: Tensor, y: Tensor, out: Layer, norm: nn.LayerNorm, before: Layer, *, gate: Tensor | None = None,
+           scale: Tensor | None = None, shift: Tensor | None = None) -> tuple[Tensor, Tensor | Quantized]:
     """normed, of the stream that out(y) joins."""
     if isinstance(out, PackedInt8Linear):
-        around |= dict(gain=norm.weight, bias=norm.bias, eps=norm.eps)
-        return x, after_linear.modulated_norm_(x, y, out.weight, **around)
-    return normed(x, norm, before, update=out(y), **around)
+        affine = Affine(norm.weight, norm.bias, scale, shift)
+        return x, packed_modulated_norm_(x, y, out.weight, affine, gate=gate, eps=norm.eps)
+    return normed(x, norm, before, updates=[Update(out(y), gate)], scale=scale, shift=shift)
 
 
 def cross_attention(cross: nn.Module, x: Tensor | Quantized, context: tuple[Tensor, ...]) -> Tensor:
     """Of either family, but for the last layer.  context: key and value of the text, and then of the image if any."""
     if isinstance(cross.q, PackedInt8Linear):
-        q = after_linear.rms_norm(x, cross.q.weight, cross.norm_q.weight, eps=cross.norm_q.eps, dtype=cross.q.dtype)
+        q = packed_rms_norm(x, cross.q.weight, cross.norm_q.weight, eps=cross.norm_q.eps, dtype=cross.q.dtype)
     else:
         q = rms_norm(cross.q(x), cross.norm_q.weight, eps=cross.norm_q.eps)
     q = q.unflatten(-1, (cross.heads, -1))
@@ -297,7 +317,7 @@ def feed_forward(x: Tensor, h: Tensor | Quantized, into: Layer, out: Layer, gate
                  has_gelu_in_product: bool) -> Tensor | Late:
     """x + gate * out(gelu(into(h))); on a GPU, where the layers are not INT8, the sum is still to be done."""
     if isinstance(into, PackedInt8Linear):
-        packed.feed_forward_(x, h, into.weight, out.weight, gate)
+        packed_feed_forward_(x, h, into.weight, out.weight, gate)
         return x
     if isinstance(into, Int8Linear):
         h = int8_linear(h, into.quantized, into.bias, gelu=True, dtype=torch.bfloat16)
@@ -344,7 +364,7 @@ class TurboSelfAttention(nn.Module):
         v = self.v(x).unflatten(-1, (self.heads, -1))
         how = dict(heads=self.heads, eps=self.norm_q.eps, dtype=v.dtype)
         if isinstance(self.q, PackedInt8Linear):
-            q, k = (after_linear.rms_rope(x, layer.weight, norm.weight, rope, **how)
+            q, k = (packed_rms_rope(x, layer.weight, norm.weight, rope, **how)
                     for layer, norm in ((self.q, self.norm_q), (self.k, self.norm_k)))
         else:
             q, k = rms_rope(self.q(x), self.k(x), self.norm_q.weight, self.norm_k.weight, rope, **how)

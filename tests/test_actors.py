@@ -17,7 +17,7 @@ from dailies.actors.denoiser import Denoiser, NonFiniteLatent, noise
 from dailies.actors.memory import free_memory, machine_memory, room_on
 from dailies.actors.messages import Embedding, Latent
 from dailies.actors.text_encoder import TextEncoder
-from dailies.kernels import cpu
+from dailies.kernels import processor
 from dailies.model import checkpoint
 from dailies.model.shapes import LatentGrid, VideoShape
 
@@ -291,7 +291,7 @@ def test_pixels_are_truncated_as_the_release_does():
 def test_bf16_runs_the_same_path_and_stays_near(encoder):
     request = e2e_request(precision="bf16")
     embedding, = TextEncoder(E2E_CARD, E2E, precision="bf16")([request])
-    assert embedding.prompt[0].dtype == cpu.dtype_of("bf16", "cpu")
+    assert embedding.prompt[0].dtype == processor.dtype_of("bf16", "cpu")
     latent, = Denoiser(E2E_CARD, E2E, precision="bf16")([embedding])
     assert latent.streams[0].dtype == torch.float32
     want, = Denoiser(E2E_CARD, E2E)(encoder([e2e_request()]))

@@ -51,7 +51,7 @@ def kernels(arch):
     around = dict(gain="*fp32", bias="*fp32", scale="*fp32", shift="*fp32", stream="*fp32", y="*i8", scales="*fp32",
                   mean_rstd="*fp32", N="i32", D="i32:16")
     block = triton.next_power_of_2(5120)
-    rows, warps = norm.tiling(block)
+    rows, warps = norm.rows_and_warps(block)
     yield "quantise rows", (linear.quantize_rows_kernel, quantiser | dict(stride="i32:16"), dict(BLOCK_K=block), 8, 3,
                             unfused)
     yield "norm, int8", (norm.modulated_norm_kernel, around | dict(

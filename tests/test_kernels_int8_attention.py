@@ -37,7 +37,7 @@ def test_the_reference_is_the_release():
                                   "k": reference.quantize_blocks(reference.smooth(k), 64, reference.EPS)}.items():
         assert torch.equal(values, golden.outputs[f"{name}_int8"])
         torch.testing.assert_close(scale, golden.outputs[f"{name}_scale"], rtol=1e-5, atol=0)
-    for impl in ("torch", "int_mm"):
+    for impl in ("reference", "cpu"):
         out = int8_attention(q, k, v.float(), impl=impl).transpose(1, 2)
         assert error(out, golden.outputs["o_float32"]) < 1e-4
         out = int8_attention(q, k, v.half(), impl=impl).transpose(1, 2)
@@ -48,7 +48,7 @@ def test_the_reference_is_the_release():
 def test_eight_bits_stay_close_to_float64_attention_however_large_the_mean_of_k(kind):
     q, k, v = cases.AWKWARD_ATTENTION[3].inputs(kind, seed=1)
     bound = {"constant rows": 5e-2, "outlier channel": 0.4}.get(kind, 2e-2)      # a channel of 100 leaves others a bit
-    assert rms(int8_attention(q, k, v, impl="torch"), attention64(q, k, v)) < bound
+    assert rms(int8_attention(q, k, v, impl="reference"), attention64(q, k, v)) < bound
 
 
 def test_a_block_is_rounded_to_half_a_step_and_its_last_rows_have_a_scale_of_their_own():
@@ -68,14 +68,14 @@ def test_a_block_is_rounded_to_half_a_step_and_its_last_rows_have_a_scale_of_the
 @pytest.mark.parametrize("case, kind", CASES, ids=str)
 def test_int_mm_follows_the_reference(case, kind, dtype, bound):
     q, k, v = case.inputs(kind, seed=3, dtype=dtype)
-    assert rms(int8_attention(q, k, v, impl="int_mm"), int8_attention(q, k, v, impl="torch")) < bound
+    assert rms(int8_attention(q, k, v, impl="cpu"), int8_attention(q, k, v, impl="reference")) < bound
 
 
 @pytest.mark.parametrize("dtype, bound", DTYPES, ids=str)
 @pytest.mark.parametrize("case, kind", CASES, ids=str)
 def test_triton_follows_the_reference(case, kind, dtype, bound, triton_device):
     q, k, v = case.inputs(kind, seed=4, dtype=dtype, device=triton_device)
-    assert rms(int8_attention(q, k, v, impl="triton"), int8_attention(q, k, v, impl="torch")) < bound
+    assert rms(int8_attention(q, k, v, impl="triton"), int8_attention(q, k, v, impl="reference")) < bound
 
 
 @pytest.mark.parametrize("kind", cases.FILLS)
@@ -94,7 +94,7 @@ def test_triton_rounds_to_the_reference_s_integers(kind, triton_device):
 def test_parts_of_a_fused_projection_are_taken_as_they_lie(triton_device):
     fused = cases.fill("normal", (2, 70, 3 * 2 * 64), seed=6, dtype=DTYPE, device=triton_device)
     q, k, v = fused.unflatten(-1, (3, 2, 64)).unbind(2)
-    for impl in ("torch", "int_mm", "triton") if triton_device == "cpu" else ("triton",):
+    for impl in ("reference", "cpu", "triton") if triton_device == "cpu" else ("triton",):
         got = int8_attention(q, k, v, impl=impl)
         assert got.is_contiguous()
         assert torch.equal(got, int8_attention(q.contiguous(), k.contiguous(), v.contiguous(), impl=impl))
@@ -112,7 +112,7 @@ def test_one_graph_holds_it_and_the_op_is_what_it_declares():
     def layer(q, k, v):
         return int8_attention(q * 2, k, v).flatten(2) + 1
     assert torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(q, k, v), layer(q, k, v))
-    torch.library.opcheck(torch.ops.dailies.int8_attention.default, (q, k, v, "int_mm"))
+    torch.library.opcheck(torch.ops.dailies.int8_attention.default, (q, k, v, "cpu"))
 
 
 @pytest.mark.parametrize("change, said", [
@@ -137,4 +137,4 @@ def test_triton_at_the_size_that_is_rendered(case):
     assert torch.equal(got, int8_attention(q, k, v))                             # the same every time
     last = case.queries // 128 * 128                   # the ragged block, and the first: no more fit the reference
     for rows in (slice(0, 128), slice(last, None)):
-        assert rms(got[:, rows], int8_attention(q[:, rows], k, v, impl="torch")) < 8e-3
+        assert rms(got[:, rows], int8_attention(q[:, rows], k, v, impl="reference")) < 8e-3

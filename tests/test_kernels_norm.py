@@ -9,7 +9,7 @@ from golden import error
 
 from dailies.kernels import cases
 from dailies.kernels.int8_linear import Quantized, dequantize
-from dailies.kernels.norm import modulated_norm, quantized_modulated_norm, rms_norm, rms_rope
+from dailies.kernels.norm import Affine, Update, modulated_norm, rms_norm, rms_rope
 from dailies.model.layers import RMSNorm, rotary_table, rotate
 
 PARTS = {"norm alone": (), "affine": ("gain", "bias"), "modulated": ("scale", "shift"), "residual": ("update",),
@@ -25,6 +25,12 @@ def norm_inputs(case, kind, parts, dtype=torch.float32, device="cpu"):
     if "update" in given:
         given["update"] = given["update"].to(dtype)
     return cases.fill(kind, shapes["update"], 0, dtype, device), given
+
+
+def around(given):
+    """As modulated_norm takes it."""
+    affine = Affine(**{part: given[part] for part in Affine._fields if part in given})
+    return dict(affine=affine, updates=[Update(given["update"], given.get("gate"))] if "update" in given else [])
 
 
 def formula(x, update=None, gate=None, gain=None, bias=None, scale=None, shift=None):
@@ -45,12 +51,12 @@ def assert_close(got, want, bound):
     assert (got - want).abs().max().item() <= bound * max(want.abs().max().item(), 1)
 
 
-@pytest.mark.parametrize("impl", ["torch", "pieces"])
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
 @pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)
 @pytest.mark.parametrize("kind", cases.FILLS)
 def test_torch_norms_follow_the_float64_formula(kind, parts, impl):
-    x, given = norm_inputs(RAGGED if impl == "pieces" else BATCH, kind, parts)
-    stream, y = modulated_norm(x, **given, impl=impl)
+    x, given = norm_inputs(RAGGED if impl == "cpu" else BATCH, kind, parts)
+    stream, y = modulated_norm(x, **around(given), impl=impl)
     want_stream, want = formula(x, **given)
     assert_close(stream, want_stream, 1e-7)
     assert_close(y, want, 1e-5)
@@ -61,7 +67,7 @@ def test_torch_norms_follow_the_float64_formula(kind, parts, impl):
     *((BATCH, "large mean", parts) for parts in PARTS if parts != "all")], ids=str)
 def test_triton_norm_follows_the_float64_formula(case, kind, parts, triton_device):
     x, given = norm_inputs(case, kind, PARTS[parts], device=triton_device)
-    stream, y = modulated_norm(x, **given, impl="triton")
+    stream, y = modulated_norm(x, **around(given), impl="triton")
     want_stream, want = formula(x, **given)
     assert_close(stream, want_stream, 1e-7)
     assert_close(y, want, 1e-5)
@@ -69,22 +75,22 @@ def test_triton_norm_follows_the_float64_formula(case, kind, parts, triton_devic
 
 def test_a_16_bit_stream_is_normalised_as_it_is_stored(triton_device):
     x, given = norm_inputs(BATCH, "normal", PARTS["all"], torch.float16, triton_device)
-    impls = ("torch", "triton", "pieces") if triton_device == "cpu" else ("torch", "triton")
-    wanted = [modulated_norm(x, **given, dtype=torch.float32, impl=impl) for impl in impls]
+    impls = ("reference", "triton", "cpu") if triton_device == "cpu" else ("reference", "triton")
+    wanted = [modulated_norm(x, **around(given), output=torch.float32, impl=impl) for impl in impls]
     for stream, y in wanted:
         assert torch.equal(stream.cpu(), wanted[0][0].cpu()) and stream.dtype == torch.float16
         assert_close(y, wanted[0][1], 1e-6)
     del given["update"], given["gate"]
-    assert_close(wanted[0][1], modulated_norm(wanted[0][0], **given, dtype=torch.float32, impl="torch")[1], 0)
+    assert_close(wanted[0][1], modulated_norm(wanted[0][0], **around(given), output=torch.float32, impl="reference")[1], 0)
 
 
-@pytest.mark.parametrize("impl", ["pieces", "triton"])
+@pytest.mark.parametrize("impl", ["cpu", "triton"])
 @pytest.mark.parametrize("scheme", ["rows", "blocks"])
 @pytest.mark.parametrize("case, kind", FILLED, ids=str)
 def test_a_norm_is_quantised_as_the_reference_does_it(case, kind, scheme, impl, triton_device):
     x, given = norm_inputs(case, kind, PARTS["all"], device=triton_device if impl == "triton" else "cpu")
-    stream, got = quantized_modulated_norm(x, scheme, **given, impl=impl)
-    want_stream, want = quantized_modulated_norm(x, scheme, **given, impl="torch")
+    stream, got = modulated_norm(x, **around(given), output=scheme, impl=impl)
+    want_stream, want = modulated_norm(x, **around(given), output=scheme, impl="reference")
     assert_close(stream, want_stream, 1e-7)
     torch.testing.assert_close(got.scales, want.scales, rtol=1e-5, atol=1e-10)
     difference = (got.values.int() - want.values.int()).abs()
@@ -96,27 +102,28 @@ def test_a_norm_is_quantised_as_the_reference_does_it(case, kind, scheme, impl, 
 def test_a_quantised_norm_is_the_norm_within_half_a_step(scheme, bound):
     """In blocks within one step: their largest positive value is cut from 128 to 127."""
     x, given = norm_inputs(RAGGED, "normal", PARTS["all"])
-    y = modulated_norm(x, **given, impl="torch")[1]
-    quantised = quantized_modulated_norm(x, scheme, **given, impl="torch")[1]
+    y = modulated_norm(x, **around(given), impl="reference")[1]
+    quantised = modulated_norm(x, **around(given), output=scheme, impl="reference")[1]
     assert error(dequantize(quantised), y) <= bound * 1.001
 
 
-@pytest.mark.parametrize("impl", ["torch", "pieces", "triton"])
+@pytest.mark.parametrize("impl", ["reference", "cpu", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_an_update_that_is_given_again_and_joins_later_leaves_the_same_stream_and_norms(dtype, impl, triton_device):
     device = triton_device if impl == "triton" else "cpu"
     x, given = norm_inputs(BATCH, "normal", PARTS["all"], dtype, device)
     update, gate = (given.pop(part) for part in ("update", "gate"))
-    second, how = update.flip(-1).contiguous(), dict(given, impl=impl)
-    for norm in (modulated_norm, *(partial(quantized_modulated_norm, scheme=scheme) for scheme in ("rows", "blocks"))):
-        stream, y = norm(x, update=update, gate=gate, **how)
-        both, z = norm(stream, update=second, **how)
-        same, late_y = norm(x, update=update, gate=gate, keep=False, **how)
-        late_both, late_z = norm(x, earlier=(update, gate), update=second, **how)
+    first, second = Update(update, gate), Update(update.flip(-1).contiguous())
+    for output in (None, "rows", "blocks"):
+        norm = partial(modulated_norm, affine=around(given)["affine"], output=output, impl=impl)
+        stream, y = norm(x, updates=[first])
+        both, z = norm(stream, updates=[second])
+        same, late_y = norm(x, updates=[first], keep=False)
+        late_both, late_z = norm(x, updates=[first, second])
         assert same is x and late_both.dtype == dtype
         assert_close(late_both, both, 1e-6 if dtype == torch.float32 else 1e-3)
         for got, want in ((late_y, y), (late_z, z)):
-            if norm is modulated_norm:
+            if output is None:
                 assert_close(got, want, 1e-6 if dtype == torch.float32 else 1e-3)
             else:
                 torch.testing.assert_close(got.scales, want.scales, rtol=1e-5, atol=1e-8)
@@ -127,7 +134,7 @@ def test_rows_of_zeros_and_constants_become_zeros():
     x = torch.zeros(1, 3, 64)
     x[0, 1] = 5
     for scheme in ("rows", "blocks"):
-        assert not quantized_modulated_norm(x, scheme)[1].values.any()
+        assert not modulated_norm(x, output=scheme)[1].values.any()
 
 
 def rope_inputs(case, dtype=torch.float32, device="cpu"):
@@ -137,7 +144,7 @@ def rope_inputs(case, dtype=torch.float32, device="cpu"):
     return q, k, *gains, rope
 
 
-@pytest.mark.parametrize("impl", ["torch", "pieces", "triton"])
+@pytest.mark.parametrize("impl", ["reference", "cpu", "triton"])
 @pytest.mark.parametrize("case", cases.AWKWARD_TOKENS, ids=str)
 def test_rms_rope_turns_complex_numbers(case, impl, triton_device):
     """The float64 formula: each pair of channels is a complex number, turned by multiplying with cos + i sin."""
@@ -160,7 +167,7 @@ def test_rms_rope_is_what_the_models_do():
         assert_close(y, rotate(norm(x).unflatten(-1, (case.heads, -1)), rope), 1e-6)
 
 
-@pytest.mark.parametrize("impl", ["torch", "pieces", "triton"])
+@pytest.mark.parametrize("impl", ["reference", "cpu", "triton"])
 @pytest.mark.parametrize("case, kind", FILLED, ids=str)
 def test_rms_norm_follows_the_float64_formula(case, kind, impl, triton_device):
     device = triton_device if impl == "triton" else "cpu"
@@ -181,15 +188,15 @@ def test_a_program_of_several_rows_says_what_one_of_one_row_says(rows, triton_de
     q, k, q_gain, k_gain, rope = rope_inputs(BATCH, device=triton_device)
 
     def results():
-        yield from modulated_norm(x, **given, impl="triton")
+        yield from modulated_norm(x, **around(given), impl="triton")
         for scheme in ("rows", "blocks"):
-            stream, (values, scales) = quantized_modulated_norm(x, scheme, **given, impl="triton")
+            stream, (values, scales) = modulated_norm(x, **around(given), output=scheme, impl="triton")
             yield from (stream, dequantize(Quantized(values, scales)) if scheme == "rows" else scales)
         yield from rms_rope(q, k, q_gain, k_gain, rope, heads=BATCH.heads, impl="triton")
         yield rms_norm(q, q_gain, impl="triton")
 
     want = list(results())
-    monkeypatch.setattr(kernel, "tiling", lambda block: (rows, 4))
+    monkeypatch.setattr(kernel, "rows_and_warps", lambda block: (rows, 4))
     for got, wanted in zip(results(), want, strict=True):
         assert_close(got, wanted, 1e-6)
 
@@ -199,26 +206,30 @@ def test_norms_compile_in_one_graph(triton_device):
     q, k, q_gain, k_gain, rope = rope_inputs(SMALL, device=triton_device)
 
     def link(x, impl):
-        stream, y = modulated_norm(x, **given, impl=impl)
-        _, (values, scales) = quantized_modulated_norm(stream, "rows", scale=given["scale"], impl=impl)
+        stream, y = modulated_norm(x, **around(given), impl=impl)
+        _, (values, scales) = modulated_norm(stream, Affine(scale=given["scale"]), output="rows", impl=impl)
         turned = rms_rope(q, k, q_gain, k_gain, rope, heads=1, dtype=torch.float16, impl=impl)
         return stream, y, values, scales, *turned, rms_norm(q, q_gain, impl=impl)
 
-    for impl in ("torch", "pieces", "triton") if triton_device == "cpu" else ("torch", "triton"):
+    for impl in ("reference", "cpu", "triton") if triton_device == "cpu" else ("reference", "triton"):
         compiled = torch.compile(link, fullgraph=True, backend="aot_eager")
         for got, want in zip(compiled(x, impl), link(x, impl), strict=True):
             assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("impl", ["torch", "pieces", "triton"])
+@pytest.mark.parametrize("impl", ["reference", "cpu", "triton"])
 def test_the_operators_are_what_they_say_to_a_compiler(impl, triton_device):
     device = triton_device if impl == "triton" else "cpu"
     x, given = norm_inputs(SMALL, "normal", PARTS["all"], device=device)
+    affine, update = around(given)["affine"], (given["update"], given["gate"])
     for output in ("float16", "rows", "blocks"):
-        operands = (x, *given.values(), 1e-6, output, impl)
-        torch.library.opcheck(torch.ops.dailies.modulated_norm, operands)
-        for late in ((x, None, True), (x, given["gate"], False), (None, None, False)):
-            torch.library.opcheck(torch.ops.dailies.modulated_norm, (*operands, *late), test_utils="test_faketensor")
+        if impl == "cpu" and output == "blocks":       # there the reference
+            continue
+        how = 1e-6, output, impl
+        torch.library.opcheck(torch.ops.dailies.modulated_norm, (x, update, affine, True, *how))
+        for updates, keep in (((x, None, *update), True), ((x, given["gate"], *update), False), (update, False)):
+            torch.library.opcheck(torch.ops.dailies.modulated_norm, (x, updates, affine, keep, *how),
+                                  test_utils="test_faketensor")
     q, k, q_gain, k_gain, rope = rope_inputs(SMALL, device=device)
     torch.library.opcheck(torch.ops.dailies.rms_rope, (q, k, q_gain, k_gain, *rope, 1, 1e-6, torch.float16, impl))
     torch.library.opcheck(torch.ops.dailies.rms_norm, (q, q_gain, 1e-6, torch.float16, impl))
@@ -227,13 +238,15 @@ def test_the_operators_are_what_they_say_to_a_compiler(impl, triton_device):
 def test_what_does_not_fit_is_refused_by_name():
     x = torch.zeros(2, 3, 64)
     with pytest.raises(ValueError, match=r"needs scale \[2, 1, 64\].*got \[2, 64\]"):
-        modulated_norm(x, scale=torch.zeros(2, 64))
+        modulated_norm(x, Affine(scale=torch.zeros(2, 64)))
     with pytest.raises(ValueError, match="contiguous"):
         modulated_norm(x.transpose(0, 1))
-    with pytest.raises(ValueError, match="gates an update"):
-        modulated_norm(x, gate=torch.zeros(2, 1, 64))
-    with pytest.raises(ValueError, match="joins an earlier one before it; got no update"):
-        modulated_norm(x, earlier=(x, None))
+    with pytest.raises(ValueError, match=r"needs second update's gate \[2, 1, 64\].*got \[2, 64\]"):
+        modulated_norm(x, updates=[Update(x), Update(x, torch.zeros(2, 64))])
+    with pytest.raises(ValueError, match="joins at most two updates; got 3"):
+        modulated_norm(x, updates=[Update(x)] * 3)
+    with pytest.raises(ValueError, match="impl must be auto, reference, cpu, triton, .* got torch for one on cpu"):
+        modulated_norm(x, impl="torch")
     with pytest.raises(ValueError, match=r"needs x .*float64"):
         modulated_norm(x.double())
     with pytest.raises(ValueError, match=r"needs cos \[3, 1, 32\].*got \[3, 1, 16\]"):
@@ -246,15 +259,15 @@ def test_what_does_not_fit_is_refused_by_name():
 @pytest.mark.parametrize("case", cases.RENDERED_TOKENS, ids=str)
 def test_norms_of_rendered_shapes_in_bf16(case):
     x, given = norm_inputs(case, "large mean", PARTS["all"], torch.bfloat16, "cuda")
-    got, want = (modulated_norm(x, **given, impl=impl) for impl in ("triton", "torch"))
+    got, want = (modulated_norm(x, **around(given), impl=impl) for impl in ("triton", "reference"))
     assert torch.equal(got[0], want[0])
     torch.testing.assert_close(got[1], want[1], rtol=1.6e-2, atol=1e-2)       # two units of bf16
-    got, want = (quantized_modulated_norm(x, "rows", **given, impl=impl)[1] for impl in ("triton", "torch"))
+    got, want = (modulated_norm(x, **around(given), output="rows", impl=impl)[1] for impl in ("triton", "reference"))
     torch.testing.assert_close(got.scales, want.scales, rtol=1e-5, atol=1e-10)
     assert (got.values.int() - want.values.int()).abs().max() <= 1
     q, k, q_gain, k_gain, rope = rope_inputs(case, torch.bfloat16, "cuda")
-    both = (rms_rope(q, k, q_gain, k_gain, rope, heads=case.heads, impl=impl) for impl in ("triton", "torch"))
+    both = (rms_rope(q, k, q_gain, k_gain, rope, heads=case.heads, impl=impl) for impl in ("triton", "reference"))
     for got, want in zip(*both, strict=True):
         torch.testing.assert_close(got, want, rtol=1.6e-2, atol=1e-2)
-    got, want = (rms_norm(q, q_gain, impl=impl) for impl in ("triton", "torch"))
+    got, want = (rms_norm(q, q_gain, impl=impl) for impl in ("triton", "reference"))
     torch.testing.assert_close(got, want, rtol=1.6e-2, atol=1e-2)

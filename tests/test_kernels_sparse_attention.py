@@ -1,4 +1,4 @@
-"""kernels/sparse_attention: the release, float64 formulas, Triton and gather against the reference, a compiler."""
+"""kernels/sparse_attention: the release, float64 formulas, Triton and the CPU against the reference, a compiler."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def linear64(q, k, v):
     return torch.einsum("bhnm,bmhd->bnhd", similarity / (similarity.sum(-1, keepdim=True) + 1e-5), v.double())
 
 
-@pytest.mark.parametrize("impl", ["torch", "gather"])
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
 @pytest.mark.parametrize("name", ["sla_a", "sla_b_hd128"])
 def test_both_cpu_paths_are_the_release(name, impl):
     golden = Golden(name)
@@ -61,14 +61,14 @@ def test_means_scores_map_and_linear_branch_are_the_release(name):
     assert error(reference.linear_attention(q, k, v), golden.outputs["o_l_unprojected"].transpose(1, 2)) < 1e-5
 
 
-@pytest.mark.parametrize("impl", ["torch", "gather", "triton"])
+@pytest.mark.parametrize("impl", ["reference", "cpu", "triton"])
 @pytest.mark.parametrize("case", cases.AWKWARD_ATTENTION, ids=str)
 def test_keeping_every_block_is_dense_attention(case, impl, triton_device):
     q, k, v = case.inputs("normal", seed=1, dtype=DTYPE, device=triton_device)
     assert rms(sparse_attention(q, k, v, keep_ratio=1, impl=impl), attention64(q, k, v)) < EXACT
 
 
-@pytest.mark.parametrize("impl", ["torch", "gather", "triton"])
+@pytest.mark.parametrize("impl", ["reference", "cpu", "triton"])
 @pytest.mark.parametrize("case", cases.AWKWARD_ATTENTION, ids=str)
 def test_the_linear_branch_is_textbook_linear_attention_over_all_keys(case, impl, triton_device):
     q, k, v = case.inputs("normal", seed=2, dtype=DTYPE, device=triton_device)
@@ -78,7 +78,7 @@ def test_the_linear_branch_is_textbook_linear_attention_over_all_keys(case, impl
     assert rms(branch, linear64(q, k, v) @ weight.double().T + bias.double()) < EXACT
 
 
-@pytest.mark.parametrize("impl", ["torch", "gather", "triton"])
+@pytest.mark.parametrize("impl", ["reference", "cpu", "triton"])
 def test_each_query_block_attends_to_the_block_of_keys_that_answers_it(impl, triton_device):
     """Block i of the 4 of queries points along channel i, as does block 3 - i of the keys, whose values are 3 - i."""
     block = torch.arange(4, device=triton_device).repeat_interleave(64)[:-7]     # of each token; the last is ragged
@@ -106,12 +106,12 @@ def test_the_share_is_rounded_down_to_whole_blocks_but_never_to_none(keep_ratio,
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 8e-3)], ids=str)
 @pytest.mark.parametrize("case, kind", CASES, ids=str)
-def test_gather_follows_the_reference(case, kind, dtype, bound, variant):
+def test_the_cpu_follows_the_reference(case, kind, dtype, bound, variant):
     q, k, v = case.inputs(kind, seed=4, dtype=dtype)
     said = dict(variant, keep_ratio=0.4)
     if said.pop("linear", False):
         said["proj"] = projection(case.head_dim)
-    got, want = (sparse_attention(q, k, v, **said, impl=impl) for impl in ("gather", "torch"))
+    got, want = (sparse_attention(q, k, v, **said, impl=impl) for impl in ("cpu", "reference"))
     assert rms(got, want) < bound
 
 
@@ -152,7 +152,7 @@ def compare_triton(case, kind, dtype, bound, variant, device):
 def test_parts_of_a_fused_projection_are_taken_as_they_lie(triton_device):
     fused = cases.fill("normal", (2, 130, 3 * 2 * 64), seed=6, dtype=DTYPE, device=triton_device)
     q, k, v = fused.unflatten(-1, (3, 2, 64)).unbind(2)
-    for impl in ("torch", "gather", "triton") if triton_device == "cpu" else ("triton",):
+    for impl in ("reference", "cpu", "triton") if triton_device == "cpu" else ("triton",):
         said = dict(keep_ratio=0.5, proj=projection(64, triton_device), impl=impl)
         got = sparse_attention(q, k, v, **said)
         assert got.is_contiguous()
@@ -174,8 +174,8 @@ def test_one_graph_holds_it_and_the_op_is_what_it_declares():
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(q, k, v, weight, bias), layer(q, k, v, weight, bias))
     op = torch.ops.dailies.sparse_attention.default
-    torch.library.opcheck(op, (q, k, v, weight, bias, 0.5, False, 128, 64, "gather"))
-    torch.library.opcheck(op, (q, k, v, None, None, 0.5, True, 64, 128, "gather"), test_utils="test_faketensor")
+    torch.library.opcheck(op, (q, k, v, weight, bias, 0.5, False, 128, 64, "cpu"))
+    torch.library.opcheck(op, (q, k, v, None, None, 0.5, True, 64, 128, "cpu"), test_utils="test_faketensor")
 
 
 @pytest.mark.parametrize("change, said", [

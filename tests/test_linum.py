@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from golden import Golden, error, names
 
-from dailies.kernels import cpu
+from dailies.kernels import processor
 from dailies.model import checkpoint, keys
 from dailies.model.catalog import LINUM_V2_720P
 from dailies.model.guidance import AdaptiveProjectedGuidance
@@ -62,7 +62,7 @@ def test_the_velocity_and_the_way_to_it_equal_the_release(case):
 def test_bf16_weights_keep_gains_and_residual_stream_in_fp32_and_stay_near(case):
     golden = Golden(case)
     dit, streams = build(golden, "bf16"), []
-    assert dit.blocks[0].attn.q.weight.dtype == dit.patch_embed.weight.dtype == cpu.dtype_of("bf16", "cpu")
+    assert dit.blocks[0].attn.q.weight.dtype == dit.patch_embed.weight.dtype == processor.dtype_of("bf16", "cpu")
     for gain in (dit.blocks[0].modulation, dit.blocks[0].norm_attn.weight, dit.latent_scale):
         assert gain.dtype == torch.float32
     for block in dit.blocks:

@@ -10,7 +10,7 @@ from wan_tiny import WAN_TINY, write_weights
 
 from dailies.actors.decoder import Decoder
 from dailies.jobs.cli import main
-from dailies.kernels import cpu
+from dailies.kernels import processor
 from dailies.model import checkpoint
 from dailies.model.catalog import CATALOG, DEMO
 from dailies.model.weights import fingerprint, locate, weights_files
@@ -20,7 +20,7 @@ from dailies.pipeline.scheduler import cluster
 from dailies.pipeline.store.store import open_store
 
 INT8_ON_CPU = ("INT8 weights with scales per block are scaled per row: a CPU has no fast product of blocks"
-               if cpu.has_int8_products() else "INT8 weights are computed with in fp32: this CPU has no INT8 products")
+               if processor.has_int8_products() else "INT8 weights are computed with in fp32: this CPU has no INT8 products")
 
 
 @pytest.fixture(autouse=True)
@@ -108,11 +108,11 @@ def test_two_experts_take_turns_over_an_image(quant, tmp_path, capsys):
 def test_the_vae_of_a_turbo_model_is_bf16_as_it_is_released(tmp_path, capsys):
     weights = converted(tmp_path, capsys, TURBO_TINY)
     for precision in ("fp32", "bf16", "int8"):
-        assert TURBO_TINY.vae(weights, "cpu", precision).from_latent.weight.dtype == cpu.dtype_of(precision, "cpu")
+        assert TURBO_TINY.vae(weights, "cpu", precision).from_latent.weight.dtype == processor.dtype_of(precision, "cpu")
     write_weights(tmp_path / "wan")
     assert WAN_TINY.vae(tmp_path / "wan", "cpu", "bf16").from_latent.weight.dtype == torch.float32
     decoder = Decoder(WAN_TINY, tmp_path / "wan", precision="fp32", decode_precision="bf16")
-    assert decoder.vae.from_latent.weight.dtype == cpu.dtype_of("bf16", "cpu")
+    assert decoder.vae.from_latent.weight.dtype == processor.dtype_of("bf16", "cpu")
 
 
 def test_one_quant_file_of_a_folder_with_both_can_be_named(tmp_path, capsys):
@@ -149,7 +149,7 @@ def test_the_demo_model_renders_accelerated(options, precision, attention, tmp_p
     assert (row["precision"], row["attention"], row["fallbacks"]) == (precision, attention, list(instead))
     assert set(instead) <= set(said["notes"])
     assert json.loads((tmp_path / "out" / "run.json").read_text())["fallbacks"] == list(instead)
-    assert cpu.described() in row["determinism"] and "1 thread, torch" in row["determinism"]
+    assert processor.described() in row["determinism"] and "1 thread, torch" in row["determinism"]
     assert any("demo was not tuned for sparse attention" in note for note in said["notes"]) == (attention == "sparse")
     code, said, _ = render(capsys, path, tmp_path / "out", "demo")      # a run keeps what it was begun with
     assert code == 0 and said["rendered"] == 0
@@ -158,7 +158,7 @@ def test_the_demo_model_renders_accelerated(options, precision, attention, tmp_p
 def test_strict_refuses_a_fallback_before_anything_starts_or_before_the_next_stage(tmp_path, capsys, monkeypatch):
     path = manifest(tmp_path, {"id": "a", "prompt": "a red circle moves left", "frames": 9, "steps": 2},
                     {"id": "b", "prompt": "a red circle " * 40, "frames": 9, "steps": 2})
-    monkeypatch.setattr(cpu, "has_int8_products", lambda: False)
+    monkeypatch.setattr(processor, "has_int8_products", lambda: False)
     code, said, _ = render(capsys, path, tmp_path / "out", "demo", "--precision", "int8", "--strict")
     assert code == 2
     assert "--strict, and not every row can be rendered as asked: INT8 weights are computed with in" in said["error"]

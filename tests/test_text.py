@@ -7,7 +7,7 @@ import socket
 import pytest
 from golden import E2E, E2E_CARD, Golden, error
 
-from dailies.kernels import cpu
+from dailies.kernels import processor
 from dailies.model import checkpoint
 from dailies.model.text import T5TextEncoder
 from dailies.model.weights import CheckpointError
@@ -49,9 +49,9 @@ def test_rows_equal_the_release_under_either_name_of_the_embedding(tmp_path, emb
 def test_bf16_is_bf16_throughout_and_near_fp32(tmp_path):
     golden = Golden("t5_encoder_a")
     encoder = load(published(golden, tmp_path), precision="bf16")
-    assert {p.dtype for p in encoder.model.parameters()} == {cpu.dtype_of("bf16", "cpu")}
+    assert {p.dtype for p in encoder.model.parameters()} == {processor.dtype_of("bf16", "cpu")}
     rows, want = encoder.rows(golden.inputs["input_ids.1"][0].tolist()), golden.outputs["hidden.1"][0]
-    assert rows.dtype == cpu.dtype_of("bf16", "cpu")
+    assert rows.dtype == processor.dtype_of("bf16", "cpu")
     assert ((rows.float() - want).norm() / want.norm()).item() < 0.03
 
 

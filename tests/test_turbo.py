@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from turbo_tiny import TURBO_TINY, new_tensors
 from wan_tiny import WAN_TINY_I2V
 
-from dailies.kernels import cpu
+from dailies.kernels import processor
 from dailies.kernels.int8_linear import dequantize, quantize_blocks
 from dailies.model import checkpoint, keys, turbo
 from dailies.model.catalog import CATALOG, DEMO, TurboCard
@@ -59,7 +59,7 @@ def test_lower_precisions_stay_near_the_release(precision, most):
     got, want = velocity(golden, dit), golden.outputs["velocity"]
     assert ((got - want).norm() / want.norm()).item() < most
     assert dit.head.linear.weight.dtype == torch.float32
-    assert dit.blocks[0].attn.proj.weight.dtype == cpu.dtype_of(precision, "cpu")
+    assert dit.blocks[0].attn.proj.weight.dtype == processor.dtype_of(precision, "cpu")
 
 
 @pytest.mark.parametrize("name", TURBO)
@@ -127,10 +127,10 @@ def test_int8_layers_of_a_file_keep_their_values_as_this_processor_runs_them():
     blocks.bias.data.copy_(layer.bias)
     values = dequantize(blocks.quantized)
     x = torch.randn(2, 9, 300)
-    low = cpu.dtype_of("int8", "cpu")
+    low = processor.dtype_of("int8", "cpu")
     runs = turbo.settled("blocks.0.ffn_in", blocks)
     assert ((runs(x).float() - layer(x)).norm() / layer(x).norm()).item() < 0.03 and runs(x).dtype == low
-    if cpu.has_int8_products():
+    if processor.has_int8_products():
         assert isinstance(runs, turbo.PackedInt8Linear) and not list(runs.buffers())   # one packed copy, and no other
     else:
         assert isinstance(runs, Linear) and torch.equal(runs.weight, values.to(low))
@@ -141,8 +141,8 @@ def test_int8_layers_of_a_file_keep_their_values_as_this_processor_runs_them():
     (False, True, "rows", (CPU_WITHOUT.format("bf16"),)), (False, False, "rows", (CPU_WITHOUT.format("fp32"), IN_FP32)),
     (False, False, "blocks", (CPU_WITHOUT.format("fp32"), IN_FP32))])
 def test_what_runs_instead_is_said(int8, bf16, scheme, said, monkeypatch, tmp_path):
-    monkeypatch.setattr(cpu, "has_int8_products", lambda: int8)
-    monkeypatch.setattr(cpu, "has_bf16_products", lambda: bf16)
+    monkeypatch.setattr(processor, "has_int8_products", lambda: int8)
+    monkeypatch.setattr(processor, "has_bf16_products", lambda: bf16)
     scale = torch.ones(3) if scheme == "rows" else torch.ones(1, 1)
     file = saved(tmp_path, {"a.int8_weight": torch.ones(3, 3, dtype=torch.int8), "a.scale": scale})
     stored = checkpoint.stored_tensors(file)

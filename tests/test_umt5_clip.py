@@ -8,7 +8,7 @@ import torch
 from golden import E2E, Golden, error
 from hypothesis import given, strategies
 
-from dailies.kernels import cpu
+from dailies.kernels import processor
 from dailies.model import checkpoint, keys
 from dailies.model.text import UMT5TextEncoder, cleaned, new_encoder
 from dailies.model.wan.image_encoder import ClipVision, ClipVisionConfig, from_open_clip
@@ -46,9 +46,9 @@ def test_rows_equal_the_release_from_either_layout(tmp_path, layout):
 def test_bf16_is_bf16_throughout_and_near_fp32(tmp_path):
     golden = Golden("umt5_a")
     encoder = umt5(golden, "original", tmp_path, "bf16")
-    assert {p.dtype for p in encoder.model.parameters()} == {cpu.dtype_of("bf16", "cpu")}
+    assert {p.dtype for p in encoder.model.parameters()} == {processor.dtype_of("bf16", "cpu")}
     rows, want = encoder.rows(golden.inputs["ids"][0].tolist()), golden.outputs["context.0"]
-    assert rows.dtype == cpu.dtype_of("bf16", "cpu")
+    assert rows.dtype == processor.dtype_of("bf16", "cpu")
     assert ((rows.float() - want).norm() / want.norm()).item() < 0.05
 
 

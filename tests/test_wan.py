@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from golden import Golden, error, names
 
-from dailies.kernels import cpu
+from dailies.kernels import processor
 from dailies.model import checkpoint, keys
 from dailies.model.layers import attention
 from dailies.model.samplers import dpm_solver, euler, unipc
@@ -87,7 +87,7 @@ def test_bf16_weights_keep_time_modulation_head_and_residual_stream_in_fp32_and_
     golden = Golden(case)
     dit, streams = build(golden, weights, "bf16"), []
     for layer in (dit.blocks[0].attn.q, dit.patch_embed, dit.text_in):
-        assert layer.weight.dtype == cpu.dtype_of("bf16", "cpu")
+        assert layer.weight.dtype == processor.dtype_of("bf16", "cpu")
     for module in (dit.time_in, dit.time_out, dit.time_modulation, dit.head.linear, dit.blocks[0].norm_cross):
         assert module.weight.dtype == torch.float32
     for block in dit.blocks:

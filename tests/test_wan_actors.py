@@ -13,7 +13,7 @@ from dailies.actors.denoiser import noise
 from dailies.actors.messages import Embedding, Latent, Request
 from dailies.actors.text_encoder import TextEncoder
 from dailies.actors.wan_denoiser import WanDenoiser
-from dailies.kernels import cpu
+from dailies.kernels import processor
 from dailies.model.offload import HostCopy
 from dailies.model.shapes import VideoShape
 
@@ -215,7 +215,7 @@ def test_bf16_runs_the_same_path_and_stays_near(weights):
     folder = weights["wan-tiny"]
     request = request_for(WAN_TINY, precision="bf16")
     embeddings = TextEncoder(WAN_TINY, folder, precision="bf16")([request])
-    assert embeddings[0].prompt[0].dtype == cpu.dtype_of("bf16", "cpu")
+    assert embeddings[0].prompt[0].dtype == processor.dtype_of("bf16", "cpu")
     latent, = WanDenoiser(WAN_TINY, folder, precision="bf16")(embeddings)
     want, = WanDenoiser(WAN_TINY, folder)(TextEncoder(WAN_TINY, folder)([request_for(WAN_TINY)]))
     assert ((latent.streams[0] - want.streams[0]).norm() / want.streams[0].norm()).item() < 0.1

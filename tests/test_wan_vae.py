@@ -17,7 +17,7 @@ from launches import Launches
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dailies.kernels import cpu
+from dailies.kernels import processor
 from dailies.model import checkpoint, keys
 from dailies.model.layers import compute_in
 from dailies.model.wan import vae as wan_vae
@@ -80,7 +80,7 @@ def test_a_clip_in_pieces_equals_the_whole_clip_for_any_config(data):
 
 
 @pytest.mark.parametrize("clips, steps, height, impl, ways", [
-    *((clips, steps, height, "torch", [{}, dict(chunk=1), dict(chunk=2, slab=2 ** 10),
+    *((clips, steps, height, "reference", [{}, dict(chunk=1), dict(chunk=2, slab=2 ** 10),
                                        dict(rows=3, chunk=3, slab=2 ** 13), dict(slab=2 ** 30)])
       for clips, steps, height in ((1, 4, 4), (2, 3, 5))),
     (2, 3, 4, "triton", [dict(rows=3, chunk=2, slab=2 ** 12)])])
@@ -281,7 +281,7 @@ def test_bf16_stays_near_fp32():
     bf16 = checkpoint.build(lambda: WanVAE(WanVAEConfig(width=3)), golden.folder / "weights.safetensors", keys.WAN_VAE,
                             name="golden", device="cpu", precision="bf16")
     dtype = bf16.decoder.conv_in.weight.dtype
-    assert dtype == cpu.dtype_of("bf16", "cpu")
+    assert dtype == processor.dtype_of("bf16", "cpu")
     latent = golden.inputs["z.5"]
     got, want = bf16.decode(latent.to(dtype)).float(), fp32.decode(latent)
     assert ((got - want).norm() / want.norm()).item() < 0.05

@@ -18,8 +18,16 @@ from torch import Tensor
 
 from dailies.kernels import cases
 from dailies.kernels.int8_attention import int8_attention
-from dailies.kernels.int8_linear import int8_linear, int_mm, packed, quantize_blocks, quantize_rows, reference
-from dailies.kernels.norm import modulated_norm, quantized_modulated_norm, rms_norm, rms_rope
+from dailies.kernels.int8_linear import (
+    int8_linear,
+    pack,
+    packed_feed_forward_,
+    packed_linear,
+    quantize_blocks,
+    quantize_rows,
+    reference,
+)
+from dailies.kernels.norm import Affine, Update, modulated_norm, rms_norm, rms_rope
 from dailies.kernels.sparse_attention import sparse_attention
 from dailies.kernels.sparse_attention.reference import kept_blocks, pool
 from dailies.model.layers import RMSNorm, rotary_table, rotate
@@ -60,7 +68,7 @@ def norms(case: cases.Tokens, device: str) -> Rows:
     x = cases.fill("normal", shape, 0, device=device)
     update = cases.fill("normal", shape, 1, torch.bfloat16, device)
     gate, scale, shift = (cases.fill("normal", broad, seed, device=device) for seed in (2, 3, 4))
-    around = dict(update=update, gate=gate, scale=scale, shift=shift)
+    around = dict(affine=Affine(scale=scale, shift=shift), updates=[Update(update, gate)])
 
     @compiled
     def model_norm() -> tuple[Tensor, Tensor]:
@@ -74,10 +82,10 @@ def norms(case: cases.Tokens, device: str) -> Rows:
 
     elements = math.prod(shape)
     yield against(f"residual, norm, modulation {case}, bf16 out", device, elements * (4 + 2 + 4 + 2), "bytes", {
-        "dailies": lambda: modulated_norm(x, **around, dtype=torch.bfloat16),
+        "dailies": lambda: modulated_norm(x, **around, output=torch.bfloat16),
         f"{by(device)} as the model is written": model_norm})
     yield against(f"residual, norm, modulation {case}, int8 out", device, elements * (4 + 2 + 4 + 1), "bytes", {
-        "dailies": lambda: flat(quantized_modulated_norm(x, "rows", **around)),
+        "dailies": lambda: flat(modulated_norm(x, **around, output="rows")),
         f"{by(device)}, quantised after": model_norm_int8})
 
     q, k = (cases.fill("normal", shape, seed, torch.bfloat16, device) for seed in (5, 6))
@@ -114,16 +122,27 @@ def layers(case: cases.Layer, device: str) -> Rows:
     in_rows = quantize_rows(weight)
     calls = {"dailies": lambda: int8_linear(x, in_rows, **given), "torch bf16": lambda: full(x, weight)}
     if device == "cuda":
-        in_blocks, compiled = quantize_blocks(weight), torch.compile(int_mm.whole)
+        in_blocks, compiled = quantize_blocks(weight), torch.compile(library_linear)
         dtype = torch.float32 if case.gated else torch.bfloat16
         calls["torch bf16"] = torch.compile(calls["torch bf16"])
         calls["cuBLASLt int8, the rest compiled"] = lambda: compiled(
-            x, None, *in_rows, given["bias"], case.gelu, given.get("gate"), given.get("residual"), dtype)
+            x, *in_rows, given["bias"], case.gelu, given.get("gate"), given.get("residual"), dtype)
         calls["dailies, blocks"] = lambda: int8_linear(x, in_blocks, **given)
     else:
         wide = x.float(), weight.float()
         calls["torch fp32"] = lambda: full(*wide)
     yield against(f"int8 linear {case}", device, 2 * math.prod(shape) * case.outputs, "int8", calls, bound=0.05)
+
+
+def library_linear(x: Tensor, weight: Tensor, weight_scales: Tensor, bias: Tensor, gelu: bool, gate: Tensor | None,
+                   residual: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """int8_linear in rows by cuBLASLt's product, which takes more than 16 rows, and channels in eights."""
+    values, scales = reference.quantize_rows(x)
+    rows, pad = values[..., 0].numel(), -x.shape[-1] % 8
+    values = F.pad(values.flatten(0, -2), (0, pad, 0, max(0, 17 - rows)))
+    sums = torch._int_mm(values, F.pad(weight, (0, pad, 0, -len(weight) % 8)).mT)[:rows, :len(weight)]
+    y = sums.view(*x.shape[:-1], len(weight)).float() * (scales[..., None] * weight_scales)
+    return reference.epilogue(y, bias, gelu, gate, residual, dtype)
 
 
 def packed_layers(square: cases.Layer, into: cases.Layer, out: cases.Layer) -> Rows:
@@ -132,12 +151,12 @@ def packed_layers(square: cases.Layer, into: cases.Layer, out: cases.Layer) -> R
     quantised, low = quantize_rows(x), x.bfloat16()
     weights = [cases.fill("normal", (case.outputs, case.inputs), seed) / case.inputs ** 0.5
                for seed, case in enumerate((square, into, out), 1)]
-    square_int8, into_int8, out_int8 = (packed.pack(quantize_rows(weight)) for weight in weights)
+    square_int8, into_int8, out_int8 = (pack(quantize_rows(weight)) for weight in weights)
     square_low, into_low, out_low = (weight.bfloat16() for weight in weights)
     gate, residual = cases.fill("normal", (into.batch, 1, out.outputs), 4), cases.fill("normal", x.shape, 5)
     name = f"int8 linear, packed, of int8, {square.tokens}x{square.inputs}->{square.outputs}"
     yield against(name, "cpu", 2 * x.numel() * square.outputs, "int8", {
-        "dailies": lambda: packed.linear(quantised, square_int8, torch.bfloat16),
+        "dailies": lambda: packed_linear(quantised, square_int8, torch.bfloat16),
         "torch bf16": lambda: F.linear(low, square_low), "torch fp32": lambda: F.linear(x, weights[0])}, bound=0.05)
 
     def full(x: Tensor, into: Tensor, out: Tensor) -> Tensor:
@@ -145,7 +164,7 @@ def packed_layers(square: cases.Layer, into: cases.Layer, out: cases.Layer) -> R
 
     def ours() -> Tensor:
         stream = residual.clone()
-        packed.feed_forward_(stream, quantised, into_int8, out_int8, gate)
+        packed_feed_forward_(stream, quantised, into_int8, out_int8, gate)
         return stream
 
     name = f"int8 feed-forward, packed, of int8, {into.tokens}x{into.inputs}->{into.outputs}->{out.outputs}"

@@ -17,7 +17,7 @@ from dailies.jobs.gpu.part import Ground, difference
 from dailies.kernels.around_conv import add_bias, enlarge, norm_silu
 from dailies.kernels.int8_attention import int8_attention
 from dailies.kernels.int8_linear import int8_linear, quantize_blocks, quantize_rows
-from dailies.kernels.norm import modulated_norm, quantized_modulated_norm, rms_norm, rms_rope
+from dailies.kernels.norm import Affine, Update, modulated_norm, rms_norm, rms_rope
 from dailies.kernels.sparse_attention import sparse_attention
 from dailies.model.catalog import CATALOG, DEMO, DEMO_SPARSE
 from dailies.model.layers import rotary_table
@@ -36,14 +36,14 @@ KIT_TESTS = ("tests/test_graphs.py", "tests/test_kernels_norm.py", "tests/test_k
 def norms_right(ground: Ground) -> None:
     for tokens, width, heads in WIDTHS:
         x, update = ground.random(1, tokens, width, dtype=torch.float32), ground.random(1, tokens, width, seed=1)
-        around = around_norm(ground, width)
+        around = around_norm(ground, update)
         with ground.trying(f"norm {tokens}x{width}"):
-            got, want = both(lambda impl: modulated_norm(x, update=update, **around, dtype=torch.bfloat16, impl=impl))
+            got, want = both(lambda impl: modulated_norm(x, **around, output=torch.bfloat16, impl=impl))
             ground.tell(f"norm {tokens}x{width}", stream_equal=bool(torch.equal(got[0], want[0])),
                         relative_error=difference(got[1], want[1]))
         for scheme in QUANTIZERS:
             with ground.trying(f"norm to int8 {scheme} {tokens}x{width}"):
-                got, want = both(lambda impl: quantized_modulated_norm(x, scheme, update=update, **around, impl=impl))
+                got, want = both(lambda impl: modulated_norm(x, **around, output=scheme, impl=impl))
                 ground.tell(f"norm to int8 {scheme} {tokens}x{width}", values_that_differ=(
                     (got[1].values != want[1].values).float().mean().item()))
         with ground.trying(f"rms, rope {tokens}x{width}"):
@@ -56,14 +56,15 @@ def norms_right(ground: Ground) -> None:
             ground.tell(f"rms norm {tokens}x{width}", relative_error=difference(got, want))
 
 
-def around_norm(ground: Ground, width: int) -> dict[str, Tensor]:
-    return {name: ground.random(1, 1, width, dtype=torch.float32, seed=seed)
-            for seed, name in enumerate(("gate", "scale", "shift"), start=2)}
+def around_norm(ground: Ground, update: Tensor) -> dict[str, Any]:
+    """What modulated_norm is given beside the stream: the update, gated, and its modulation."""
+    gate, scale, shift = (ground.random(1, 1, update.shape[-1], dtype=torch.float32, seed=seed) for seed in (2, 3, 4))
+    return dict(affine=Affine(scale=scale, shift=shift), updates=[Update(update, gate)])
 
 
 def both(call: Callable[[str], Any]) -> tuple[Any, Any]:
     """What runs on this device, and the reference."""
-    return call("auto"), call("torch")
+    return call("auto"), call("reference")
 
 
 def linears_right(ground: Ground) -> None:
@@ -152,7 +153,7 @@ def around_conv_right(ground: Ground) -> None:
                     ("bias, residual", x.shape, lambda out, impl: add_bias(x, bias, out, residual=residual, impl=impl)),
                     ("enlarge", large, lambda out, impl: enlarge(x, out, bias=bias, impl=impl))):
                 ground.tell(f"{what} {name}", relative_error=difference(
-                    into(shape, call, "auto"), into(shape, call, "torch")))
+                    into(shape, call, "auto"), into(shape, call, "reference")))
 
 
 def parity(ground: Ground) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dailies.kernels import cpu
+from dailies.kernels import processor
 from dailies.model import turbo
 from dailies.model.card import ModelCard
 from dailies.model.catalog import LinumCard, WanCard
@@ -29,7 +29,7 @@ def new_dit(card: ModelCard, device: str, precision: str, attention: str) -> nn.
         if precision != "fp32" or attention != "dense" or card.sparsity.tuned:
             turbo.refit(dit, attention, card.sparsity)
     fill(dit.requires_grad_(False), device)             # the projection of tuned weights
-    compute_in(dit, cpu.dtype_of(precision, device))
+    compute_in(dit, processor.dtype_of(precision, device))
     for place, layer in turbo.linears_of_blocks(dit) if precision == "int8" else ():
         dit.set_submodule(place, turbo.settled(place, turbo.Int8Linear.of(layer)))
     return dit.eval()
@@ -39,7 +39,7 @@ def new_vae(card: ModelCard, device: str, precision: str) -> WanVAE:
     with torch.device("meta"):
         vae = WanVAE(card.vae_config).eval().requires_grad_(False)
     fill(vae, device)
-    return channels_last(compute_in(vae, cpu.dtype_of(precision, device)))
+    return channels_last(compute_in(vae, processor.dtype_of(precision, device)))
 
 
 def new_encoder(card: WanCard, device: str) -> nn.Module:

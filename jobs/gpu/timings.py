@@ -20,7 +20,7 @@ from dailies.jobs.gpu.night import night
 from dailies.jobs.gpu.part import Ground
 from dailies.kernels.int8_attention import int8_attention
 from dailies.kernels.int8_linear import int8_linear, quantize_rows
-from dailies.kernels.norm import modulated_norm, quantized_modulated_norm, rms_norm, rms_rope
+from dailies.kernels.norm import modulated_norm, rms_norm, rms_rope
 from dailies.kernels.sparse_attention import sparse_attention
 from dailies.model.card import ModelCard
 from dailies.model.catalog import CATALOG
@@ -111,14 +111,14 @@ def kernels(ground: Ground) -> None:
 
 def norms(ground: Ground, tokens: int, width: int, heads: int) -> None:
     x, update = ground.random(1, tokens, width, dtype=torch.float32), ground.random(1, tokens, width, seed=1)
-    around, elements, name = around_norm(ground, width), tokens * width, f"{tokens}x{width}"
+    around, elements, name = around_norm(ground, update), tokens * width, f"{tokens}x{width}"
     rope = rotary_table((tokens, 1, 1), width // heads, ground.device)
     gain = ground.random(width, dtype=torch.float32, seed=6)
     calls: dict[str, tuple[int, Callable[[], Any]]] = {
         "residual, norm, modulation to bf16": (
-            12, lambda: modulated_norm(x, update=update, **around, dtype=torch.bfloat16)),
+            12, lambda: modulated_norm(x, **around, output=torch.bfloat16)),
         "residual, norm, modulation to int8": (
-            11, lambda: quantized_modulated_norm(x, "rows", update=update, **around)),
+            11, lambda: modulated_norm(x, **around, output="rows")),
         "rms, rope of q and k": (8, lambda: rms_rope(update, update, gain, gain, rope, heads=heads)),
         "rms norm of q": (4, lambda: rms_norm(update, gain)),
         "quantise rows": (3, lambda: quantize_rows(update))}

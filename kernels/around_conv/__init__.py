@@ -6,17 +6,18 @@ and the residual are one pass, and before that of an upsampling the larger pictu
 
 Clips are [B, C, T, H, W] and lie with the channels of a pixel adjacent and the pixels of a frame in order
 (channels_last_3d); frames and clips may be further apart, as in a window or a band.
+
+There is no implementation for a CPU, on which the VAE runs torch's own operators: there it is the reference.
 """
 
-from typing import Literal
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from dailies.kernels.around_conv import reference
+from dailies.kernels import FLOATS, Impl, chosen_impl, implementation
 
-Impl = Literal["auto", "torch", "triton"]              # torch is the reference
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+around_conv_impl = partial(chosen_impl, on_cpu="reference")
 
 
 def norm_silu(x: Tensor, gamma: Tensor, out: Tensor, *, bias: Tensor | None = None, impl: Impl = "auto") -> Tensor:
@@ -25,8 +26,8 @@ def norm_silu(x: Tensor, gamma: Tensor, out: Tensor, *, bias: Tensor | None = No
     x, out [B, C, T, H, W]; gamma, bias [C]; all fp32, bf16 or fp16. fp32 inside, rounded once, to out's dtype. out may
     be x.  Returns out.  Raises ValueError for any other shape, layout or dtype.
     """
-    check("norm_silu", x, x.shape, {"x": x, "out": out}, {"gamma": gamma, "bias": bias})
-    torch.ops.dailies.norm_silu(x, gamma, bias, out, chosen(impl, x))
+    check_clips("norm_silu", x, x.shape, {"x": x, "out": out}, {"gamma": gamma, "bias": bias})
+    torch.ops.dailies.norm_silu(x, gamma, bias, out, around_conv_impl(impl, x))
     return out
 
 
@@ -35,8 +36,8 @@ def add_bias(x: Tensor, bias: Tensor, out: Tensor, *, residual: Tensor | None = 
 
     x, residual, out [B, C, T, H, W]; bias [C]; dtypes, rounding and what is raised as norm_silu.  Returns out.
     """
-    check("add_bias", x, x.shape, {"x": x, "out": out, "residual": residual}, {"bias": bias})
-    torch.ops.dailies.add_bias(x, bias, residual, out, chosen(impl, x))
+    check_clips("add_bias", x, x.shape, {"x": x, "out": out, "residual": residual}, {"bias": bias})
+    torch.ops.dailies.add_bias(x, bias, residual, out, around_conv_impl(impl, x))
     return out
 
 
@@ -47,21 +48,15 @@ def enlarge(x: Tensor, out: Tensor, *, bias: Tensor | None = None, impl: Impl = 
     x's channels is the even frames, the second the odd.  bias like x's channels; dtypes, rounding and what is raised
     as norm_silu.  Returns out.
     """
-    check("enlarge", x, x.shape, {"x": x}, {"bias": bias})
+    check_clips("enlarge", x, x.shape, {"x": x}, {"bias": bias})
     batch, channels, frames, height, width = x.shape
     pairs = 2 if out.ndim == 5 and channels == 2 * out.shape[1] else 1
-    check("enlarge", x, (batch, channels // pairs, pairs * frames, 2 * height, 2 * width), {"out": out}, {})
-    torch.ops.dailies.enlarge(x, bias, out, chosen(impl, x))
+    check_clips("enlarge", x, (batch, channels // pairs, pairs * frames, 2 * height, 2 * width), {"out": out}, {})
+    torch.ops.dailies.enlarge(x, bias, out, around_conv_impl(impl, x))
     return out
 
 
-def chosen(impl: Impl, x: Tensor) -> str:
-    if impl == "auto":
-        return "triton" if x.is_cuda else "torch"
-    return impl
-
-
-def check(name: str, x: Tensor, shape: tuple[int, ...], clips: dict[str, Tensor | None],
+def check_clips(name: str, x: Tensor, shape: tuple[int, ...], clips: dict[str, Tensor | None],
           vectors: dict[str, Tensor | None]) -> None:
     """Raises ValueError for the first clip that is not of this shape, laid out as it should be, or the first vector
     that is not as long as x has channels.
@@ -91,26 +86,17 @@ def channels_adjacent(x: Tensor) -> bool:
 
 @torch.library.custom_op("dailies::norm_silu", mutates_args=("out",))
 def norm_silu_op(x: Tensor, gamma: Tensor, bias: Tensor | None, out: Tensor, impl: str) -> None:
-    if impl == "torch":
-        return reference.norm_silu(x, gamma, bias, out)
-    from dailies.kernels.around_conv import kernel  # Triton is imported only where it runs
-    return kernel.norm_silu(x, gamma, bias, out)
+    return implementation("around_conv", impl).norm_silu(x, gamma, bias, out)
 
 
 @torch.library.custom_op("dailies::add_bias", mutates_args=("out",))
 def add_bias_op(x: Tensor, bias: Tensor, residual: Tensor | None, out: Tensor, impl: str) -> None:
-    if impl == "torch":
-        return reference.add_bias(x, bias, residual, out)
-    from dailies.kernels.around_conv import kernel
-    return kernel.add_bias(x, bias, residual, out)
+    return implementation("around_conv", impl).add_bias(x, bias, residual, out)
 
 
 @torch.library.custom_op("dailies::enlarge", mutates_args=("out",))
 def enlarge_op(x: Tensor, bias: Tensor | None, out: Tensor, impl: str) -> None:
-    if impl == "torch":
-        return reference.enlarge(x, bias, out)
-    from dailies.kernels.around_conv import kernel
-    return kernel.enlarge(x, bias, out)
+    return implementation("around_conv", impl).enlarge(x, bias, out)
 
 
 @norm_silu_op.register_fake

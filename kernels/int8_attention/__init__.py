@@ -3,16 +3,12 @@
 Source   SageAttention release, sageattn_qk_int8_pv_fp16_triton: smoothed K, a scale per block of rows, base-2 softmax.
 """
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-from dailies.kernels.int8_attention import reference
+from dailies.kernels import FLOATS, Impl, chosen_impl, implementation
 
-Impl = Literal["auto", "torch", "int_mm", "triton"]
 HEAD_DIMS = (16, 32, 64, 128)                          # powers of two for Triton; 256 would not fit shared memory
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def int8_attention(q: Tensor, k: Tensor, v: Tensor, *, impl: Impl = "auto") -> Tensor:
@@ -23,24 +19,14 @@ def int8_attention(q: Tensor, k: Tensor, v: Tensor, *, impl: Impl = "auto") -> T
     The mean of k over its tokens adds one number to a whole row of logits, which softmax does not see: without it a
     channel that is large for every key would use up the INT8 range. It is rounded to k's dtype, as is the difference.
     No gradient.  Raises ValueError for any other shape or dtype.
-
-    impl: "torch" is the reference; "int_mm" the same arithmetic by integer products, for a CPU; "triton" the kernel.
     """
-    check(q, k, v)
-    if impl == "auto":
-        impl = "triton" if q.is_cuda else "int_mm"
-    return torch.ops.dailies.int8_attention(q, k, v, impl)
+    check_attention(q, k, v)
+    return torch.ops.dailies.int8_attention(q, k, v, chosen_impl(impl, q))
 
 
 @torch.library.custom_op("dailies::int8_attention", mutates_args=())
 def int8_attention_op(q: Tensor, k: Tensor, v: Tensor, impl: str) -> Tensor:
-    if impl == "torch":
-        return reference.int8_attention(q, k, v)
-    if impl == "int_mm":
-        from dailies.kernels.int8_attention import int_mm
-        return int_mm.int8_attention(q, k, v)
-    from dailies.kernels.int8_attention import kernel  # Triton is imported only where it runs
-    return kernel.int8_attention(q, k, v)
+    return implementation("int8_attention", impl).int8_attention(q, k, v)
 
 
 @int8_attention_op.register_fake
@@ -48,7 +34,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, impl: str) -> Tensor:
     return v.new_empty(q.shape)
 
 
-def check(q: Tensor, k: Tensor, v: Tensor) -> None:
+def check_attention(q: Tensor, k: Tensor, v: Tensor) -> None:
     """What every attention here asks of its tensors."""
     if q.ndim != 4 or k.shape != v.shape or k.ndim != 4 or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
         raise ValueError("attention needs q [B, N, heads, head_dim], k and v [B, M, heads, head_dim]; "

@@ -4,18 +4,19 @@ rows    a scale per token of x and per output channel of W, s = max(amax, 1e-8) 
         so the scales are applied once: the faster scheme, and the slightly more exact one.
 blocks  a scale per 128 x 128 tile of x and of W, s = max(amax, 1e-8) / 128: how TurboDiffusion publishes its weights.
         Sums are int32 within 128 of K and fp32 across. README.md: where we leave the published code; measurements.
+
+A CPU with INT8 products runs layers whose weight is packed once, as its library multiplies it: pack() and what follows.
 """
 
-from typing import Literal, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dailies.kernels.int8_linear import int_mm, reference
+from dailies.kernels import FLOATS, Impl, chosen_impl, implementation, processor
+from dailies.kernels.int8_linear.reference import BLOCK, spread_scales
 
-BLOCK = reference.BLOCK
-Impl = Literal["auto", "torch", "int_mm", "triton"]    # torch is the reference
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 MAX_SUM = 2 ** 31 // 128 ** 2                          # terms of 128 * 128 that an int32 is sure to hold
 
 
@@ -26,13 +27,22 @@ class Quantized(NamedTuple):
     scales: Tensor
 
 
+class Packed(NamedTuple):
+    """A weight [N, K] in the layout of a CPU's library, for this process alone: it cannot be saved."""
+
+    values: Tensor
+    scales: Tensor                                     # fp32 [N]
+    zeros: Tensor                                      # int32 [N]: the weights are symmetric
+    bias: Tensor | None                                # fp32 [N]
+
+
 def quantize_rows(x: Tensor, *, impl: Impl = "auto") -> Quantized:
     """One scale per row: of activations x [..., K] per token, of a weight [N, K] per output channel.
 
     values like x, round_half_even(x * (127 / amax)); scales x.shape[:-1] = amax / 127 with amax = max(1e-8, max|row|).
     Raises ValueError for x that is not floating point.
     """
-    return Quantized(*torch.ops.dailies.quantize_rows(check_float(x), chosen(impl, x)))
+    return Quantized(*torch.ops.dailies.quantize_rows(check_float(x), chosen_impl(impl, x)))
 
 
 def quantize_blocks(x: Tensor, *, impl: Impl = "auto") -> Quantized:
@@ -46,13 +56,13 @@ def quantize_blocks(x: Tensor, *, impl: Impl = "auto") -> Quantized:
     """
     if check_float(x).ndim not in (2, 3):
         raise ValueError(f"quantize_blocks needs [M, K] or [B, M, K]; got {list(x.shape)}. Reshape it to rows of K")
-    return Quantized(*torch.ops.dailies.quantize_blocks(x, chosen(impl, x)))
+    return Quantized(*torch.ops.dailies.quantize_blocks(x, chosen_impl(impl, x)))
 
 
 def dequantize(x: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
     """values * scales, multiplied in fp32; for a layer that is to run as an ordinary one."""
     in_rows = x.scales.shape == x.values.shape[:-1]
-    scales = x.scales[..., None] if in_rows else reference.spread(x.scales, x.values.shape)
+    scales = x.scales[..., None] if in_rows else spread_scales(x.scales, x.values.shape)
     return (x.values.float() * scales).to(dtype)
 
 
@@ -66,25 +76,45 @@ def int8_linear(x: Tensor | Quantized, weight: Quantized, bias: Tensor | None = 
     Returns [..., N] in `dtype`; by default residual's, or x's, or bf16 for a Quantized x.
     Deterministic: each output is one sum in one order.  Raises ValueError for shapes that do not fit.
     """
-    values, scales = x if isinstance(x, Quantized) else (check_float(x), None)
+    values, scales = values_scales(x)
+    if scales is None:
+        check_float(values)
     check_linear(values, scales, weight, bias, gate, residual)
     if dtype is None:
         dtype = residual.dtype if residual is not None else values.dtype if scales is None else torch.bfloat16
-    if impl == "auto":
-        if values.is_cuda:
-            impl = "triton"
-        else:
-            impl = "int_mm" if weight.scales.ndim == 1 else "torch"
-    if impl == "int_mm" and weight.scales.ndim == 2:
-        raise ValueError("int_mm sums over all of K, which scales per block do not allow; quantise the weight in rows")
+    # a CPU's product sums over all of K, which scales per block do not allow
+    impl = chosen_impl(impl, values, on_cpu="cpu" if weight.scales.ndim == 1 else "reference")
     return torch.ops.dailies.int8_linear(values, scales, *weight, bias, gelu, gate, residual, dtype, impl)
 
 
-def chosen(impl: Impl, x: Tensor) -> str:
-    """Of a quantiser: the kernel on a GPU; on a CPU as for int_mm, in pieces that stay in the cache."""
-    if impl == "auto":
-        return "triton" if x.is_cuda else "int_mm"
-    return impl
+def pack(weight: Quantized, bias: Tensor | None = None) -> Packed:
+    """weight: of quantize_rows.  bias [N].
+
+    Raises ValueError on a CPU without INT8 products, where oneDNN's are slow and, adding in 16 bits, wrong.
+    """
+    if not processor.has_int8_products():
+        raise ValueError(f"a packed layer needs a CPU with INT8 products (VNNI); this is {processor.described()}. "
+                         "int8_linear takes the weight as it is")
+    return Packed(torch.ops.onednn.qlinear_prepack(weight.values, None), weight.scales.float(),
+                  torch.zeros(len(weight.scales), dtype=torch.int32), None if bias is None else bias.float())
+
+
+def packed_linear(x: Tensor | Quantized, weight: Packed, dtype: torch.dtype) -> Tensor:
+    """x W^T + bias in `dtype`.  x [..., K], floating or of quantize_rows."""
+    return torch.ops.dailies.packed_linear(*values_scales(x), weight, dtype)
+
+
+def packed_feed_forward_(residual: Tensor, x: Quantized, into: Packed, out: Packed, gate: Tensor) -> None:
+    """residual += gate * out(gelu(into(x))). What is between the layers never leaves the cache whole.
+
+    residual [B, N, D], x [B, N, K], of quantize_rows.  gate [B, 1, D].
+    """
+    torch.ops.dailies.packed_feed_forward_(residual, *x, into, out, gate)
+
+
+def values_scales(x: Tensor | Quantized) -> tuple[Tensor, Tensor | None]:
+    """Values and, of what is quantised, scales: an operator takes tensors."""
+    return x if isinstance(x, Quantized) else (x, None)
 
 
 def check_float(x: Tensor) -> Tensor:
@@ -120,12 +150,7 @@ def check_linear(x: Tensor, scales: Tensor | None, weight: Quantized, bias: Tens
 
 @torch.library.custom_op("dailies::quantize_rows", mutates_args=())
 def quantize_rows_op(x: Tensor, impl: str) -> tuple[Tensor, Tensor]:
-    if impl == "torch":
-        return reference.quantize_rows(x)
-    if impl == "int_mm":
-        return int_mm.quantize_rows(x)
-    from dailies.kernels.int8_linear import kernel  # Triton is imported only where it runs
-    return kernel.quantize_rows(x)
+    return implementation("int8_linear", impl).quantize_rows(x)
 
 
 @quantize_rows_op.register_fake
@@ -135,12 +160,7 @@ def _(x: Tensor, impl: str) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("dailies::quantize_blocks", mutates_args=())
 def quantize_blocks_op(x: Tensor, impl: str) -> tuple[Tensor, Tensor]:
-    if impl == "torch":
-        return reference.quantize_blocks(x)
-    if impl == "int_mm":
-        return int_mm.quantize_blocks(x)
-    from dailies.kernels.int8_linear import kernel
-    return kernel.quantize_blocks(x)
+    return implementation("int8_linear", impl).quantize_blocks(x)
 
 
 @quantize_blocks_op.register_fake
@@ -152,15 +172,27 @@ def _(x: Tensor, impl: str) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("dailies::int8_linear", mutates_args=())
 def int8_linear_op(x: Tensor, x_scales: Tensor | None, weight: Tensor, weight_scales: Tensor, bias: Tensor | None,
                    gelu: bool, gate: Tensor | None, residual: Tensor | None, dtype: torch.dtype, impl: str) -> Tensor:
-    if impl == "torch":
-        return reference.int8_linear(x, x_scales, weight, weight_scales, bias, gelu, gate, residual, dtype)
-    if impl == "int_mm":
-        return int_mm.int8_linear(x, x_scales, weight, weight_scales, bias, gelu, gate, residual, dtype)
-    from dailies.kernels.int8_linear import kernel
-    return kernel.int8_linear(x, x_scales, weight, weight_scales, bias, gelu, gate, residual, dtype)
+    linear = implementation("int8_linear", impl).int8_linear
+    return linear(x, x_scales, weight, weight_scales, bias, gelu, gate, residual, dtype)
 
 
 @int8_linear_op.register_fake
 def _(x: Tensor, x_scales: Tensor | None, weight: Tensor, weight_scales: Tensor, bias: Tensor | None, gelu: bool,
       gate: Tensor | None, residual: Tensor | None, dtype: torch.dtype, impl: str) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype)
+
+
+@torch.library.custom_op("dailies::packed_linear", mutates_args=())
+def packed_linear_op(x: Tensor, x_scales: Tensor | None, weight: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor:
+    return implementation("int8_linear", "cpu").packed_linear(x, x_scales, Packed(*weight), dtype)
+
+
+@packed_linear_op.register_fake
+def _(x: Tensor, x_scales: Tensor | None, weight: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor:
+    return x.new_empty((*x.shape[:-1], len(Packed(*weight).scales)), dtype=dtype)
+
+
+@torch.library.custom_op("dailies::packed_feed_forward_", mutates_args=("residual",))
+def packed_feed_forward_op(residual: Tensor, x: Tensor, x_scales: Tensor, into: Sequence[Tensor | None],
+                           out: Sequence[Tensor | None], gate: Tensor) -> None:
+    implementation("int8_linear", "cpu").packed_feed_forward_(residual, x, x_scales, Packed(*into), Packed(*out), gate)

@@ -126,6 +126,15 @@ def int8_linear_kernel(x, x_scales, w, w_scales, bias, gate, residual, y, M, N, 
             total += tl.dot(a, b, out_dtype=tl.int32).to(tl.float32) * scale
         else:
             total = tl.dot(a, b, total, out_dtype=tl.int32)
+    finish_parts(total, x_scales, w_scales, bias, gate, residual, y, sample, top, left, M, N, HAS_BIAS, GELU, HAS_GATE,
+                 HAS_RESIDUAL, IN_BLOCKS, STORES_TILES, BLOCK_M, BLOCK_N, PARTS)
+
+
+@triton.jit
+def finish_parts(total, x_scales, w_scales, bias, gate, residual, y, sample, top, left, M, N, HAS_BIAS: tl.constexpr,
+                 GELU: tl.constexpr, HAS_GATE: tl.constexpr, HAS_RESIDUAL: tl.constexpr, IN_BLOCKS: tl.constexpr,
+                 STORES_TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr):
+    """`finish` of a whole tile, or of its halves or quarters one after the other."""
     if PARTS == 1:
         finish(total, x_scales, w_scales, bias, gate, residual, y, sample, top, left, M, N, HAS_BIAS, GELU, HAS_GATE,
                HAS_RESIDUAL, IN_BLOCKS, STORES_TILES, BLOCK_M, BLOCK_N)

@@ -23,11 +23,11 @@ def quantize_blocks(x: Tensor) -> tuple[Tensor, Tensor]:
     rows, columns = x.shape[-2:]
     tiles = F.pad(x, (0, -columns % BLOCK, 0, -rows % BLOCK)).unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, BLOCK))
     amax = tiles.abs().amax((-3, -1)).clamp_min(SMALLEST)
-    values = (x * spread(128 / amax, x.shape)).round_().clamp_(-128, 127)
+    values = (x * spread_scales(128 / amax, x.shape)).round_().clamp_(-128, 127)
     return values.to(torch.int8), amax / 128
 
 
-def spread(scales: Tensor, shape: torch.Size) -> Tensor:
+def spread_scales(scales: Tensor, shape: torch.Size) -> Tensor:
     """Scales of tiles [..., ceil(M / 128), ceil(K / 128)] as scales of elements [..., M, K]."""
     return scales.repeat_interleave(BLOCK, -2)[..., :shape[-2], :].repeat_interleave(BLOCK, -1)[..., :shape[-1]]
 

@@ -3,48 +3,65 @@
 A block is a chain of  x = x + gate * update;  y = layer_norm(x) * gain + bias, then y * (1 + scale) + shift;  y into a
 linear layer.  Each such link is one call here, and can leave y in int8 for kernels/int8_linear. The other norm is that
 of queries and keys: RMS over the full width, and in self-attention rotary positions per head behind it.
+
+Behind a packed INT8 layer, on a CPU, what the layer makes is normed while it is in the cache. It is not rounded on the
+way, which the two operators one after the other do.
 """
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dailies.kernels.int8_linear import BLOCK, FLOATS, Quantized
-from dailies.kernels.norm import pieces, reference
+from dailies.kernels import FLOATS, Impl, chosen_impl, implementation
+from dailies.kernels.int8_linear import BLOCK, Packed, Quantized, values_scales
 
-Impl = Literal["auto", "torch", "pieces", "triton"]
 Rope = tuple[Tensor, Tensor]
-Update = tuple[Tensor, Tensor | None]                  # and its gate
+Scheme = Literal["rows", "blocks"]
 
 
-def modulated_norm(x: Tensor, *, update: Tensor | None = None, gate: Tensor | None = None,
-                   earlier: Update | None = None, keep: bool = True, gain: Tensor | None = None,
-                   bias: Tensor | None = None, scale: Tensor | None = None, shift: Tensor | None = None,
-                   eps: float = 1e-6, dtype: torch.dtype | None = None, impl: Impl = "auto") -> tuple[Tensor, Tensor]:
-    """The stream x + gate * update, in x's dtype, and its layer norm, modulated, in `dtype` (by default x's).
+class Affine(NamedTuple):
+    """What a norm is multiplied with and what is added: norm * gain + bias, then that * (1 + scale) + shift.
 
-    x, update [B, N, D] contiguous, fp32, bf16 or fp16.  gate, scale, shift [B, 1, D]; gain, bias [D].  What is not
-    given is left out: without update the stream is x itself. Arithmetic is fp32; the norm is that of the stream as it
-    is returned.
-    keep=False: the stream is not written, and x is returned in its place. Its update is then given again with the next
-    one, as `earlier`, an update and its gate that join before. To read an update of 16 bits twice is fewer bytes than
-    to write a stream of 32 bits.
-    Raises ValueError for any other shape or dtype.
+    gain, bias [D]; scale, shift [B, 1, D]; None leaves a part out.
     """
-    output = str(dtype or x.dtype).removeprefix("torch.")
-    stream, values = _modulated_norm(x, update, gate, earlier, keep, gain, bias, scale, shift, eps, output, impl)
-    return stream, values[0]
+
+    gain: Tensor | None = None
+    bias: Tensor | None = None
+    scale: Tensor | None = None
+    shift: Tensor | None = None
 
 
-def quantized_modulated_norm(x: Tensor, scheme: Literal["rows", "blocks"], *, update: Tensor | None = None,
-                             gate: Tensor | None = None, earlier: Update | None = None, keep: bool = True,
-                             gain: Tensor | None = None, bias: Tensor | None = None, scale: Tensor | None = None,
-                             shift: Tensor | None = None, eps: float = 1e-6,
-                             impl: Impl = "auto") -> tuple[Tensor, Quantized]:
-    """modulated_norm whose second result is int8: quantize_rows or quantize_blocks of the norm in fp32."""
-    stream, values = _modulated_norm(x, update, gate, earlier, keep, gain, bias, scale, shift, eps, scheme, impl)
-    return stream, Quantized(*values)
+class Update(NamedTuple):
+    """gate * value, which joins a residual stream.  value [B, N, D]; gate [B, 1, D], or None for 1."""
+
+    value: Tensor
+    gate: Tensor | None = None
+
+
+def modulated_norm(x: Tensor, affine: Affine = Affine(), *, updates: Sequence[Update] = (), keep: bool = True,
+                   output: torch.dtype | Scheme | None = None, eps: float = 1e-6,
+                   impl: Impl = "auto") -> tuple[Tensor, Tensor | Quantized]:
+    """The stream x + update, in x's dtype, and its layer norm, modulated.
+
+    x [B, N, D] contiguous; it, updates and affine in fp32, bf16 or fp16.  Without updates the stream is x itself.
+    Arithmetic is fp32; the norm is that of the stream as it is returned.
+    output: the norm's dtype, by default x's; or a scheme: then it is Quantized, by quantize_rows or quantize_blocks of
+    the norm in fp32.
+    keep=False: the stream is not written, and x is returned in its place. Its update is then given again with the next
+    one: two updates join one after the other. To read an update of 16 bits twice is fewer bytes than to write a stream
+    of 32 bits.
+    Raises ValueError for any other shape or dtype, and for more than two updates.
+    """
+    check_modulated_norm(x, affine, updates)
+    kind = output if isinstance(output, str) else str(output or x.dtype).removeprefix("torch.")
+    # tiles of a scale are many rows, and no CPU's model runs on them
+    impl = chosen_impl(impl, x, on_cpu="reference" if kind == "blocks" else "cpu")
+    joined = [part for update in updates for part in update]
+    results = torch.ops.dailies.modulated_norm(x, joined, affine, keep, eps, kind, impl)
+    stream, values = (results[0], results[1:]) if keep and updates else (x, results)
+    return stream, Quantized(*values) if len(values) > 1 else values[0]
 
 
 def rms_rope(q: Tensor, k: Tensor, q_gain: Tensor, k_gain: Tensor, rope: Rope, *, heads: int, eps: float = 1e-6,
@@ -57,9 +74,7 @@ def rms_rope(q: Tensor, k: Tensor, q_gain: Tensor, k_gain: Tensor, rope: Rope, *
     Raises ValueError for any other shape or dtype.
     """
     check_rms_rope(q, k, q_gain, k_gain, rope, heads)
-    if impl == "auto":
-        impl = "triton" if q.is_cuda else "pieces"
-    return torch.ops.dailies.rms_rope(q, k, q_gain, k_gain, *rope, heads, eps, dtype or q.dtype, impl)
+    return torch.ops.dailies.rms_rope(q, k, q_gain, k_gain, *rope, heads, eps, dtype or q.dtype, chosen_impl(impl, q))
 
 
 def rms_norm(x: Tensor, gain: Tensor, *, eps: float = 1e-6, dtype: torch.dtype | None = None,
@@ -71,37 +86,48 @@ def rms_norm(x: Tensor, gain: Tensor, *, eps: float = 1e-6, dtype: torch.dtype |
     """
     if x.ndim < 1:
         raise ValueError("rms_norm needs x [..., D]; got a number")
-    check("rms_norm", x, {"x": (x, tuple(x.shape)), "gain": (gain, (x.shape[-1],))})
-    if impl == "auto":
-        impl = "triton" if x.is_cuda else "pieces"
-    return torch.ops.dailies.rms_norm(x, gain, eps, dtype or x.dtype, impl)
+    check_parts("rms_norm", x, {"x": (x, tuple(x.shape)), "gain": (gain, (x.shape[-1],))})
+    return torch.ops.dailies.rms_norm(x, gain, eps, dtype or x.dtype, chosen_impl(impl, x))
 
 
-def _modulated_norm(x: Tensor, update: Tensor | None, gate: Tensor | None, earlier: Update | None, keep: bool,
-                    gain: Tensor | None, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None, eps: float,
-                    output: str, impl: Impl) -> tuple[Tensor, list[Tensor]]:
-    first, first_gate = earlier or (None, None)
-    check_modulated_norm(x, update, gate, first, first_gate, gain, bias, scale, shift)
-    if impl == "auto":
-        impl = "triton" if x.is_cuda else "pieces"
-    results = torch.ops.dailies.modulated_norm(x, update, gate, gain, bias, scale, shift, eps, output, impl,
-                                               first, first_gate, keep)
-    return (results[0], results[1:]) if keep and update is not None else (x, results)
+def packed_modulated_norm_(x: Tensor, y: Tensor | Quantized, layer: Packed, affine: Affine = Affine(), *,
+                           gate: Tensor | None = None, eps: float = 1e-6) -> Quantized:
+    """x += gate * layer(y), in place, and the norm of that in rows of INT8.
+
+    x [B, N, D] fp32 or bf16, y [B, N, K] floating or of quantize_rows; the rest as modulated_norm takes it.
+    """
+    return Quantized(*torch.ops.dailies.packed_modulated_norm_(x, *values_scales(y), layer, gate, affine, eps))
 
 
-def check_modulated_norm(x: Tensor, update: Tensor | None, gate: Tensor | None, earlier: Tensor | None,
-                         earlier_gate: Tensor | None, gain: Tensor | None, bias: Tensor | None, scale: Tensor | None,
-                         shift: Tensor | None) -> None:
+def packed_rms_rope(x: Tensor | Quantized, layer: Packed, gain: Tensor, rope: Rope, *, heads: int, eps: float,
+                    dtype: torch.dtype) -> Tensor:
+    """Queries or keys [B, N, heads, D / heads] in `dtype`: layer(x), normed over all heads and turned.
+
+    x [B, N, K], floating or of quantize_rows.  gain [D]; rope as rms_rope takes it.
+    """
+    return torch.ops.dailies.packed_rms_rope(*values_scales(x), layer, gain, *rope, heads, eps, dtype)
+
+
+def packed_rms_norm(x: Tensor | Quantized, layer: Packed, gain: Tensor, *, eps: float, dtype: torch.dtype) -> Tensor:
+    """layer(x) / rms * gain over the last axis, [B, N, D] in `dtype`.
+
+    x [B, N, K], floating or of quantize_rows.  gain [D].
+    """
+    return torch.ops.dailies.packed_rms_norm(*values_scales(x), layer, gain, eps, dtype)
+
+
+def check_modulated_norm(x: Tensor, affine: Affine, updates: Sequence[Update]) -> None:
     if x.ndim != 3 or not x.is_contiguous():
         raise ValueError(f"modulated_norm needs x [B, N, D], contiguous; got {list(x.shape)}, strides {x.stride()}")
+    if len(updates) > 2:
+        raise ValueError(f"modulated_norm joins at most two updates; got {len(updates)}")
     batch, tokens, width = whole = x.shape
     per_sample = (batch, 1, width)
-    check("modulated_norm", x, {
-        "x": (x, whole), "update": (update, whole), "earlier": (earlier, whole), "gate": (gate, per_sample),
-        "earlier's gate": (earlier_gate, per_sample), "scale": (scale, per_sample), "shift": (shift, per_sample),
-        "gain": (gain, (width,)), "bias": (bias, (width,))})
-    if update is None and (gate is not None or earlier is not None):
-        raise ValueError("modulated_norm gates an update, and joins an earlier one before it; got no update")
+    wanted = {"x": (x, whole), "gain": (affine.gain, (width,)), "bias": (affine.bias, (width,)),
+              "scale": (affine.scale, per_sample), "shift": (affine.shift, per_sample)}
+    for name, update in zip(("update", "second update"), updates, strict=False):
+        wanted |= {name: (update.value, whole), f"{name}'s gate": (update.gate, per_sample)}
+    check_parts("modulated_norm", x, wanted)
 
 
 def check_rms_rope(q: Tensor, k: Tensor, q_gain: Tensor, k_gain: Tensor, rope: Rope, heads: int) -> None:
@@ -111,12 +137,12 @@ def check_rms_rope(q: Tensor, k: Tensor, q_gain: Tensor, k_gain: Tensor, rope: R
         raise ValueError(f"rms_rope needs a contiguous last axis; got strides {q.stride()}, {k.stride()}")
     batch, tokens, width = q.shape
     table = (tokens, 1, width // heads // 2)
-    check("rms_rope", q, {
+    check_parts("rms_rope", q, {
         "q": (q, (batch, tokens, width)), "k": (k, (batch, tokens, width)), "q_gain": (q_gain, (width,)),
         "k_gain": (k_gain, (width,)), "cos": (rope[0], table), "sin": (rope[1], table)})
 
 
-def check(name: str, x: Tensor, wanted: dict[str, tuple[Tensor | None, tuple[int, ...]]]) -> None:
+def check_parts(name: str, x: Tensor, wanted: dict[str, tuple[Tensor | None, tuple[int, ...]]]) -> None:
     """Raises ValueError for the first tensor of another shape, a dtype that is no float, or another device than x's."""
     for part, (tensor, shape) in wanted.items():
         if tensor is None:
@@ -127,27 +153,20 @@ def check(name: str, x: Tensor, wanted: dict[str, tuple[Tensor | None, tuple[int
 
 
 @torch.library.custom_op("dailies::modulated_norm", mutates_args=())
-def modulated_norm_op(x: Tensor, update: Tensor | None, gate: Tensor | None, gain: Tensor | None, bias: Tensor | None,
-                      scale: Tensor | None, shift: Tensor | None, eps: float, output: str, impl: str,
-                      earlier: Tensor | None = None, earlier_gate: Tensor | None = None,
-                      keep: bool = True) -> list[Tensor]:
-    """The stream, if there is an update and it is kept, then y; `output`: y's dtype, or the scheme, for int8 values and
-    scales."""
-    if impl == "triton":
-        from dailies.kernels.norm import kernel  # Triton is imported only where it runs
-        return kernel.modulated_norm(x, update, gate, earlier, earlier_gate, keep, gain, bias, scale, shift, eps, output)
-    norm = {"torch": reference, "pieces": pieces}[impl].modulated_norm
-    if earlier is not None:                            # in a pass of its own: where passes count it is not asked for
-        x = reference.joined(x, earlier, earlier_gate)
-    results = norm(x, update, gate, gain, bias, scale, shift, eps, output)
-    return results if keep or update is None else results[1:]
+def modulated_norm_op(x: Tensor, updates: Sequence[Tensor | None], affine: Sequence[Tensor | None], keep: bool,
+                      eps: float, output: str, impl: str) -> list[Tensor]:
+    """The stream, if there are updates and it is kept, then y.
+
+    updates: value and gate of each.  output: y's dtype, or the scheme, for int8 values and scales.
+    """
+    joined = [Update(*update) for update in zip(updates[::2], updates[1::2], strict=True)]
+    return implementation("norm", impl).modulated_norm(x, joined, Affine(*affine), keep, eps, output)
 
 
 @modulated_norm_op.register_fake
-def _(x: Tensor, update: Tensor | None, gate: Tensor | None, gain: Tensor | None, bias: Tensor | None,
-      scale: Tensor | None, shift: Tensor | None, eps: float, output: str, impl: str, earlier: Tensor | None = None,
-      earlier_gate: Tensor | None = None, keep: bool = True) -> list[Tensor]:
-    stream = [torch.empty_like(x)] if keep and update is not None else []
+def _(x: Tensor, updates: Sequence[Tensor | None], affine: Sequence[Tensor | None], keep: bool, eps: float, output: str,
+      impl: str) -> list[Tensor]:
+    stream = [torch.empty_like(x)] if keep and updates else []
     batch, tokens, width = x.shape
     if output == "rows":
         return [*stream, torch.empty_like(x, dtype=torch.int8), x.new_empty((batch, tokens), dtype=torch.float32)]
@@ -160,11 +179,7 @@ def _(x: Tensor, update: Tensor | None, gate: Tensor | None, gain: Tensor | None
 @torch.library.custom_op("dailies::rms_rope", mutates_args=())
 def rms_rope_op(q: Tensor, k: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float,
                 dtype: torch.dtype, impl: str) -> tuple[Tensor, Tensor]:
-    if impl != "triton":
-        turned = {"torch": reference, "pieces": pieces}[impl].rms_rope
-        return turned(q, q_gain, cos, sin, heads, eps, dtype), turned(k, k_gain, cos, sin, heads, eps, dtype)
-    from dailies.kernels.norm import kernel
-    return kernel.rms_rope(q, k, q_gain, k_gain, cos, sin, heads, eps, dtype)
+    return implementation("norm", impl).rms_rope(q, k, q_gain, k_gain, cos, sin, heads, eps, dtype)
 
 
 @rms_rope_op.register_fake
@@ -176,14 +191,46 @@ def _(q: Tensor, k: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Te
 
 @torch.library.custom_op("dailies::rms_norm", mutates_args=())
 def rms_norm_op(x: Tensor, gain: Tensor, eps: float, dtype: torch.dtype, impl: str) -> Tensor:
-    if impl == "torch":
-        return reference.rms_norm(x, gain, eps, dtype)
-    if impl == "pieces":
-        return pieces.rms_norm(x, gain, eps, dtype)
-    from dailies.kernels.norm import kernel
-    return kernel.rms_norm(x, gain, eps, dtype)
+    return implementation("norm", impl).rms_norm(x, gain, eps, dtype)
 
 
 @rms_norm_op.register_fake
 def _(x: Tensor, gain: Tensor, eps: float, dtype: torch.dtype, impl: str) -> Tensor:
     return x.new_empty(x.shape, dtype=dtype)
+
+
+@torch.library.custom_op("dailies::packed_modulated_norm_", mutates_args=("x",))
+def packed_modulated_norm_op(x: Tensor, y: Tensor, y_scales: Tensor | None, layer: Sequence[Tensor | None],
+                             gate: Tensor | None, affine: Sequence[Tensor | None], eps: float) -> tuple[Tensor, Tensor]:
+    norm = implementation("norm", "cpu").packed_modulated_norm_
+    return norm(x, y, y_scales, Packed(*layer), gate, Affine(*affine), eps)
+
+
+@packed_modulated_norm_op.register_fake
+def _(x: Tensor, y: Tensor, y_scales: Tensor | None, layer: Sequence[Tensor | None], gate: Tensor | None,
+      affine: Sequence[Tensor | None], eps: float) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x, dtype=torch.int8), x.new_empty(x.shape[:2], dtype=torch.float32)
+
+
+@torch.library.custom_op("dailies::packed_rms_rope", mutates_args=())
+def packed_rms_rope_op(x: Tensor, x_scales: Tensor | None, layer: Sequence[Tensor | None], gain: Tensor, cos: Tensor,
+                       sin: Tensor, heads: int, eps: float, dtype: torch.dtype) -> Tensor:
+    return implementation("norm", "cpu").packed_rms_rope(x, x_scales, Packed(*layer), gain, cos, sin, heads, eps, dtype)
+
+
+@packed_rms_rope_op.register_fake
+def _(x: Tensor, x_scales: Tensor | None, layer: Sequence[Tensor | None], gain: Tensor, cos: Tensor, sin: Tensor,
+      heads: int, eps: float, dtype: torch.dtype) -> Tensor:
+    return x.new_empty((*x.shape[:2], heads, len(gain) // heads), dtype=dtype)
+
+
+@torch.library.custom_op("dailies::packed_rms_norm", mutates_args=())
+def packed_rms_norm_op(x: Tensor, x_scales: Tensor | None, layer: Sequence[Tensor | None], gain: Tensor, eps: float,
+                       dtype: torch.dtype) -> Tensor:
+    return implementation("norm", "cpu").packed_rms_norm(x, x_scales, Packed(*layer), gain, eps, dtype)
+
+
+@packed_rms_norm_op.register_fake
+def _(x: Tensor, x_scales: Tensor | None, layer: Sequence[Tensor | None], gain: Tensor, eps: float,
+      dtype: torch.dtype) -> Tensor:
+    return x.new_empty((*x.shape[:2], len(gain)), dtype=dtype)

@@ -4,8 +4,10 @@ Letters  B samples  N tokens  D width.  Statistics are two-pass in fp32: the mea
 which lanes beyond the row count as nothing (the published fast layer norm lets them count as mean^2).
 
 A program does ROWS tokens, side by side: gains, scales, shifts and gates, which are the same for all tokens of a
-sample, are then read from the L2 cache once for all of them. How many: `tiling`.
+sample, are then read from the L2 cache once for all of them. How many: `rows_and_warps`.
 """
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from dailies.kernels.int8_linear.kernel import quantize_tile, round_half_even
 from dailies.kernels.int8_linear.reference import BLOCK
+from dailies.kernels.norm import Affine, Update
 
 
 @triton.jit
@@ -155,13 +158,12 @@ def rms_norm_kernel(x, gain, y, M, D, stride, eps, ROWS: tl.constexpr, BLOCK_D: 
     tl.store(y + row * D + column, z.to(y.dtype.element_ty), mask=inside)
 
 
-def modulated_norm(x: Tensor, update: Tensor | None, gate: Tensor | None, earlier: Tensor | None,
-                   earlier_gate: Tensor | None, keep: bool, gain: Tensor | None, bias: Tensor | None,
-                   scale: Tensor | None, shift: Tensor | None, eps: float, output: str) -> list[Tensor]:
+def modulated_norm(x: Tensor, updates: Sequence[Update], affine: Affine, keep: bool, eps: float,
+                   output: str) -> list[Tensor]:
     batch, tokens, width = x.shape
-    update, gate, earlier, earlier_gate, gain, bias, scale, shift = (
-        part if part is None else part.contiguous()
-        for part in (update, gate, earlier, earlier_gate, gain, bias, scale, shift))
+    (earlier, earlier_gate), (update, gate) = [(None, None), (None, None), *updates][-2:]
+    earlier, earlier_gate, update, gate, gain, bias, scale, shift = (
+        part if part is None else part.contiguous() for part in (earlier, earlier_gate, update, gate, *affine))
     # blocks are scaled in a second pass, over the stream
     stream = torch.empty_like(x) if update is not None and (keep or output == "blocks") else None
     y = torch.empty_like(x, dtype=torch.int8 if output in ("rows", "blocks") else getattr(torch, output))
@@ -178,7 +180,7 @@ def modulated_norm(x: Tensor, update: Tensor | None, gate: Tensor | None, earlie
     if not x.numel():
         return results
     block = triton.next_power_of_2(width)
-    rows, warps = tiling(block)
+    rows, warps = rows_and_warps(block)
     # without fused multiply-adds a value is rounded to int8 as in the reference, and memory is what it waits for
     modulated_norm_kernel[(batch * triton.cdiv(tokens, rows),)](
         x, earlier, earlier_gate, update, gate, gain, bias, scale, shift, stream, y, scales, mean_rstd, tokens, width,
@@ -200,7 +202,7 @@ def rms_rope(q: Tensor, k: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, 
     q_out, k_out = (torch.empty(shape, dtype=dtype, device=q.device) for _ in range(2))
     if q.numel():
         block = triton.next_power_of_2(width // 2)
-        rows, warps = tiling(2 * block)
+        rows, warps = rows_and_warps(2 * block)
         rms_rope_kernel[(batch * triton.cdiv(tokens, rows), 2)](
             q, k, q_gain.contiguous(), k_gain.contiguous(), cos.contiguous(), sin.contiguous(), q_out, k_out, tokens,
             q.stride(0), q.stride(1), k.stride(0), k.stride(1), width // 2, width // heads // 2, eps, ROWS=rows,
@@ -216,14 +218,14 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     if y.numel():
         block = triton.next_power_of_2(width)
-        rows, warps = tiling(block)
+        rows, warps = rows_and_warps(block)
         rms_norm_kernel[(triton.cdiv(len(rows_of_x), rows),)](
             rows_of_x, gain.contiguous(), y, len(rows_of_x), width, rows_of_x.stride(0), eps, ROWS=rows, BLOCK_D=block,
             num_warps=warps)
     return y
 
 
-def tiling(block: int) -> tuple[int, int]:
+def rows_and_warps(block: int) -> tuple[int, int]:
     """Rows of a program and its warps, of rows that are padded to `block` channels.
 
     16 values a lane up to 4,096 channels, 32 for 5,120, which still fit the registers.

@@ -3,15 +3,11 @@
 Source   TurboDiffusion release, SLA/core.py, SparseLinearAttention and SageSparseLinearAttention, at inference.
 """
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-from dailies.kernels.int8_attention import FLOATS, check
-from dailies.kernels.sparse_attention import reference
-
-Impl = Literal["auto", "torch", "gather", "triton"]
+from dailies.kernels import FLOATS, Impl, chosen_impl, implementation
+from dailies.kernels.int8_attention import check_attention
 
 
 def sparse_attention(q: Tensor, k: Tensor, v: Tensor, *, keep_ratio: float, proj: tuple[Tensor, Tensor] | None = None,
@@ -33,11 +29,8 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, *, keep_ratio: float, proj
     dtype, not in fp8.  Its blocks are (128, 64), and for int8 on Hopper (64, 128); no checkpoint depends on them.
 
     No gradient.  Raises ValueError for any other shape, dtype or share.
-
-    impl: "torch" is the reference, which masks all logits; "gather" copies the kept blocks together, for a CPU;
-    "triton" the kernel.
     """
-    check(q, k, v)
+    check_attention(q, k, v)
     if not 0 < keep_ratio <= 1:
         raise ValueError(f"keep_ratio is the share of key blocks to keep, above 0 and at most 1; got {keep_ratio}")
     if any(block not in (16, 32, 64, 128) for block in (block_q, block_k)):
@@ -47,21 +40,15 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, *, keep_ratio: float, proj
                  or weight.dtype not in FLOATS or bias.dtype not in FLOATS):
         raise ValueError(f"proj must be a weight {[q.shape[-1]] * 2} and a bias {[q.shape[-1]]} of floats; "
                          f"got {list(weight.shape)} {weight.dtype} and {list(bias.shape)} {bias.dtype}")
-    if impl == "auto":
-        impl = "triton" if q.is_cuda else "gather"
+    impl = chosen_impl(impl, q)
     return torch.ops.dailies.sparse_attention(q, k, v, weight, bias, keep_ratio, int8, block_q, block_k, impl)
 
 
 @torch.library.custom_op("dailies::sparse_attention", mutates_args=())
 def sparse_attention_op(q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None, bias: Tensor | None, keep_ratio: float,
                       int8: bool, block_q: int, block_k: int, impl: str) -> Tensor:
-    if impl == "torch":
-        return reference.sparse_attention(q, k, v, weight, bias, keep_ratio, int8, block_q, block_k)
-    if impl == "gather":
-        from dailies.kernels.sparse_attention import gather
-        return gather.sparse_attention(q, k, v, weight, bias, keep_ratio, int8, block_q, block_k)
-    from dailies.kernels.sparse_attention import kernel  # Triton is imported only where it runs
-    return kernel.sparse_attention(q, k, v, weight, bias, keep_ratio, int8, block_q, block_k)
+    attention = implementation("sparse_attention", impl).sparse_attention
+    return attention(q, k, v, weight, bias, keep_ratio, int8, block_q, block_k)
 
 
 @sparse_attention_op.register_fake

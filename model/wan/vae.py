@@ -23,10 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dailies.kernels import cpu
-from dailies.kernels.around_conv import FLOATS, add_bias, channels_adjacent, enlarge, norm_silu
+from dailies.kernels import FLOATS, processor
+from dailies.kernels.around_conv import add_bias, channels_adjacent, enlarge, norm_silu
 
-Impl = Literal["auto", "eager", "torch", "triton"]     # the last two: of kernels/around_conv
+Impl = Literal["auto", "eager", "reference", "triton"]     # the last two: of kernels/around_conv
 
 SLAB = 2 ** 22                                          # elements; more at a time is no faster on a CPU
 LARGEST_SLAB = 2 ** 30                                  # cuDNN counts in 31 bits, and a window is somewhat more
@@ -645,7 +645,7 @@ def convolve(conv: nn.Conv2d | nn.Conv3d, x: Tensor, weight: Tensor | None = Non
     times slower.
     """
     weight = conv.weight if weight is None else weight
-    if x.is_cpu and x.dtype == weight.dtype and cpu.convolves(x.dtype) and not torch.is_autocast_enabled("cpu"):
+    if x.is_cpu and x.dtype == weight.dtype and processor.convolves(x.dtype) and not torch.is_autocast_enabled("cpu"):
         return torch.mkldnn_convolution(x, weight, conv.bias, conv.padding, conv.stride, conv.dilation, conv.groups)
     return conv._conv_forward(x, weight, conv.bias)
 

@@ -1,29 +1,32 @@
-"""INT8 linear layers with scales in rows through torch._int_mm: the library's product, torch for what surrounds it.
+"""INT8 linear layers with scales in rows on a CPU: the library's product, torch for what surrounds it.
 
-Where a CPU has no such products, the integers are multiplied in fp32 (kernels/cpu.py).
+Either of a weight as it is, by torch._int_mm, or of one that was packed once, as oneDNN multiplies it: no call lays it
+out again. Where a CPU has no such products, the integers are multiplied in fp32 (kernels/processor.py).
 
-On a CPU the work goes in pieces that stay in the cache, in buffers that are used again: whole tensors cost more in
-memory traffic and fresh pages than the product itself. On a GPU, where it is the rival of our kernel, all goes at once.
+The work goes in pieces that stay in the cache, in buffers that are used again: whole tensors cost more in memory
+traffic and fresh pages than the product itself. Same numbers as the reference, but for the order of two products.
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from dailies.kernels import cpu
-from dailies.kernels.int8_linear import reference
+from dailies.kernels import processor
+from dailies.kernels.int8_linear import Packed, reference
 
 TILE_ROWS, TILE_COLUMNS = 256, 2048                    # of one product, for each thread: 2 MB of int32, a core's L2
 PIECE = 32768                                          # elements of one piece around it, for a single thread
+PACKED_TILE = 512                                      # rows of one product with a packed weight
+HIDDEN_TILE = 256                                      # of one that is wider than the model: its result is still near
+PACKED_PIECE = 512 * 1024 // 4                         # elements of its fp32 rows that a thread works on at a time
+GELU_DEPTH = 0.1701                                    # gelu(x) > -GELU_DEPTH
 INNER, CUBIC = math.sqrt(2 / math.pi), 0.044715        # gelu(x) = x / 2 (1 + tanh(INNER (x + CUBIC x^3)))
 
 
 def int8_linear(x: Tensor, x_scales: Tensor | None, weight: Tensor, weight_scales: Tensor, bias: Tensor | None,
                 gelu: bool, gate: Tensor | None, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
-    if x.is_cuda:
-        return whole(x, x_scales, weight, weight_scales, bias, gelu, gate, residual, dtype)
     if x_scales is None:
         x, x_scales = quantize_rows(x)
     weight_scales, bias = weight_scales.float(), None if bias is None else bias.float()
@@ -32,19 +35,19 @@ def int8_linear(x: Tensor, x_scales: Tensor | None, weight: Tensor, weight_scale
     y = torch.empty((*x.shape[:-1], len(weight)), dtype=dtype)
     samples = [slice(None)] if gate is None else range(len(x))
     tile_rows = TILE_ROWS * torch.get_num_threads()
-    for columns in pieces(len(weight), TILE_COLUMNS):
-        operand, column_scales = cpu.int8_operand(weight[columns].mT), weight_scales[columns]
+    for columns in row_slices(len(weight), TILE_COLUMNS):
+        operand, column_scales = processor.int8_operand(weight[columns].mT), weight_scales[columns]
         addend = None if bias is None else bias[columns]
-        piece_rows = rows_of(len(column_scales))
-        sums = torch.empty(tile_rows, len(column_scales), dtype=cpu.sum_dtype(operand))
+        piece_rows = rows_at_once(len(column_scales))
+        sums = torch.empty(tile_rows, len(column_scales), dtype=processor.sum_dtype(operand))
         buffer, spare = torch.empty(2, piece_rows, len(column_scales))
         for sample in samples:
             values, scales = x[sample].reshape(-1, x.shape[-1]), x_scales[sample].reshape(-1, 1)
             into = y[sample].view(-1, len(weight))[:, columns]
             onto = None if residual is None else residual[sample].reshape(-1, len(weight))[:, columns]
-            for tile in pieces(len(values), tile_rows):
-                cpu.int8_product(values[tile], operand, out=sums[:tile.stop - tile.start])
-                for piece in pieces(tile.stop - tile.start, piece_rows):
+            for tile in row_slices(len(values), tile_rows):
+                processor.int8_product(values[tile], operand, out=sums[:tile.stop - tile.start])
+                for piece in row_slices(tile.stop - tile.start, piece_rows):
                     rows = slice(tile.start + piece.start, tile.start + piece.stop)
                     z = buffer[:piece.stop - piece.start].copy_(sums[piece]).mul_(column_scales)
                     if addend is None:
@@ -65,9 +68,9 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """The reference's values and scales, in pieces."""
     rows = x.reshape(-1, x.shape[-1])
     values, scales = torch.empty(rows.shape, dtype=torch.int8), torch.empty(len(rows), 1)
-    step = rows_of(rows.shape[-1])
+    step = rows_at_once(rows.shape[-1])
     buffer, spare = torch.empty(2, step, rows.shape[-1])
-    for piece in pieces(len(rows), step):
+    for piece in row_slices(len(rows), step):
         z = buffer[:piece.stop - piece.start].copy_(rows[piece])
         quantize_rows_(z, spare[:len(z)], values[piece], scales[piece])
     return values.view(x.shape), scales.view(x.shape[:-1])
@@ -91,7 +94,7 @@ def quantize_blocks(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(values, -2), torch.cat(scales, -2)
 
 
-def joined(x: Tensor, update: Tensor, gate: Tensor | None, out: Tensor) -> None:
+def join_into(x: Tensor, update: Tensor, gate: Tensor | None, out: Tensor) -> None:
     """x + gate * update in fp32, rounded once, into `out`."""
     x, update = x.float(), update.float()
     into = out if out.dtype == torch.float32 else None
@@ -107,25 +110,57 @@ def gelu_of_twice_(half: Tensor, spare: Tensor) -> Tensor:
     return half.addcmul_(half, spare.mul_(half).tanh_())
 
 
-def rows_of(width: int) -> int:
+def rows_at_once(width: int) -> int:
     """Rows of a piece. With more than one thread each gets four times as much to do, since all wait for each other
     after every step."""
     threads = torch.get_num_threads()
     return max(1, PIECE * (1 if threads == 1 else 4 * threads) // width)
 
 
-def pieces(length: int, size: int) -> list[slice]:
+def row_slices(length: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
-def whole(x: Tensor, x_scales: Tensor | None, weight: Tensor, weight_scales: Tensor, bias: Tensor | None, gelu: bool,
-          gate: Tensor | None, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
-    if x_scales is None:
-        x, x_scales = reference.quantize_rows(x)
-    values = x.reshape(-1, x.shape[-1])
-    rows, channels = len(values), x.shape[-1]
-    # cuBLASLt takes more than 16 rows, and channels in eights
-    values = F.pad(values, (0, -channels % 8, 0, max(0, 17 - rows)))
-    operand = F.pad(weight, (0, -channels % 8, 0, -len(weight) % 8))
-    sums = torch._int_mm(values, operand.mT)[:rows, :len(weight)].view(*x.shape[:-1], len(weight))
-    return reference.epilogue(sums.float() * (x_scales[..., None] * weight_scales), bias, gelu, gate, residual, dtype)
+def packed_linear(x: Tensor, x_scales: Tensor | None, weight: Packed, dtype: torch.dtype) -> Tensor:
+    y = torch.empty((*x.shape[:-1], len(weight.scales)), dtype=dtype)
+    into = y.view(-1, len(weight.scales))
+    x_scales = None if x_scales is None else x_scales.reshape(-1)
+    for rows, z in packed_products(x.reshape(-1, x.shape[-1]), x_scales, weight):
+        into[rows] = z
+    return y
+
+
+def packed_feed_forward_(residual: Tensor, x: Tensor, x_scales: Tensor, into: Packed, out: Packed, gate: Tensor) -> None:
+    # both halved, for gelu_of_twice_
+    half = into._replace(scales=into.scales / 2, bias=None if into.bias is None else into.bias / 2)
+    width = len(half.scales)
+    hidden = torch.empty(HIDDEN_TILE, width, dtype=torch.int8)
+    hidden_scales = torch.empty(HIDDEN_TILE)
+    spare = torch.empty(min(HIDDEN_TILE, packed_piece_rows(width)), width)
+    for sample in range(len(x)):
+        for tile in row_slices(x.shape[1], HIDDEN_TILE):
+            for rows, z in packed_products(x[sample, tile], x_scales[sample, tile], half):
+                gelu_of_twice_(z, spare[:len(z)])
+                quantize_rows_(z, spare[:len(z)], hidden[rows], hidden_scales[rows, None], above=-GELU_DEPTH)
+            stream = residual[sample, tile]
+            for rows, z in packed_products(hidden[:len(stream)], hidden_scales, out):
+                join_into(stream[rows], z, gate[sample], out=stream[rows])
+
+
+def packed_products(x: Tensor, scales: Tensor | None, weight: Packed) -> Iterator[tuple[slice, Tensor]]:
+    """x W^T + bias in fp32, a few rows at a time: which, and a buffer with them that the caller may spoil.
+
+    x [M, K], int8 with scales [M], or floating: then it is quantised here.
+    """
+    for tile in row_slices(len(x), PACKED_TILE):
+        values, token_scales = quantize_rows(x[tile]) if scales is None else (x[tile], scales[tile])
+        product = torch.ops.onednn.qlinear_pointwise(
+            values, 1.0, 0, weight.values, weight.scales, weight.zeros, None, 1.0, 0, torch.float32, "none", [], "")
+        for piece in row_slices(len(product), packed_piece_rows(len(weight.scales))):
+            z, z_scales = product[piece], token_scales[piece, None]
+            z = z.mul_(z_scales) if weight.bias is None else torch.addcmul(weight.bias, z, z_scales, out=z)
+            yield slice(tile.start + piece.start, tile.start + piece.stop), z
+
+
+def packed_piece_rows(width: int) -> int:
+    return max(1, torch.get_num_threads() * PACKED_PIECE // width)

@@ -7,7 +7,7 @@ import math
 
 from torch import Tensor
 
-from dailies.kernels import cpu
+from dailies.kernels import processor
 from dailies.kernels.int8_attention.reference import BLOCK_K, BLOCK_Q, EPS, LOG2_E, quantize_blocks, smooth
 
 ROWS = BLOCK_Q // 2
@@ -26,8 +26,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
     q_int8, q_scale = (x[0, 0] for x in quantize_blocks(q, BLOCK_Q, EPS, factor=q.shape[-1] ** -0.5 * LOG2_E))
     k_int8, k_scale = (x[0, 0] for x in quantize_blocks(smooth(k), BLOCK_K, EPS))
     k_scale = k_scale.repeat_interleave(BLOCK_K)[:len(k_int8)] * math.log(2)    # torch's softmax is in base e
-    keys = cpu.int8_operand(k_int8.T)
+    keys = processor.int8_operand(k_int8.T)
     for start in range(0, len(q_int8), ROWS):
         rows = slice(start, start + ROWS)
-        logits = cpu.int8_product(q_int8[rows], keys).float().mul_(k_scale * q_scale[start // BLOCK_Q])
+        logits = processor.int8_product(q_int8[rows], keys).float().mul_(k_scale * q_scale[start // BLOCK_Q])
         out[rows] = logits.softmax(-1).to(v.dtype) @ v[0, :, 0]

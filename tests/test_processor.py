@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dailies.kernels import cases, cpu
+from dailies.kernels import cases, processor
 from dailies.kernels.int8_linear import int8_linear, quantize_rows
 from dailies.kernels.sparse_attention import sparse_attention
 from dailies.model.catalog import CATALOG, DEMO
@@ -37,14 +37,14 @@ def pretend(monkeypatch):
 
     def forget():
         for name in ASKED:
-            getattr(cpu, name).cache_clear()
+            getattr(processor, name).cache_clear()
 
     yield become
     monkeypatch.undo()
     forget()
 
 
-@pytest.mark.parametrize("processor, int8, bf16", [
+@pytest.mark.parametrize("machine, int8, bf16", [
     (dict(machine="x86_64", capability="AVX2", bf16=False), False, False),                     # Zen 3, Haswell
     (dict(machine="x86_64", capability="AVX512"), False, False),                               # Skylake
     (dict(machine="x86_64", capability="AVX512", instructions=["vnni"]), True, False),         # Ice Lake
@@ -57,13 +57,13 @@ def pretend(monkeypatch):
     (dict(machine="aarch64", capability="DEFAULT", bf16=False), False, False),                 # Graviton 2
     (dict(machine="aarch64", capability="SVE256"), False, True),                               # Graviton 3
     (dict(machine="arm64", capability="DEFAULT", onednn=False), False, False)])                # a Mac
-def test_a_processor_is_known_by_what_torch_and_onednn_may_use(processor, int8, bf16, pretend):
-    pretend(processor.pop("machine"), processor.pop("capability"), *processor.pop("instructions", ()), **processor)
-    assert (cpu.has_int8_products(), cpu.has_bf16_products()) == (int8, bf16)
-    assert cpu.convolves(torch.float32) == cpu.has_onednn() and cpu.convolves(torch.bfloat16) == bf16
-    assert cpu.dtype_of("bf16", "cpu") == cpu.dtype_of("int8", "cpu") == (torch.bfloat16 if bf16 else torch.float32)
-    assert cpu.dtype_of("fp32", "cuda") == torch.float32 and cpu.dtype_of("int8", "cuda:0") == torch.bfloat16
-    assert bool(cpu.instead_of_bf16()) != bf16 and cpu.described()
+def test_a_processor_is_known_by_what_torch_and_onednn_may_use(machine, int8, bf16, pretend):
+    pretend(machine.pop("machine"), machine.pop("capability"), *machine.pop("instructions", ()), **machine)
+    assert (processor.has_int8_products(), processor.has_bf16_products()) == (int8, bf16)
+    assert processor.convolves(torch.float32) == processor.has_onednn() and processor.convolves(torch.bfloat16) == bf16
+    assert processor.dtype_of("bf16", "cpu") == processor.dtype_of("int8", "cpu") == (torch.bfloat16 if bf16 else torch.float32)
+    assert processor.dtype_of("fp32", "cuda") == torch.float32 and processor.dtype_of("int8", "cuda:0") == torch.bfloat16
+    assert bool(processor.instead_of_bf16()) != bf16 and processor.described()
     assert bool(DEMO.decode_fallbacks("cpu", None, "bf16")) != bf16
     assert bool(CATALOG["wan2.1-t2v-1.3b"].fallbacks(None, "cpu", "bf16")) != bf16      # before its weights are here
     assert DEMO.decode_fallbacks("cuda", "fp32", "bf16") == DEMO.decode_fallbacks("cpu", "fp32", None) == ()
@@ -82,21 +82,21 @@ def test_products_of_integers_are_exact(channels):
     """With AVX2 alone oneDNN's are not: it adds pairs in 16 bits."""
     a, b = torch.randint(-127, 128, (40, channels)), torch.randint(-127, 128, (channels, 24))
     a[0], b[:, 0] = 127, 127
-    operand = cpu.int8_operand(b.to(torch.int8))
-    got = torch.empty(40, 24, dtype=cpu.sum_dtype(operand))
-    assert torch.equal(cpu.int8_product(a.to(torch.int8), operand, out=got).long(), a @ b)
-    assert torch.equal(cpu.int8_product(a.to(torch.int8), operand).long(), a @ b)
+    operand = processor.int8_operand(b.to(torch.int8))
+    got = torch.empty(40, 24, dtype=processor.sum_dtype(operand))
+    assert torch.equal(processor.int8_product(a.to(torch.int8), operand, out=got).long(), a @ b)
+    assert torch.equal(processor.int8_product(a.to(torch.int8), operand).long(), a @ b)
 
 
 @pytest.mark.cpu
 def test_int8_layers_and_attention_are_their_references():
     torch.manual_seed(0)
     x, weight, bias = torch.randn(2, 70, 1500), quantize_rows(torch.randn(48, 1500)), torch.randn(48)
-    got, want = (int8_linear(x, weight, bias, gelu=True, impl=impl) for impl in ("int_mm", "torch"))
+    got, want = (int8_linear(x, weight, bias, gelu=True, impl=impl) for impl in ("cpu", "reference"))
     assert (got - want).abs().max() < 1e-5 * want.abs().max()
     case = cases.Attention(queries=200, keys=200, heads=2, head_dim=64)
     q, k, v = case.inputs("normal", seed=3)
-    got, want = (sparse_attention(q, k, v, keep_ratio=0.5, int8=True, impl=impl) for impl in ("gather", "torch"))
+    got, want = (sparse_attention(q, k, v, keep_ratio=0.5, int8=True, impl=impl) for impl in ("cpu", "reference"))
     assert (got - want).norm() < 1e-4 * want.norm()
 
 
@@ -111,7 +111,7 @@ def test_a_convolution_of_any_dtype_is_made(conv, shape, dtype):
     assert got.dtype == dtype and (got - want).norm() < (1e-5 if dtype == torch.float32 else 0.02) * want.norm()
 
 
-@pytest.mark.skipif(not cpu.is_x86() or not cpu.has_avx512(), reason="is the least processor already, or no x86-64")
+@pytest.mark.skipif(not processor.is_x86() or not processor.has_avx512(), reason="is the least processor already, or no x86-64")
 def test_what_depends_on_the_processor_is_right_on_the_least_one_too():
     """The tests that are marked so, in a process that takes this machine for one with AVX2 alone."""
     files = sorted(path for path in Path(__file__).parent.glob("test_*.py") if "mark.cpu" in path.read_text())
@@ -124,5 +124,5 @@ def test_what_depends_on_the_processor_is_right_on_the_least_one_too():
 @pytest.mark.cpu
 @pytest.mark.skipif({name: os.environ.get(name) for name in LEAST} != LEAST, reason="of the process that pretends")
 def test_a_process_that_pretends_is_the_least_processor():
-    assert not cpu.has_bf16_products() and not cpu.has_int8_products()
-    assert "AVX2" in cpu.described() and cpu.dtype_of("int8", "cpu") == torch.float32
+    assert not processor.has_bf16_products() and not processor.has_int8_products()
+    assert "AVX2" in processor.described() and processor.dtype_of("int8", "cpu") == torch.float32

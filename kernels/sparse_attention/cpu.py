@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dailies.kernels import cpu
+from dailies.kernels import processor
 from dailies.kernels.int8_attention.reference import quantize_blocks, smooth
 from dailies.kernels.sparse_attention.reference import INT8_EPS, LINEAR_EPS, kept_blocks, pool
 
@@ -52,7 +52,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, weight: Tensor | None, 
             near_keys, near_values = near_keys[:, :length - pad], near_values[:, :length - pad]
         if int8:
             scale = (k_scale.index_select(0, blocks) * q_scale[first]).repeat_interleave(block_k)
-            logits = cpu.int8_product(queries[rows], cpu.int8_operand(near_keys[0].T)).float()
+            logits = processor.int8_product(queries[rows], processor.int8_operand(near_keys[0].T)).float()
             logits.mul_(scale[:near_keys.shape[1]])
             near = logits.softmax(-1).to(v.dtype) @ near_values[0]
         else:
