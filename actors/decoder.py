@@ -48,7 +48,7 @@ class Decoder:
 
     def decode(self, latent: Latent) -> Frames:
         """A clip too large for the memory is decoded in bands of rows, which meet exactly."""
-        video = (latent.streams[0].to(self.device) - self.bias) / self.scale        # fp32, before the VAE rounds it
+        video = (latent.streams["video"].to(self.device) - self.bias) / self.scale      # fp32, before the VAE rounds it
         video = video[None].to(self.vae.from_latent.weight.dtype)
         room = room_on(self.device) // (SAFE_SHARE if self.safe else 1)
         clip = self.vae.decoder, *video.shape[2:]

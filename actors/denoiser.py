@@ -16,7 +16,7 @@ from dailies.actors.messages import Embedding, Latent, Request
 from dailies.model.catalog import ModelCard
 from dailies.model.graphs import CudaGraphs, Graphed
 from dailies.model.guidance import AdaptiveProjectedGuidance, AverageToo, classifier_free
-from dailies.model.samplers import STRAIGHT, Steps, Streams, Velocity, euler
+from dailies.model.samplers import STRAIGHT, Clips, Steps, Streams, Velocity, euler
 from dailies.model.schedules import flow_match_sigmas
 from dailies.model.shapes import LatentGrid
 from dailies.model.turbo import compile_blocks
@@ -150,19 +150,24 @@ class Denoiser:
         self.check(requests)
         self.noise.begin(requests, self.card.grid, requests[0].num_steps if self.draws_per_step else 1)
         try:
-            start = torch.stack([self.noise(request, self.card.grid) for request in requests])
+            start = [self.noise(request, self.card.grid) for request in requests]
             with self.lock, self.profile(requests[0].bucket):
-                video = self.sample(batch, start.to(self.device), steps).cpu()
+                clips = self.sample(batch, [self.on_device(noise) for noise in start], steps)
+                clips = [{name: stream.cpu() for name, stream in clip.items()} for clip in clips]
         finally:
             self.noise.forget(requests)
-        made = list(zip(batch, video, strict=True))
-        broken = [embedding.request.clip_id for embedding, latent in made if not latent.isfinite().all()]
+        made = list(zip(batch, clips, strict=True))
+        broken = [embedding.request.clip_id for embedding, streams in made
+                  if not all(stream.isfinite().all() for stream in streams.values())]
         if broken:
             raise NonFiniteLatent(f"sampling ended in NaN or infinity for {', '.join(broken)}; try another seed, "
                                   f"a lower guidance than {requests[0].guidance:g}, or precision fp32")
-        return [Latent(request=embedding.request, streams=(latent.clone(),),
+        return [Latent(request=embedding.request, streams=streams,
                        fallbacks=embedding.fallbacks + self.notes(embedding.request),
-                       determinism=(*embedding.determinism, self.determinism)) for embedding, latent in made]
+                       determinism=(*embedding.determinism, self.determinism)) for embedding, streams in made]
+
+    def on_device(self, noise: Tensor) -> Streams:
+        return {"video": noise.to(self.device)}
 
     @property
     def determinism(self) -> str:
@@ -182,34 +187,34 @@ class Denoiser:
     def solver(self) -> str:
         return f"euler and {self.card.guider}"
 
-    def sample(self, batch: list[Embedding], start: Tensor, steps: Steps) -> Tensor:
-        """From noise to latents, [B, C, T, H, W] fp32."""
+    def sample(self, batch: list[Embedding], start: Clips, steps: Steps) -> Clips:
+        """From noise to latents, fp32."""
         request = batch[0].request
         sigmas = flow_match_sigmas(request.num_steps, self.card.shift).tolist()
         guides = [self.guide(request.guidance) for _ in batch]
         if isinstance(guides[0], AdaptiveProjectedGuidance):
             steps = AverageToo(guides, steps)
-        return torch.cat(euler(self.velocity(batch, guides), start.split(1), sigmas, steps))
+        return euler(self.velocity(batch, guides), start, sigmas, steps)
 
     def velocity(self, batch: list[Embedding], guides: Sequence[Guide]) -> Velocity:
-        """The guided velocity of clips, each a stream of its own with its own guide, for a sampler. Their texts' keys
-        and values are made here, once."""
+        """The guided velocity of clips, each with its own guide, for a sampler. Their texts' keys and values are made
+        here, once."""
         predictions = [self.prediction(embedding) for embedding in batch]
 
-        def velocity(streams: Streams, sigma: float) -> Streams:
+        def velocity(clips: Clips, sigma: float) -> Clips:
             timestep = torch.full((1,), 1000 * sigma, device=self.device)
-            return tuple(guide(*predict(video, timestep))
-                         for video, predict, guide in zip(streams, predictions, guides, strict=True))
+            return [{"video": guide(*predict(clip["video"][None], timestep))}
+                    for clip, predict, guide in zip(clips, predictions, guides, strict=True)]
         return velocity
 
     def prediction(self, embedding: Embedding) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Of one clip: video [1, C, T, H, W] and timestep [1] in, the velocities with its prompt and without it out."""
-        prompt, negative = (text[0].to(self.device) for text in (embedding.prompt, embedding.negative))
+        """Of one clip: video [1, C, T, H, W] and timestep [1] in, [C, T, H, W] with its prompt and without it out."""
+        prompt, negative = (text["video"].to(self.device) for text in (embedding.prompt, embedding.negative))
         if self.card.pair_guidance:
             both = self.dit.embed_text([prompt, negative])
-            return lambda video, timestep: self.dit(video.repeat(2, 1, 1, 1, 1), timestep.repeat(2), both).chunk(2)
+            return lambda video, timestep: self.dit(video.repeat(2, 1, 1, 1, 1), timestep.repeat(2), both)
         contexts = [self.dit.embed_text([text]) for text in (prompt, negative)]
-        return lambda video, timestep: tuple(self.dit(video, timestep, context) for context in contexts)
+        return lambda video, timestep: [self.dit(video, timestep, context)[0] for context in contexts]
 
     def guide(self, scale: float) -> Guide:
         """How the two velocities become one; APG remembers, so it is made anew for each clip and run of the sampler."""

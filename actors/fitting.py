@@ -25,17 +25,18 @@ class Fitting:
             return self.latent(value, grid)
         wanted = self.card.dit_config.text_dim
         for name, streams in (("prompt", value.prompt), ("negative prompt", value.negative)):
-            if len(streams) != 1:
-                return f"a {name} of {len(streams)} streams, where 1 is wanted"
-            if wrong := text(streams[0], wanted):
+            if list(streams) != ["video"]:
+                return f"a {name} for {' and '.join(streams) or 'nothing'}, where one for video is wanted"
+            if wrong := text(streams["video"], wanted):
                 return f"a {name} that is {wrong}"
         return self.image(value, grid)
 
     def latent(self, value: Latent, grid: tuple[int, ...]) -> str | None:
-        if not value.streams or tuple(value.streams[0].shape) != tuple(grid):
-            got = list(value.streams[0].shape) if value.streams else "nothing"
-            return f"a latent of {got}, where {list(grid)} is wanted"
-        return next((wrong for stream in value.streams if (wrong := numbers(stream))), None)
+        got = {name: list(stream.shape) for name, stream in value.streams.items()}
+        if got != {"video": list(grid)}:
+            said = " and ".join(f"{name} {shape}" for name, shape in got.items()) or "nothing"
+            return f"a latent of {said}, where video {list(grid)} is wanted"
+        return next((wrong for stream in value.streams.values() if (wrong := numbers(stream))), None)
 
     def image(self, value: Embedding, grid: tuple[int, ...]) -> str | None:
         if bool(value.image) != self.card.takes_image:

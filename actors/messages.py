@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from dailies.model.samplers import Streams
 from dailies.model.shapes import VideoShape
 
 
@@ -59,8 +60,8 @@ class Request:
 @dataclass(frozen=True, kw_only=True)
 class Embedding:
     request: Request
-    prompt: tuple[Tensor, ...]      # one [L, E] per stream of the model, trimmed to the prompt's real length
-    negative: tuple[Tensor, ...]
+    prompt: Streams                 # [L, E] for each stream that is told by text, trimmed to the prompt's real length
+    negative: Streams
     image: tuple[Tensor, ...] = ()  # of the first frame: what is seen beside the latent [C, T, H, W], then CLIP's rows
     fallbacks: tuple[str, ...] = ()  # what was done instead of what was asked for; later values carry it on
     determinism: tuple[str, ...] = ()   # the class of every stage so far (determinism.py), empty where nobody knows
@@ -69,7 +70,7 @@ class Embedding:
 @dataclass(frozen=True, kw_only=True)
 class Latent:
     request: Request
-    streams: tuple[Tensor, ...]     # video [C, T, H, W] as the DiT has it (normalised), then audio [C, A, M]
+    streams: Streams                # "video" [C, T, H, W] as the DiT has it (normalised), "audio" [C, A, M]
     fallbacks: tuple[str, ...] = ()
     determinism: tuple[str, ...] = ()
 

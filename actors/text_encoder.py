@@ -39,8 +39,8 @@ class TextEncoder:
         return [self.embed(request) for request in batch]
 
     def embed(self, request: Request) -> Embedding:
-        return Embedding(request=request, prompt=(self.encode(request.prompt),),
-                         negative=(self.encode(request.negative_prompt),), fallbacks=self.cuts(request),
+        return Embedding(request=request, prompt={"video": self.encode(request.prompt)},
+                         negative={"video": self.encode(request.negative_prompt)}, fallbacks=self.cuts(request),
                          determinism=(self.determinism,))
 
     def cuts(self, request: Request) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from dailies.actors.memory import free_memory
 from dailies.actors.messages import Embedding
 from dailies.model.guidance import classifier_free
 from dailies.model.offload import HostCopy, num_bytes
-from dailies.model.samplers import Steps, Streams, Velocity, dpm_solver, unipc
+from dailies.model.samplers import Clips, Steps, Streams, Velocity, dpm_solver, unipc
 from dailies.model.schedules import wan_sigmas, whole_timestep
 from dailies.model.wan.transformer import Context, WanDiT
 
@@ -56,19 +56,17 @@ class WanDenoiser(Denoiser):
     def solver(self) -> str:
         return self.card.solver
 
-    def sample(self, batch: list[Embedding], start: Tensor, steps: Steps) -> Tensor:
+    def sample(self, batch: list[Embedding], start: Clips, steps: Steps) -> Clips:
         request = batch[0].request
         sigmas = wan_sigmas(request.num_steps, self.card.shift_for(request.shape), self.card.solver).tolist()
-        clips = SOLVERS[self.card.solver](self.velocity(batch, request.guidance), start.split(1), sigmas, steps)
-        return torch.cat(clips)
+        return SOLVERS[self.card.solver](self.velocity(batch, request.guidance), start, sigmas, steps)
 
     def velocity(self, batch: list[Embedding], scale: float) -> Velocity:
-        """The guided velocity of clips, each a stream of its own. Keys and values of text and image are made once per
-        clip and expert."""
+        """The guided velocity of clips. Keys and values of text and image are made once per clip and expert."""
         conditions = [self.condition(embedding) for embedding in batch]
         contexts: dict[int, list[tuple[Context, Context]]] = {}
 
-        def velocity(streams: Streams, sigma: float) -> Streams:
+        def velocity(clips: Clips, sigma: float) -> Clips:
             timestep = whole_timestep(sigma)
             expert = self.card.expert_at(timestep)
             dit = self.turn(expert)
@@ -77,9 +75,12 @@ class WanDenoiser(Denoiser):
                 contexts[expert] = [self.contexts(dit, embedding) for embedding in batch]
             guidance = scale * (1.0, self.card.low_noise_guidance)[expert]
             time = torch.full((1,), timestep, device=self.device)      # made there: a copy would wait for the GPU
-            return tuple(
-                classifier_free(dit(video, time, prompt, condition), dit(video, time, negative, condition), guidance)
-                for video, (prompt, negative), condition in zip(streams, contexts[expert], conditions, strict=True))
+            made = []
+            for clip, texts, condition in zip(clips, contexts[expert], conditions, strict=True):
+                video = clip["video"][None]
+                cond, uncond = (dit(video, time, text, condition)[0] for text in texts)
+                made.append({"video": classifier_free(cond, uncond, guidance)})
+            return made
         return velocity
 
     def turn(self, expert: int) -> WanDiT:
@@ -98,9 +99,9 @@ class WanDenoiser(Denoiser):
         """Of the prompt and of the negative prompt; both see the same picture."""
         return self.context(dit, embedding, embedding.prompt), self.context(dit, embedding, embedding.negative)
 
-    def context(self, dit: WanDiT, embedding: Embedding, text: tuple[Tensor, ...]) -> Context:
+    def context(self, dit: WanDiT, embedding: Embedding, text: Streams) -> Context:
         rows = [embedding.image[1].to(self.device)] if len(embedding.image) > 1 else None
-        return dit.embed([text[0].to(self.device)], rows)
+        return dit.embed([text["video"].to(self.device)], rows)
 
     def condition(self, embedding: Embedding) -> Tensor | None:
         """[1, C, T, H, W]: the picture's mask and latent, which the model sees beside its own; or None, without one."""

@@ -26,33 +26,34 @@ class AdaptiveProjectedGuidance:
         self.average: Tensor | None = None
 
     def __call__(self, cond: Tensor, uncond: Tensor) -> Tensor:
-        """Guided velocity, shaped like cond [B, C, T, H, W], fp32."""
+        """Guided velocity, shaped like cond [..., C, T, H, W], fp32."""
         cond, uncond = cond.float(), uncond.float()
         guidance = cond - uncond
         if self.average is not None:
             guidance = guidance + self.momentum * self.average
         self.average = guidance                        # what is remembered is not yet bounded
         if self.max_norm > 0:
-            norm = torch.linalg.vector_norm(guidance, dim=(1, 3, 4), keepdim=True)       # per clip and latent step
+            norm = torch.linalg.vector_norm(guidance, dim=(-4, -2, -1), keepdim=True)    # per clip and latent step
             guidance = guidance * (self.max_norm / norm).clamp(max=1.0)
-        unit = cond.double() / torch.linalg.vector_norm(cond.double(), dim=(1, 2, 3, 4), keepdim=True).clamp_min(1e-12)
-        along = (guidance.double() * unit).sum(dim=(1, 2, 3, 4), keepdim=True) * unit    # per clip
+        clip = (-4, -3, -2, -1)
+        unit = cond.double() / torch.linalg.vector_norm(cond.double(), dim=clip, keepdim=True).clamp_min(1e-12)
+        along = (guidance.double() * unit).sum(dim=clip, keepdim=True) * unit
         across = guidance.double() - along
         return cond + self.scale * (across.float() + self.parallel * along.float())
 
 
 class AverageToo(Steps):
-    """Steps whose state has the running averages of APG behind what the sampler carries; a guide for each stream."""
+    """Steps whose state has the running averages of APG behind what the sampler carries; a guide for each video."""
 
     def __init__(self, guides: Sequence[AdaptiveProjectedGuidance], steps: Steps):
         self.guides, self.steps = guides, steps
 
     def begin(self, start: State) -> tuple[int, State]:
-        nothing = tuple(torch.zeros_like(x, dtype=torch.float32) for x in start[0])
+        nothing = [{"video": torch.zeros_like(clip["video"], dtype=torch.float32)} for clip in start[0]]
         begun, (*state, averages) = self.steps.begin((*start, nothing))
         for guide, average in zip(self.guides, averages, strict=True):
-            guide.average = average
+            guide.average = average["video"]
         return begun, tuple(state)
 
     def done(self, step: int, state: State) -> None:
-        self.steps.done(step, (*state, tuple(guide.average for guide in self.guides)))
+        self.steps.done(step, (*state, [{"video": guide.average} for guide in self.guides]))

@@ -52,7 +52,8 @@ class Fake:
         values = [pretend_value(MAKES[self.stage], request) for request in requests]
         if self.stage == "encode" and self.embedding_bytes:
             import torch
-            return [replace(value, prompt=(torch.zeros(self.embedding_bytes, dtype=torch.uint8),)) for value in values]
+            rows = torch.zeros(self.embedding_bytes, dtype=torch.uint8)
+            return [replace(value, prompt={"video": rows}) for value in values]
         return values
 
     def misbehave(self, seed: int) -> None:

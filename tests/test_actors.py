@@ -47,10 +47,10 @@ def test_a_prompt_becomes_the_frames_of_the_release(encoder, pair_guidance):
     card = dataclasses.replace(E2E_CARD, pair_guidance=pair_guidance)
     denoiser = Denoiser(card, E2E, noise=lambda request, grid: golden.inputs["noise"][0])
     embedding, = encoder([e2e_request()])
-    assert error(embedding.prompt[0], golden.outputs["embedding"]) < golden.tolerance["embedding"]
-    assert error(embedding.negative[0], golden.outputs["embedding_negative"]) < golden.tolerance["embedding"]
+    assert error(embedding.prompt["video"], golden.outputs["embedding"]) < golden.tolerance["embedding"]
+    assert error(embedding.negative["video"], golden.outputs["embedding_negative"]) < golden.tolerance["embedding"]
     latent, = denoiser([embedding])
-    assert error(latent.streams[0], golden.outputs["x.3"][0]) < golden.tolerance["velocities, guided and x"]
+    assert error(latent.streams["video"], golden.outputs["x.3"][0]) < golden.tolerance["velocities, guided and x"]
     frames, = Decoder(card, E2E)([latent])
     assert frames.rgb.dtype == torch.uint8 and frames.rgb.shape == (9, 24, 40, 3)
     want = golden.outputs["frames"][0].permute(1, 2, 3, 0)
@@ -74,7 +74,7 @@ def test_a_prompt_that_does_not_fit_is_cut_and_the_clip_says_so(encoder, denoise
 def test_every_step_of_the_course_equals_the_release(encoder, denoiser):
     golden = Golden("linum_e2e_a")
     embedding, = encoder([e2e_request()])
-    prompt, negative = (denoiser.dit.embed_text([rows]) for rows in (embedding.prompt[0], embedding.negative[0]))
+    prompt, negative = (denoiser.dit.embed_text([text["video"]]) for text in (embedding.prompt, embedding.negative))
     guide, x = denoiser.guide(7.0), golden.inputs["noise"]
     sigmas = Golden("flow_schedule_a").outputs["sigmas.4"]
     for step in range(4):
@@ -99,10 +99,10 @@ def test_recorded_forwards_end_in_the_same_latent_and_are_set_aside_for_a_clip_t
     embeddings = encoder([e2e_request(clip_id=f"{seed:064x}", seed=seed) for seed in (1, 2)])
     recorded = Denoiser(E2E_CARD, E2E, graphs=True)
     for embedding, made in zip(embeddings, (0, 1), strict=True):                # from the second clip of a shape on
-        assert torch.equal(recorded([embedding])[0].streams[0], denoiser([embedding])[0].streams[0])
+        assert torch.equal(recorded([embedding])[0].streams["video"], denoiser([embedding])[0].streams["video"])
         assert recorder.made == made
     recorded.safe = True
-    assert torch.equal(recorded(embeddings[:1])[0].streams[0], denoiser(embeddings[:1])[0].streams[0])
+    assert torch.equal(recorded(embeddings[:1])[0].streams["video"], denoiser(embeddings[:1])[0].streams["video"])
     assert recorder.made == 1 and not recorded.graphs[0].recordings
 
 
@@ -149,7 +149,7 @@ def test_a_batch_changes_no_bit_of_its_clips(encoder, denoiser):
     assert all(torch.equal(*starts) for starts in started.values()) and len(started) == 4
     for one, of_batch in zip(alone, together, strict=True):
         assert one.request == of_batch.request
-        assert torch.equal(of_batch.streams[0], one.streams[0]) and of_batch.determinism == one.determinism
+        assert torch.equal(of_batch.streams["video"], one.streams["video"]) and of_batch.determinism == one.determinism
 
 
 def test_a_clip_does_not_depend_on_what_the_worker_made_before(encoder, denoiser, decoder):
@@ -166,7 +166,7 @@ def test_a_clip_does_not_depend_on_what_the_worker_made_before(encoder, denoiser
 
 def test_how_much_memory_there_is_does_not_show_in_the_frames(decoder, monkeypatch):
     request = e2e_request(shape=VideoShape(frames=21, height=144, width=40))
-    latent = Latent(request=request, streams=(noise(request, LatentGrid()),))
+    latent = Latent(request=request, streams={"video": noise(request, LatentGrid())})
     whole, = decoder([latent])
     for room in (0, 2 ** 21):
         monkeypatch.setattr("dailies.actors.decoder.room_on", lambda device, room=room: room)
@@ -176,7 +176,7 @@ def test_how_much_memory_there_is_does_not_show_in_the_frames(decoder, monkeypat
 
 def test_a_clip_that_failed_twice_is_decoded_in_smaller_pieces_to_the_same_frames(decoder, monkeypatch):
     request = e2e_request(shape=VideoShape(frames=5, height=144, width=40))
-    latent = Latent(request=request, streams=(noise(request, LatentGrid()),))
+    latent = Latent(request=request, streams={"video": noise(request, LatentGrid())})
     whole, = decoder([latent])
     asked = []
     monkeypatch.setattr("dailies.actors.decoder.room_on", lambda device: 2 ** 30)
@@ -188,7 +188,7 @@ def test_a_clip_that_failed_twice_is_decoded_in_smaller_pieces_to_the_same_frame
 
 def test_a_gpu_whose_memory_runs_out_decodes_fewer_rows_at_a_time_and_the_clip_says_so(decoder, monkeypatch):
     request = e2e_request(shape=VideoShape(frames=5, height=72, width=40))
-    latent = Latent(request=request, streams=(noise(request, LatentGrid()),))
+    latent = Latent(request=request, streams={"video": noise(request, LatentGrid())})
     whole, = decoder([latent])
     decode_pieces, most = decoder.vae.decode_pieces, 3
 
@@ -280,7 +280,7 @@ def test_frames_that_are_nan_are_an_error(decoder):
     latent = torch.zeros(16, 3, 3, 5)
     latent[0, 2, 0, 0] = torch.nan
     with pytest.raises(NonFiniteFrames, match="in frames 5 to 8"):
-        decoder([Latent(request=e2e_request(), streams=(latent,))])
+        decoder([Latent(request=e2e_request(), streams={"video": latent})])
 
 
 def test_pixels_are_truncated_as_the_release_does():
@@ -291,11 +291,11 @@ def test_pixels_are_truncated_as_the_release_does():
 def test_bf16_runs_the_same_path_and_stays_near(encoder):
     request = e2e_request(precision="bf16")
     embedding, = TextEncoder(E2E_CARD, E2E, precision="bf16")([request])
-    assert embedding.prompt[0].dtype == processor.dtype_of("bf16", "cpu")
+    assert embedding.prompt["video"].dtype == processor.dtype_of("bf16", "cpu")
     latent, = Denoiser(E2E_CARD, E2E, precision="bf16")([embedding])
-    assert latent.streams[0].dtype == torch.float32
+    assert latent.streams["video"].dtype == torch.float32
     want, = Denoiser(E2E_CARD, E2E)(encoder([e2e_request()]))
-    assert ((latent.streams[0] - want.streams[0]).norm() / want.streams[0].norm()).item() < 0.1
+    assert ((latent.streams["video"] - want.streams["video"]).norm() / want.streams["video"].norm()).item() < 0.1
     frames, = Decoder(E2E_CARD, E2E, precision="bf16")([latent])
     assert frames.rgb.shape == (9, 24, 40, 3)
 
@@ -315,6 +315,6 @@ def test_a_gpu_renders_the_same_clip(encoder, decoder, denoiser):
 
 def test_embeddings_may_come_in_any_dtype(denoiser, encoder):
     embedding, = encoder([e2e_request()])
-    half = Embedding(request=embedding.request, prompt=tuple(rows.bfloat16() for rows in embedding.prompt),
-                     negative=tuple(rows.bfloat16() for rows in embedding.negative))
-    assert denoiser([half])[0].streams[0].isfinite().all()
+    half = Embedding(request=embedding.request, prompt={"video": embedding.prompt["video"].bfloat16()},
+                     negative={"video": embedding.negative["video"].bfloat16()})
+    assert denoiser([half])[0].streams["video"].isfinite().all()

@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 from golden import error
+from one_stream import solved
 
 from dailies.model import checkpoint, keys
 from dailies.model.catalog import WAN21_T2V_1_3B
@@ -133,8 +134,8 @@ def test_the_solvers_step_as_diffusers(seed, solver):
     for sigma, timestep in zip(theirs.sigmas.tolist(), theirs.timesteps, strict=False):
         at[sigma] = timestep.item()
         x = theirs.step(model(x, timestep.item()), timestep, x, return_dict=False)[0]
-    got, = {"unipc": unipc, "dpm++": dpm_solver}[solver](lambda streams, sigma: (model(streams[0], at[sigma]),),
-                                                         (start,), theirs.sigmas.tolist())
+    solve = {"unipc": unipc, "dpm++": dpm_solver}[solver]
+    got = solved(solve, lambda video, sigma: model(video, at[sigma]), start, theirs.sigmas.tolist())
     assert error(got, x) < 2e-4
 
 
@@ -166,7 +167,7 @@ def test_a_first_timestep_that_comes_twice_skips_no_step():
     timesteps = [whole_timestep(s) for s in sigmas[:-1].tolist()]
     assert timesteps[0] == timesteps[1] == 999
     seen = []
-    unipc(lambda streams, sigma: (seen.append(sigma) or streams[0],), (torch.randn(3),), sigmas.tolist())
+    solved(unipc, lambda video, sigma: seen.append(sigma) or video, torch.randn(3), sigmas.tolist())
     assert seen == sigmas[:-1].tolist()
 
 

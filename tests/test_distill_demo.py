@@ -75,7 +75,7 @@ def test_two_steps_of_distillation_leave_a_student_that_renders(tmp_path, monkey
                       num_steps=4, guidance=0.0, precision="fp32", attention="dense")
     denoiser = StudentDenoiser(card, out)
     latent, = denoiser(TextEncoder(card, out)([request]))
-    assert latent.streams[0].shape == (16, 2, 8, 8) and latent.fallbacks == (card.negative_unused,)
+    assert latent.streams["video"].shape == (16, 2, 8, 8) and latent.fallbacks == (card.negative_unused,)
     with pytest.raises(ValueError, match="1 to 4 for a distilled model"):
         denoiser(TextEncoder(card, out)([replace(request, num_steps=5)]))
 

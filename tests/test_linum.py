@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from golden import Golden, error, names
+from one_stream import solved
 
 from dailies.kernels import processor
 from dailies.model import checkpoint, keys
@@ -165,11 +166,11 @@ def test_the_schedule_and_the_steps_equal_the_release():
     for steps in (4, 10):
         seen = []
 
-        def velocity(streams, sigma, steps=steps, seen=seen):
-            seen.append(streams[0])
-            return golden.inputs[f"velocity.{steps}.{len(seen) - 1}"],
+        def velocity(video, sigma, steps=steps, seen=seen):
+            seen.append(video)
+            return golden.inputs[f"velocity.{steps}.{len(seen) - 1}"]
 
-        end, = euler(velocity, (golden.inputs[f"x_init.{steps}"],), flow_match_sigmas(steps).tolist())
+        end = solved(euler, velocity, golden.inputs[f"x_init.{steps}"], flow_match_sigmas(steps).tolist())
         for step, x in enumerate([*seen[1:], end]):
             assert error(x, golden.outputs[f"x.{steps}.{step}"]) < golden.tolerance["x"]
 

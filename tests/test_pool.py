@@ -82,7 +82,7 @@ class Broken:
 
 
 def latent(seed: int) -> Latent:
-    return Latent(request=pretend_request(seed), streams=())
+    return Latent(request=pretend_request(seed), streams={})
 
 
 @pytest.fixture(scope="module")

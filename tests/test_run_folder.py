@@ -449,12 +449,14 @@ def test_a_seal_does_not_show_its_key():
 @pytest.mark.parametrize("how", ["whole numbers", "another width", "two streams", "NaN"])
 def test_a_sealed_embedding_that_does_not_fit_is_made_again(how, tmp_path, whole, monkeypatch):
     """As a run leaves it that is stopped between encoding and sampling."""
-    bent = {"whole numbers": lambda rows: (rows[0].to(torch.int32),), "another width": lambda rows: (rows[0][:, :5],),
-            "two streams": lambda rows: rows * 2, "NaN": lambda rows: (rows[0] * float("nan"),)}[how]
+    bent = {"whole numbers": lambda rows: {"video": rows.to(torch.int32)},
+            "another width": lambda rows: {"video": rows[:, :5]}, "NaN": lambda rows: {"video": rows * float("nan")},
+            "two streams": lambda rows: {"video": rows, "audio": rows}}[how]
     kept = shelf.packed
 
     def forged(value, key, seal):
-        return kept(replace(value, prompt=bent(value.prompt)) if isinstance(value, Embedding) else value, key, seal)
+        bend = isinstance(value, Embedding)
+        return kept(replace(value, prompt=bent(value.prompt["video"])) if bend else value, key, seal)
 
     folder = begin(tmp_path)
     with monkeypatch.context() as patch:

@@ -173,11 +173,11 @@ def test_a_lost_gpu_context_is_reported():
 
 def test_a_shared_value_is_readdressed():
     one, other = pretend_request(1), pretend_request(2)
-    embedding = Embedding(request=one, prompt=(), negative=())
+    embedding = Embedding(request=one, prompt={}, negative={})
     assert readdress(embedding, one) is embedding
     assert readdress(embedding, other) == replace(embedding, request=other)
     assert readdress(one, one) is one
-    assert readdress(Latent(request=one, streams=()), other).request is other
+    assert readdress(Latent(request=one, streams={}), other).request is other
 
 
 def test_threads_belong_to_the_stage_and_not_to_the_machine():

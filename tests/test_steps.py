@@ -17,10 +17,10 @@ from dailies.actors.messages import Embedding, Latent, Request
 from dailies.actors.turbo_denoiser import TurboWanDenoiser
 from dailies.actors.wan_denoiser import WanDenoiser
 from dailies.model import checkpoint
-from dailies.model.samplers import euler
+from dailies.model.samplers import euler, unipc
 from dailies.model.shapes import VideoShape
 from dailies.pipeline.run import saved_steps as steps
-from dailies.pipeline.run.intermediates import LATENTS, Fetch, Shelved, shelf_key
+from dailies.pipeline.run.intermediates import LATENTS, Fetch, Shelved, sealed, shelf_key, unsealed
 from dailies.pipeline.run.saved_steps import STEPS, Halted, KeepSampled
 from dailies.pipeline.store.store import StoreError, open_store
 
@@ -68,7 +68,8 @@ def embedding_for(denoiser, seed=1, **changes):
     prompt, negative = (torch.randn(length, 32, generator=draw) for length in (7, 3))
     shape = card.grid.of(SHAPE)
     image = (torch.randn(20, *shape[1:], generator=draw),) if card.takes_image else ()
-    return Embedding(request=Request(**said | changes), prompt=(prompt,), negative=(negative,), image=image)
+    return Embedding(request=Request(**said | changes), prompt={"video": prompt}, negative={"video": negative},
+                     image=image)
 
 
 def keep_of(denoiser, store, halt_at=None):
@@ -164,6 +165,60 @@ def test_a_clip_that_goes_on_elsewhere_says_which_processors_made_it(denoisers, 
     assert made(store) == ("a", "a then b")
 
 
+def by_number(data, key):
+    """An object of this clip as it was before streams had names: the place alone, of the video."""
+    tensors, metadata = unsealed(data, key)
+    return sealed({name.replace("stream.video", "stream.0").removesuffix(".video"): stream
+                   for name, stream in tensors.items()}, metadata)
+
+
+def test_what_was_saved_before_streams_had_names_is_the_video(denoisers, tmp_path):
+    denoiser, (store, straight) = denoisers("unipc"), (open_store(str(tmp_path / name)) for name in ("out", "straight"))
+    embedding = embedding_for(denoiser)
+    keep_of(denoiser, straight)([embedding])
+    with pytest.raises(Halted):
+        keep_of(denoiser, store, halt_at=2)([embedding])
+    key = shelf_key(STEPS, embedding.request)
+    store.put(key, by_number(store.get(key), key))
+    assert set(unsealed(store.get(key), key)[0]) == {"0", "1", "2", "3"}
+    keep = keep_of(denoiser, store)
+    keep([embedding])
+    assert keep.partly and latents(store, [embedding]) == latents(straight, [embedding])
+    key = shelf_key(LATENTS, embedding.request)
+    store.put(key, by_number(store.get(key), key))
+    found, want = (Fetch(place).fetch(Shelved(request=embedding.request, key=key)) for place in (store, straight))
+    assert list(found.streams) == ["video"] and torch.equal(found.streams["video"], want.streams["video"])
+
+
+class TwoStreams:
+    """A sampler of video and audio, each with a velocity of its own."""
+
+    def course(self, request):
+        return "two"
+
+    def __call__(self, batch, steps):
+        def velocity(clips, sigma):
+            return [{"video": clip["video"].sin(), "audio": clip["audio"].cos() * sigma} for clip in clips]
+
+        start = [{"video": torch.full((2, 3), 1.0 + embedding.request.seed), "audio": torch.ones(5)}
+                 for embedding in batch]
+        clips = unipc(velocity, start, [1 - number / NUM_STEPS for number in range(NUM_STEPS + 1)], steps)
+        return [Latent(request=embedding.request, streams=clip) for embedding, clip in zip(batch, clips, strict=True)]
+
+
+def test_clips_of_two_streams_are_continued_with_both(denoisers, tmp_path):
+    embeddings = [embedding_for(denoisers("apg"), seed) for seed in (1, 2)]
+    straight = open_store(str(tmp_path / "straight"))
+    keep_of(TwoStreams(), straight)(embeddings)
+    for step in range(1, NUM_STEPS):
+        store = open_store(str(tmp_path / str(step)))
+        with pytest.raises(Halted):
+            keep_of(TwoStreams(), store, halt_at=step)(embeddings)
+        for embedding in embeddings:                    # in a batch of its own
+            keep_of(TwoStreams(), store)([embedding])
+        assert latents(store, embeddings) == latents(straight, embeddings)
+
+
 def other_course(data, store, denoiser):
     other = open_store(store.uri + "-other")
     embedding = embedding_for(denoiser, num_steps=NUM_STEPS + 1)
@@ -231,14 +286,13 @@ class Slow:
         return "slow"
 
     def __call__(self, batch, steps):
-        def velocity(streams, sigma):
+        def velocity(clips, sigma):
             self.now += self.step_s
-            return tuple(torch.ones_like(x) for x in streams)
+            return [{"video": torch.ones_like(clip["video"])} for clip in clips]
 
         sigmas = [1 - number / self.num_steps for number in range(self.num_steps + 1)]
-        streams = euler(velocity, (torch.zeros(len(batch), 2, 3),), sigmas, steps)
-        return [Latent(request=embedding.request, streams=(clip,))
-                for embedding, clip in zip(batch, *streams, strict=True)]
+        clips = euler(velocity, [{"video": torch.zeros(2, 3)} for _ in batch], sigmas, steps)
+        return [Latent(request=embedding.request, streams=clip) for embedding, clip in zip(batch, clips, strict=True)]
 
     def sample(self, denoiser, seed=1):
         return self.keep([embedding_for(denoiser, seed, num_steps=self.num_steps)])

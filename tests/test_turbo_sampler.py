@@ -3,6 +3,7 @@
 import pytest
 import torch
 from golden import Golden, e2e_request, error
+from one_stream import clip, solved
 
 from dailies.actors.denoiser import noise
 from dailies.model.samplers import rcm
@@ -22,10 +23,10 @@ def test_each_step_of_a_few_equals_the_release(case, mode, dtype, steps):
     assert error(sigmas, outputs[f"t_steps.{steps}steps"]) < golden.tolerance["t_steps"]
     calls, experts, states = 0, [], []
 
-    def velocity(streams, sigma):
+    def velocity(video, sigma):
         nonlocal calls
-        states.append(streams[0])
-        x = streams[0].to(getattr(torch, dtype)).float()
+        states.append(video)
+        x = video.to(getattr(torch, dtype)).float()
         # recorded at the dtype of the run; the released models run in bf16, whatever the rest does
         timestep = rcm_timestep(sigma) if dtype == "bfloat16" else torch.tensor(sigma).float().mul(1000).item()
         assert error(x, outputs[f"net_x.{run}.{calls}"]) < 1e-5
@@ -37,10 +38,10 @@ def test_each_step_of_a_few_equals_the_release(case, mode, dtype, steps):
         drift = inputs[f"b{name}"].view(1, -1, 1, 1, 1)
         v = torch.einsum("dc,bcfhw->bdfhw", inputs[f"A{name}"], x) + timestep / 1000 * drift
         calls += 1
-        return v.to(getattr(torch, dtype)).double(),
+        return v.to(getattr(torch, dtype)).double()
 
-    renoise = (lambda step: (inputs[f"noise.{step - 1}"],)) if mode == "sde" else None
-    got, = rcm(velocity, (inputs["init_noise"],), sigmas.tolist(), renoise)
+    renoise = (lambda step: clip(inputs[f"noise.{step - 1}"])) if mode == "sde" else None
+    got = solved(rcm, velocity, inputs["init_noise"], sigmas.tolist(), renoise)
     assert got.dtype == torch.float32 and error(got, outputs[f"samples.{run}"]) < 1e-5
     for step, state in enumerate(states[1:]):
         assert error(state, outputs[f"x.{run}.{step}"]) < 1e-5
@@ -48,13 +49,14 @@ def test_each_step_of_a_few_equals_the_release(case, mode, dtype, steps):
         assert experts == outputs[f"used_high.{steps}steps"].bool().tolist()
 
 
-@pytest.mark.parametrize("renoise", [None, lambda step: (torch.randn(2, 3, dtype=torch.float64),)], ids=["ode", "sde"])
+@pytest.mark.parametrize("renoise", [None, lambda step: clip(torch.randn(2, 3, dtype=torch.float64))],
+                         ids=["ode", "sde"])
 @pytest.mark.parametrize("steps", [1, 2, 3, 4])
 def test_an_oracle_is_found_whatever_the_number_of_steps(steps, renoise):
     torch.manual_seed(0)
     clean = torch.randn(2, 3, dtype=torch.float64)
-    got, = rcm(lambda streams, sigma: ((streams[0] - clean) / sigma,), (torch.randn(2, 3),),
-               rcm_sigmas(steps, 80.0).tolist(), renoise)
+    got = solved(rcm, lambda video, sigma: (video - clean) / sigma, torch.randn(2, 3),
+                 rcm_sigmas(steps, 80.0).tolist(), renoise)
     assert error(got, clean) < 1e-6
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from golden import Golden, error, names
+from one_stream import solved
 
 from dailies.kernels import processor
 from dailies.model import checkpoint, keys
@@ -158,12 +159,12 @@ def test_sigmas_and_whole_timesteps_equal_the_release(solver):
 def test_every_step_of_a_run_equals_the_release(solver, shift, steps):
     golden, seen = Golden("wan_schedule_a"), []
 
-    def velocity(streams, sigma):
-        seen.append(streams[0])
-        mixed = torch.einsum("dc,bcfhw->bdfhw", golden.inputs["A"], streams[0])
-        return mixed + whole_timestep(sigma) / 1000 * golden.inputs["b"].view(1, -1, 1, 1, 1),
+    def velocity(video, sigma):
+        seen.append(video)
+        mixed = torch.einsum("dc,bcfhw->bdfhw", golden.inputs["A"], video)
+        return mixed + whole_timestep(sigma) / 1000 * golden.inputs["b"].view(1, -1, 1, 1, 1)
 
-    end, = SOLVERS[solver](velocity, (golden.inputs["x_init"],), wan_sigmas(steps, shift, solver).tolist())
+    end = solved(SOLVERS[solver], velocity, golden.inputs["x_init"], wan_sigmas(steps, shift, solver).tolist())
     assert len(seen) == steps
     for step, x in enumerate([*seen[1:], end]):
         assert error(x, golden.outputs[f"x.{solver}.shift{shift:g}.steps{steps}.{step}"]) < golden.tolerance["x"]
@@ -174,22 +175,22 @@ def test_every_step_of_a_run_equals_the_release(solver, shift, steps):
 def test_a_constant_velocity_is_followed_exactly_in_any_number_of_steps(solver, steps):
     """The path is a straight line, and both solvers know it; the last step returns the clean prediction itself."""
     start, noise = torch.randn(2, 3, 4, 5, 6, dtype=torch.float64)
-    end, = SOLVERS[solver](lambda streams, sigma: (noise,), (start,), wan_sigmas(steps, 5.0, solver).tolist())
+    end = solved(SOLVERS[solver], lambda video, sigma: noise, start, wan_sigmas(steps, 5.0, solver).tolist())
     assert error(end, start - wan_sigmas(steps, 5.0, solver)[0] * noise) < 1e-12
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_the_solvers_are_of_second_order(solver):
     """Halving the steps' length quarters the error, where Euler's is halved."""
-    def velocity(streams, sigma):
-        return 3 * streams[0].cos() * sigma,
+    def velocity(video, sigma):
+        return 3 * video.cos() * sigma
 
     start = torch.linspace(-1, 1, 9, dtype=torch.float64)
 
     def run(solve, steps):
         # away from sigma 0, where the last step is of first order whatever the count
         sigmas = torch.linspace(0.9, 0.4, steps + 1, dtype=torch.float64).tolist()
-        return solve(velocity, (start,), sigmas)[0]
+        return solved(solve, velocity, start, sigmas)
 
     truth = run(euler, 50_000)
     errors = [(run(SOLVERS[solver], steps) - truth).abs().max().item() for steps in (40, 80, 160)]
@@ -199,9 +200,10 @@ def test_the_solvers_are_of_second_order(solver):
 def test_two_streams_are_solved_as_one():
     a, b = torch.randn(2, 5)
     sigmas = wan_sigmas(6, 5.0).tolist()
-    both = unipc(lambda streams, sigma: tuple(x.sin() for x in streams), (a, b), sigmas)
-    alone = [unipc(lambda streams, sigma: (streams[0].sin(),), (x,), sigmas)[0] for x in (a, b)]
-    assert all(torch.equal(x, y) for x, y in zip(both, alone, strict=True))
+    both, = unipc(lambda clips, sigma: [{name: x.sin() for name, x in clip.items()} for clip in clips],
+                  [{"video": a, "audio": b}], sigmas)
+    alone = [solved(unipc, lambda video, sigma: video.sin(), x, sigmas) for x in (a, b)]
+    assert torch.equal(both["video"], alone[0]) and torch.equal(both["audio"], alone[1])
 
 
 def test_a_schedule_needs_a_step_and_a_known_solver():

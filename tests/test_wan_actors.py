@@ -53,8 +53,8 @@ def a14b(tmp_path_factory):
                                    condition_channels=20))
     request = request_for(card, num_steps=golden.config["sampling_steps"],
                           shape=VideoShape(frames=5, height=32, width=48))
-    embedding = Embedding(request=request, prompt=(golden.inputs["context"],),
-                          negative=(golden.inputs["context_null"],), image=(golden.inputs["y"],))
+    embedding = Embedding(request=request, prompt={"video": golden.inputs["context"]},
+                          negative={"video": golden.inputs["context_null"]}, image=(golden.inputs["y"],))
     return golden, folder, card, embedding
 
 
@@ -70,7 +70,7 @@ def test_two_experts_sample_as_the_release(a14b):
         expert.register_forward_pre_hook(lambda _, inputs, place=place: used.append((place, inputs[1].item())))
     latent, = denoiser([embedding])
     allowed = golden.tolerance["value"]
-    for step, x in enumerate([*seen[2::2], latent.streams[0]]):             # a prompt and a negative prompt per step
+    for step, x in enumerate([*seen[2::2], latent.streams["video"]]):      # a prompt and a negative prompt per step
         assert error(x, golden.outputs[f"latent.{step}"]) < allowed
     assert [timestep for _, timestep in used[::2]] == golden.outputs["timesteps"].tolist()
     assert [1 - place for place, _ in used[::2]] == golden.outputs["used_high_noise"].tolist()
@@ -98,7 +98,7 @@ def test_experts_that_do_not_fit_together_take_turns_once_per_batch_and_give_the
         monkeypatch.setattr(expert, "to", lambda device, place=place: moves.append((place, str(device))))
     got = denoiser([embedding] * 3)
     assert moves == [(0, "cpu"), (1, "cpu")]            # from the first to the second, for all three clips
-    assert all(torch.equal(latent.streams[0], want.streams[0]) for latent in got)
+    assert all(torch.equal(latent.streams["video"], want.streams["video"]) for latent in got)
     denoiser([embedding] * 2)
     assert [place for place, _ in moves] == [0, 1, 1, 0, 0, 1]
 
@@ -118,7 +118,7 @@ def test_experts_that_take_turns_are_copied_from_host_memory_and_never_back(a14b
                 getattr(HostCopy, way)(copy, *device)
             monkeypatch.setattr(copy, way, move)
     for latent in denoiser([embedding] * 3):
-        assert torch.equal(latent.streams[0], want.streams[0])
+        assert torch.equal(latent.streams["video"], want.streams["video"])
     assert moves == [(1, "leave"), (0, "bring"), (0, "leave"), (1, "bring")]
     for copy, before in zip(denoiser.kept, kept, strict=True):
         for (weight, host), values in zip(copy.pairs, before, strict=True):
@@ -133,7 +133,7 @@ def test_without_room_on_the_host_experts_are_moved(a14b, monkeypatch):
     monkeypatch.setattr("dailies.actors.wan_denoiser.free_memory", lambda: 1000)
     denoiser = denoiser_of(golden, folder, card)
     assert denoiser.weights_move and not denoiser.kept
-    assert torch.equal(denoiser([embedding])[0].streams[0], want.streams[0])
+    assert torch.equal(denoiser([embedding])[0].streams["video"], want.streams["video"])
 
 
 def test_a_host_copy_holds_weights_of_any_kind_side_by_side():
@@ -194,7 +194,7 @@ def test_both_layouts_give_the_same_clip(weights, tmp_path):
 def test_solver_and_shift_are_the_cards(solver, weights):
     card = replace(WAN_TINY, solver=solver)
     embeddings = TextEncoder(card, weights["wan-tiny"])([request_for(card)])
-    latents = [WanDenoiser(replace(card, shift=shift), weights["wan-tiny"])(embeddings)[0].streams[0]
+    latents = [WanDenoiser(replace(card, shift=shift), weights["wan-tiny"])(embeddings)[0].streams["video"]
                for shift in (5.0, 3.0)]
     assert all(latent.isfinite().all() for latent in latents) and not torch.equal(*latents)
 
@@ -203,7 +203,7 @@ def test_latents_are_decoded_with_wans_statistics(weights):
     decoder = Decoder(WAN_TINY, weights["wan-tiny"])
     request = request_for(WAN_TINY)
     latent = noise(request, WAN_TINY.grid)
-    frames, = decoder([Latent(request=request, streams=(latent,))])
+    frames, = decoder([Latent(request=request, streams={"video": latent})])
     mean, std = (torch.tensor(said).view(16, 1, 1, 1) for said in (WAN_TINY.latent_mean, WAN_TINY.latent_std))
     pixels = (decoder.vae.decode((latent * std + mean)[None]).clamp(-1, 1) + 1) * 127.5
     want = pixels[0].permute(1, 2, 3, 0)
@@ -215,10 +215,10 @@ def test_bf16_runs_the_same_path_and_stays_near(weights):
     folder = weights["wan-tiny"]
     request = request_for(WAN_TINY, precision="bf16")
     embeddings = TextEncoder(WAN_TINY, folder, precision="bf16")([request])
-    assert embeddings[0].prompt[0].dtype == processor.dtype_of("bf16", "cpu")
+    assert embeddings[0].prompt["video"].dtype == processor.dtype_of("bf16", "cpu")
     latent, = WanDenoiser(WAN_TINY, folder, precision="bf16")(embeddings)
     want, = WanDenoiser(WAN_TINY, folder)(TextEncoder(WAN_TINY, folder)([request_for(WAN_TINY)]))
-    assert ((latent.streams[0] - want.streams[0]).norm() / want.streams[0].norm()).item() < 0.1
+    assert ((latent.streams["video"] - want.streams["video"]).norm() / want.streams["video"].norm()).item() < 0.1
     assert Decoder(WAN_TINY, folder, precision="bf16").vae.decoder.conv_in.weight.dtype == torch.float32
 
 

@@ -48,9 +48,9 @@ class Pretend:
 
 def pretend_value(kind: str, request: Request) -> Embedding | Latent | Clip:
     if kind == "embedding":
-        return Embedding(request=request, prompt=(), negative=())
+        return Embedding(request=request, prompt={}, negative={})
     if kind == "latent":
-        return Latent(request=request, streams=())
+        return Latent(request=request, streams={})
     return Clip(request=request, uri=f"none://{request.clip_id}", sha256=request.clip_id, num_bytes=0,
                 duration_s=request.shape.frames / request.fps)
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from dailies.actors.device_lock import NO_LOCK, DeviceLock
 from dailies.actors.messages import Clip, Embedding, Failure, Latent, Request
 from dailies.model.checkpoint import pack, unpack
+from dailies.model.samplers import Streams
 
 EMBEDDINGS, LATENTS = "embeddings", "latents"           # folders of the run
 CONNECTIONS = 16                                        # at a time, where many objects are removed
@@ -239,10 +240,11 @@ def request_of(value: Request | Shelved | Embedding) -> Request:
 def packed(value: Embedding | Latent, key: str, seal: Seal) -> bytes:
     """A safetensors file that names the key of the store it belongs to, and is sealed."""
     if isinstance(value, Embedding):
-        tensors = numbered("prompt", value.prompt) | numbered("negative", value.negative)
-        tensors |= numbered("image", value.image)
+        parts = {"prompt": value.prompt, "negative": value.negative, "image": dict(enumerate(value.image))}
     else:
-        tensors = numbered("stream", value.streams)
+        parts = {"stream": value.streams}
+    tensors = {f"{part}.{name}": tensor.detach().cpu()
+               for part, named in parts.items() for name, tensor in named.items()}
     return sealed(tensors, {"key": key, "kind": type(value).__name__, "fallbacks": json.dumps(value.fallbacks),
                             "determinism": json.dumps(value.determinism)}, seal)
 
@@ -252,12 +254,13 @@ def opened(store: Shelf, shelved: Shelved, seal: Seal, fits: Fits) -> Embedding 
     tensors, metadata = unsealed(read(store, shelved.key), shelved.key, seal)
     kind = "Embedding" if shelved.key.startswith(f"{EMBEDDINGS}/") else "Latent"
     names = ("prompt", "negative", "image") if kind == "Embedding" else ("stream",)
-    parts = {name: counted(name, tensors) for name in names}
+    parts = {name: streams_in(name, tensors) for name in names}
     if metadata.get("kind") != kind or sum(map(len, parts.values())) != len(tensors):
         raise Damaged(f"{shelved.key} holds no {kind}")
     told = {name: texts_in(metadata.get(name, ""), shelved.key) for name in ("fallbacks", "determinism")}
     if kind == "Embedding":
-        value: Embedding | Latent = Embedding(request=shelved.request, **parts, **told)
+        image = tuple(tensors[f"image.{place}"] for place in range(len(parts.pop("image"))))
+        value: Embedding | Latent = Embedding(request=shelved.request, **parts, image=image, **told)
     else:
         value = Latent(request=shelved.request, streams=parts["stream"], **told)
     if wrong := fits(value):
@@ -307,9 +310,7 @@ def unsealed(data: bytes, key: str, seal: Seal = Seal()) -> tuple[dict[str, Tens
     return tensors, metadata
 
 
-def numbered(name: str, tensors: tuple[Tensor, ...]) -> dict[str, Tensor]:
-    return {f"{name}.{place}": tensor.detach().cpu() for place, tensor in enumerate(tensors)}
-
-
-def counted(name: str, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
-    return tuple(tensors[f"{name}.{place}"] for place in range(sum(key.startswith(f"{name}.") for key in tensors)))
+def streams_in(part: str, tensors: dict[str, Tensor]) -> Streams:
+    """By name. Where streams had numbers (until version 0.1), 0 was the video."""
+    found = {key.removeprefix(f"{part}."): tensor for key, tensor in tensors.items() if key.startswith(f"{part}.")}
+    return {"video": found["0"]} if list(found) == ["0"] else found

@@ -44,7 +44,7 @@ class Saved:
     """Where a clip stands."""
 
     step: int                                           # steps done
-    state: tuple[Tensor, ...]                           # what the sampler carries, of this clip; on the CPU
+    state: tuple[Streams, ...]                          # what the sampler carries, of this clip; on the CPU
     determinism: str                                    # the class of who made the steps until here
 
 
@@ -123,20 +123,20 @@ class KeepSampled(Keep):
 
     def opened(self, request: Request, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Saved:
         """Raises Damaged for what belongs to another course, and for what no sampler of this one carries."""
-        step, states = metadata.get("step", ""), [tensors.get(str(place)) for place in range(len(tensors))]
+        step, state = metadata.get("step", ""), state_in(tensors)
         if metadata.get("course") != self.step.course(request):
             raise Damaged("the steps that were saved are of another course")
         if not (step.isascii() and step.isdecimal() and len(step) < 10 and 0 < int(step) < request.num_steps):
             raise Damaged(f"the steps that were saved end at {step[:20]!r}, of {request.num_steps}")
-        if not states or any(state is None or not state.is_floating_point() or not state.isfinite().all()
-                             for state in states):
+        if not state or not all(stream.is_floating_point() and stream.isfinite().all() for stream in tensors.values()):
             raise Damaged("the steps that were saved are no numbers")
-        return Saved(step=int(step), state=tuple(states), determinism=metadata.get("determinism", "not known"))
+        return Saved(step=int(step), state=state, determinism=metadata.get("determinism", "not known"))
 
-    def save(self, request: Request, step: int, state: Sequence[Tensor], before: Saved | None) -> None:
+    def save(self, request: Request, step: int, state: Sequence[Streams], before: Saved | None) -> None:
         """before: where the clip stood when it was begun here."""
         key = shelf_key(STEPS, request)
-        tensors = {str(place): tensor.cpu() for place, tensor in enumerate(state)}
+        tensors = {f"{place}.{name}": stream.cpu() for place, streams in enumerate(state)
+                   for name, stream in streams.items()}
         determinism = after(before, getattr(self.step, "determinism", "not known"))
         self.store.put(key, sealed(tensors, {"key": key, "course": self.step.course(request), "step": str(step),
                                             "determinism": determinism}, self.seal))
@@ -157,12 +157,14 @@ class SavedSteps(Steps):
         self.since = time.monotonic()                   # until now it has waited for the clip before
         if not self.begun:
             return 0, start
-        like = start[0][0]
-        for found in self.saved:
-            if any(clip.shape != like.shape[1:] or clip.dtype != like.dtype for clip in found.state):
-                raise Damaged(f"the steps that were saved must be {like.dtype} {list(like.shape[1:])}")
-        slots = zip(*(found.state for found in self.saved), strict=True)
-        return self.begun, tuple(streams_of(clips, like=start[0]) for clips in slots)
+        device = next(iter(start[0][0].values())).device
+        for clip, found in zip(start[0], self.saved, strict=True):
+            for streams in found.state:                 # APG remembers averages of the video alone
+                if not streams.items() or not all(name in clip and same(stream, clip[name])
+                                                  for name, stream in streams.items()):
+                    raise Damaged("the steps that were saved are of other streams, or of another shape")
+        return self.begun, tuple([{name: stream.to(device) for name, stream in streams.items()} for streams in slot]
+                                 for slot in zip(*(found.state for found in self.saved), strict=True))
 
     def done(self, step: int, state: State) -> None:
         num_steps = self.requests[0].num_steps
@@ -189,9 +191,8 @@ class SavedSteps(Steps):
         began = time.monotonic()
         try:
             self.on_shelf = self.requests
-            slots = [clips_of(streams) for streams in state]
             for place, request in enumerate(self.requests):
-                self.keeper.save(request, step, [clips[place] for clips in slots], self.saved[place])
+                self.keeper.save(request, step, [clips[place] for clips in state], self.saved[place])
         finally:
             self.since = time.monotonic()
             self.keeper.save_s = self.since - began
@@ -212,16 +213,23 @@ def continued(latent: Latent, before: Saved | None) -> Latent:
 
 
 def wait_for_device(state: State) -> None:
-    if state[0][0].is_cuda:
-        torch.cuda.synchronize(state[0][0].device)
+    stream = next(iter(state[0][0].values()))
+    if stream.is_cuda:
+        torch.cuda.synchronize(stream.device)
 
 
-def clips_of(streams: Streams) -> list[Tensor]:
-    """Streams as samplers have them, one for all clips or one for each, [B, ...] or B times [1, ...], clip by clip."""
-    return [clip for stream in streams for clip in stream]
+def same(stream: Tensor, like: Tensor) -> bool:
+    return stream.shape == like.shape and stream.dtype == like.dtype
 
 
-def streams_of(clips: Sequence[Tensor], like: Streams) -> Streams:
-    """Clip by clip, as the streams they were."""
-    clips = iter(clips)
-    return tuple(torch.stack([next(clips) for _ in stream]).to(stream.device) for stream in like)
+def state_in(tensors: dict[str, Tensor]) -> tuple[Streams, ...]:
+    """What the sampler carried, by "place.name"; of version 0.1 by the place alone, of the video.  Raises Damaged."""
+    slots: dict[int, Streams] = defaultdict(dict)
+    for key, stream in tensors.items():
+        place, _, name = key.partition(".")
+        if not (place.isascii() and place.isdecimal() and len(place) < 3):
+            raise Damaged(f"the steps that were saved have a part {key[:20]!r}")
+        slots[int(place)][name or "video"] = stream
+    if sorted(slots) != list(range(len(slots))):
+        raise Damaged("the steps that were saved are not whole")
+    return tuple(slots[place] for place in range(len(slots)))

@@ -71,8 +71,8 @@ class FakeEncoder(TextEncoder):
     def embed(self, request: Request) -> Embedding:
         self.script.note("encoding")
         time.sleep(self.script.encode_s)
-        made = Embedding(request=request, prompt=(fingerprint(request.prompt),),
-                         negative=(fingerprint(request.negative_prompt),))
+        made = Embedding(request=request, prompt={"video": fingerprint(request.prompt)},
+                         negative={"video": fingerprint(request.negative_prompt)})
         self.script.note("encoded")
         return made
 
@@ -90,7 +90,7 @@ class FakeDenoiser(Denoiser):
     def sample(self, batch: list[Embedding], start: Tensor, *args: object, **options: object) -> Tensor:
         for embedding in batch:
             request = embedding.request
-            if not torch.equal(embedding.prompt[0], fingerprint(request.prompt)):
+            if not torch.equal(embedding.prompt["video"], fingerprint(request.prompt)):
                 raise AssertionError(f"clip {request.clip_id} got the embedding of another prompt")
             self.script.note("sampling", clip=request.clip_id)
             if meets(self.script.lost, "memory"):
@@ -116,10 +116,10 @@ class FakeDecoder(Decoder):
         request = latent.request
         self.script.note("decoding", clip=request.clip_id)
         poison = poison_of(request, "decode")
-        if not torch.equal(latent.streams[0], noise(request, self.card.grid)):
+        if not torch.equal(latent.streams["video"], noise(request, self.card.grid)):
             raise AssertionError(f"clip {request.clip_id} got the latent of another clip")
         time.sleep(self.script.decode_s)
-        rgb = pictures(latent.streams[0], request) * (poison != "black")
+        rgb = pictures(latent.streams["video"], request) * (poison != "black")
         self.script.note("decoded", clip=request.clip_id)
         return Frames(request=request, rgb=rgb, fallbacks=latent.fallbacks)
 
