@@ -16,6 +16,7 @@ from dailies import HOME
 from dailies.jobs.process import leave, speak_safely
 from dailies.jobs.signals import on_signals
 from dailies.jobs.usage import absent_package
+from dailies.model.errors import DailiesError
 
 try:
     import typer
@@ -409,10 +410,9 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and (lacking := absent_package(error)):
             return fail(5, lacking, arguments)
-        from dailies.jobs.settings import exit_code_of
-        if (code := exit_code_of(error)) is None:
+        if not isinstance(error, DailiesError):
             raise                                       # our own mistake: the traceback is what helps
-        return fail(code, str(error), arguments, getattr(error, "complaints", None))
+        return fail(error.exit_code, str(error), arguments, getattr(error, "complaints", None))
 
 
 def is_text(argument: str) -> bool:

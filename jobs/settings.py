@@ -245,17 +245,3 @@ def problem(detail: Mapping[str, Any], flags: set[str], config: Path | None) -> 
     where = f"--{name.replace('_', '-')}" if name in flags else f"{config}: {name}"
     allowed = detail["msg"].removeprefix("Value error, ").removeprefix("Input should be ").removeprefix("a valid ")
     return f"{where} must be {allowed}; got {shown(without_secrets({name: detail['input']})[name])}"
-
-
-def exit_code_of(error: Exception) -> int | None:
-    """2 for what the person has to put right, 5 for an unusable store or cluster, None for our own mistakes."""
-    from dailies.model.weights import CheckpointError
-    from dailies.pipeline.manifest.validation import ManifestError
-    from dailies.pipeline.run.lease import LeaseError
-    from dailies.pipeline.run.run_json import OtherRun
-    from dailies.pipeline.scheduler.executor import ClusterError
-    from dailies.pipeline.store.store import NotFound, StoreError
-    if isinstance(error, (UsageError, ManifestError, CheckpointError, OtherRun)):
-        return 2
-    # LeaseError is 5: nothing is wrong with the command, and it continues the run once the folder is free
-    return 5 if isinstance(error, (StoreError, NotFound, ClusterError, LeaseError)) else None

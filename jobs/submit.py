@@ -36,6 +36,7 @@ from dailies import HOME
 from dailies.jobs.progress import printable
 from dailies.jobs.settings import RenderJob, parsed_map
 from dailies.jobs.usage import UsageError
+from dailies.model.errors import DailiesError
 from dailies.model.private import at_home
 from dailies.pipeline.manifest.files import IMAGES, STDIN, ManifestFile, find_files, from_stdin, typed_rows
 from dailies.pipeline.manifest.raw_bytes import unfolded
@@ -58,8 +59,10 @@ PATIENCE_S = 120.0              # how long --wait tries to get back to a head th
 EXIT_UNUSABLE, EXIT_INTERRUPTED = 5, 130
 
 
-class HeadError(RuntimeError):
+class HeadError(DailiesError, RuntimeError):
     """The cluster's head does not answer, or does not let us in; the message says what to do."""
+
+    exit_code = 5
 
 
 class JobClient(Protocol):

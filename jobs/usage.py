@@ -6,6 +6,8 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+from dailies.model.errors import DailiesError
+
 if TYPE_CHECKING:
     from dailies.model.card import ModelCard
 
@@ -17,7 +19,7 @@ NO_GPU = ("--device cuda: there is no GPU here that can be used (none in this ma
           "Leave --device out to render on the CPU, or say with --ray where the GPUs are")
 
 
-class UsageError(Exception):
+class UsageError(DailiesError):
     """The command cannot work as it was given; nothing was started or written."""
 
 

@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from dailies.model.card import Layout, ModelCard
+from dailies.model.errors import DailiesError
 from dailies.model.private import at_home, cache_folder, open_regular, private_folder
 
 HUB_PATIENCE_S = 5.0                                    # for a size
@@ -27,7 +28,7 @@ MAX_JSON_TABLES = 1_500_000                             # the pieces of a vocabu
 TEXT_ENCODER_SHARDS = "model.safetensors" + INDEX
 
 
-class CheckpointError(ValueError):
+class CheckpointError(DailiesError, ValueError):
     """Weights that cannot be used; the message names the file or tensor and the next step."""
 
 

@@ -14,6 +14,8 @@ from itertools import groupby, islice, repeat
 from operator import attrgetter
 from typing import Any
 
+from dailies.model.errors import DailiesError
+
 SHOWN_IN_FULL = 20
 SHOWN_CHARACTERS = 60
 
@@ -124,7 +126,7 @@ class Complaints:
                 "rest": [{"count": count, "rule": rule} for count, rule in self.rest()]}
 
 
-class ManifestError(Exception):
+class ManifestError(DailiesError):
     """The manifest cannot be rendered as it is; nothing was started.  `complaints` says all that is wrong with it."""
 
     def __init__(self, manifest: str, complaints: Complaints):

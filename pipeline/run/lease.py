@@ -21,6 +21,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Self
 
+from dailies.model.errors import DailiesError
 from dailies.pipeline.manifest.validation import shown
 from dailies.pipeline.store.objects import TEMPORARY
 from dailies.pipeline.store.store import NotFound, Store, StoreError, TooLarge
@@ -29,8 +30,10 @@ LEASE = "lease.json"
 MOST_BYTES = 2**16                      # of it
 
 
-class LeaseError(RuntimeError):
+class LeaseError(DailiesError, RuntimeError):
     """Another driver has the run folder; the message says who."""
+
+    exit_code = 5                       # nothing is wrong with the command, which continues the run once the folder is free
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from dailies.model.errors import DailiesError
 from dailies.pipeline.manifest.validation import shown
 from dailies.pipeline.run.masking import without_secrets
 from dailies.pipeline.store.store import NotFound, Store, StoreError, TooLarge
@@ -25,7 +26,7 @@ Count = Annotated[int, Field(strict=True, ge=0, le=10**9)]
 Number = Annotated[float, Field(strict=True, ge=0, le=1e6, allow_inf_nan=False)]
 
 
-class OtherRun(ValueError):
+class OtherRun(DailiesError, ValueError):
     """The folder is another run's; the message names what differs."""
 
 

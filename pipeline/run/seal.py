@@ -11,6 +11,7 @@ import os
 import re
 import secrets
 
+from dailies.model.errors import DailiesError
 from dailies.pipeline.run.intermediates import LATENTS, Seal
 from dailies.pipeline.store.store import NotFound, Store, StoreError, TooLarge
 
@@ -18,7 +19,7 @@ KEY, VARIABLE = "seal.key", "DAILIES_SEAL_KEY"
 LEAST_CHARACTERS = 16
 
 
-class BadSealKey(ValueError):
+class BadSealKey(DailiesError, ValueError):
     """$DAILIES_SEAL_KEY could be guessed."""
 
 

@@ -9,14 +9,17 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from dailies.actors.messages import Request
+from dailies.model.errors import DailiesError
 from dailies.pipeline.scheduler.placement import Node, Placement
 from dailies.pipeline.stages import Report, Stage
 
 SAFE_AFTER = 2                          # failed attempts
 
 
-class ClusterError(RuntimeError):
+class ClusterError(DailiesError, RuntimeError):
     """The cluster cannot run this pipeline; the message says what to do."""
+
+    exit_code = 5
 
 
 @dataclass(eq=False, kw_only=True, slots=True)

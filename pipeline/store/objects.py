@@ -21,6 +21,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from dailies.model.errors import DailiesError
 from dailies.model.private import at_home
 from dailies.pipeline.store.beneath import FILE, Unfit, below, open_file, refuse_strange, sync, top_folder
 
@@ -35,8 +36,10 @@ OF_A_RUN = {TEMPORARY, "run.json", "lease.json", "_SUCCESS.json", "ledger", "cli
             "steps", "manifests", "picks", "report", "retried", "seal.key"}
 
 
-class StoreError(RuntimeError):
+class StoreError(DailiesError, RuntimeError):
     """The store cannot be used; the message tells a person why and what to do."""
+
+    exit_code = 5
 
 
 class NoAccess(StoreError):
@@ -47,8 +50,10 @@ class TooLarge(ValueError):
     """An object is larger than its reader takes."""
 
 
-class NotFound(KeyError):
+class NotFound(DailiesError, KeyError):
     """No object has this key."""
+
+    exit_code = 5
 
     def __str__(self) -> str:           # KeyError would show the message in quotes
         return self.args[0]
