@@ -9,27 +9,21 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from dailies.jobs.progress import counted, duration_text, printable, say
-from dailies.jobs.render import (
-    Book,
-    Night,
-    check_weights,
-    limits_of,
-    machines_of,
-    notes_of,
-    prepare,
-    stages_of,
-    what_is_made,
-)
+from dailies.jobs.machines import machines_of
+from dailies.jobs.notes import limits_of, notes_of, what_is_made
+from dailies.jobs.progress import duration_text, printable, say
+from dailies.jobs.render import prepare, stages_of
 from dailies.jobs.runs import bucket_text
 from dailies.jobs.settings import RenderJob
 from dailies.model.private import cache_folder
 from dailies.model.weights import hub_bytes, hub_folder
 from dailies.pipeline.run.ledger import read
+from dailies.pipeline.run.run import Run
 from dailies.pipeline.run.run_json import SHAPE
 from dailies.pipeline.scheduler.forecast import Forecast, forecast, measured_costs, rows_by_work, work_of
 from dailies.pipeline.scheduler.placement import InsufficientCapacity
 from dailies.pipeline.store.store import StoreError, open_store
+from dailies.pipeline.wording import counted
 
 SECONDS = ("encode_s", "sample_s", "decode_s", "publish_s", "gpu_s")
 
@@ -43,57 +37,57 @@ def show_plan(job: RenderJob, *, json: bool) -> int:
 
 
 def show(job: RenderJob, *, json: bool, has_out: bool = True) -> int:
-    night = prepare(job, weights_are_needed=False)
-    lacks = None if night.weights else what_is_missing(night)
-    if night.weights:
-        check_weights(night)
-    book = Book(night)
-    wanted, published = book.wanted()
+    run = prepare(job, weights_are_needed=False)
+    lacks = None if run.weights else what_is_missing(job, run)
+    if run.weights:
+        run.check_weights()
+    bookkeeper = run.bookkeeper(limit=job.limit)
+    wanted, published = bookkeeper.wanted()
     # what was put back, or has another size than its row says, is most likely not what it should be: render reads it
-    doubtful = published & (book.gone | book.ledger.put_back.keys())
+    doubtful = published & (bookkeeper.gone | bookkeeper.ledger.put_back.keys())
     wanted, published = wanted | doubtful, published - doubtful
     num_clips = min(len(wanted), job.limit or len(wanted))
-    left = {**book.counts(), "to_make": num_clips, "left_by_limit": len(wanted) - num_clips,
+    left = {**bookkeeper.counts(), "to_make": num_clips, "left_by_limit": len(wanted) - num_clips,
             "found_published": len(published)}
     foretold, no_room = None, ""
     try:
-        foretold = foretell(night, wanted)
+        foretold = foretell(job, run, wanted)
     except InsufficientCapacity as error:
         no_room = str(error)
-    summary, deadline = night.plan.summary(), job.deadline()
+    summary, deadline = run.plan.summary(), job.deadline()
     if json:
         print(jsonlib.dumps(summary | {
-            "out": night.store.uri if has_out else None, "device": night.device, **left, "rows": summary["rows"],
+            "out": run.store.uri if has_out else None, "device": run.device, **left, "rows": summary["rows"],
             "limit": job.limit, "until": deadline and deadline.isoformat(timespec="seconds"),
             "max_gpu_hours": job.gpu_hours(), "price": job.price, "weights": lacks, "forecast": foretold,
-            "notes": notes_of(night), "no_room": no_room or None, "exit_code": 0}))
+            "notes": notes_of(run), "no_room": no_room or None, "exit_code": 0}))
         return 0
-    print_plan(night, summary, left, has_out=has_out)
+    print_plan(run, summary, left, has_out=has_out)
     if lacks:
         say(printable(lacks["said"]))
-    for note in limits_of(night, deadline):
+    for note in limits_of(job, run, deadline):
         say(printable(note))
-    print_forecast(night, left, foretold, no_room)
+    print_forecast(job, left, foretold, no_room)
     return 0
 
 
-def print_plan(night: Night, summary: dict[str, Any], left: dict[str, int], *, has_out: bool) -> None:
-    say(printable(f"{summary['manifest']}: {what_is_made(night, has_out=has_out)}"))
+def print_plan(run: Run, summary: dict[str, Any], left: dict[str, int], *, has_out: bool) -> None:
+    say(printable(f"{summary['manifest']}: {what_is_made(run, has_out=has_out)}"))
     say("for rows that do not say: " + ", ".join(f"{name} {value}" for name, value in summary["settings"].items()
                                                  if value is not None and value != ""))
     for bucket in summary["buckets"]:
         say(f"{bucket['clips']:>9,} x {bucket_text(bucket)}")
     if summary["more_buckets"]:
         say(f"          and {summary['more_buckets']:,} more buckets")
-    for note in notes_of(night):
+    for note in notes_of(run):
         say(printable(note))
-    if night.has_begun:
+    if run.has_begun:
         say(f"of these {counted(left['done'], 'row')} done, {left['failed']:,} failed, {left['pending']:,} pending"
               + (f"; {counted(left['found_published'], 'clip')} already published" if left["found_published"] else ""))
 
 
-def print_forecast(night: Night, left: dict[str, int], foretold: dict[str, Any] | None, no_room: str) -> None:
-    beyond = f", and {left['left_by_limit']:,} after it (--limit {night.job.limit})" if left["left_by_limit"] else ""
+def print_forecast(job: RenderJob, left: dict[str, int], foretold: dict[str, Any] | None, no_room: str) -> None:
+    beyond = f", and {left['left_by_limit']:,} after it (--limit {job.limit})" if left["left_by_limit"] else ""
     if no_room:
         say(printable(f"not to be made here: {no_room}"))
     elif not left["to_make"]:
@@ -113,9 +107,9 @@ def print_forecast(night: Night, left: dict[str, int], foretold: dict[str, Any] 
                   "another time")
 
 
-def what_is_missing(night: Night) -> dict[str, Any]:
+def what_is_missing(job: RenderJob, run: Run) -> dict[str, Any]:
     """Of weights that are not here: where they are, how many bytes they take, and whether there is room for them."""
-    card, weights = night.card, night.job.weights
+    card, weights = run.plan.card, job.weights
     if weights is None and not card.repo_id and not card.sources:
         return {"from": None, "num_bytes": None,
                 "said": f"weights: none come with {card.name}; name their folder with --weights"}
@@ -153,29 +147,29 @@ def free_bytes(folder: Path) -> int | None:
     return None
 
 
-def foretell(night: Night, wanted: set[str]) -> dict[str, Any] | None:
+def foretell(job: RenderJob, run: Run, wanted: set[str]) -> dict[str, Any] | None:
     """What these clips will take here, by those that are made; None where none is.  Raises InsufficientCapacity.
 
     Only the first --limit of them; `fits`: those of them that are made within the deadline and budget.
     """
-    if not night.has_begun:
+    if not run.has_begun:
         return None
-    table = read(night.store, ["clip_id", "status", *SHAPE, *SECONDS])
+    table = read(run.store, ["clip_id", "status", *SHAPE, *SECONDS])
     done = {row["clip_id"]: row for row in table.to_pylist() if row["status"] == "done"}
     measured = rows_by_work(done.values())
     if not measured:
         return None
-    stages, machines, found = stages_of(night), machines_of(night.job), []
-    encoded = night.plan.num_prompts / max(1, night.plan.num_clips)
+    stages, machines, found = stages_of(job, run), machines_of(job), []
+    encoded = run.plan.num_prompts / max(1, run.plan.num_clips)
     left: Counter[float] = Counter()                    # clips by work: buckets of equal work cost the same
     of_work: dict[float, dict[str, Any]] = {}
-    for bucket in night.plan.buckets(only=wanted, limit=night.job.limit):
+    for bucket in run.plan.buckets(only=wanted, limit=job.limit):
         left[work_of(bucket)] += bucket["clips"]
         of_work.setdefault(work_of(bucket), bucket)
     for work, clips in left.items():
         costs = measured_costs(measured, of_work[work])
         found.append((clips, forecast(stages, machines, costs, clips, encoded=math.ceil(encoded * clips))))
-    return said_of(found, sum(map(len, measured.values())), night.job)
+    return said_of(found, sum(map(len, measured.values())), job)
 
 
 def said_of(found: list[tuple[int, Forecast]], measured: int, job: RenderJob) -> dict[str, Any]:

@@ -52,11 +52,6 @@ def say(text: str, *, indent: int = 0, stream: TextIO | None = None) -> None:
                         replace_whitespace=False, drop_whitespace=True), file=stream, flush=stream is not None)
 
 
-def counted(number: int, noun: str) -> str:
-    """1 row, 2,000 rows"""
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
-
-
 def duration_text(seconds: float) -> str:
     """45 s, 12 min, 3 h 20 min, 2 d 4 h"""
     seconds = round(seconds)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from dailies.jobs.progress import counted, duration_text, printable, say
+from dailies.jobs.progress import duration_text, printable, say
 from dailies.jobs.usage import UsageError, card_named, checked_place
 from dailies.model.catalog import CATALOG, ModelCard
 from dailies.model.private import at_home
@@ -18,6 +18,7 @@ from dailies.pipeline.run.lease import Lease
 from dailies.pipeline.run.pace import WAIT_AND_WORK, pace
 from dailies.pipeline.run.run_json import RUN, SHAPE, OtherRun, check_counts, has, known_manifest, read_run
 from dailies.pipeline.store.store import Store, StoreError, open_store
+from dailies.pipeline.wording import counted
 
 STALE = timedelta(minutes=15)                           # without a row for so long, nobody promises an ETA
 

@@ -10,11 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import Any
 
-from dailies.jobs.progress import counted, printable
+from dailies.jobs.progress import printable
 from dailies.jobs.runs import clip_of, open_run
 from dailies.pipeline.run import ledger
 from dailies.pipeline.run.lease import Lease
 from dailies.pipeline.store.store import NotFound, Store, TooLarge
+from dailies.pipeline.wording import counted
 
 READERS = 4
 LINE_EVERY_S = 10.0

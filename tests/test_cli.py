@@ -406,7 +406,7 @@ def test_a_home_that_is_not_there_ends_no_command_with_a_traceback(arguments, tm
 
 
 def test_cores_that_there_are_not_and_cores_of_a_cluster_are_refused(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("dailies.jobs.render.usable_cores", lambda: 4)
+    monkeypatch.setattr("dailies.jobs.machines.usable_cores", lambda: 4)
     (tmp_path / "m.csv").write_text("prompt\na fox\n")
     for more, word in ((("--cpus", "5"), "at most 4, the cores that this process may use here; got 5"),
                        (("--cpus", "0"), "--cpus must be"),

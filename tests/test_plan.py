@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from image_files import BROKEN, jpeg, png
 
 from dailies.actors.messages import FirstFrame
-from dailies.jobs.render import variant_of
+from dailies.jobs.machines import variant_of
 from dailies.jobs.settings import RenderJob
 from dailies.model.catalog import CATALOG
 from dailies.pipeline.manifest.images import ALLOWED_IMAGE

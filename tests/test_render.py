@@ -26,9 +26,9 @@ from dailies.actors import clip_writer
 from dailies.actors.clip_file import clip_key, read_clip
 from dailies.actors.decoder import Decoder
 from dailies.jobs.cli import main
-from dailies.jobs.render import Book
 from dailies.pipeline import stages
 from dailies.pipeline.run import ledger
+from dailies.pipeline.run.bookkeeper import Bookkeeper
 from dailies.pipeline.run.intermediates import unsealed
 from dailies.pipeline.run.lease import Lease
 from dailies.pipeline.run.saved_steps import SavedSteps
@@ -610,7 +610,7 @@ def test_sigterm_in_the_middle_of_a_long_clip_costs_no_step(tmp_path, capsys, on
 def test_a_signal_before_the_work_has_begun_gives_the_lease_back(number, tmp_path, capsys, monkeypatch):
     manifest, out = write_manifest(tmp_path / "night.jsonl", [{"prompt": "a fox", "frames": 5}]), tmp_path / "out"
     handler = signal.getsignal(number)
-    monkeypatch.setattr(Book, "todo", lambda self: os.kill(os.getpid(), number))
+    monkeypatch.setattr(Bookkeeper, "todo", lambda self: os.kill(os.getpid(), number))
     code, answer = render(capsys, manifest, out)
     assert code == 130 and answer["error"] == "Interrupted; the same command continues."
     assert json.loads((out / "lease.json").read_text())["released"]

@@ -1,0 +1,175 @@
+"""What of a plan is done, and the ledger that says so: clips that are there are passed over, what is made is recorded."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+from dailies.actors.gate import REJECTED
+from dailies.actors.messages import Clip, Failure, Request
+from dailies.pipeline.plan import BLOCK, RESEEDS, Except, Plan, PlannedRow, with_another_seed
+from dailies.pipeline.run.adoption import Spoilt, adopt
+from dailies.pipeline.run.layout import CLIPS, clip_id_of
+from dailies.pipeline.run.lease import Lease
+from dailies.pipeline.run.ledger import SUCCESS, Ledger, hashes_of, invalid_row, keys_of, row_of
+from dailies.pipeline.stages import Outcome
+from dailies.pipeline.store.store import Store
+from dailies.pipeline.wording import counted
+
+SHOWN_FAILURES = 20
+MANY_CLIPS = 100                                        # to read and decode take longer than a person waits without a word
+REJECTIONS = {REJECTED, "NonFiniteLatent", "NonFiniteFrames"}
+
+
+class Bookkeeper:
+    """What of the plan is done, and the ledger that says so."""
+
+    def __init__(self, store: Store, plan: Plan, *, limit: int | None = None, lease: Lease | None = None,
+                 chosen_because: str | None = None, tell: Callable[[str], None] = lambda text: None):
+        """limit: the most clips to make.  lease: needed to write.  chosen_because: of precision and attention, for the
+        ledger.  tell: what a person should know.  Raises StoreError.
+        """
+        self.store, self.plan, self.limit, self.lease, self.tell = store, plan, limit, lease, tell
+        self.chosen_because = chosen_because
+        self.ledger = Ledger.open(self.store, self.plan.manifest.user.schema)
+        keys = self.plan.keys()
+        self.ledger.only(keys, [row.id for row in self.plan.invalid_rows()] if self.plan.num_invalid_rows else [])
+        self.files = files_of_clips(self.store)         # listed after the ledger was read: a row follows its clip
+        self.gone = self.ledger.without_a_file(self.files)
+        self.ledger.forget(self.gone)
+        self.spoilt: dict[str, Spoilt] = {}             # files under clips' names that are not those clips
+        left = self.ledger.pending(keys)
+        self.num_rows = keys.num_rows + self.plan.num_invalid_rows
+        known = {name for name, seed in keys_of(self.ledger.keys) if seed is None}
+        self.new_invalid = [row for row in self.plan.invalid_rows() if row.id not in known]
+        self.num_invalid = self.plan.num_invalid_rows - len(self.new_invalid)       # that the ledger has
+        self.left_by_limit = 0                          # clips to make, beyond what this command was to make
+        self.open_clips = set(left["clip_id"].to_pylist())
+        # rows that are written although another row of their clip is not: they must not be written again
+        written = keys.join(left.select(["id", "seed"]), ["id", "seed"], join_type="left anti")
+        self.written = {key for key, clip_id in zip(keys_of(written), written["clip_id"].to_pylist(), strict=True)
+                        if clip_id in self.open_clips}
+        self.remade: dict[str, tuple[list[PlannedRow], int]] = {}      # clips with other seeds: their rows, which try
+        self.again: list[Request] = []                  # of them, those that nobody works on yet
+        self.num_adopted = self.num_rendered = 0
+        self.failures: list[dict[str, Any]] = []
+
+    def __enter__(self) -> "Bookkeeper":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.lease.check()                              # another driver writes the rows of what it finds published
+        self.ledger.close()
+
+    def tick(self) -> None:
+        """To be called now and then.  Raises LeaseError."""
+        self.lease.check()
+        self.ledger.tick()
+
+    def wanted(self) -> tuple[set[str], set[str]]:
+        """The clips that have to be made, and those that are published but not in the ledger."""
+        published = self.open_clips.intersection(self.files)
+        return self.open_clips - published, published
+
+    def todo(self) -> tuple[Iterator[Request], int]:
+        """The requests to render, in order, and how many. Invalid rows and published clips get their rows first."""
+        if self.open_clips or self.new_invalid:
+            self.store.delete(SUCCESS)
+        self.record_invalid()
+        wanted, published = self.wanted()
+        self.adopt(self.plan.requests(skip=Except(published)), published)
+        wanted |= published & self.spoilt.keys()
+        num_clips = min(len(wanted), self.limit or len(wanted))
+        self.left_by_limit = len(wanted) - num_clips
+        return islice(self.plan.requests(skip=Except(wanted)), num_clips), num_clips
+
+    def rounds(self) -> Iterator[tuple[Iterable[Request], int]]:
+        """The requests to render and how many, in order; then those for clips that were rejected and are to be made again
+        with another seed, as their rows ask. What comes of a round is to be recorded before the next one is asked for.
+        """
+        requests, num_clips = self.todo()
+        while num_clips:
+            yield requests, num_clips
+            requests, self.again = self.again, []
+            num_clips = len(requests)
+
+    @property
+    def notes(self) -> list[str]:
+        """What of this run's clips is not in the folder as the ledger says, for a person; known after `todo`."""
+        notes = [f"clip {clip_id[:12]}: what lies under its name is not it: {found.why}. It is made again, and replaced "
+                 "then" for clip_id, found in islice(self.spoilt.items(), SHOWN_FAILURES)]
+        if more := len(self.spoilt) - len(notes):
+            notes.append(f"and {counted(more, 'other file')} under clips/ that {'is' if more == 1 else 'are'} not the "
+                         "clip of that name")
+        if gone := len(self.gone - self.spoilt.keys() - self.files.keys()):
+            notes.append(f"{counted(gone, 'clip')} that the ledger calls done {'is' if gone == 1 else 'are'} not in the "
+                         "run folder any more: made again")
+        return notes
+
+    def record_invalid(self) -> None:
+        for start in range(0, len(self.new_invalid), BLOCK):
+            rows = self.new_invalid[start: start + BLOCK]
+            self.ledger.append([invalid_row(row.id, row.prompt, row.error) for row in rows],
+                               self.plan.user_columns([row.row for row in rows]))
+        self.num_invalid += len(self.new_invalid)
+        self.new_invalid = []
+
+    def adopt(self, requests: Iterable[Request], published: set[str]) -> None:
+        """Write the rows of clips that were published by a run which was killed before it could."""
+        if len(published) >= MANY_CLIPS:
+            self.tell(f"reading {counted(len(published), 'clip')} that are published and have no row")
+        for found in adopt(self.store, requests, hashes_of(self.store, published)):
+            if isinstance(found, Spoilt):
+                self.spoilt[found.request.clip_id] = found
+                continue
+            self.append(self.rows_of(found.request.clip_id), found, None)
+            self.num_adopted += 1
+
+    def record(self, outcome: Outcome) -> None:
+        value = outcome.value
+        rows = self.rows_of(value.request.clip_id)
+        clip_id = value.request.clip_id
+        is_again = clip_id in self.gone or clip_id in self.ledger.put_back
+        if is_again and isinstance(value, Clip) and not value.notes:
+            value = replace(value, notes=(f"made again: its file was {self.ledger.put_back.get(clip_id) or 'gone'}",))
+        if isinstance(value, Failure) and value.error_type in REJECTIONS:
+            rows = self.make_again(value.request, rows)
+        self.append(rows, value, outcome)
+        if isinstance(value, Clip):
+            self.num_rendered += 1
+        elif len(self.failures) < SHOWN_FAILURES:
+            self.failures += [{"id": row.id, "seed": row.seed, "stage": value.stage, "error_type": value.error_type,
+                               "error": value.error} for row in rows]
+
+    def make_again(self, rejected: Request, rows: list[PlannedRow]) -> list[PlannedRow]:
+        """Rows that ask for another seed wait for that clip, at most RESEEDS times. Returns those that have failed."""
+        tries = self.remade[rejected.clip_id][1] if rejected.clip_id in self.remade else 0
+        waiting = [row for row in rows if row.reseed and tries < RESEEDS]
+        if waiting:
+            request = with_another_seed(rejected)
+            self.remade[request.clip_id] = waiting, tries + 1
+            self.again.append(request)
+        return [row for row in rows if row not in waiting]
+
+    def rows_of(self, clip_id: str) -> list[PlannedRow]:
+        """The rows of a clip that have still to be written."""
+        if clip_id in self.remade:
+            return self.remade[clip_id][0]
+        return [row for row in self.plan.rows_of(clip_id) if (row.id, row.seed) not in self.written]
+
+    def append(self, rows: list[PlannedRow], value: Any, outcome: Outcome | None) -> None:
+        self.lease.check()
+        told = {"chosen_because": self.chosen_because}
+        self.ledger.append([row_of(row.id, value, outcome, seed=row.seed) | told | {"sample": row.sample}
+                            for row in rows],
+                           self.plan.user_columns([row.row for row in rows]))
+
+    def counts(self) -> dict[str, int]:
+        """Of this manifest's rows; a run folder may have others besides."""
+        done, failed = self.ledger.counts["done"], self.ledger.counts["failed"]
+        return {"rows": self.num_rows, "done": done, "failed": failed, "pending": self.num_rows - done - failed}
+
+
+def files_of_clips(store: Store) -> dict[str, int]:
+    """clip_id -> bytes, of every file that lies where a clip does."""
+    return {clip_id: info.num_bytes for info in store.list(f"{CLIPS}/") if (clip_id := clip_id_of(info.key))}
