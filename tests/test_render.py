@@ -501,7 +501,7 @@ def test_verify_lists_what_is_missing_changed_and_undecodable(again, capsys):
         table = pq.read_table(path).to_pylist()
         for row in table:
             if row["clip_id"] == rows[2]["clip_id"]:
-                row["sha256"] = hashlib.sha256(b"no video").hexdigest()
+                row |= {"sha256": hashlib.sha256(b"no video").hexdigest(), "bytes": len(b"no video")}
         pq.write_table(pq.read_table(path).from_pylist(table), path)
     (out / "clips/zz").mkdir()
     (out / "clips/zz/stray.mp4").write_bytes(b"")
