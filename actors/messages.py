@@ -12,7 +12,12 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from dailies.model.samplers import Streams
+from dailies.model.settings import COURSE, FURTHER, SETTINGS, Scalar, course_of
 from dailies.model.shapes import VideoShape
+
+# by their names in the JSON that a clip_id is the hash of, where that is not the name elsewhere
+HASHED_AS = {setting.name: setting.field for setting in SETTINGS if setting.field} | {"image_sha256": "image"}
+SHAPE = ("width", "height", "frames")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +32,7 @@ class FirstFrame:
 class Request:
     """All that decides the pixels of one clip; the plan has resolved every default."""
 
-    clip_id: str                    # SHA-256 of every other field but fps and where the image lies
+    clip_id: str                    # SHA-256 of `identity`: every other field but fps and where the image lies
     model: str                      # name in the catalogue
     weights_fingerprint: str
     prompt: str
@@ -42,6 +47,22 @@ class Request:
     image: FirstFrame | None = None     # for a model that takes one
     decode_precision: str | None = None     # fp32 or bf16: of the VAE, where it is not the model's own
     variant: str | None = None      # what was asked for beside that moves bits: compiled; torch's threads, if not 1
+    settings: Mapping[str, Scalar] = field(default_factory=dict, hash=False)   # that some models alone take (FURTHER)
+
+    def identity(self) -> dict[str, Scalar]:
+        """All that decides the pixels, by the names that the ledger and the clip's file have for it.
+
+        What came later is said only where it is not at its neutral value, so that clips without it keep their names.
+        """
+        shape = self.shape
+        later = {"image_sha256": self.image and self.image.sha256, "decode_precision": self.decode_precision,
+                 "variant": self.variant}
+        later |= {setting.name: value for setting in FURTHER
+                  if (value := self.settings.get(setting.name)) != setting.neutral}
+        return {**{setting.name: getattr(self, setting.field) for setting in SETTINGS if setting.field},
+                "model": self.model, "weights_fingerprint": self.weights_fingerprint, "precision": self.precision,
+                "attention": self.attention, **dict(zip(SHAPE, (shape.width, shape.height, shape.frames), strict=True)),
+                **{name: value for name, value in later.items() if value is not None}}
 
     @property
     def embedding_key(self) -> str:
@@ -52,9 +73,14 @@ class Request:
         return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
     @property
+    def course(self) -> dict[str, Scalar]:
+        """How it is sampled, by the settings' names."""
+        return {setting.name: getattr(self, setting.field) for setting in COURSE if setting.field} | dict(self.settings)
+
+    @property
     def bucket(self) -> str:
         """Requests in one bucket may be sampled in one batch: same shape and same course."""
-        return f"{self.shape} {self.num_steps} steps guidance {self.guidance:g}"
+        return " ".join((str(self.shape), *course_of(self.course)))
 
 
 @dataclass(frozen=True, kw_only=True)

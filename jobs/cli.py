@@ -17,6 +17,7 @@ from dailies.jobs.process import leave, speak_safely
 from dailies.jobs.signals import on_signals
 from dailies.jobs.usage import absent_package
 from dailies.model.errors import DailiesError
+from dailies.model.settings import OPTIONS
 
 try:
     import typer
@@ -82,7 +83,7 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, a
 RunUri = Annotated[str, typer.Argument(metavar="URI", help="The run folder: a local folder or s3://bucket/prefix.")]
 
 
-def render_options(
+def where_from_and_to(
     manifest: Annotated[list[str] | None, typer.Argument(
         metavar="MANIFEST", help="Parquet, CSV, TSV, JSON, JSON lines, or text with a prompt per line; "
         "compressed or not; files, folders or globs; local, s3:// or https://; - for stdin.")] = None,
@@ -107,14 +108,11 @@ def render_options(
     cpus: Annotated[int | None, typer.Option(
         metavar="N", help="Cores of this machine that a local run uses.  [default: all that this process may use: "
         "affinity and the quota of its control group count]")] = None,
-    resolution: Annotated[str | None, typer.Option(
-        metavar="NAME|WIDTHxHEIGHT", help="For rows that do not say.  [default: the model's]")] = None,
-    duration: Annotated[float | None, typer.Option(
-        metavar="SECONDS", help="For rows that do not say.  [default: the model's]")] = None,
-    steps: Annotated[int | None, typer.Option(
-        metavar="N", help="For rows that do not say.  [default: the model's]")] = None,
-    guidance: Annotated[float | None, typer.Option(
-        metavar="X", help="For rows that do not say.  [default: the model's]")] = None,
+) -> None:
+    """Options that render, plan and submit share (with_render_options), up to those of rows."""
+
+
+def how(
     precision: Annotated[str | None, typer.Option(
         metavar="fp32|bf16|int8|auto", help="int8: the transformer's linear layers, the rest bf16; auto: the fastest on "
         "this GPU, as measured.  [default: bf16 on a GPU, fp32 on a CPU, int8 of INT8 weights]")] = None,
@@ -135,6 +133,11 @@ def render_options(
     threads_per_sampler: Annotated[int | None, typer.Option(
         metavar="N", help="CPU threads of each copy; above 1 the last bits differ, so clips on CPUs have other ids.  "
         "[default: 1]")] = None,
+) -> None:
+    """Those that come after what rows can set."""
+
+
+def how_much(
     until: Annotated[str | None, typer.Option(
         metavar="HH:MM",
         help="Begin no clip that would not be done by then: the next such local time, or an ISO date and "
@@ -161,19 +164,35 @@ def render_options(
         help="Where another driver has the run folder: watch it for a minute and go on in "
         "its place if it is silent. One that works is never disturbed.")] = None,
 ) -> None:
-    """The options that render, plan and submit share; see with_render_options."""
+    """The last of them."""
+
+
+def of_rows() -> list[inspect.Parameter]:
+    """What can be said for rows that do not say (model/settings.py)."""
+    found = []
+    for setting in OPTIONS:
+        said = f"{setting.help}  For rows that do not say.  [default: the model's]".strip()
+        switch = [f"--{setting.option.replace('_', '-')}/--no-{setting.option.replace('_', '-')}"]
+        option = typer.Option(*switch, help=said) if setting.type is bool else typer.Option(
+            metavar=setting.metavar or {str: "TEXT", int: "N", float: "X"}[setting.type], help=said)
+        found.append(inspect.Parameter(setting.option, inspect.Parameter.KEYWORD_ONLY, default=None,
+                                       annotation=Annotated[setting.type | None, option]))
+    return found
+
+
+def parameters_of(command: Callable[..., Any]) -> list[inspect.Parameter]:
+    return list(inspect.signature(command, eval_str=True).parameters.values())
 
 
 def with_render_options(command: Callable[..., int]) -> Callable[..., int]:
     """`command(options, **own)` as a function whose signature typer can read: the shared options, then its own."""
-    shared = inspect.signature(render_options, eval_str=True).parameters
-    own = [parameter for name, parameter in inspect.signature(command, eval_str=True).parameters.items()
-           if name != "options"]
+    shared = [*parameters_of(where_from_and_to), *of_rows(), *parameters_of(how), *parameters_of(how_much)]
+    own = [parameter for parameter in parameters_of(command) if parameter.name != "options"]
 
     def typed(**given: Any) -> int:
-        return command({name: given.pop(name) for name in shared}, **given)
+        return command({parameter.name: given.pop(parameter.name) for parameter in shared}, **given)
 
-    parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in [*shared.values(), *own]]
+    parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in [*shared, *own]]
     typed.__signature__ = inspect.Signature(parameters)
     typed.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     typed.__name__, typed.__doc__ = command.__name__, command.__doc__

@@ -75,9 +75,8 @@ def prepare(job: RenderJob, *, weights_are_needed: bool = True) -> Run:
     if weights is None and weights_are_needed:
         tell([f"fetching the weights of {card.name}, which are not here (dailies plan says how large they are)"])
         weights = locate(job.weights, card, fetch=bring)
-    defaults = Defaults(resolution=job.resolution, duration_s=job.duration, steps=job.steps, guidance=job.guidance)
     try:
-        defaults.resolved(card)
+        defaults = Defaults(**job.row_defaults()).resolved(card)
     except ValueError as error:
         raise UsageError(f"{error}. This is the default for rows that do not say") from None
     if card.takes_image and manifest.table.num_rows >= MANY_IMAGES:

@@ -7,9 +7,10 @@ from datetime import datetime, time, timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator
 
 from dailies.jobs.usage import UsageError, checked_place, suggestion
+from dailies.model.settings import OPTIONS, Scalar, Setting
 from dailies.pipeline.manifest.columns import NAMES
 from dailies.pipeline.manifest.validation import shown
 from dailies.pipeline.run.masking import without_secrets
@@ -20,8 +21,21 @@ Amount = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 CONFIG_BYTES = 1_000_000
 
 
-class RenderJob(BaseModel):
-    """One `dailies render`. None is: let the model, the machine or the cluster decide."""
+def key_of(setting: Setting) -> Any:
+    """A row setting as a key of TOML, None where nothing is said; how much of it is allowed, the model says."""
+    if setting.type in (str, bool):
+        return setting.type | None, None
+    least = {"gt": 0} if setting.type is float and setting.low > 0 else {"ge": setting.low}
+    return Annotated[setting.type, Field(**least, allow_inf_nan=False if setting.type is float else None)] | None, None
+
+
+RowDefaults = create_model("RowDefaults", **{setting.option: key_of(setting) for setting in OPTIONS})
+
+
+class RenderJob(RowDefaults):
+    """One `dailies render`: for rows that do not say (RowDefaults), and for all. None is: let the model, the machine or
+    the cluster decide.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -35,12 +49,6 @@ class RenderJob(BaseModel):
     device: Literal["cpu", "cuda"] | None = None
     cpus: Count | None = None                           # of a local run: cores of this machine; None: all it may use
     allow_images: list[str] = []                        # s3:// prefixes, beside the manifest's own bucket
-
-    # for rows that do not say
-    resolution: str | None = None
-    duration: Amount | None = None                      # seconds
-    steps: Count | None = None
-    guidance: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
 
     precision: Literal["fp32", "bf16", "int8", "auto"] | None = None
     decode_precision: Literal["fp32", "bf16"] | None = None
@@ -91,6 +99,11 @@ class RenderJob(BaseModel):
                 raise ValueError(f"NAME=COLUMN with a column of ours, or NAME= to carry it along, for {shown(name)}."
                                  f"{suggestion(ours, list(NAMES))} There are {', '.join(NAMES)}")
         return mapping
+
+    def row_defaults(self) -> dict[str, Scalar]:
+        """What was said for rows that do not say, by the settings' names."""
+        said = {setting.name: getattr(self, setting.option) for setting in OPTIONS}
+        return {name: value for name, value in said.items() if value is not None}
 
     @property
     def sources(self) -> tuple[str, ...]:

@@ -57,6 +57,7 @@ class ModelCard:
     negative_unused: str = ""                           # what a row with one is told, where the model cannot use it
     guidance_note: str = ""                             # what a row with its own is told, where it is not plain
     differs: tuple[str, ...] = ()                       # from the release, by default, in sentences
+    settings: Mapping[str, Any] = field(default_factory=dict)   # further ones that its rows take: name -> its own value
     takes_image: bool = False                           # every row needs one, which becomes the first frame
     min_side: int = 128                                 # pixels
     side_step: int = 8                                  # sides are multiples of it

@@ -175,5 +175,5 @@ def test_an_empty_negative_prompt_stays_empty_and_a_missing_one_is_the_releases(
     """By design: the release takes its default for an empty one too, and diffusers has no default."""
     assert WAN21_T2V_1_3B.negative_prompt.startswith("色调艳丽")
     from dailies.pipeline.plan import Defaults
-    assert Defaults(negative_prompt="").resolved(WAN21_T2V_1_3B).negative_prompt == ""
-    assert Defaults().resolved(WAN21_T2V_1_3B).negative_prompt == WAN21_T2V_1_3B.negative_prompt
+    assert Defaults(negative_prompt="").resolved(WAN21_T2V_1_3B)["negative_prompt"] == ""
+    assert Defaults().resolved(WAN21_T2V_1_3B)["negative_prompt"] == WAN21_T2V_1_3B.negative_prompt

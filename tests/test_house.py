@@ -21,7 +21,7 @@ DOORS = {
     "safetensors": ["model/checkpoint.py"],
     "huggingface_hub": ["model/weights.py"],
     "pyarrow": ["pipeline/manifest/manifest.py", "pipeline/manifest/raw_bytes.py", "pipeline/manifest/cells.py",
-                "pipeline/manifest/parquet.py", "pipeline/manifest/part.py", "pipeline/plan.py", "pipeline/run/ledger.py",
+                "pipeline/manifest/parquet.py", "pipeline/manifest/part.py", "pipeline/plan.py", "pipeline/resolved.py", "pipeline/run/ledger.py",
                 "pipeline/run/ledger_part.py", "pipeline/manifest/stored_types.py"],
     "boto3": ["pipeline/store/store.py"],
     "botocore": ["pipeline/store/store.py"],

@@ -13,7 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dailies.pipeline.manifest.manifest import COLUMNS, MAX_PROMPT_BYTES, Manifest
+from dailies.model.settings import MAX_PROMPT_BYTES
+from dailies.pipeline.manifest.cells import COLUMNS
+from dailies.pipeline.manifest.manifest import Manifest
 from dailies.pipeline.manifest.text import ROWS_PER_BLOCK
 from dailies.pipeline.manifest.validation import ManifestError, shown
 
@@ -233,7 +235,7 @@ def test_every_number_type_of_parquet_is_read(tmp_path, kind):
     manifest = Manifest.read(parquet(tmp_path / "m.parquet", prompt=["a", "b"], steps=pa.array([20, None]).cast(kind),
                                      guidance=pa.array([7, None]).cast(kind)))
     assert cells(manifest, "steps") == [20, None] and cells(manifest, "guidance") == [7.0, None]
-    assert manifest.table.schema.types == [column.type for column in COLUMNS.values()]
+    assert manifest.table.schema.types == list(COLUMNS.values())
 
 
 def test_ids_default_to_the_position_and_may_be_numbers(tmp_path):

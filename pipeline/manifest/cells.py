@@ -6,70 +6,29 @@ null and complained of.
 
 import json
 import re
-from dataclasses import dataclass
 from decimal import Decimal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from dailies.model.settings import BY_NAME, SETTINGS
 from dailies.pipeline.manifest.validation import SHOWN_CHARACTERS, Complaints, shown
 
-MAX_PROMPT_BYTES = 8192
-MAX_ID_BYTES = 256
-MAX_SAMPLES = 10_000
 INT64_MAX = 2**63 - 1
 
 TEXT, INTEGER, REAL = pa.large_string(), pa.int64(), pa.float64()     # 32-bit text offsets end at 2 GiB per column
+YES_OR_NO = pa.bool_()
+TYPES = {str: TEXT, int: INTEGER, float: REAL, bool: YES_OR_NO}
+COLUMNS = {setting.name: TYPES[setting.type] for setting in SETTINGS}
 
 JSON = pa.json_(TEXT)
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?", re.ASCII)
 
-# an id with a match is refused: characters that would break a log line, and what could climb out of a folder
-UNSAFE_ID = r"[\p{Cc}\p{Zl}\p{Zp}\\]|^$|^/|^\p{Zs}|\p{Zs}$|(^|/)\.\.?(/|$)"
-
-# text in which nothing is to be seen: blanks, marks of format and direction, fillers; to an encoder it is nothing
-NOTHING_SEEN = (r"^[\s\p{Z}\p{Cc}\p{Cf}\p{Co}\p{Cs}\p{M}\x{115F}\x{1160}\x{2065}\x{2800}\x{3164}\x{FFA0}"
-                r"\x{FFF0}-\x{FFF8}\x{FFFC}\x{1D159}\x{E0000}-\x{E0FFF}]*$")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Column:
-    type: pa.DataType
-    allowed: str
-    low: float = 0                  # numbers: both ends allowed
-    high: float = 0
-    max_bytes: int = 0              # text, in UTF-8
-    refuse: str | None = None       # text: a pattern that must not occur
-    choices: tuple[str, ...] = ()   # text: nothing else, where there are any
-
-
-COLUMNS = {
-    "id": Column(type=TEXT, max_bytes=MAX_ID_BYTES, refuse=UNSAFE_ID,
-                 allowed=f"a name of 1 to {MAX_ID_BYTES} bytes without control characters, outer blanks, backslashes, "
-                         "a slash in front, or '.' or '..' between slashes"),
-    "prompt": Column(type=TEXT, max_bytes=MAX_PROMPT_BYTES, refuse=NOTHING_SEEN,
-                     allowed=f"text of 1 to {MAX_PROMPT_BYTES} bytes in UTF-8, not blank"),
-    "negative_prompt": Column(type=TEXT, max_bytes=MAX_PROMPT_BYTES,
-                              allowed=f"text of at most {MAX_PROMPT_BYTES} bytes in UTF-8"),
-    "seed": Column(type=INTEGER, low=0, high=INT64_MAX, allowed="a whole number from 0 to 2**63 - 1"),
-    "samples": Column(type=INTEGER, low=1, high=MAX_SAMPLES, allowed=f"a whole number from 1 to {MAX_SAMPLES}"),
-    "resolution": Column(type=TEXT, max_bytes=32, refuse=r"\x00", allowed="a name such as 360p, or WIDTHxHEIGHT"),
-    "duration_s": Column(type=REAL, low=1e-3, high=86_400, allowed="a number of seconds above 0"),
-    "frames": Column(type=INTEGER, low=1, high=2**31 - 1, allowed="a whole number from 1"),
-    "steps": Column(type=INTEGER, low=1, high=1000, allowed="a whole number from 1 to 1000"),
-    "guidance": Column(type=REAL, low=0, high=1000, allowed="a number from 0 to 1000"),
-    "image": Column(type=TEXT, max_bytes=1024, refuse=r"\x00", allowed="text of at most 1024 bytes"),
-    "on_reject": Column(type=TEXT, max_bytes=32, choices=("fail", "reseed"), allowed="fail or reseed"),
-    "priority": Column(type=INTEGER, low=-2**31, high=2**31 - 1, allowed="a whole number from -2**31 to 2**31 - 1"),
-}
-
-USER_TEXT = Column(type=TEXT, allowed="text in UTF-8")
-
 
 def from_arrow(name: str, values: pa.ChunkedArray, first: int, complaints: Complaints) -> pa.ChunkedArray:
     """A known column in its own type; a cell that does not fit is null and complained of.  Raises ArrowTypeError."""
-    wanted, given = COLUMNS[name].type, values.type
+    wanted, given = COLUMNS[name], values.type
     if pa.types.is_null(given):
         return values.cast(wanted)
     if wanted == TEXT:
@@ -84,6 +43,10 @@ def from_arrow(name: str, values: pa.ChunkedArray, first: int, complaints: Compl
             return cell_by_cell(name, values.cast(pa.large_binary()), first, complaints)
     if pa.types.is_decimal(given):
         return cell_by_cell(name, values, first, complaints)
+    if wanted == YES_OR_NO:
+        if given != YES_OR_NO:
+            raise pa.ArrowTypeError("true or false")
+        return values
     if not pa.types.is_integer(given) and not pa.types.is_floating(given):
         raise pa.ArrowTypeError("whole numbers" if wanted == INTEGER else "numbers")
     if wanted == REAL:
@@ -103,7 +66,7 @@ def cell_by_cell(name: str, values: pa.ChunkedArray, first: int, complaints: Com
     for chunk in values.chunks:
         chunks.append(from_python(name, chunk.to_pylist(), first, complaints))
         first += len(chunk)
-    return pa.chunked_array(chunks, COLUMNS[name].type)
+    return pa.chunked_array(chunks, COLUMNS[name])
 
 
 def from_json(name: str, cells: list, first: int, complaints: Complaints) -> pa.Array:
@@ -151,25 +114,25 @@ def of_one_type(chunks: list[pa.Array]) -> pa.ChunkedArray:
 
 def from_python(name: str, cells: list, first: int, complaints: Complaints, parse: bool = False) -> pa.Array:
     """Cells in the column's type; one that does not fit is null and complained of.  parse: read numbers from text."""
-    column = COLUMNS.get(name, USER_TEXT)
+    wanted = COLUMNS.get(name, TEXT)
     types = set(map(type, cells)) - {type(None)}
     try:
-        if parse and column.type != TEXT:
-            return pc.utf8_trim_whitespace(pa.array(cells, TEXT)).cast(column.type)
-        if types <= {TEXT: {str}, INTEGER: {int}, REAL: {int, float}}[column.type]:
-            return pa.array(cells, column.type)
+        if parse and wanted != TEXT:
+            return pc.utf8_trim_whitespace(pa.array(cells, TEXT)).cast(wanted)
+        if types <= {TEXT: {str}, INTEGER: {int}, REAL: {int, float}, YES_OR_NO: {bool}}[wanted]:
+            return pa.array(cells, wanted)
     except (pa.ArrowInvalid, UnicodeEncodeError, OverflowError):
         pass                                           # one of them does not fit: find out which
     fitting, bad = [], []
     for at, cell in enumerate(cells):
         try:
-            fitting.append(None if cell is None else fitted(cell, column.type, parse=parse, is_id=name == "id"))
+            fitting.append(None if cell is None else fitted(cell, wanted, parse=parse, is_id=name == "id"))
         except (ValueError, OverflowError):
             fitting.append(None)
             bad.append(at)
-    said_name = name.removeprefix("user.")
-    complaints.add([first + at for at in bad], said_name, [shown(cells[at]) for at in bad], column.allowed)
-    return pa.array(fitting, column.type)
+    allowed = BY_NAME[name].allowed if name in BY_NAME else "text in UTF-8"
+    complaints.add([first + at for at in bad], name.removeprefix("user."), [shown(cells[at]) for at in bad], allowed)
+    return pa.array(fitting, wanted)
 
 
 def fitted(cell: object, wanted: pa.DataType, *, parse: bool, is_id: bool) -> str | int | float:
@@ -183,6 +146,11 @@ def fitted(cell: object, wanted: pa.DataType, *, parse: bool, is_id: bool) -> st
             raise ValueError("not text")
         cell.encode()                                  # a lone surrogate stands for a byte that was no UTF-8
         return cell
+    if wanted == YES_OR_NO:
+        said = {"true": True, "false": False, "1": True, "0": False}.get(cell.strip().lower()) if parse else cell
+        if type(said) is not bool:
+            raise ValueError("neither true nor false")
+        return said
     if parse and NUMBER.fullmatch(cell.strip()):
         cell = Decimal(cell.strip())
     if type(cell) not in (int, float, Decimal):        # bool is an int to isinstance
@@ -195,7 +163,7 @@ def fitted(cell: object, wanted: pa.DataType, *, parse: bool, is_id: bool) -> st
 
 
 def kept(name: str, values: pa.ChunkedArray, fits: pa.ChunkedArray, first: int,
-          complaints: Complaints) -> pa.ChunkedArray:
+         complaints: Complaints) -> pa.ChunkedArray:
     """values, null where `fits` is false; those are complained of."""
     if pc.all(fits).as_py() is not False:              # null means no value, which is not wrong
         return values
@@ -207,5 +175,5 @@ def kept(name: str, values: pa.ChunkedArray, fits: pa.ChunkedArray, first: int,
         given = [shown(text, size) for text, size in zip(given, sizes)]
     else:
         given = [shown(number) for number in given.to_pylist()]
-    complaints.add(first + np.flatnonzero(refused), name, given, COLUMNS[name].allowed)
+    complaints.add(first + np.flatnonzero(refused), name, given, BY_NAME[name].allowed)
     return pc.if_else(refused, pa.scalar(None, values.type), values)

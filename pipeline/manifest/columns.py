@@ -1,7 +1,8 @@
 """The columns' names: which are ours, which are nearly ours, and what --map makes of them.
 
 A column that is nearly ours is asked about, never taken for what it may not be and never left unused in silence. Nearly
-ours are other spellings of a name, the words that other programs have for it, and a slip of a letter.
+ours are other spellings of a name, the words that other programs have for it (diffusers, the releases of Wan and LTX,
+public sets of prompts), and a slip of a letter.
 """
 
 import re
@@ -9,28 +10,9 @@ import shlex
 import unicodedata
 from collections.abc import Iterable, Mapping
 
-NAMES = ("id", "prompt", "negative_prompt", "seed", "samples", "resolution", "duration_s", "frames", "steps",
-         "guidance", "image", "on_reject", "priority")
+from dailies.model.settings import LENGTHS, SETTINGS
 
-# other words for them: of diffusers, of the releases of Wan and LTX, of public sets of prompts
-OTHER_WORDS = {
-    "prompt": "text caption prompts captions prompt_en video_prompt text_prompt positive_prompt video_caption",
-    "negative_prompt": "negative neg neg_prompt n_prompt uncond_prompt negative_text negative_caption "
-                       "sample_neg_prompt",
-    "seed": "base_seed random_seed rng_seed noise_seed manual_seed sample_seed",
-    "samples": "num_samples n_samples num_videos num_videos_per_prompt num_images_per_prompt samples_per_prompt",
-    "resolution": "size video_size image_size sample_size frame_size",
-    "duration_s": "duration seconds secs duration_sec duration_seconds video_duration length_s length_seconds",
-    "frames": "num_frames frame_num n_frames nb_frames frame_count video_length total_frames number_of_frames "
-              "video_frames",
-    "steps": "num_inference_steps inference_steps num_steps n_steps sample_steps sampling_steps num_sampling_steps "
-             "denoising_steps ddim_steps",
-    "guidance": "guidance_scale cfg cfg_scale guide_scale sample_guide_scale classifier_free_guidance true_cfg_scale "
-                "unconditional_guidance_scale video_cfg_guidance_scale",
-    "image": "image_path first_frame first_frame_path input_image init_image start_image start_frame img img_path "
-             "reference_image ref_image conditioning_image",
-    "priority": "prio",
-}
+NAMES = tuple(setting.name for setting in SETTINGS)
 # what other programs read for each row, and no column here says
 NOT_A_COLUMN = {
     "fps": "the model's own frames per second are made; say the length by duration_s or frames",
@@ -43,7 +25,7 @@ NOT_A_COLUMN = {
     "shift": "the model's own shift is used", "flow_shift": "the model's own shift is used",
     "sample_shift": "the model's own shift is used",
 }
-INSTEAD = {"duration_s": "frames", "frames": "duration_s"}             # one says what the other does
+INSTEAD = dict(zip(LENGTHS, reversed(LENGTHS)))
 SLIPS_FROM = 6                          # letters of a name in which one may be wrong
 
 
@@ -53,7 +35,7 @@ def bare(name: str) -> str:
 
 
 SPELLED = {bare(name): name for name in NAMES}
-WORDS = {bare(word): name for name, words in OTHER_WORDS.items() for word in words.split()}
+WORDS = {bare(word): setting.name for setting in SETTINGS for word in setting.other_words.split()}
 STRANGERS = {bare(word): reason for word, reason in NOT_A_COLUMN.items()}
 
 

@@ -13,14 +13,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dailies.pipeline.manifest.cells import COLUMNS, MAX_PROMPT_BYTES, TEXT, kept
+from dailies.model.settings import BY_NAME, SETTINGS, Setting
+from dailies.pipeline.manifest.cells import TEXT, kept
 from dailies.pipeline.manifest.columns import NAMES, Names, map_flag
 from dailies.pipeline.manifest.files import SUFFIXES, ManifestFile, common_folder, find_files, from_prompts
 from dailies.pipeline.manifest.part import Part, Reader, joined, types_of_folders
 from dailies.pipeline.manifest.raw_bytes import MAX_BYTES
 from dailies.pipeline.manifest.validation import Complaints, ManifestError, shown
-
-__all__ = ["COLUMNS", "MAX_PROMPT_BYTES", "InvalidRow", "Manifest", "rows_without"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +39,7 @@ class Manifest:
     name: str                       # as given
     digest: str                     # SHA-256 over the bytes of the files, in order, and what they were taken for
     files: list[tuple[str, int]]    # name and first row of each
-    table: pa.Table                 # every column of COLUMNS, in its type; `id` has no null in a good row
+    table: pa.Table                 # a column for each of SETTINGS, in its type; `id` has no null in a good row
     user: pa.Table                  # the other columns, as user.NAME
     complaints: Complaints = field(repr=False)
     notes: list[str] = field(default_factory=list)                     # what was not read, or not as one may think
@@ -136,24 +135,15 @@ def _read(files: Sequence[ManifestFile], reader: Reader, mapping: Mapping[str, s
 
 def _checked(table: pa.Table, complaints: Complaints) -> pa.Table:
     """The known columns with every rule asked that no model can change, and an id in every row that was given none."""
-    columns = {name: table[name] for name in COLUMNS}
-    for name, column in COLUMNS.items():
-        values = columns[name]
-        if values.null_count == len(values):
-            continue
-        if column.type == TEXT:
-            fits = pc.less_equal(pc.binary_length(values), column.max_bytes)
-            if column.refuse:
-                fits = pc.and_(fits, pc.invert(pc.match_substring_regex(values, column.refuse)))
-            if column.choices:
-                fits = pc.and_(fits, pc.is_in(values, pa.array(column.choices, TEXT)))
-        else:
-            fits = pc.and_(pc.greater_equal(values, column.low), pc.less_equal(values, column.high))
-        columns[name] = kept(name, values, fits, 0, complaints)
+    columns = {setting.name: table[setting.name] for setting in SETTINGS}
+    for setting in SETTINGS:
+        values = columns[setting.name]
+        if values.null_count < len(values) and setting.type is not bool:
+            columns[setting.name] = kept(setting.name, values, fits(setting, values), 0, complaints)
 
     if not complaints.whole:                           # where the column is missing, one complaint is enough
         rows = rows_without(columns["prompt"], "prompt", complaints)
-        complaints.add(rows, "prompt", ["nothing"] * len(rows), COLUMNS["prompt"].allowed)
+        complaints.add(rows, "prompt", ["nothing"] * len(rows), BY_NAME["prompt"].allowed)
 
     both = np.flatnonzero(pc.and_(columns["duration_s"].is_valid(), columns["frames"].is_valid()))
     given = [f"{duration:g} s and {frames} frames" for duration, frames in
@@ -167,6 +157,18 @@ def _checked(table: pa.Table, complaints: Complaints) -> pa.Table:
 
     columns["id"] = _with_ids(columns["id"], complaints)
     return pa.table(columns)
+
+
+def fits(setting: Setting, values: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Which values any model could take."""
+    if setting.type is not str:
+        return pc.and_(pc.greater_equal(values, setting.low), pc.less_equal(values, setting.high))
+    fitting = pc.less_equal(pc.binary_length(values), setting.max_bytes)
+    if setting.refuse:
+        fitting = pc.and_(fitting, pc.invert(pc.match_substring_regex(values, setting.refuse)))
+    if setting.choices:
+        fitting = pc.and_(fitting, pc.is_in(values, pa.array(setting.choices, TEXT)))
+    return fitting
 
 
 def rows_without(values: pa.ChunkedArray, column: str, complaints: Complaints) -> np.ndarray:

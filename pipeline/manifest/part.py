@@ -44,7 +44,7 @@ class Part:
     @classmethod
     def of(cls, file: str, num_rows: int, columns: Mapping[str, pa.Array]) -> "Part":
         """columns: by their targets."""
-        full = {name: columns[name] if name in columns else pa.nulls(num_rows, COLUMNS[name].type) for name in COLUMNS}
+        full = {name: columns[name] if name in columns else pa.nulls(num_rows, COLUMNS[name]) for name in COLUMNS}
         # with no column at all a table would forget how many rows it has
         user = {name: cells for name, cells in columns.items() if name not in COLUMNS} or {"": pa.nulls(num_rows)}
         return cls(file=file, num_rows=num_rows, known=pa.table(full), user=pa.table(user))

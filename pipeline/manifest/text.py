@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
+from dailies.model.settings import SETTINGS
 from dailies.pipeline.manifest.columns import NAMES, nearly
 from dailies.pipeline.manifest.validation import shown
 
@@ -30,7 +31,7 @@ BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32",
 BLANK = re.compile(r"[ \t\r\n]*")
 WORD = re.compile(r"[^\W\d][\w\-.]{0,39}")             # as columns are called
 PLAIN_NUMBER = re.compile(r"\s*[+-]?[\d.]+\s*")
-NUMBERS = ("seed", "samples", "duration_s", "frames", "steps", "guidance", "priority")
+NUMBERS = tuple(setting.name for setting in SETTINGS if setting.type in (int, float))
 
 
 @dataclass(kw_only=True)

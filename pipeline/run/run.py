@@ -77,10 +77,9 @@ class Run:
         """What decides which clips this run has: a run folder holds one such run."""
         plan = self.plan
         images = {"images_digest": plan.images_digest} if plan.images_digest else {}
-        said = {name: value for name in ("decode_precision", "variant") if (value := getattr(plan, name))}
         return {"manifest_digest": plan.manifest.digest, **images, "model": plan.card.name,
                 "weights_fingerprint": plan.weights_fingerprint, "precision": plan.precision,
-                "attention": plan.attention, **said, **plan.defaults.model_dump()}
+                "attention": plan.attention, **plan.said_beside, **plan.defaults}
 
     def check_weights(self) -> None:
         """Names, shapes and dtypes of every weight, from the files' headers.  Raises CheckpointError."""
