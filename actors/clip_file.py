@@ -11,7 +11,8 @@ from pathlib import Path
 
 import av
 
-from dailies.actors.messages import Request
+from dailies.actors.messages import SHAPE, Request
+from dailies.model.settings import course_of
 
 DIGEST_HEAD = (56).to_bytes(4, "big") + b"uuid" + bytes.fromhex("5b1c7a0e6d8f4c3f9a55f0d2b7e41c86")     # then 32 bytes
 DIGEST_BYTES = 56
@@ -56,26 +57,20 @@ def most_bytes(*, width: int, height: int, frames: int) -> int:
 
 
 def provenance(request: Request) -> dict[str, str]:
-    """What the file says about itself: only what decides the pixels, so rows that share a clip share its bytes."""
-    said = {"prompt": request.prompt, "negative_prompt": request.negative_prompt, "seed": str(request.seed),
-            "steps": str(request.num_steps), "guidance": f"{request.guidance:g}", "model": request.model,
-            "weights_fingerprint": request.weights_fingerprint, "precision": request.precision,
-            "attention": request.attention, "clip_id": request.clip_id}
-    if request.image is not None:
-        said["image_sha256"] = request.image.sha256
-    if request.decode_precision is not None:
-        said["decode_precision"] = request.decode_precision
-    if request.variant is not None:
-        said["variant"] = request.variant
-    return {key: readable(value) for key, value in said.items()}
+    """What the file says about itself: only what decides the pixels, so rows that share a clip share its bytes. Its
+    shape is in the file anyway.
+    """
+    said = {name: f"{value:g}" if isinstance(value, float) else str(value)
+            for name, value in request.identity().items() if name not in SHAPE}
+    return {name: readable(value) for name, value in (said | {"clip_id": request.clip_id}).items()}
 
 
 def labels(request: Request) -> dict[str, str]:
     """title and description, which players and file managers show."""
     line = " ".join(readable(request.prompt).split())
     title = line if len(line) <= TITLE_CHARACTERS else line[:TITLE_CHARACTERS - 1] + "…"
-    settings = (f"{request.model}, seed {request.seed}, {request.num_steps} steps, guidance {request.guidance:g}, "
-                f"{request.precision}, {request.attention} attention")
+    settings = ", ".join((request.model, f"seed {request.seed}", *course_of(request.course), request.precision,
+                          f"{request.attention} attention"))
     return {"title": title, "description": f"{readable(request.prompt)}\n{settings}".lstrip("\n")}
 
 
