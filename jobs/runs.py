@@ -12,9 +12,11 @@ from dailies.jobs.progress import duration_text, printable, say
 from dailies.jobs.usage import UsageError, card_named, checked_place
 from dailies.model.catalog import CATALOG, ModelCard
 from dailies.model.private import at_home
+from dailies.model.settings import COURSE, DEFAULTED, course_of
 from dailies.model.weights import CheckpointError, locate, missing_files, weights_files
 from dailies.pipeline.run import ledger
 from dailies.pipeline.run.lease import Lease
+from dailies.pipeline.run.ledger_row import there
 from dailies.pipeline.run.pace import WAIT_AND_WORK, pace
 from dailies.pipeline.run.run_json import RUN, SHAPE, OtherRun, check_counts, has, known_manifest, read_run
 from dailies.pipeline.store.store import Store, StoreError, open_store
@@ -65,7 +67,7 @@ def progress_of(store: Store, run: dict[str, Any]) -> dict[str, Any]:
     """Rows done, failed and pending, in all and clips by bucket; clips per hour and the seconds that are left."""
     names = ["status", "error_type", "clip_id", "finished_at", "worker", *WAIT_AND_WORK]
     table = ledger.read(store, [*names, *SHAPE])
-    columns = {name: table[name].to_pylist() for name in names}
+    columns = {name: table[name].to_pylist() for name in there(names, table.column_names)}
     counts = Counter(columns["status"])
     rows = run["planned_rows"] + run["invalid_rows"]
     per_hour, last = pace(columns)
@@ -95,7 +97,7 @@ def buckets_of(run: dict[str, Any], rows: Iterator[tuple[str | None, str, tuple]
     counts = Counter(seen.values())
     said = []
     for bucket in run["buckets"]:
-        shape = tuple(bucket[name] for name in SHAPE)
+        shape = tuple(bucket.get(name) for name in SHAPE)
         done, failed = counts["done", shape], counts["failed", shape]
         said.append({"bucket": bucket_text(bucket), **bucket, "done": done, "failed": failed,
                      "pending": max(0, bucket["clips"] - done - failed)})
@@ -103,8 +105,7 @@ def buckets_of(run: dict[str, Any], rows: Iterator[tuple[str | None, str, tuple]
 
 
 def bucket_text(bucket: dict[str, Any]) -> str:
-    return (f"{bucket['width']}x{bucket['height']}, {bucket['frames']} frames, {bucket['steps']} steps, "
-            f"guidance {bucket['guidance']:g}")
+    return ", ".join((f"{bucket['width']}x{bucket['height']}", f"{bucket['frames']} frames", *course_of(bucket)))
 
 
 def clip_of(key: str) -> str:
@@ -160,12 +161,11 @@ def describe(card: ModelCard, weights: str | None) -> dict[str, Any]:
     """A card for JSON: what a row gets when it does not say, what it may ask for, where the weights are."""
     return {
         "name": card.name, "description": card.description, "fps": card.fps, "takes_image": card.takes_image,
-        "defaults": {"resolution": card.resolution, "duration_s": card.duration_s, "steps": card.num_steps,
-                     "guidance": card.guidance, "negative_prompt": card.negative_prompt},
+        "defaults": {setting.name: own for setting in DEFAULTED if (own := setting.own_value(card)) is not None},
         "resolutions": {name: f"{width}x{height}" for name, (height, width) in card.resolutions.items()},
         "limits": {"min_side": card.min_side, "side_step": card.side_step, "max_pixels": card.max_pixels,
                    "max_duration_s": card.max_duration_s,
-                   "max_steps": card.max_steps, "max_guidance": card.max_guidance},
+                   **{setting.most_of_card: getattr(card, setting.most_of_card) for setting in COURSE if setting.most_of_card}},
         "precisions": list(card.precisions), "attentions": list(card.attentions),
         "keep_ratio": card.keep_ratio, "tuned_for_sparse": card.tuned_for_sparse,
         "differs": list(card.differs), "guidance_note": card.guidance_note,

@@ -22,7 +22,7 @@ DOORS = {
     "huggingface_hub": ["model/weights.py"],
     "pyarrow": ["pipeline/manifest/manifest.py", "pipeline/manifest/raw_bytes.py", "pipeline/manifest/cells.py",
                 "pipeline/manifest/parquet.py", "pipeline/manifest/part.py", "pipeline/plan.py", "pipeline/resolved.py", "pipeline/run/ledger.py",
-                "pipeline/run/ledger_part.py", "pipeline/manifest/stored_types.py"],
+                "pipeline/run/ledger_part.py", "pipeline/run/ledger_row.py", "pipeline/manifest/stored_types.py"],
     "boto3": ["pipeline/store/store.py"],
     "botocore": ["pipeline/store/store.py"],
     "ray": ["pipeline/scheduler/cluster.py", "pipeline/scheduler/ray_private.py", "jobs/submit.py"],

@@ -19,17 +19,17 @@ from dailies.pipeline.run.ledger import (
     Ledger,
     digest,
     forget_retried,
-    invalid_row,
     parquet_bytes,
     put_back,
     read,
     retry,
-    row_of,
     take_out,
     write_success,
 )
+from dailies.pipeline.run.ledger_row import ALL_OTHER_STAGES, class_of, invalid_row, row_of
+from dailies.pipeline.run.pace import pace
 from dailies.pipeline.run.run_json import OtherRun, claim_run, known_manifest, read_run
-from dailies.pipeline.stages import Outcome
+from dailies.pipeline.stages import Outcome, Stage, Step, run_local
 from dailies.pipeline.store.store import StoreError, open_store
 
 CONTRACT = """id, clip_id, status, uri, sha256, bytes, width, height, frames, fps, duration_s, has_audio, seed, prompt,
@@ -107,6 +107,41 @@ def test_rows_come_back_as_they_were_given(store):
     assert b["error"].startswith("too ? large") and len(b["error"]) == 4000
     assert (c["status"], c["attempts"], c["sample_s"]) == ("done", None, None)      # found published: nobody timed it
     assert (d["error_type"], d["seed"], d["clip_id"]) == ("invalid", None, None)
+
+
+class Draws:
+    def __call__(self, batch):
+        return [Clip(request=each, uri="u", sha256="ab", num_bytes=7, duration_s=2.0) for each in batch]
+
+
+class PassesOn:
+    def __call__(self, batch):
+        return list(batch)
+
+
+def test_a_stage_of_any_name_has_its_seconds_in_the_ledger(folder):
+    stages = [Stage(name="sample", steps=(Step(actor=Draws),)), Stage(name="upscale", steps=(Step(actor=PassesOn),))]
+    [outcome] = run_local(stages, [request()])
+    write(folder, [done("before")])
+    write(folder, [row_of("found", outcome.value)], [done("c"), row_of("made", outcome.value, outcome)])
+    rows = {row["id"]: row for row in read(folder).to_pylist()}
+    assert {name: row["seconds.upscale"] for name, row in rows.items()} == {
+        "before": None, "found": None, "c": None, "made": outcome.seconds["upscale"]}
+    assert rows["made"]["sample_s"] == outcome.seconds["sample"] and rows["made"]["seconds.upscale"] >= 0
+    assert read(folder, ["id", ALL_OTHER_STAGES]).column_names == ["id", "seconds.upscale"]
+    assert put_back(folder, {outcome.value.request.clip_id: "spoilt"}) == 2     # nobody needs to know the stage
+
+    write(folder, [done("forged", **{"seconds.upscale": -1.0})])
+    with pytest.raises(StoreError, match=r"seconds.upscale must be a number from 0 to 1e\+10"):
+        read(folder)
+
+
+def test_seconds_of_all_stages_count_where_a_run_is_timed():
+    columns = {"clip_id": ["a", "b"], "status": ["done"] * 2, "worker": ["w"] * 2, "queue_s": [0.0, None],
+               "finished_at": [datetime(2026, 1, 1, 1, 0, second, tzinfo=UTC) for second in (10, 50)],
+               **{f"{stage}_s": [0.0, None] for stage in ("encode", "sample", "decode", "publish")}}
+    assert pace(columns)[0] is None                     # no seconds, no rate
+    assert pace(columns | {"seconds.upscale": [10.0, 20.0]})[0] == 2 * 3600 / 30
 
 
 def test_an_opened_ledger_knows_what_is_done_and_what_is_pending(store):
@@ -493,7 +528,7 @@ def test_run_json_holds_no_secret(folder, monkeypatch):
     ((), None), (("a", "a", "a"), "a"), (("a", "b", "a"), "encode: a; sample: b; decode: a"),
     (("a", "b"), "encode: a; sample: b")])
 def test_the_determinism_class_is_one_where_all_stages_have_one(stages, said):
-    assert ledgers.class_of(stages) == said
+    assert class_of(stages) == said
 
 
 @pytest.mark.parametrize("name", ["999999-000000", "999999999-000000", "1000000000-000000", "9" * 200 + "-0"])

@@ -23,7 +23,7 @@ from dailies.actors.device_lock import NO_LOCK, DeviceLock
 from dailies.actors.messages import Frames, Request
 from dailies.jobs.bench.pipeline import Pretend, pretend_request, pretend_value
 from dailies.model.catalog import CATALOG
-from dailies.pipeline.run.ledger import row_of
+from dailies.pipeline.run.ledger_row import row_of
 from dailies.pipeline.scheduler.driver import Driver
 from dailies.pipeline.scheduler.executor import Alive, Answer, Broken, Call, Done, Hello, Replica
 from dailies.pipeline.scheduler.forecast import Cost, forecast, measured_costs, rows_by_work

@@ -11,7 +11,8 @@ from dailies.pipeline.plan import BLOCK, RESEEDS, Except, Plan, PlannedRow, with
 from dailies.pipeline.run.adoption import Spoilt, adopt
 from dailies.pipeline.run.layout import CLIPS, clip_id_of
 from dailies.pipeline.run.lease import Lease
-from dailies.pipeline.run.ledger import SUCCESS, Ledger, hashes_of, invalid_row, keys_of, row_of
+from dailies.pipeline.run.ledger import SUCCESS, Ledger, hashes_of, keys_of
+from dailies.pipeline.run.ledger_row import invalid_row, row_of
 from dailies.pipeline.stages import Outcome
 from dailies.pipeline.store.store import Store
 from dailies.pipeline.wording import counted

@@ -113,7 +113,7 @@ def grow(store: Store, plan: Plan) -> None:
 
 def merged(buckets: list[dict[str, Any]], more: Counter[tuple]) -> dict[str, Any]:
     """The plan's buckets with the clips of other rows in them, or behind them."""
-    shapes = {tuple(bucket[name] for name in SHAPE): bucket for bucket in buckets}
+    shapes = {tuple(bucket.get(name) for name in SHAPE): bucket for bucket in buckets}
     for shape, clips in more.items():
         shapes.setdefault(shape, dict(zip(SHAPE, shape, strict=True)) | {"clips": 0})
         shapes[shape]["clips"] += clips

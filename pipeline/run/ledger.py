@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,45 +24,13 @@ import pyarrow.parquet as pq
 
 from dailies.pipeline.manifest.stored_types import as_text, converted, stored_type
 from dailies.pipeline.run.ledger_part import MOST_BYTES, read_part
-from dailies.pipeline.run.masking import without_secrets
+from dailies.pipeline.run.ledger_row import COLUMNS, OTHER_STAGES, SECONDS, stored_error, there
 from dailies.pipeline.store.store import NotFound, Store, StoreError, TooLarge
-
-if TYPE_CHECKING:                       # they need torch, and `dailies status` does not
-    from dailies.actors.messages import Clip, Failure
-    from dailies.pipeline.stages import Outcome
 
 FOLDER, SUCCESS = "ledger/", "_SUCCESS.json"
 RETRIED = "retried/"                    # what was said of failed rows that are pending again
 REMEMBERED = ("id", "seed", "status", "error_type", "error", "attempts", "finished_at", "earlier_errors")
 READERS = 8                             # parts read at a time
-MAX_ERROR_CHARACTERS = 4000
-STAGES = ("encode", "sample", "decode")
-COLUMNS = pa.schema({
-    "id": pa.string(), "clip_id": pa.string(), "status": pa.string(),                  # done, failed or pending
-    "uri": pa.string(), "sha256": pa.string(), "bytes": pa.int64(),
-    "width": pa.int32(), "height": pa.int32(), "frames": pa.int32(), "fps": pa.float64(), "duration_s": pa.float64(),
-    "has_audio": pa.bool_(), "seed": pa.int64(), "prompt": pa.string(), "negative_prompt": pa.string(),
-    "steps": pa.int32(), "guidance": pa.float64(), "model": pa.string(), "weights_fingerprint": pa.string(),
-    "precision": pa.string(), "attention": pa.string(), "fallbacks": pa.list_(pa.string()),
-    "attempts": pa.int32(), "error_type": pa.string(), "error": pa.string(),
-    "worker": pa.string(), "device": pa.string(), "queue_s": pa.float64(), "encode_s": pa.float64(),
-    "sample_s": pa.float64(), "decode_s": pa.float64(), "publish_s": pa.float64(), "peak_memory_bytes": pa.int64(),
-    "finished_at": pa.timestamp("us", tz="UTC"),
-    "gpu_s": pa.float64(),                             # of encode_s, sample_s, decode_s: on a GPU; null on CPUs
-    # of the gate (gate.py), and of the clip that was decoded again; null for clips that were found published
-    "quality.verdict": pa.string(), "quality.brightness": pa.float64(), "quality.contrast": pa.float64(),
-    "quality.motion": pa.float64(), "quality.flicker": pa.float64(), "quality.psnr_db": pa.float64(),
-    "quality.audio_peak": pa.float64(), "quality.audio_clipped": pa.float64(),
-    "quality.seed": pa.int64(),                        # what the clip was made with, if not with the row's own seed
-    "decode_precision": pa.string(),                   # of the VAE, where it is not the model's own
-    "chosen_because": pa.string(),                     # why this precision and attention, where they were left to us
-    # what the last bits depend on beside clip_id (actors/determinism.py); null for clips that were found published
-    "determinism": pa.string(),
-    "path": pa.string(),                               # of the clip, below the run folder
-    "sample": pa.int32(),                              # of its manifest row, from 0
-    "notes": pa.list_(pa.string()),                    # what was found in the run folder: used, or made again
-    "earlier_errors": pa.list_(pa.string()),           # of a row that failed and was tried again, the oldest first
-})
 NO_COLUMNS = pa.schema([])
 
 
@@ -144,6 +112,8 @@ class Ledger:
         extra: further columns, one row for each of `rows`.  Raises ValueError for rows that do not fit the columns.
         """
         further = extra.column_names if extra is not None else []
+        stages = sorted({name for row in rows for name in row if name.startswith(OTHER_STAGES)} - {*self.schema.names})
+        self.schema = pa.schema([*self.schema, *(pa.field(name, SECONDS.type) for name in stages)])
         for row in rows:
             unknown = sorted({*row, *further} - set(self.schema.names))
             if unknown or not row.get("id") or row.get("status") not in statuses:
@@ -176,7 +146,7 @@ class Ledger:
         """Write what waits as one part.  Raises StoreError, and the rows wait on."""
         if not self.waiting:
             return
-        data = parquet_bytes(pa.concat_tables(self.waiting))
+        data = parquet_bytes(pa.concat_tables(self.waiting, promote_options="default"))
         while not self.store.create(part_key(self.epoch, self.seq), data):
             self.epoch, self.seq = next_epoch(self.store), 0       # another writer has this epoch
         self.seq += 1
@@ -197,60 +167,11 @@ def comparable(table: pa.Table) -> pa.Table:
     return pa.table({"id": table["id"].cast(pa.string()), "seed": table["seed"].cast(pa.int64()).fill_null(-1)})
 
 
-def row_of(name: str, value: "Clip | Failure", outcome: "Outcome | None" = None, *,
-           seed: int | None = None) -> dict[str, Any]:
-    """The ledger row of manifest row `name` for what became of its request.
-
-    outcome: None for a clip that was found published, whose times nobody knows.  seed: the row's, where that is not the
-    request's because a clip with the row's own was rejected.
-    """
-    from dailies.actors.clip_file import clip_key  # needs torch, and `dailies status` does not
-    request = value.request
-    seed = request.seed if seed is None else seed
-    row: dict[str, Any] = {
-        "id": name, "clip_id": request.clip_id, "seed": seed, "prompt": request.prompt,
-        "negative_prompt": request.negative_prompt, "width": request.shape.width, "height": request.shape.height,
-        "frames": request.shape.frames, "fps": request.fps, "steps": request.num_steps, "guidance": request.guidance,
-        "model": request.model, "weights_fingerprint": request.weights_fingerprint, "precision": request.precision,
-        "attention": request.attention, "decode_precision": request.decode_precision, "finished_at": datetime.now(UTC),
-    }
-    if hasattr(value, "error_type"):
-        row |= {"status": "failed", "error_type": value.error_type, "fallbacks": [],
-                "error": said(value.error) + (f" [stack {value.stack}]" if value.stack else "")}
-    else:
-        row |= {"status": "done", "uri": value.uri, "sha256": value.sha256, "bytes": value.num_bytes,
-                "duration_s": value.duration_s, "has_audio": value.has_audio, "fallbacks": list(value.fallbacks),
-                "determinism": class_of(value.determinism), "path": clip_key(request.clip_id)}
-    row |= {f"quality.{name}": measure for name, measure in value.quality.items()}
-    if request.seed != seed:
-        row["quality.seed"] = request.seed
-        row["fallbacks"] = [*row["fallbacks"], f"rejected with seed {seed}, and made with seed {request.seed}"]
-    notes = [*getattr(value, "notes", ()), *(outcome.notes if outcome is not None else ())]
-    row |= {"notes": notes} if notes else {}
-    if outcome is not None:
-        row |= {"attempts": outcome.attempts, "queue_s": outcome.queue_s, "worker": outcome.worker,
-                "device": outcome.device, "peak_memory_bytes": outcome.peak_memory_bytes, "gpu_s": outcome.gpu_s}
-        row |= {f"{step}_s": outcome.seconds.get(step) for step in ("encode", "sample", "decode", "publish")}
-    return row
-
-
-def class_of(stages: Sequence[str]) -> str | None:
-    """The determinism class of a clip whose stages had these; None where nobody knows."""
-    if len(set(stages)) < 2:
-        return next(iter(stages), None)
-    return "; ".join(f"{stage}: {of_stage}" for stage, of_stage in zip(STAGES, stages, strict=False))
-
-
-def invalid_row(name: str, prompt: str | None, error: str) -> dict[str, Any]:
-    """The ledger row of a manifest row that was set aside: it has no seed, because it has no request."""
-    return {"id": name, "status": "failed", "error_type": "invalid", "error": said(error), "prompt": prompt,
-            "fallbacks": [], "finished_at": datetime.now(UTC)}
-
-
 def read(store: Store, columns: Sequence[str] | None = None, *, put_back: bool = False, whole: bool = False) -> pa.Table:
     """The ledger as it stands: one row per key, in the order of the parts.
 
-    columns: None for all that there are.  put_back: also the rows of clips that are to be made again (pending).
+    columns: None for all that there are; ALL_OTHER_STAGES stands for the seconds of stages without a column of their own.
+    put_back: also the rows of clips that are to be made again (pending).
     whole: every column is read and checked, so that who asks for others later is not refused.
     """
     wanted = None if columns is None else list(dict.fromkeys([*columns, "id", "seed", "status"]))
@@ -263,8 +184,7 @@ def read(store: Store, columns: Sequence[str] | None = None, *, put_back: bool =
                          "not this run's") from error
     if not put_back:
         table = table.filter(pc.not_equal(table["status"], "pending"))
-    asked = table.column_names if columns is None else dict.fromkeys(columns)
-    return table.select([name for name in asked if name in table.column_names])
+    return table if columns is None else table.select(list(there(dict.fromkeys(columns), table.column_names)))
 
 
 def together(tables: Sequence[pa.Table]) -> pa.Table:
@@ -302,8 +222,9 @@ def put_back(store: Store, problems: Mapping[str, str]) -> int:
         return 0
     store.delete(SUCCESS)                               # there is something to do again
     with Ledger(store, COLUMNS, COLUMNS.empty_table(), flush_rows=1000, flush_s=30.0) as ledger:
-        ledger.append([row | {"status": "pending", "error_type": "ClipDamaged", "error": said(problems[row["clip_id"] or ""]),
-                              "finished_at": datetime.now(UTC)} for row in done], statuses=("pending",))
+        again = {"status": "pending", "error_type": "ClipDamaged", "finished_at": datetime.now(UTC)}
+        ledger.append([row | again | {"error": stored_error(problems[row["clip_id"] or ""])} for row in done],
+                      statuses=("pending",))
     return len(done)
 
 
@@ -419,7 +340,7 @@ def parts(store: Store, columns: Sequence[str] | None, folder: str = FOLDER, *,
     def part(key: str) -> pa.Table | None:
         try:
             table = read_part(store.get(key, at_most=MOST_BYTES), None if whole else columns, COLUMNS)
-            return table if columns is None else table.select([name for name in columns if name in table.column_names])
+            return table if columns is None else table.select(list(there(columns, table.column_names)))
         except NotFound:
             return None
         except (pa.ArrowException, OSError, ValueError, TypeError, KeyError, OverflowError, MemoryError) as error:
@@ -469,9 +390,3 @@ def parquet_bytes(table: pa.Table) -> bytes:
 
 def keys_of(table: pa.Table) -> Iterator[tuple[str, int | None]]:
     return zip(table["id"].to_pylist(), table["seed"].to_pylist(), strict=True)
-
-
-def said(text: str) -> str:
-    """An error's text as it can be stored: valid UTF-8, without secrets, and not a whole log."""
-    text = without_secrets(text.encode("utf-8", "replace").decode())
-    return text if len(text) <= MAX_ERROR_CHARACTERS else text[:MAX_ERROR_CHARACTERS - 1] + "…"

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pyarrow.types as is_
 
 from dailies.pipeline.manifest.parquet import announced, chunks_of, is_text, leaves, plain, unfolded
+from dailies.pipeline.run.ledger_row import limited, there
 
 MOST_BYTES = 2**28                      # of a part as it is stored: ours have a thousand rows
 ROOM_BYTES = 2**31                      # of its columns in memory
@@ -20,13 +21,12 @@ STATUSES = ("done", "failed", "pending")
 KINDS = (lambda kind: is_.is_string(kind) or is_.is_large_string(kind) or is_.is_string_view(kind), is_.is_integer,
          lambda kind: is_.is_floating(kind) or is_.is_integer(kind), is_.is_boolean, is_.is_timestamp, is_.is_list)
 LATEST_US = 253_402_300_799_000_000     # the end of the year 9999, which is Python's
-LONGEST_S = 1e10
 
 
 def read_part(data: bytes, columns: Sequence[str] | None, schema: pa.Schema) -> pa.Table:
     """The columns that are asked for and there; those of `schema` in its types.
 
-    columns: None for all.  Raises ValueError, saying what is wrong with which column; ArrowException and OSError for
+    columns: None for all, as `there` takes them.  Raises ValueError, saying what is wrong with which column; ArrowException and OSError for
     bytes that are no Parquet file.
     """
     stream = pa.BufferReader(data)
@@ -37,7 +37,7 @@ def read_part(data: bytes, columns: Sequence[str] | None, schema: pa.Schema) -> 
     names = stored.names
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"two columns are named {twice[0]!r}")
-    wanted = [name for name in (names if columns is None else columns) if name in names]
+    wanted = names if columns is None else list(there(columns, names))
     if missing := [name for name in ("id", "seed", "status") if name not in names]:
         raise ValueError(f"it has no column {missing[0]}")
     for name in names:                                  # also of what is not asked for: the footer is read anyway
@@ -99,18 +99,15 @@ def check_values(table: pa.Table) -> None:
         for said in columns["status"].unique().to_pylist():
             if said not in STATUSES:
                 raise ValueError(f"status must be one of {', '.join(STATUSES)}; got {said!r}")
-    limits = {name: LONGEST_S for name in columns if name.endswith("_s") and not name.startswith("user.")}
-    limits |= {"seed": 2**63 - 1, "bytes": 2**63 - 1, "width": 2**31, "height": 2**31, "frames": 2**31, "fps": 1e6,
-               "steps": 2**31, "guidance": 1e6, "sample": 2**31, "attempts": 2**31}
-    for name, most in limits.items():
-        if name in columns and not within(columns[name], most):
-            raise ValueError(f"{name} must be a number from 0 to {most:g}")
-    if "finished_at" in columns and not within(columns["finished_at"].cast(pa.int64()), LATEST_US):
+    for name, column in columns.items():
+        if (limits := limited(name)) and not within(column, limits.least, limits.most):
+            raise ValueError(f"{name} must be a number from {limits.least:g} to {limits.most:g}")
+    if "finished_at" in columns and not within(columns["finished_at"].cast(pa.int64()), 0, LATEST_US):
         raise ValueError("finished_at must be a time from 1970 to 9999")
 
 
-def within(column: pa.ChunkedArray, most: float) -> bool:
+def within(column: pa.ChunkedArray, least: float, most: float) -> bool:
     if is_.is_floating(column.type) and pc.any(pc.is_nan(column)).as_py():
         return False
     found = pc.min_max(column).as_py()
-    return found["min"] is None or 0 <= found["min"] and found["max"] <= most
+    return found["min"] is None or least <= found["min"] and found["max"] <= most

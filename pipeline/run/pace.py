@@ -4,9 +4,12 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
+from dailies.pipeline.run.ledger_row import ALL_OTHER_STAGES, there
+
 RATE_OVER = timedelta(hours=1)                          # clips per hour is what was made in the last hour of work
 LEAST_RATE_S = 1.0                                      # what was made in one moment makes no rate
-WAIT_AND_WORK = ("queue_s", "encode_s", "sample_s", "decode_s", "publish_s")     # all of a clip's seconds
+# all of a clip's seconds
+WAIT_AND_WORK = ("queue_s", "encode_s", "sample_s", "decode_s", "publish_s", ALL_OTHER_STAGES)
 
 
 def pace(columns: Mapping[str, Sequence[Any]]) -> tuple[float | None, datetime | None]:
@@ -22,11 +25,12 @@ def pace(columns: Mapping[str, Sequence[Any]]) -> tuple[float | None, datetime |
             if status == "done" and worker and at]
     if not made:
         return None, last
+    spent = list(there(WAIT_AND_WORK, list(columns)))
     since = max(columns["finished_at"][number] for number in made) - RATE_OVER
     clips: dict[str, tuple[datetime, datetime]] = {}
     for number in made:
         if (ended := columns["finished_at"][number]) > since:
-            took = timedelta(seconds=sum(columns[name][number] or 0.0 for name in WAIT_AND_WORK))
+            took = timedelta(seconds=sum(columns[name][number] or 0.0 for name in spent))
             clips[columns["clip_id"][number]] = max(since, ended - took), ended
     seconds, until = 0.0, since
     for began, ended in sorted(clips.values()):

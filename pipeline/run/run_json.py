@@ -8,9 +8,10 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from dailies.model.errors import DailiesError
+from dailies.model.settings import COURSE, Setting
 from dailies.pipeline.manifest.validation import shown
 from dailies.pipeline.run.masking import without_secrets
 from dailies.pipeline.store.store import NotFound, Store, StoreError, TooLarge
@@ -21,26 +22,24 @@ GROWS = ("manifest_digest", "images_digest")            # in run.json the first 
 MOST_BYTES = 2**22                      # of run.json
 COUNTED = ("planned_rows", "invalid_rows", "clips", "buckets", "more_buckets")      # by which progress is counted
 SUMMED = ("rows", "duplicates", *COUNTED)               # what is said of a manifest
-SHAPE = ("width", "height", "frames", "steps", "guidance")           # clips that agree in it are a bucket
+SHAPE = ("width", "height", "frames", *(setting.name for setting in COURSE))     # clips that agree in it are a bucket
 Count = Annotated[int, Field(strict=True, ge=0, le=10**9)]
-Number = Annotated[float, Field(strict=True, ge=0, le=1e6, allow_inf_nan=False)]
 
 
 class OtherRun(DailiesError, ValueError):
     """The folder is another run's; the message names what differs."""
 
 
-class Bucket(BaseModel):
-    """Clips of one shape and course, as run.json counts them."""
+def number_of(setting: Setting) -> Any:
+    """What is believed of a setting in run.json."""
+    kinds = {int: Count, float: Annotated[float, Field(strict=True, ge=min(0, setting.low), le=1e6, allow_inf_nan=False)]}
+    kind = kinds.get(setting.type, setting.type)
+    return (kind, ...) if setting.field else (kind | None, None)
 
-    model_config = ConfigDict(extra="allow")
 
-    width: Count
-    height: Count
-    frames: Count
-    steps: Count
-    guidance: Number
-    clips: Count
+# clips of one shape and course, as run.json counts them
+Bucket = create_model("Bucket", __config__=ConfigDict(extra="allow"), width=(Count, ...), height=(Count, ...),
+                      frames=(Count, ...), clips=(Count, ...), **{setting.name: number_of(setting) for setting in COURSE})
 
 
 class RunFile(BaseModel):
