@@ -18,7 +18,11 @@ from dailies.pipeline.store.objects import plain_uri
 
 Count = Annotated[int, Field(ge=1)]
 Amount = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-CONFIG_BYTES = 1_000_000
+CONFIG_BYTES = 65_536
+KEY_PARTS = 100                                         # a.b.c has three; Python's reader is busy for minutes with 30,000
+# what TOML is made of, as far as it decides where a key ends; a string that is not closed ends the reader's work anyway
+TOML = re.compile(r'''"""(?s:\\.|[^"\\]|"(?!""))*+"*+|'{3}(?s:[^']|'(?!''))*+'*+|"(?:\\.|[^"\\\n])*+"?+|'[^'\n]*+'?+'''
+                  r"|[ \t\w-]++|#[^\n]*+|.|\n")
 
 
 def key_of(setting: Setting) -> Any:
@@ -233,7 +237,7 @@ def read_config(path: Path, known: list[str]) -> dict[str, Any]:
             text = file.read(CONFIG_BYTES + 1)
         if len(text) > CONFIG_BYTES:
             raise ValueError(f"at most {CONFIG_BYTES:,} bytes are read")
-        said = tomllib.loads(text.decode())
+        said = tomllib.loads(without_long_keys(text.decode()))
     except RecursionError:
         raise UsageError(f"--config {path} must be TOML: it is nested too deeply") from None
     except OSError as error:
@@ -250,6 +254,19 @@ def read_config(path: Path, known: list[str]) -> dict[str, Any]:
         # TOML has times of its own: until = 07:00:00
         settings[name] = value.isoformat() if isinstance(value, (time, datetime)) else value
     return settings
+
+
+def without_long_keys(text: str) -> str:
+    """The same text.  Raises ValueError for a key of more than KEY_PARTS parts, in which every part is a table of its own."""
+    parts = 1
+    for token in TOML.finditer(text):
+        if token.group() == ".":
+            parts += 1
+        elif not re.match(r"[\"' \t\w-]", token.group()):
+            parts = 1
+        if parts > KEY_PARTS:
+            raise ValueError(f"a key has more than {KEY_PARTS} parts")
+    return text
 
 
 def problem(detail: Mapping[str, Any], flags: set[str], config: Path | None) -> str:

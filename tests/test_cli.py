@@ -15,12 +15,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from image_files import png
+from limits import within
 from safetensors.torch import load_file, save_file
 from tiny import TINY
 
 from dailies import HOME
 from dailies.jobs.cli import import_nothing_from_here, main
-from dailies.jobs.settings import RenderJob, time_meant
+from dailies.jobs.settings import RenderJob, time_meant, without_long_keys
 from dailies.jobs.submit import mapping_in, pack
 from dailies.jobs.usage import UsageError
 from dailies.pipeline.manifest.manifest import Manifest
@@ -168,9 +169,25 @@ def test_a_configuration_file_that_is_not_there_or_no_text_is_said(capsys, tmp_p
     (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "deep.toml").write_text("a = " + "[" * 100_000)
     for name, message in (("none.toml", "No such file"), ("bytes.toml", "must be TOML"), (".", "Is a directory"),
-                          ("deep.toml", "must be TOML"), ("/dev/zero", "at most 1,000,000 bytes")):
+                          ("deep.toml", "must be TOML"), ("/dev/zero", "at most 65,536 bytes")):
         code, _, err = said(capsys, "plan", "m.csv", "--out", "o", "--config", tmp_path / name)
         assert code == 2 and message in err
+
+
+@pytest.mark.parametrize("key", ["a.", "a . ", '"".', "''.", '"\\\"".', "'\\'.", "\"\\\"\".'\\'.", "\"'\".'\"'.a."])
+@pytest.mark.parametrize("around", ["{}a = 1", "[{}a]", "[[ {}a ]]", "map = {{{}a = 1}}", "# '\n{}a = 1",
+                                    "b = \"\"\"\\\"\"\"\"\"\"\n{}a = 1", "b = '''\\'''\n{}a=1"])
+def test_a_key_of_very_many_parts_is_refused_before_it_keeps_the_reader_busy(key, around):
+    with within(10), pytest.raises(ValueError, match="a key has more than 100 parts"):
+        without_long_keys(around.format(key * (60_000 // len(key))))
+
+
+@pytest.mark.parametrize("text", ['"\\""' * 9000, "\"\\" * 30_000, "'" * 60_000, '"' * 60_000, '"""' + '"" ' * 20_000, "a" * 60_000,
+                                  "a " * 30_000, "a = 1.5\n" * 7000, "a = [" + "1.5, " * 12_000, 'p = "' + "so. " * 9000 + '"',
+                                  "p = '''" + "so. " * 9000 + "'''", "# " + "so. " * 9000])
+def test_other_long_texts_are_left_to_the_reader_at_once(text):
+    with within(10):
+        assert without_long_keys(text) is text
 
 
 def test_submit_names_a_deadline_with_its_zone(monkeypatch, tmp_path):

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from limits import within
 
 from dailies.jobs.cli import fail
 from dailies.pipeline.run import ledger
@@ -49,6 +50,13 @@ def test_prompts_are_data_and_stay_as_they_are():
     "token_study.csv", "key frames at 24", "the key is in the file", "secret garden.csv", "monkey: 5", "caption=prompt"])
 def test_a_sentence_about_secrets_and_a_plain_setting_are_left(text):
     assert without_secrets(text) == text
+
+
+@pytest.mark.parametrize("piece", ["eyJ-", "eyJ-" * 30 + ".", "secret-", "password ", "token: ", "a.secret.b", 'secret="', "authorization:",
+                                   "cookie='", "--secret", "a://", "key ", "secret_", "=", " ", "-", "access_key_", "-----BEGIN "])
+def test_a_long_text_is_masked_at_once(piece):
+    with within(10):
+        without_secrets(piece * (400_000 // len(piece)))
 
 
 def test_messages_and_the_errors_of_rows_are_masked(capsys):

@@ -25,11 +25,11 @@ GOES_ON = (r"(?!(?:a|an|and|are|as|at|be|by|can|could|file|for|from|has|have|if|
            r"or|that|the|to|token|tokens|was|were|which|will|with)\b)")
 SAID = re.compile(rf"(?i)\b((?:passwords?|passwd|pwd|passphrase|bearer)\s++){GOES_ON}(?!\[removed\])[\"']?[^\s\"',;]+")
 # token ..., Basic ...: only what looks like one, since both are words of every day
-LIKELY = re.compile(r"(?i:\b((?:token|secret|basic|key)\s+))[\"']?(?=\S{0,40}\d|\S{0,40}[=+/$!#%^*_]|\S{0,40}[a-z][A-Z]|\S{20})[^\s\"',;.]{6,}")
+LIKELY = re.compile(r"(?i:\b((?:token|secret|basic|(?<!unknown )key)\s+))[\"']?(?=\S{0,40}\d|\S{0,40}[=+/$!#%^*_]|\S{0,40}[a-z][A-Z]|\S{20})[^\s\"',;.]{6,}")
 # of AWS, GitHub, GitLab, Google, npm, Hugging Face, Slack, OpenAI and alike; JSON web tokens; private keys
 KEYS = re.compile(r"\b((AKIA|ASIA)[A-Z0-9]{16}|gh[opsru]_\w{30,}|github_pat_\w{30,}|glpat-[\w-]{20,}|"
                   r"AIza[\w-]{35}|ya29\.[\w-]{20,}|npm_[A-Za-z0-9]{36}|hf_[A-Za-z0-9]{30,}|xox[abprs]-[\w-]{10,}"
-                  r"|sk-[\w-]{30,}|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]{10,})|-----BEGIN [A-Z ]*PRIVATE KEY-----[^-]*(-----END[A-Z -]*)?")
+                  r"|sk-[\w-]{30,}|eyJ[\w-]{10,2000}\.[\w-]{10,}\.[\w-]{10,})|-----BEGIN [A-Z ]*PRIVATE KEY-----[^-]*(-----END[A-Z -]*)?")
 
 # of files that hold keys and credentials: what browsers, clouds, SSH and TLS call them
 KEY_FILE = re.compile(
