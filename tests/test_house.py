@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,30 @@ DOORS = {
               "pipeline/run/intermediates.py", "pipeline/run/saved_steps.py", "jobs/"],
 }
 PACKAGED_AS = {"botocore": "boto3", "PIL": "pillow", "yaml": "pyyaml"}
-HEAVY = ["torch", "ray", "transformers", "pyarrow", "boto3", "av", "numpy"]
+HEAVY = ["torch", "ray", "transformers", "pyarrow", "boto3", "av", "numpy"]         # not for `dailies --help`
+# what takes long to import, or may be absent: the one reason for an import inside a function
+DEFERRED = {*HEAVY, "botocore", "diffusers", "ftfy", "huggingface_hub", "psutil", "pydantic", "rich", "safetensors",
+            "tokenizers", "triton"}
+MOST_LINES = {"class": 300, "function": 60}
+# what is to be mended still; a name is added to none of these lists
+LONGER = {("jobs/cli.py", "render_options"), ("model/checkpoint.py", "read_header")}
+SHARED_NAMES = set("""
+    ADVICE BLOCK BUSY Block CHUNK CLIPS COLUMNS CONFIG_BYTES Count CrossAttention DTYPES Decoder END FILE FLOATS
+    FOLDER FORMATS FRAMES FULL GOES_ON HEAD Head Impl KINDS LEAST_BYTES LINE_EVERY_S LISTED LOAD_S LOOKED_AT Layer
+    Lessons MADE_HERE MAX_BYTES MAX_DEPTH MEASURED MOST_BYTES NAMES NUMBER NUMBERS PACKAGES PARTS PATIENCE_S POLL_S
+    PROMPTS Part READERS REPEATS ROOT ROWS ROWS_PER_BATCH Reader Record Rows SAID SECONDS SHAPES SHOWN SMALL_BYTES
+    STAGES STEPS TEMPORARY TEXT TooLong UNKNOWN WAN_SIZES WIDTHS WORDS Way attend attentions build check check_size
+    clip connect counted decode describe described enter fail fill finish flat follow hashes_of is_text joined
+    kernels kind_of layers listed locate log machine measured memory new_encoder norms num_bytes opened outcome pack
+    parts_of pieces pipeline quantize_blocks quantized read readable request_of retry rows run said shown stages_of
+    start steps table tensors_of text text_of train_vae unfolded version_of work_of write
+""".split())
+IN_CIRCLES = ("dailies.jobs.bench.", "dailies.jobs.demo.", "dailies.jobs.gpu.", "dailies.model.")
+IMPORTS_INSIDE = {
+    "jobs/bench/command.py", "jobs/bench/pipeline.py", "jobs/cli.py", "jobs/convert.py", "jobs/demo/train.py",
+    "jobs/gpu/checks.py", "jobs/gpu/timings.py", "jobs/settings.py", "jobs/submit.py", "jobs/usage.py", "jobs/verify.py",
+    "model/card.py", "model/catalog.py", "pipeline/manifest/files.py",
+}
 
 
 def modules() -> list[Path]:
@@ -51,9 +75,14 @@ def module_name(path: Path) -> str:
     return name if name.split(".")[0] == "dailies" else f"dailies.{name}"
 
 
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
 def imported(path: Path) -> Iterator[tuple[str, int]]:
     """Every dotted name that a file imports, at the top or inside a function, with its line."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
+    for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             yield from ((alias.name, node.lineno) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -84,6 +113,132 @@ def test_each_library_has_one_door():
             doors = DOORS.get(library)
             if doors and not any(name.startswith(door) if door.endswith("/") else name == door for door in doors):
                 wrong.append(f"{name}:{line} imports {library}; it belongs in {', '.join(doors)}")
+    assert not wrong, "\n".join(wrong)
+
+
+@cache
+def module_names() -> set[str]:
+    return {module_name(path) for path in modules()}
+
+
+@cache
+def imports_by_place(path: Path) -> tuple[set[str], dict[str, int]]:
+    """What a file imports as it is imported, and what its functions import when they are called, with the line.
+
+    `from package import name` is of the module package.name where there is one. What is read for its types alone, below
+    `if TYPE_CHECKING`, is not imported.
+    """
+    at_once: set[str] = set()
+    later: dict[str, int] = {}
+
+    def visit(node: ast.AST, inside: bool) -> None:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            return
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [dotted if (dotted := f"{node.module}.{alias.name}") in module_names() else str(node.module)
+                     for alias in node.names]
+        else:
+            names = []
+        if inside:
+            later.update(dict.fromkeys(names, getattr(node, "lineno", 0)))
+        else:
+            at_once.update(names)
+        for child in ast.iter_child_nodes(node):
+            visit(child, inside or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)))
+
+    visit(tree(path), inside=False)
+    return at_once, later
+
+
+def test_no_files_import_each_other_in_a_circle():
+    """Not at the top, nor inside functions, where a circle would hide."""
+    graph = {module_name(path): {name for names in imports_by_place(path) for name in names} for path in modules()}
+
+    def reached(name: str) -> set[str]:
+        found, waiting = set(), [name]
+        while waiting:
+            new = graph.get(waiting.pop(), set()) - found
+            found |= new
+            waiting += new
+        return found
+
+    behind = {name: reached(name) for name in graph}
+    wrong = [f"{name} imports {', '.join(sorted(other for other in graph[name] if name in behind.get(other, ())))}"
+             for name in graph if name in behind[name] and not name.startswith(IN_CIRCLES)]
+    assert not wrong, "\n".join(["in a circle:", *wrong])
+
+
+def test_an_import_inside_a_function_defers_a_heavy_library():
+    """One of DEFERRED, or a module of ours that needs one which this file does without."""
+    places = {module_name(path): imports_by_place(path) for path in modules()}
+
+    def heavy_of(name: str, seen: set[str]) -> set[str]:
+        """What importing it brings; with every package above it, whose __init__ runs too."""
+        if name.partition(".")[0] != "dailies":
+            return {name.partition(".")[0]} & DEFERRED
+        found, parts = set(), name.split(".")
+        for each in (".".join(parts[:length]) for length in range(1, len(parts) + 1)):
+            if each in places and each not in seen:
+                seen.add(each)
+                found |= {heavy for other in places[each][0] for heavy in heavy_of(other, seen)}
+        return found
+
+    wrong = []
+    for path in modules():
+        own = heavy_of(module_name(path), set())
+        wrong += [f"{path.relative_to(ROOT)}:{line} imports {name} inside a function, though it defers nothing"
+                  for name, line in places[module_name(path)][1].items()
+                  if not heavy_of(name, set()) - own and name.partition(".")[0] not in DEFERRED
+                  and path.relative_to(ROOT).as_posix() not in IMPORTS_INSIDE]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_function_and_no_class_is_longer_than_a_page():
+    wrong = []
+    for path in modules():
+        for node in ast.walk(tree(path)):
+            kind = "class" if isinstance(node, ast.ClassDef) else "function" if isinstance(
+                node, (ast.FunctionDef, ast.AsyncFunctionDef)) else None
+            if kind and (lines := node.end_lineno - node.lineno + 1) > MOST_LINES[kind]:
+                if (path.relative_to(ROOT).as_posix(), node.name) not in LONGER:
+                    wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} {kind} {node.name} has {lines} lines; at most "
+                                 f"{MOST_LINES[kind]}")
+    assert not wrong, "\n".join(wrong)
+
+
+def public_names(path: Path) -> Iterator[str]:
+    """Classes, functions and constants that a module defines, with no underscore before them."""
+    for node in tree(path).body:
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            names = [node.name]
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names = [name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)]
+        else:
+            continue
+        yield from (name for name in names if not name.startswith("_"))
+
+
+@cache
+def commands() -> set[str]:
+    """What can be typed: a function of jobs/cli.py, beside the one that answers."""
+    return {name for name in public_names(ROOT / "jobs" / "cli.py")}
+
+
+def test_no_public_name_is_defined_in_two_modules():
+    homes: dict[str, list[str]] = {}
+    for path in modules():
+        for name in set(public_names(path)):
+            homes.setdefault(name, []).append(path.relative_to(ROOT).as_posix())
+    wrong = []
+    for name, files in sorted(homes.items()):
+        # of one kernel, the implementations of one function
+        folders = {Path(file).parent if file.startswith("kernels/") and file.count("/") > 1 else file for file in files}
+        is_command = name == "main" or name in commands() and all(file.startswith("jobs/") for file in files)
+        if len(folders) > 1 and not is_command and name not in SHARED_NAMES:
+            wrong.append(f"{name}: {', '.join(files)}")
     assert not wrong, "\n".join(wrong)
 
 
