@@ -57,11 +57,11 @@ def test_a_file_of_tests_that_needs_an_absent_library_is_skipped_and_says_so(tmp
 
 
 def test_a_test_that_imports_what_we_do_not_have_is_an_error_all_the_same(tmp_path):
-    (tmp_path / "test_wrong.py").write_text("import jobs.nothing\n")
+    (tmp_path / "test_wrong.py").write_text("import dailies.jobs.nothing\n")
     done = run_bare(["-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml"),
                      "--confcutdir", "/", "-p", "conftest", str(tmp_path / "test_wrong.py")], tmp_path,
                     PYTHONPATH=os.pathsep.join((str(tmp_path), str(ROOT), str(ROOT / "tests"))))
-    assert done.returncode == 2 and "No module named 'jobs.nothing'" in done.stdout, done.stdout
+    assert done.returncode == 2 and "No module named 'dailies.jobs.nothing'" in done.stdout, done.stdout
 
 
 def test_the_libraries_are_indeed_absent_there(tmp_path):

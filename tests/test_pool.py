@@ -250,7 +250,7 @@ def test_the_safe_profile_reaches_the_pool_and_failures_pass_it_untouched(worker
 def test_steps_that_cannot_be_made_are_said_while_loading(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="x264 is missing"):
         Pool("publish", [Step(actor=Broken)], 1, name="publish-1", device="cpu")
-    (tmp_path / "pipeline.py").write_text("raise ImportError('no codec here')")
+    (tmp_path / "dailies.py").write_text("raise ImportError('no codec here')")
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     with pytest.raises(ChildFailed, match=r"did not start: ImportError: no codec here \(exit code 1\)"):
         Pool("publish", [], 1, name="publish-1", device="cpu")
