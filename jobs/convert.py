@@ -23,6 +23,7 @@ from torch import Tensor
 
 from dailies import HOME
 from dailies.jobs import sandbox
+from dailies.jobs.progress import say
 from dailies.jobs.usage import UsageError, card_named
 from dailies.kernels.int8_linear import quantize_rows
 from dailies.model import checkpoint, keys, turbo
@@ -39,9 +40,12 @@ from dailies.model.weights import (
     SMALL_KINDS,
     CheckpointError,
     is_file,
+    json_in,
     listed,
     read_small,
+    refuse_outside,
     weight_map,
+    weights_file,
 )
 from dailies.pipeline.store.fetch import bring
 from dailies.pipeline.store.store import Store, open_store
@@ -49,6 +53,10 @@ from dailies.pipeline.store.store import Store, open_store
 SAID_BYTES = 8000                                       # of what the reader of a pickle says
 EXPERTS = ("high", "low")                               # for noise, in the order of a layout's dits
 SHARD_BYTES = 4_000_000_000                             # a bucket takes 5 GB in one request
+# what lies beside weights and is copied: a published model's files have these names, and a stranger's have any
+COPIED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+          "added_tokens.json", "preprocessor_config.json", "vocab.json", "spiece.model", "tokenizer.model",
+          "sentencepiece.bpe.model")
 # of our environment, all that the process gets which opens a pickle
 PASSED_ON = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR", "OMP_NUM_THREADS")
 
@@ -76,10 +84,18 @@ def convert(source: str, model: str, to: str, *, precision: str | None = None, j
     else:
         path = at_home(source)
     layout, parts = found_parts(card, path)
+    refuse_links_out(parts, path)
     if path.is_dir() and (path / layout.tokenizer).is_dir():
         Tokenizer(path / layout.tokenizer, card.name)   # which is copied as it is: it must be one that can be read
     small = small_files(layout, path) if path.is_dir() else {}
     written = []
+
+    def tell(name: str, num_bytes: int, file: Path) -> None:
+        written.append({"file": name, "num_bytes": num_bytes, "from": str(file)})
+        if not json:
+            size = f"{num_bytes / 1e6:,.1f} MB" if num_bytes > 50_000 else f"{num_bytes:,} bytes"
+            say(f"{store.uri_of(name)}  {size}  from {file}", stream=sys.stdout)
+
     for part in parts:
         tensors = dict(read(part.source, room_beside(store)))
         if part.kind == "image_encoder":
@@ -90,13 +106,11 @@ def convert(source: str, model: str, to: str, *, precision: str | None = None, j
             files = write(Path(folder), part.target, tensors)
             check(card, part, Path(folder))
             for name, file in files.items():
-                publish(store, name, file)
-                written.append({"file": name, "num_bytes": file.stat().st_size, "from": str(part.source)})
-                if not json:
-                    print(f"{store.uri_of(name)}  {file.stat().st_size / 1e6:,.1f} MB  from {part.source}", flush=True)
-    for name, file in small.items():
-        publish(store, name, file)
-        written.append({"file": name, "num_bytes": file.stat().st_size, "from": str(file)})
+                publish(store, name, file, file)
+                tell(name, file.stat().st_size, part.source)
+    for name, data in small.items():
+        publish(store, name, data, path / name)
+        tell(name, len(data), path / name)
     if json:
         print(jsonlib.dumps({"model": card.name, "to": store.uri, "files": written}))
     return 0
@@ -326,17 +340,48 @@ def tables_of(card: ModelCard, kind: str) -> tuple[keys.KeyTable, ...]:
             "image_encoder": (keys.CLIP_VISION, keys.CLIP_ORIGINAL)}[kind]
 
 
-def small_files(layout: Layout, folder: Path) -> dict[str, Path]:
-    """The tokenizer, and the config of a text encoder that is a folder, by their names in the output.
-
-    Raises CheckpointError for what is no regular file, or larger than such files are.
+def refuse_links_out(parts: list[Part], path: Path) -> None:
+    """Raises CheckpointError where a folder's weights are links to what lies elsewhere. A file that was named itself may
+    be a link, but not the shards that it names.
     """
-    parts = (layout.tokenizer, *(part for part in layout.parts if not part.endswith(".safetensors")))
-    found = {f"{part}/{file.name}": file for part in parts for file in sorted((folder / part).glob("*"))
-             if file.suffix in SMALL_KINDS and not file.name.endswith(INDEX)}
-    for file in found.values():
-        read_small(file, SMALL_BYTES)
+    for part in parts:
+        files = [part.source] if path.is_dir() else []
+        if part.source.name.endswith(INDEX):
+            kinds = PICKLES if part.source.name.removesuffix(INDEX).endswith(PICKLES) else (".safetensors",)
+            files += [part.source.with_name(shard) for shard in sorted(set(weight_map(part.source, kinds).values()))]
+        for file in files:
+            with weights_file(file) as opened:
+                refuse_outside(opened, file, path if path.is_dir() else path.parent)
+
+
+def small_files(layout: Layout, folder: Path) -> dict[str, bytes]:
+    """The tokenizer, and the config of a text encoder that is a folder, by their names in the output: what was checked
+    is what is published.
+
+    Raises CheckpointError for what is no regular file in that folder, larger than such files are, or not of its kind.
+    """
+    found = {}
+    for part in (layout.tokenizer, *(part for part in layout.parts if not part.endswith(".safetensors"))):
+        beside = sorted(file.name for file in (folder / part).glob("*")
+                        if file.suffix in SMALL_KINDS and not file.name.endswith(INDEX))
+        if others := [name for name in beside if name not in COPIED]:
+            say(f"note: not copied from {folder / part}, since no model has files of these names: {listed(others)}",
+                stream=sys.stderr)
+        for name in beside:
+            if name in COPIED:
+                found[f"{part}/{name}"] = checked(folder / part / name, folder)
     return found
+
+
+def checked(path: Path, folder: Path) -> bytes:
+    """Raises CheckpointError for what is not a table in JSON, or SentencePiece's model."""
+    data = read_small(path, SMALL_BYTES, inside=folder)
+    if path.suffix == ".json":
+        if not isinstance(json_in(data, path), dict):
+            raise CheckpointError(f"{path} must be a JSON table, as such a file of a model is. Fetch it again")
+    elif not data.startswith(b"\n"):                    # its first field, the pieces
+        raise CheckpointError(f"{path} must be a SentencePiece model. Fetch it again")
+    return data
 
 
 def room_beside(store: Store) -> Path | None:
@@ -345,9 +390,9 @@ def room_beside(store: Store) -> Path | None:
     return next((folder for folder in (root, *root.parents) if folder.is_dir()), None) if root is not None else None
 
 
-def publish(store: Store, name: str, file: Path) -> None:
+def publish(store: Store, name: str, made: bytes | Path, source: Path) -> None:
     """What is there already is replaced, unless it is the source itself."""
     target = getattr(store, "root", None)
-    if target is not None and (Path(target) / name).exists() and (Path(target) / name).samefile(file):
+    if target is not None and (Path(target) / name).exists() and (Path(target) / name).samefile(source):
         return
-    store.put(name, file)
+    store.put(name, made)

@@ -34,10 +34,12 @@ def columns(stream: TextIO | None = None) -> int | None:
 
 
 def say(text: str, *, indent: int = 0, stream: TextIO | None = None) -> None:
-    """Print a sentence, on a terminal broken between words; what follows its first line is indented so far.
+    """Print a sentence, on a terminal broken between words; what follows its first line is indented so far. All that
+    commands print of others' making comes through here, and nothing in it reaches the terminal as it is.
 
     stream: None is standard output.
     """
+    text = printable(text)
     width = columns(stream) if stream else columns()
     if width is None or len(text) <= width:
         print(text, file=stream, flush=stream is not None)

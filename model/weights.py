@@ -19,6 +19,7 @@ from dailies.model.private import at_home, cache_folder, open_regular, private_f
 HUB_PATIENCE_S = 5.0                                    # for a size
 PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 INDEX = ".index.json"                                   # of a file's shards, behind the file's name
+BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")         # of the Hugging Face cache
 SHARD = re.compile(r"[^/\x00]{1,250}")
 SMALL_KINDS, SMALL_BYTES = (".json", ".model"), 64_000_000     # that lie beside the weights; the largest has 34 MB
 MOST_BYTES = 200_000_000_000                            # of one file; the largest has 57 GB
@@ -276,7 +277,11 @@ def weight_map(index: Path, kinds: tuple[str, ...] = (".safetensors",)) -> dict[
 
 def read_json(path: Path, at_most: int) -> Any:
     """A small file of a weights folder.  Raises CheckpointError for what is no regular file, longer, or no JSON."""
-    data = read_small(path, at_most)
+    return json_in(read_small(path, at_most), path)
+
+
+def json_in(data: bytes, path: Path) -> Any:
+    """What the file at `path` says, whose bytes these are.  Raises CheckpointError."""
     # every bracket and comma becomes an object of 50 bytes and more
     if max(data.count(b"["), data.count(b"{"), data.count(b",") // 4) > MAX_JSON_TABLES:
         raise CheckpointError(f"{path} has more than {MAX_JSON_TABLES:,} lists or tables; no such file of a model has")
@@ -286,9 +291,14 @@ def read_json(path: Path, at_most: int) -> Any:
         raise CheckpointError(f"{path} is not JSON: {first_line(error)[:200]}. Fetch it again") from error
 
 
-def read_small(path: Path, at_most: int) -> bytes:
-    """Raises CheckpointError for what is no regular file, or longer than at_most bytes."""
+def read_small(path: Path, at_most: int, inside: Path | None = None) -> bytes:
+    """inside: a folder of weights that the file must lie in, links counted.
+
+    Raises CheckpointError for what is no regular file, or longer than at_most bytes, or lies elsewhere.
+    """
     with weights_file(path) as file:
+        if inside is not None:
+            refuse_outside(file, path, inside)
         data = file.read(at_most + 1)
     if len(data) > at_most:
         raise CheckpointError(f"{path} is longer than the {at_most:,} bytes that such a file may have; is it another one?")
@@ -303,6 +313,22 @@ def weights_file(path: Path) -> BinaryIO:
         raise CheckpointError(f"{path} is missing") from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def refuse_outside(file: BinaryIO, path: Path, folder: Path) -> None:
+    """Raises CheckpointError where an open file, called `path`, does not lie in the folder: who made that folder could
+    otherwise have any file of this user's published as a part of a model. The Hugging Face cache is an exception: its
+    snapshots are links to its blobs, which have hashes for names.
+    """
+    try:                                                # of what is open, not of what bears the name by now
+        real = Path(os.readlink(f"/proc/self/fd/{file.fileno()}"))
+    except OSError:
+        real = path.resolve()
+    folder = folder.resolve()
+    blobs = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else None
+    if not real.is_relative_to(folder) and not (real.parent == blobs and BLOB.fullmatch(real.name)):
+        raise CheckpointError(f"{path} is a link, or lies behind one, that leads out of {folder}; what it leads to is not "
+                              "published. Put the file itself there (cp -L)")
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -100,14 +100,70 @@ def test_a_pickle_in_shards_is_one_part(tmp_path):
 
 
 @pytest.mark.parametrize("damage, said", [
-    (lambda tokenizer: os.mkfifo(tokenizer / "x.json"), "it is a pipe"),
-    (lambda tokenizer: (tokenizer / "x.json").symlink_to("/dev/zero"), "it is a device"),
+    (lambda tokenizer: os.mkfifo(tokenizer / "config.json"), "it is a pipe"),
+    (lambda tokenizer: (tokenizer / "config.json").symlink_to("/dev/zero"), "it is a device"),
+    (lambda tokenizer: (tokenizer / "config.json").symlink_to("/proc/self/environ"), "leads out of"),
+    (lambda tokenizer: (tokenizer / "config.json").symlink_to(mine(tokenizer)), "leads out of"),
+    (lambda tokenizer: behind(tokenizer, tokenizer), "leads out of"),
+    (lambda tokenizer: behind(tokenizer, tokenizer.parents[1] / "diffusion_pytorch_model.safetensors"), "leads out of"),
+    (lambda tokenizer: (tokenizer / "config.json").write_text("[default]"), "is not JSON"),
+    (lambda tokenizer: (tokenizer / "config.json").write_text('["a"]'), "must be a JSON table"),
+    (lambda tokenizer: (tokenizer / "spiece.model").write_text("[default]"), "must be a SentencePiece model"),
     (lambda tokenizer: (tokenizer / "tokenizer_config.json").write_text('{"auto_map": {}}'), "has auto_map")])
 def test_a_tokenizer_folder_that_is_a_trap_is_refused_before_anything_is_published(damage, said, tmp_path, capsys):
     write_weights(tmp_path / "src", WAN_TINY, "original")
     damage(tmp_path / "src/google/umt5-xxl")
     assert main(["convert", str(tmp_path / "src"), "--model", "wan-tiny", "--to", str(tmp_path / "out")]) == 2
     assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def mine(tokenizer):
+    """A file of the user's, beside the weights."""
+    file = tokenizer.parents[2] / "mine.json"
+    file.write_text('{"secret": 1}')
+    return file
+
+
+def behind(tokenizer, path):
+    """What is at `path` moved out of the weights, and a link to it left there."""
+    away = tokenizer.parents[2] / f"away-{path.name}"
+    path.rename(away)
+    path.symlink_to(away)
+
+
+def test_files_of_other_names_than_models_have_are_not_published_and_every_other_is_listed(tmp_path, capsys):
+    write_weights(tmp_path / "src", WAN_TINY, "original")
+    tokenizer = tmp_path / "src/google/umt5-xxl"
+    (tokenizer / "env\x1b[2J.json").symlink_to("/proc/self/environ")
+    (tokenizer / "special_tokens_map.json").write_text("{}")
+    assert main(["convert", str(tmp_path / "src"), "--model", "wan-tiny", "--to", str(tmp_path / "out")]) == 0
+    out, err = capsys.readouterr()
+    assert "no model has files of these names: env\\x1b[2J.json" in err and "\x1b" not in err
+    found = {p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    assert all(f"out/{name}  " in out for name in found) and len(out.splitlines()) == len(found)
+    assert "umt5-xxl/special_tokens_map.json  2 bytes  from" in out
+
+
+def test_a_snapshot_of_the_hubs_cache_may_be_links_to_its_blobs(tmp_path):
+    snapshot, blobs = tmp_path / "models--a--b/snapshots/abc", tmp_path / "models--a--b/blobs"
+    write_weights(snapshot, WAN_TINY, "original")
+    blobs.mkdir()
+    for at, file in enumerate(path for path in sorted(snapshot.rglob("*")) if path.is_file()):
+        file.rename(blobs / f"{at:040x}")
+        file.symlink_to(os.path.relpath(blobs / f"{at:040x}", file.parent))
+    assert main(["convert", str(snapshot), "--model", "wan-tiny", "--to", str(tmp_path / "out")]) == 0
+    assert locate(tmp_path / "out", WAN_TINY) and not any(p.is_symlink() for p in (tmp_path / "out").rglob("*"))
+
+
+def test_shards_that_are_links_out_of_the_folder_are_not_published(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(converting, "SHARD_BYTES", 20_000)
+    assert main(["convert", str(published(tmp_path / "src", WAN_TINY)), "--model", "wan-tiny", "--to", str(tmp_path / "w")]) == 0
+    shard = sorted((tmp_path / "w").glob("diffusion_pytorch_model-*-of-*.safetensors"))[1]
+    shard.rename(tmp_path / "away")
+    shard.symlink_to(tmp_path / "away")
+    for source in (tmp_path / "w", tmp_path / "w/diffusion_pytorch_model.safetensors.index.json"):
+        assert main(["convert", str(source), "--model", "wan-tiny", "--to", str(tmp_path / "out")]) == 2
+        assert "leads out of" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name, kind", [("Wan2.1_VAE.pth", "vae"), ("anything.pth", "vae"),
