@@ -55,7 +55,7 @@ class BadEncoding(ValueError):
 
 
 class ClipStore(Protocol):
-    """What publishing needs of a store; pipeline/store/store.py says what each of these promises."""
+    """What publishing needs of a store; pipeline/store/base.py says what each of these promises."""
 
     def create(self, key: str, data: bytes | Path, *, metadata: dict[str, str] | None = None) -> bool: ...
     def get(self, key: str, *, at_most: int | None = None) -> bytes: ...

@@ -47,8 +47,8 @@ from dailies.model.weights import (
     weight_map,
     weights_file,
 )
+from dailies.pipeline.store import Store, open_store
 from dailies.pipeline.store.fetch import bring
-from dailies.pipeline.store.store import Store, open_store
 
 SAID_BYTES = 8000                                       # of what the reader of a pickle says
 EXPERTS = ("high", "low")                               # for noise, in the order of a layout's dits

@@ -22,7 +22,7 @@ from dailies.pipeline.run.run import Run
 from dailies.pipeline.run.run_json import SHAPE
 from dailies.pipeline.scheduler.forecast import Forecast, forecast, measured_costs, rows_by_work, work_of
 from dailies.pipeline.scheduler.placement import InsufficientCapacity
-from dailies.pipeline.store.store import StoreError, open_store
+from dailies.pipeline.store import StoreError, open_store
 from dailies.pipeline.wording import counted
 
 SECONDS = ("encode_s", "sample_s", "decode_s", "publish_s", "gpu_s")

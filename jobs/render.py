@@ -26,8 +26,8 @@ from dailies.pipeline.run.run import prepare as prepare_run
 from dailies.pipeline.run.seal import own_key
 from dailies.pipeline.scheduler.budget import Budget
 from dailies.pipeline.stages import Outcome, Stage
+from dailies.pipeline.store import StoreError, open_store
 from dailies.pipeline.store.fetch import bring
-from dailies.pipeline.store.store import FolderStore, StoreError, open_store
 from dailies.pipeline.text_to_video import text_to_video
 from dailies.pipeline.wording import counted
 
@@ -93,7 +93,7 @@ def begin(job: RenderJob, run: Run) -> None:
     try:
         run.store.probe()
     except StoreError as error:
-        if isinstance(run.store, FolderStore):          # a path was typed wrong; a bucket may come back
+        if run.store.path is not None:                  # a path was typed wrong; a bucket may come back
             raise UsageError(f"--out {error}") from error
         raise
     run.claim(job.model_dump())

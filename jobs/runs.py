@@ -19,7 +19,7 @@ from dailies.pipeline.run.lease import Lease
 from dailies.pipeline.run.ledger_row import there
 from dailies.pipeline.run.pace import WAIT_AND_WORK, pace
 from dailies.pipeline.run.run_json import RUN, SHAPE, OtherRun, check_counts, has, known_manifest, read_run
-from dailies.pipeline.store.store import Store, StoreError, open_store
+from dailies.pipeline.store import Store, StoreError, open_store
 from dailies.pipeline.wording import counted
 
 STALE = timedelta(minutes=15)                           # without a row for so long, nobody promises an ETA

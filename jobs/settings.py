@@ -14,7 +14,7 @@ from dailies.model.settings import OPTIONS, Scalar, Setting
 from dailies.pipeline.manifest.columns import NAMES
 from dailies.pipeline.manifest.validation import shown
 from dailies.pipeline.run.masking import without_secrets
-from dailies.pipeline.store.objects import plain_uri
+from dailies.pipeline.store import plain_uri
 
 Count = Annotated[int, Field(ge=1)]
 Amount = Annotated[float, Field(gt=0, allow_inf_nan=False)]

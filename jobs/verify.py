@@ -14,7 +14,7 @@ from dailies.jobs.progress import printable
 from dailies.jobs.runs import clip_of, open_run
 from dailies.pipeline.run import ledger
 from dailies.pipeline.run.lease import Lease
-from dailies.pipeline.store.store import NotFound, Store, TooLarge
+from dailies.pipeline.store import NotFound, Store, TooLarge
 from dailies.pipeline.wording import counted
 
 READERS = 4

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from dailies.actors.device_lock import DeviceLock, Halted
 from dailies.actors.messages import Clip, Failure, Request
 from dailies.pipeline.scheduler.faults import WorkerUnfit, lost_context, machine_fault, store_trouble
-from dailies.pipeline.store.store import NotFound, StoreError
+from dailies.pipeline.store import NotFound, StoreError
 
 
 @dataclass(frozen=True, kw_only=True)

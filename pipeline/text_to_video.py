@@ -19,8 +19,8 @@ from dailies.pipeline.manifest.images import read_image
 from dailies.pipeline.run.intermediates import EMBEDDINGS, Drop, Fetch, Keep, Seal
 from dailies.pipeline.run.saved_steps import KeepSampled
 from dailies.pipeline.stages import Stage, Step
+from dailies.pipeline.store import Store
 from dailies.pipeline.store.fetch import bring
-from dailies.pipeline.store.store import Store
 
 ENCODED_AHEAD = 1000                    # clips whose prompts are encoded before the encoder makes room for a sampler
 

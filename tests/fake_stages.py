@@ -15,7 +15,7 @@ from dailies.actors.messages import Request
 from dailies.jobs.bench.pipeline import pretend_value
 from dailies.pipeline.run.saved_steps import Halted
 from dailies.pipeline.stages import Stage, Step
-from dailies.pipeline.store.store import NotFound, StoreError
+from dailies.pipeline.store import NotFound, StoreError
 
 MAKES = {"encode": "embedding", "sample": "latent", "publish": "clip"}
 

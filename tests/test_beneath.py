@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dailies.pipeline.store.store import StoreError, open_store
+from dailies.pipeline.store import StoreError, open_store
 
 CLIP = f"clips/ab/ab{'0' * 62}.mp4"
 PLACES = ["clips", "clips/ab", CLIP]
@@ -129,7 +129,8 @@ def test_a_command_ends_where_a_pipe_lies_among_the_files_of_a_run(tmp_path, pla
     path = tmp_path / "out" / planted
     path.unlink() if path.is_file() else path.rmdir() if path.is_dir() else None
     os.mkfifo(path)
-    code = "import sys; from dailies.pipeline.run import ledger, lease, run_json as runfile; from dailies.pipeline.store import store; s = store.open_store(sys.argv[1])\n" \
+    code = "import sys; from dailies.pipeline.run import ledger, lease, run_json as runfile\n" \
+           "from dailies.pipeline.store import open_store; s = open_store(sys.argv[1])\n" \
            "runfile.read_run(s); ledger.read(s); lease.Lease.take(s)"
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], capture_output=True, text=True, timeout=60,
                           preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))

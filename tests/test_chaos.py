@@ -16,7 +16,7 @@ from dailies.jobs.cli import main
 from dailies.pipeline import stages
 from dailies.pipeline.run import lease, ledger
 from dailies.pipeline.scheduler import cluster
-from dailies.pipeline.store.store import open_store
+from dailies.pipeline.store import open_store
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -16,7 +16,7 @@ from dailies.pipeline.scheduler.driver import ClusterError, Driver, Stop
 from dailies.pipeline.scheduler.executor import Alive, Answer, Broken, Call, Done, Hello, Replica
 from dailies.pipeline.scheduler.placement import Node
 from dailies.pipeline.stages import Report
-from dailies.pipeline.store.store import StoreError
+from dailies.pipeline.store import StoreError
 
 
 class SimulatedExecutor:

@@ -20,7 +20,7 @@ from dailies.pipeline.scheduler.faults import WorkerUnfit, killed_for_memory, ma
 from dailies.pipeline.scheduler.placement import Node
 from dailies.pipeline.scheduler.pool import portable
 from dailies.pipeline.stages import Step, Worker
-from dailies.pipeline.store.store import StoreError
+from dailies.pipeline.store import StoreError
 
 FULL = "OSError: [Errno 28] No space left on device: '/tmp/dailies-x.mp4'. Free some of that disk"
 

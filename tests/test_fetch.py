@@ -5,8 +5,8 @@ import os
 import pytest
 
 from dailies.model.private import NotAFile, NotPrivate, cache_folder, lock_folder, open_regular, private_folder
+from dailies.pipeline.store import NotFound, StoreError, open_store
 from dailies.pipeline.store.fetch import bring
-from dailies.pipeline.store.store import NotFound, StoreError, open_store
 
 
 @pytest.fixture

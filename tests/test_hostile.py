@@ -29,7 +29,7 @@ from dailies.pipeline.manifest import manifest
 from dailies.pipeline.manifest import parquet as manifest_parquet
 from dailies.pipeline.run import ledger
 from dailies.pipeline.scheduler import cluster
-from dailies.pipeline.store.store import open_store
+from dailies.pipeline.store import open_store
 
 HANG_S = 120
 

@@ -195,7 +195,7 @@ def test_a_relative_path_in_a_manifest_of_a_bucket_stays_under_its_prefix():
 
 
 def test_images_in_a_bucket_are_read_and_each_trouble_is_its_rows(s3_bucket):
-    from dailies.pipeline.store.store import open_store
+    from dailies.pipeline.store import open_store
     store = open_store(s3_bucket)
     store.put("night/a.png", png())
     store.put("huge.png", bytes(image_file.MAX_BYTES + 1))
@@ -212,7 +212,7 @@ def test_images_in_a_bucket_are_read_and_each_trouble_is_its_rows(s3_bucket):
 
 def test_a_store_that_does_not_answer_is_no_rows_fault(s3_bucket, monkeypatch):
     from dailies.pipeline.manifest import images
-    from dailies.pipeline.store.store import StoreError
+    from dailies.pipeline.store import StoreError
     monkeypatch.setattr(images, "stores", {})
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(StoreError, match="does not answer"):

@@ -30,7 +30,7 @@ from dailies.pipeline.run.ledger_row import ALL_OTHER_STAGES, class_of, invalid_
 from dailies.pipeline.run.pace import pace
 from dailies.pipeline.run.run_json import OtherRun, claim_run, known_manifest, read_run
 from dailies.pipeline.stages import Outcome, Stage, Step, run_local
-from dailies.pipeline.store.store import StoreError, open_store
+from dailies.pipeline.store import StoreError, open_store
 
 CONTRACT = """id, clip_id, status, uri, sha256, bytes, width, height, frames, fps, duration_s, has_audio, seed, prompt,
 negative_prompt, steps, guidance, model, weights_fingerprint, precision, attention, fallbacks, attempts, error_type,

@@ -338,7 +338,7 @@ def test_the_digest_follows_the_content_and_not_the_place(tmp_path):
 
 
 def test_a_bucket_is_read_like_a_folder(s3_bucket):
-    from dailies.pipeline.store.store import open_store
+    from dailies.pipeline.store import open_store
     store = open_store(s3_bucket)
     for name in ("night/a.csv", "night/b.csv", "night/sub/c.csv", "night/_d.csv", "night/style=a b/e.csv",
                  "night/notes.md"):

@@ -25,7 +25,7 @@ from dailies.model.shapes import VideoShape
 from dailies.pipeline.scheduler import pool as pools
 from dailies.pipeline.scheduler.pool import ChildFailed, Pool
 from dailies.pipeline.stages import Stage, Step, Worker, WorkerUnfit, request_of, run_local
-from dailies.pipeline.store.store import NotFound, StoreError
+from dailies.pipeline.store import NotFound, StoreError
 
 ROOT, HERE = Path(__file__).resolve().parent.parent, Path(__file__).resolve().parent
 

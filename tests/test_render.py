@@ -34,7 +34,7 @@ from dailies.pipeline.run.lease import Lease
 from dailies.pipeline.run.saved_steps import SavedSteps
 from dailies.pipeline.run.seal import seal_of
 from dailies.pipeline.scheduler import cluster
-from dailies.pipeline.store.store import open_store
+from dailies.pipeline.store import open_store
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = [sys.executable, str(ROOT / "tests/tiny.py")]

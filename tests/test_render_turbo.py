@@ -17,7 +17,7 @@ from dailies.model.weights import fingerprint, locate, weights_files
 from dailies.pipeline import stages
 from dailies.pipeline.run import ledger
 from dailies.pipeline.scheduler import cluster
-from dailies.pipeline.store.store import open_store
+from dailies.pipeline.store import open_store
 
 INT8_ON_CPU = ("INT8 weights with scales per block are scaled per row: a CPU has no fast product of blocks"
                if processor.has_int8_products() else "INT8 weights are computed with in fp32: this CPU has no INT8 products")

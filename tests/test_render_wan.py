@@ -23,7 +23,7 @@ from dailies.pipeline.manifest.manifest import Manifest
 from dailies.pipeline.plan import Plan
 from dailies.pipeline.run import ledger
 from dailies.pipeline.scheduler import cluster
-from dailies.pipeline.store.store import open_store
+from dailies.pipeline.store import open_store
 
 PROGRAM = [sys.executable, str(Path(__file__).parent / "wan_tiny.py")]
 ROWS = [{"id": f"row-{number}", "prompt": prompt, "frames": 9}

@@ -61,7 +61,7 @@ from dailies.pipeline.manifest.manifest import Manifest
 from dailies.pipeline.plan import Defaults, Plan, clip_id_of, hashed, with_another_seed
 from dailies.pipeline.run.ledger import Ledger, read
 from dailies.pipeline.run.ledger_row import row_of
-from dailies.pipeline.store.store import open_store
+from dailies.pipeline.store import open_store
 
 folder = Path(sys.argv[1])
 plain = CATALOG["demo"]
@@ -121,7 +121,7 @@ def test_a_column_of_the_ledger_is_an_entry_and_its_value_in_one_file(tmp_path):
 imported_with("dailies.pipeline.run.ledger_row", '"path": TEXT, ', '"audio_lufs": MEASURE, "path": TEXT, ')
 import pyarrow as pa
 from dailies.pipeline.run.ledger import COLUMNS, Ledger, parquet_bytes, part_key, read
-from dailies.pipeline.store.store import open_store
+from dailies.pipeline.store import open_store
 
 store = open_store(Path(sys.argv[1]) / "run")
 before = pa.table({"id": ["old"], "seed": [1], "status": ["done"]})

@@ -33,7 +33,7 @@ from dailies.pipeline.run import intermediates as shelf
 from dailies.pipeline.run.intermediates import LATENTS, Seal, sealed, unsealed
 from dailies.pipeline.run.seal import KEY, VARIABLE, seal_of
 from dailies.pipeline.scheduler import cluster
-from dailies.pipeline.store.store import FolderStore, StoreError, open_store
+from dailies.pipeline.store import FolderStore, StoreError, open_store
 
 ROWS = [{"id": "fox", "prompt": "a red fox", "frames": 5}, {"id": "cats", "prompt": "two cats", "frames": 5, "samples": 2}]
 NUM_CLIPS = 3

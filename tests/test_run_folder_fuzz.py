@@ -20,7 +20,7 @@ from dailies.pipeline.run import saved_steps as steps
 from dailies.pipeline.run.intermediates import sealed, unsealed
 from dailies.pipeline.run.saved_steps import KeepSampled
 from dailies.pipeline.run.seal import KEY, seal_of
-from dailies.pipeline.store.store import open_store
+from dailies.pipeline.store import open_store
 
 HANG_S = 60
 STRANGE = [None, True, -1, 0, 2**63, 10**30, 0.5, float("nan"), "", "\x1b[2J", "x" * 10**5, "../../x", [], {}, [[]], "\ud800",

@@ -14,7 +14,7 @@ from dailies.actors.messages import Clip, Embedding, Failure, Latent, Request
 from dailies.model.shapes import VideoShape
 from dailies.pipeline.run.intermediates import EMBEDDINGS, LATENTS, Drop, Fetch, Keep, clear, shelf_key
 from dailies.pipeline.stages import Stage, Step, run_local
-from dailies.pipeline.store.store import NotFound, open_store
+from dailies.pipeline.store import NotFound, open_store
 
 RUNS = []                                               # the requests that an encoder or sampler below has worked for
 

@@ -13,7 +13,7 @@ from dailies.actors.device_lock import NO_LOCK
 from dailies.actors.messages import Clip, Embedding, Failure, Latent
 from dailies.jobs.bench.pipeline import pretend_request, pretend_stages
 from dailies.pipeline.stages import Stage, Step, Worker, lost_context, readdress, run_local
-from dailies.pipeline.store.store import StoreError
+from dailies.pipeline.store import StoreError
 
 
 class Twice:

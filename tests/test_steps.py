@@ -22,7 +22,7 @@ from dailies.model.shapes import VideoShape
 from dailies.pipeline.run import saved_steps as steps
 from dailies.pipeline.run.intermediates import LATENTS, Fetch, Shelved, sealed, shelf_key, unsealed
 from dailies.pipeline.run.saved_steps import STEPS, Halted, KeepSampled
-from dailies.pipeline.store.store import StoreError, open_store
+from dailies.pipeline.store import StoreError, open_store
 
 NUM_STEPS = 5
 SHAPE = VideoShape(frames=9, height=32, width=48)

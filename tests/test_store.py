@@ -14,8 +14,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from dailies.jobs.settings import RenderJob
-from dailies.pipeline.store import objects
-from dailies.pipeline.store.store import NotFound, Patience, S3Store, StoreError, open_store
+from dailies.pipeline.store import NotFound, S3Store, StoreError, folder, open_store
+from dailies.pipeline.store.base import Patience
 
 KEY = "clips/ab/abcd.mp4"
 
@@ -476,14 +476,14 @@ def test_a_folder_that_another_driver_tidies_meanwhile_is_usable(tmp_path, monke
     store = open_store(tmp_path / "out")
     store.create("clips/x", b"")
     store.delete("clips/x")
-    real = objects.below
+    real = folder.below
 
     def tidied(top, names, **more):
         if names in (["clips"], [".tmp"]) and not more:
             os.rmdir(names[0], dir_fd=top)
         return real(top, names, **more)
 
-    monkeypatch.setattr(objects, "below", tidied)
+    monkeypatch.setattr(folder, "below", tidied)
     store.probe()
     assert list((tmp_path / "out").iterdir()) == []
 

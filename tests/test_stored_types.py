@@ -13,7 +13,7 @@ import pytest
 from dailies.pipeline.manifest.manifest import Manifest
 from dailies.pipeline.manifest.stored_types import MAX_DEPTH, converted, stored_type
 from dailies.pipeline.run.ledger import Ledger, read
-from dailies.pipeline.store.store import open_store
+from dailies.pipeline.store import open_store
 
 NS, NOW = pa.timestamp("ns"), datetime(2026, 1, 2, 3, 4, 5, 123456)
 LEAVES = {                                              # given, stored, a value, the value that is stored

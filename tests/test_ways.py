@@ -111,7 +111,7 @@ def test_auto_of_one_setting_leaves_the_other_as_it_is_said(own, precision, atte
 def test_auto_is_a_setting_and_plan_run_and_ledger_say_what_was_chosen_and_why(tmp_path, capsys):
     from dailies.jobs.cli import main
     from dailies.pipeline.run import ledger
-    from dailies.pipeline.store.store import open_store
+    from dailies.pipeline.store import open_store
     manifest, out = tmp_path / "one.csv", str(tmp_path / "out")
     manifest.write_text("prompt,seed\na red circle moves left,1\n")
     command = [str(manifest), "--out", out, "--model", "demo-turbo", "--precision", "auto", "--attention", "auto",

@@ -236,7 +236,7 @@ def _local(path: Path, partition: dict[str, str | None] = {}) -> ManifestFile:
 
 
 def _in_bucket(uri: str) -> Found:
-    from dailies.pipeline.store.store import open_store  # boto3 is wanted only for a manifest in a bucket
+    from dailies.pipeline.store import open_store  # boto3 is wanted only for a manifest in a bucket
 
     bucket, _, key = uri.removeprefix("s3://").partition("/")
     parts = key.rstrip("/").split("/")

@@ -15,9 +15,8 @@ from threading import Lock
 
 from dailies.actors.image_file import ALLOWED, MAX_BYTES, ImageSize, examine
 from dailies.actors.image_parts import ImageError
+from dailies.pipeline.store import NoAccess, NotFound, S3Store, TooLarge, open_store, plain_uri
 from dailies.pipeline.store.beneath import TooLong, Unfit, read_below
-from dailies.pipeline.store.objects import plain_uri
-from dailies.pipeline.store.store import NoAccess, NotFound, S3Store, TooLarge, open_store
 
 IN_BUCKET = re.compile(r"s3://[\w.-]{3,255}/.+", re.ASCII | re.DOTALL)
 MAX_KEY_BYTES = 1024                    # S3's own limit

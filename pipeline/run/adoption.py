@@ -15,7 +15,7 @@ from threading import Lock
 
 from dailies.actors.clip_file import NotThisClip, check_clip, clip_key, most_bytes
 from dailies.actors.messages import Clip, Request
-from dailies.pipeline.store.store import NotFound, Store, TooLarge
+from dailies.pipeline.store import NotFound, Store, TooLarge
 
 READERS = 8                             # each holds a clip's bytes and decodes it
 AT_ONCE = 256                           # requests that are under way or wait for their turn

@@ -14,7 +14,7 @@ from dailies.pipeline.run.lease import Lease
 from dailies.pipeline.run.ledger import SUCCESS, Ledger, hashes_of, keys_of
 from dailies.pipeline.run.ledger_row import invalid_row, row_of
 from dailies.pipeline.stages import Outcome
-from dailies.pipeline.store.store import Store
+from dailies.pipeline.store import Store
 from dailies.pipeline.wording import counted
 
 SHOWN_FAILURES = 20

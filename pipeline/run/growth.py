@@ -16,7 +16,7 @@ from dailies.pipeline.manifest.validation import shown
 from dailies.pipeline.plan import LISTED, RESEEDS, Except, Plan, with_another_seed
 from dailies.pipeline.run import ledger
 from dailies.pipeline.run.run_json import MANIFESTS, SHAPE, SUMMED, OtherRun, known_manifest, without_secrets
-from dailies.pipeline.store.store import Store
+from dailies.pipeline.store import Store
 
 NAMED = 5                                               # of the rows that have changed
 

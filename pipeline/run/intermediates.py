@@ -35,7 +35,7 @@ SEAL = re.compile(rb'"seal":"([0-9a-f]{64})"')          # quotes in other texts 
 
 
 class Shelf(Protocol):
-    """What is needed of a store; pipeline/store/store.py says what each promises. `get` of what is absent: a KeyError."""
+    """What is needed of a store; pipeline/store/base.py says what each promises. `get` of what is absent: a KeyError."""
 
     def get(self, key: str, *, at_most: int | None = None) -> bytes: ...
     def put(self, key: str, data: bytes) -> None: ...

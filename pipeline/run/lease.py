@@ -23,8 +23,8 @@ from typing import Any, Self
 
 from dailies.model.errors import DailiesError
 from dailies.pipeline.manifest.validation import shown
-from dailies.pipeline.store.objects import TEMPORARY
-from dailies.pipeline.store.store import NotFound, Store, StoreError, TooLarge
+from dailies.pipeline.store import NotFound, Store, StoreError, TooLarge
+from dailies.pipeline.store.folder import TEMPORARY
 
 LEASE = "lease.json"
 MOST_BYTES = 2**16                      # of it

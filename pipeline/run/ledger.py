@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from dailies.pipeline.manifest.stored_types import as_text, converted, stored_type
 from dailies.pipeline.run.ledger_part import MOST_BYTES, read_part
 from dailies.pipeline.run.ledger_row import COLUMNS, OTHER_STAGES, SECONDS, stored_error, there
-from dailies.pipeline.store.store import NotFound, Store, StoreError, TooLarge
+from dailies.pipeline.store import NotFound, Store, StoreError, TooLarge
 
 FOLDER, SUCCESS = "ledger/", "_SUCCESS.json"
 RETRIED = "retried/"                    # what was said of failed rows that are pending again

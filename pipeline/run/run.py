@@ -37,8 +37,8 @@ from dailies.pipeline.run.layout import EMBEDDINGS, EMPTIED, LATENTS, RUN, STEPS
 from dailies.pipeline.run.lease import Lease
 from dailies.pipeline.run.run_json import check_counts, check_run, claim_run, has, read_run
 from dailies.pipeline.run.seal import drop_key, seal_of
-from dailies.pipeline.store.objects import PROBE, PROBE_KEY
-from dailies.pipeline.store.store import Store, StoreError
+from dailies.pipeline.store import Store, StoreError
+from dailies.pipeline.store.base import PROBE, PROBE_KEY
 from dailies.pipeline.wording import counted
 
 VERSIONS_OF = ("torch", "transformers", "ray", "av", "pyarrow")        # told in run.json

@@ -14,7 +14,7 @@ from dailies.model.errors import DailiesError
 from dailies.model.settings import COURSE, Setting
 from dailies.pipeline.manifest.validation import shown
 from dailies.pipeline.run.masking import without_secrets
-from dailies.pipeline.store.store import NotFound, Store, StoreError, TooLarge
+from dailies.pipeline.store import NotFound, Store, StoreError, TooLarge
 
 RUN = "run.json"
 MANIFESTS = "manifests/"                                # those that came after the one of run.json (growth.py)

@@ -13,7 +13,7 @@ import secrets
 
 from dailies.model.errors import DailiesError
 from dailies.pipeline.run.intermediates import LATENTS, Seal
-from dailies.pipeline.store.store import NotFound, Store, StoreError, TooLarge
+from dailies.pipeline.store import NotFound, Store, StoreError, TooLarge
 
 KEY, VARIABLE = "seal.key", "DAILIES_SEAL_KEY"
 LEAST_CHARACTERS = 16

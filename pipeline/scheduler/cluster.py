@@ -51,7 +51,8 @@ from dailies.pipeline.scheduler.placement import Node
 from dailies.pipeline.scheduler.pool import Pool
 from dailies.pipeline.scheduler.progress import Progress
 from dailies.pipeline.stages import Outcome, Stage, Worker, readdress
-from dailies.pipeline.store.store import PATIENCE, NotFound, StoreError
+from dailies.pipeline.store import NotFound, StoreError
+from dailies.pipeline.store.base import PATIENCE
 
 __all__ = ["ClusterError", "Progress", "Stop", "connect", "nodes", "run"]
 

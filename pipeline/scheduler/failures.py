@@ -22,7 +22,7 @@ from dailies.pipeline.scheduler.autoscaler import Autoscaler
 from dailies.pipeline.scheduler.executor import Broken, Call, ClusterError, Replica, Task
 from dailies.pipeline.scheduler.placement import can_hold
 from dailies.pipeline.scheduler.stage_queue import StageQueue
-from dailies.pipeline.store.store import StoreError
+from dailies.pipeline.store import StoreError
 
 ANSWER_S = 1.0              # within which the answer to a call that is done has arrived
 MOST_LOSSES = 10            # of machines under one task, before the task is suspected after all; so many times, too,

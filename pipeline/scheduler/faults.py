@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from dailies.actors.memory import machine_memory
-from dailies.pipeline.store.store import StoreError
+from dailies.pipeline.store import StoreError
 
 DISK = "Free some of that disk, or set TMPDIR to a folder on another one"
 MEMORY = "Free memory there, or let fewer processes share it (--samplers)"

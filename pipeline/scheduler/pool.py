@@ -29,7 +29,8 @@ from dailies.actors import handover
 from dailies.actors.messages import Failure, Request
 from dailies.pipeline.scheduler.faults import OUT_OF_MEMORY, WorkerUnfit, killed_for_memory, machine_fault
 from dailies.pipeline.stages import Report, Step, Worker, request_of
-from dailies.pipeline.store.store import PATIENCE, StoreError
+from dailies.pipeline.store import StoreError
+from dailies.pipeline.store.base import PATIENCE
 
 FRAMES_BYTES = 2 * 2**30                # of clips between their decoding and their answer; one clip may be larger
 NICER = 4                               # the thread that feeds the GPU goes first

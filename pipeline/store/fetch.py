@@ -8,11 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
-from urllib.parse import urlsplit
 
 from dailies.model.private import cache_folder, open_regular, private_folder
-from dailies.pipeline.store.objects import NotFound, ObjectInfo, StoreError, checked
-from dailies.pipeline.store.store import S3Store, open_store
+from dailies.pipeline.store import open_store
+from dailies.pipeline.store.base import NotFound, ObjectInfo, Store, StoreError, checked_key
 
 RECORD_BYTES = 100_000_000
 
@@ -26,18 +25,17 @@ def bring(uri: str | Path, cache: Path) -> Path:
     Raises NotFound where there is nothing, StoreError.
     """
     store = open_store(uri)
-    if not isinstance(store, S3Store):
-        return store.root
+    if store.path is not None:
+        return store.path
     top = cache_folder() if cache.is_relative_to(cache_folder()) else cache
-    host = urlsplit(store.endpoint_url or "//aws").netloc.replace(":", "-")
-    target = cache / host / store.bucket / store.prefix
+    target = cache / store.cache_name
     with explained(store.uri), locked(target, top) as record:
-        folder, _, name = store.prefix.rpartition("/")
-        siblings = S3Store(store.bucket, folder, store.endpoint_url, store.region, store.settings)
-        alone = next(siblings.list(name), None) if name else None      # the key itself sorts before all it begins
-        if alone is not None and alone.key == name:
-            refresh(siblings, alone, target, record, top)
-            return target
+        if above := store.above():
+            siblings, name = above
+            alone = next(siblings.list(name), None)     # the key itself sorts before all it begins
+            if alone is not None and alone.key == name:
+                refresh(siblings, alone, target, record, top)
+                return target
         infos = list(store.list())
         if not infos:
             raise NotFound(f"{store.uri}: there is no such object, and nothing below it")
@@ -49,9 +47,9 @@ def bring(uri: str | Path, cache: Path) -> Path:
     return target
 
 
-def relative(store: S3Store, key: str) -> str:
+def relative(store: Store, key: str) -> str:
     try:
-        return checked(key)
+        return checked_key(key)
     except ValueError:
         raise StoreError(f"{store.uri}: {key[:200]!r} is not a key that can become a file's path. Rename that object, "
                          "or name a prefix without it") from None
@@ -93,7 +91,7 @@ class Downloads(dict):
         os.replace(temporary, self.path)
 
 
-def refresh(store: S3Store, info: ObjectInfo, path: Path, record: Downloads, top: Path) -> None:
+def refresh(store: Store, info: ObjectInfo, path: Path, record: Downloads, top: Path) -> None:
     said = [info.etag, info.num_bytes]
     with suppress(OSError):
         if info.etag and record.get(info.key) == [*said, *stamp(path)]:

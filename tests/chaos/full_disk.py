@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from dailies.actors.clip_file import read_clip
 from dailies.pipeline.run.intermediates import EMBEDDINGS, LATENTS, Shelved, anything, opened
 from dailies.pipeline.run.seal import seal_of
-from dailies.pipeline.store.store import FolderStore, open_store
+from dailies.pipeline.store import FolderStore, open_store
 
 DISK_BYTES = 24 * 2**20
 CLIPS_BEFORE = 4                        # are published, so that there is something that could be spoilt

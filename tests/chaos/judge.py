@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from dailies.pipeline.run import ledger
-from dailies.pipeline.store.store import open_store
+from dailies.pipeline.store import open_store
 from tests.chaos.night import ROOT, Night
 
 

@@ -7,7 +7,7 @@ import os
 import resource
 from pathlib import Path
 
-from dailies.pipeline.store.store import FolderStore, StoreError
+from dailies.pipeline.store import FolderStore, StoreError
 
 MACHINE = "CHAOS_MACHINE"
 KINDS = ("disk", "memory", "credentials")

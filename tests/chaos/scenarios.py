@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dailies.pipeline.run import ledger
-from dailies.pipeline.store.store import open_store
+from dailies.pipeline.store import open_store
 from tests.chaos.fakes import Script
 from tests.chaos.full_disk import NoDisk, fill_up, small_disk, spoilt
 from tests.chaos.judge import judge

@@ -1,4 +1,4 @@
-"""Where a run lives: `open_store` gives a folder (objects.py) or an S3 bucket, behind one small interface."""
+"""A store that is a prefix of a bucket, on Amazon S3 or another server that speaks its protocol."""
 
 import hashlib
 import logging
@@ -6,9 +6,7 @@ import os
 import random
 import re
 import secrets
-import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from functools import cached_property
@@ -16,25 +14,21 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from dailies.pipeline.store.objects import (
+from dailies.pipeline.store.base import (
+    PATIENCE,
     PROBE,
-    FolderStore,
     NoAccess,
     NotFound,
     ObjectInfo,
     Store,
     StoreError,
-    TooLarge,
     arriving,
     check_size,
-    checked,
-    opened,
-    plain_uri,
+    checked_key,
+    not_a_store,
+    open_data,
     sha256_of,
 )
-
-__all__ = ["FolderStore", "NoAccess", "NotFound", "ObjectInfo", "S3Store", "Store", "StoreError", "TooLarge",
-           "open_store"]
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -46,53 +40,6 @@ CONTENT_TYPES = {".mp4": "video/mp4", ".webp": "image/webp", ".html": "text/html
 # what the user's AWS configuration may say about how a store is talked to, beside its section `s3`; nothing secret
 SAID = ("retry_mode", "max_attempts", "request_checksum_calculation", "response_checksum_validation")
 AMAZON = re.compile(r"s3([.-][a-z0-9-]+)?\.amazonaws\.com(\.cn)?")      # what everybody gets who names no endpoint
-
-
-def open_store(uri: str | Path) -> Store:
-    """The store at a local folder or at s3://bucket/prefix; touches nothing.  Raises StoreError for any other URI.
-
-    s3a://, as Spark and Hadoop write it, is s3://, in capitals or not.
-    """
-    text = plain_uri(str(uri))
-    scheme, colon, rest = text.partition("://")
-    if text and not colon and not text.lower().startswith("s3:"):
-        return FolderStore(Path(text))
-    if scheme.lower() == "file" and rest.startswith("/"):
-        return FolderStore(Path(rest))
-    bucket, _, prefix = rest.partition("/")
-    if scheme != "s3" or not bucket or "@" in bucket:
-        shown = text if "@" not in text else f"{scheme}://..."         # what stands before an @ may be a password
-        raise StoreError(f"{shown}: expected a local folder or s3://bucket/prefix")
-    prefix = prefix.rstrip("/")
-    if {"", ".", ".."} & set(prefix.split("/")) and prefix:
-        raise StoreError(f"{text}: a prefix must not have empty parts, '.' or '..'; expected s3://bucket/prefix")
-    return S3Store.open(bucket, prefix)
-
-
-class Patience:
-    """How long each thread of this process has waited for a store that was busy or away; any thread may ask."""
-
-    def __init__(self) -> None:
-        self.ended_s: Counter[int] = Counter()          # by thread
-        self.since: dict[int, float] = {}
-
-    def begin(self) -> None:
-        self.since.setdefault(threading.get_ident(), time.monotonic())
-
-    def end(self) -> None:
-        if (since := self.since.pop(threading.get_ident(), None)) is not None:
-            self.ended_s[threading.get_ident()] += time.monotonic() - since
-
-    def seconds(self, thread: int) -> float:
-        since = self.since.get(thread)
-        return self.ended_s[thread] + (time.monotonic() - since if since is not None else 0.0)
-
-    def in_all_s(self) -> float:
-        """Of all threads; what several waited at once counts for each."""
-        return sum(self.seconds(thread) for thread in {*list(self.since), *list(self.ended_s)})
-
-
-PATIENCE = Patience()
 
 
 class S3Store(Store):
@@ -117,6 +64,17 @@ class S3Store(Store):
         self.reached = False
 
     @classmethod
+    def at(cls, uri: str) -> "S3Store":
+        """uri: s3://bucket/prefix.  Raises StoreError."""
+        bucket, _, prefix = uri.removeprefix("s3://").partition("/")
+        prefix = prefix.rstrip("/")
+        if not bucket or "@" in bucket:
+            raise not_a_store(uri)
+        if {"", ".", ".."} & set(prefix.split("/")) and prefix:
+            raise StoreError(f"{uri}: a prefix must not have empty parts, '.' or '..'; expected s3://bucket/prefix")
+        return cls.open(bucket, prefix)
+
+    @classmethod
     def open(cls, bucket: str, prefix: str) -> "S3Store":
         """As AWS_ENDPOINT_URL, AWS_REGION, AWS_PROFILE and the AWS config files say, with their sections."""
         import boto3
@@ -139,6 +97,15 @@ class S3Store(Store):
                              "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and only the address into the URL")
         store.session = session         # it has read botocore's description of S3, which takes a while
         return store
+
+    def above(self) -> "tuple[S3Store, str] | None":
+        folder, _, name = self.prefix.rpartition("/")
+        return (S3Store(self.bucket, folder, self.endpoint_url, self.region, self.settings), name) if name else None
+
+    @property
+    def cache_name(self) -> str:
+        host = urlsplit(self.endpoint_url or "//aws").netloc.replace(":", "-")
+        return f"{host}/{self.bucket}/{self.prefix}"
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in ("session", "client")}
@@ -275,10 +242,10 @@ class S3Store(Store):
     def write(self, key: str, data: bytes | Path, metadata: dict[str, str], *, settled: bool = False,
               **condition: str) -> None:
         metadata = {**metadata, "sha256": sha256_of(data)}
-        kind = CONTENT_TYPES.get(PurePosixPath(checked(key)).suffix, "application/octet-stream")
+        kind = CONTENT_TYPES.get(PurePosixPath(checked_key(key)).suffix, "application/octet-stream")
 
         def send(place: dict[str, str]) -> None:
-            with opened(data) as body:
+            with open_data(data) as body:
                 self.client.put_object(**place, Body=body, Metadata=metadata, ContentType=kind, **condition)
 
         self.patiently("write", key, send, settled)
