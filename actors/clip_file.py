@@ -40,11 +40,6 @@ class ClipFile:
     metadata: dict[str, str] = field(default_factory=dict)
 
 
-def clip_key(clip_id: str) -> str:
-    """Where a clip lies in its run folder; the two characters spread a listing over many prefixes."""
-    return f"clips/{clip_id[:2]}/{clip_id}.mp4"
-
-
 def coded_size(width: int, height: int) -> tuple[int, int]:
     """Width and height in the file: yuv420p halves its colour planes, so both are rounded up to even."""
     return width + width % 2, height + height % 2

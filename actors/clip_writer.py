@@ -7,7 +7,7 @@ encoder's thread count is fixed, because x264 makes other bytes with another cou
 import hashlib
 import math
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from itertools import count
 from pathlib import Path
@@ -23,7 +23,6 @@ from dailies.actors.clip_file import (
     NotThisClip,
     append_digest,
     check_clip,
-    clip_key,
     coded_size,
     labels,
     most_bytes,
@@ -70,12 +69,13 @@ class ClipWriter:
     What lies under the clip's name already is taken if it is this clip, and replaced if it is not.
     """
 
-    def __init__(self, store: ClipStore, audio_rate: int = 48_000, spoilt: Mapping[str, str] = {}):
-        """spoilt: clip_id -> SHA-256 of a file under its name that is known not to be what was published.
+    def __init__(self, store: ClipStore, key_of: Callable[[str], str], audio_rate: int = 48_000,
+                 spoilt: Mapping[str, str] = {}):
+        """key_of: where a clip of this clip_id lies in the store.  spoilt: clip_id -> SHA-256 of a file under its name that is known not to be what was published.
 
         Raises av.codec.codec.UnknownCodecError where this PyAV cannot write such a clip.
         """
-        self.store, self.audio_rate, self.spoilt = store, audio_rate, spoilt
+        self.store, self.key_of, self.audio_rate, self.spoilt = store, key_of, audio_rate, spoilt
         for name in ("libx264", "aac"):
             av.codec.Codec(name, "w")
 
@@ -94,7 +94,7 @@ class ClipWriter:
             with path.open("rb") as made:
                 mine = hashlib.file_digest(made, "sha256").hexdigest()
             sha256, num_bytes, notes = self.store_once(path, mine, request)
-        return Clip(request=request, uri=self.store.uri_of(clip_key(request.clip_id)), sha256=sha256,
+        return Clip(request=request, uri=self.store.uri_of(self.key_of(request.clip_id)), sha256=sha256,
                     num_bytes=num_bytes, duration_s=request.shape.frames / request.fps,
                     has_audio=frames.audio is not None, fallbacks=frames.fallbacks + padding_note(request),
                     # where another's file is the clip, nobody knows what that was made on
@@ -107,7 +107,7 @@ class ClipWriter:
 
         mine: SHA-256 of the file at `path`.
         """
-        key, metadata, notes = clip_key(request.clip_id), {"clip-id": request.clip_id}, ()
+        key, metadata, notes = self.key_of(request.clip_id), {"clip-id": request.clip_id}, ()
         shape, tries = request.shape, count(1)
         at_most = most_bytes(width=shape.width, height=shape.height, frames=shape.frames)
         while not self.store.create(key, path, metadata=metadata):

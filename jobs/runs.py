@@ -15,10 +15,11 @@ from dailies.model.private import at_home
 from dailies.model.settings import COURSE, DEFAULTED, course_of
 from dailies.model.weights import CheckpointError, locate, missing_files, weights_files
 from dailies.pipeline.run import ledger
+from dailies.pipeline.run.layout import RUN, SUCCESS
 from dailies.pipeline.run.lease import Lease
 from dailies.pipeline.run.ledger_row import there
 from dailies.pipeline.run.pace import WAIT_AND_WORK, pace
-from dailies.pipeline.run.run_json import RUN, SHAPE, OtherRun, check_counts, has, known_manifest, read_run
+from dailies.pipeline.run.run_json import SHAPE, OtherRun, check_counts, has, known_manifest, read_run
 from dailies.pipeline.store import Store, StoreError, open_store
 from dailies.pipeline.wording import counted
 
@@ -79,7 +80,7 @@ def progress_of(store: Store, run: dict[str, Any]) -> dict[str, Any]:
     return {
         "rows": rows, "done": counts["done"], "failed": counts["failed"],
         "pending": max(0, rows - counts["done"] - counts["failed"]), "clips": run["clips"], "pending_clips": pending_clips,
-        "finished": rows == counts["done"] + counts["failed"] or has(store, ledger.SUCCESS),
+        "finished": rows == counts["done"] + counts["failed"] or has(store, SUCCESS),
         "clips_per_hour": per_hour, "eta_s": 3600 * pending_clips / per_hour if running and pending_clips else None,
         "last_row_s_ago": (now - last).total_seconds() if last else None,
         "buckets": buckets_of(run, zip(columns["clip_id"], columns["status"],
@@ -106,11 +107,6 @@ def buckets_of(run: dict[str, Any], rows: Iterator[tuple[str | None, str, tuple]
 
 def bucket_text(bucket: dict[str, Any]) -> str:
     return ", ".join((f"{bucket['width']}x{bucket['height']}", f"{bucket['frames']} frames", *course_of(bucket)))
-
-
-def clip_of(key: str) -> str:
-    """The clip_id in clips/ab/<clip_id>.mp4"""
-    return key.rpartition("/")[2].removesuffix(".mp4")
 
 
 def retry(uri: str, where: list[str], *, json: bool) -> int:

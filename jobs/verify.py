@@ -11,8 +11,9 @@ from contextlib import nullcontext
 from typing import Any
 
 from dailies.jobs.progress import printable
-from dailies.jobs.runs import clip_of, open_run
+from dailies.jobs.runs import open_run
 from dailies.pipeline.run import ledger
+from dailies.pipeline.run.layout import CLIPS, clip_id_of
 from dailies.pipeline.run.lease import Lease
 from dailies.pipeline.store import NotFound, Store, TooLarge
 from dailies.pipeline.wording import counted
@@ -35,7 +36,7 @@ def verify(uri: str, *, json: bool, repair: bool = False) -> int:
         clips, wrong = wrong_clips(store, json=json)
         problems = {found["clip_id"]: found["problem"] for found in wrong}
         put_back = ledger.put_back(store, problems) if repair and wrong else 0
-    strays = sum(1 for info in store.list("clips/") if clip_of(info.key) not in clips)
+    strays = sum(1 for info in store.list(f"{CLIPS}/") if clip_id_of(info.key) not in clips)
     code = 3 if wrong else 0
     if json:
         print(jsonlib.dumps({"exit_code": code, "out": store.uri, "clips": len(clips), "wrong": wrong,

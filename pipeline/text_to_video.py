@@ -16,7 +16,8 @@ from dailies.actors.text_encoder import TextEncoder
 from dailies.model.catalog import ModelCard
 from dailies.model.weights import locate
 from dailies.pipeline.manifest.images import read_image
-from dailies.pipeline.run.intermediates import EMBEDDINGS, Drop, Fetch, Keep, Seal
+from dailies.pipeline.run.intermediates import Drop, Fetch, Keep, Seal
+from dailies.pipeline.run.layout import EMBEDDINGS, clip_key
 from dailies.pipeline.run.saved_steps import KeepSampled
 from dailies.pipeline.stages import Stage, Step
 from dailies.pipeline.store import Store
@@ -62,7 +63,7 @@ def text_to_video(card: ModelCard, weights: str | None, store: Store, *, device:
     sampler = model(DENOISERS[type(card)], threads, attention=attention, compiled=compiled)
     sample = Step(actor=KeepSampled, args=dict(step=sampler, **kept))
     decode = model(Decoder, name="decode", decode_precision=decode_precision)
-    write = [Step(actor=Gate), Step(actor=ClipWriter, args=dict(store=store, spoilt=spoilt))]
+    write = [Step(actor=Gate), Step(actor=ClipWriter, args=dict(store=store, key_of=clip_key, spoilt=spoilt))]
     if not keep_latents:
         write.append(Step(actor=Drop, args=dict(store=store)))
     return [

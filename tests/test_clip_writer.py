@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from dailies.actors.clip_file import clip_key, coded_size, read_clip
+from dailies.actors.clip_file import coded_size, read_clip
 from dailies.actors.clip_writer import ClipWriter
 from dailies.actors.messages import Frames, Request
 from dailies.model.shapes import VideoShape
+from dailies.pipeline.run.layout import clip_key
 
 
 class MemoryStore:
@@ -69,7 +70,7 @@ def moving_disc(frames=9, height=64, width=64):
 
 def write(request, rgb, audio=None, store=None, determinism=(), **kwargs):
     store = store or MemoryStore()
-    clip, = ClipWriter(store, **kwargs)([Frames(request=request, rgb=rgb, audio=audio, determinism=determinism)])
+    clip, = ClipWriter(store, clip_key, **kwargs)([Frames(request=request, rgb=rgb, audio=audio, determinism=determinism)])
     return clip, store.objects[clip_key(request.clip_id)]
 
 

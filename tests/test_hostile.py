@@ -22,12 +22,13 @@ from hypothesis import strategies as st
 from limits import within
 from tiny import TINY
 
-from dailies.actors.clip_file import clip_key, read_clip, readable
+from dailies.actors.clip_file import read_clip, readable
 from dailies.jobs.cli import main
 from dailies.pipeline import stages
 from dailies.pipeline.manifest import manifest
 from dailies.pipeline.manifest import parquet as manifest_parquet
 from dailies.pipeline.run import ledger
+from dailies.pipeline.run.layout import clip_key
 from dailies.pipeline.scheduler import cluster
 from dailies.pipeline.store import open_store
 

@@ -12,7 +12,8 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from dailies.pipeline.run import lease
-from dailies.pipeline.run.lease import LEASE, Holder, Lease, LeaseError
+from dailies.pipeline.run.layout import LEASE
+from dailies.pipeline.run.lease import Holder, Lease, LeaseError
 from dailies.pipeline.store import StoreError, open_store
 
 

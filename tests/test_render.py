@@ -23,13 +23,14 @@ import pytest
 import tiny  # noqa: F401  adds the model to the catalogue
 
 from dailies.actors import clip_writer
-from dailies.actors.clip_file import clip_key, read_clip
+from dailies.actors.clip_file import read_clip
 from dailies.actors.decoder import Decoder
 from dailies.jobs.cli import main
 from dailies.pipeline import stages
 from dailies.pipeline.run import ledger
 from dailies.pipeline.run.bookkeeper import Bookkeeper
 from dailies.pipeline.run.intermediates import unsealed
+from dailies.pipeline.run.layout import clip_key
 from dailies.pipeline.run.lease import Lease
 from dailies.pipeline.run.saved_steps import SavedSteps
 from dailies.pipeline.run.seal import seal_of

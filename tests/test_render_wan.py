@@ -14,7 +14,7 @@ from PIL import Image
 from test_driver import SimulatedExecutor, box, drive
 from wan_tiny import CARDS, WAN_TINY, write_weights
 
-from dailies.actors.clip_file import clip_key, read_clip
+from dailies.actors.clip_file import read_clip
 from dailies.jobs.bench.pipeline import SHARED, pretend_stages
 from dailies.jobs.cli import main
 from dailies.model.catalog import CATALOG
@@ -22,6 +22,7 @@ from dailies.pipeline import stages
 from dailies.pipeline.manifest.manifest import Manifest
 from dailies.pipeline.plan import Plan
 from dailies.pipeline.run import ledger
+from dailies.pipeline.run.layout import clip_key
 from dailies.pipeline.scheduler import cluster
 from dailies.pipeline.store import open_store
 

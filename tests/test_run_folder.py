@@ -22,7 +22,6 @@ import tiny  # noqa: F401  adds the model to the catalogue
 import torch
 
 from dailies.actors import clip_file
-from dailies.actors.clip_file import clip_key
 from dailies.actors.messages import Embedding
 from dailies.jobs import verify
 from dailies.jobs.cli import main
@@ -30,8 +29,9 @@ from dailies.model.shapes import VideoShape
 from dailies.pipeline import stages
 from dailies.pipeline.run import adoption, ledger
 from dailies.pipeline.run import intermediates as shelf
-from dailies.pipeline.run.intermediates import LATENTS, Seal, sealed, unsealed
-from dailies.pipeline.run.seal import KEY, VARIABLE, seal_of
+from dailies.pipeline.run.intermediates import Seal, sealed, unsealed
+from dailies.pipeline.run.layout import LATENTS, SEAL_KEY, clip_key
+from dailies.pipeline.run.seal import VARIABLE, seal_of
 from dailies.pipeline.scheduler import cluster
 from dailies.pipeline.store import FolderStore, StoreError, open_store
 
@@ -326,14 +326,14 @@ def test_rows_of_others_in_the_ledger_do_not_make_a_run_finished(night):
 
 @pytest.mark.parametrize("umask", [0o000, 0o002, 0o022, 0o077])
 def test_the_key_of_the_seal_is_for_its_owner_alone_whatever_the_umask(umask, tmp_path):
-    (tmp_path / KEY).write_text("older")
+    (tmp_path / SEAL_KEY).write_text("older")
     before = os.umask(umask)
     try:
         seal_of(store := open_store(tmp_path), fresh=True)
         store.put("open", b"")
     finally:
         os.umask(before)
-    assert (tmp_path / KEY).stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / SEAL_KEY).stat().st_mode & 0o777 == 0o600
     assert (tmp_path / "open").stat().st_mode & 0o777 == 0o666 & ~umask
 
 
@@ -347,7 +347,7 @@ def test_another_users_key_is_replaced_when_he_continues_the_run():
         os.seteuid(65534)
         try:
             assert seal_of(store, fresh=False).key != first
-            assert os.stat(f"{folder}/{KEY}").st_uid == 65534
+            assert os.stat(f"{folder}/{SEAL_KEY}").st_uid == 65534
         finally:
             os.seteuid(0)
 
@@ -416,9 +416,9 @@ def test_latents_of_a_version_that_did_not_seal_are_made_again(night, whole):
 def test_with_a_key_of_the_drivers_own_nobody_who_can_write_the_folder_can_seal(tmp_path, whole, monkeypatch):
     monkeypatch.setenv(VARIABLE, "a key that lies with the driver")
     folder = begin(tmp_path)
-    assert render(folder, "--keep-latents")[0] == 0 and not (folder / "out" / KEY).exists()
+    assert render(folder, "--keep-latents")[0] == 0 and not (folder / "out" / SEAL_KEY).exists()
     assert clips(folder) == clips(whole)
-    (folder / "out" / KEY).write_text("ab" * 32)
+    (folder / "out" / SEAL_KEY).write_text("ab" * 32)
     monkeypatch.delenv(VARIABLE)                        # as somebody else has it: the key that lies in the folder
     theirs = seal_of(open_store(folder / "out"), fresh=False)
     monkeypatch.setenv(VARIABLE, "a key that lies with the driver")
@@ -432,14 +432,14 @@ def test_with_a_key_of_the_drivers_own_nobody_who_can_write_the_folder_can_seal(
 def test_what_lies_in_a_folder_before_its_run_begins_is_nobodys_key(whole, tmp_path):
     folder = begin(tmp_path)
     (folder / "out").mkdir()
-    (folder / "out" / KEY).write_text("ab" * 32)
+    (folder / "out" / SEAL_KEY).write_text("ab" * 32)
     first, *_ = clips(whole)
     key = f"{LATENTS}/{first[:2]}/{first}.safetensors"
     store = open_store(whole / "out")
     tensors, metadata = unsealed(store.get(key), key, seal_of(store, fresh=False))
     open_store(folder / "out").put(key, FORGED["other pixels"](tensors, metadata, Seal(b"ab" * 32)))
     assert render(folder)[0] == 0 and clips(folder) == clips(whole)
-    assert not (folder / "out" / KEY).exists()          # nothing is left that it seals
+    assert not (folder / "out" / SEAL_KEY).exists()          # nothing is left that it seals
 
 
 def test_a_seal_does_not_show_its_key():

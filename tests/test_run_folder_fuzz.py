@@ -18,14 +18,15 @@ from dailies.actors.clip_file import DIGEST_HEAD
 from dailies.jobs import render as renders
 from dailies.pipeline.run import saved_steps as steps
 from dailies.pipeline.run.intermediates import sealed, unsealed
+from dailies.pipeline.run.layout import SEAL_KEY
 from dailies.pipeline.run.saved_steps import KeepSampled
-from dailies.pipeline.run.seal import KEY, seal_of
+from dailies.pipeline.run.seal import seal_of
 from dailies.pipeline.store import open_store
 
 HANG_S = 60
 STRANGE = [None, True, -1, 0, 2**63, 10**30, 0.5, float("nan"), "", "\x1b[2J", "x" * 10**5, "../../x", [], {}, [[]], "\ud800",
            "9999-12-31T23:59:59+00:00", {"a": {"b": []}}]
-TARGETS = ["run.json", "lease.json", "_SUCCESS.json", KEY, "ledger", "clip", "clip without a ledger", "latent", "steps",
+TARGETS = ["run.json", "lease.json", "_SUCCESS.json", SEAL_KEY, "ledger", "clip", "clip without a ledger", "latent", "steps",
            "embedding"]
 
 
@@ -39,7 +40,7 @@ def base(tmp_path_factory):
         patch.setattr(renders, "clear_shelf", lambda *_: None)
         assert render(folder, "--keep-latents")[0] == 0
     kinds = {path.relative_to(folder / "out").parts[0] for path in (folder / "out").rglob("*") if path.is_file()}
-    assert kinds == {"run.json", "lease.json", "_SUCCESS.json", KEY, "ledger", "clips", "latents", "steps", "embeddings"}
+    assert kinds == {"run.json", "lease.json", "_SUCCESS.json", SEAL_KEY, "ledger", "clips", "latents", "steps", "embeddings"}
     return folder
 
 

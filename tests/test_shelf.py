@@ -12,7 +12,8 @@ import torch
 from dailies.actors.device_lock import NO_LOCK, DeviceLock
 from dailies.actors.messages import Clip, Embedding, Failure, Latent, Request
 from dailies.model.shapes import VideoShape
-from dailies.pipeline.run.intermediates import EMBEDDINGS, LATENTS, Drop, Fetch, Keep, clear, shelf_key
+from dailies.pipeline.run.intermediates import Drop, Fetch, Keep, clear, shelf_key
+from dailies.pipeline.run.layout import EMBEDDINGS, LATENTS
 from dailies.pipeline.stages import Stage, Step, run_local
 from dailies.pipeline.store import NotFound, open_store
 

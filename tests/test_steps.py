@@ -20,8 +20,9 @@ from dailies.model import checkpoint
 from dailies.model.samplers import euler, unipc
 from dailies.model.shapes import VideoShape
 from dailies.pipeline.run import saved_steps as steps
-from dailies.pipeline.run.intermediates import LATENTS, Fetch, Shelved, sealed, shelf_key, unsealed
-from dailies.pipeline.run.saved_steps import STEPS, Halted, KeepSampled
+from dailies.pipeline.run.intermediates import Fetch, Shelved, sealed, shelf_key, unsealed
+from dailies.pipeline.run.layout import LATENTS, STEPS
+from dailies.pipeline.run.saved_steps import Halted, KeepSampled
 from dailies.pipeline.store import StoreError, open_store
 
 NUM_STEPS = 5

@@ -6,6 +6,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from dailies.pipeline.run.layout import clip_key
+
 CLIPS = 500
 
 
@@ -25,7 +27,7 @@ def memory(clips: int = CLIPS) -> dict[str, float]:
         seen: dict[str, list[tuple[int, float]]] = {}
         while render.poll() is None:
             time.sleep(1.0)
-            done = sum(1 for _ in out.glob("clips/*/*.mp4"))
+            done = sum(1 for _ in out.glob(clip_key("*")))
             for name, megabytes in resident(render.pid).items():
                 seen.setdefault(name, []).append((done, megabytes))
         if render.returncode:

@@ -23,6 +23,7 @@ from urllib.parse import unquote, urlsplit
 from dailies.model.private import at_home
 from dailies.pipeline.manifest.raw_bytes import MAX_BYTES
 from dailies.pipeline.manifest.validation import shown
+from dailies.pipeline.run import layout
 from dailies.pipeline.run.masking import names_a_secret
 
 FORMATS = {".parquet": "parquet", ".pq": "parquet", ".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl",
@@ -154,7 +155,7 @@ def _walked(base: Path) -> list[Path]:
         here = Path(folder)
         if len(here.parts) - len(base.parts) > MAX_DEPTH:
             raise FileNotFoundError(f"folders that lie more than {MAX_DEPTH} deep in each other; name the files to read")
-        if here != base and "run.json" in names and {"ledger", "clips"} & {*inner}:
+        if here != base and layout.RUN in names and {layout.LEDGER, layout.CLIPS} & {*inner}:
             inner.clear()
             paths.append(here)
             continue

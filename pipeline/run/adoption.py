@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from itertools import islice
 from threading import Lock
 
-from dailies.actors.clip_file import NotThisClip, check_clip, clip_key, most_bytes
+from dailies.actors.clip_file import NotThisClip, check_clip, most_bytes
 from dailies.actors.messages import Clip, Request
+from dailies.pipeline.run.layout import clip_key
 from dailies.pipeline.store import NotFound, Store, TooLarge
 
 READERS = 8                             # each holds a clip's bytes and decodes it

@@ -9,9 +9,9 @@ from dailies.actors.gate import REJECTED
 from dailies.actors.messages import Clip, Failure, Request
 from dailies.pipeline.plan import BLOCK, RESEEDS, Except, Plan, PlannedRow, with_another_seed
 from dailies.pipeline.run.adoption import Spoilt, adopt
-from dailies.pipeline.run.layout import CLIPS, clip_id_of
+from dailies.pipeline.run.layout import CLIPS, SUCCESS, clip_id_of
 from dailies.pipeline.run.lease import Lease
-from dailies.pipeline.run.ledger import SUCCESS, Ledger, hashes_of, keys_of
+from dailies.pipeline.run.ledger import Ledger, hashes_of, keys_of
 from dailies.pipeline.run.ledger_row import invalid_row, row_of
 from dailies.pipeline.stages import Outcome
 from dailies.pipeline.store import Store

@@ -15,7 +15,8 @@ from dailies.actors.messages import Request
 from dailies.pipeline.manifest.validation import shown
 from dailies.pipeline.plan import LISTED, RESEEDS, Except, Plan, with_another_seed
 from dailies.pipeline.run import ledger
-from dailies.pipeline.run.run_json import MANIFESTS, SHAPE, SUMMED, OtherRun, known_manifest, without_secrets
+from dailies.pipeline.run.layout import MANIFESTS, manifest_key, manifest_number
+from dailies.pipeline.run.run_json import SHAPE, SUMMED, OtherRun, known_manifest, without_secrets
 from dailies.pipeline.store import Store
 
 NAMED = 5                                               # of the rows that have changed
@@ -105,9 +106,8 @@ def grow(store: Store, plan: Plan) -> None:
              **merged(plan.buckets(), Counter(beside.values())),
              "name": plan.manifest.name, "rows_digest": plan.rows_digest, **digests_of(plan),
              "given_at": datetime.now(UTC).isoformat(timespec="seconds")}
-    number = 1 + max((int(info.key.removeprefix(MANIFESTS)[:6]) for info in store.list(MANIFESTS)
-                      if info.key.removeprefix(MANIFESTS)[:6].isdecimal()), default=0)
-    store.put(f"{MANIFESTS}{number:06d}-{plan.rows_digest[:16]}.json",
+    number = 1 + max((manifest_number(info.key) for info in store.list(f"{MANIFESTS}/")), default=0)
+    store.put(manifest_key(number, plan.rows_digest[:16]),
               json.dumps(without_secrets(said), indent=2).encode() + b"\n")
 
 

@@ -23,10 +23,9 @@ from dailies.actors.device_lock import NO_LOCK, DeviceLock
 from dailies.actors.messages import Clip, Embedding, Failure, Latent, Request
 from dailies.model.checkpoint import pack, unpack
 from dailies.model.samplers import Streams
+from dailies.pipeline.run.layout import EMBEDDINGS, LATENTS, intermediate_key
 
-EMBEDDINGS, LATENTS = "embeddings", "latents"           # folders of the run
 CONNECTIONS = 16                                        # at a time, where many objects are removed
-MADE_HERE = re.compile(r"(embeddings|latents|steps)/([0-9a-f]{2})/\2[0-9a-f]{62}\.safetensors")
 MOST_BYTES = 2**31                                      # of an object; the steps of a 14B model's clip are 77 MB
 MOST_HEADER_BYTES = 2**20
 MOST_NOTES = 100                                        # fallbacks that an object may name
@@ -222,15 +221,9 @@ def clear(store: Shelf, keys: Iterable[str]) -> None:
             pass
 
 
-def is_ours(key: str) -> bool:
-    """Whether `shelf_key` could have made it. Whatever else lies in a folder of the shelf is not ours to remove."""
-    return MADE_HERE.fullmatch(key) is not None
-
-
 def shelf_key(folder: str, request: Request) -> str:
-    """Where a request's embedding or latent lies; the two characters spread a listing over many prefixes."""
-    name = request.embedding_key if folder == EMBEDDINGS else request.clip_id
-    return f"{folder}/{name[:2]}/{name}.safetensors"
+    """Where a request's embedding, latent or steps lie."""
+    return intermediate_key(folder, request.embedding_key if folder == EMBEDDINGS else request.clip_id)
 
 
 def request_of(value: Request | Shelved | Embedding) -> Request:

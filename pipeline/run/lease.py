@@ -23,11 +23,11 @@ from typing import Any, Self
 
 from dailies.model.errors import DailiesError
 from dailies.pipeline.manifest.validation import shown
+from dailies.pipeline.run.layout import LEASE
 from dailies.pipeline.store import NotFound, Store, StoreError, TooLarge
 from dailies.pipeline.store.folder import TEMPORARY
 
-LEASE = "lease.json"
-MOST_BYTES = 2**16                      # of it
+MAX_LEASE_BYTES = 2**16
 
 
 class LeaseError(DailiesError, RuntimeError):
@@ -201,7 +201,7 @@ class Lease:
 def look(store: Store) -> bytes:
     """lease.json as it stands.  Raises NotFound, StoreError."""
     try:
-        return store.get(LEASE, at_most=MOST_BYTES)
+        return store.get(LEASE, at_most=MAX_LEASE_BYTES)
     except TooLarge as error:
         raise StoreError(f"{store.uri_of(LEASE)} is larger than any lease ({error}). Move it away") from None
 

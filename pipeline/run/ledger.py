@@ -23,12 +23,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dailies.pipeline.manifest.stored_types import as_text, converted, stored_type
+from dailies.pipeline.run.layout import LAST_EPOCH, LEDGER, RETRIED, SUCCESS, epoch_of, part_key, retried_key
 from dailies.pipeline.run.ledger_part import MOST_BYTES, read_part
 from dailies.pipeline.run.ledger_row import COLUMNS, OTHER_STAGES, SECONDS, stored_error, there
 from dailies.pipeline.store import NotFound, Store, StoreError, TooLarge
 
-FOLDER, SUCCESS = "ledger/", "_SUCCESS.json"
-RETRIED = "retried/"                    # what was said of failed rows that are pending again
 REMEMBERED = ("id", "seed", "status", "error_type", "error", "attempts", "finished_at", "earlier_errors")
 READERS = 8                             # parts read at a time
 NO_COLUMNS = pa.schema([])
@@ -180,7 +179,7 @@ def read(store: Store, columns: Sequence[str] | None = None, *, put_back: bool =
     try:
         table = latest(together([empty.empty_table(), *tables]))
     except pa.ArrowException as error:
-        raise StoreError(f"{store.uri_of(FOLDER)}: its parts do not fit together: {error}. Move away the one that is "
+        raise StoreError(f"{store.uri_of(LEDGER)}/: its parts do not fit together: {error}. Move away the one that is "
                          "not this run's") from error
     if not put_back:
         table = table.filter(pc.not_equal(table["status"], "pending"))
@@ -269,7 +268,7 @@ def take_out(store: Store, chosen: Container[tuple[str, int | None]]) -> None:
     failed = failed.filter(pa.array([key in chosen for key in keys_of(failed)], pa.bool_()))
     if failed.num_rows:
         data = parquet_bytes(failed.select(list(REMEMBERED)))
-        store.create(f"{RETRIED}{hashlib.sha256(data).hexdigest()[:32]}.parquet", data)
+        store.create(retried_key(hashlib.sha256(data).hexdigest()[:32]), data)
     for key, table in parts(store, None):               # the oldest first: a row that is left counts as before
         if table is None or "failed" not in table["status"].to_pylist():
             continue
@@ -332,10 +331,10 @@ def digest(ledger: pa.Table) -> str:
     return hasher.hexdigest()
 
 
-def parts(store: Store, columns: Sequence[str] | None, folder: str = FOLDER, *,
+def parts(store: Store, columns: Sequence[str] | None, folder: str = LEDGER, *,
           whole: bool = False) -> Iterator[tuple[str, pa.Table | None]]:
     """Every part and its rows, the oldest first; None for one that vanished since it was listed. whole: as of `read`."""
-    keys = [info.key for info in store.list(folder) if info.key.endswith(".parquet")]
+    keys = [info.key for info in store.list(f"{folder}/") if info.key.endswith(".parquet")]
 
     def part(key: str) -> pa.Table | None:
         try:
@@ -365,21 +364,13 @@ def latest(table: pa.Table) -> pa.Table:
     return table.filter(pa.array(mask))
 
 
-LAST_EPOCH = 999_999                    # of six digits
-
-
 def next_epoch(store: Store) -> int:
     """Raises StoreError where a part claims an epoch behind which no other has its place in order of name."""
-    names = (info.key.removeprefix(FOLDER).partition("-")[0] for info in store.list(FOLDER))
-    last = max((int(name) for name in names if name.isascii() and name.isdecimal()), default=0)
+    last = max((epoch_of(info.key) or 0 for info in store.list(f"{LEDGER}/")), default=0)
     if last >= LAST_EPOCH:
-        raise StoreError(f"{store.uri}/{FOLDER}{last}-... is named as no part of a ledger is: a run begins less often. Move it "
+        raise StoreError(f"{store.uri_of(LEDGER)}/{last}-... is named as no part of a ledger is: a run begins less often. Move it "
                          "away and render again")
     return last + 1
-
-
-def part_key(epoch: int, seq: int) -> str:
-    return f"{FOLDER}{epoch:06d}-{seq:06d}.parquet"
 
 
 def parquet_bytes(table: pa.Table) -> bytes:

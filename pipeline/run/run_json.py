@@ -13,13 +13,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from dailies.model.errors import DailiesError
 from dailies.model.settings import COURSE, Setting
 from dailies.pipeline.manifest.validation import shown
+from dailies.pipeline.run.layout import MANIFESTS, RUN
 from dailies.pipeline.run.masking import without_secrets
 from dailies.pipeline.store import NotFound, Store, StoreError, TooLarge
 
-RUN = "run.json"
-MANIFESTS = "manifests/"                                # those that came after the one of run.json (growth.py)
 GROWS = ("manifest_digest", "images_digest")            # in run.json the first manifest's; see growth.py
-MOST_BYTES = 2**22                      # of run.json
+MAX_RUN_JSON_BYTES = 2**22              # of it, and of what is said of a later manifest
 COUNTED = ("planned_rows", "invalid_rows", "clips", "buckets", "more_buckets")      # by which progress is counted
 SUMMED = ("rows", "duplicates", *COUNTED)               # what is said of a manifest
 SHAPE = ("width", "height", "frames", *(setting.name for setting in COURSE))     # clips that agree in it are a bucket
@@ -75,7 +74,7 @@ def claim_run(store: Store, identity: Mapping[str, Any], about: Mapping[str, Any
 def read_run(store: Store) -> dict[str, Any] | None:
     """run.json, None where no run has begun.  Raises OtherRun for one that is not ours; StoreError for a damaged one."""
     try:
-        found = json.loads(store.get(RUN, at_most=MOST_BYTES))
+        found = json.loads(store.get(RUN, at_most=MAX_RUN_JSON_BYTES))
     except NotFound:
         return None
     except TooLarge as error:
@@ -117,10 +116,10 @@ def known_manifest(store: Store, run: Mapping[str, Any]) -> dict[str, Any]:
     said = dict.fromkeys(SUMMED, 0) | {"buckets": []}
     said |= {name: run[name] for name in (*SUMMED, "rows_digest") if name in run}
     said |= {name: run["identity"].get(name) for name in GROWS}
-    if not (keys := sorted(info.key for info in store.list(MANIFESTS))):
+    if not (keys := sorted(info.key for info in store.list(f"{MANIFESTS}/"))):
         return said
     try:
-        latest = json.loads(store.get(keys[-1], at_most=MOST_BYTES))
+        latest = json.loads(store.get(keys[-1], at_most=MAX_RUN_JSON_BYTES))
         if not {*SUMMED, *GROWS, "rows_digest"} <= latest.keys():
             raise ValueError
         RunFile.model_validate(latest | {"identity": {}})

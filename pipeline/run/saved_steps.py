@@ -19,7 +19,6 @@ from dailies.actors.device_lock import Halted
 from dailies.actors.messages import Embedding, Failure, Latent, Request
 from dailies.model.samplers import State, Steps, Streams
 from dailies.pipeline.run.intermediates import (
-    LATENTS,
     Damaged,
     Fits,
     Keep,
@@ -33,8 +32,8 @@ from dailies.pipeline.run.intermediates import (
     shelf_key,
     unsealed,
 )
+from dailies.pipeline.run.layout import LATENTS, STEPS
 
-STEPS = "steps"                                         # folder of the run
 SAVE_SHARE = 0.01                                       # of the work may be saving it
 SAVE_AFTER_S = 30.0                                     # less is not worth it: a process takes as long to start
 

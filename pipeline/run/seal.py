@@ -12,10 +12,11 @@ import re
 import secrets
 
 from dailies.model.errors import DailiesError
-from dailies.pipeline.run.intermediates import LATENTS, Seal
+from dailies.pipeline.run.intermediates import Seal
+from dailies.pipeline.run.layout import LATENTS, SEAL_KEY
 from dailies.pipeline.store import NotFound, Store, StoreError, TooLarge
 
-KEY, VARIABLE = "seal.key", "DAILIES_SEAL_KEY"
+VARIABLE = "DAILIES_SEAL_KEY"
 LEAST_CHARACTERS = 16
 
 
@@ -43,7 +44,7 @@ def seal_of(store: Store, *, fresh: bool) -> Seal:
         return Seal(key)
     if not fresh:
         try:
-            found = store.get(KEY, at_most=128).strip()
+            found = store.get(SEAL_KEY, at_most=128).strip()
             if re.fullmatch(rb"[0-9a-f]{64}", found):
                 return Seal(found)
         except (NotFound, TooLarge):
@@ -52,11 +53,11 @@ def seal_of(store: Store, *, fresh: bool) -> Seal:
             if not isinstance(error.__cause__, PermissionError):
                 raise
     drawn = secrets.token_hex(32).encode()
-    store.put(KEY, drawn + b"\n", private=True)
+    store.put(SEAL_KEY, drawn + b"\n", private=True)
     return Seal(drawn)
 
 
 def drop_key(store: Store) -> None:
     """Where nothing is left that it seals."""
     if next(iter(store.list(f"{LATENTS}/")), None) is None:
-        store.delete(KEY)
+        store.delete(SEAL_KEY)

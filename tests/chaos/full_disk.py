@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dailies.actors.clip_file import read_clip
-from dailies.pipeline.run.intermediates import EMBEDDINGS, LATENTS, Shelved, anything, opened
+from dailies.pipeline.run.intermediates import Shelved, anything, opened
+from dailies.pipeline.run.layout import EMBEDDINGS, LATENTS
 from dailies.pipeline.run.seal import seal_of
 from dailies.pipeline.store import FolderStore, open_store
 

@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from dailies.pipeline.run import ledger
+from dailies.pipeline.run.layout import LEDGER
 from dailies.pipeline.store import open_store
 from tests.chaos.night import ROOT, Night
 
@@ -25,7 +26,7 @@ def judge(night: Night, *, clips: int, rows: int, failed: int = 0, sampled_again
     objects = [info.key for info in store.list("clips/")]
     table = ledger.read(store)
     statuses = Counter(table["status"].to_pylist())
-    parts = [pq.read_metadata(BytesIO(store.get(info.key))).num_rows for info in store.list(ledger.FOLDER)]
+    parts = [pq.read_metadata(BytesIO(store.get(info.key))).num_rows for info in store.list(f"{LEDGER}/")]
     checked = verify(night.out)
     twice = night.republished | {path for path, times in (stored or {}).items() if path.endswith(".mp4") and times > 1}
     again = sorted(set(night.tally.sampled_again))
