@@ -4,7 +4,6 @@ Nothing heavy is imported here: `dailies --help` must be instant, and torch, ray
 """
 
 import inspect
-import json as jsonlib
 import os
 import signal
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 from dailies import HOME
+from dailies.jobs.answer import answer
 from dailies.jobs.process import leave, speak_safely
 from dailies.jobs.signals import on_signals
 from dailies.jobs.usage import absent_package
@@ -257,8 +257,9 @@ def submit(options: dict[str, Any],
     \b
     Example:  dailies submit night.parquet --out s3://b/runs/0412 --address http://head:8265 --wait
     """
+    from dailies.jobs.parcel import one_manifest
     from dailies.jobs.settings import RenderJob
-    from dailies.jobs.submit import one_manifest, submit
+    from dailies.jobs.submit import submit
     if options.pop("ray") is not None:
         raise typer.BadParameter("submit runs on the cluster at --address; leave --ray out")
     if options.pop("cpus") is not None:
@@ -470,11 +471,9 @@ def fail(code: int, message: str, arguments: list[str], complaints: Any = None) 
     from dailies.jobs.progress import printable
     from dailies.pipeline.run.masking import without_secrets
     message = "\n".join(printable(line) for line in without_secrets(message).splitlines())
-    if "--json" in arguments:
-        details = {"complaints": complaints.as_json()} if complaints else {}
-        print(jsonlib.dumps({"error": message, "exit_code": code} | details))
     print(message, file=sys.stderr)
-    return code
+    details = {"complaints": complaints.as_json()} if complaints else {}
+    return answer({"error": message, "exit_code": code} | details, lambda: None, json="--json" in arguments)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from dailies import HOME
 from dailies.jobs import sandbox
+from dailies.jobs.answer import answer
 from dailies.jobs.progress import say
 from dailies.jobs.usage import UsageError, card_named
 from dailies.kernels.int8_linear import quantize_rows
@@ -111,9 +112,7 @@ def convert(source: str, model: str, to: str, *, precision: str | None = None, j
     for name, data in small.items():
         publish(store, name, data, path / name)
         tell(name, len(data), path / name)
-    if json:
-        print(jsonlib.dumps({"model": card.name, "to": store.uri, "files": written}))
-    return 0
+    return answer({"model": card.name, "to": store.uri, "files": written}, lambda: None, json=json)
 
 
 def found_parts(card: ModelCard, path: Path) -> tuple[Layout, list[Part]]:

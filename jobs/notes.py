@@ -2,10 +2,11 @@
 
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import datetime
+from typing import Any
 
-from dailies.jobs.progress import printable, say
+from dailies.jobs.progress import duration_text, printable, say
 from dailies.jobs.settings import RenderJob
 from dailies.pipeline.run.bookkeeper import Bookkeeper
 from dailies.pipeline.run.layout import CLIPS
@@ -67,6 +68,15 @@ def limits_of(job: RenderJob, run: Run, deadline: datetime | None) -> list[str]:
                      ("" if job.max_cost is None else f", {job.price * hours:,.2f} USD") +
                      ("; but a run on CPUs holds no GPU, so this does not limit it" if run.device == "cpu" else ""))
     return notes
+
+
+def what_was_made(said: Mapping[str, Any], gpu_hours: float) -> str:
+    """Of render's answer."""
+    return (f"{said['out']}: {counted(said['done'], 'row')} done, {said['failed']:,} failed, {said['pending']:,} "
+            f"pending; {counted(said['rendered'], 'clip')} rendered in {duration_text(said['seconds'])}"
+            + (f", {said['adopted']:,} found published" if said["adopted"] else "")
+            + (f", {gpu_hours:,.2f} GPU hours held" if gpu_hours else "")
+            + (f", {said['cost']:,.2f} USD" if "cost" in said else ""))
 
 
 def next_steps(job: RenderJob, run: Run, bookkeeper: Bookkeeper, *, interrupted: bool, out_of_budget: bool) -> Iterator[str]:

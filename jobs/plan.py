@@ -1,6 +1,5 @@
 """`dailies plan`: what `render` would do, what it takes, and what it lacks. Nothing is rendered, written or fetched."""
 
-import json as jsonlib
 import math
 import shutil
 import tempfile
@@ -9,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from dailies.jobs.answer import answer
 from dailies.jobs.machines import machines_of
 from dailies.jobs.notes import limits_of, notes_of, what_is_made
 from dailies.jobs.progress import duration_text, printable, say
@@ -55,20 +55,21 @@ def show(job: RenderJob, *, json: bool, has_out: bool = True) -> int:
     except InsufficientCapacity as error:
         no_room = str(error)
     summary, deadline = run.plan.summary(), job.deadline()
-    if json:
-        print(jsonlib.dumps(summary | {
-            "out": run.store.uri if has_out else None, "device": run.device, **left, "rows": summary["rows"],
-            "limit": job.limit, "until": deadline and deadline.isoformat(timespec="seconds"),
-            "max_gpu_hours": job.gpu_hours(), "price": job.price, "weights": lacks, "forecast": foretold,
-            "notes": notes_of(run), "no_room": no_room or None, "exit_code": 0}))
-        return 0
-    print_plan(run, summary, left, has_out=has_out)
-    if lacks:
-        say(printable(lacks["said"]))
-    for note in limits_of(job, run, deadline):
-        say(printable(note))
-    print_forecast(job, left, foretold, no_room)
-    return 0
+    said = summary | {
+        "out": run.store.uri if has_out else None, "device": run.device, **left, "rows": summary["rows"],
+        "limit": job.limit, "until": deadline and deadline.isoformat(timespec="seconds"),
+        "max_gpu_hours": job.gpu_hours(), "price": job.price, "weights": lacks, "forecast": foretold,
+        "notes": notes_of(run), "no_room": no_room or None, "exit_code": 0}
+
+    def tell_plan() -> None:
+        print_plan(run, summary, left, has_out=has_out)
+        if lacks:
+            say(printable(lacks["said"]))
+        for note in limits_of(job, run, deadline):
+            say(printable(note))
+        print_forecast(job, left, foretold, no_room)
+
+    return answer(said, tell_plan, json=json)
 
 
 def print_plan(run: Run, summary: dict[str, Any], left: dict[str, int], *, has_out: bool) -> None:

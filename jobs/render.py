@@ -1,6 +1,5 @@
 """One run, there and back: settings in; clips, a ledger and an exit code out."""
 
-import json as jsonlib
 import signal
 import sys
 import time
@@ -9,9 +8,10 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from dailies.actors.messages import Clip
+from dailies.jobs.answer import answer
 from dailies.jobs.machines import cores_of, device_of, gpus_of, refuse_silent_gpu, variant_of
-from dailies.jobs.notes import limits_of, next_steps, notes_of, tell, what_is_made
-from dailies.jobs.progress import Display, duration_text, printable, say
+from dailies.jobs.notes import limits_of, next_steps, notes_of, tell, what_is_made, what_was_made
+from dailies.jobs.progress import Display, printable, say
 from dailies.jobs.settings import RenderJob
 from dailies.jobs.signals import on_signals
 from dailies.jobs.usage import UsageError, card_named
@@ -167,27 +167,23 @@ def interruptible(stop: Any, display: Display) -> AbstractContextManager[None]:
 def report(job: RenderJob, run: Run, bookkeeper: Bookkeeper, stop: Any, budget: Budget, began: float,
            json: bool) -> int:
     """Say what was done, and return the exit code.  began: monotonic."""
-    counts, store = bookkeeper.counts(), run.store
+    counts = bookkeeper.counts()
     interrupted = stop is not None and stop.draining and counts["pending"] > 0
     out_of_budget = budget.has_stopped and counts["pending"] > 0
     stopped = interrupted or out_of_budget or bookkeeper.left_by_limit > 0
     code = 130 if interrupted else 4 if stopped else 3 if counts["failed"] else 0
     cost = {} if job.price is None else {"cost": round(job.price * budget.gpu_hours, 2)}
-    seconds = time.monotonic() - began
-    if json:
-        print(jsonlib.dumps({"exit_code": code, "out": store.uri, **counts, "clips": run.plan.num_clips,
-                             "rendered": bookkeeper.num_rendered, "adopted": bookkeeper.num_adopted,
-                             "left_by_limit": bookkeeper.left_by_limit, "seconds": round(seconds, 3),
-                             "gpu_hours": round(budget.gpu_hours, 4), **cost,
-                             "notes": notes_of(run) + bookkeeper.notes, "failures": bookkeeper.failures}))
-        return code
-    say(f"{store.uri}: {counted(counts['done'], 'row')} done, {counts['failed']:,} failed, {counts['pending']:,} "
-          f"pending; {counted(bookkeeper.num_rendered, 'clip')} rendered in {duration_text(seconds)}"
-          + (f", {bookkeeper.num_adopted:,} found published" if bookkeeper.num_adopted else "")
-          + (f", {budget.gpu_hours:,.2f} GPU hours held" if budget.gpu_hours else "")
-          + (f", {cost['cost']:,.2f} USD" if cost else ""))
-    for failure in bookkeeper.failures:
-        say(printable(f"  {failure['id']}: {failure['error_type']} in {failure['stage']}: {failure['error']}"[:300]))
-    for sentence in next_steps(job, run, bookkeeper, interrupted=interrupted, out_of_budget=out_of_budget):
-        say(printable(sentence))
-    return code
+    said = {"exit_code": code, "out": run.store.uri, **counts, "clips": run.plan.num_clips,
+            "rendered": bookkeeper.num_rendered, "adopted": bookkeeper.num_adopted,
+            "left_by_limit": bookkeeper.left_by_limit, "seconds": round(time.monotonic() - began, 3),
+            "gpu_hours": round(budget.gpu_hours, 4), **cost,
+            "notes": notes_of(run) + bookkeeper.notes, "failures": bookkeeper.failures}
+
+    def tell_end() -> None:
+        say(what_was_made(said, budget.gpu_hours))
+        for failure in bookkeeper.failures:
+            say(printable(f"  {failure['id']}: {failure['error_type']} in {failure['stage']}: {failure['error']}"[:300]))
+        for sentence in next_steps(job, run, bookkeeper, interrupted=interrupted, out_of_budget=out_of_budget):
+            say(printable(sentence))
+
+    return answer(said, tell_end, json=json)

@@ -1,6 +1,5 @@
 """What can be asked of a run folder from any machine, and of the catalogue: status, retry, models."""
 
-import json as jsonlib
 import os
 import sys
 from collections import Counter
@@ -8,6 +7,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from dailies.jobs.answer import answer
 from dailies.jobs.progress import duration_text, printable, say
 from dailies.jobs.usage import UsageError, card_named, checked_place
 from dailies.model.catalog import CATALOG, ModelCard
@@ -44,10 +44,11 @@ def status(uri: str, *, json: bool) -> int:
     """Print how far a run is; from the folder alone."""
     store, run = open_run(uri)
     said = {"out": store.uri, "model": run["identity"].get("model")} | progress_of(store, known_manifest(store, run))
-    if json:
-        print(jsonlib.dumps(said))
-        return 0
-    say(f"{store.uri}: {said['done']:,} of {counted(said['rows'], 'row')} done, {said['failed']:,} failed, "
+    return answer(said, lambda: print_status(said), json=json)
+
+
+def print_status(said: dict[str, Any]) -> None:
+    say(f"{said['out']}: {said['done']:,} of {counted(said['rows'], 'row')} done, {said['failed']:,} failed, "
         f"{said['pending']:,} pending" + ("; finished" if said["finished"] else ""))
     pace_said = [f"{said['clips_per_hour']:,.1f} clips per hour"] if said["clips_per_hour"] is not None else []
     pace_said += [f"ETA {duration_text(said['eta_s'])}"] if said["eta_s"] is not None else []
@@ -61,7 +62,6 @@ def status(uri: str, *, json: bool) -> int:
         print(f"        and {said['more_buckets']:,} more buckets")
     for error_type, count in said["failed_by_type"].items():
         say(f"  {count:,} failed with {printable(error_type)}")
-    return 0
 
 
 def progress_of(store: Store, run: dict[str, Any]) -> dict[str, Any]:
@@ -123,14 +123,10 @@ def retry(uri: str, where: list[str], *, json: bool) -> int:
             count = ledger.retry(store, conditions)
     except ValueError as error:
         raise UsageError(f"--where: {error}") from None
-    if json:
-        print(jsonlib.dumps({"exit_code": 0, "out": store.uri, "pending_again": count}))
-    elif count:
-        print(f"{counted(count, 'failed row')} pending again; the same render command tries them")
-    else:
-        print("No failed row" + (" of these" if conditions else "") + " that can be tried again; nothing was changed. "
-              "An invalid row is mended in the manifest")
-    return 0
+    sentence = (f"{counted(count, 'failed row')} pending again; the same render command tries them" if count else
+                "No failed row" + (" of these" if conditions else "") + " that can be tried again; nothing was changed. "
+                "An invalid row is mended in the manifest")
+    return answer({"exit_code": 0, "out": store.uri, "pending_again": count}, lambda: print(sentence), json=json)
 
 
 def models(name: str | None, weights: str | None, *, json: bool) -> int:
@@ -141,16 +137,9 @@ def models(name: str | None, weights: str | None, *, json: bool) -> int:
     if weights is not None:
         checked_place("--weights", weights)
     found = [describe(card, weights if name else None) for card in cards]
-    if json:
-        print(jsonlib.dumps(found[0] if name else {"models": found}))
-    elif name:
-        print_model(found[0])
-    else:
-        width = max(len(model["name"]) for model in found)
-        for model in found:
-            state = "weights found" if model["weights"]["complete"] else "weights missing"
-            say(f"{model['name']:<{width}}  {state:<15}  {model['description']}", indent=width + 19)
-    return 0
+    if name:
+        return answer(found[0], lambda: print_model(found[0]), json=json)
+    return answer({"models": found}, lambda: print_models(found), json=json)
 
 
 def describe(card: ModelCard, weights: str | None) -> dict[str, Any]:
@@ -187,6 +176,13 @@ def look_for_weights(card: ModelCard, weights: str | None) -> dict[str, Any]:
         return {"complete": False, "folder": str(near), "missing": missing, "problem": str(error)}
     num_bytes = sum(path.stat().st_size for path in weights_files(card, folder).values())
     return {"complete": True, "folder": str(folder), "missing": [], "num_bytes": num_bytes}
+
+
+def print_models(found: list[dict[str, Any]]) -> None:
+    width = max(len(model["name"]) for model in found)
+    for model in found:
+        state = "weights found" if model["weights"]["complete"] else "weights missing"
+        say(f"{model['name']:<{width}}  {state:<15}  {model['description']}", indent=width + 19)
 
 
 def print_model(model: dict[str, Any]) -> None:

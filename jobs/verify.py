@@ -1,7 +1,6 @@
 """`dailies verify`: every clip of the ledger is read again; `--repair` has the next render make what is wrong."""
 
 import hashlib
-import json as jsonlib
 import re
 import sys
 import time
@@ -10,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import Any
 
+from dailies.jobs.answer import answer
 from dailies.jobs.progress import printable
 from dailies.jobs.runs import open_run
 from dailies.pipeline.run import ledger
@@ -37,21 +37,21 @@ def verify(uri: str, *, json: bool, repair: bool = False) -> int:
         problems = {found["clip_id"]: found["problem"] for found in wrong}
         put_back = ledger.put_back(store, problems) if repair and wrong else 0
     strays = sum(1 for info in store.list(f"{CLIPS}/") if clip_id_of(info.key) not in clips)
-    code = 3 if wrong else 0
-    if json:
-        print(jsonlib.dumps({"exit_code": code, "out": store.uri, "clips": len(clips), "wrong": wrong,
-                             "unrecorded": strays, **({"pending_again": put_back} if repair else {})}))
-        return code
-    print(f"{store.uri}: {counted(len(clips), 'clip')} read, {len(wrong):,} wrong")
-    for found in wrong:
+    said = {"exit_code": 3 if wrong else 0, "out": store.uri, "clips": len(clips), "wrong": wrong,
+            "unrecorded": strays, **({"pending_again": put_back} if repair else {})}
+    return answer(said, lambda: print_findings(said), json=json)
+
+
+def print_findings(said: dict[str, Any]) -> None:
+    print(f"{said['out']}: {counted(said['clips'], 'clip')} read, {len(said['wrong']):,} wrong")
+    for found in said["wrong"]:
         print(printable(f"  {found['clip_id']} ({found['id']}): {found['problem']}"))
-    if repair and wrong:
-        print(f"{counted(put_back, 'row')} pending again; the same render command makes their clips")
-    elif wrong:
-        print(f"dailies verify {store.uri} --repair, then the same render command, makes them again")
-    if strays:
+    if said["wrong"] and "pending_again" in said:
+        print(f"{counted(said['pending_again'], 'row')} pending again; the same render command makes their clips")
+    elif said["wrong"]:
+        print(f"dailies verify {said['out']} --repair, then the same render command, makes them again")
+    if strays := said["unrecorded"]:
         print(f"  {counted(strays, 'object')} under clips/ without a ledger row; the next render records what it plans")
-    return code
 
 
 def wrong_clips(store: Store, *, json: bool) -> tuple[Mapping[str, dict[str, Any]], list[dict[str, Any]]]:

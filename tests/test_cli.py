@@ -21,8 +21,8 @@ from tiny import TINY
 
 from dailies import HOME
 from dailies.jobs.cli import import_nothing_from_here, main
+from dailies.jobs.parcel import mapping_in, pack
 from dailies.jobs.settings import RenderJob, time_meant, without_long_keys
-from dailies.jobs.submit import mapping_in, pack
 from dailies.jobs.usage import UsageError
 from dailies.pipeline.manifest.manifest import Manifest
 

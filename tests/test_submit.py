@@ -27,6 +27,7 @@ from image_files import png
 from wan_tiny import WAN_TINY_I2V, write_weights
 
 from dailies.actors.clip_file import read_clip
+from dailies.jobs import parcel
 from dailies.jobs import submit as job
 from dailies.jobs.cli import main
 from dailies.pipeline.scheduler import cluster
@@ -147,10 +148,10 @@ def run_job(address: str, script: str) -> tuple[tuple[str, int, str], str]:
     """Start a small script the way submit starts a render; what follow() returns, and the log."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "script.py").write_text(script)
-        client = job.connect(address)
-        job_id = job.start(client, address, "python script.py", folder)
+        client = job.connect_to_head(address)
+        job_id = job.start_job(client, address, "python script.py", folder)
     log = io.StringIO()
-    return asyncio.run(asyncio.wait_for(job.follow(client, job_id, log), 120)), log.getvalue()
+    return asyncio.run(asyncio.wait_for(job.follow_job(client, job_id, log), 120)), log.getvalue()
 
 
 def dailies_submit(manifest: Path, address: str, *flags: str, out: str = "s3://bucket/run") -> int:
@@ -173,23 +174,23 @@ def test_a_render_runs_on_the_cluster_and_its_job_tells_no_secret(head: Head, tm
     assert (answer["status"], answer["exit_code"]) == ("SUCCEEDED", 0)
     assert "2 rows done" in said.err
     assert len(list(out.glob("clips/*/*.mp4"))) == 2 and (out / "_SUCCESS.json").is_file()
-    told = job.connect(head.address).get_job_info(answer["job_id"]).model_dump_json()
+    told = job.connect_to_head(head.address).get_job_info(answer["job_id"]).model_dump_json()
     assert "two.csv" in told and TOKEN not in told and "stays-at-home" not in told
 
 
 def test_images_are_rendered_on_the_cluster_from_where_the_job_has_them(head: Head, tmp_path: Path,
                                                                         monkeypatch, capsys):
     """The program of the tests travels too: it is what has a model of images that is small enough."""
-    pack, weights, out = job.pack, tmp_path / "weights", tmp_path / "out"
+    pack, weights, out = parcel.pack, tmp_path / "weights", tmp_path / "out"
 
     def with_tests(folder: Path, *arguments):
         named = pack(folder, *arguments)
         shutil.copyfile(ROOT / "tests/wan_tiny.py", folder / "wan_tiny.py")
         return named
 
-    start = job.start
+    start = job.start_job
     monkeypatch.setattr(job, "pack", with_tests)
-    monkeypatch.setattr(job, "start", lambda client, address, entrypoint, folder: start(
+    monkeypatch.setattr(job, "start_job", lambda client, address, entrypoint, folder: start(
         client, address, entrypoint.replace("python -m dailies.jobs.cli", "python wan_tiny.py"), folder))
     write_weights(weights, WAN_TINY_I2V)
     night = tmp_path / "night"
@@ -293,11 +294,11 @@ def test_the_token_is_also_found_in_a_file(head: Head, tmp_path: Path, monkeypat
     monkeypatch.delenv("RAY_AUTH_TOKEN")
     Path(tmp_path, ".ray").mkdir()
     Path(tmp_path, ".ray", "auth_token").write_text(TOKEN + "\n")
-    job.connect(head.address)
+    job.connect_to_head(head.address)
     Path(tmp_path, "elsewhere").write_text(TOKEN)
     Path(tmp_path, ".ray", "auth_token").write_text("f" * 32)
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "elsewhere"))
-    job.connect(head.address)
+    job.connect_to_head(head.address)
 
 
 def test_a_named_token_file_that_is_missing_is_said(tmp_path: Path, monkeypatch):
@@ -309,7 +310,7 @@ def test_a_named_token_file_that_is_missing_is_said(tmp_path: Path, monkeypatch)
 
 def test_the_address_given_wins_over_the_environment(head: Head, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:9")
-    job.connect(head.address)
+    job.connect_to_head(head.address)
     assert os.environ["RAY_ADDRESS"] == "http://127.0.0.1:9"
 
 
@@ -319,9 +320,9 @@ def test_who_stops_waiting_is_told_that_the_job_goes_on(number, manifest: Path, 
         os.kill(os.getpid(), number)
         await asyncio.sleep(60)
 
-    monkeypatch.setattr(job, "connect", lambda address: None)
-    monkeypatch.setattr(job, "start", lambda *_: "job-1")
-    monkeypatch.setattr(job, "follow", follow)
+    monkeypatch.setattr(job, "connect_to_head", lambda address: None)
+    monkeypatch.setattr(job, "start_job", lambda *_: "job-1")
+    monkeypatch.setattr(job, "follow_job", follow)
     code = main(["submit", str(manifest), "--out", "s3://bucket/run", "--address", "http://127.0.0.1:9", "--wait"])
     assert code == 130 and "the job goes on. Stop it with: ray job stop job-1" in capsys.readouterr().err
 
@@ -367,7 +368,7 @@ def manifest(tmp_path: Path) -> Path:
 
 def test_the_shipped_folder_runs_by_itself(manifest: Path, tmp_path: Path):
     folder = tmp_path / "shipped"
-    assert job.pack(folder, str(manifest), []) == ["manifest/prompts.csv"]
+    assert parcel.pack(folder, str(manifest), []) == ["manifest/prompts.csv"]
     assert (folder / "manifest/prompts.csv").read_bytes() == manifest.read_bytes()
     done = subprocess.run([sys.executable, "-c", "import dailies.jobs.submit; print(dailies.jobs.submit.__file__)"], cwd=folder,
                           capture_output=True, text=True, check=True)
@@ -389,7 +390,7 @@ def test_folders_and_globs_keep_their_files_in_order(tmp_path: Path):
             ("night", "manifest/night", ["night/a.csv", "night/b.csv"]),
             ("night/**/*.csv", "manifest/**/*.csv", ["a.csv", "b.csv", "sub/b.csv"])]):
         folder = tmp_path / f"shipped{number}"
-        assert job.pack(folder, str(tmp_path / given), []) == [named]
+        assert parcel.pack(folder, str(tmp_path / given), []) == [named]
         assert set(held) <= set(shipped_files(folder))
 
 
@@ -408,7 +409,7 @@ def test_only_what_the_manifest_is_made_of_is_sent_and_it_is_listed(tmp_path: Pa
     (night / "open").symlink_to(home / ".aws")
     for number, given in enumerate((night / "a.csv", night / "*.csv")):
         folder = tmp_path / f"shipped{number}"
-        job.pack(folder, str(given), [])
+        parcel.pack(folder, str(given), [])
         assert shipped_files(folder) == ["a.csv", "a.png"]
         assert not [path for path in folder.rglob("*") if path.is_file() and b"FAKE" in path.read_bytes()
                     and path.suffix != ".py"]
@@ -418,27 +419,27 @@ def test_only_what_the_manifest_is_made_of_is_sent_and_it_is_listed(tmp_path: Pa
     (night / "z.csv").symlink_to(home / ".aws/credentials")
     folder = tmp_path / "shipped-folder"
     with suppress(job.UsageError):                      # a reader may pass over it, or the link is refused by name
-        job.pack(folder, str(night / "*.csv"), [])
+        parcel.pack(folder, str(night / "*.csv"), [])
         assert shipped_files(folder) == ["a.csv", "a.png"]
 
 
 def test_our_packages_travel_without_what_lies_beside_them(tmp_path: Path, monkeypatch):
     home = tmp_path / "home"
-    for package in job.PACKAGES:
+    for package in parcel.PACKAGES_SHIPPED:
         (home / package).mkdir(parents=True)
         (home / package / "a.py").write_text("")
     (tmp_path / "id_rsa").write_text("FAKE")
     for name in ("jobs/.env", "jobs/id_rsa", "model/notes.txt"):
         (home / name).write_text("FAKE")
     (home / "jobs/link.py").symlink_to(tmp_path / "id_rsa")
-    monkeypatch.setattr(job, "homes", lambda: {f"dailies/{package}": home / package for package in job.PACKAGES})
-    job.pack(tmp_path / "shipped", "s3://bucket/m.parquet", [])
+    monkeypatch.setattr(parcel, "homes", lambda: {f"dailies/{package}": home / package for package in parcel.PACKAGES_SHIPPED})
+    parcel.pack(tmp_path / "shipped", "s3://bucket/m.parquet", [])
     assert sorted(str(path.relative_to(tmp_path / "shipped")) for path in (tmp_path / "shipped").rglob("*")
-                  if path.is_file()) == sorted(f"dailies/{package}/a.py" for package in job.PACKAGES)
+                  if path.is_file()) == sorted(f"dailies/{package}/a.py" for package in parcel.PACKAGES_SHIPPED)
 
 
 def shipped_images(manifest: Path, folder: Path) -> list[str]:
-    job.pack(folder, str(manifest), [])
+    parcel.pack(folder, str(manifest), [])
     return [name for name in shipped_files(folder) if name.endswith(".png")]
 
 
@@ -477,11 +478,11 @@ def test_what_a_neighbour_puts_in_a_files_place_after_the_check_is_not_sent(swap
     def swap(*_) -> None:                               # everything has been checked, nothing is written yet
         (night / swapped).unlink()
         (night / swapped).symlink_to(secret) if into == "link" else (night / swapped).write_text("FAKE KEY")
-    monkeypatch.setattr(job, "tell_shipped", swap)
+    monkeypatch.setattr(parcel, "tell_shipped", swap)
     for number, given in enumerate(("night.csv", "*.csv", "")):
         (night / swapped).unlink()
         (night / swapped).write_bytes(before[swapped])
-        job.pack(tmp_path / f"{number}", str(night / given), [])
+        parcel.pack(tmp_path / f"{number}", str(night / given), [])
         inner = tmp_path / f"{number}/manifest" / ("" if given else "night")
         assert {name: (inner / name).read_bytes() for name in before} == before
 
@@ -490,7 +491,7 @@ def test_a_manifest_that_becomes_a_link_before_it_is_read_is_not_followed(tmp_pa
     (tmp_path / "night").mkdir()
     (tmp_path / "night/a.csv").write_text("prompt\na fox\n")
     (tmp_path / "home.csv").write_text("prompt\nFAKE KEY\n")
-    found = job.local_manifest
+    found = parcel.local_manifest
 
     def swapped(source: Path):
         answer = found(source)
@@ -498,9 +499,9 @@ def test_a_manifest_that_becomes_a_link_before_it_is_read_is_not_followed(tmp_pa
         (tmp_path / "night").mkdir()
         (tmp_path / "night/a.csv").symlink_to(tmp_path / "home.csv")
         return answer
-    monkeypatch.setattr(job, "local_manifest", swapped)
+    monkeypatch.setattr(parcel, "local_manifest", swapped)
     with pytest.raises(job.UsageError, match="a link that leads out of|is a link"):
-        job.pack(tmp_path / "shipped", str(tmp_path / "night"), [])
+        parcel.pack(tmp_path / "shipped", str(tmp_path / "night"), [])
     assert not (tmp_path / "shipped").exists()
 
 
@@ -513,11 +514,11 @@ def test_no_file_that_is_called_like_a_key_is_sent_beside_the_one_that_was_named
         (night / name).write_bytes(png())
     (night / "a.csv").write_text("prompt,image\na fox,id_rsa\na hen,server.pem\na cat,secret.png\n")
     for number, given in enumerate(("", "*", "*.*", "a.csv")):
-        job.pack(tmp_path / f"{number}", str(night / given), [])
+        parcel.pack(tmp_path / f"{number}", str(night / given), [])
         assert [Path(name).name for name in shipped_files(tmp_path / f"{number}")] == ["a.csv", "secret.png"]
         assert "called like keys or credentials: " in capsys.readouterr().err
     (tmp_path / "credentials.json").write_text('[{"prompt": "a fox"}]')
-    job.pack(tmp_path / "named", str(tmp_path / "credentials.json"), [])
+    parcel.pack(tmp_path / "named", str(tmp_path / "credentials.json"), [])
     assert shipped_files(tmp_path / "named") == ["credentials.json"]
 
 
@@ -525,7 +526,7 @@ def test_an_image_by_its_absolute_path_is_refused_with_what_to_do(tmp_path: Path
     (tmp_path / "a.png").write_bytes(b"a")
     (tmp_path / "one.csv").write_text(f"prompt,image\na fox,{tmp_path}/a.png\n")
     with pytest.raises(job.UsageError, match="absolute path, and on the cluster .* under the manifest's folder"):
-        job.pack(tmp_path / "shipped", str(tmp_path / "one.csv"), [])
+        parcel.pack(tmp_path / "shipped", str(tmp_path / "one.csv"), [])
 
 
 def test_more_images_than_the_head_takes_are_refused_with_a_way_out(tmp_path: Path):
@@ -534,7 +535,7 @@ def test_more_images_than_the_head_takes_are_refused_with_a_way_out(tmp_path: Pa
             file.truncate(40_000_000)
     (tmp_path / "one.csv").write_text("prompt,image\n" + "".join(f"a fox,{number}.png\n" for number in range(3)))
     with pytest.raises(job.UsageError, match="files, .* manifest/0.png .40 MB.*images that it names, into the bucket"):
-        job.pack(tmp_path / "shipped", str(tmp_path / "one.csv"), [])
+        parcel.pack(tmp_path / "shipped", str(tmp_path / "one.csv"), [])
     assert not (tmp_path / "shipped").exists()
 
 
@@ -545,7 +546,7 @@ def test_a_manifest_that_cannot_be_read_is_not_sent(tmp_path: Path, capsys):
 
 
 def test_a_manifest_in_the_bucket_stays_there(tmp_path: Path):
-    assert job.pack(tmp_path, "s3://bucket/prompts/*.parquet", []) == ["s3://bucket/prompts/*.parquet"]
+    assert parcel.pack(tmp_path, "s3://bucket/prompts/*.parquet", []) == ["s3://bucket/prompts/*.parquet"]
     assert not (tmp_path / "manifest").exists()
 
 
@@ -553,8 +554,8 @@ def test_the_settings_of_a_config_file_travel_and_the_file_does_not(manifest: Pa
     config, sent = tmp_path / "night.toml", []
     config.write_text('# password = "hunter2"\nmodel = "demo"\nsteps = 9\nstrict = true\nuntil = "2099-01-01T07:00"\n'
                       'allow_images = ["s3://bbb/in", "S3://ccc"]\nray = "local"\ncompile = true\n')
-    monkeypatch.setattr(job, "connect", lambda address: None)
-    monkeypatch.setattr(job, "start", lambda client, address, entrypoint, folder: sent.append(
+    monkeypatch.setattr(job, "connect_to_head", lambda address: None)
+    monkeypatch.setattr(job, "start_job", lambda client, address, entrypoint, folder: sent.append(
         (entrypoint, [path.name for path in Path(folder).rglob("*.toml")])) or "job-1")
     assert dailies_submit(manifest, "http://127.0.0.1:9", "--config", str(config), "--steps", "4", "--no-compile") == 0
     [(entrypoint, files)] = sent
@@ -613,5 +614,5 @@ def test_more_than_the_head_takes_is_refused_with_a_way_out(tmp_path: Path):
     with open(big, "wb") as file:
         file.truncate(200_000_000)
     with pytest.raises(job.UsageError, match="manifest/prompts.parquet .200 MB.*s3://"):
-        job.pack(tmp_path / "shipped", str(big), [])
+        parcel.pack(tmp_path / "shipped", str(big), [])
     assert not (tmp_path / "shipped").exists()

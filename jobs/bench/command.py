@@ -5,7 +5,6 @@ measured with them.
 """
 
 import argparse
-import json as jsonlib
 import platform
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 
 from dailies import HOME
 from dailies.actors.cores import usable_cores
+from dailies.jobs.answer import answer
 from dailies.jobs.usage import UsageError
 
 Rows = Iterator[tuple[str, dict[str, Any]]]
@@ -54,9 +54,7 @@ def bench(what: str | None, model: str | None = None, *, random_weights: bool = 
             if not json:
                 said = ", ".join(f"{name} {shown(value)}" for name, value in figures.items())
                 print(f"{part}: {case}: {said}", flush=True)
-    if json:
-        print(jsonlib.dumps({**about, "cases": cases}))
-    return 0
+    return answer({**about, "cases": cases}, lambda: None, json=json)
 
 
 def measured(part: str, rows: Callable[[], Rows], *, alone: bool) -> Rows:
