@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dailies import HOME
+from dailies.actors.image_parts import ImageError
 from dailies.jobs.progress import printable
 from dailies.jobs.settings import RenderJob, parsed_map
 from dailies.jobs.usage import UsageError
@@ -186,7 +187,6 @@ def images_of(parcel: Parcel, read: "Manifest", shipped: dict[str, ManifestFile]
     no image stays behind: render says so.  Raises UsageError for an absolute path.
     """
     from dailies.actors.image_file import examine
-    from dailies.actors.image_parts import ImageError
     from dailies.pipeline.manifest.images import folder_of, locate, read_file
 
     there = {file.name: posixpath.dirname(name) for name, file in shipped.items()}
