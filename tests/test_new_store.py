@@ -4,6 +4,7 @@ ours, and a run lives in it as in a folder."""
 import hashlib
 import sys
 from dataclasses import dataclass
+from importlib import import_module
 
 import pytest
 
@@ -105,8 +106,7 @@ def memory(tmp_path, monkeypatch):
     (tmp_path / "of_somebody/__init__.py").write_text("")
     (tmp_path / "of_somebody/memory.py").write_text(MEMORY)
     monkeypatch.syspath_prepend(tmp_path)
-    from of_somebody.memory import MemoryStore
-    register_store("memory", MemoryStore)
+    register_store("memory", import_module("of_somebody.memory").MemoryStore)
     yield open_store("memory://a/night")
     for name in ("of_somebody", "of_somebody.memory"):
         sys.modules.pop(name)
