@@ -75,3 +75,26 @@ def test_the_installed_program_answers_and_knows_its_models(installed, tmp_path)
         done = run_installed(installed, ["-m", "dailies", *args], tmp_path)
         assert done.returncode == 0 and word in done.stdout, done.stderr
 
+
+
+EXAMPLE = """
+import runpy, sys
+main = runpy.run_path({example!r})["main"]
+assert main({out!r}) == 0
+print("again")
+assert main({out!r}) == 0
+loaded = [name for name in sys.modules if name in ("ray", "typer") or name.startswith("dailies.jobs")]
+assert not loaded, loaded
+"""
+
+
+def test_an_installed_dailies_renders_three_clips_for_a_program_without_command_line_and_ray(installed, tmp_path):
+    """With a stage of the program's own among them, whose seconds are told; and none of them twice."""
+    script = EXAMPLE.format(example=str(ROOT / "examples" / "render_three.py"), out=str(tmp_path / "out"))
+    done = run_installed(installed, ["-c", script], tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, _, again = done.stdout.partition("again\n")
+    clips = list((tmp_path / "out" / "clips").glob("*/*.mp4"))
+    assert len(clips) == 3 and (tmp_path / "out" / "_SUCCESS.json").is_file()
+    assert first.count("sampled: ") == 3 and first.count("announce 0.") == 3 and first.count("done clips/") == 3
+    assert "sampled: " not in again and again.count("done clips/") == 3

@@ -1,20 +1,13 @@
 """A run: a plan, and the run folder that its clips go into.
 
 `prepare` makes a plan as the folder's run.json, the model and the machine allow, `Run.of` takes one that is made; both
-check everything that can be wrong and write nothing. `begin` makes the folder this run's, and `open` is one driver's
-hold on it:
-
-    run = prepare(manifest, open_store("out/"), card, weights=locate(None, card))
-    run.begin()
-    with run.open() as bookkeeper:
-        for requests in bookkeeper.rounds():            # only what is not done yet
-            for outcome in run_local(stages, requests):
-                bookkeeper.record(outcome)
+check everything that can be wrong and write nothing. `begin` makes the folder this run's, `open` is one driver's hold on
+it, and `render` is both, and the work: examples/render_three.py.
 """
 
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -22,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from dailies.actors.messages import Request
 from dailies.model.card import ModelCard
 from dailies.model.errors import DailiesError
 from dailies.model.ways import AUTO, Gpu, Way, fastest
@@ -37,11 +31,13 @@ from dailies.pipeline.run.layout import EMBEDDINGS, EMPTIED, LATENTS, RUN, STEPS
 from dailies.pipeline.run.lease import Lease
 from dailies.pipeline.run.run_json import check_counts, check_run, claim_run, has, read_run
 from dailies.pipeline.run.seal import drop_key, seal_of
+from dailies.pipeline.stages import Outcome, Stage, run_local
 from dailies.pipeline.store import Store, StoreError
 from dailies.pipeline.store.base import PROBE, PROBE_KEY
 from dailies.pipeline.wording import counted
 
 VERSIONS_OF = ("torch", "transformers", "ray", "av", "pyarrow")        # told in run.json
+Execute = Callable[[Sequence[Stage], Iterable[Request]], Iterable[Outcome]]
 UNKNOWN = "unknown until the weights are here"          # a fingerprint
 
 
@@ -107,6 +103,21 @@ class Run:
                          "python": platform.python_version()},
             "began_at": datetime.now(UTC).isoformat(timespec="seconds"),
         })
+
+    def render(self, stages: Sequence[Stage], execute: Execute = run_local, *, limit: int | None = None,
+               keep_latents: bool = False, tell: Callable[[str], None] = lambda text: None) -> Iterator[Outcome]:
+        """Make and record what is not done yet; yields each clip's outcome once it is in the ledger.
+
+        execute: `run_local`, or `cluster.run` where Ray is connected.  The others are as of `open`.
+        Raises CheckpointError, OtherRun, LeaseError, StoreError; with cluster.run ClusterError.
+        """
+        self.check_weights()
+        self.begin()
+        with self.open(limit=limit, keep_latents=keep_latents, tell=tell) as bookkeeper:
+            for requests, _ in bookkeeper.rounds():
+                for outcome in execute(stages, requests):
+                    bookkeeper.record(outcome)
+                    yield outcome
 
     @contextmanager
     def open(self, *, limit: int | None = None, keep_latents: bool = False, take_over: bool = False,
