@@ -5,9 +5,9 @@ import subprocess
 import sys
 
 import pytest
+from test_house import HEAVY, ROOT, run_python
 
 import dailies
-from test_house import HEAVY, ROOT, run_python
 
 
 def for_type_checkers() -> dict[str, str]:
