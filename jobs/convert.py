@@ -213,7 +213,7 @@ def unpickle(path: Path, target: Path) -> None:
     for sentence in said.splitlines():
         warn_once(sentence)
     if child.returncode == 2:
-        raise CheckpointError(complaint)
+        raise CheckpointError(" ".join(complaint.splitlines()))
     if child.returncode:
         raise CheckpointError(f"{path}: the process that reads it ended with {child.returncode}. Is there enough "
                               f"memory, and disk for its tensors? {complaint[-300:]}")
@@ -239,7 +239,7 @@ def text_of(file: BinaryIO) -> str:
 
 @cache
 def warn_once(sentence: str) -> None:
-    print(f"note: pickles are read by a process that is not shut in as it should be: {sentence}", file=sys.stderr)
+    say(f"note: pickles are read by a process that is not shut in as it should be: {sentence}", stream=sys.stderr)
 
 
 def split_clip(card: ModelCard, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from dailies import HOME
 from dailies.actors.image_parts import ImageError
-from dailies.jobs.progress import printable
+from dailies.jobs.progress import printable, say
 from dailies.jobs.settings import RenderJob, parsed_map
 from dailies.jobs.usage import UsageError
 from dailies.model.private import at_home
@@ -103,12 +103,12 @@ def tell_shipped(ours: dict[str, int], theirs: dict[str, int]) -> None:
     def size(files: dict[str, int]) -> str:
         return f"{len(files):,} file{'' if len(files) == 1 else 's'}, {sum(files.values()) / 1e6:,.1f} MB"
 
-    print(f"sent to the cluster: dailies ({size(ours)})" + (f"; manifest and images ({size(theirs)}):" if theirs else ""),
-          file=sys.stderr)
+    say(f"sent to the cluster: dailies ({size(ours)})" + (f"; manifest and images ({size(theirs)}):" if theirs else ""),
+        stream=sys.stderr)
     for name in sorted(theirs)[:LISTED_NAMES]:
         print(printable(f"  {name.removeprefix('manifest/')}"), file=sys.stderr)
     if len(theirs) > LISTED_NAMES:
-        print(f"  and {len(theirs) - LISTED_NAMES:,} more", file=sys.stderr)
+        say(f"  and {len(theirs) - LISTED_NAMES:,} more", stream=sys.stderr)
 
 
 @contextmanager

@@ -9,6 +9,8 @@ import time
 from collections import defaultdict, deque
 from typing import TYPE_CHECKING, Literal, Self, TextIO
 
+from dailies.model.errors import printable
+
 if TYPE_CHECKING:
     from dailies.pipeline.scheduler.progress import Progress, StageProgress
 
@@ -20,11 +22,6 @@ SAMPLE_EVERY_S = 1.0
 BAR = 30                                # columns, where there are so many
 
 View = Literal["live", "lines"]
-
-
-def printable(text: str) -> str:
-    """Text from a manifest or an error for a terminal: nothing in it moves the cursor or changes a colour."""
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def columns(stream: TextIO | None = None) -> int | None:

@@ -80,7 +80,7 @@ def prepare(job: RenderJob, *, weights_are_needed: bool = True) -> Run:
     except ValueError as error:
         raise UsageError(f"{error}. This is the default for rows that do not say") from None
     if card.takes_image and manifest.table.num_rows >= MANY_IMAGES:
-        print(f"reading the images of {counted(manifest.table.num_rows, 'row')}", file=sys.stderr, flush=True)
+        say(f"reading the images of {counted(manifest.table.num_rows, 'row')}", stream=sys.stderr)
     device = job.device or device_of(job.ray)
     return prepare_run(manifest, store, card, weights=weights, device=device, defaults=defaults,
                        precision=job.precision, attention=job.attention, decode_precision=job.decode_precision,

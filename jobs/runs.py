@@ -59,7 +59,7 @@ def print_status(said: dict[str, Any]) -> None:
         counts = f"{bucket['done']:>7,} done {bucket['failed']:>5,} failed {bucket['pending']:>7,} pending  "
         say(counts + bucket["bucket"], indent=len(counts))
     if said["more_buckets"]:
-        print(f"        and {said['more_buckets']:,} more buckets")
+        say(f"        and {said['more_buckets']:,} more buckets")
     for error_type, count in said["failed_by_type"].items():
         say(f"  {count:,} failed with {printable(error_type)}")
 
@@ -126,7 +126,7 @@ def retry(uri: str, where: list[str], *, json: bool) -> int:
     sentence = (f"{counted(count, 'failed row')} pending again; the same render command tries them" if count else
                 "No failed row" + (" of these" if conditions else "") + " that can be tried again; nothing was changed. "
                 "An invalid row is mended in the manifest")
-    return answer({"exit_code": 0, "out": store.uri, "pending_again": count}, lambda: print(sentence), json=json)
+    return answer({"exit_code": 0, "out": store.uri, "pending_again": count}, lambda: say(sentence), json=json)
 
 
 def models(name: str | None, weights: str | None, *, json: bool) -> int:
@@ -209,4 +209,4 @@ def print_model(model: dict[str, Any]) -> None:
         if text:
             say(f"  {name:<12}{text}", indent=14)
     for name in weights["missing"]:
-        print(f"              missing: {name}")
+        say(f"              missing: {name}")

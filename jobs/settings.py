@@ -187,7 +187,7 @@ class RenderJob(RowDefaults):
             job = cls(**both)
         except ValidationError as error:
             problems = [problem(detail, set(given), config) for detail in error.errors()]
-            raise UsageError("\n".join(problems)) from None
+            raise UsageError(*problems) from None
         for name, places in (("manifest", job.sources), ("out", [job.out]), ("weights", [job.weights])):
             for place in filter(None, places):
                 checked_place(f"--{name}" if name in given and name != "manifest" else name, place)

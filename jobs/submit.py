@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 
 from dailies.jobs.answer import answer
 from dailies.jobs.parcel import pack
+from dailies.jobs.progress import say
 from dailies.jobs.usage import UsageError
 from dailies.model.errors import DailiesError
 from dailies.model.private import at_home
@@ -82,7 +83,7 @@ def submit(manifest: str, out: str, address: str, render_args: list[str], wait: 
     about = {"job_id": job_id, **about}
 
     def tell() -> None:
-        print(f"{job_id} runs on {address}. Look with: dailies status {out}", flush=True)
+        say(f"{job_id} runs on {address}. Look with: dailies status {out}", stream=sys.stdout)
 
     if not wait:
         return answer(about | {"status": "SUBMITTED", "exit_code": None}, tell, json=json)
@@ -95,8 +96,8 @@ def submit(manifest: str, out: str, address: str, render_args: list[str], wait: 
                        f"ray job stop {job_id} --address {address}", json=json)
     except HeadError as error:
         return stopped(about, error.exit_code, f"{error} The job may still run: dailies status {out}", json=json)
-    if message:
-        print(message, file=sys.stderr)
+    for line in message.splitlines():
+        say(line, stream=sys.stderr)
     return answer(about | {"status": status, "exit_code": exit_code}, lambda: None, json=json)
 
 
@@ -267,5 +268,6 @@ def end_of_job(info: Any) -> tuple[str, int, str]:
 
 def stopped(about: Mapping[str, Any], exit_code: int, message: str, *, json: bool) -> int:
     """Why nothing more is done here.  about: what is known of the job."""
-    print(message, file=sys.stderr)
+    for line in message.splitlines():
+        say(line, stream=sys.stderr)
     return answer({**about, "error": message, "exit_code": exit_code}, lambda: None, json=json)

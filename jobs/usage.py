@@ -22,6 +22,10 @@ NO_GPU = ("--device cuda: there is no GPU here that can be used (none in this ma
 class UsageError(DailiesError):
     """The command cannot work as it was given; nothing was started or written."""
 
+    def __str__(self) -> str:
+        """Each of several problems, which are given one by one, on a line of its own."""
+        return "\n".join(map(str, self.args))
+
 
 def checked_place(name: str, value: str) -> str:
     """A path or URI as it was given.  Raises UsageError for one that can name nothing here, or cannot be written down.

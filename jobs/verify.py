@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from typing import Any
 
 from dailies.jobs.answer import answer
-from dailies.jobs.progress import printable
+from dailies.jobs.progress import printable, say
 from dailies.jobs.runs import open_run
 from dailies.pipeline.run import ledger
 from dailies.pipeline.run.layout import CLIPS, clip_id_of
@@ -43,15 +43,15 @@ def verify(uri: str, *, json: bool, repair: bool = False) -> int:
 
 
 def print_findings(said: dict[str, Any]) -> None:
-    print(f"{said['out']}: {counted(said['clips'], 'clip')} read, {len(said['wrong']):,} wrong")
+    say(f"{said['out']}: {counted(said['clips'], 'clip')} read, {len(said['wrong']):,} wrong")
     for found in said["wrong"]:
         print(printable(f"  {found['clip_id']} ({found['id']}): {found['problem']}"))
     if said["wrong"] and "pending_again" in said:
-        print(f"{counted(said['pending_again'], 'row')} pending again; the same render command makes their clips")
+        say(f"{counted(said['pending_again'], 'row')} pending again; the same render command makes their clips")
     elif said["wrong"]:
-        print(f"dailies verify {said['out']} --repair, then the same render command, makes them again")
+        say(f"dailies verify {said['out']} --repair, then the same render command, makes them again")
     if strays := said["unrecorded"]:
-        print(f"  {counted(strays, 'object')} under clips/ without a ledger row; the next render records what it plans")
+        say(f"  {counted(strays, 'object')} under clips/ without a ledger row; the next render records what it plans")
 
 
 def wrong_clips(store: Store, *, json: bool) -> tuple[Mapping[str, dict[str, Any]], list[dict[str, Any]]]:
@@ -68,7 +68,7 @@ def wrong_clips(store: Store, *, json: bool) -> tuple[Mapping[str, dict[str, Any
                 wrong.append({"clip_id": row["clip_id"] or "", "id": row["id"], "problem": problem})
             if not json and time.monotonic() - told > LINE_EVERY_S:
                 told = time.monotonic()
-                print(f"{checked:,} of {counted(len(clips), 'clip')} read, {len(wrong):,} wrong", file=sys.stderr)
+                say(f"{checked:,} of {counted(len(clips), 'clip')} read, {len(wrong):,} wrong", stream=sys.stderr)
     return clips, wrong
 
 

@@ -5,3 +5,12 @@ class DailiesError(Exception):
     """The message says what was needed, what came, and what to do next."""
 
     exit_code = 2                       # of a command that ends with it; 2: what was given is wrong, nothing was started
+
+    def __init__(self, *said: object):
+        """said: names and texts of others in it are escaped: none makes a line of its own, or moves a cursor."""
+        super().__init__(*(printable(each) if isinstance(each, str) else each for each in said))
+
+
+def printable(text: str) -> str:
+    """A text of others' making for a terminal, on one line: nothing in it moves the cursor or changes a colour."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)

@@ -1,5 +1,6 @@
 """What somebody may feed this program to break it: manifests, weights, prompts. And what it must keep to itself."""
 
+import ast
 import csv
 import io
 import json
@@ -22,6 +23,7 @@ from hypothesis import strategies as st
 from limits import within
 from tiny import TINY
 
+from dailies import HOME
 from dailies.actors.clip_file import read_clip, readable
 from dailies.jobs.cli import main
 from dailies.pipeline import stages
@@ -409,6 +411,30 @@ def test_what_was_typed_comes_back_escaped(arguments, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert answer(*arguments)[0] in (2, 5)              # and nothing that a terminal would obey was printed
     assert answer(*arguments, "--json")[0] in (2, 5)
+
+
+@pytest.mark.parametrize("command", [("models", "demo"), ("plan", "--prompt", "x"), ("render", "--prompt", "x", "--out", "o"),
+                                     ("convert",)])
+def test_names_of_files_make_no_lines_and_move_no_cursor(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    weights = shutil.copytree(HOME / "model/demo", tmp_path / "weights")
+    for name in ("a\nFAKE LINE.safetensors", "a\x1b]0;pwn\x07\x1b[2J.safetensors"):
+        (weights / "dit" / name).write_bytes(b"x")
+    (weights / "dit/demo.safetensors").unlink()
+    (weights / "t5/tokenizer/a\nFAKE LINE.json").write_text("{}")
+    given = (weights, "--model", "demo", "--to", "to") if command == ("convert",) else ("--weights", weights)
+    _, said = answer(*command, *given)
+    assert not any(line.startswith("FAKE") for line in said.splitlines()) and "FAKE" in said
+
+
+def test_whatever_commands_print_of_others_making_is_escaped():
+    """Only say() and what is wrapped in printable() or JSON reaches a terminal."""
+    bare = {"progress.py", "cli.py", "sandbox.py", "unpickle.py"}          # say itself; escapes itself; a child's output
+    for path in sorted(Path(HOME, "jobs").glob("*.py")):
+        for call in ast.walk(ast.parse(path.read_text())) if path.name not in bare else ():
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "print":
+                inner = ast.unparse(call.args[0])
+                assert inner.startswith(("printable(", "jsonlib.dumps(")), f"{path.name}:{call.lineno}: use say()"
 
 
 def test_what_is_logged_is_escaped_too():

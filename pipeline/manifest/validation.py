@@ -14,7 +14,7 @@ from itertools import groupby, islice, repeat
 from operator import attrgetter
 from typing import Any
 
-from dailies.model.errors import DailiesError
+from dailies.model.errors import DailiesError, printable
 
 SHOWN_IN_FULL = 20
 SHOWN_CHARACTERS = 60
@@ -142,7 +142,7 @@ class ManifestError(DailiesError):
             lines += [f"  {count:,} x {rule}" for count, rule in self.complaints.rest()]
         lines.append("Correct the manifest." if self.complaints.whole else
                      "Correct the manifest, or set these rows aside with --skip-invalid.")
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
 
 
 def shown(value: object, num_bytes: int | None = None) -> str:
