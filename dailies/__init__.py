@@ -1,6 +1,7 @@
 """dailies: render tonight, look tomorrow. Large text-to-video batches, from a manifest of prompts to clips in a store.
 
-What stands in __all__ is for programs, and described in docs/api.md; the command `dailies` is built on it. It is imported
+What stands in __all__ is for programs, and described in docs/api.md; the command `dailies` is built on it. It is
+imported
 when it is first asked for: `import dailies` takes no time.
 """
 
@@ -8,9 +9,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-HOME = Path(__file__).resolve().parent.parent           # the checkout, or the site-packages, that dailies is imported from
+# the checkout, or the site-packages, that dailies is imported from
+HOME = Path(__file__).resolve().parent.parent
 if (HOME / "kernels" / "__init__.py").is_file() and not (HOME / "dailies" / "kernels").is_dir():
-    __path__.append(str(HOME))                          # a checkout: dailies.kernels is the folder kernels beside this one
+    # a checkout: dailies.kernels is the folder kernels beside this one
+    __path__.append(str(HOME))
 
 if TYPE_CHECKING:
     from dailies.actors.messages import Clip as Clip
@@ -40,7 +43,8 @@ if TYPE_CHECKING:
 
 # the same for who runs: where each name lies, and what it is called there if not the same
 _PLACES = {
-    "CATALOG": "model.catalog", "Clip": "actors.messages", "DailiesError": "model.errors", "Defaults": "pipeline.resolved",
+    "CATALOG": "model.catalog", "Clip": "actors.messages", "DailiesError": "model.errors",
+    "Defaults": "pipeline.resolved",
     "Failure": "actors.messages", "Ledger": "pipeline.run.ledger", "Manifest": "pipeline.manifest.manifest",
     "ModelCard": "model.card", "Outcome": "pipeline.stages", "Plan": "pipeline.plan", "Request": "actors.messages",
     "Run": "pipeline.run.run", "Stage": "pipeline.stages", "Step": "pipeline.stages", "Store": "pipeline.store",

@@ -1,7 +1,7 @@
 """Three clips from a program, without the command line and without Ray:  python examples/render_three.py out3/
 
-The run folder is as the command makes one: `dailies status out3/` reads it, and the same program continues it. Each clip
-takes some seconds on a CPU.
+The run folder is as the command makes one: `dailies status out3/` reads it, and the same program continues it. Each
+clip takes some seconds on a CPU.
 """
 
 import sys
@@ -29,7 +29,8 @@ def main(out: str) -> int:
                           defaults=dailies.Defaults(steps=4, frames=9))
     print(f"{run.plan.num_clips} clips with {card.name} in {run.plan.precision}")
 
-    encode, sample, publish = dailies.text_to_video(card, str(weights), store, device="cpu", precision=run.plan.precision,
+    encode, sample, publish = dailies.text_to_video(card, str(weights), store, device="cpu",
+                                                    precision=run.plan.precision,
                                                     attention=run.plan.attention)
     announce = dailies.Stage(name="announce", steps=(dailies.Step(actor=Announce),))
     for outcome in run.render([encode, sample, announce, publish]):         # only what is not done yet

@@ -59,7 +59,7 @@ def wanted_by_kind() -> dict[str, dict[str, str]]:
     base = {name: version for name, version in pins.items() if canonical(name) in needed}
     found, taken = {"base": base}, {canonical(name) for name in base}
     for kind, asked in (("gpu", [f"torch==={pins['torch']}", *extras["gpu"]]), ("dev", extras["dev"])):
-        answers = ask(asked, "%d.%d" % sys.version_info[:2], NEWEST[0], deps=True)
+        answers = ask(asked, f"{sys.version_info.major}.{sys.version_info.minor}", NEWEST[0], deps=True)
         found[kind] = {name: version for name, version, _ in answers if canonical(name) not in taken}
         taken |= {canonical(name) for name in found[kind]}
     return found
@@ -83,7 +83,8 @@ def asks_for_triton() -> bool:
 
 
 def fits() -> bool:
-    return (platform.python_implementation() == "CPython" and "%d.%d" % sys.version_info[:2] in PYTHONS
+    return (platform.python_implementation() == "CPython"
+            and f"{sys.version_info.major}.{sys.version_info.minor}" in PYTHONS
             and sys.platform == "linux" and platform.machine() == "x86_64" and platform.libc_ver()[0] == "glibc")
 
 
@@ -135,7 +136,8 @@ def closure(distribution: str) -> set[str]:
 
 
 def text(wanted: dict[str, str], hashes: dict[str, set[str]]) -> str:
-    lines = [" \\\n    ".join([f"{name}=={version}", *(f"--hash=sha256:{each}" for each in sorted(hashes[canonical(name)]))])
+    lines = [" \\\n    ".join([f"{name}=={version}",
+                               *(f"--hash=sha256:{each}" for each in sorted(hashes[canonical(name)]))])
              for name, version in sorted(wanted.items(), key=lambda pin: pin[0].lower()) if hashes[canonical(name)]]
     return "\n".join(lines) + "\n"
 

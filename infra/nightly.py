@@ -1,4 +1,5 @@
-"""Creates tonight's RayJob from its template: python -m dailies.infra.nightly rayjob.yaml, run by the CronJob in nightly.yaml.
+"""Creates tonight's RayJob from its template: python -m dailies.infra.nightly rayjob.yaml, run by the CronJob in
+nightly.yaml.
 
 Does nothing while an earlier night still runs (a CronJob's own concurrencyPolicy sees only this short script), and
 nothing when tonight's RayJob exists already, so it may be run again at any time.

@@ -24,7 +24,8 @@ MAKES = {"encode": "embedding", "sample": "latent", "publish": "clip"}
 class Fake:
     """Makes the next value and writes each call into `folder`/calls.jsonl.
 
-    faults: seed -> "raise", "die", "segfault", "hang", "store" or "not-found"; "die once" and the like do it in one process only.
+    faults: seed -> "raise", "die", "segfault", "hang", "store" or "not-found"; "die once" and the like do it in one
+    process only.
     """
 
     stage: str

@@ -36,7 +36,8 @@ def test_what_is_not_public_is_no_attribute():
 
 
 def test_importing_dailies_imports_nothing_heavy(tmp_path):
-    script = f"import sys, dailies; assert not [name for name in {[*HEAVY, 'typer', 'pydantic']!r} if name in sys.modules]"
+    heavy = [*HEAVY, "typer", "pydantic"]
+    script = f"import sys, dailies; assert not [name for name in {heavy!r} if name in sys.modules]"
     assert run_python(["-c", script], cwd=tmp_path).returncode == 0
 
 

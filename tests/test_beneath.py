@@ -51,7 +51,8 @@ def test_a_link_at_any_level_below_the_run_folder_is_neither_followed_nor_writte
             continue
         with pytest.raises(StoreError, match=f"{place} is a link.*Move it away"):
             use()
-    if place == CLIP:                                   # a name in a folder of ours: there is something, and it is replaced
+    # a name in a folder of ours: there is something, and it is replaced
+    if place == CLIP:
         assert not store.create(CLIP, b"ours")
         store.put(CLIP, b"ours")
         assert store.get(CLIP) == b"ours" and not link.is_symlink()
@@ -132,7 +133,8 @@ def test_a_command_ends_where_a_pipe_lies_among_the_files_of_a_run(tmp_path, pla
     code = "import sys; from dailies.pipeline.run import ledger, lease, run_json as runfile\n" \
            "from dailies.pipeline.store import open_store; s = open_store(sys.argv[1])\n" \
            "runfile.read_run(s); ledger.read(s); lease.Lease.take(s)"
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], capture_output=True, text=True, timeout=60,
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], capture_output=True, text=True,
+                          timeout=60,
                           preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     assert done.returncode == 1 and f"StoreError: {tmp_path}/out: cannot" in done.stderr and "is a pipe" in done.stderr
 

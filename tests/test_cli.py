@@ -182,8 +182,11 @@ def test_a_key_of_very_many_parts_is_refused_before_it_keeps_the_reader_busy(key
         without_long_keys(around.format(key * (60_000 // len(key))))
 
 
-@pytest.mark.parametrize("text", ['"\\""' * 9000, "\"\\" * 30_000, "'" * 60_000, '"' * 60_000, '"""' + '"" ' * 20_000, "a" * 60_000,
-                                  "a " * 30_000, "a = 1.5\n" * 7000, "a = [" + "1.5, " * 12_000, 'p = "' + "so. " * 9000 + '"',
+@pytest.mark.parametrize("text",
+                         ['"\\""' * 9000, "\"\\" * 30_000, "'" * 60_000, '"' * 60_000, '"""' + '"" ' * 20_000,
+                          "a" * 60_000,
+                                  "a " * 30_000, "a = 1.5\n" * 7000, "a = [" + "1.5, " * 12_000,
+                          'p = "' + "so. " * 9000 + '"',
                                   "p = '''" + "so. " * 9000 + "'''", "# " + "so. " * 9000])
 def test_other_long_texts_are_left_to_the_reader_at_once(text):
     with within(10):

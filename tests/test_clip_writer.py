@@ -70,7 +70,8 @@ def moving_disc(frames=9, height=64, width=64):
 
 def write(request, rgb, audio=None, store=None, determinism=(), **kwargs):
     store = store or MemoryStore()
-    clip, = ClipWriter(store, clip_key, **kwargs)([Frames(request=request, rgb=rgb, audio=audio, determinism=determinism)])
+    clip, = ClipWriter(store, clip_key,
+                       **kwargs)([Frames(request=request, rgb=rgb, audio=audio, determinism=determinism)])
     return clip, store.objects[clip_key(request.clip_id)]
 
 

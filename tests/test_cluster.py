@@ -125,7 +125,8 @@ def test_steps_that_cannot_be_made_end_the_run_with_a_clear_error(four_gpus, tmp
 @pytest.mark.parametrize("what", ["the process", "its steps"])
 def test_what_cannot_be_imported_where_the_work_is_says_so_in_its_own_words(what, four_gpus, tmp_path, monkeypatch):
     stages = fake_stages(tmp_path, names=["sample"], replicas={"sample": 1})
-    wanted = "ModuleNotFoundError: No module named 'dailies.model.catalog'; 'model' is not a package. No clip is charged"
+    wanted = ("ModuleNotFoundError: No module named 'dailies.model.catalog'; 'model' is not a package. "
+              "No clip is charged")
     if what == "the process":
         monkeypatch.setattr(cluster, "Process", CannotBeMade)
     else:
@@ -306,7 +307,8 @@ def test_auto_does_not_follow_what_other_users_say_about_a_cluster(monkeypatch):
 
 def test_a_killed_driver_leaves_no_process(tmp_path):
     script = ("import os, sys\nfrom pathlib import Path\nfrom fake_stages import fake_stages\n"
-              "from dailies.jobs.bench.pipeline import pretend_request\nfrom dailies.pipeline.scheduler import cluster\n"
+              "from dailies.jobs.bench.pipeline import pretend_request\nfrom dailies.pipeline.scheduler import "
+              "cluster\n"
               "folder = Path(sys.argv[1])\n"
               "with cluster.connect('local', cpus=2, gpus=0):\n"
               "    stages = fake_stages(folder, names=['sample'], replicas={'sample': 1})\n"

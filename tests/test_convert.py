@@ -157,7 +157,8 @@ def test_a_snapshot_of_the_hubs_cache_may_be_links_to_its_blobs(tmp_path):
 
 def test_shards_that_are_links_out_of_the_folder_are_not_published(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(converting, "SHARD_BYTES", 20_000)
-    assert main(["convert", str(published(tmp_path / "src", WAN_TINY)), "--model", "wan-tiny", "--to", str(tmp_path / "w")]) == 0
+    assert main(["convert", str(published(tmp_path / "src", WAN_TINY)), "--model", "wan-tiny", "--to",
+                 str(tmp_path / "w")]) == 0
     shard = sorted((tmp_path / "w").glob("diffusion_pytorch_model-*-of-*.safetensors"))[1]
     shard.rename(tmp_path / "away")
     shard.symlink_to(tmp_path / "away")
@@ -181,7 +182,8 @@ def test_a_single_transformer_is_known_whatever_prefix_a_tool_has_put_before_its
     write_weights(tmp_path / "src", WAN_TINY, "original")
     tensors, _ = checkpoint.unpack((tmp_path / "src/diffusion_pytorch_model.safetensors").read_bytes())
     checkpoint.save(tmp_path / "wan_fp16.safetensors", {prefix + name: tensor for name, tensor in tensors.items()})
-    assert main(["convert", str(tmp_path / "wan_fp16.safetensors"), "--model", "wan-tiny", "--to", str(tmp_path / "out")]) == 0
+    assert main(["convert", str(tmp_path / "wan_fp16.safetensors"), "--model", "wan-tiny", "--to",
+                 str(tmp_path / "out")]) == 0
     assert WAN_TINY.dit_from(tmp_path / "out/diffusion_pytorch_model.safetensors", "cpu", "fp32")
 
 

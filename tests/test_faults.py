@@ -111,7 +111,8 @@ def raising(error: Exception):
 @pytest.mark.parametrize("error", OF_THE_ROW, ids=told)
 def test_what_one_row_asks_too_much_of_is_its_own(error):
     assert machine_fault(error) is None
-    (failure,), _ = Worker("sample", [Step(actor=lambda: lambda batch: raising(error))], threads=1)([pretend_request(1)])
+    (failure,), _ = Worker("sample", [Step(actor=lambda: lambda batch: raising(error))],
+                           threads=1)([pretend_request(1)])
     assert isinstance(failure, Failure) and failure.error_type == type(error).__name__
 
 
@@ -158,7 +159,8 @@ def test_the_last_line_of_another_processs_page_is_what_it_said():
             "RuntimeError: The actor with name Process failed to import on the worker:\n\n"
             "\x1b[36mray::Process.__init__()\x1b[39m (pid=1)\n    ^^^^^\n"
             "\x1b[31mModuleNotFoundError: No module named 'dailies.model.catalog'; 'model' is not a package\x1b[0m\n\n")
-    assert last_line(RuntimeError(page)) == ("ModuleNotFoundError: No module named 'dailies.model.catalog'; 'model' is not a "
+    assert last_line(RuntimeError(page)) == ("ModuleNotFoundError: No module named 'dailies.model.catalog'; 'model' is "
+                                             "not a "
                                              "package")
 
 

@@ -20,11 +20,13 @@ BUCKET = dict(width=832, height=480, frames=81, steps=4)
 
 
 def row(sample_s=1.0, gpu_s=1.6, steps=4, **changes):
-    return BUCKET | dict(encode_s=0.1, sample_s=sample_s, decode_s=0.9, publish_s=2.0, gpu_s=gpu_s, steps=steps) | changes
+    return BUCKET | dict(encode_s=0.1, sample_s=sample_s, decode_s=0.9, publish_s=2.0, gpu_s=gpu_s,
+                         steps=steps) | changes
 
 
 def test_what_clips_cost_are_the_medians_of_their_bucket_and_a_gpus_part_of_them_is_what_was_measured():
-    costs = measured_costs(rows_by_work([row(), row(sample_s=9.0, gpu_s=9.6), row(), row(sample_s=None), row(steps=50)]), BUCKET)
+    costs = measured_costs(rows_by_work([row(), row(sample_s=9.0, gpu_s=9.6), row(), row(sample_s=None),
+                                         row(steps=50)]), BUCKET)
     assert sum(cost.held_s for cost in costs.values()) == pytest.approx(1.6)
     assert sum(cost.held_s + cost.beside_s for cost in costs.values()) == pytest.approx(0.1 + 1.0 + 0.9)
     assert costs["publish"].pool_s == 2.0

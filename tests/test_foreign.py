@@ -69,7 +69,8 @@ def test_a_transformer_loads_whatever_prefix_a_tool_has_put_before_every_name(pr
 
 
 @pytest.mark.parametrize("names", [lambda name: "net." + name,
-                                   lambda name: name.replace("blocks.1.", "blocks.1._checkpoint_wrapped_module.").replace(
+                                   lambda name: name.replace("blocks.1.",
+                                                             "blocks.1._checkpoint_wrapped_module.").replace(
                                        "blocks.0.", "blocks.0._checkpoint_wrapped_module.")])
 @pytest.mark.parametrize("quant", [False, True])
 def test_a_turbo_transformer_loads_as_training_leaves_it(names, quant, tmp_path):
@@ -94,7 +95,8 @@ def load_umt5(encoder, path):
 def test_an_encoder_may_bring_comfyuis_tokenizer_or_the_half_that_writes(tmp_path):
     load_umt5(*umt5_file(tmp_path, lambda tensors: tensors.update(
         {"spiece_model": torch.ones(9, dtype=torch.uint8), "lm_head.weight": torch.ones(3, 3),
-         "decoder.final_layer_norm.weight": torch.ones(3), "encoder.embed_tokens.weight": tensors["shared.weight"].clone()})))
+         "decoder.final_layer_norm.weight": torch.ones(3),
+         "encoder.embed_tokens.weight": tensors["shared.weight"].clone()})))
 
 
 @pytest.mark.parametrize("twin", [lambda tensor: tensor + 1, lambda tensor: tensor.bfloat16(),

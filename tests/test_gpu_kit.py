@@ -40,7 +40,8 @@ def test_every_part_has_its_function_and_what_is_timed_runs_alone():
 
 @pytest.mark.parametrize("what, status", [
     ("raise RuntimeError('lost')", "failed, exit 1"), ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)",
-                                                      "ended by signal 11"), ("import time; time.sleep(600)", "out of time")])
+                                                      "ended by signal 11"),
+                                                      ("import time; time.sleep(600)", "out of time")])
 def test_a_part_that_crashes_or_hangs_costs_only_itself(what, status, tmp_path, monkeypatch):
     """A stand-in for the parts' process: dailies.jobs.gpu.part of another folder."""
     fake = tmp_path / "dailies" / "jobs" / "gpu"

@@ -42,7 +42,8 @@ def placement(stage: str, *devices: int) -> Placement:
     ([placement("sample", 0), placement("decode", 0)], 1 / 3),                # one GPU's time is shared
     ([placement("sample", 0), placement("decode", 1)], 1 / 2),                # two GPUs, and the slower one decides
     ([placement("sample", 0), placement("sample", 1), placement("decode", 1)], 2 / 3),    # both are busy all the time
-    ([placement("sample", 0), placement("decode", 0), placement("decode", 1)], 1 / 2),    # the second leaves it to sample
+    # the second leaves it to sample
+    ([placement("sample", 0), placement("decode", 0), placement("decode", 1)], 1 / 2),
     ([placement("sample", 0), placement("sample", 1), placement("sample", 2), placement("decode", 0)], 1.0)])
 def test_replicas_make_what_the_gpus_they_are_on_have_time_for(placements, most):
     stages = [Stage(name="sample", steps=()), Stage(name="decode", steps=())]

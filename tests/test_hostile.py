@@ -270,7 +270,8 @@ NUMBERS = [10**8, 10**15, 10**400, -1, 0, True, "24", "9" * 5000, None, 1.5, flo
 FIELDS = ["vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads", "relative_attention_num_buckets",
           "relative_attention_max_distance", "layer_norm_epsilon", "feed_forward_proj", "model_type", "num_labels",
           "id2label", "auto_map", "dtype", "architectures", "quantization_config"]
-STEPS = [{"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": ""}, {"type": "Prepend", "prepend": "x" * 10**6},
+STEPS = [{"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": ""},
+         {"type": "Prepend", "prepend": "x" * 10**6},
          {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}, {"type": "Lowercase"}, {"type": "NFKC"},
          {"type": "Precompiled", "precompiled_charsmap": "AAAA"}, {"type": "Sequence", "normalizers": []}, {}, None, 1]
 SHARDS = ["../model.safetensors", "/etc/passwd", "", ".", "..", "a\0.safetensors", "x" * 300 + ".safetensors", 3, None,
@@ -289,7 +290,8 @@ def with_tokenizer(folder, how):
     said = json.loads(path.read_text())
     kind = how.choice(["step", "model", "added", "top", "auto_map"])
     if kind == "step":
-        said[how.choice(["normalizer", "pre_tokenizer"])] = {"type": "Sequence", how.choice(["normalizers", "pretokenizers"]):
+        said[how.choice(["normalizer", "pre_tokenizer"])] = {"type": "Sequence",
+                                                             how.choice(["normalizers", "pretokenizers"]):
                                                              how.choices(STEPS, k=how.randint(1, 20))}
     elif kind == "model" and "model" in said:
         said["model"][how.choice(list(said["model"]))] = how.choice(NUMBERS)
@@ -413,7 +415,8 @@ def test_what_was_typed_comes_back_escaped(arguments, tmp_path, monkeypatch):
     assert answer(*arguments, "--json")[0] in (2, 5)
 
 
-@pytest.mark.parametrize("command", [("models", "demo"), ("plan", "--prompt", "x"), ("render", "--prompt", "x", "--out", "o"),
+@pytest.mark.parametrize("command",
+                         [("models", "demo"), ("plan", "--prompt", "x"), ("render", "--prompt", "x", "--out", "o"),
                                      ("convert",)])
 def test_names_of_files_make_no_lines_and_move_no_cursor(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -429,7 +432,8 @@ def test_names_of_files_make_no_lines_and_move_no_cursor(command, tmp_path, monk
 
 def test_whatever_commands_print_of_others_making_is_escaped():
     """Only say() and what is wrapped in printable() or JSON reaches a terminal."""
-    bare = {"progress.py", "cli.py", "sandbox.py", "unpickle.py"}          # say itself; escapes itself; a child's output
+    # say itself; escapes itself; a child's output
+    bare = {"progress.py", "cli.py", "sandbox.py", "unpickle.py"}
     for path in sorted(Path(HOME, "jobs").glob("*.py")):
         for call in ast.walk(ast.parse(path.read_text())) if path.name not in bare else ():
             if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "print":

@@ -244,7 +244,8 @@ def test_nothing_of_an_image_is_run_or_opened(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"PASSWORD=hunter2", b"hunter2-pw\n", b"\x1f\x8bhunter2", b"hunter2" * 5000,
-                                     b"\x89PNG\r\n\x1a\n" + b"\0\0\0\7hunt" + b"hunter2" * 9, b"\xff\xd8hunter2", b"\0hunter2",
+                                     b"\x89PNG\r\n\x1a\n" + b"\0\0\0\7hunt" + b"hunter2" * 9, b"\xff\xd8hunter2",
+                                     b"\0hunter2",
                                      b"RIFF\x20\0\0\0WEBPhunter2hunter2hunter2hunter2", b"\0\0\0\x18ftyphunter2"])
 def test_what_is_said_of_a_file_that_is_no_image_shows_nothing_of_it(tmp_path, content):
     (tmp_path / "a.png").write_bytes(content)
@@ -261,7 +262,8 @@ def raised(*calls):
         yield caught.value
 
 
-@pytest.mark.parametrize("folder, name", [("s3://night/m", "s3://night/m/" + "x" * 1025), ("s3://night/" + "m" * 1000, "x" * 30),
+@pytest.mark.parametrize("folder, name",
+                         [("s3://night/m", "s3://night/m/" + "x" * 1025), ("s3://night/" + "m" * 1000, "x" * 30),
                                           ("s3://night/m", "ü" * 520)])
 def test_a_key_that_no_store_takes_is_its_rows_trouble(folder, name):
     with pytest.raises(ImageError, match="a key of 1,0[0-9]{2} bytes; S3 allows 1,024"):
@@ -291,8 +293,10 @@ def test_hidden_files_are_no_images_and_neither_is_what_a_link_hides(tmp_path):
 
 
 def test_images_of_a_bucket_are_read_for_its_own_manifests_and_where_it_was_allowed():
-    for folder, name, allowed in [("s3://bbb/night", "s3://bbb/other/a.png", []), ("s3://bbb/night", "S3A://bbb/a.png", []),
-                                  ("/disk", "s3://ccc/in/a.png", ["s3://ccc/in"]), ("/disk", "s3://ccc/in/a.png", ["S3://ccc/in/"]),
+    for folder, name, allowed in [("s3://bbb/night", "s3://bbb/other/a.png", []),
+                                  ("s3://bbb/night", "S3A://bbb/a.png", []),
+                                  ("/disk", "s3://ccc/in/a.png", ["s3://ccc/in"]),
+                                  ("/disk", "s3://ccc/in/a.png", ["S3://ccc/in/"]),
                                   ("/disk", "s3://ccc/a.png", ["s3://xxx", "s3://ccc"]),
                                   ("s3://bbb/night", "s3://ccc/in/deep/a.png", ["s3://ccc/in"])]:
         assert locate(folder, name, allowed).startswith("s3://")
@@ -385,7 +389,8 @@ def test_what_decides_no_pixel_does_not_reach_the_decoder():
     head, rest = png()[:33], png()[33:]
     swollen = head + chunk(b"zTXt", b"a\0\0" + bomb) * 9 + chunk(b"iCCP", b"p\0\0" + bomb) * 9 + \
         chunk(b"eXIf", exif_table(65_000, 1_000_000)) + rest
-    data = {"png": swollen, "jpeg": jpeg()[:2] + (b"\xff\xe1\xff\xf0Exif\0\0" + exif_table(5_000, 64_000).ljust(65_512, b"\0")) * 20
+    data = {"png": swollen,
+            "jpeg": jpeg()[:2] + (b"\xff\xe1\xff\xf0Exif\0\0" + exif_table(5_000, 64_000).ljust(65_512, b"\0")) * 20
             + jpeg()[2:], "webp": animated(10_000)}
     for kind, swollen in data.items():
         image, parts = image_file.opened(swollen)

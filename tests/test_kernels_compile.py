@@ -37,8 +37,9 @@ def kernels(arch):
     for in_blocks, residual in product((False, True), repeat=2):
         name = ("blocks" if in_blocks else "rows") + ", gated" * residual
         tiling = linear.tiling_for(arch, SHARED[arch], in_blocks, residual)
-        tiles = dict(x=f"tensordesc<i8[{tiling.rows}, {tiling.depth}]>", w=f"tensordesc<i8[{tiling.columns}, {tiling.depth}]>",
-                     y=f"tensordesc<bf16[{tiling.rows}, {tiling.columns // tiling.parts}]>") if tiling.descriptors else {}
+        tiles = {} if not tiling.descriptors else dict(
+            x=f"tensordesc<i8[{tiling.rows}, {tiling.depth}]>", w=f"tensordesc<i8[{tiling.columns}, {tiling.depth}]>",
+            y=f"tensordesc<bf16[{tiling.rows}, {tiling.columns // tiling.parts}]>")
         yield f"int8 linear, {name}", (linear.int8_linear_kernel, LINEAR | tiles, dict(
             HAS_BIAS=True, GELU=not residual, HAS_GATE=residual, HAS_RESIDUAL=residual, IN_BLOCKS=in_blocks,
             STEPS=1536 // tiling.depth, WHOLE_K=True, BLOCK_M=tiling.rows, BLOCK_N=tiling.columns, BLOCK_K=tiling.depth,
@@ -108,7 +109,8 @@ def attention_kernels(arch):
         yield f"summarise, {name}", (
             sparse._summarise, dict(k=f"*{name}", v=f"*{name}", mixed="*fp32", total="*fp32", keys="i32", heads="i32",
                                     **strides("k_", "v_")),
-            dict(HEAD_DIM=128, STRETCH=sparse.STRETCH, TILE=sparse.TILE, TILES=sparse.STRETCH // sparse.TILE), 8, stages,
+            dict(HEAD_DIM=128, STRETCH=sparse.STRETCH, TILE=sparse.TILE, TILES=sparse.STRETCH // sparse.TILE), 8,
+            stages,
             {})
         linear = dict(mixed=f"*{name}", total="*fp32", bias="*fp32")
         of_hopper = [(True, 64, 128)] if arch == 90 and name == "bf16" else []     # the release's blocks there
@@ -169,7 +171,8 @@ def reports(request, tmp_path_factory):
     env |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
 
     def run(arch):
-        return subprocess.run([sys.executable, __file__, str(arch)], capture_output=True, text=True, timeout=900, env=env)
+        return subprocess.run([sys.executable, __file__, str(arch)], capture_output=True, text=True, timeout=900,
+                              env=env)
 
     asked = [item.callspec.params["arch"] for item in request.session.items
              if item.path == Path(__file__) and not item.get_closest_marker("skip")]

@@ -31,7 +31,8 @@ def test_a_stream_in_low_precision_is_rounded_once_as_in_the_reference(dtype):
 @pytest.mark.parametrize("scheme", ["rows", "blocks"])
 def test_int8_values_are_the_references_but_for_ties(scheme):
     x, given = norm_inputs(BATCH, "normal", PARTS["all"])
-    (_, got), (_, want) = (modulated_norm(x, **around(given), output=scheme, impl=impl) for impl in ("cpu", "reference"))
+    (_, got), (_, want) = (modulated_norm(x, **around(given), output=scheme, impl=impl)
+                           for impl in ("cpu", "reference"))
     assert_close(got.scales, want.scales, 1e-6)
     difference = (got.values.int() - want.values.int()).abs()
     assert difference.max() <= 1 and (difference > 0).float().mean() < 1e-3

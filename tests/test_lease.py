@@ -92,7 +92,8 @@ def test_of_eight_that_begin_at_once_exactly_one_works(store, monkeypatch):
 def test_a_driver_that_was_killed_on_this_machine_is_followed_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(Lease, "LEASE_S", 3600.0)
     store = open_store(tmp_path)
-    script = ("import os, signal; from dailies.pipeline.run.lease import Lease; from dailies.pipeline.store import open_store\n"
+    script = ("import os, signal; from dailies.pipeline.run.lease import Lease; from dailies.pipeline.store import "
+              "open_store\n"
               "Lease.LEASE_S = 3600.0\n"
               f"Lease.take(open_store({str(tmp_path)!r})).__enter__(); print('took', flush=True); input()")
     pipe = subprocess.PIPE

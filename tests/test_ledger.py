@@ -1,5 +1,6 @@
 """The ledger: every finished row once, whoever writes and whatever is killed; and run.json, which run a folder is."""
 
+import contextlib
 import json
 import pickle
 from concurrent.futures import ThreadPoolExecutor
@@ -376,10 +377,8 @@ def test_a_killed_retry_is_finished_by_the_next(folder, monkeypatch):
             real = getattr(folder, method)
             patch.setattr(folder, method, lambda *args: calls.append(args)
                           or (real(*args) if len(calls) < 2 else die()))
-            try:
+            with contextlib.suppress(Killed):
                 retry(folder, {"error_type": "New"})
-            except Killed:
-                pass
         assert set(read(folder, ["id"])["id"].to_pylist()) <= {"a", "b", "c"}
     assert folder.put == put
     retry(folder, {"error_type": "New"})
@@ -410,7 +409,8 @@ def test_what_an_invalid_row_was_refused_for_is_forgotten_when_its_mended_row_is
     assert [info.key for info in folder.list("retried/")] != []         # its row is pending
     write(folder, [done("b", 7)])
     forget_retried(folder)
-    assert [info.key for info in folder.list("retried/")] == [] and "no prompt" in read(folder)["earlier_errors"][0].as_py()[0]
+    assert [info.key
+            for info in folder.list("retried/")] == [] and "no prompt" in read(folder)["earlier_errors"][0].as_py()[0]
 
 
 def test_earlier_errors_without_the_usual_columns_are_read_as_far_as_they_go(folder):
@@ -490,7 +490,8 @@ def test_run_json_is_written_once_and_says_the_same_when_continued(store):
 
 
 def test_what_a_folder_was_rendered_for_is_known_with_all_its_counts(folder):
-    counts = {"rows": 9, "duplicates": 1, "planned_rows": 11, "invalid_rows": 0, "clips": 10, "buckets": [], "more_buckets": 0}
+    counts = {"rows": 9, "duplicates": 1, "planned_rows": 11, "invalid_rows": 0, "clips": 10, "buckets": [],
+              "more_buckets": 0}
     known = known_manifest(folder, claim_run(folder, IDENTITY, counts))
     assert known.items() >= counts.items() and known["manifest_digest"] == "cd"
 

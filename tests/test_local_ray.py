@@ -42,9 +42,9 @@ def mode(path: Path) -> int:
 
 
 def test_a_runs_folder_is_its_users_alone_and_gone_at_its_end(place):
-    before = os.umask(0)
+    before, env = os.umask(0), {"RAY_TMPDIR": str(place)}
     try:
-        with session_folder({"RAY_TMPDIR": str(place)}) as folder, session_folder({"RAY_TMPDIR": str(place)}) as another:
+        with session_folder(env) as folder, session_folder(env) as another:
             assert folder.parent == another.parent == place and folder != another
             assert mode(folder) == 0o700 and mode(folder / "token") == 0o600 and mode(folder / OWNER) == 0o600
             tokens = [(each / "token").read_text() for each in (folder, another)]

@@ -71,7 +71,8 @@ def run(tmp_path_factory) -> Iterator[Seen]:
     yield seen
 
 
-PROGRAM = f"import sys; sys.path.append({str(HERE)!r}); import tiny; from dailies.jobs.cli import main; sys.exit(main())"
+PROGRAM = (f"import sys; sys.path.append({str(HERE)!r}); import tiny; "
+           "from dailies.jobs.cli import main; sys.exit(main())")
 
 
 def look(place: Path, driver: int, seen: Seen) -> None:

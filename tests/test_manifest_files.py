@@ -210,7 +210,8 @@ def test_folders_called_name_value_are_columns(tmp_path):
     for uri in (str(tmp_path), f"{tmp_path}/**/*.parquet", f"{tmp_path}/*/*/*", files):
         rows = Manifest.read(uri)
         columns = dict(zip(rows.table["prompt"].to_pylist(),
-                           zip(rows.user["user.style"].to_pylist(), rows.user["user.m"].to_pylist())))
+                           zip(rows.user["user.style"].to_pylist(), rows.user["user.m"].to_pylist(), strict=True),
+                           strict=True))
         assert columns == {"a": ("anime", 1), "b": ("a b", 2), "c": (None, 3)}
     assert rows.user.schema.field("user.m").type == pa.int32()
     [note] = Manifest.read(f"{tmp_path}/style=anime").notes or [""]
@@ -409,7 +410,8 @@ def test_prompts_are_rows_without_a_file():
 @pytest.mark.parametrize("content, found, note", [
     (b"a fox\nan owl\n", ["a fox", "an owl"], "a prompt per line"), (b"prompt,mood\na fox,x\n", ["a fox"], "CSV"),
     (b'{"prompt": "a fox"}\n{"prompt": "an owl"}\n', ["a fox", "an owl"], "JSON"), (b'["a fox"]', ["a fox"], "JSON"),
-    (gzip.compress(b"a fox\n", mtime=0), ["a fox"], "a prompt per line"), ("a fox\n".encode("utf-16"), ["a fox"], "per line")])
+    (gzip.compress(b"a fox\n", mtime=0), ["a fox"], "a prompt per line"),
+    ("a fox\n".encode("utf-16"), ["a fox"], "per line")])
 def test_stdin_is_read_in_the_format_that_its_beginning_shows(content, found, note, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
     manifest = Manifest.read("-")
@@ -467,7 +469,8 @@ def test_one_file_behind_https_is_fetched(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", [
-    "credentials.json", "credentials (1).json", "aws-credentials.csv", "service_account.json", "prod-service-account-2.json",
+    "credentials.json", "credentials (1).json", "aws-credentials.csv", "service_account.json",
+    "prod-service-account-2.json",
     "client_secret_123.apps.json", "my_accessKeys.csv", "rootkey.csv", "id_rsa.txt", "tls.key.json", "server.pem.txt",
     "api-keys.jsonl", "auth.token.txt", "passwords.csv.gz", "secrets/a.csv", "aws/Credentials.TXT", "credentials.xlsx",
     "application_default_credentials.json"])

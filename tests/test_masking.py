@@ -13,11 +13,14 @@ VALUE = "hunter2Hunter2"
 
 
 @pytest.mark.parametrize("text", [
-    "password {}", "Password: {}", "passwd:{}", "pwd={}", "PWD = '{}'", "passphrase {}", "bearer {}", "Bearer {}", "token {}",
+    "password {}", "Password: {}", "passwd:{}", "pwd={}", "PWD = '{}'", "passphrase {}", "bearer {}", "Bearer {}",
+    "token {}",
     "token: {}", "Authorization: Basic {}", "authorization: Bearer {}", '"Authorization": "Digest {}, a={}"',
-    "Proxy-Authorization: {}", "Cookie: a={}; b={}", "Basic {}==", '{{"password": "{}"}}', "{{'api_key': '{}'}}", "x-api-key: {}",
+    "Proxy-Authorization: {}", "Cookie: a={}; b={}", "Basic {}==", '{{"password": "{}"}}', "{{'api_key': '{}'}}",
+    "x-api-key: {}",
     "Server=a;Password={};x=1", "--password {}", "--api-key {}", "--hf-token={}", "AccountKey={}", "SharedAccessKey={}",
-    "accessToken={}", "client_secret={}", "https://u:{}@host/a", "https://host/a?sig={}", "MY_TOKEN={}", "the secret {} is bad",
+    "accessToken={}", "client_secret={}", "https://u:{}@host/a", "https://host/a?sig={}", "MY_TOKEN={}",
+    "the secret {} is bad",
     'password="{} {}"', "session_token={}", "passwords: {}", "https://host/#access_token={}"])
 def test_a_secret_in_a_text_is_masked_and_masked_once(text):
     masked = without_secrets(text.format(*[VALUE] * 2))
@@ -47,13 +50,17 @@ def test_prompts_are_data_and_stay_as_they_are():
     "a token is needed, and none was found", "the head asks for a token, and it refused the token of this environment",
     "Set RAY_AUTH_TOKEN_PATH to a file with the cluster's token, or RAY_AUTH_TOKEN", "s3://bucket/night?.parquet",
     "the password of the bucket", "basic training.csv", "tokenizer=umt5", "max 2,340 tokens", "--tokenizer umt5", "a=b",
-    "token_study.csv", "key frames at 24", "the key is in the file", "secret garden.csv", "monkey: 5", "caption=prompt"])
+    "token_study.csv", "key frames at 24", "the key is in the file", "secret garden.csv", "monkey: 5",
+    "caption=prompt"])
 def test_a_sentence_about_secrets_and_a_plain_setting_are_left(text):
     assert without_secrets(text) == text
 
 
-@pytest.mark.parametrize("piece", ["eyJ-", "eyJ-" * 30 + ".", "secret-", "password ", "token: ", "a.secret.b", 'secret="', "authorization:",
-                                   "cookie='", "--secret", "a://", "key ", "secret_", "=", " ", "-", "access_key_", "-----BEGIN "])
+@pytest.mark.parametrize("piece",
+                         ["eyJ-", "eyJ-" * 30 + ".", "secret-", "password ", "token: ", "a.secret.b", 'secret="',
+                          "authorization:",
+                                   "cookie='", "--secret", "a://", "key ", "secret_", "=", " ", "-", "access_key_",
+                          "-----BEGIN "])
 def test_a_long_text_is_masked_at_once(piece):
     with within(10):
         without_secrets(piece * (400_000 // len(piece)))

@@ -1,5 +1,5 @@
-"""A store of another kind is one file of its own and one line that names its scheme: added here, in a package that is not
-ours, and a run lives in it as in a folder."""
+"""A store of another kind is one file of its own and one line that names its scheme: added here, in a package that is
+not ours, and a run lives in it as in a folder."""
 
 import hashlib
 import sys

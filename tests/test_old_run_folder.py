@@ -1,7 +1,7 @@
 """A run folder of an older version is continued: what is published stays, what waited is made again or taken as it is.
 
-goldens/run_folder_c717109 was made by commit c717109, of rows a, b, c and d: a and b are done, c has its latent and d one
-step of two when the driver ended.
+goldens/run_folder_c717109 was made by commit c717109, of rows a, b, c and d: a and b are done, c has its latent and d
+one step of two when the driver ended.
 """
 
 import json
@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from tiny import TINY
 
 import dailies
-from tiny import TINY
 
 GOLDENS = Path(__file__).parent / "goldens"
 OLD = GOLDENS / "run_folder_c717109"
@@ -46,7 +46,8 @@ def test_a_run_of_c717109_is_continued_and_no_clip_of_it_is_made_again(folder):
     assert sorted(ledger["id"].to_pylist()) == ["a", "b", "c", "d"] and {*ledger["status"].to_pylist()} == {"done"}
     assert {*before["sha256"].to_pylist()} < {*ledger["sha256"].to_pylist()}
     assert (folder / "_SUCCESS.json").is_file()
-    assert sorted(path.name for path in folder.iterdir()) == ["_SUCCESS.json", "clips", "lease.json", "ledger", "run.json"]
+    assert sorted(path.name for path in folder.iterdir()) == ["_SUCCESS.json", "clips", "lease.json", "ledger",
+                                                              "run.json"]
 
 
 def test_the_clips_of_c717109_are_those_that_are_made_today(folder, tmp_path):

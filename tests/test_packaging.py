@@ -1,4 +1,5 @@
-"""What is installed: one name in site-packages, with every file that it needs, whatever else is called kernels there."""
+"""What is installed: one name in site-packages, with every file that it needs, whatever else is called kernels
+there."""
 
 import os
 import shutil
@@ -18,7 +19,8 @@ def installed(tmp_path_factory) -> Path:
     """The wheel of this checkout, built without a network and unpacked as pip would."""
     pytest.importorskip("setuptools", "77", reason="needs setuptools 77 or newer: make test installs it")
     source, made = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for path in tracked():                              # built elsewhere: a folder build/ would be taken along next time
+    # built elsewhere: a folder build/ would be taken along next time
+    for path in tracked():
         name = path.relative_to(ROOT)
         if len(name.parts) == 1 or name.parts[0] in FOLDERS:
             (source / name).parent.mkdir(parents=True, exist_ok=True)

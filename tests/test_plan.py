@@ -255,7 +255,8 @@ def test_an_images_clips_come_together_and_it_is_read_once(tmp_path, monkeypatch
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_bytes(png(40 if name == "a.png" else 41, 60))
     read = []
-    monkeypatch.setattr("dailies.pipeline.manifest.images.read_image", lambda uri, _: read.append(uri) or Path(uri).read_bytes())
+    monkeypatch.setattr("dailies.pipeline.manifest.images.read_image", lambda uri, _: read.append(uri)
+                        or Path(uri).read_bytes())
     plan = plan_of(tmp_path, card=I2V, prompt=["x", "x", "y", "y"] * 25, image=["a.png", "b.png"] * 50,
                    resolution=["480x480"] * 100)
     order = [(Path(request.image.uri).name, request.prompt) for request in plan.requests()]
@@ -323,7 +324,7 @@ def test_urgent_clips_come_first_then_shapes_then_buckets_then_prompts(tmp_path)
     rows = [("a", "64p", 20, 0, 1), ("b", "32x32", 20, 0, 1), ("a", "64p", 10, 0, 2), ("c", "64p", 20, 0, 1),
             ("a", "64p", 20, 0, 3), ("d", "32x32", 20, 5, 1), ("e", "64p", 20, -1, 1)]
     names = ("prompt", "resolution", "steps", "priority", "seed")
-    plan = plan_of(tmp_path, **dict(zip(names, map(list, zip(*rows)))))
+    plan = plan_of(tmp_path, **dict(zip(names, map(list, zip(*rows, strict=True)), strict=True)))
     order = [plan.rows_of(request.clip_id)[0].row for request in plan.requests()]
     assert order == [5, 0, 4, 3, 2, 1, 6]
 
@@ -379,7 +380,7 @@ def test_every_row_finds_its_clip_and_every_clip_its_rows(tmp_path_factory, rows
             num_steps=request.num_steps, guidance=request.guidance, attention="dense", weights_fingerprint="w" * 64)
     urgent = [max(rows[row.row]["priority"] or 0 for row in plan.rows_of(clip_id)) for clip_id in requests]
     assert urgent == sorted(urgent, reverse=True)
-    for _, group in groupby(zip(urgent, requests.values()), key=lambda pair: pair[0]):
+    for _, group in groupby(zip(urgent, requests.values(), strict=True), key=lambda pair: pair[0]):
         buckets = [bucket for bucket, _ in groupby(request.bucket for _, request in group)]
         assert len(buckets) == len(set(buckets))       # a bucket, once left, does not come back
 
@@ -410,7 +411,8 @@ print(plan.manifest.table.num_rows, clips, int(peak.split()[1]) * 1024, f"{plann
 
 def test_a_million_rows_are_planned_in_two_gigabytes(tmp_path, capsys):
     count, rng = 1_000_000, np.random.default_rng(7)
-    words = pa.array("a small large red green blue circle square moves left right slowly on gray background".split())
+    words = pa.array(["a", "small", "large", "red", "green", "blue", "circle", "square", "moves", "left", "right",
+                      "slowly", "on", "gray", "background"])
     drawn = [words.take(pa.array(rng.integers(0, len(words), count))) for _ in range(12)]
     prompts = pc.binary_join_element_wise(*drawn, " ")
     numbers = pa.array(np.arange(count)).cast(pa.string())

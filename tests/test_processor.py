@@ -61,8 +61,10 @@ def test_a_processor_is_known_by_what_torch_and_onednn_may_use(machine, int8, bf
     pretend(machine.pop("machine"), machine.pop("capability"), *machine.pop("instructions", ()), **machine)
     assert (processor.has_int8_products(), processor.has_bf16_products()) == (int8, bf16)
     assert processor.convolves(torch.float32) == processor.has_onednn() and processor.convolves(torch.bfloat16) == bf16
-    assert processor.dtype_of("bf16", "cpu") == processor.dtype_of("int8", "cpu") == (torch.bfloat16 if bf16 else torch.float32)
-    assert processor.dtype_of("fp32", "cuda") == torch.float32 and processor.dtype_of("int8", "cuda:0") == torch.bfloat16
+    assert processor.dtype_of("bf16", "cpu") == processor.dtype_of("int8", "cpu") == (torch.bfloat16 if bf16
+                                                                                      else torch.float32)
+    assert processor.dtype_of("fp32", "cuda") == torch.float32 and processor.dtype_of("int8",
+                                                                                      "cuda:0") == torch.bfloat16
     assert bool(processor.instead_of_bf16()) != bf16 and processor.described()
     assert bool(DEMO.decode_fallbacks("cpu", None, "bf16")) != bf16
     assert bool(CATALOG["wan2.1-t2v-1.3b"].fallbacks(None, "cpu", "bf16")) != bf16      # before its weights are here
@@ -111,7 +113,8 @@ def test_a_convolution_of_any_dtype_is_made(conv, shape, dtype):
     assert got.dtype == dtype and (got - want).norm() < (1e-5 if dtype == torch.float32 else 0.02) * want.norm()
 
 
-@pytest.mark.skipif(not processor.is_x86() or not processor.has_avx512(), reason="is the least processor already, or no x86-64")
+@pytest.mark.skipif(not processor.is_x86() or not processor.has_avx512(),
+                    reason="is the least processor already, or no x86-64")
 def test_what_depends_on_the_processor_is_right_on_the_least_one_too():
     """The tests that are marked so, in a process that takes this machine for one with AVX2 alone."""
     files = sorted(path for path in Path(__file__).parent.glob("test_*.py") if "mark.cpu" in path.read_text())

@@ -144,7 +144,7 @@ def test_a_run_leaves_one_object_per_clip_and_one_row_per_manifest_row(finished)
 
 def test_every_clip_is_a_video_that_says_what_it_was_made_from(finished):
     out = finished[0] / "out"
-    for (name, seed), row in rows_of(out).items():
+    for (_name, seed), row in rows_of(out).items():
         found = read_clip((out / clip_key(row["clip_id"])).read_bytes())
         assert (found.width, found.height, found.frames, found.fps) == (40, 24, row["frames"], 24.0)
         assert (found.metadata["seed"], found.metadata["clip_id"]) == (str(seed), row["clip_id"])
@@ -194,7 +194,7 @@ def forget(out, names):
     for path in (out / "ledger").iterdir():
         table = pq.read_table(path)
         keep = [name not in names for name in table["id"].to_pylist()]
-        forgotten |= {clip_id for clip_id, stays in zip(table["clip_id"].to_pylist(), keep) if not stays}
+        forgotten |= {clip_id for clip_id, stays in zip(table["clip_id"].to_pylist(), keep, strict=True) if not stays}
         pq.write_table(table.filter(keep), path)
     return forgotten
 

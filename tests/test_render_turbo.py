@@ -20,7 +20,8 @@ from dailies.pipeline.scheduler import cluster
 from dailies.pipeline.store import open_store
 
 INT8_ON_CPU = ("INT8 weights with scales per block are scaled per row: a CPU has no fast product of blocks"
-               if processor.has_int8_products() else "INT8 weights are computed with in fp32: this CPU has no INT8 products")
+               if processor.has_int8_products()
+               else "INT8 weights are computed with in fp32: this CPU has no INT8 products")
 
 
 @pytest.fixture(autouse=True)
@@ -108,7 +109,8 @@ def test_two_experts_take_turns_over_an_image(quant, tmp_path, capsys):
 def test_the_vae_of_a_turbo_model_is_bf16_as_it_is_released(tmp_path, capsys):
     weights = converted(tmp_path, capsys, TURBO_TINY)
     for precision in ("fp32", "bf16", "int8"):
-        assert TURBO_TINY.vae(weights, "cpu", precision).from_latent.weight.dtype == processor.dtype_of(precision, "cpu")
+        assert TURBO_TINY.vae(weights, "cpu", precision).from_latent.weight.dtype == processor.dtype_of(precision,
+                                                                                                        "cpu")
     write_weights(tmp_path / "wan")
     assert WAN_TINY.vae(tmp_path / "wan", "cpu", "bf16").from_latent.weight.dtype == torch.float32
     decoder = Decoder(WAN_TINY, tmp_path / "wan", precision="fp32", decode_precision="bf16")

@@ -168,7 +168,8 @@ def test_a_bad_image_is_its_rows_failure_and_the_rest_renders(in_process, tmp_pa
     open_store(s3_bucket).put("a.png", png())
     want |= {"../outside.png": "outside the manifest's folder", "link.png": "outside the manifest's folder",
              "gone.png": "no such file", ".hidden.png": "a hidden file",
-             "s3://elsewhere/a.png": "--allow-images", f"{s3_bucket}/gone.png": "no such object", f"file://{night}/a.png": "neither a path nor s3://"}
+             "s3://elsewhere/a.png": "--allow-images", f"{s3_bucket}/gone.png": "no such object",
+             f"file://{night}/a.png": "neither a path nor s3://"}
     rows += [{"id": str(number), "prompt": "x", "frames": 5, "image": name} for number, name in enumerate(want)]
     rows += [{"id": "none", "prompt": "x", "frames": 5},
              {"id": "s3", "prompt": "x", "frames": 5, "image": f"{s3_bucket}/a.png"}]

@@ -37,14 +37,16 @@ def caught(call):
 
 
 def answer_of(script: str, folder: Path) -> dict:
-    done = subprocess.run([sys.executable, "-c", WITH + script, str(folder)], cwd=folder, capture_output=True, text=True,
+    done = subprocess.run([sys.executable, "-c", WITH + script, str(folder)], cwd=folder, capture_output=True,
+                          text=True,
                           env={"PYTHONPATH": str(ROOT), "HOME": str(folder), "PATH": "/usr/bin:/bin"}, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_a_setting_of_one_entry_goes_from_column_flag_and_file_to_plan_request_clip_id_ledger_and_clip(tmp_path):
-    (tmp_path / "m.csv").write_text("id,prompt,seed,rescale,loop\nsilent,a,1,,\nneutral,a,1,0,false\nown,a,1,2.5,TRUE\n")
+    (tmp_path / "m.csv").write_text("id,prompt,seed,rescale,loop\nsilent,a,1,,\n"
+                                    "neutral,a,1,0,false\nown,a,1,2.5,TRUE\n")
     (tmp_path / "night.toml").write_text("rescale = 1.5\n")
     found = answer_of("""
 imported_with("dailies.model.settings", 'SETTINGS: tuple[Setting, ...] = (', '''SETTINGS: tuple[Setting, ...] = (
@@ -91,7 +93,8 @@ print(json.dumps({
     "by_default": {name: dict(request.settings) for name, request in by_default.items()},
     "clip_ids": {name: request.clip_id for name, request in requests.items()},
     "before": next(before.requests()).clip_id, "names_itself": clip_id_of(**hashed(own)) == own.clip_id,
-    "again": dict(with_another_seed(own).settings), "buckets": sorted({request.bucket for request in requests.values()}),
+    "again": dict(with_another_seed(own).settings),
+    "buckets": sorted({request.bucket for request in requests.values()}),
     "ledger": {name: [row["rescale"], row["loop"], row["quality_mode"]] for name, row in rows.items()},
     "provenance": {name: [provenance(request).get("rescale"), provenance(request).get("loop")]
                    for name, request in requests.items()},

@@ -35,7 +35,8 @@ from dailies.pipeline.run.seal import VARIABLE, seal_of
 from dailies.pipeline.scheduler import cluster
 from dailies.pipeline.store import FolderStore, StoreError, open_store
 
-ROWS = [{"id": "fox", "prompt": "a red fox", "frames": 5}, {"id": "cats", "prompt": "two cats", "frames": 5, "samples": 2}]
+ROWS = [{"id": "fox", "prompt": "a red fox", "frames": 5},
+        {"id": "cats", "prompt": "two cats", "frames": 5, "samples": 2}]
 NUM_CLIPS = 3
 
 
@@ -461,7 +462,8 @@ def test_a_sealed_embedding_that_does_not_fit_is_made_again(how, tmp_path, whole
     folder = begin(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(shelf, "packed", forged)
-        patch.setattr("dailies.pipeline.run.intermediates.Fetch.__call__", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("dailies.pipeline.run.intermediates.Fetch.__call__",
+                      lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         code, _ = said("render", folder / "night.jsonl", "--out", folder / "out", "--model", "tiny", "--device", "cpu")
         assert code == 130 and list((folder / "out/embeddings").rglob("*.safetensors"))
     assert render(folder)[0] == 0 and clips(folder) == clips(whole)
@@ -574,7 +576,8 @@ def test_a_clip_id_that_is_none_is_wrong_and_made_again(clip_id, night, whole):
 
 LEASES = [b"", b"{", b"[" * 100_000, b'{"id":"x"}', b"\xff" * 100, b"null", b" " * 2**17,
           json.dumps({"id": "\x1b[2J", "host": "\x1b[2J" * 9, "pid": 10**30, "machine": "", "process_start": "",
-                      "released": True, "renewed_at": "2026-01-01T00:00:00", "expires_at": "9999-12-31T23:59:59"}).encode()]
+                      "released": True, "renewed_at": "2026-01-01T00:00:00",
+                      "expires_at": "9999-12-31T23:59:59"}).encode()]
 
 
 @pytest.mark.parametrize("number", range(len(LEASES)))

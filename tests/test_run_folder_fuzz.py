@@ -1,4 +1,5 @@
-"""A run folder of which anything may have been changed: no traceback, no hang, no wrong "done", nothing outside of it."""
+"""A run folder of which anything may have been changed: no traceback, no hang, no wrong "done", nothing outside of
+it."""
 
 import hashlib
 import json
@@ -24,9 +25,11 @@ from dailies.pipeline.run.seal import seal_of
 from dailies.pipeline.store import open_store
 
 HANG_S = 60
-STRANGE = [None, True, -1, 0, 2**63, 10**30, 0.5, float("nan"), "", "\x1b[2J", "x" * 10**5, "../../x", [], {}, [[]], "\ud800",
+STRANGE = [None, True, -1, 0, 2**63, 10**30, 0.5, float("nan"), "", "\x1b[2J", "x" * 10**5, "../../x", [], {}, [[]],
+           "\ud800",
            "9999-12-31T23:59:59+00:00", {"a": {"b": []}}]
-TARGETS = ["run.json", "lease.json", "_SUCCESS.json", SEAL_KEY, "ledger", "clip", "clip without a ledger", "latent", "steps",
+TARGETS = ["run.json", "lease.json", "_SUCCESS.json", SEAL_KEY, "ledger", "clip", "clip without a ledger", "latent",
+           "steps",
            "embedding"]
 
 
@@ -40,7 +43,8 @@ def base(tmp_path_factory):
         patch.setattr(renders, "clear_shelf", lambda *_: None)
         assert render(folder, "--keep-latents")[0] == 0
     kinds = {path.relative_to(folder / "out").parts[0] for path in (folder / "out").rglob("*") if path.is_file()}
-    assert kinds == {"run.json", "lease.json", "_SUCCESS.json", SEAL_KEY, "ledger", "clips", "latents", "steps", "embeddings"}
+    assert kinds == {"run.json", "lease.json", "_SUCCESS.json", SEAL_KEY, "ledger", "clips", "latents", "steps",
+                     "embeddings"}
     return folder
 
 
@@ -100,7 +104,8 @@ def bent_part(path, how):
         values = table[place].to_pylist()
         values[how.randrange(len(values))] = value
         try:
-            column = pa.array(values if kind == "value" else [value] * len(values), field.type if kind == "value" else None)
+            column = pa.array(values if kind == "value" else [value] * len(values), field.type if kind == "value"
+                              else None)
         except (pa.ArrowException, TypeError, ValueError, OverflowError, UnicodeError):
             column = pa.nulls(len(values))
         table = table.set_column(place, field.name, column)
@@ -194,7 +199,8 @@ def test_whatever_lies_in_the_run_folder_there_is_a_sentence_or_the_right_clips(
             code, answer, _ = render(folder, "--keep-latents")
             assert code in (0, 2, 3, 5), answer
             codes[code] = codes.get(code, 0) + 1
-            if code == 0 and said("verify", folder / "out")[0] == 3:         # equal in size, or in the ledger's own words
+            # equal in size, or in the ledger's own words
+            if code == 0 and said("verify", folder / "out")[0] == 3:
                 assert target in ("ledger", "clip")
                 said("verify", folder / "out", "--repair")
                 assert render(folder, "--keep-latents")[0] == 0

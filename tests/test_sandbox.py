@@ -132,7 +132,8 @@ def test_a_kernel_without_landlock_or_an_unknown_processor_is_told(monkeypatch):
     monkeypatch.setattr(sandbox.platform, "machine", lambda: "riscv64")
     if os.uname().sysname == "Linux":
         said = sandbox.enter(sandbox.Path("a.pth"), [])
-        assert [sentence[:30] for sentence in said] == ["this kernel has no Landlock (L", "this kernel or processor has n"]
+        assert [sentence[:30] for sentence in said] == ["this kernel has no Landlock (L",
+                                                        "this kernel or processor has n"]
     monkeypatch.setattr(sandbox.sys, "platform", "darwin")
     assert sandbox.enter(sandbox.Path("a.pth"), []) == [sandbox.NO_LANDLOCK, sandbox.NO_SECCOMP]
 

@@ -337,6 +337,7 @@ def test_a_clip_that_ends_in_nan_begins_anew(denoisers, store, monkeypatch):
     with pytest.raises(Halted):
         keep_of(denoiser, store, halt_at=2)([embedding])
     with monkeypatch.context() as broken, pytest.raises(NonFiniteLatent):
-        broken.setattr("dailies.model.guidance.AdaptiveProjectedGuidance.__call__", lambda self, cond, uncond: cond * math.nan)
+        broken.setattr("dailies.model.guidance.AdaptiveProjectedGuidance.__call__", lambda self, cond,
+                       uncond: cond * math.nan)
         keep_of(denoiser, store)([embedding])
     assert folders(store) == set()

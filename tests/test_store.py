@@ -292,15 +292,18 @@ def test_a_store_that_ignores_the_condition_is_refused(bucket, s3_server):
     assert keys(bucket) == []
 
 
-@pytest.mark.parametrize("status, code", [(409, "ObjectAlreadyExists"), (403, "FileAlreadyExists"), (400, "InvalidRequest"),
+@pytest.mark.parametrize("status, code",
+                         [(409, "ObjectAlreadyExists"), (403, "FileAlreadyExists"), (400, "InvalidRequest"),
                                           (304, "NotModified")])
 def test_a_store_that_says_exists_in_other_words_is_told_from_a_busy_one(
         bucket, s3_server, monkeypatch, status, code):
-    """The probe knows what it has just written. A conflict may be one for a moment, and nothing waits a quarter hour."""
+    """The probe knows what it has just written. A conflict may be one for a moment, and nothing waits a quarter
+    hour."""
     monkeypatch.setattr(S3Store, "WAIT_S", 0.05)
     monkeypatch.setattr(S3Store, "SETTLE_S", 0.2)
     s3_server.fault(method="PUT", match="probe", times=1000, status=status, code=code, after=True, on=412)
-    with pytest.raises(StoreError, match=f"answers {status} {code if status != 304 else ''}.*If-None-Match: . answered with 412"):
+    with pytest.raises(StoreError,
+                       match=f"answers {status} {code if status != 304 else ''}.*If-None-Match: . answered with 412"):
         bucket.probe()
     assert keys(bucket) == [] and not bucket.can_swap() and keys(bucket) == []
 
@@ -332,7 +335,8 @@ def only_virtual_hosts(monkeypatch, tmp_path, config, **environment):
             hosts.append(self.headers["Host"])
             there = self.headers["Host"].startswith("night.")
             body = b"<Error><Code>NoSuchKey</Code></Error>" if there else \
-                b"<Error><Code>SecondLevelDomainForbidden</Code><Message>Please use virtual hosted style.</Message></Error>"
+                b"<Error><Code>SecondLevelDomainForbidden</Code>" \
+                b"<Message>Please use virtual hosted style.</Message></Error>"
             self.send_response(404 if there else 403)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -377,7 +381,8 @@ def test_the_users_aws_configuration_says_how_a_bucket_is_addressed(tmp_path, mo
 
 def test_a_store_that_wants_the_bucket_in_the_hosts_name_is_explained(tmp_path, monkeypatch):
     with only_virtual_hosts(monkeypatch, tmp_path, "") as hosts:
-        with pytest.raises(StoreError, match="bucket in the host's name .SecondLevelDomainForbidden.*addressing_style = virt"):
+        with pytest.raises(StoreError,
+                           match="bucket in the host's name .SecondLevelDomainForbidden.*addressing_style = virt"):
             open_store("s3://night/run").get("run.json")
     assert hosts == ["oss.test"]
 
@@ -404,7 +409,8 @@ def test_attempts_checksums_and_endpoints_are_the_users_where_they_say_so(tmp_pa
             monkeypatch.setenv("AWS_ENDPOINT_URL", url)
             assert open_store("s3://night/run").endpoint_url == (url if kept else None)
         (tmp_path / "config").write_text("[default]\ns3 =\n    addressing_style = sideways\n")
-        with pytest.raises(StoreError, match="AWS settings of this machine are not usable: .*style sideways is invalid"):
+        with pytest.raises(StoreError,
+                           match="AWS settings of this machine are not usable: .*style sideways is invalid"):
             open_store("s3://night/run")
 
 

@@ -274,10 +274,8 @@ class CuttingProxy:
         while not self.done.wait(self.cut_after_s):
             for each in list(self.open):
                 self.num_cut += 1
-                try:
+                with suppress(OSError):
                     each.shutdown(socket.SHUT_RDWR)
-                except OSError:
-                    pass
 
 
 @pytest.mark.parametrize("token, says", [("f" * 32, "refused the token"), ("", "no token was found")])
@@ -370,7 +368,8 @@ def test_the_shipped_folder_runs_by_itself(manifest: Path, tmp_path: Path):
     folder = tmp_path / "shipped"
     assert parcel.pack(folder, str(manifest), []) == ["manifest/prompts.csv"]
     assert (folder / "manifest/prompts.csv").read_bytes() == manifest.read_bytes()
-    done = subprocess.run([sys.executable, "-c", "import dailies.jobs.submit; print(dailies.jobs.submit.__file__)"], cwd=folder,
+    done = subprocess.run([sys.executable, "-c", "import dailies.jobs.submit; print(dailies.jobs.submit.__file__)"],
+                          cwd=folder,
                           capture_output=True, text=True, check=True)
     assert Path(done.stdout.strip()).is_relative_to(folder)
     assert not [path for path in folder.rglob("*") if path.name in ("__pycache__", "tests", "out", ".git", ".venv")]
@@ -395,14 +394,17 @@ def test_folders_and_globs_keep_their_files_in_order(tmp_path: Path):
 
 
 def test_only_what_the_manifest_is_made_of_is_sent_and_it_is_listed(tmp_path: Path, capsys):
-    """Not its neighbours, nothing hidden, nothing behind a link that leads out of the folder, no file that is no image."""
+    """Not its neighbours, nothing hidden, nothing behind a link that leads out of the folder, no file that is no
+    image."""
     night, home = tmp_path / "night", tmp_path / "home"
     for path in (home / ".aws", night / "deep", night / ".aws"):
         path.mkdir(parents=True)
     (home / ".aws/credentials").write_text("k=FAKE")
-    rows = "".join(f"a,{image}\n" for image in (".env", ".aws/credentials", "id_rsa", "link.png", "open/credentials", "a.png"))
+    rows = "".join(f"a,{image}\n"
+                   for image in (".env", ".aws/credentials", "id_rsa", "link.png", "open/credentials", "a.png"))
     (night / "a.csv").write_text("prompt,image\n" + rows)
-    for name in ("credentials.json", "id_rsa", "deep/aws-keys.pem", ".env", ".aws/credentials", ".hidden.csv", "_old.csv"):
+    for name in ("credentials.json", "id_rsa", "deep/aws-keys.pem", ".env", ".aws/credentials", ".hidden.csv",
+                 "_old.csv"):
         (night / name).write_text("K=FAKE")
     (night / "a.png").write_bytes(png())
     (night / "link.png").symlink_to(home / ".aws/credentials")
@@ -432,7 +434,8 @@ def test_our_packages_travel_without_what_lies_beside_them(tmp_path: Path, monke
     for name in ("jobs/.env", "jobs/id_rsa", "model/notes.txt"):
         (home / name).write_text("FAKE")
     (home / "jobs/link.py").symlink_to(tmp_path / "id_rsa")
-    monkeypatch.setattr(parcel, "homes", lambda: {f"dailies/{package}": home / package for package in parcel.PACKAGES_SHIPPED})
+    monkeypatch.setattr(parcel, "homes",
+                        lambda: {f"dailies/{package}": home / package for package in parcel.PACKAGES_SHIPPED})
     parcel.pack(tmp_path / "shipped", "s3://bucket/m.parquet", [])
     assert sorted(str(path.relative_to(tmp_path / "shipped")) for path in (tmp_path / "shipped").rglob("*")
                   if path.is_file()) == sorted(f"dailies/{package}/a.py" for package in parcel.PACKAGES_SHIPPED)
@@ -446,7 +449,8 @@ def shipped_images(manifest: Path, folder: Path) -> list[str]:
 def test_the_images_that_rows_name_travel_with_their_manifest(tmp_path: Path):
     night = tmp_path / "night"
     (night / "deep").mkdir(parents=True)
-    for path in (night / "a.png", night / ".b.png", night / "other.png", tmp_path / "outside.png", night / "deep/c.png"):
+    for path in (night / "a.png", night / ".b.png", night / "other.png", tmp_path / "outside.png",
+                 night / "deep/c.png"):
         path.write_bytes(png())
     (night / "out").symlink_to(tmp_path)
     (night / "link.png").symlink_to("deep/c.png")
@@ -458,7 +462,8 @@ def test_the_images_that_rows_name_travel_with_their_manifest(tmp_path: Path):
         (night / name).write_text("prompt,image\n" + "".join(f"a fox,{image}\n" for image in names))
     assert shipped_images(night / "one.csv", tmp_path / "1") == ["a.png", "link.png", "other.png"]
     assert shipped_images(night / "*.csv", tmp_path / "2") == ["a.png", "link.png", "other.png"]
-    assert shipped_images(tmp_path / "*/one.csv", tmp_path / "3") == ["night/a.png", "night/link.png", "night/other.png"]
+    assert shipped_images(tmp_path / "*/one.csv", tmp_path / "3") == ["night/a.png", "night/link.png",
+                                                                      "night/other.png"]
     (tmp_path / "link").symlink_to(night)
     assert "other.png" in shipped_images(tmp_path / "link/one.csv", tmp_path / "4")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2", "3", "4", "link", "night", "outside.png"]
@@ -592,7 +597,8 @@ def test_a_secret_in_any_setting_is_refused_wherever_it_comes_from(name, place, 
         assert secret not in said.err + said.out
 
 
-@pytest.mark.parametrize("key", ["github_pat_" + "a1" * 20, "AIza" + "b2" * 17 + "c", "npm_" + "d3" * 18, "ya29." + "e4" * 20,
+@pytest.mark.parametrize("key",
+                         ["github_pat_" + "a1" * 20, "AIza" + "b2" * 17 + "c", "npm_" + "d3" * 18, "ya29." + "e4" * 20,
                                  "AccountKey=" + "f5" * 20])
 def test_a_key_that_its_form_gives_away_is_not_sent(key):
     with pytest.raises(job.UsageError, match="must not carry keys") as caught:

@@ -115,8 +115,10 @@ def test_a_tokenizer_that_is_a_trap_is_refused(folder, change, said):
 
 
 @pytest.mark.parametrize("content, said", [
-    (b"[" * 10**6, "is not JSON"), (b"[" * 2 * 10**6, "more than 1,500,000 lists"), (b"[]", "does not hold a tokenizer"),
-    (b"\xff", "is not JSON"), (b'{"model":' + b"9" * 5000 + b"}", "is not JSON"), (b" " * 40_000_001, "is longer than")])
+    (b"[" * 10**6, "is not JSON"), (b"[" * 2 * 10**6, "more than 1,500,000 lists"),
+    (b"[]", "does not hold a tokenizer"),
+    (b"\xff", "is not JSON"), (b'{"model":' + b"9" * 5000 + b"}", "is not JSON"),
+    (b" " * 40_000_001, "is longer than")])
 def test_a_file_that_is_no_such_table_is_refused(folder, content, said):
     (folder / "tokenizer.json").write_bytes(content)
     assert said in refusal(folder)

@@ -164,7 +164,8 @@ def test_a_host_copy_is_pinned_and_comes_back_to_the_gpu():
 def test_guidance_of_the_low_noise_expert_is_a_share_of_the_rows(weights, monkeypatch):
     denoiser = WanDenoiser(WAN_TINY_A14B, weights["wan-tiny-a14b"])
     asked = []
-    monkeypatch.setattr("dailies.actors.wan_denoiser.classifier_free", lambda cond, uncond, scale: asked.append(scale) or cond)
+    monkeypatch.setattr("dailies.actors.wan_denoiser.classifier_free", lambda cond, uncond,
+                        scale: asked.append(scale) or cond)
     encoder = TextEncoder(WAN_TINY_A14B, weights["wan-tiny-a14b"])
     denoiser(encoder([request_for(WAN_TINY_A14B, num_steps=8, guidance=4.0)]))
     assert asked == sorted(asked, reverse=True) and set(asked) == {4.0, 3.0}

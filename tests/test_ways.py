@@ -29,7 +29,8 @@ def test_the_fastest_measured_way_is_chosen_and_said(measured):
     measured(bf16_dense=500.0, int8_dense=400.0, int8_sage=450.0)
     way = fastest(WAN, H200)
     assert (way.precision, way.attention) == ("int8", "dense")
-    assert way.because == ("the fastest of 3 ways measured on NVIDIA H200 on 2026-01-02 with some-model: 400 ms a forward, "
+    assert way.because == ("the fastest of 3 ways measured on NVIDIA H200 on 2026-01-02 with some-model: 400 ms a "
+                           "forward, "
                            "500 in bf16 and dense")
     assert fastest(WAN, Gpu(name="H200", capability=(9, 0))) == way         # as Ray names it
 
@@ -59,7 +60,8 @@ def test_where_nobody_measured_the_architecture_decides(measured):
                               (WAN, Gpu(name="H100", capability=(9, 0)), ("int8", "dense")),
                               (WAN_14B, Gpu(name="B200", capability=(10, 0)), ("bf16", "dense")),
                               (WAN, Gpu(name="some card", capability=None), ("bf16", "dense")),
-                              (TURBO, L40, ("int8", "sage")), (TURBO, Gpu(name="A100", capability=(8, 0)), ("int8", "sparse"))):
+                              (TURBO, L40, ("int8", "sage")),
+                              (TURBO, Gpu(name="A100", capability=(8, 0)), ("int8", "sparse"))):
         way = fastest(card, gpu)
         assert (way.precision, way.attention) == wanted, (card.name, gpu.name)
 
@@ -104,7 +106,8 @@ def test_auto_of_one_setting_leaves_the_other_as_it_is_said(own, precision, atte
     monkeypatch.setattr(type(WAN_14B), "precision_in", lambda card, weights, device: own)
     job = RenderJob(manifest="m", out="o", precision=precision, attention=attention)
     assert render.way_of(job, WAN_14B, tmp_path, "cuda", None).precision == wanted
-    monkeypatch.setattr(render, "gpus_of", lambda ray: ())             # of a cluster that grows a GPU when it is asked to
+    # of a cluster that grows a GPU when it is asked to
+    monkeypatch.setattr(render, "gpus_of", lambda ray: ())
     assert "CPU" not in render.way_of(job, WAN_14B, tmp_path, "cuda", None).because
 
 

@@ -67,7 +67,7 @@ def causal_conv_kernel(x, w, w_rest, bias, residual, y, x_frame, residual_frame,
     top, left = tile // TILES_X * ROWS, tile % TILES_X * COLUMNS
     column = left + tl.arange(0, COLUMNS)
     totals, rests = (), ()
-    for row in tl.static_range(ROWS):
+    for _row in tl.static_range(ROWS):
         totals = totals + (tl.zeros((COLUMNS, FIRST), dtype=tl.float32),)
         if REST > 0:
             rests = rests + (tl.zeros((COLUMNS, REST), dtype=tl.float32),)

@@ -54,7 +54,7 @@ def shared_rows_kernel(x, w, w_rest, bias, residual, y, residual_frame, y_frame,
     REST_SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, LAST, 16])
     totals = ()
     rests = ()
-    for row in gl.static_range(ROWS):
+    for _row in gl.static_range(ROWS):
         totals = totals + (gl.zeros((COLUMNS, FIRST), gl.float32, FIRST_SUMS),)
         if REST > 0:
             rests = rests + (gl.zeros((COLUMNS, REST), gl.float32, REST_SUMS),)
@@ -140,10 +140,7 @@ def put(values, AT: gl.constexpr, new):
     """The tuple with another value at AT."""
     out = ()
     for i in gl.static_range(len(values)):
-        if i == AT:
-            out = out + (new,)
-        else:
-            out = out + (values[i],)
+        out = out + (new,) if i == AT else out + (values[i],)
     return out
 
 

@@ -81,8 +81,8 @@ class S3Server:
         """The next `times` requests of `method` ("*" is any) with `match` in their path fail; rules add up.
 
         what: status=503 (code="SlowDown"), drop=True, stall_s=1.5, cut=100 or strip="If-None-Match"; with after=True a
-        status or a drop comes after the request was served, and with on=412 a status only in place of that one; header="If-Match": only requests that carry it;
-        kind="resets": what `counts` names it.
+        status or a drop comes after the request was served, and with on=412 a status only in place of that one;
+        header="If-Match": only requests that carry it; kind="resets": what `counts` names it.
         """
         if "status" in what:
             what.setdefault("code", {500: "InternalError", 501: "NotImplemented", 503: "SlowDown",

@@ -47,7 +47,8 @@ class Faults:
     A write with If-Match is answered with 501 by Swift; here its turn compares it with the ETag that was told last.
     A rule has `method` ("*" is any), `match` (part of the path), `times`, perhaps `header` (only requests that carry
     it) and `kind` (what it is counted as), and one of
-        status   answer with this status and `code`; with after = true the request is served first; with on = 412 besides,
+        status   answer with this status and `code`; with after = true the request is served first; with on = 412
+        besides,
                  only where that was the answer
         drop     close the connection without an answer; `after` as above
         stall_s  wait this long, then serve
