@@ -8,7 +8,9 @@ public sets of prompts), and a slip of a letter.
 import re
 import shlex
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 
 from dailies.model.settings import LENGTHS, SETTINGS
 
@@ -39,6 +41,7 @@ WORDS = {bare(word): setting.name for setting in SETTINGS for word in setting.ot
 STRANGERS = {bare(word): reason for word, reason in NOT_A_COLUMN.items()}
 
 
+@lru_cache(maxsize=10_000)                             # a folder's files mostly have the same columns
 def nearly(name: str) -> str | None:
     """The column of ours that `name` may be meant for; None for ours themselves and for all that are far from them."""
     if name in NAMES:
@@ -54,6 +57,11 @@ def nearly(name: str) -> str | None:
                     known is SPELLED and plain == word + "s"):
                 return ours
     return None
+
+
+def repeated(names: Iterable[str]) -> list[str]:
+    """The names that are there more than once, in order."""
+    return sorted(name for name, times in Counter(names).items() if times > 1)
 
 
 def is_slip(one: str, other: str) -> bool:

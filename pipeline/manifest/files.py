@@ -124,9 +124,9 @@ def _on_disk(uri: str, base: Path | None) -> Found:
     matches = sorted(_globbed(path))
     base = Path(*_fixed(path.parts)) if _fixed(path.parts) else Path()
     found = _sorted(base, [match for match in matches if match.is_file()])
-    files = {Path(file.name) for file in found.files}
+    holding = {folder for file in found.files for folder in (Path(file.name), *Path(file.name).parents)}
     for match in matches if path.name != "**" else ():
-        if match.is_dir() and match.name[0] not in "._" and not any(file.is_relative_to(match) for file in files):
+        if match.is_dir() and match.name[0] not in "._" and match not in holding:
             found.passed_over.append((str(match), "folders"))
     _say_lost_columns(base, found)
     return found
@@ -270,12 +270,19 @@ def _in_bucket(uri: str) -> Found:
 
 
 def _matches(parts: list[str], patterns: list[str]) -> bool:
-    """Whether a key, cut at its slashes, fits a glob cut the same way; "**" stands for any number of folders."""
-    if not patterns:
-        return not parts
-    if patterns[0] == "**":
-        return any(_matches(parts[skipped:], patterns[1:]) for skipped in range(len(parts) + 1))
-    return bool(parts) and fnmatchcase(parts[0], patterns[0]) and _matches(parts[1:], patterns[1:])
+    """Whether a key, cut at its slashes, fits a glob cut the same way; "**" stands for any number of folders.
+
+    Takes parts x patterns comparisons: pattern by pattern, it follows how many parts may have been used up so far.
+    """
+    used = {0}
+    for pattern in patterns:
+        if pattern == "**":
+            used = set(range(min(used), len(parts) + 1))
+        else:
+            used = {at + 1 for at in used if at < len(parts) and fnmatchcase(parts[at], pattern)}
+        if not used:
+            return False
+    return len(parts) in used
 
 
 def from_stdin() -> ManifestFile:

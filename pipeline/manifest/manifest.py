@@ -15,10 +15,10 @@ import pyarrow.compute as pc
 
 from dailies.model.settings import BY_NAME, SETTINGS, Setting
 from dailies.pipeline.manifest.cells import TEXT, kept
-from dailies.pipeline.manifest.columns import NAMES, Names, map_flag
+from dailies.pipeline.manifest.columns import NAMES, Names, map_flag, repeated
 from dailies.pipeline.manifest.files import SUFFIXES, ManifestFile, common_folder, find_files, from_prompts
 from dailies.pipeline.manifest.part import Part, Reader, joined, types_of_folders
-from dailies.pipeline.manifest.raw_bytes import MAX_BYTES
+from dailies.pipeline.manifest.raw_bytes import MAX_BYTES, MAX_UNFOLDED, refuse_large
 from dailies.pipeline.manifest.validation import Complaints, ManifestError, shown
 
 
@@ -105,7 +105,7 @@ def _found(uris: Sequence[str], prompts: Sequence[str], complaints: Complaints, 
         files += found.files
         notes += [note for note in found.notes() if note not in notes]
     names = [file.name for file in files]
-    for twice in sorted({name for name in names if names.count(name) > 1}) if len(uris) > 1 else ():
+    for twice in repeated(names) if len(uris) > 1 else ():
         complaints.about(twice, None, "a file that is named twice", "each file once")
     return files
 
@@ -113,15 +113,17 @@ def _found(uris: Sequence[str], prompts: Sequence[str], complaints: Complaints, 
 def _read(files: Sequence[ManifestFile], reader: Reader, mapping: Mapping[str, str]) -> tuple[list[Part], str]:
     """Every file that can be read, and the digest of all."""
     complaints, parts, digest, first, room = reader.complaints, [], hashlib.sha256(), 0, MAX_BYTES
+    unread = MAX_UNFOLDED
     for file in files:
         complaints.files.append((file.name, first))
         try:
             with file.open() as stream:
+                unread -= refuse_large(stream, unread)
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
                 if file.partition:
                     digest.update(json.dumps(sorted(file.partition.items())).encode())
                 stream.seek(0)
-                part = reader.read(file, stream, first, room)
+                part = reader.count_columns(reader.read(file, stream, first, room))
         except (OSError, ValueError, pa.ArrowException) as error:
             complaints.about(file.name, None, str(error).strip(), "a readable file of " + (file.format or SUFFIXES))
             continue

@@ -13,11 +13,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pyarrow.types as is_
 
-from dailies.pipeline.manifest.raw_bytes import MAX_ROWS, TooMuch
+from dailies.pipeline.manifest.columns import repeated
+from dailies.pipeline.manifest.raw_bytes import MAX_COLUMNS, MAX_ROWS, TooMuch
 from dailies.pipeline.manifest.stored_types import converted
 from dailies.pipeline.manifest.validation import shown
 
 ROWS_PER_BATCH = 65_536
+MAX_CHUNKS = 1_000_000                                 # row groups times columns: of ten million rows far fewer
 BATCH_BYTES = 1 << 30                                  # of text that cannot be read as it is stored
 WIDTHS = {"BOOLEAN": 1, "INT32": 4, "FLOAT": 4, "INT64": 8, "DOUBLE": 8, "INT96": 12, "BYTE_ARRAY": 4}
 
@@ -25,18 +27,19 @@ WIDTHS = {"BOOLEAN": 1, "INT32": 4, "FLOAT": 4, "INT64": 8, "DOUBLE": 8, "INT96"
 def read_parquet(stream: BinaryIO, room: int) -> pa.Table:
     """The whole file, without dictionaries and extension types.
 
-    room: bytes that it may take in memory.  Raises TooMuch for more; ValueError for too many rows and for two columns
+    room: bytes that it may take in memory.  Raises TooMuch for more; ValueError for too many rows or columns, and for two
     of one name; ArrowException for a file that is damaged.
     """
     metadata = pq.read_metadata(stream)
     if metadata.num_rows > MAX_ROWS:                   # a few bytes can announce any number of rows
         raise ValueError(f"{metadata.num_rows:,} rows; a manifest may have {MAX_ROWS:,}")
+    refuse_wide(metadata)
     if (size := announced(metadata)) > room:
         raise TooMuch(size, room)
     texts = [leaf.path for leaf in leaves(metadata) if is_text(leaf)]
     parquet = pq.ParquetFile(stream, metadata=metadata, read_dictionary=texts, arrow_extensions_enabled=False)
     names = parquet.schema_arrow.names
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+    if twice := repeated(names):
         raise ValueError(f"two columns named {', '.join(map(shown, twice))}")
     schema = pa.schema([(name, plain(kind)) for name, kind in zip(names, parquet.schema_arrow.types)])
     parts, size = [], 0
@@ -46,6 +49,19 @@ def read_parquet(stream: BinaryIO, room: int) -> pa.Table:
             raise TooMuch(size, room)
         parts.append(pa.table([converted(column, kind) for column, kind in zip(part.columns, schema.types)], schema))
     return pa.concat_tables(parts) if parts else schema.empty_table()
+
+
+def refuse_wide(metadata: pq.FileMetaData) -> None:
+    """Before the schema is built or a chunk is looked at: each column costs much more than its bytes in the footer.
+
+    Raises ValueError.
+    """
+    if metadata.num_columns > MAX_COLUMNS:
+        raise ValueError(f"{metadata.num_columns:,} columns, those in structs and lists counted; {MAX_COLUMNS:,} may be "
+                         "there")
+    if (chunks := metadata.num_columns * metadata.num_row_groups) > MAX_CHUNKS:
+        raise ValueError(f"{metadata.num_row_groups:,} row groups, which cut its columns into {chunks:,} pieces; "
+                         f"{MAX_CHUNKS:,} may be there. Write it with more rows in each")
 
 
 def parts_of(parquet: pq.ParquetFile, stream: BinaryIO) -> Iterator[pa.Table]:

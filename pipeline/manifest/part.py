@@ -1,7 +1,7 @@
 """One file of a manifest as columns, and the columns of all files put together."""
 
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -10,18 +10,10 @@ import pyarrow as pa
 from dailies.pipeline.manifest.cells import COLUMNS, INTEGER, TEXT, from_arrow, from_json, from_python, of_one_type
 from dailies.pipeline.manifest.columns import Names
 from dailies.pipeline.manifest.files import SUFFIXES, ManifestFile
-from dailies.pipeline.manifest.parquet import read_parquet
-from dailies.pipeline.manifest.raw_bytes import MAX_ROWS, TooMuch, in_memory, unfolded
+from dailies.pipeline.manifest.parquet import MAX_CHUNKS, read_parquet
+from dailies.pipeline.manifest.raw_bytes import MAX_COLUMNS, MAX_ROWS, TooMuch, in_memory, unfolded
 from dailies.pipeline.manifest.stored_types import as_text, free_name
-from dailies.pipeline.manifest.text import (
-    MAX_COLUMNS,
-    Block,
-    csv_blocks,
-    document_blocks,
-    json_blocks,
-    prompt_blocks,
-    sniffed,
-)
+from dailies.pipeline.manifest.text import Block, csv_blocks, document_blocks, json_blocks, prompt_blocks, sniffed
 from dailies.pipeline.manifest.validation import Complaints, shown
 
 USER = "user."
@@ -57,6 +49,8 @@ class Reader:
         """partitions: the columns that folders are called by, and their types."""
         self.names, self.partitions, self.complaints, self.notes = names, partitions, complaints, notes
         self.asked: set[str] = set()                   # columns that were asked about already
+        self.columns: set[str] = set()                 # the user's, of all files
+        self.num_columns = 0                           # those of each file added up
 
     def read(self, file: ManifestFile, stream: BinaryIO, first: int, room: int) -> Part:
         """One file, whose first row is the manifest's row `first`, and which may take `room` bytes of memory.
@@ -94,6 +88,18 @@ class Reader:
         if not file.format:
             notes.insert(0, f"read as {'a prompt per line' if kind == 'txt' else kind.upper()}")
         self.notes += [f"{file.name}: {note}" for note in notes]
+        return part
+
+    def count_columns(self, part: Part) -> Part:
+        """The part itself.  Raises ValueError where the files together have more columns than a manifest may have."""
+        self.columns.update(part.user.column_names)
+        self.num_columns += part.user.num_columns
+        if self.num_columns > MAX_CHUNKS:
+            raise ValueError(f"{self.num_columns:,} columns, those of each file before it added up; a manifest may have "
+                             f"{MAX_CHUNKS:,}. Put the rows of many files into one")
+        if len(self.columns) > MAX_COLUMNS:
+            raise ValueError(f"{len(self.columns):,} columns with those of the files before; a manifest may have "
+                             f"{MAX_COLUMNS:,}")
         return part
 
     def check_names(self, file: ManifestFile, names: list[str]) -> None:
@@ -214,34 +220,56 @@ def joined(parts: Sequence[Part], notes: list[str]) -> tuple[pa.Table, pa.Table]
     A user's column on whose type the files do not agree is carried along as text, with a note that names two of them.
     """
     known = pa.concat_tables([part.known for part in parts]).combine_chunks()
-    num_rows, columns, taken = known.num_rows, {}, []
-    for name in dict.fromkeys(name for part in parts for name in part.user.column_names if name):
+    types = types_of(parts)
+    odd = {name for name, files in types.items() if len(files) > 1 and not unite(name, parts)}
+    tables = [as_texts(part.user, odd) for part in parts]
+    user = pa.concat_tables(tables, promote_options="permissive")
+    num_rows, columns, taken = known.num_rows, {}, set[str]()
+    for name in types:
         free = free_name(name, taken)
-        taken.append(free)
         if free != name:                               # Spark and DuckDB take two names that differ in case for one
             notes.append(f"column {shown(name.removeprefix(USER))}: another differs from it in case alone; carried "
                          f"along as {shown(free)}")
-        columns[free] = of_all_files(name, parts, notes)
+        if name in odd:
+            said: dict[str, str] = {}
+            for kind, file in types[name].items():
+                if not pa.types.is_null(kind):
+                    said.setdefault(said_type(kind), file)
+            listed = ", ".join(f"{kind} in {file}" for kind, file in list(said.items())[:2])
+            notes.append(f"column {shown(name.removeprefix(USER))}: {listed}; carried along as text")
+        column = user.select([name]).combine_chunks()[name]
+        # not every reader of Parquet knows a column without a type
+        columns[free] = column.cast(TEXT) if pa.types.is_null(column.type) else column
     # a table without columns has no rows
     return known, pa.table(columns) if columns else pa.table({"": pa.nulls(num_rows)}).drop_columns([""])
 
 
-def of_all_files(name: str, parts: Sequence[Part], notes: list[str]) -> pa.ChunkedArray:
-    chunks = [part.user.select([name]) if name in part.user.column_names else
-              pa.table({name: pa.nulls(part.num_rows)}) for part in parts]
+def types_of(parts: Sequence[Part]) -> dict[str, dict[pa.DataType, str]]:
+    """The user's columns in their order, and of each the types that it has, with the first file of each."""
+    types: dict[str, dict[pa.DataType, str]] = {}
+    for part in parts:
+        for field in part.user.schema:
+            if field.name:
+                types.setdefault(field.name, {}).setdefault(field.type, part.file)
+    return types
+
+
+def unite(name: str, parts: Sequence[Part]) -> bool:
+    """Whether a type holds all that a column has in the files."""
+    chunks = [part.user.select([name]) for part in parts if part.user.schema.get_field_index(name) >= 0]
     try:
-        column = pa.concat_tables(chunks, promote_options="permissive").combine_chunks()[name]
+        pa.concat_tables(chunks, promote_options="permissive")
     except pa.ArrowException:
-        types = {}
-        for part, chunk in zip(parts, chunks):
-            if not pa.types.is_null(chunk.schema.types[0]):
-                types.setdefault(said_type(chunk.schema.types[0]), part.file)
-        said = ", ".join(f"{kind} in {file}" for kind, file in list(types.items())[:2])
-        notes.append(f"column {shown(name.removeprefix(USER))}: {said}; carried along as text")
-        texts = [pa.table({name: as_text(chunk[name])}) for chunk in chunks]
-        column = pa.concat_tables(texts).combine_chunks()[name]
-    # not every reader of Parquet knows a column without a type
-    return column.cast(TEXT) if pa.types.is_null(column.type) else column
+        return False
+    return True
+
+
+def as_texts(table: pa.Table, names: Container[str]) -> pa.Table:
+    """The table with these columns as text."""
+    for place, name in enumerate(table.column_names):
+        if name in names:
+            table = table.set_column(place, name, as_text(table.column(place)))
+    return table
 
 
 def said_type(kind: pa.DataType) -> str:

@@ -13,7 +13,8 @@ import pyarrow as pa
 
 MAX_BYTES = 2 << 30                 # of content, all files together: what a machine of 16 GB can plan
 MAX_ROWS = 10_000_000               # of one file
-MAX_UNFOLDED = 2 * MAX_BYTES        # of one compressed file: text is longer than what is kept of it
+MAX_COLUMNS = 1_000                 # of all files together, those in structs and lists counted
+MAX_UNFOLDED = 2 * MAX_BYTES        # of a compressed file, and of all files as they lie: text is longer than what is kept
 FREELY = 64 << 20                   # a compressed file may unfold to this, however small it is
 MAX_RATIO = 500                     # beyond it: more than real rows come to, unless all are the same
 CHUNK = 1 << 16
@@ -61,6 +62,16 @@ class Unfolding(io.RawIOBase):
                              f"{MAX_RATIO} times its size; unpack it if it is meant")
         buffer[:len(data)] = data
         return len(data)
+
+
+def refuse_large(stream: BinaryIO, room: int) -> int:
+    """The bytes of a file, by its end: one that is all holes takes no disk, and hours to read.  Raises ValueError."""
+    size = stream.seek(0, io.SEEK_END)
+    stream.seek(0)
+    if size > room:
+        raise ValueError(f"{size:,} bytes, where {room:,} are left of the {MAX_UNFOLDED:,} that a manifest's files may "
+                         "have; split it")
+    return size
 
 
 def unfolded(stream: BinaryIO) -> BinaryIO:

@@ -46,21 +46,22 @@ def stored_nest(given: pa.DataType, depth: int) -> pa.DataType:
     if depth > MAX_DEPTH or given.num_fields == 0 or is_.is_union(given):
         return pa.string()
     if is_.is_struct(given):
-        names: list[str] = []
-        for field in given:                            # to Spark and DuckDB two names that differ in case are one
-            names.append(free_name(field.name, names))
+        taken: set[str] = set()
+        # to Spark and DuckDB two names that differ in case are one
+        names = [free_name(field.name, taken) for field in given]
         return pa.struct([(name, stored_type(field.type, depth)) for name, field in zip(names, given)])
     if is_.is_map(given):
         return pa.map_(stored_type(given.key_type, depth), stored_type(given.item_type, depth))
     return pa.list_(stored_type(given.value_type, depth))
 
 
-def free_name(name: str, taken: list[str]) -> str:
-    """The name, with a number where it is taken, in whatever case."""
-    there, number, free = {other.casefold() for other in taken}, 1, name
-    while free.casefold() in there:
+def free_name(name: str, taken: set[str]) -> str:
+    """The name, with a number where it is taken, in whatever case.  taken: casefolded; what is returned is added."""
+    number, free = 1, name
+    while free.casefold() in taken:
         number += 1
         free = f"{name}_{number}"
+    taken.add(free.casefold())
     return free
 
 

@@ -16,14 +16,19 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 from dailies.model.settings import SETTINGS
-from dailies.pipeline.manifest.columns import NAMES, nearly
+from dailies.pipeline.manifest.columns import NAMES, nearly, repeated
+from dailies.pipeline.manifest.raw_bytes import MAX_COLUMNS
 from dailies.pipeline.manifest.validation import shown
 
 ROWS_PER_BLOCK = 20_000             # bounds, with the next, how much lives as Python objects at a time
 BLOCK_CHARACTERS = 4 << 20
-MAX_LINE = 4 << 20                  # characters: a prompt has 8 KiB
+MAX_LINE = 4 << 20                  # characters, of a row too: a prompt has 8 KiB
+MAX_ROW_LINES = 10_000              # of CSV; a prompt of nothing but line ends has fewer
+FEW_LINES = 16                      # of a row, once more than this was read again:
+MAX_REREAD = 64 << 20               # characters, and 100 for each line; stray quotes do not come to it
 MAX_DOCUMENT = 16 << 20             # characters of a JSON object with the rows in it, which is parsed as a whole
-MAX_COLUMNS = 1_000                 # of text, where every row can bring new ones and all rows then have them
+MAX_SPARSE = 50                     # cells of JSON that are not there, for each that is: all become cells
+FREELY_ABSENT = 1_000_000           # of a block
 MAX_BROKEN = 100_000                # lines, after which the file is none of its kind
 
 BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
@@ -71,11 +76,18 @@ class Lines:
         self.taken: list[str] = []                     # since `begin`
         self.readline, self.take = text.readline, self.taken.append
         self.owes = False                              # a line that was too long, in the middle of a row
+        self.length, self.most = 0, MAX_ROW_LINES      # characters in `taken`; lines that may be in it
+        self.reread = 0
 
     def __iter__(self) -> "Lines":
         return self
 
     def __next__(self) -> str:
+        if not self.taken:
+            self.length = 0
+        elif self.length > MAX_LINE or len(self.taken) >= self.most:
+            raise TooLong(f"a row of more than {len(self.taken):,} lines" if self.length <= MAX_LINE else
+                          f"a row of {MAX_LINE:,} characters and more")
         if self.waiting:
             line = self.waiting.popleft()
         elif self.owes:
@@ -92,6 +104,7 @@ class Lines:
             if not line:
                 raise StopIteration
         self.number += 1
+        self.length += len(line)
         self.take(line)
         return line
 
@@ -101,7 +114,14 @@ class Lines:
         return self.number + 1
 
     def hand_back(self, keep: int) -> None:
-        """All lines since `begin` but the first `keep`."""
+        """All lines since `begin` but the first `keep`.
+
+        Each row may open a quote that swallows what follows: when much has been read again, rows may swallow little.
+        """
+        if len(self.taken) > 1:
+            self.reread += self.length + 100 * len(self.taken)
+        if self.reread > MAX_REREAD:
+            self.most = FEW_LINES
         self.waiting.extendleft(reversed(self.taken[keep:]))
         self.number -= len(self.taken) - keep
         del self.taken[keep:]
@@ -159,8 +179,7 @@ def csv_header(lines: Lines, delimiter: str, known: set[str]) -> tuple[str, list
         raise ValueError(f"a header that is not UTF-8 text: {shown(choice.join(header))}")
     if len(names) > MAX_COLUMNS:
         raise ValueError(f"{len(names):,} names of columns; a manifest may have {MAX_COLUMNS:,}")
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
+    if twice := repeated(names):
         raise ValueError(f"a header that names a column twice: {', '.join(map(shown, twice))}")
     return choice, names
 
@@ -309,8 +328,7 @@ def twice_in(line: str) -> str:
     twice: list[str] = []                              # of the object that was read last, which is the outermost
 
     def pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in found]
-        twice[:] = [name for name in names if names.count(name) > 1] if len({*names}) < len(names) else []
+        twice[:] = repeated(name for name, _ in found)
         return {}
 
     json.loads(line, object_pairs_hook=pairs)
@@ -321,11 +339,15 @@ def block_of(rows: list[dict], broken: list[tuple[int, str, str]]) -> Block:
     names = dict.fromkeys(name for row in rows for name in row)
     if len(names) > MAX_COLUMNS:
         raise ValueError(f"{len(names):,} names of columns; a manifest may have {MAX_COLUMNS:,}")
-    for bad in [name for name in names if not is_text(name)]:
-        del names[bad]
+    if len(names) * len(rows) > FREELY_ABSENT + MAX_SPARSE * sum(map(len, rows)):
+        raise ValueError(f"{len(names):,} names of columns in {len(rows):,} rows, of which hardly one has a cell of its "
+                         "own; give rows the same names, or split the manifest")
+    if bad := {name for name in names if not is_text(name)}:
+        names = {name: None for name in names if name not in bad}
         known = {at for at, _, _ in broken}
-        broken += [(at, f"a name that is no text: {shown(bad)}", "names in UTF-8") for at, row in enumerate(rows)
-                   if bad in row and at not in known]
+        found = [(at, next((name for name in row if name in bad), None)) for at, row in enumerate(rows)]
+        broken += [(at, f"a name that is no text: {shown(name)}", "names in UTF-8") for at, name in found
+                   if name is not None and at not in known]
     gone = {at for at, _, allowed in broken if allowed == "names in UTF-8"}
     columns = {name: [None if at in gone else row.get(name) for at, row in enumerate(rows)] if gone else
                [row.get(name) for row in rows] for name in names}

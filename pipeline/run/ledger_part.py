@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pyarrow.types as is_
 
+from dailies.pipeline.manifest.columns import repeated
 from dailies.pipeline.manifest.parquet import announced, chunks_of, is_text, leaves, plain, unfolded
 from dailies.pipeline.run.ledger_row import limited, there
 
@@ -35,7 +36,7 @@ def read_part(data: bytes, columns: Sequence[str] | None, schema: pa.Schema) -> 
     options = dict(metadata=metadata, page_checksum_verification=True, arrow_extensions_enabled=False)
     stored = pq.ParquetFile(stream, **options).schema_arrow
     names = stored.names
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+    if twice := repeated(names):
         raise ValueError(f"two columns are named {twice[0]!r}")
     wanted = names if columns is None else list(there(columns, names))
     if missing := [name for name in ("id", "seed", "status") if name not in names]:
