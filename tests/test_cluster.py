@@ -1,6 +1,8 @@
 """The pipeline on Ray: real processes, real deaths, GPUs that only count."""
 
 import os
+import re
+import resource
 import signal
 import socket
 import stat
@@ -14,10 +16,10 @@ from types import ModuleType
 
 import pytest
 from fake_stages import CannotBeMade, Patient, calls, fake_stages
+from fakes import pretend_request, pretend_stages
 
 from dailies.actors.messages import Clip, Failure
-from dailies.jobs.bench.pipeline import pretend_request, pretend_stages, rss_bytes
-from dailies.pipeline.scheduler import cluster, ray_private
+from dailies.pipeline.scheduler import cluster, ray_executor, ray_private
 from dailies.pipeline.scheduler.cluster import ClusterError, Stop
 from dailies.pipeline.stages import Stage, Step, run_local
 
@@ -128,7 +130,7 @@ def test_what_cannot_be_imported_where_the_work_is_says_so_in_its_own_words(what
     wanted = ("ModuleNotFoundError: No module named 'dailies.model.catalog'; 'model' is not a package. "
               "No clip is charged")
     if what == "the process":
-        monkeypatch.setattr(cluster, "Process", CannotBeMade)
+        monkeypatch.setattr(ray_executor, "Process", CannotBeMade)
     else:
         wanted = "ModuleNotFoundError: No module named 'only_here'. No clip is charged"
         there = type("OnlyHere", (), {"__module__": "only_here", "__qualname__": "OnlyHere"})
@@ -200,7 +202,8 @@ def test_the_drivers_memory_does_not_grow_with_the_night(four_gpus):
     stages = pretend_stages(window=50, replicas=1)
     for done, _ in enumerate(cluster.run(stages, requests(3000)), start=1):
         if done % 500 == 0:
-            marks.append(rss_bytes())
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            marks.append(pages * resource.getpagesize())
     growth = (marks[-1] - marks[1]) / 2000
     assert growth < 4096, f"{growth:.0f} bytes per clip"
 
@@ -237,6 +240,24 @@ def test_a_cluster_without_tokens_is_refused_unless_it_is_on_loopback(monkeypatc
         assert cluster.is_loopback(host)
     for host in ("0.0.0.0", "192.0.2.7", "no such host"):
         assert not cluster.is_loopback(host)
+
+
+def test_a_ray_that_was_not_tried_with_is_told_of_and_one_that_lacks_a_private_name_is_refused(monkeypatch):
+    assert ray_private.unknown_version() is None
+    monkeypatch.setattr(ray_private.ray, "__version__", "2.99.1")
+    assert "Ray 2.99.1 is not one that dailies was tested with" in ray_private.unknown_version()
+    script = ("import ray, sys\nsys.modules['ray._private.authentication.authentication_token_setup'] = None\n"
+              "from dailies.pipeline.scheduler.executor import ClusterError\n"
+              "try:\n    from dailies.pipeline.scheduler import cluster\nexcept ClusterError as error:\n    print(error)")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    assert "dailies does not know it: " in done.stdout and "pip install 'ray[default]==" in done.stdout
+
+
+def test_rays_private_modules_are_used_in_one_file():
+    folders = [HERE.parent / name for name in ("actors", "pipeline", "jobs")]
+    found = {path.name for folder in folders for path in folder.rglob("*.py")
+             if re.search(r"ray\._(private|raylet)", path.read_text())}
+    assert found == {"ray_private.py"}
 
 
 def test_a_run_needs_a_cluster():
@@ -307,8 +328,7 @@ def test_auto_does_not_follow_what_other_users_say_about_a_cluster(monkeypatch):
 
 def test_a_killed_driver_leaves_no_process(tmp_path):
     script = ("import os, sys\nfrom pathlib import Path\nfrom fake_stages import fake_stages\n"
-              "from dailies.jobs.bench.pipeline import pretend_request\nfrom dailies.pipeline.scheduler import "
-              "cluster\n"
+              "from fakes import pretend_request\nfrom dailies.pipeline.scheduler import cluster\n"
               "folder = Path(sys.argv[1])\n"
               "with cluster.connect('local', cpus=2, gpus=0):\n"
               "    stages = fake_stages(folder, names=['sample'], replicas={'sample': 1})\n"

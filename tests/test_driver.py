@@ -6,16 +6,18 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib import import_module
 
 import pytest
+from fakes import SHARED, SLEEPS_S, WHOLE, pretend_request, pretend_stages, pretend_value
 
 from dailies.actors.messages import Clip, Failure
-from dailies.jobs.bench.pipeline import SHARED, SLEEPS_S, WHOLE, pretend_request, pretend_stages, pretend_value
 from dailies.pipeline.scheduler.budget import Budget
 from dailies.pipeline.scheduler.driver import ClusterError, Driver, Stop
 from dailies.pipeline.scheduler.executor import Alive, Answer, Broken, Call, Done, Hello, Replica
+from dailies.pipeline.scheduler.forecast import Cost, forecast
 from dailies.pipeline.scheduler.placement import Node
-from dailies.pipeline.stages import Report
+from dailies.pipeline.stages import Report, Stage, Step, Worker, run_local
 from dailies.pipeline.store import StoreError
 
 
@@ -668,3 +670,45 @@ def test_every_request_ends_once_whatever_breaks(seed):
     assert driver.queues.held == 0 and not driver.queues[0].shared and not any(queue.tasks for queue in driver.queues)
     if not breaks:
         assert all(isinstance(outcome.value, Clip) and outcome.attempts == 1 for outcome in outcomes)
+
+
+UPSCALER = '''"""A stage that a person adds: twice as many pixels."""
+
+from dataclasses import replace
+from importlib import import_module
+
+
+class Upscaler:
+    def __init__(self, factor):
+        self.factor = factor
+
+    def __call__(self, batch):
+        return [replace(latent, streams=(*latent.streams, self.factor)) for latent in batch]
+'''
+
+
+def test_a_stage_of_another_name_takes_its_place_between_two_others_and_one_file_is_all_that_it_needs(
+        tmp_path, monkeypatch):
+    """The same outcomes from `run_local`, which runs it, and from the driver, which gives it replicas and a queue."""
+    (tmp_path / "upscaling.py").write_text(UPSCALER)
+    monkeypatch.syspath_prepend(tmp_path)
+    step = Step(actor=import_module("upscaling").Upscaler, args={"factor": 2})
+    upscale = Stage(name="upscale", steps=(step,), gpus=0.5, cpus=0.25)
+    encode, sample, publish = pretend_stages(gpus={"encode": 0.25, "sample": 0.5})
+    stages, notes = [encode, sample, upscale, publish], []
+    worker = Worker("upscale", upscale.steps, threads=1)
+    (latent,), _ = worker([pretend_value("latent", pretend_request(1))])
+    assert latent.streams == (2,)
+    local = {outcome.value.request.clip_id: outcome for outcome in run_local(stages, requests(40))}
+    executor = SimulatedExecutor(box(2), SLEEPS_S | {"upscale": 0.2}, fault=failing("upscale", {7}, poisoned({7})))
+    driver, outcomes = drive(executor, stages, requests(40),
+                             on_progress=lambda progress: notes.extend(progress.notes))
+    assert all(set(outcome.seconds) >= {"sample", "upscale", "publish"} for outcome in local.values())
+    made = [outcome for outcome in outcomes if isinstance(outcome.value, Clip)]
+    assert {outcome.value.request.clip_id for outcome in made} == set(local) - {f"{7:064x}"} and len(made) == 39
+    assert all(outcome.seconds["upscale"] == 0.2 for outcome in made)
+    failed, = [outcome.value for outcome in outcomes if isinstance(outcome.value, Failure)]
+    assert failed.stage == "upscale" and any(note.startswith("upscale-") for note in notes)
+    assert [queue.stage.name for queue in driver.queues] == ["encode", "sample", "upscale", "publish"]
+    found = forecast(stages, box(2), {name: Cost(held_s=1.0) for name in SLEEPS_S | {"upscale": 0.2}}, clips=100)
+    assert found.replicas["upscale"] >= 1 and found.clips_per_hour > 0

@@ -8,17 +8,18 @@ from collections import Counter
 from itertools import count
 
 import pytest
+from fakes import pretend_request, pretend_stages
 from test_driver import SHARED, SLEEPS_S, WHOLE, SimulatedExecutor, box, drive, poisoned, requests
 
 from dailies.actors.image_parts import ImageError
 from dailies.actors.messages import Clip, Failure
-from dailies.jobs.bench.pipeline import pretend_request, pretend_stages
-from dailies.pipeline.scheduler.cluster import last_line, load_failed, on_this_machine
+from dailies.pipeline.scheduler.cluster import on_this_machine
 from dailies.pipeline.scheduler.driver import ClusterError, Driver
 from dailies.pipeline.scheduler.executor import Broken
 from dailies.pipeline.scheduler.faults import WorkerUnfit, killed_for_memory, machine_fault
 from dailies.pipeline.scheduler.placement import Node
 from dailies.pipeline.scheduler.pool import portable
+from dailies.pipeline.scheduler.ray_executor import last_line, load_failed
 from dailies.pipeline.stages import Step, Worker
 from dailies.pipeline.store import StoreError
 

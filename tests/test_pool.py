@@ -17,10 +17,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from fakes import pretend_request
 
 from dailies.actors import handover
 from dailies.actors.messages import Clip, Failure, Frames, Latent
-from dailies.jobs.bench.pipeline import pretend_request
 from dailies.model.shapes import VideoShape
 from dailies.pipeline.scheduler import pool as pools
 from dailies.pipeline.scheduler.pool import ChildFailed, Pool
@@ -87,7 +87,7 @@ def latent(seed: int) -> Latent:
 
 @pytest.fixture(scope="module")
 def worker(tmp_path_factory):
-    """As cluster.Process has it, with two processes, which outlive a test."""
+    """As ray_executor.Process has it, with two processes, which outlive a test."""
     written = tmp_path_factory.mktemp("written")
     pool = Pool("publish", [Step(actor=Write, args={"folder": written})], 2, name="publish-1@here", device="a GPU")
     yield Worker("publish", [Step(actor=Decode, name="decode")], threads=1, name="publish-1@here", pool=pool,

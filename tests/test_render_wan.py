@@ -9,13 +9,13 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from fakes import SHARED, pretend_stages
 from image_files import BROKEN, deep_grey, encoded, jpeg, palette, pixels, png, see_through
 from PIL import Image
 from test_driver import SimulatedExecutor, box, drive
 from wan_tiny import CARDS, WAN_TINY, write_weights
 
 from dailies.actors.clip_file import read_clip
-from dailies.jobs.bench.pipeline import SHARED, pretend_stages
 from dailies.jobs.cli import main
 from dailies.model.catalog import CATALOG
 from dailies.pipeline import stages

@@ -5,13 +5,14 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from fake_stages import calls, fake_stages
+from fakes import pretend_request, pretend_stages
 
 from dailies.actors.device_lock import NO_LOCK
 from dailies.actors.messages import Clip, Embedding, Failure, Latent
-from dailies.jobs.bench.pipeline import pretend_request, pretend_stages
 from dailies.pipeline.stages import Stage, Step, Worker, lost_context, readdress, run_local
 from dailies.pipeline.store import StoreError
 
@@ -235,7 +236,8 @@ def test_a_share_of_several_gpus_is_refused():
 
 
 def test_run_local_needs_no_ray():
-    script = ("import sys\nfrom dailies.jobs.bench.pipeline import *\nfrom dailies.pipeline.stages import run_local\n"
+    script = (f"import sys\nsys.path.append({str(Path(__file__).parent)!r})\nfrom fakes import *\n"
+              "from dailies.pipeline.stages import run_local\n"
               "assert len(list(run_local(pretend_stages(), [pretend_request(1)]))) == 1\n"
               "assert 'ray' not in sys.modules")
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)

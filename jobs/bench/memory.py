@@ -59,7 +59,7 @@ def resident(pid: int) -> dict[str, float]:
         ancestor = child
         while ancestor in parents and ancestor != pid:
             ancestor = parents[ancestor]
-        if ancestor == pid and names[child].startswith("ray::Process"):     # pipeline/scheduler/cluster.py: one stage's worker
+        if ancestor == pid and names[child].startswith("ray::Process"):     # ray_executor.py: one stage's worker
             found["workers"] = found.get("workers", 0.0) + sizes[child] * 4096 / 2**20
     return found
 

@@ -55,11 +55,10 @@ def pretend_value(kind: str, request: Request) -> Embedding | Latent | Clip:
                 duration_s=request.shape.frames / request.fps)
 
 
-def pretend_request(number: int, *, prompt: str | None = None, frames: int = 1) -> Request:
-    return Request(clip_id=f"{number:064x}", model="pretend", weights_fingerprint="0" * 64,
-                   prompt=prompt or f"prompt {number}", negative_prompt="", seed=number,
-                   shape=VideoShape(frames=frames, height=8, width=8), fps=24.0, num_steps=1, guidance=1.0,
-                   precision="fp32", attention="dense")
+def pretend_request(number: int) -> Request:
+    return Request(clip_id=f"{number:064x}", model="pretend", weights_fingerprint="0" * 64, prompt=f"prompt {number}",
+                   negative_prompt="", seed=number, shape=VideoShape(frames=1, height=8, width=8), fps=24.0,
+                   num_steps=1, guidance=1.0, precision="fp32", attention="dense")
 
 
 def pretend_stages(*, sleeps_s: dict[str, float] | None = None, gpus: dict[str, float] | None = None,

@@ -1,6 +1,6 @@
 """The driver's loop: which task waits where, who works on it, and what comes next.
 
-It knows no Ray: an `Executor` starts processes, hands them calls and brings back answers (cluster.py has the real one).
+It knows no Ray: an `Executor` starts processes, hands them calls and brings back answers (ray_executor.py).
 It holds a window of tasks, never the whole night, so its memory is bounded.
 
     intake.py        which requests are begun          autoscaler.py    how many replicas, and where

@@ -1,6 +1,6 @@
 """What the driver and the machines say to each other: tasks, calls, replicas of a stage, and the answers.
 
-`Driver` (driver.py) decides, an `Executor` does: cluster.py has the one that runs on Ray.
+`Driver` (driver.py) decides, an `Executor` does: ray_executor.py has the one on Ray.
 """
 
 from collections import deque
