@@ -168,7 +168,7 @@ def foretell(job: RenderJob, run: Run, wanted: set[str]) -> dict[str, Any] | Non
         left[work_of(bucket)] += bucket["clips"]
         of_work.setdefault(work_of(bucket), bucket)
     for work, clips in left.items():
-        costs = measured_costs(measured, of_work[work])
+        costs = measured_costs(stages, measured, of_work[work])
         found.append((clips, forecast(stages, machines, costs, clips, encoded=math.ceil(encoded * clips))))
     return said_of(found, sum(map(len, measured.values())), job)
 

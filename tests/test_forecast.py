@@ -7,6 +7,7 @@ from datetime import datetime, timedelta
 import pytest
 import tiny  # noqa: F401  adds the model to the catalogue
 
+from dailies.jobs.bench import gpu_shapes
 from dailies.jobs.cli import main
 from dailies.jobs.plan import said_of
 from dailies.jobs.settings import RenderJob
@@ -16,6 +17,7 @@ from dailies.pipeline.scheduler.forecast import Cost, Forecast, forecast, measur
 from dailies.pipeline.scheduler.placement import Node
 from dailies.pipeline.stages import Stage
 
+STAGES = gpu_shapes.pipeline()
 BUCKET = dict(width=832, height=480, frames=81, steps=4)
 
 
@@ -25,22 +27,22 @@ def row(sample_s=1.0, gpu_s=1.6, steps=4, **changes):
 
 
 def test_what_clips_cost_are_the_medians_of_their_bucket_and_a_gpus_part_of_them_is_what_was_measured():
-    costs = measured_costs(rows_by_work([row(), row(sample_s=9.0, gpu_s=9.6), row(), row(sample_s=None),
-                                         row(steps=50)]), BUCKET)
+    rows = [row(), row(sample_s=9.0, gpu_s=9.6), row(), row(sample_s=None), row(steps=50)]
+    costs = measured_costs(STAGES, rows_by_work(rows), BUCKET)
     assert sum(cost.held_s for cost in costs.values()) == pytest.approx(1.6)
     assert sum(cost.held_s + cost.beside_s for cost in costs.values()) == pytest.approx(0.1 + 1.0 + 0.9)
     assert costs["publish"].pool_s == 2.0
 
 
 def test_a_bucket_that_was_not_seen_costs_what_the_nearest_does_by_its_work():
-    costs = measured_costs(rows_by_work([row(), row(steps=400, sample_s=500.0)]), BUCKET | {"steps": 8})
+    costs = measured_costs(STAGES, rows_by_work([row(), row(steps=400, sample_s=500.0)]), BUCKET | {"steps": 8})
     whole = {name: cost.held_s + cost.beside_s for name, cost in costs.items()}
     assert whole == pytest.approx({"encode": 0.1, "sample": 2.0, "publish": 1.8}) and costs["publish"].pool_s == 4.0
     assert not rows_by_work([row(sample_s=None)]) and not rows_by_work([])
 
 
 def test_on_cpus_all_seconds_of_a_replica_count_and_no_gpu_is_held():
-    costs = measured_costs(rows_by_work([row(gpu_s=None, encode_s=0.0)]), BUCKET)
+    costs = measured_costs(STAGES, rows_by_work([row(gpu_s=None, encode_s=0.0)]), BUCKET)
     pipeline = [Stage(name="sample", steps=()), Stage(name="publish", steps=(), cpus=0.5)]
     found = forecast(pipeline, [Node(id="a", cpus=4)], costs, clips=100)
     assert found.gpu_hours == 0.0 and found.replicas["sample"] + 0.5 * found.replicas["publish"] <= 4.5

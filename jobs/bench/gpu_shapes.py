@@ -241,7 +241,7 @@ def simulate(shape: Shape, gpus: int, clips: int) -> dict[str, float]:
     assert len(outcomes) == clips
     # as `dailies plan` does it, from what the ledger would say of the first
     rows = [row_of("", outcome.value, outcome) for outcome in outcomes[:MEASURED]]
-    foretold = forecast(stages, box(gpus), measured_costs(rows_by_work(rows), rows[0]), clips)
+    foretold = forecast(stages, box(gpus), measured_costs(stages, rows_by_work(rows), rows[0]), clips)
     busy = busy_shares([(stage, str(gpu), *times) for stage, gpu, *times in executor.busy], gpus)
     span_s = max(end for *_, end in executor.busy) - min(start for _, _, start, _ in executor.busy)
     return {"clips": clips, **busy, "clips_per_hour": 3600 * clips / span_s,

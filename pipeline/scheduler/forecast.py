@@ -76,7 +76,8 @@ def rows_by_work(rows: Iterable[Mapping[str, Any]]) -> dict[float, list[Mapping[
     return by_work
 
 
-def measured_costs(by_work: Mapping[float, Sequence[Mapping[str, Any]]], bucket: Mapping[str, Any]) -> dict[str, Cost]:
+def measured_costs(stages: Sequence[Stage], by_work: Mapping[float, Sequence[Mapping[str, Any]]],
+                   bucket: Mapping[str, Any]) -> dict[str, Cost]:
     """What a clip of this bucket costs in each stage: the medians of the bucket's ledger rows, or of the bucket nearest
     to it in work, that much more or less.
 
@@ -84,19 +85,23 @@ def measured_costs(by_work: Mapping[float, Sequence[Mapping[str, Any]]], bucket:
     """
     wanted = work_of(bucket)
     nearest = min(by_work, key=lambda work: abs(math.log(work / wanted)))
+    more = wanted / nearest
 
     def seconds(name: str) -> float:
-        found = [row[name] for row in by_work[nearest] if row[name] is not None]
+        found = [row[name] for row in by_work[nearest] if row.get(name) is not None]
         return median(found) if found else 0.0
 
-    more = wanted / nearest
-    encode_s = seconds("encode_s")                      # of a prompt, whatever the clip
-    sample_s, decode_s, publish_s = (more * seconds(name) for name in ("sample_s", "decode_s", "publish_s"))
-    whole_s = encode_s + sample_s + decode_s
+    spent, pool_s = {}, {}
+    for stage in stages:
+        pooled = {step.name or stage.name for step in stage.then}
+        alone = {step.name or stage.name for step in stage.steps} - pooled      # a few steps fetch for the pool's name
+        times = 1.0 if stage.key else more              # what a key shares is of a prompt, whatever the clip
+        spent[stage.name], pool_s[stage.name] = (times * sum(seconds(f"{name}_s") for name in names)
+                                                 for names in (alone, pooled))
+    whole_s = sum(spent.values())
     share = min(1.0, (more * seconds("gpu_s") or whole_s) / (whole_s or 1.0))   # on CPUs all; on GPUs the sum counts
-    return {name: Cost(held_s=share * spent, beside_s=(1 - share) * spent,
-                       pool_s=publish_s if name == "publish" else 0.0)
-            for name, spent in (("encode", encode_s), ("sample", sample_s), ("publish", decode_s))}
+    return {name: Cost(held_s=share * spent[name], beside_s=(1 - share) * spent[name], pool_s=pool_s[name])
+            for name in spent}
 
 
 def work_of(said: Mapping[str, Any]) -> float:
