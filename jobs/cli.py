@@ -28,6 +28,7 @@ except ModuleNotFoundError as error:                    # a job on a cluster's h
 
 if TYPE_CHECKING:
     from dailies.jobs.settings import RenderJob
+    from dailies.pipeline.stages import Engine
 
 HELP = """Render tonight, look tomorrow: large text-to-video batches, from a manifest of prompts to clips in a folder
 or bucket.
@@ -201,7 +202,7 @@ def with_render_options(command: Callable[..., int]) -> Callable[..., int]:
 
 @app.command()
 @with_render_options
-def render(options: dict[str, Any], json: Json = False) -> int:
+def render(options: dict[str, Any], context: typer.Context, json: Json = False) -> int:
     """Plan, render and publish every row that is not done yet; running it again continues.
 
     \b
@@ -214,7 +215,7 @@ def render(options: dict[str, Any], json: Json = False) -> int:
     """
     job = job_of(options)
     from dailies.jobs.render import render
-    return render(job, json=json)
+    return render(job, json=json, engine=context.obj)
 
 
 @app.command()
@@ -405,8 +406,11 @@ def program() -> NoReturn:
         leave(code)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run one command; whatever goes wrong becomes one message and an exit code."""
+def main(arguments: list[str] | None = None, *, engine: "Engine | None" = None) -> int:
+    """Run one command; whatever goes wrong becomes one message and an exit code.
+
+    engine: does the work of `render`; None: Ray (pipeline/scheduler/cluster.py).
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         import_nothing_from_here()
@@ -421,7 +425,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         # jobs/render.py answers both signals itself while clips are made, and saves more
         with on_signals(signal.default_int_handler, signal.SIGTERM):
-            return app(arguments, prog_name="dailies", standalone_mode=False) or 0
+            return app(arguments, prog_name="dailies", standalone_mode=False, obj=engine) or 0
     except CommandLineError as error:
         hint = f"\nSee: {error.ctx.command_path} --help" if error.ctx else ""
         return fail(2, error.format_message() + hint, arguments)

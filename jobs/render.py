@@ -25,7 +25,9 @@ from dailies.pipeline.run.run import Run
 from dailies.pipeline.run.run import prepare as prepare_run
 from dailies.pipeline.run.seal import own_key
 from dailies.pipeline.scheduler.budget import Budget
-from dailies.pipeline.stages import Outcome, Stage
+from dailies.pipeline.scheduler.intake import Stop
+from dailies.pipeline.scheduler.progress import Progress
+from dailies.pipeline.stages import Engine, Outcome, Stage
 from dailies.pipeline.store import StoreError, open_store
 from dailies.pipeline.store.fetch import bring
 from dailies.pipeline.text_to_video import text_to_video
@@ -34,10 +36,10 @@ from dailies.pipeline.wording import counted
 MANY_IMAGES = 1000                                      # take longer than a person waits without a word
 
 
-def render(job: RenderJob, *, json: bool) -> int:
+def render(job: RenderJob, *, json: bool, engine: Engine | None = None) -> int:
     """Plan, render and publish what is not done yet; 0 all done, 3 some rows failed, 4 out of budget, 130 stopped.
 
-    Nothing is written before everything that can be wrong with the job has been checked.
+    engine: does the work; None: Ray.  Nothing is written before all that can be wrong with the job has been checked.
     Raises UsageError, SettingError, ManifestError, CheckpointError; StoreError, ClusterError, LeaseError.
     """
     began = time.monotonic()
@@ -53,7 +55,7 @@ def render(job: RenderJob, *, json: bool) -> int:
     tell([what_is_made(run), *notes_of(run), *limits_of(job, run, deadline)])
     with run.open(limit=job.limit, keep_latents=job.keep_latents, take_over=job.take_over,
                   tell=lambda text: tell([text])) as bookkeeper:
-        stop = work(job, run, bookkeeper, budget)
+        stop = work(job, run, bookkeeper, budget, engine)
     return report(job, run, bookkeeper, stop, budget, began, json)
 
 
@@ -99,30 +101,31 @@ def begin(job: RenderJob, run: Run) -> None:
     run.claim(job.model_dump())
 
 
-def work(job: RenderJob, run: Run, bookkeeper: Bookkeeper, budget: Budget) -> Any:
-    """Render until all is done, the budget is used up or somebody stops it; returns the Stop, None for nothing to do."""
+def work(job: RenderJob, run: Run, bookkeeper: Bookkeeper, budget: Budget, engine: Engine | None) -> Stop | None:
+    """Render until all is done, the budget is used up or somebody stops it: the Stop, or None for nothing to do."""
     rounds = bookkeeper.rounds()
     first = next(rounds, None)
     tell(bookkeeper.notes)
     if first is None:
         return None
-    from dailies.pipeline.scheduler import cluster  # Ray is wanted only where there is something to do
+    if engine is None:                                  # Ray is wanted only where there is something to do
+        from dailies.pipeline.scheduler import cluster as engine
     requests, num_clips = first
-    stop = cluster.Stop()
+    stop = Stop()
     bookkeeper.lease.on_lost = stop.now
     stages = stages_of(job, run, run.seal(), {clip_id: found.sha256 for clip_id, found in bookkeeper.spoilt.items()})
     with Display(total=num_clips, view=Display.view_for()) as display:
-        def on_progress(progress: cluster.Progress) -> None:
+        def on_progress(progress: Progress) -> None:
             display.update(progress)
             bookkeeper.tick()
 
         if job.ray == "local":
             display.note(f"starting Ray on this machine, for {counted(cores_of(job), 'core')}; it takes some seconds")
         # in this order: Ray takes SIGTERM for itself when it connects
-        with cluster.connect(job.ray, cpus=cores_of(job), note=display.note), interruptible(stop, display):
+        with engine.connect(job.ray, cpus=cores_of(job), note=display.note), interruptible(stop, display):
             while num_clips and not (stop.draining or budget.is_over):
-                for outcome in cluster.run(stages, requests, max_attempts=job.max_attempts, on_progress=on_progress,
-                                           stop=stop, budget=budget):
+                for outcome in engine.run(stages, requests, max_attempts=job.max_attempts, on_progress=on_progress,
+                                          stop=stop, budget=budget):
                     bookkeeper.record(outcome)
                     for said in [said for said in said_of_clip(outcome) if said not in run.fallbacks]:
                         display.note(f"clip {outcome.value.request.clip_id[:12]}: {said}")

@@ -250,6 +250,14 @@ class Worker:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+class Engine(Protocol):
+    """What makes the outcomes of a render: pipeline/scheduler/cluster.py, or what is given in its place."""
+
+    def connect(self, address: str, *, cpus: int | None,
+                note: Callable[[str], None]) -> AbstractContextManager[None]: ...
+    def run(self, stages: Sequence[Stage], requests: Iterable[Request], **options: Any) -> Iterator[Outcome]: ...
+
+
 def digest_of(error: Exception) -> str:
     """Equal for errors that were raised along one path of calls, on any machine; then the end of that path."""
     frames = traceback.extract_tb(error.__traceback__)

@@ -3,19 +3,16 @@
 import json
 import subprocess
 import sys
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 import pytest
 import tiny  # noqa: F401  adds the model to the catalogue
 from chaos.full_disk import FillingStore, NoDisk, small_disk, spoilt
+from one_process import main
 
 from dailies.jobs import render
-from dailies.jobs.cli import main
-from dailies.pipeline import stages
 from dailies.pipeline.run import lease, ledger
-from dailies.pipeline.scheduler import cluster
 from dailies.pipeline.store import open_store
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,8 +53,6 @@ def disk(tmp_path):
 
 @pytest.mark.parametrize("folder", ["clips", "ledger", "latents"])
 def test_a_full_disk_ends_the_run_with_5_and_spoils_nothing(folder, disk, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cluster, "connect", lambda *_, **__: nullcontext())
-    monkeypatch.setattr(cluster, "run", lambda steps, requests, **_: stages.run_local(steps, requests))
     manifest, out, ballast = tmp_path / "night.jsonl", disk / "out", disk / "ballast"
     manifest.write_text("".join(json.dumps({"prompt": f"a fox {number}", "frames": 5}) + "\n" for number in range(8)))
     command = ["render", str(manifest), "--out", str(out), "--model", "tiny", "--device", "cpu", "--json"]

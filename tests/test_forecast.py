@@ -1,18 +1,15 @@
 """What `dailies plan` foretells, by the clips of the run that are made."""
 
 import json
-from contextlib import nullcontext
 from datetime import datetime, timedelta
 
 import pytest
 import tiny  # noqa: F401  adds the model to the catalogue
+from one_process import main
 
 from dailies.jobs.bench import gpu_shapes
-from dailies.jobs.cli import main
 from dailies.jobs.plan import said_of
 from dailies.jobs.settings import RenderJob
-from dailies.pipeline import stages
-from dailies.pipeline.scheduler import cluster
 from dailies.pipeline.scheduler.forecast import Cost, Forecast, forecast, measured_costs, rows_by_work
 from dailies.pipeline.scheduler.placement import Node
 from dailies.pipeline.stages import Stage
@@ -55,9 +52,7 @@ def test_nothing_left_takes_no_time():
     assert forecast([Stage(name="sample", steps=())], [Node(id="a", cpus=4)], costs, clips=0).seconds == 0.0
 
 
-def test_plan_says_how_long_the_rest_will_take_once_clips_are_made(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cluster, "connect", lambda *_, **__: nullcontext())
-    monkeypatch.setattr(cluster, "run", lambda steps, requests, **_: stages.run_local(steps, requests))
+def test_plan_says_how_long_the_rest_will_take_once_clips_are_made(tmp_path, capsys):
     manifest = tmp_path / "night.jsonl"
     manifest.write_text("".join(json.dumps({"prompt": f"a fox {number}", "frames": 5}) + "\n" for number in range(8)))
     said = [str(manifest), "--out", str(tmp_path / "out"), "--model", "tiny", "--device", "cpu"]

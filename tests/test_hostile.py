@@ -11,7 +11,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -21,27 +21,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from limits import within
+from one_process import main
 from tiny import TINY
 
 from dailies import HOME
 from dailies.actors.clip_file import read_clip, readable
-from dailies.jobs.cli import main
-from dailies.pipeline import stages
 from dailies.pipeline.manifest import manifest
 from dailies.pipeline.manifest import parquet as manifest_parquet
 from dailies.pipeline.run import ledger
 from dailies.pipeline.run.layout import clip_key
-from dailies.pipeline.scheduler import cluster
 from dailies.pipeline.store import open_store
 
 HANG_S = 120
-
-
-@pytest.fixture
-def one_process(monkeypatch):
-    """Stages run one after the other in this process, without Ray."""
-    monkeypatch.setattr(cluster, "connect", lambda *_, **__: nullcontext())
-    monkeypatch.setattr(cluster, "run", lambda steps, requests, **_: stages.run_local(steps, requests))
 
 
 def answer(*arguments):
@@ -129,7 +120,7 @@ def manifests(draw):
 
 
 @pytest.mark.parametrize("count", [40, pytest.param(500, marks=pytest.mark.slow)])
-def test_no_manifest_breaks_the_plan_or_leaves_half_a_run(count, tmp_path, one_process):
+def test_no_manifest_breaks_the_plan_or_leaves_half_a_run(count, tmp_path):
     seen = {0: 0, 2: 0}
 
     @settings(max_examples=count, deadline=None, database=None, derandomize=True,
@@ -369,7 +360,7 @@ PROMPTS = {
 }
 
 
-def test_a_prompt_is_rendered_kept_and_shown_whatever_is_in_it(tmp_path, one_process):
+def test_a_prompt_is_rendered_kept_and_shown_whatever_is_in_it(tmp_path):
     manifest, out = tmp_path / "night.jsonl", tmp_path / "out"
     rows = [{"id": name, "prompt": prompt, "negative_prompt": prompt[::-1], "frames": 5, "mood": prompt}
             for name, prompt in PROMPTS.items()]
@@ -390,7 +381,7 @@ def test_a_prompt_is_rendered_kept_and_shown_whatever_is_in_it(tmp_path, one_pro
     assert all(re.fullmatch(r"[a-z0-9./_A-Z-]+", name) for name in names)          # none comes from a text
 
 
-def test_a_failure_that_quotes_the_prompt_is_shown_safely(tmp_path, one_process, monkeypatch):
+def test_a_failure_that_quotes_the_prompt_is_shown_safely(tmp_path, monkeypatch):
     from dailies.actors.decoder import Decoder
 
     def broken(self, latent):

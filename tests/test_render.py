@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -21,12 +21,12 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import tiny  # noqa: F401  adds the model to the catalogue
+from one_process import ENGINE, main
 
 from dailies.actors import clip_writer
 from dailies.actors.clip_file import read_clip
 from dailies.actors.decoder import Decoder
-from dailies.jobs.cli import main
-from dailies.pipeline import stages
+from dailies.jobs import cli
 from dailies.pipeline.run import ledger
 from dailies.pipeline.run.bookkeeper import Bookkeeper
 from dailies.pipeline.run.intermediates import unsealed
@@ -34,7 +34,7 @@ from dailies.pipeline.run.layout import clip_key
 from dailies.pipeline.run.lease import Lease
 from dailies.pipeline.run.saved_steps import SavedSteps
 from dailies.pipeline.run.seal import seal_of
-from dailies.pipeline.scheduler import cluster
+from dailies.pipeline.stages import run_local
 from dailies.pipeline.store import open_store
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,18 +55,11 @@ def write_manifest(path, rows=ROWS):
 
 
 @pytest.fixture
-def one_process(monkeypatch):
-    """Stages run one after the other in this process, without Ray."""
-    monkeypatch.setattr(cluster, "connect", lambda *_, **__: nullcontext())
-    monkeypatch.setattr(cluster, "run", lambda steps, requests, **_: stages.run_local(steps, requests))
-
-
-@pytest.fixture
 def no_work(monkeypatch):
     """Any attempt to reach Ray fails the test."""
     def refuse(*_, **__):
         raise AssertionError("there was nothing to do, and Ray was asked for")
-    monkeypatch.setattr(cluster, "connect", refuse)
+    monkeypatch.setattr(ENGINE, "connect", refuse)
 
 
 def ask(capsys, *arguments):
@@ -199,7 +192,7 @@ def forget(out, names):
     return forgotten
 
 
-def test_three_clips_and_rows_that_were_deleted_are_rendered_again_and_no_other(again, capsys, one_process):
+def test_three_clips_and_rows_that_were_deleted_are_rendered_again_and_no_other(again, capsys):
     manifest, out = again
     before = clips_of(out)
     for clip_id in forget(out, {"row-0", "row-2", "row-4"}):
@@ -246,7 +239,7 @@ def test_a_folder_with_a_foreign_run_json_is_left_alone(capsys, no_work, tmp_pat
     assert code == 2 and "not one that dailies wrote" in answer["error"]
 
 
-def test_a_limit_is_of_this_command_and_the_same_command_makes_the_next(capsys, one_process, tmp_path):
+def test_a_limit_is_of_this_command_and_the_same_command_makes_the_next(capsys, tmp_path):
     manifest, out = write_manifest(tmp_path / "night.jsonl"), tmp_path / "out"
     code, answer = render(capsys, manifest, out, "--limit", 4)
     assert code == 4 and (answer["rendered"], answer["left_by_limit"]) == (4, 6) and answer["pending"] >= 6
@@ -259,7 +252,7 @@ def test_a_limit_is_of_this_command_and_the_same_command_makes_the_next(capsys, 
     assert_whole(out)
 
 
-def test_a_run_folder_grows_by_what_is_new_and_nothing_is_made_twice(again, capsys, one_process, tmp_path):
+def test_a_run_folder_grows_by_what_is_new_and_nothing_is_made_twice(again, capsys, tmp_path):
     manifest, out = again
     before = clips_of(out)
 
@@ -318,7 +311,7 @@ def test_a_gpu_that_is_not_here_is_refused_before_anything_is_written(capsys, no
             assert code == 2 and "no GPU here that can be used" in answer["error"] and not (tmp_path / "out").exists()
 
 
-def test_keep_latents_keeps_one_per_clip(capsys, one_process, tmp_path):
+def test_keep_latents_keeps_one_per_clip(capsys, tmp_path):
     manifest, out = write_manifest(tmp_path / "night.jsonl", ROWS[:2]), tmp_path / "out"
     assert render(capsys, manifest, out, "--keep-latents")[0] == 0
     assert len(list((out / "latents").rglob("*.safetensors"))) == 2
@@ -341,7 +334,7 @@ def test_a_second_driver_is_refused_and_nothing_is_touched(again, capsys, no_wor
     assert_whole(out)
 
 
-def test_a_driver_that_lost_the_run_folder_writes_no_row_and_stops(capsys, one_process, tmp_path, monkeypatch):
+def test_a_driver_that_lost_the_run_folder_writes_no_row_and_stops(capsys, tmp_path, monkeypatch):
     manifest, out = write_manifest(tmp_path / "night.jsonl"), tmp_path / "out"
     whole = clip_writer.write_mp4
 
@@ -365,7 +358,7 @@ def test_a_driver_that_lost_the_run_folder_writes_no_row_and_stops(capsys, one_p
 BAD = [*ROWS[:2], {"id": "bad", "prompt": "a", "steps": 0, "mood": "wild"}, {"id": "worse", "prompt": ""}]
 
 
-def test_invalid_rows_end_as_failed_rows_and_cost_nobody_else(capsys, one_process, tmp_path):
+def test_invalid_rows_end_as_failed_rows_and_cost_nobody_else(capsys, tmp_path):
     manifest, out = write_manifest(tmp_path / "night.jsonl", BAD), tmp_path / "out"
     assert render(capsys, manifest, out)[0] == 2 and not out.exists()
     for rendered in (2, 0):
@@ -382,7 +375,7 @@ def test_invalid_rows_end_as_failed_rows_and_cost_nobody_else(capsys, one_proces
     assert f"The clips are in {out}/clips/, as {out}/clips/" in said and f"dailies status {out}" in said
 
 
-def test_a_failed_row_stays_failed_until_it_is_put_back(capsys, one_process, tmp_path, monkeypatch):
+def test_a_failed_row_stays_failed_until_it_is_put_back(capsys, tmp_path, monkeypatch):
     manifest, out = write_manifest(tmp_path / "night.jsonl", ROWS[:4]), tmp_path / "out"
     whole = clip_writer.write_mp4
 
@@ -416,7 +409,7 @@ def black(monkeypatch, is_black):
     monkeypatch.setattr(Decoder, "__call__", decode)
 
 
-def test_a_clip_that_the_gate_refuses_fails_its_row_and_the_ledger_says_why(capsys, one_process, tmp_path, monkeypatch):
+def test_a_clip_that_the_gate_refuses_fails_its_row_and_the_ledger_says_why(capsys, tmp_path, monkeypatch):
     manifest, out = write_manifest(tmp_path / "night.jsonl", ROWS[:3]), tmp_path / "out"
     black(monkeypatch, lambda request: request.prompt == PROMPTS[1])
     code, answer = render(capsys, manifest, out)
@@ -430,7 +423,7 @@ def test_a_clip_that_the_gate_refuses_fails_its_row_and_the_ledger_says_why(caps
     assert rows["row-0"]["quality.seed"] is None
 
 
-def test_a_row_may_ask_for_another_seed_where_its_clip_is_refused(capsys, one_process, tmp_path, monkeypatch):
+def test_a_row_may_ask_for_another_seed_where_its_clip_is_refused(capsys, tmp_path, monkeypatch):
     asked = {"prompt": "a fox", "frames": 5, "seed": 7}
     manifest = write_manifest(tmp_path / "night.jsonl", [
         asked | {"id": "again", "on_reject": "reseed"}, asked | {"id": "once", "on_reject": "fail"},
@@ -463,13 +456,13 @@ def test_a_row_may_ask_for_another_seed_where_its_clip_is_refused(capsys, one_pr
     assert clips_of(tmp_path / "told").items() <= clips_of(tmp_path / "out").items()
 
 
-def test_a_run_that_ends_before_the_other_seeds_clip_chooses_it_again(capsys, one_process, tmp_path, monkeypatch):
+def test_a_run_that_ends_before_the_other_seeds_clip_chooses_it_again(capsys, tmp_path, monkeypatch):
     rows = [{"id": "a", "prompt": "a fox", "frames": 5, "seed": 7, "on_reject": "reseed"}]
     manifest, out = write_manifest(tmp_path / "night.jsonl", rows), tmp_path / "out"
     black(monkeypatch, lambda request: request.seed == 7)
     with monkeypatch.context() as broken:
-        passes = iter([stages.run_local])
-        broken.setattr(cluster, "run", lambda steps, requests, **_: next(passes)(steps, requests))
+        passes = iter([run_local])
+        broken.setattr(ENGINE, "run", lambda steps, requests, **_: next(passes)(steps, requests))
         with pytest.raises(StopIteration):
             main(["render", str(manifest), "--out", str(out), "--model", "tiny"])
     assert rows_of(out) == {} and not (out / "_SUCCESS.json").exists()
@@ -477,7 +470,7 @@ def test_a_run_that_ends_before_the_other_seeds_clip_chooses_it_again(capsys, on
     assert len(clips_of(out)) == 1 and rows_of(out)["a", 7]["quality.verdict"] == "ok"
 
 
-def test_what_a_person_reads_of_a_failure_has_no_control_characters(capsys, one_process, tmp_path, monkeypatch):
+def test_what_a_person_reads_of_a_failure_has_no_control_characters(capsys, tmp_path, monkeypatch):
     manifest = write_manifest(tmp_path / "night.jsonl", ROWS[:1])
 
     def broken(path, frames, rate):
@@ -517,7 +510,7 @@ def test_verify_lists_what_is_missing_changed_and_undecodable(again, capsys):
 
 # The store.
 
-def test_the_same_bytes_come_out_in_a_bucket(finished, capsys, one_process, s3_bucket):
+def test_the_same_bytes_come_out_in_a_bucket(finished, capsys, s3_bucket):
     code, answer = render(capsys, finished[0] / "night.jsonl", f"{s3_bucket}/night")
     assert code == 0 and answer["rendered"] == NUM_CLIPS
     assert clips_of(f"{s3_bucket}/night") == clips_of(finished[0] / "out")
@@ -565,7 +558,7 @@ def published(out):
     return len(list((out / "clips").rglob("*.mp4"))) if out.exists() else 0
 
 
-def test_control_c_finishes_what_was_begun_and_the_same_command_continues(tmp_path, capsys, one_process):
+def test_control_c_finishes_what_was_begun_and_the_same_command_continues(tmp_path, capsys):
     rows = [{"prompt": f"fox {number}", "frames": 97} for number in range(20)]
     manifest, out = write_manifest(tmp_path / "night.jsonl", rows), tmp_path / "out"
     with started(manifest, out, "--samplers", "1") as program:
@@ -580,7 +573,7 @@ def test_control_c_finishes_what_was_begun_and_the_same_command_continues(tmp_pa
     assert_whole(out, 20, 20)
 
 
-def test_sigterm_in_the_middle_of_a_long_clip_costs_no_step(tmp_path, capsys, one_process, monkeypatch):
+def test_sigterm_in_the_middle_of_a_long_clip_costs_no_step(tmp_path, capsys, monkeypatch):
     rows = [{"prompt": "a red circle moves left on a gray background", "frames": 49, "steps": 200}]
     manifest, out = write_manifest(tmp_path / "night.jsonl", rows), tmp_path / "out"
     store, saved = open_store(str(out)), []
@@ -618,7 +611,7 @@ def test_a_signal_before_the_work_has_begun_gives_the_lease_back(number, tmp_pat
     assert signal.getsignal(number) is handler
 
 
-def test_what_a_driver_left_that_was_killed_while_it_tried_the_store_is_cleared(tmp_path, capsys, one_process):
+def test_what_a_driver_left_that_was_killed_while_it_tried_the_store_is_cleared(tmp_path, capsys):
     manifest, out = write_manifest(tmp_path / "night.jsonl", [{"prompt": "a fox", "frames": 5}]), tmp_path / "out"
     store = open_store(str(out))
     left, of_another_driver = "probe-0123456789abcdef", "probe-fedcba9876543210"
@@ -630,7 +623,7 @@ def test_what_a_driver_left_that_was_killed_while_it_tried_the_store_is_cleared(
     assert [info.key for info in store.list("probe-")] == [of_another_driver, "probe-of-a-person"]
 
 
-def test_only_what_a_run_has_made_is_removed_at_its_end(tmp_path, capsys, one_process):
+def test_only_what_a_run_has_made_is_removed_at_its_end(tmp_path, capsys):
     """Names as a shelf has them, of 64 hexadecimal digits; nothing is removed through a link, nothing else at all."""
     manifest, out = write_manifest(tmp_path / "night.jsonl", [{"prompt": "a fox", "frames": 5}]), tmp_path / "out"
     victim = tmp_path / "victim"
@@ -654,25 +647,24 @@ def test_only_what_a_run_has_made_is_removed_at_its_end(tmp_path, capsys, one_pr
         assert [path.name for path in victim.rglob("*") if path.is_file()] == [shelved.rpartition("/")[2]]
 
 
-def test_a_run_that_reaches_its_deadline_ends_with_4_and_the_next_night_continues(tmp_path, capsys, request):
+def test_a_run_that_reaches_its_deadline_ends_with_4_and_the_next_night_continues(tmp_path, capsys):
     rows = [{"prompt": f"fox {number}", "frames": 5} for number in range(8)]
     manifest, out = write_manifest(tmp_path / "night.jsonl", rows), tmp_path / "out"
     until = (datetime.now() + timedelta(seconds=2)).isoformat()        # Ray and the models take longer to start
-    code = main(["render", str(manifest), "--out", str(out), "--model", "tiny", "--until", until, "--max-cost", "1",
-                 "--price", "2", "--device", "cpu"])
+    code = cli.main(["render", str(manifest), "--out", str(out), "--model", "tiny", "--until", until, "--max-cost", "1",
+                     "--price", "2", "--device", "cpu"])
     captured = capsys.readouterr()
     assert code == 4 and "0 rows done, 0 failed, 8 pending" in captured.out
     assert "The same command continues" in captured.out
     assert "No clip is begun that would not be done by" in captured.err and "0.50 GPU hours" in captured.err
     assert "a run on CPUs holds no GPU" in captured.err and not (out / "_SUCCESS.json").exists()
-    request.getfixturevalue("one_process")
     code, answer = render(capsys, manifest, out, "--until", "03:00")
     assert code == 0 and answer["rendered"] == 8 and answer["gpu_hours"] == 0
     assert_whole(out, 8, 8)
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
-def test_a_driver_that_is_killed_at_any_moment_loses_and_repeats_nothing(kills, tmp_path, capsys, one_process):
+def test_a_driver_that_is_killed_at_any_moment_loses_and_repeats_nothing(kills, tmp_path, capsys):
     num = 12 if kills == 2 else 60
     rows = [{"id": str(number), "prompt": f"fox {number}", "frames": 73} for number in range(num)]
     manifest, out = write_manifest(tmp_path / "night.jsonl", rows), tmp_path / "out"

@@ -1,22 +1,19 @@
 """Manifests rendered by tiny turbo models from what is published, and by the demo model accelerated."""
 
 import json
-from contextlib import nullcontext
 
 import pytest
 import torch
+from one_process import main
 from turbo_tiny import TURBO_TINY, TURBO_TINY_I2V, publish
 from wan_tiny import WAN_TINY, write_weights
 
 from dailies.actors.decoder import Decoder
-from dailies.jobs.cli import main
 from dailies.kernels import processor
 from dailies.model import checkpoint
 from dailies.model.catalog import CATALOG, DEMO
 from dailies.model.weights import fingerprint, locate, weights_files
-from dailies.pipeline import stages
 from dailies.pipeline.run import ledger
-from dailies.pipeline.scheduler import cluster
 from dailies.pipeline.store import open_store
 
 INT8_ON_CPU = ("INT8 weights with scales per block are scaled per row: a CPU has no fast product of blocks"
@@ -28,8 +25,6 @@ INT8_ON_CPU = ("INT8 weights with scales per block are scaled per row: a CPU has
 def in_process(monkeypatch):
     for card in (TURBO_TINY, TURBO_TINY_I2V, WAN_TINY):
         monkeypatch.setitem(CATALOG, card.name, card)
-    monkeypatch.setattr(cluster, "connect", lambda *_, **__: nullcontext())
-    monkeypatch.setattr(cluster, "run", lambda steps, requests, **_: stages.run_local(steps, requests))
 
 
 def manifest(folder, *rows):

@@ -4,26 +4,24 @@ import hashlib
 import json
 import subprocess
 import sys
-from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from fakes import SHARED, pretend_stages
 from image_files import BROKEN, deep_grey, encoded, jpeg, palette, pixels, png, see_through
+from one_process import main
 from PIL import Image
 from test_driver import SimulatedExecutor, box, drive
 from wan_tiny import CARDS, WAN_TINY, write_weights
 
 from dailies.actors.clip_file import read_clip
-from dailies.jobs.cli import main
 from dailies.model.catalog import CATALOG
 from dailies.pipeline import stages
 from dailies.pipeline.manifest.manifest import Manifest
 from dailies.pipeline.plan import Plan
 from dailies.pipeline.run import ledger
 from dailies.pipeline.run.layout import clip_key
-from dailies.pipeline.scheduler import cluster
 from dailies.pipeline.store import open_store
 
 PROGRAM = [sys.executable, str(Path(__file__).parent / "wan_tiny.py")]
@@ -33,11 +31,9 @@ ROWS = [{"id": f"row-{number}", "prompt": prompt, "frames": 9}
 
 @pytest.fixture
 def in_process(monkeypatch):
-    """The tiny models in the catalogue; stages one after the other in this process, without Ray."""
+    """The tiny models in the catalogue."""
     for card in CARDS:
         monkeypatch.setitem(CATALOG, card.name, card)
-    monkeypatch.setattr(cluster, "connect", lambda *_, **__: nullcontext())
-    monkeypatch.setattr(cluster, "run", lambda steps, requests, **_: stages.run_local(steps, requests))
 
 
 def manifest(folder, rows=ROWS):

@@ -9,7 +9,7 @@ import os
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from io import StringIO
 from tempfile import TemporaryDirectory
@@ -20,19 +20,17 @@ import pyarrow.parquet as pq
 import pytest
 import tiny  # noqa: F401  adds the model to the catalogue
 import torch
+from one_process import main
 
 from dailies.actors import clip_file
 from dailies.actors.messages import Embedding
 from dailies.jobs import verify
-from dailies.jobs.cli import main
 from dailies.model.shapes import VideoShape
-from dailies.pipeline import stages
 from dailies.pipeline.run import adoption, ledger
 from dailies.pipeline.run import intermediates as shelf
 from dailies.pipeline.run.intermediates import Seal, sealed, unsealed
 from dailies.pipeline.run.layout import LATENTS, SEAL_KEY, clip_key
 from dailies.pipeline.run.seal import VARIABLE, seal_of
-from dailies.pipeline.scheduler import cluster
 from dailies.pipeline.store import FolderStore, StoreError, open_store
 
 ROWS = [{"id": "fox", "prompt": "a red fox", "frames": 5},
@@ -40,19 +38,10 @@ ROWS = [{"id": "fox", "prompt": "a red fox", "frames": 5},
 NUM_CLIPS = 3
 
 
-@contextmanager
-def one_process():
-    """Stages run one after the other in this process, without Ray."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cluster, "connect", lambda *_, **__: nullcontext())
-        patch.setattr(cluster, "run", lambda steps, requests, **_: stages.run_local(steps, requests))
-        yield
-
-
 def ask(*arguments):
     """Exit code, JSON answer and all that was printed, of one command in this process."""
     out, err = StringIO(), StringIO()
-    with one_process(), redirect_stdout(out), redirect_stderr(err):
+    with redirect_stdout(out), redirect_stderr(err):
         code = main([*map(str, arguments), "--json"])
     assert "Traceback" not in out.getvalue() + err.getvalue()
     return code, json.loads(out.getvalue()), err.getvalue()
@@ -61,7 +50,7 @@ def ask(*arguments):
 def said(*arguments):
     """Exit code and all that a person sees."""
     printed = StringIO()
-    with one_process(), redirect_stdout(printed), redirect_stderr(printed):
+    with redirect_stdout(printed), redirect_stderr(printed):
         code = main([*map(str, arguments)])
     assert all(char.isprintable() or char == "\n" for char in printed.getvalue()), printed.getvalue()
     return code, printed.getvalue()
