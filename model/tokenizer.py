@@ -30,13 +30,23 @@ STEPS = 16                                              # of normalising, or of 
 GROWTH = 256                                            # bytes that a table of replacements may make of one character
 GROWN = 18                                              # characters of one in Unicode's own NFKC, at most (U+FDFA)
 MODELS = ("Unigram", "BPE")                             # of T5, umT5 and Gemma
-# Steps whose time and result grow with the text alone. Replace and Split come with a pattern, see `check_pattern`.
-STEPS_KNOWN = {
-    "normalizer": ("Sequence", "NFC", "NFD", "NFKC", "NFKD", "Nmt", "Lowercase", "Strip", "StripAccents", "Prepend",
-                   "Precompiled", "Replace", "BertNormalizer"),
-    "pre_tokenizer": ("Sequence", "Metaspace", "Whitespace", "WhitespaceSplit", "Punctuation", "Digits",
-                      "UnicodeScripts", "BertPreTokenizer", "CharDelimiterSplit", "Split"),
+LONGEST = 2000                                          # characters that all steps together may make of one, at most
+# Steps whose time and result grow with the text alone, what each may say beside its type, and how many characters it
+# makes of one at most. Replace and Split come with a pattern, see `check_pattern`.
+STEPS_KNOWN: dict[str, dict[str, tuple[set[str], int]]] = {
+    "normalizer": {
+        "NFC": (set(), 4), "NFD": (set(), 4), "NFKC": (set(), GROWN), "NFKD": (set(), GROWN), "Nmt": (set(), 1),
+        "Lowercase": (set(), 3), "Strip": ({"strip_left", "strip_right"}, 1), "StripAccents": (set(), 1),
+        "Prepend": ({"prepend"}, 1), "Precompiled": ({"precompiled_charsmap"}, 1), "Replace": ({"pattern", "content"}, 1),
+        "BertNormalizer": ({"clean_text", "handle_chinese_chars", "strip_accents", "lowercase"}, 36)},
+    "pre_tokenizer": {
+        "Metaspace": ({"replacement", "prepend_scheme", "split", "add_prefix_space", "str_rep"}, 2), "Whitespace": (set(), 1),
+        "WhitespaceSplit": (set(), 1), "Punctuation": ({"behavior"}, 1), "Digits": ({"individual_digits"}, 1),
+        "UnicodeScripts": (set(), 1), "BertPreTokenizer": (set(), 1), "CharDelimiterSplit": ({"delimiter"}, 1),
+        "Split": ({"pattern", "behavior", "invert"}, 1)},
 }
+SEQUENCES = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers"}     # where a Sequence has its steps
+PREPENDED = 4                                           # characters before a text, and before each of its parts
 PATTERNS = (" {2,}", r"\s+", " +", r"\s{2,}")           # regular expressions that cannot run away
 END = "</s>"
 
@@ -109,8 +119,14 @@ def read_tokenizer(folder: Path, name: str) -> dict[str, Any]:
         refuse_code(said, folder / FILE)
         check_model(said["model"])
         check_added(said.get("added_tokens") or [])
-        for part in STEPS_KNOWN:
-            check_steps(part, said.get(part))
+        longer = math.prod(check_steps(part, said.get(part)) for part in STEPS_KNOWN)
+        if longer > LONGEST:
+            raise ValueError(f"its steps could make {longer:,} characters of one, where {LONGEST:,} are allowed: a text "
+                             "becomes longer again and again")
+        # which the library normalizes, each one, when it reads the file
+        if longer * sum(len(token["content"]) for token in said.get("added_tokens") or []
+                        if token.get("normalized") is not False) > VOCABULARY_CHARS:
+            raise ValueError(f"its steps make more than {VOCABULARY_CHARS:,} characters of the tokens that it adds")
         check_post(said.get("post_processor"))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         if isinstance(error, CheckpointError):
@@ -169,29 +185,40 @@ def check_added(added: list[Any]) -> None:
             raise ValueError(f"the number of a token that it adds must be from 0 to {2 * PIECES:,}")
 
 
-def check_steps(part: str, said: Any) -> None:
-    """Raises ValueError for a step that is not known, or whose time or result could grow without measure."""
-    steps = list(flat(said))
+def check_steps(part: str, said: Any) -> int:
+    """How many characters the steps make of one, at most.
+
+    Raises ValueError for a step that is not known, or whose time or result could grow without measure.
+    """
+    steps, longer = list(flat(said, SEQUENCES[part])), 1
     if len(steps) > STEPS:
         raise ValueError(f"its {part} has {len(steps)} steps, where {STEPS} are allowed")
-    kinds = [step["type"] for step in steps]
-    # what one table of replacements has made longer a second makes longer again: both together 65,536 times
-    if kinds.count("Precompiled") > 1 or kinds.count("Prepend") > 2:
-        raise ValueError(f"its {part} makes a text longer again and again")
     for step in steps:
         if step["type"] not in STEPS_KNOWN[part]:
             raise ValueError(f"its {part} has a step {str(step['type'])[:40]!r}; known are "
-                             f"{', '.join(STEPS_KNOWN[part])}")
+                             f"{', '.join(('Sequence', *STEPS_KNOWN[part]))}")
+        fields, each = STEPS_KNOWN[part][step["type"]]
+        refuse_others(step, fields)
+        longer *= each
         if step["type"] == "Precompiled":
-            check_replacements(step["precompiled_charsmap"])
-        if step["type"] == "Prepend" and len(step["prepend"]) > ADDED_CHARS:
-            raise ValueError(f"its {part} puts more than {ADDED_CHARS} characters before a text")
+            longer *= check_replacements(step["precompiled_charsmap"])
+        if step["type"] == "Prepend":
+            if len(step["prepend"]) > PREPENDED:
+                raise ValueError(f"its {part} puts more than {PREPENDED} characters before a text")
+            longer *= 1 + len(step["prepend"])          # added tokens cut a text into parts, and each gets it
         if step["type"] in ("Replace", "Split"):
             check_pattern(step["pattern"], step.get("content", ""))
+    return longer
 
 
-def flat(said: Any, depth: int = 0) -> Iterator[Mapping[str, Any]]:
-    """The steps of a sequence of sequences.  Raises ValueError."""
+def refuse_others(step: Mapping[str, Any], fields: Iterable[str]) -> None:
+    """Raises ValueError for what a step says beside its type and these: the library would take it in its own way."""
+    if others := step.keys() - {"type", *fields}:
+        raise ValueError(f"its step {step['type']} says {str(sorted(others)[0])[:40]!r}, which no such step has")
+
+
+def flat(said: Any, inner: str, depth: int = 0) -> Iterator[Mapping[str, Any]]:
+    """The steps of a sequence of sequences, which has them under `inner`.  Raises ValueError."""
     if said is None:
         return
     if depth > 4:
@@ -199,8 +226,9 @@ def flat(said: Any, depth: int = 0) -> Iterator[Mapping[str, Any]]:
     if said["type"] != "Sequence":
         yield said
         return
-    for step in said.get("normalizers") or said.get("pretokenizers") or ():
-        yield from flat(step, depth + 1)
+    refuse_others(said, [inner])
+    for step in said[inner]:
+        yield from flat(step, inner, depth + 1)
 
 
 def check_pattern(pattern: Mapping[str, str], content: str) -> None:
@@ -213,14 +241,19 @@ def check_pattern(pattern: Mapping[str, str], content: str) -> None:
         raise ValueError("it replaces a text by a longer one")
 
 
-def check_replacements(table: str) -> None:
-    """SentencePiece's table: 4 bytes that say the length of a trie, the trie, texts with a NUL behind each."""
+def check_replacements(table: str) -> int:
+    """SentencePiece's table: 4 bytes that say the length of a trie, the trie, texts with a NUL behind each.
+
+    Returns how many characters the longest text has.
+    """
     data = base64.b64decode(table, validate=True)
     length = int.from_bytes(data[:4], "little")
     if length % 4 or not 4 <= length <= len(data) - 4:
         raise ValueError("its table of replacements is damaged")
-    if max(map(len, data[4 + length:].split(b"\0"))) > GROWTH:
+    texts = data[4 + length:].split(b"\0")
+    if max(map(len, texts)) > GROWTH:
         raise ValueError(f"its table of replacements makes more than {GROWTH} bytes of one character")
+    return max(1, *(len(text.decode(errors="replace")) for text in texts))
 
 
 def check_post(said: Any) -> None:

@@ -73,6 +73,19 @@ def precompiled(table, times=1):
     return lambda said: said.update(normalizer={"type": "Sequence", "normalizers": [step] * times})
 
 
+def growing(rounds):
+    """Each round makes a text five times longer."""
+    steps = [{"type": "NFKD"}]
+    for _ in range(rounds):
+        steps += [{"type": "Replace", "pattern": {"String": "\u0644"}, "content": "\ufdfa"}, {"type": "NFKD"}]
+    return {"type": "Sequence", "normalizers": steps}
+
+
+# what is checked must be what the library reads
+SPLIT_TWICE = {"type": "Sequence", "normalizers": [{"type": "Whitespace"}], "pretokenizers": [
+    {"type": "Split", "pattern": {"Regex": "(x+x+)+y"}, "behavior": "Isolated", "invert": False}]}
+
+
 @pytest.mark.parametrize("change, said", [
     (replacing({"Regex": "(a+)+$"}, ""), "others can take for ever"),
     (replacing({"Regex": "(?:a|a)*b"}, ""), "others can take for ever"),
@@ -83,7 +96,23 @@ def precompiled(table, times=1):
     (lambda said: said.update(normalizer={"type": "Prepend", "prepend": "x" * 10**6}), "before a text"),
     (lambda said: said.update(normalizer={"type": "Python", "code": "1"}), "a step 'Python'"),
     (precompiled(charsmap(4, b"\0\0\0\0" + b"x" * 10**6 + b"\0")), "more than 256 bytes of one character"),
-    (precompiled(charsmap(4, b"\0\0\0\0aa\0"), 2), "makes a text longer again and again"),
+    (precompiled(charsmap(4, b"\0\0\0\0" + b"a" * 50 + b"\0"), 2), "a text becomes longer again and again"),
+    (lambda said: said.update(normalizer=growing(3)), "a text becomes longer again and again"),
+    (lambda said: said.update(normalizer=growing(6)), "a text becomes longer again and again"),
+    (lambda said: said.update(normalizer=[{"type": "Prepend", "prepend": "\ufdfa" * 4}]), "does not hold a tokenizer"),
+    (lambda said: said.update(normalizer={"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "\ufdfa" * 4}] * 5}),
+     "a text becomes longer again and again"),
+    (lambda said: said.update(normalizer=growing(1), added_tokens=[said["added_tokens"][0] | {
+        "id": 500 + at, "content": f"{at:05}" + "a" * 120, "normalized": True} for at in range(1000)]),
+     "characters of the tokens that it adds"),
+    (lambda said: said.update(pre_tokenizer={"type": "Sequence", "pretokenizers": [
+        {"type": "Metaspace", "replacement": chr(0x2581 + at), "prepend_scheme": "always", "split": True} for at in range(16)]}),
+     "a text becomes longer again and again"),
+    (lambda said: said.update(pre_tokenizer=SPLIT_TWICE), "its step Sequence says 'normalizers'"),
+    (lambda said: said.update(pre_tokenizer={"type": "Sequence", "pretokenizers": [SPLIT_TWICE]}), "says 'normalizers'"),
+    (lambda said: said.update(normalizer={"type": "Sequence", "pretokenizers": []}), "says 'pretokenizers'"),
+    (lambda said: said.update(normalizer={"type": "NFC", "regex": "(x+x+)+y"}), "its step NFC says 'regex'"),
+    (lambda said: said.update(normalizer={"type": "Sequence"}), "'normalizers' is missing"),
     (precompiled(charsmap(2**32 - 4, b"\0" * 8)), "replacements is damaged"),
     (precompiled("no base64!"), "does not hold a tokenizer"),
     (lambda said: said.update(pre_tokenizer={"type": "Split", "pattern": {"Regex": "(x+x+)+y"}, "behavior": "Isolated",
