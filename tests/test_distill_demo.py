@@ -54,9 +54,9 @@ def few_clips(tmp_path, monkeypatch):
     """A copy of the demo model, a folder to work in, and phases of two steps on two short clips and images."""
     for name in ("STUDENT_PHASE", "SPARSE_PHASE", "SPARSE_DATA_PHASE"):
         monkeypatch.setattr(distill_demo, name, replace(getattr(distill_demo, name), steps=2))
-    for name, value in dict(DIT_CLIPS=2, DIT_IMAGES=2, FRAMES=5, BATCHES={1: 2, 5: 2, 7: 2, 13: 2}).items():
+    for name, value in dict(DIT_CLIPS=2, DIT_IMAGES=2, CLIP_FRAMES=5, BATCHES={1: 2, 5: 2, 7: 2, 13: 2}).items():
         monkeypatch.setattr(distill_demo, name, value)
-    monkeypatch.setattr(train_demo, "FRAMES", 5)
+    monkeypatch.setattr(train_demo, "CLIP_FRAMES", 5)
     shutil.copytree(DEMO.folder, tmp_path / "demo")
     (tmp_path / "work").mkdir()
     return tmp_path / "demo", tmp_path / "work"

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from dailies.jobs.demo.train import Optimizers
-from dailies.jobs.demo.train_gpu import FULL, Clock, FrameConv, Sentences, convolve_frames, encode_whole
-from dailies.jobs.demo.training import LOWEST, Course, Learner, orthogonal, rate_at
+from dailies.jobs.demo.train_gpu import FULL_SIZES, Clock, FrameConv, Sentences, convolve_frames, encode_whole
+from dailies.jobs.demo.training import LOWEST, Learner, TimedTraining, orthogonal, rate_at
 from dailies.jobs.demo.vae_quality import vae_quality
 from dailies.jobs.demo.world import FPS, KINDS, SEEN_KINDS, Painter, Scene
 from dailies.model.catalog import DEMO, DEMO_SPARSE, DEMO_TURBO
@@ -87,7 +87,7 @@ def test_a_course_ends_by_the_clock_with_the_average_of_its_weights():
 
     before = loss().item()
     began = time.monotonic()
-    done = Course("line", model, [("a", loss), ("b", loss)], 2e-2).run(began + 2, say=lambda _: None)
+    done = TimedTraining("line", model, [("a", loss), ("b", loss)], 2e-2).run(began + 2, say=lambda _: None)
     assert time.monotonic() - began < 30 and done["steps"] > 10 and set(done["losses"]) == {"a", "b"}
     assert loss().item() < before / 4 and done["trouble"] is None
 
@@ -99,7 +99,7 @@ def test_a_loss_that_is_no_number_ends_a_course_with_the_weights_of_before():
         asked.append(0)
         return model(torch.randn(4, 16)).square().mean() * (float("nan") if len(asked) > 5 else 1)
 
-    done = Course("line", model, [("a", loss)], 1e-2).run(time.monotonic() + 60, say=lambda _: None)
+    done = TimedTraining("line", model, [("a", loss)], 1e-2).run(time.monotonic() + 60, say=lambda _: None)
     assert "no number" in done["trouble"]
     assert all(p.isfinite().all() for p in model.parameters())
 
@@ -149,7 +149,7 @@ def test_the_shipped_vae_is_judged_on_slow_and_fast_clips():
     quality = vae_quality(DEMO.vae(DEMO.folder, "cpu", "fp32"), 4, frames=9)
     assert sum(of_speed["clips"] for of_speed in quality.values()) == 4
     assert all(15 < db < 60 for of_speed in quality.values() for db in of_speed["db"])
-    assert FULL.frames == round(2 * FPS) + 1
+    assert FULL_SIZES.frames == round(2 * FPS) + 1
 
 
 def test_a_tiny_run_leaves_a_model_and_its_students_where_only_torch_and_transformers_are(tmp_path):

@@ -29,12 +29,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dailies.jobs.demo.losses import noised, per_clip, save_released
 from dailies.jobs.demo.train import (
     BATCHES,
+    CLIP_FRAMES,
     CLIPS_MOSTLY,
     DIT_CLIPS,
     DIT_IMAGES,
-    FRAMES,
     SEED,
     UNPROMPTED,
     Phase,
@@ -44,7 +45,7 @@ from dailies.jobs.demo.train import (
 )
 from dailies.jobs.demo.world import Scene, describe
 from dailies.kernels.sparse_attention import reference
-from dailies.model import checkpoint, keys
+from dailies.model import keys
 from dailies.model.card import ModelCard
 from dailies.model.catalog import DEMO, DEMO_SPARSE, DEMO_TURBO
 from dailies.model.guidance import classifier_free
@@ -54,12 +55,12 @@ from dailies.model.schedules import rcm_sigmas
 from dailies.model.text import T5TextEncoder
 from dailies.model.turbo import Sparsity
 
-STUDENT_PHASE = Phase(name="student", steps=1600, lr=5e-4, ema=0.99, courses=2)
-SPARSE_PHASE = Phase(name="sparse", steps=1600, lr=3e-4, ema=0.99, courses=2)
+STUDENT_PHASE = Phase(name="student", steps=1600, lr=5e-4, ema=0.99, cycles=2)
+SPARSE_PHASE = Phase(name="sparse", steps=1600, lr=3e-4, ema=0.99, cycles=2)
 SPARSE_DATA_PHASE = Phase(name="sparse-data", steps=1500, lr=6e-4, ema=0.99)
 SUBSTEPS = 3                                            # of the teacher, from one place to the next
 # Of a clip's 13 latent steps each chooses three; in shorter ones it has one, whose loss would drown that of the others.
-# Guidance asks at every step what the model says to no prompt, so a third of the lessons have none.
+# Guidance asks at every step what the model says to no prompt, so a third of the teaching have none.
 SPARSE_LENGTHS, SPARSE_UNPROMPTED = (13, 13, 13, 7, 13, 13, 13, 5), 1 / 3
 
 Predict = Callable[[Tensor, Tensor], Tensor]            # noisy latent and sigma [B] in, velocity out
@@ -67,50 +68,44 @@ Predict = Callable[[Tensor, Tensor], Tensor]            # noisy latent and sigma
 
 def distill(work: Path, out: Path, device: str) -> None:
     """The few-step student.  Raises CheckpointError where there is no teacher in `out`."""
-    lessons, student = Lessons.prepare(work, out, device), replace(DEMO, folder=out).dit(out, device, "fp32")
-    nothing = lessons.encoder("").to(device)
+    teaching, student = TeacherSet.prepare(work, out, device), replace(DEMO, folder=out).dit(out, device, "fp32")
+    nothing = teaching.encoder("").to(device)
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = rng_of(STUDENT_PHASE.name, step)
-        data, rows = lessons.batch(step, rng)
+        data, rows = teaching.batch(step, rng)
         with torch.autocast(device, torch.bfloat16):
             told = student.embed_text(rows)
             with torch.no_grad():
-                guided = lessons.teacher.embed_text(rows + [nothing] * len(rows))
-            loss = consistency_loss(data, rng, lambda x, sigma: guided_velocity(lessons.teacher, x, sigma, guided),
+                guided = teaching.teacher.embed_text(rows + [nothing] * len(rows))
+            loss = consistency_loss(data, rng, lambda x, sigma: guided_velocity(teaching.teacher, x, sigma, guided),
                                     lambda x, sigma: student_velocity(student, x, sigma, told))
         return loss, dict(length=data.shape[2])
 
     fit(STUDENT_PHASE, student.train().requires_grad_(True), loss_of, work)
-    write(student, DEMO_TURBO, out)
+    save_dit(student, DEMO_TURBO, out)
 
 
 def tune_sparse(work: Path, out: Path, device: str) -> None:
     """The model that bears sparse attention.  Raises CheckpointError where there is no teacher in `out`."""
-    lessons, student = Lessons.prepare(work, out, device), replace(DEMO, folder=out).dit(out, device, "fp32")
+    teaching, student = TeacherSet.prepare(work, out, device), replace(DEMO, folder=out).dit(out, device, "fp32")
     for block in student.blocks:
         block.attn = TrainedSparseAttention(block.attn, DEMO_SPARSE.sparsity).to(device)
 
-    def noised(data: Tensor, rng: random.Random) -> tuple[Tensor, Tensor, Tensor]:
-        generator = torch.Generator().manual_seed(rng.getrandbits(62))
-        noise = torch.randn(data.shape, generator=generator).to(device)
-        sigma = torch.sigmoid(torch.randn(len(data), generator=generator) * 1.4 + 1.1).to(device)      # as its teacher
-        return torch.lerp(data, noise, per_clip(sigma)), sigma, noise
-
     def velocity_loss(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = rng_of(SPARSE_PHASE.name, step)
-        data, rows = lessons.batch(step, rng, SPARSE_LENGTHS, SPARSE_UNPROMPTED)
-        noisy, sigma, _ = noised(data, rng)
+        data, rows = teaching.batch(step, rng, SPARSE_LENGTHS, SPARSE_UNPROMPTED)
+        noisy, sigma, _ = noised(data, torch.Generator().manual_seed(rng.getrandbits(62)))
         with torch.autocast(device, torch.bfloat16):
             with torch.no_grad():
-                want = lessons.teacher(noisy, 1000 * sigma, lessons.teacher.embed_text(rows))
+                want = teaching.teacher(noisy, 1000 * sigma, teaching.teacher.embed_text(rows))
             got = student(noisy, 1000 * sigma, student.embed_text(rows))
         return F.mse_loss(got.float(), want.float()), dict(length=data.shape[2])
 
     def data_loss(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = rng_of(SPARSE_DATA_PHASE.name, step)
-        data, rows = lessons.batch(step, rng, unprompted=UNPROMPTED)
-        noisy, sigma, noise = noised(data, rng)
+        data, rows = teaching.batch(step, rng, unprompted=UNPROMPTED)
+        noisy, sigma, noise = noised(data, torch.Generator().manual_seed(rng.getrandbits(62)))
         with torch.autocast(device, torch.bfloat16):
             got = student(noisy, 1000 * sigma, student.embed_text(rows))
         return F.mse_loss(got.float(), noise - data), dict(length=data.shape[2])
@@ -118,11 +113,11 @@ def tune_sparse(work: Path, out: Path, device: str) -> None:
     student.train().requires_grad_(True)
     fit(SPARSE_PHASE, student, velocity_loss, work)
     fit(SPARSE_DATA_PHASE, student, data_loss, work)
-    write(student, DEMO_SPARSE, out)
+    save_dit(student, DEMO_SPARSE, out)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lessons:
+class TeacherSet:
     """The teacher, and what it is asked about: normalised latents of drawn clips and images, with their scenes."""
 
     teacher: LinumDiT
@@ -131,12 +126,12 @@ class Lessons:
     images: tuple[list[Scene], Tensor]
 
     @classmethod
-    def prepare(cls, work: Path, out: Path, device: str) -> "Lessons":
+    def prepare(cls, work: Path, out: Path, device: str) -> "TeacherSet":
         card = replace(DEMO, folder=out)
         teacher, vae, encoder = (make(out, device, "fp32") for make in (card.dit, card.vae, card.text_encoder))
         torch.manual_seed(SEED)
         scale, bias = (getattr(teacher, name).cpu().view(-1, 1, 1, 1) for name in ("latent_scale", "latent_bias"))
-        scenes, clips = encode_scenes(vae, work, device, "clips", DIT_CLIPS, FRAMES)
+        scenes, clips = encode_scenes(vae, work, device, "clips", DIT_CLIPS, CLIP_FRAMES)
         pictured, images = encode_scenes(vae, work, device, "images", DIT_IMAGES, 1)
         return cls(teacher=teacher, encoder=encoder, clips=(scenes, clips * scale + bias),
                    images=(pictured, images * scale + bias))
@@ -180,10 +175,8 @@ class TrainedSparseAttention(SelfAttention):
         return self.o(y.flatten(2))
 
 
-def write(student: LinumDiT, card: ModelCard, out: Path) -> None:
-    state = checkpoint.released_state(student, keys.LINUM)
-    state = {name: tensor.to(torch.bfloat16) if tensor.ndim > 1 else tensor for name, tensor in state.items()}
-    checkpoint.save(out / card.dit_file, state)
+def save_dit(student: LinumDiT, card: ModelCard, out: Path) -> None:
+    save_released(student, keys.LINUM, out / card.dit_file)
     print(json.dumps({"written": str(out / card.dit_file), "bytes": (out / card.dit_file).stat().st_size}))
 
 
@@ -223,7 +216,3 @@ def guided_velocity(teacher: LinumDiT, x: Tensor, sigma: Tensor, texts: TextCont
 def student_velocity(student: LinumDiT, x: Tensor, sigma: Tensor, texts: TextContext) -> Tensor:
     """Given the timesteps that its sampler will give it, those of `rcm_timestep`."""
     return student(x, (1000 * sigma.float()).bfloat16().float(), texts)
-
-
-def per_clip(sigma: Tensor) -> Tensor:
-    return sigma.view(-1, 1, 1, 1, 1)

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dailies.jobs.demo.losses import KL_WEIGHT, autoencode, divergence, halved, noised, save_released, weighted_errors
 from dailies.jobs.demo.world import ATTRIBUTES, SIZE, WORDS, Scene, describe
 from dailies.model import checkpoint, keys
 from dailies.model.catalog import CATALOG
@@ -28,7 +29,7 @@ from dailies.model.wan.vae import WanVAE, channels_last
 SEED = 20
 CARD = CATALOG["demo"]
 VAE = CARD.vae_config
-FRAMES = 49                                             # of a training clip: 2 s, the demo's longest
+CLIP_FRAMES = 49                                             # of a training clip: 2 s, the demo's longest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +41,11 @@ class Phase:
     lr: float
     warmup: int = 50
     ema: float = 0.998                                  # share of the running average of the weights kept each step
-    courses: int = 1                                    # how often the learning rate goes from the top to the bottom
+    cycles: int = 1                                     # how often the learning rate goes from the top to the bottom
 
     def lr_at(self, step: int) -> float:
-        """In each course a linear warm-up, then a cosine down to 2 %."""
-        length = self.steps / self.courses
+        """In each cycle a linear warm-up, then a cosine down to 2 %."""
+        length = self.steps / self.cycles
         step = step % length
         return self.lr * min(1.0, (step + 1) / self.warmup) * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * step / length)))
 
@@ -151,7 +152,7 @@ VAE_PHASE = Phase(name="vae", steps=2700, lr=2.5e-3, ema=0.995)
 IMAGES_FIRST, SHORT_UNTIL = 500, 1400                   # steps before the first clip, and before the first long one
 # The convolutions in time reach about 18 latent steps back: after short clips alone, frames beyond their length fall apart.
 REFERENCE_ELEMENTS = 4 * 3 * 9 * SIZE * SIZE            # what every summed loss is divided by, image or clip
-IMAGE_WEIGHT, KL_WEIGHT, SHAPE_WEIGHT = 1.5, 5e-4, 6.0
+IMAGE_WEIGHT = 1.5
 
 
 def train_vae(work: Path, device: str) -> WanVAE:
@@ -165,34 +166,28 @@ def train_vae(work: Path, device: str) -> WanVAE:
         rng = rng_of("vae", step)
         still = step < IMAGES_FIRST or step % 4 == 0
         clips, frames = (16, 1) if still else (5, 9) if step < SHORT_UNTIL else (1, 49) if step % 4 == 2 else (2, 25)
-        drawn = [Scene.draw(rng).render(frames, start=rng.randint(0, FRAMES - frames), total=FRAMES) for _ in range(clips)]
+        drawn = [Scene.draw(rng).render(frames, start=rng.randint(0, CLIP_FRAMES - frames), total=CLIP_FRAMES)
+                 for _ in range(clips)]
         video = torch.stack([v for v, _ in drawn]).to(device, memory_format=torch.channels_last_3d)
-        coverage = torch.stack([c for _, c in drawn])[:, None].to(device)
+        coverage = torch.stack([c for _, c in drawn]).to(device)
         noise = torch.randn(clips, VAE.latent_channels, (frames - 1) // 4 + 1, SIZE // 8, SIZE // 8,
                             generator=torch.Generator().manual_seed(rng.getrandbits(62))).to(device)
         with torch.autocast(device, torch.bfloat16):
             decoded, mean, log_variance = autoencode(vae, video, noise)
         error = decoded.float() - video
-        near = F.max_pool3d(coverage, (1, 5, 5), stride=1, padding=(0, 2, 2))
-        weight = 1 + SHAPE_WEIGHT * near                # the moving shape is few pixels: without weight its colour comes last
-        reconstruction = (weight * (error.abs() + error.square())).sum() / REFERENCE_ELEMENTS
-        kl = 0.5 * (mean.float().square() + log_variance.float().exp() - 1 - log_variance.float()).mean()
+        reconstruction = weighted_errors(error, coverage, squares=1).sum() / REFERENCE_ELEMENTS
+        kl = divergence(mean, log_variance)
         with torch.no_grad():
-            inside = (coverage > 0.5).expand_as(error)
+            inside = (coverage > 0.5)[:, None].expand_as(error)
             psnr = 10 * torch.log10(4 / error.square().mean()).item()
             shape_psnr = 10 * torch.log10(4 / error[inside].square().mean()).item()
-        kl_weight = KL_WEIGHT * min(1.0, max(0.0, step / IMAGES_FIRST - 0.5))     # from the start it would erase the latent
+        # from the start it would erase the latent
+        kl_weight = KL_WEIGHT * min(1.0, max(0.0, step / IMAGES_FIRST - 0.5))
         loss = reconstruction * (IMAGE_WEIGHT if still else 1) + kl_weight * kl
         return loss, dict(frames=frames, psnr=psnr, shape_psnr=shape_psnr, kl=kl.item(), std=mean.std().item())
 
     fit(VAE_PHASE, vae, loss_of, work)
     return vae
-
-
-def autoencode(vae: WanVAE, video: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    mean, log_variance = vae.encode(video)
-    log_variance = log_variance.clamp(-4, 4)            # at least this much noise: the decoder must bear a sampler's small errors
-    return vae.decode(mean + (0.5 * log_variance).exp() * noise.to(mean.dtype)), mean, log_variance
 
 
 # The text encoder: learns to say a scene's attributes from a sentence about it. The heads that say them are thrown away.
@@ -208,7 +203,7 @@ def train_tokenizer(folder: Path) -> None:
     new_tokenizer(sentences, pieces=384, folder=folder)
 
 
-class Reader(nn.Module):
+class AttributeReader(nn.Module):
     """The T5 encoder, and one linear head per attribute on the mean of its rows; the last answer of each is `not said`."""
 
     def __init__(self, encoder: nn.Module, width: int):
@@ -226,7 +221,7 @@ def train_text(work: Path, device: str, tokenizer: Tokenizer) -> nn.Module:
     torch.manual_seed(SEED)
     width = CARD.dit_config.text_dim
     encoder = new_t5(d_model=width, d_kv=32, d_ff=2 * width, num_layers=3, num_heads=4, vocab_size=tokenizer.largest + 1)
-    reader = Reader(encoder, width).to(device)
+    reader = AttributeReader(encoder, width).to(device)
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = rng_of("text", step)
@@ -271,11 +266,11 @@ def encode_scenes(vae: WanVAE, work: Path, device: str, name: str, count: int, f
     """`count` scenes and the latents [N, C, T, H, W] of their first `frames` frames, not normalised; kept in `work`."""
     rng = rng_of(name, 0)
     scenes = [Scene.draw(rng) for _ in range(count)]
-    path, batch = work / f"{name}.pt", 8 * FRAMES // frames
+    path, batch = work / f"{name}.pt", 8 * CLIP_FRAMES // frames
     if not path.exists():
         latents = []
         for start in range(0, count, batch):
-            video = torch.stack([scene.render(frames, total=FRAMES)[0] for scene in scenes[start:start + batch]]).to(device)
+            video = torch.stack([scene.render(frames, total=CLIP_FRAMES)[0] for scene in scenes[start:start + batch]]).to(device)
             with torch.autocast(device, torch.bfloat16):
                 latents.append(vae.encode(video)[0].float().cpu())
             print(f"\rencoded {min(start + batch, count)} of {count} {name}", end="", flush=True)
@@ -286,7 +281,7 @@ def encode_scenes(vae: WanVAE, work: Path, device: str, name: str, count: int, f
 
 def train_dit(work: Path, device: str, vae: WanVAE, encoder: nn.Module, tokenizer: Tokenizer) -> LinumDiT:
     torch.manual_seed(SEED)
-    scenes, latents = encode_scenes(vae, work, device, "clips", DIT_CLIPS, FRAMES)
+    scenes, latents = encode_scenes(vae, work, device, "clips", DIT_CLIPS, CLIP_FRAMES)
     pictured, images = encode_scenes(vae, work, device, "images", DIT_IMAGES, 1)
     mean, std = latents.mean(dim=(0, 2, 3, 4)), latents.std(dim=(0, 2, 3, 4))
     dit = LinumDiT(CARD.dit_config).to(device)
@@ -316,11 +311,7 @@ def train_dit(work: Path, device: str, vae: WanVAE, encoder: nn.Module, tokenize
         picked = [rng.randrange(len(known)) for _ in range(clips)]
         sentences = ["" if rng.random() < UNPROMPTED else describe(known[i], rng, still=still, complete=False) for i in picked]
         data = coded[picked, :, :length].to(device)
-        generator = torch.Generator().manual_seed(rng.getrandbits(62))
-        noise = torch.randn(data.shape, generator=generator).to(device)
-        # where a thing is and moves shows in thousands of latent cells, so it is decided at high noise: train there most
-        sigma = torch.sigmoid(torch.randn(clips, generator=generator) * 1.4 + 1.1).to(device)
-        noisy = torch.lerp(data, noise, sigma.view(-1, 1, 1, 1, 1))
+        noisy, sigma, noise = noised(data, torch.Generator().manual_seed(rng.getrandbits(62)))
         with torch.autocast(device, torch.bfloat16):
             velocity = dit(noisy, 1000 * sigma, dit.embed_text(embed(sentences)))
         loss = F.mse_loss(velocity.float(), noise - data)
@@ -332,11 +323,8 @@ def train_dit(work: Path, device: str, vae: WanVAE, encoder: nn.Module, tokenize
 
 def export(folder: Path, dit: LinumDiT, vae: WanVAE, encoder: nn.Module) -> None:
     """The layout and tensor names of a Linum release, in bf16; the tokenizer is there already."""
-    def halved(state: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: t.to(torch.bfloat16) if t.ndim > 1 else t for name, t in state.items()}
-
-    checkpoint.save(folder / CARD.dit_file, halved(checkpoint.released_state(dit, keys.LINUM)))
-    checkpoint.save(folder / CARD.vae_file, halved(checkpoint.released_state(vae, keys.WAN_VAE)))
+    save_released(dit, keys.LINUM, folder / CARD.dit_file)
+    save_released(vae, keys.WAN_VAE, folder / CARD.vae_file)
     state = {name: t for name, t in encoder.state_dict().items() if name != "encoder.embed_tokens.weight"}     # tied
     checkpoint.save(folder / CARD.text_encoder_folder / "model.safetensors", halved(state))
     (folder / CARD.text_encoder_folder / "config.json").write_text(encoder.config.to_json_string())

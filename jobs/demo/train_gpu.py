@@ -3,7 +3,7 @@
 python -m dailies.jobs.demo.train_gpu --budget-s 150 --out build/demo_gpu
 
 It begins with the weights that are shipped: first the VAE, on whole clips, then the DiT on the new VAE's latents, then
-the few-step student and the one for sparse attention, on the new DiT. The text encoder stays. Each course ends by the
+the few-step student and the one for sparse attention, on the new DiT. The text encoder stays. Each training ends by the
 clock and is written at once, in the layout of model/: whatever time or trouble leaves out, what is written fits
 together (`training.json` says what was done, `training.log` how it went). A VAE that is no better than the shipped one
 is not used.
@@ -35,15 +35,15 @@ from dailies.jobs.demo.distill import (
     TrainedSparseAttention,
     guided_velocity,
     loss_at,
-    per_clip,
+    save_dit,
     student_velocity,
-    write,
 )
-from dailies.jobs.demo.train import CLIPS_MOSTLY, KL_WEIGHT, SEED, SHAPE_WEIGHT, UNPROMPTED, autoencode, rng_of
-from dailies.jobs.demo.training import Course, Loss
+from dailies.jobs.demo.losses import KL_WEIGHT, autoencode, divergence, noised, save_released, weighted_errors
+from dailies.jobs.demo.train import CLIPS_MOSTLY, SEED, UNPROMPTED, rng_of
+from dailies.jobs.demo.training import Loss, TimedTraining
 from dailies.jobs.demo.vae_quality import vae_quality
 from dailies.jobs.demo.world import KINDS, SEEN_KINDS, Painter, Scene, describe
-from dailies.model import checkpoint, keys
+from dailies.model import keys
 from dailies.model.catalog import DEMO, DEMO_SPARSE, DEMO_TURBO
 from dailies.model.linum.transformer import LinumDiT
 from dailies.model.schedules import rcm_sigmas
@@ -54,7 +54,7 @@ from dailies.model.wan.vae import CausalConv, ChannelNorm, Memory, WanVAE, as_cl
 SHARES = {"vae": 0.42, "latents": 0.05, "dit": 0.29, "turbo": 0.13, "sparse": 0.06, "sparse-data": 0.05}
 RATES = dict(vae=2e-3, dit=2e-3, turbo=5e-4, sparse=5e-4)
 ENCODE_SHARE = 0.15                                     # of the DiT's time, for clips that it has not seen yet
-GRACE_S = 8                                             # for a course that does not end by the clock
+GRACE_S = 8                                             # for a training that does not end by the clock
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,14 +73,14 @@ class Sizes:
     most_steps: int | None = None
 
 
-FULL = Sizes(clips={13: 64, 7: 112, 5: 160, 1: 768}, pool_clips=12288, pool_images=32768, encoded=32, sentences=48,
+FULL_SIZES = Sizes(clips={13: 64, 7: 112, 5: 160, 1: 768}, pool_clips=12288, pool_images=32768, encoded=32, sentences=48,
              judged=64)
-TINY = Sizes(frames=9, vae_clips=(1,), vae_steps=1, clips={13: 2, 7: 2, 5: 2, 1: 2}, pool_clips=2, pool_images=8,
+TINY_SIZES = Sizes(frames=9, vae_clips=(1,), vae_steps=1, clips={13: 2, 7: 2, 5: 2, 1: 2}, pool_clips=2, pool_images=8,
              encoded=2, sentences=1, judged=2, most_steps=2)
 
 
 class Clock:
-    """Hands each course its share of the time that is left for it and those after it."""
+    """Hands each training its share of the time that is left for it and those after it."""
 
     def __init__(self, ends: float, shares: dict[str, float]):
         self.ends, self.shares = ends, dict(shares)
@@ -91,7 +91,7 @@ class Clock:
         return now + (self.ends - now) * share / all_shares
 
 
-class Record:
+class TrainingLog:
     """What was done and how it went, in two files that are rewritten as it goes."""
 
     def __init__(self, folder: Path, about: dict[str, Any], began: float):
@@ -149,34 +149,31 @@ def vae_loss(vae: WanVAE, painter: Painter, clips: int, frames: int, total: int,
         with torch.autocast(device, torch.bfloat16):
             decoded, mean, log_variance = autoencode(vae, video, noise)
         error = decoded.float() - video
-        near = F.max_pool2d(coverage, 5, stride=1, padding=2)[:, None]
-        # the square too, and most on the shape: a wrong colour is to cost more than many small errors
-        reconstruction = ((1 + SHAPE_WEIGHT * near) * (error.abs() + 2 * error.square())).mean()
-        kl = 0.5 * (mean.float().square() + log_variance.float().exp() - 1 - log_variance.float()).mean()
-        return reconstruction + KL_WEIGHT * kl
+        # the square counts most: a wrong colour is to cost more than many small errors
+        return weighted_errors(error, coverage, squares=2).mean() + KL_WEIGHT * divergence(mean, log_variance)
     return loss
 
 
-def vae_course(vae: WanVAE, painter: Painter, clips: int, sizes: Sizes, device: str) -> Course:
+def vae_training(vae: WanVAE, painter: Painter, clips: int, sizes: Sizes, device: str) -> TimedTraining:
     long, short, still = ((f"{f} frames", vae_loss(vae, painter, n, f, sizes.frames, device))
                           for f, n in ((sizes.frames, clips), ((sizes.frames + 1) // 2 // 4 * 4 + 1, 2 * clips),
                                        (1, 16 * clips)))
-    return Course("vae", vae, (long, long, short, long, long, still, long, long), RATES["vae"])
+    return TimedTraining("vae", vae, (long, long, short, long, long, still, long, long), RATES["vae"])
 
 
-def train_vae(vae: WanVAE, painter: Painter, sizes: Sizes, device: str, until: float, record: Record,
+def train_vae_by_clock(vae: WanVAE, painter: Painter, sizes: Sizes, device: str, until: float, record: TrainingLog,
               trial: "Trial") -> dict[str, Any]:
     """Train it in place; returns what was done."""
     clips, about = sizes.vae_clips[0], {}
     if device == "cuda":
         clips, about = fastest_convolutions(vae, painter, sizes, device, until, record)
-    course = vae_course(vae, painter, clips, sizes, device)
-    done = course.run(until, most_steps=sizes.most_steps, say=record.say, may_record=lambda: "vae" in trial.passed())
+    training = vae_training(vae, painter, clips, sizes, device)
+    done = training.run(until, most_steps=sizes.most_steps, say=record.say, may_record=lambda: "vae" in trial.passed())
     return done | dict(clips=clips) | about
 
 
 def fastest_convolutions(vae: WanVAE, painter: Painter, sizes: Sizes, device: str, until: float,
-                         record: Record) -> tuple[int, dict[str, Any]]:
+                         record: TrainingLog) -> tuple[int, dict[str, Any]]:
     """Try the ways to compute the convolutions, leave the fastest set; returns samples a step, and which it is."""
     most, began = 2 * sizes.vae_clips[0], time.monotonic()                      # so many that the GPU bounds the time
     loss, found = vae_loss(vae, painter, most, sizes.frames, sizes.frames, device), {}
@@ -327,7 +324,7 @@ def encode_whole(vae: WanVAE, video: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lessons:
+class TrainingData:
     """What the DiT and those made of it learn from."""
 
     latents: Latents
@@ -346,13 +343,6 @@ class Lessons:
                     return of(data, rows.float())
             return loss
         return [(f"{name}{length}", loss_for(length)) for length in lengths]
-
-
-def noised(data: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Noisy latents, sigmas [B] and the noise; where a thing is and moves is decided at high noise: most is there."""
-    noise = torch.randn_like(data)
-    sigma = torch.sigmoid(torch.randn(len(data), device=data.device) * 1.4 + 1.1)
-    return torch.lerp(data, noise, per_clip(sigma)), sigma, noise
 
 
 def flow_loss(dit: LinumDiT) -> Callable[[Tensor, Tensor], Tensor]:
@@ -392,16 +382,16 @@ def made_sparse(dit: LinumDiT, device: str) -> LinumDiT:
     return student
 
 
-def courses_after(dit: LinumDiT, lessons: Lessons, device: str) -> Iterator[tuple[str, LinumDiT, Course]]:
+def trainings_after(dit: LinumDiT, training_data: TrainingData, device: str) -> Iterator[tuple[str, LinumDiT, TimedTraining]]:
     """The student, the sparse one's two parts: what is trained when the DiT is."""
     teacher = copy.deepcopy(dit).requires_grad_(False)
     turbo = copy.deepcopy(dit).requires_grad_(True)
-    yield "turbo", turbo, Course("turbo", turbo, lessons.losses(
-        CLIPS_MOSTLY, student_loss(turbo, teacher, lessons.sentences.nothing), 0.0), RATES["turbo"])
+    yield "turbo", turbo, TimedTraining("turbo", turbo, training_data.losses(
+        CLIPS_MOSTLY, student_loss(turbo, teacher, training_data.sentences.nothing), 0.0), RATES["turbo"])
     sparse = made_sparse(dit, device)
-    yield "sparse", sparse, Course("sparse", sparse, lessons.losses(
+    yield "sparse", sparse, TimedTraining("sparse", sparse, training_data.losses(
         SPARSE_LENGTHS, imitation_loss(sparse, teacher), SPARSE_UNPROMPTED), RATES["sparse"])
-    yield "sparse-data", sparse, Course("sparse-data", sparse, lessons.losses(
+    yield "sparse-data", sparse, TimedTraining("sparse-data", sparse, training_data.losses(
         CLIPS_MOSTLY, flow_loss(sparse), UNPROMPTED), RATES["sparse"])
 
 
@@ -409,7 +399,7 @@ def courses_after(dit: LinumDiT, lessons: Lessons, device: str) -> Iterator[tupl
 # device's state beyond use.
 
 def try_recording(sizes: Sizes, device: str) -> None:
-    """Prints the name of each course whose steps could be recorded and replayed."""
+    """Prints the name of each training whose steps could be recorded and replayed."""
     torch.backends.cudnn.benchmark, torch.backends.cudnn.benchmark_limit = True, 4
     dit = DEMO.dit(DEMO.folder, device, "fp32").requires_grad_(True)
     small = replace(sizes, sentences=1, pool_clips=64, pool_images=64)
@@ -419,26 +409,26 @@ def try_recording(sizes: Sizes, device: str) -> None:
         latents.kinds[still].fill_(SEEN_KINDS[0])
         latents.filled[still] = len(coded)
     sentences = Sentences(DEMO.text_encoder(DEMO.folder, device, "fp32"), 1, device)
-    lessons = Lessons(latents=latents, sentences=sentences, sizes=small, device=device)
+    training_data = TrainingData(latents=latents, sentences=sentences, sizes=small, device=device)
     vae = latents.vae.requires_grad_(True)
     convolve_frames(vae, True)
-    courses = [("vae", vae, vae_course(vae, latents.painter, 2, sizes, device)), ("dit", dit, dit_course(dit, lessons))]
-    for name, model, course in itertools.chain(courses, courses_after(dit, lessons, device)):
-        course.record()
+    trainings = [("vae", vae, vae_training(vae, latents.painter, 2, sizes, device)), ("dit", dit, dit_training(dit, training_data))]
+    for name, model, training in itertools.chain(trainings, trainings_after(dit, training_data, device)):
+        training.record()
         before = [p.detach().clone() for p in model.parameters()]
-        done = course.run(time.monotonic() + 60, most_steps=16, say=lambda _: None)
+        done = training.run(time.monotonic() + 60, most_steps=16, say=lambda _: None)
         moved = sum((p - was).abs().sum().item() for p, was in zip(model.parameters(), before, strict=True))
         if done["trouble"] is None and 0 < moved < float("inf"):
-            print(json.dumps(dict(course=name, ms=1e3 * done["seconds"] / done["steps"], losses=done["losses"])),
+            print(json.dumps(dict(training=name, ms=1e3 * done["seconds"] / done["steps"], losses=done["losses"])),
                   flush=True)
 
 
-def dit_course(dit: LinumDiT, lessons: Lessons) -> Course:
-    return Course("dit", dit, lessons.losses(CLIPS_MOSTLY, flow_loss(dit), UNPROMPTED), RATES["dit"])
+def dit_training(dit: LinumDiT, training_data: TrainingData) -> TimedTraining:
+    return TimedTraining("dit", dit, training_data.losses(CLIPS_MOSTLY, flow_loss(dit), UNPROMPTED), RATES["dit"])
 
 
 class Trial:
-    """try_recording() in another process: which courses can be recorded, as far as it is known when it is asked."""
+    """try_recording() in another process: which trainings can be recorded, as far as it is known when it is asked."""
 
     def __init__(self, folder: Path, wanted: bool):
         self.path, self.process = folder / "recording.log", None
@@ -450,8 +440,8 @@ class Trial:
     def passed(self) -> dict[str, Any]:
         written = self.path.read_text() if self.process else ""
         whole = written[:written.rfind("\n") + 1].splitlines()
-        said = [json.loads(line) for line in whole if line.startswith('{"course"')]
-        return {line["course"]: line for line in said}
+        said = [json.loads(line) for line in whole if line.startswith('{"training"')]
+        return {line["training"]: line for line in said}
 
     def end(self) -> None:
         if self.process and self.process.poll() is None:
@@ -461,7 +451,7 @@ class Trial:
 
 # All of it.
 
-def train(out: Path, device: str, clock: Clock, sizes: Sizes, record: Record, *, frozen: bool, trial: Trial) -> None:
+def train(out: Path, device: str, clock: Clock, sizes: Sizes, record: TrainingLog, *, frozen: bool, trial: Trial) -> None:
     torch.manual_seed(SEED)
     painter = Painter(device)
     vae = DEMO.vae(DEMO.folder, device, "fp32")
@@ -472,7 +462,7 @@ def train(out: Path, device: str, clock: Clock, sizes: Sizes, record: Record, *,
     if frozen:
         for part in (vae.encoder, vae.to_moments):
             part.requires_grad_(False)
-    done = guarded(record, "vae", lambda: train_vae(vae, painter, sizes, device, clock.until("vae"), record, trial))
+    done = guarded(record, "vae", lambda: train_vae_by_clock(vae, painter, sizes, device, clock.until("vae"), record, trial))
     vae.requires_grad_(False)
     after = vae_quality(vae, sizes.judged, frames=sizes.frames, device=device)
     better = done is not None and worst(after) > worst(before)
@@ -486,35 +476,35 @@ def train(out: Path, device: str, clock: Clock, sizes: Sizes, record: Record, *,
     latents = Latents(vae, painter, sizes, device)
     latents.fill(clock.until("latents"))
     record.add("latents", dict(clips=latents.filled[False], images=latents.filled[True]))
-    lessons = Lessons(latents=latents, sentences=sentences, sizes=sizes, device=device)
+    training_data = TrainingData(latents=latents, sentences=sentences, sizes=sizes, device=device)
     dit = DEMO.dit(DEMO.folder, device, "fp32").requires_grad_(True)
     dit.latent_scale.copy_(latents.scale)
     dit.latent_bias.copy_(latents.bias)
-    course = dit_course(dit, lessons)
-    done = guarded(record, "dit", lambda: learn(course, clock.until("dit"), lessons, record, trial))
+    training = dit_training(dit, training_data)
+    done = guarded(record, "dit", lambda: learn(training, clock.until("dit"), training_data, record, trial))
     if done is None:
         return
     if better:                                          # with the DiT that knows its latents, and not before
-        save_vae(vae, out / "demo" / DEMO.vae_file)
-    write(dit, DEMO, out / "demo")
+        save_released(vae, keys.WAN_VAE, out / "demo" / DEMO.vae_file)
+    save_dit(dit, DEMO, out / "demo")
     dit.requires_grad_(False)
-    for name, model, course in courses_after(dit, lessons, device):
-        done = guarded(record, name, lambda: learn(course, clock.until(name), lessons, record, trial))
+    for name, model, training in trainings_after(dit, training_data, device):
+        done = guarded(record, name, lambda: learn(training, clock.until(name), training_data, record, trial))
         if done is not None:
-            write(model, DEMO_TURBO if name == "turbo" else DEMO_SPARSE, out / "demo")
+            save_dit(model, DEMO_TURBO if name == "turbo" else DEMO_SPARSE, out / "demo")
 
 
-def learn(course: Course, until: float, lessons: Lessons, record: Record, trial: Trial) -> dict[str, Any]:
-    done = course.run(until, most_steps=lessons.sizes.most_steps, between=lessons.latents.renewal(time.monotonic()),
-                      may_record=lambda: course.name in trial.passed(), say=record.say)
-    return done | dict(clips_drawn=lessons.latents.drawn[False])
+def learn(training: TimedTraining, until: float, training_data: TrainingData, record: TrainingLog, trial: Trial) -> dict[str, Any]:
+    done = training.run(until, most_steps=training_data.sizes.most_steps, between=training_data.latents.renewal(time.monotonic()),
+                      may_record=lambda: training.name in trial.passed(), say=record.say)
+    return done | dict(clips_drawn=training_data.latents.drawn[False])
 
 
-def guarded(record: Record, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+def guarded(record: TrainingLog, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
     """What the work returns, or None when it fails: then what was made before it stands."""
     try:
         done = work()
-    except Exception as error:                          # whatever it is, the courses before it are not to be lost
+    except Exception as error:                          # whatever it is, the trainings before it are not to be lost
         record.add(f"{name}_failed", f"{type(error).__name__}: {error}"[:2000])
         return None
     record.add(name, done)
@@ -523,12 +513,6 @@ def guarded(record: Record, name: str, work: Callable[[], dict[str, Any]]) -> di
 
 def worst(quality: dict[str, Any]) -> float:
     return min(min(of_speed["db"]) for of_speed in quality.values())
-
-
-def save_vae(vae: WanVAE, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    state = checkpoint.released_state(vae, keys.WAN_VAE)
-    checkpoint.save(path, {name: t.to(torch.bfloat16) if t.ndim > 1 else t for name, t in state.items()})
 
 
 def main() -> None:
@@ -541,13 +525,13 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a few steps on next to nothing, to see that it runs")
     parser.add_argument("--try-recording", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    sizes = TINY if args.tiny else FULL
+    sizes = TINY_SIZES if args.tiny else FULL_SIZES
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if args.try_recording:
         return try_recording(sizes, args.device)
     about = dict(device=torch.cuda.get_device_name() if args.device == "cuda" else "CPU", torch=torch.__version__,
                  python=sys.version.split()[0], budget_s=args.budget_s, frozen_encoder=args.freeze_encoder)
-    record = Record(args.out, about, began)
+    record = TrainingLog(args.out, about, began)
     trial = Trial(args.out, wanted=args.device == "cuda")
     last = threading.Timer(args.budget_s + GRACE_S, give_up, [record, trial])
     last.daemon = True
@@ -560,10 +544,10 @@ def main() -> None:
     record.add("seconds", round(time.monotonic() - began, 1))
 
 
-def give_up(record: Record, trial: Trial) -> None:
-    """A course that hangs cannot be ended from within; what the others wrote is there."""
+def give_up(record: TrainingLog, trial: Trial) -> None:
+    """A training that hangs cannot be ended from within; what the others wrote is there."""
     trial.end()
-    record.say("over the budget: a course did not end by the clock. What was written before it stands")
+    record.say("over the budget: a training did not end by the clock. What was written before it stands")
     os._exit(3)
 
 

@@ -1,8 +1,8 @@
-"""One course of training that ends when its time is up, on a device that does not wait for the host.
+"""One training that ends when its time is up, on a device that does not wait for the host.
 
 A step draws its data, learns and averages on the device alone, so the host only sends it off: as kernels, or, where
 they are so many and small that sending them takes longer than running them, as one CUDA graph. The learning rate
-follows the share of the time that is gone, so that it has come down when the course ends, however fast the device is.
+follows the share of the time that is gone, so that it has come down when the training ends, however fast the device is.
 """
 
 import math
@@ -110,7 +110,7 @@ def rate_at(share: float) -> float:
     return min(1.0, (share + 0.002) / WARM_UP) * (LOWEST + (1 - LOWEST) * (0.5 + 0.5 * math.cos(math.pi * share)))
 
 
-class Course:
+class TimedTraining:
     """The training of one model: its losses, taken in turn, each a step of its own that can be recorded."""
 
     def __init__(self, name: str, model: nn.Module, losses: Sequence[tuple[str, Loss]], rate: float):
@@ -164,7 +164,7 @@ class Course:
         """Train until time.monotonic() is `until`; the model then has the average of its weights.
 
         between: called whenever the host has waited for the device.  may_record: asked then, whether steps can be
-        recorded.  A loss that is no number ends the course with the weights of the last look before it.  Returns what
+        recorded.  A loss that is no number ends the training with the weights of the last look before it.  Returns what
         was done.
         """
         began, at_a_time, share, trouble = time.monotonic(), 1, 0.0, None
