@@ -33,7 +33,8 @@ from dailies.model.catalog import LinumCard
 from dailies.model.private import at_home, cache_folder
 from dailies.model.text import described_encoder
 from dailies.model.tokenizer import Tokenizer
-from dailies.model.wan.image_encoder import from_open_clip
+from dailies.model.wan.image_encoder import ClipVision, from_open_clip
+from dailies.model.wan.vae import WanVAE
 from dailies.model.weights import (
     INDEX,
     PICKLES,
@@ -322,8 +323,6 @@ def check(card: ModelCard, part: Part, folder: Path) -> None:
 
 
 def described(card: ModelCard, kind: str) -> torch.nn.Module:
-    from dailies.model.wan.image_encoder import ClipVision
-    from dailies.model.wan.vae import WanVAE
     with torch.device("meta"):
         return WanVAE(card.vae_config) if kind == "vae" else ClipVision(card.clip_config)
 

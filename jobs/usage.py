@@ -4,13 +4,10 @@ import difflib
 import glob
 import os
 import sys
-from typing import TYPE_CHECKING
 
+from dailies.model.card import ModelCard
+from dailies.model.catalog import CATALOG
 from dailies.model.errors import DailiesError
-
-if TYPE_CHECKING:
-    from dailies.model.card import ModelCard
-
 
 # what a GPU's driver makes, NVIDIA's, AMD's or that of Windows' Linux: asked before torch, which takes long to import
 GPU_FILES = ("/dev/nvidia*", "/dev/nvhost*", "/dev/nvmap", "/dev/kfd", "/dev/dxg")
@@ -76,9 +73,8 @@ def suggestion(word: str, known: list[str]) -> str:
     return f" Did you mean {close[0]}?" if close else ""
 
 
-def card_named(name: str) -> "ModelCard":
+def card_named(name: str) -> ModelCard:
     """The catalogue's card of this name.  Raises UsageError."""
-    from dailies.model.catalog import CATALOG
     if name not in CATALOG:
         raise UsageError(f"no model is called {name!r}.{suggestion(name, list(CATALOG))} "
                          f"There are: {', '.join(CATALOG)}")

@@ -12,6 +12,7 @@ from typing import Any
 from dailies.jobs.answer import answer
 from dailies.jobs.progress import printable, say
 from dailies.jobs.runs import open_run
+from dailies.model.catalog import CATALOG
 from dailies.pipeline.run import ledger
 from dailies.pipeline.run.layout import CLIPS, clip_id_of
 from dailies.pipeline.run.lease import Lease
@@ -114,6 +115,5 @@ def compared(data: bytes, row: Mapping[str, Any]) -> str | None:
 
 def largest_shape() -> tuple[int, int]:
     """The most pixels of a frame, and the most frames, that a row can ask any model for."""
-    from dailies.model.catalog import CATALOG
     return (max(card.max_pixels for card in CATALOG.values()),
             max(int(card.fps * card.max_duration_s) + 1 for card in CATALOG.values()))

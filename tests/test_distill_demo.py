@@ -11,7 +11,7 @@ from dailies.actors.messages import Request
 from dailies.actors.text_encoder import TextEncoder
 from dailies.actors.turbo_denoiser import StudentDenoiser
 from dailies.jobs.demo import distill as distill_demo
-from dailies.jobs.demo import train as train_demo
+from dailies.jobs.demo import phases
 from dailies.model import checkpoint, keys
 from dailies.model.catalog import DEMO, DEMO_SPARSE, DEMO_TURBO
 from dailies.model.schedules import rcm_sigmas
@@ -56,7 +56,7 @@ def few_clips(tmp_path, monkeypatch):
         monkeypatch.setattr(distill_demo, name, replace(getattr(distill_demo, name), steps=2))
     for name, value in dict(DIT_CLIPS=2, DIT_IMAGES=2, CLIP_FRAMES=5, BATCHES={1: 2, 5: 2, 7: 2, 13: 2}).items():
         monkeypatch.setattr(distill_demo, name, value)
-    monkeypatch.setattr(train_demo, "CLIP_FRAMES", 5)
+    monkeypatch.setattr(phases, "CLIP_FRAMES", 5)
     shutil.copytree(DEMO.folder, tmp_path / "demo")
     (tmp_path / "work").mkdir()
     return tmp_path / "demo", tmp_path / "work"

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from dailies.jobs.demo.train import Optimizers
+from dailies.jobs.demo.phases import Optimizers
 from dailies.jobs.demo.train_gpu import FULL_SIZES, Clock, FrameConv, Sentences, convolve_frames, encode_whole
 from dailies.jobs.demo.training import LOWEST, Learner, TimedTraining, orthogonal, rate_at
 from dailies.jobs.demo.vae_quality import vae_quality

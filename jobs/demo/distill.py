@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dailies.jobs.demo.losses import noised, per_clip, save_released
-from dailies.jobs.demo.train import (
+from dailies.jobs.demo.phases import (
     BATCHES,
     CLIP_FRAMES,
     CLIPS_MOSTLY,

@@ -39,7 +39,7 @@ from dailies.jobs.demo.distill import (
     student_velocity,
 )
 from dailies.jobs.demo.losses import KL_WEIGHT, autoencode, divergence, noised, save_released, weighted_errors
-from dailies.jobs.demo.train import CLIPS_MOSTLY, SEED, UNPROMPTED, rng_of
+from dailies.jobs.demo.phases import CLIPS_MOSTLY, SEED, UNPROMPTED, rng_of
 from dailies.jobs.demo.training import Loss, TimedTraining
 from dailies.jobs.demo.vae_quality import vae_quality
 from dailies.jobs.demo.world import KINDS, SEEN_KINDS, Painter, Scene, describe

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dailies.jobs.demo.train import is_inner
+from dailies.jobs.demo.phases import is_inner
 
 Loss = Callable[[], Tensor]                             # draws a batch, and gives its loss
 WARM_UP, LOWEST = 0.04, 0.02                            # share of the time, share of the rate
@@ -26,8 +26,8 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)               # as torch.optim.Muon
 class Learner:
     """Muon for the weights of inner layers, AdamW for the rest, clipping, and a running average of the weights.
 
-    The same steps as `dailies.jobs.demo.train.Optimizers`, but matrices of one shape are one batch, the rates are tensors, and
-    nothing waits for the device.
+    The same steps as `phases.Optimizers`, but matrices of one shape are one batch, the rates are tensors, and nothing
+    waits for the device.
     """
 
     MOMENTUM, BETAS, EPS = 0.95, (0.9, 0.99), 1e-9
