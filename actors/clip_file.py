@@ -16,7 +16,7 @@ from dailies.model.settings import course_of
 
 DIGEST_HEAD = (56).to_bytes(4, "big") + b"uuid" + bytes.fromhex("5b1c7a0e6d8f4c3f9a55f0d2b7e41c86")     # then 32 bytes
 DIGEST_BYTES = 56
-MOST_BYTES = 2**31                                      # of a clip's file
+MAX_CLIP_BYTES = 2**31                                  # of a clip's file
 
 # Only what we write is opened: H.264 and AAC in MP4, from bytes; no other codec, format or protocol is even tried.
 OPENED = {"protocol_whitelist": "none", "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2", "codec_whitelist": "h264,aac"}
@@ -48,7 +48,7 @@ def coded_size(width: int, height: int) -> tuple[int, int]:
 def most_bytes(*, width: int, height: int, frames: int) -> int:
     """More than a clip's file of this shape can have: twice its raw pictures, sound, prompt and index."""
     width, height = coded_size(width, height)
-    return min(MOST_BYTES, 2**20 + frames * (3 * width * height + 100_000))
+    return min(MAX_CLIP_BYTES, 2**20 + frames * (3 * width * height + 100_000))
 
 
 def provenance(request: Request) -> dict[str, str]:

@@ -22,7 +22,7 @@ STRAY_SHARE = 1e-3
 QUIETEST = 1e-4                         # silent: -80 dB, below the last bit of 13
 LOUDEST, CLIPPED_SHARE = 0.999, 0.05    # clipped: a twentieth of the samples at full scale; loud music has a thousandth
 
-LOOKED_AT = 4096                        # pixels of a frame, evenly spread; a frozen clip is looked at whole
+FRAMES_LOOKED_AT = 4096                 # pixels of a frame, evenly spread; a frozen clip is looked at whole
 
 REJECTED = "Rejected"
 
@@ -48,7 +48,7 @@ def judge(frames: Frames) -> tuple[str, str, dict[str, float]]:
     wanted, got = [shape.frames, shape.height, shape.width, 3], list(frames.rgb.shape)
     if got != wanted:
         return "size", f"frames must be {wanted}, as the request says; got {got}", {}
-    step = max(1, int((shape.height * shape.width / LOOKED_AT) ** 0.5))
+    step = max(1, int((shape.height * shape.width / FRAMES_LOOKED_AT) ** 0.5))
     rgb = np.ascontiguousarray(frames.rgb[:, ::step, ::step].cpu().numpy())
     levels = rgb.mean((1, 2), dtype=np.float32)                                        # [frames, 3]
     measures = {

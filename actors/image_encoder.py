@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dailies.actors.image_file import decode
+from dailies.actors.image_file import decode_image
 from dailies.actors.image_parts import ImageError
 from dailies.actors.memory import room_on
 from dailies.actors.messages import Embedding, FirstFrame, Request
@@ -60,7 +60,7 @@ class ImageTextEncoder(TextEncoder):
         if hashlib.sha256(data).hexdigest() != image.sha256:
             raise ImageError(f"{image.uri} has changed since this run was planned: put the old image back, or render "
                              "the new one into another output folder")
-        whole = decode(data)
+        whole = decode_image(data)
         pixels = whole if is_of(self.card, whole, shape) else cropped(whole, shape, self.card.side_step)
         with self.lock:
             made = [self.condition(pixels, shape).cpu()]

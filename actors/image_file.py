@@ -15,14 +15,14 @@ from torch import Tensor
 from dailies.actors.image_parts import ImageError, Parts, parts_of
 from dailies.model.weights import first_line
 
-MAX_BYTES = 64 << 20
+MAX_IMAGE_BYTES = 64 << 20
 MAX_PIXELS = 100_000_000            # as floats 1.2 GB; a page of an atlas, not a decompression bomb
 MAX_SCANNED = 2_000_000_000         # pixels of all scans of a JPEG together: some seconds
 MIN_SIDE = 32                       # pixels
 ALLOWED = (f"a PNG, JPEG or WebP image of at least {MIN_SIDE} pixels a side, at most {MAX_PIXELS:,} pixels and "
-           f"{MAX_BYTES >> 20} MiB")
+           f"{MAX_IMAGE_BYTES >> 20} MiB")
 
-FORMATS = ("PNG", "JPEG", "WEBP")
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
 UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
            5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
            8: Image.Transpose.ROTATE_90}
@@ -40,7 +40,7 @@ def examine(data: bytes) -> ImageSize:
     """The image's size, from its header.  Raises ImageError for what is no whole image or outside the limits."""
     if data[:4] + data[8:12] == b"RIFFWEBP" and len(data) < 8 + int.from_bytes(data[4:8], "little"):
         raise ImageError("a WEBP file of which the end is missing")    # asked first: it cannot be opened
-    image, parts = opened(data)
+    image, parts = opened_image(data)
     if not parts.whole:
         raise ImageError(f"a {image.format} file of which the end is missing")
     width, height = image.size
@@ -49,12 +49,12 @@ def examine(data: bytes) -> ImageSize:
     return ImageSize(height=height, width=width)
 
 
-def decode(data: bytes) -> Tensor:
+def decode_image(data: bytes) -> Tensor:
     """Pixels [3, H, W] in [-1, 1], fp32, upright. Of an animation the first frame; what is transparent becomes white.
 
     Raises ImageError.
     """
-    image, parts = opened(data)
+    image, parts = opened_image(data)
     turn = UPRIGHT.get(parts.orientation)
     try:
         image.load()
@@ -72,18 +72,18 @@ def decode(data: bytes) -> Tensor:
     return pixels.div_(255).sub_(0.5).div_(0.5)         # in the release's order, to the last bit
 
 
-def opened(data: bytes) -> tuple[Image.Image, Parts]:
+def opened_image(data: bytes) -> tuple[Image.Image, Parts]:
     """The image, its header read, and what its file is made of.  Raises ImageError."""
-    if len(data) > MAX_BYTES:
+    if len(data) > MAX_IMAGE_BYTES:
         raise ImageError(f"{len(data):,} bytes")
     if not data:
         raise ImageError("an empty file")
     parts = parts_of(data)
     Image.MAX_IMAGE_PIXELS = None                       # our own limit is asked below, before any pixel is decoded
     try:
-        image = Image.open(BytesIO(parts.data), formats=FORMATS)
+        image = Image.open(BytesIO(parts.data), formats=IMAGE_FORMATS)
     except Image.UnidentifiedImageError:
-        raise ImageError(f"not a PNG, JPEG or WebP, but {kind_of(data)} of {len(data):,} bytes") from None
+        raise ImageError(f"not a PNG, JPEG or WebP, but {image_kind(data)} of {len(data):,} bytes") from None
     except Exception as error:                          # Pillow raises many kinds for a damaged header
         raise ImageError(damage(error)) from error
     width, height = image.size
@@ -101,7 +101,7 @@ def damage(error: Exception) -> str:
     return f"damaged ({type(error).__name__ if quotes else said})"
 
 
-def kind_of(data: bytes) -> str:
+def image_kind(data: bytes) -> str:
     """What a file that is no image of ours is, by its first bytes, without showing any."""
     known = {b"GIF8": "a GIF image", b"BM": "a BMP image", b"II*\0": "a TIFF image", b"MM\0*": "a TIFF image",
              b"%PDF": "a PDF", b"PK\3\4": "a ZIP archive", b"\x1f\x8b": "a gzip file", b"\x28\xb5\x2f\xfd": "a zstd file",

@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dailies.jobs.demo.world import ATTRIBUTES, Scene, describe
+from dailies.jobs.demo.world import ATTRIBUTES, Scene, sentence_about
 
 
 def rows() -> list[dict]:
@@ -24,7 +24,7 @@ def rows() -> list[dict]:
     for at, (shape, color) in enumerate(pairs):
         scene = Scene(shape=shape, color=color, **{name: values[at] for name, values in others.items()})
         # the last is a column of our own: the ledger has it as user.unseen_in_training
-        described.append({"id": f"{color}-{shape}", "prompt": describe(scene, rng), "seed": 1000 + at,
+        described.append({"id": f"{color}-{shape}", "prompt": sentence_about(scene, rng), "seed": 1000 + at,
                           "unseen_in_training": scene.held_out})
     return described
 

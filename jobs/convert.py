@@ -64,7 +64,7 @@ PASSED_ON = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR", "OMP_NUM_THR
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class FoundPart:
     """One model of several: what it is, where a layout wants it, and where it was found."""
 
     kind: str                                           # dit, vae, text_encoder, image_encoder
@@ -99,14 +99,14 @@ def convert(source: str, model: str, to: str, *, precision: str | None = None, j
             say(f"{store.uri_of(name)}  {size}  from {file}", stream=sys.stdout)
 
     for part in parts:
-        tensors = dict(read(part.source, room_beside(store)))
+        tensors = dict(published_tensors(part.source, room_beside(store)))
         if part.kind == "image_encoder":
             tensors = split_clip(card, tensors, part.source)
         if part.kind == "dit" and precision == "int8":
-            tensors = quantized(card, tensors, part.source)
+            tensors = quantized_part(card, tensors, part.source)
         with tempfile.TemporaryDirectory(prefix=".dailies-convert-", dir=room_beside(store)) as folder:
-            files = write(Path(folder), part.target, tensors)
-            check(card, part, Path(folder))
+            files = write_shards(Path(folder), part.target, tensors)
+            check_converted(card, part, Path(folder))
             for name, file in files.items():
                 publish(store, name, file, file)
                 tell(name, file.stat().st_size, part.source)
@@ -116,7 +116,7 @@ def convert(source: str, model: str, to: str, *, precision: str | None = None, j
     return answer({"model": card.name, "to": store.uri, "files": written}, lambda: None, json=json)
 
 
-def found_parts(card: ModelCard, path: Path) -> tuple[Layout, list[Part]]:
+def found_parts(card: ModelCard, path: Path) -> tuple[Layout, list[FoundPart]]:
     """What there is to convert, in the layout of which the most is there.  Raises UsageError."""
     if not path.exists():
         raise UsageError(f"SRC must be a file or a folder of published weights; {path} is not there")
@@ -124,7 +124,7 @@ def found_parts(card: ModelCard, path: Path) -> tuple[Layout, list[Part]]:
         return one_part(card, path)
     found = []
     for layout in card.layouts:
-        parts = [Part(kind=kind, place=place, target=target, source=source) for kind, place, target in wanted(layout)
+        parts = [FoundPart(kind=kind, place=place, target=target, source=source) for kind, place, target in wanted(layout)
                  if (source := source_of(path, target))]
         found.append((layout, parts))
     layout, parts = max(found, key=lambda option: len(option[1]))
@@ -135,19 +135,19 @@ def found_parts(card: ModelCard, path: Path) -> tuple[Layout, list[Part]]:
     return layout, parts
 
 
-def one_part(card: ModelCard, path: Path) -> tuple[Layout, list[Part]]:
+def one_part(card: ModelCard, path: Path) -> tuple[Layout, list[FoundPart]]:
     """A single file: known by its name, or else by the names of its tensors."""
     stem = path.name.removesuffix(path.suffix)
     # the original layouts first: they are what single files come from
     layouts = sorted(card.layouts, key=lambda layout: not is_file(layout.text_encoder))
-    options = [[Part(kind=kind, place=place, target=target, source=path) for kind, place, target in wanted(layout)]
+    options = [[FoundPart(kind=kind, place=place, target=target, source=path) for kind, place, target in wanted(layout)]
                for layout in layouts]
     for layout, parts in zip(layouts, options, strict=True):
         named = [part for part in parts if PurePosixPath(part.target).stem == stem
                  and PurePosixPath(part.target).parent.name in ("", path.parent.name)]
         if len(named) == 1:
             return layout, named
-    names = [name for name, _ in read(path)]
+    names = [name for name, _ in published_tensors(path)]
     known = [part for part in options[0] if not keys.table_of(names, tables_of(card, part.kind)).unknown(names)]
     # of two experts the file's name may say which: wan2.2_t2v_high_noise_14B_fp16.safetensors
     noise = [part for part in known if part.kind == "dit" and re.search(rf"(?i)(?<![a-z]){EXPERTS[part.place]}(?![a-z])", stem)]
@@ -177,7 +177,7 @@ def source_of(folder: Path, target: str) -> Path | None:
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
-def read(path: Path, room: Path | None = None) -> Iterator[tuple[str, Tensor]]:
+def published_tensors(path: Path, room: Path | None = None) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors, which stay in the mapped file until they are used.  Raises CheckpointError.
 
     room: a folder where a pickle's tensors fit; None: the one for temporary files.
@@ -185,7 +185,7 @@ def read(path: Path, room: Path | None = None) -> Iterator[tuple[str, Tensor]]:
     if path.name.removesuffix(INDEX).endswith(PICKLES) and path.name.endswith(INDEX):
         index = weight_map(path, PICKLES)
         for shard in sorted(set(index.values())):
-            yield from ((name, tensor) for name, tensor in read(path.with_name(shard), room) if index.get(name) == shard)
+            yield from ((name, tensor) for name, tensor in published_tensors(path.with_name(shard), room) if index.get(name) == shard)
         return
     if path.suffix not in PICKLES:
         yield from checkpoint.views(checkpoint.stored_tensors(path))
@@ -210,7 +210,7 @@ def unpickle(path: Path, target: Path) -> None:
         child = subprocess.run([sys.executable, sandbox.__file__, "dailies.jobs.unpickle", path.absolute(), str(made.fileno())],
                                env=environment, cwd=target.parent, stdin=subprocess.DEVNULL, stdout=out, stderr=errors,
                                pass_fds=[made.fileno()], start_new_session=True)
-        said, complaint = (text_of(file) for file in (out, errors))
+        said, complaint = (end_of_text(file) for file in (out, errors))
     for sentence in said.splitlines():
         warn_once(sentence)
     if child.returncode == 2:
@@ -231,7 +231,7 @@ def child_environment(home: Path) -> dict[str, str]:
                    "PYTHONDONTWRITEBYTECODE": "1"}
 
 
-def text_of(file: BinaryIO) -> str:
+def end_of_text(file: BinaryIO) -> str:
     """The beginning of what a process has said, which may be anything."""
     file.seek(0)
     return "".join(char if char.isprintable() or char == "\n" else "?"
@@ -254,7 +254,7 @@ def split_clip(card: ModelCard, tensors: Mapping[str, Tensor], path: Path) -> di
     return {keys.CLIP_VISION.released(name): tensor for name, tensor in ours.items()}
 
 
-def quantized(card: ModelCard, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+def quantized_part(card: ModelCard, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     """With the weights of the blocks' linear layers in INT8, a scale per row: the names are those of model/turbo.py."""
     with torch.device("meta"):
         wanted = {f"{place}.weight" for place, _ in turbo.linears_of_blocks(card.new_dit())}
@@ -272,7 +272,7 @@ def quantized(card: ModelCard, tensors: Mapping[str, Tensor], path: Path) -> dic
     return made
 
 
-def write(folder: Path, target: str, tensors: Mapping[str, Tensor]) -> dict[str, Path]:
+def write_shards(folder: Path, target: str, tensors: Mapping[str, Tensor]) -> dict[str, Path]:
     """The tensors as one file, or as shards with their index; what was written, by its name below the output.
 
     Raises CheckpointError for NaN and infinity.
@@ -282,7 +282,7 @@ def write(folder: Path, target: str, tensors: Mapping[str, Tensor]) -> dict[str,
         raise CheckpointError(f"{target}: NaN or infinity in {listed(broken)}; is the file damaged?")
     shards: list[dict[str, Tensor]] = [{}]
     for name, tensor in tensors.items():
-        if shards[-1] and sum(map(num_bytes, shards[-1].values())) + num_bytes(tensor) > SHARD_BYTES:
+        if shards[-1] and sum(map(tensor_bytes, shards[-1].values())) + tensor_bytes(tensor) > SHARD_BYTES:
             shards.append({})
         shards[-1][name] = tensor
     stem = target.removesuffix(".safetensors")
@@ -300,11 +300,11 @@ def write(folder: Path, target: str, tensors: Mapping[str, Tensor]) -> dict[str,
     return files
 
 
-def num_bytes(tensor: Tensor) -> int:
+def tensor_bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.itemsize
 
 
-def check(card: ModelCard, part: Part, folder: Path) -> None:
+def check_converted(card: ModelCard, part: FoundPart, folder: Path) -> None:
     """That the model which the card describes can be loaded from what was written.  Raises CheckpointError."""
     path = folder / part.target
     path = path if path.is_file() else folder / (part.target + INDEX)
@@ -318,11 +318,11 @@ def check(card: ModelCard, part: Part, folder: Path) -> None:
             model = described_encoder("T5" if isinstance(card, LinumCard) else "umT5", said or config, card.name)
         model.encoder.embed_tokens = model.shared
     else:
-        model = described(card, part.kind)
+        model = described_part(card, part.kind)
     checkpoint.load(model, path, *tables_of(card, part.kind), name=card.name, device="meta")
 
 
-def described(card: ModelCard, kind: str) -> torch.nn.Module:
+def described_part(card: ModelCard, kind: str) -> torch.nn.Module:
     with torch.device("meta"):
         return WanVAE(card.vae_config) if kind == "vae" else ClipVision(card.clip_config)
 
@@ -338,7 +338,7 @@ def tables_of(card: ModelCard, kind: str) -> tuple[keys.KeyTable, ...]:
             "image_encoder": (keys.CLIP_VISION, keys.CLIP_ORIGINAL)}[kind]
 
 
-def refuse_links_out(parts: list[Part], path: Path) -> None:
+def refuse_links_out(parts: list[FoundPart], path: Path) -> None:
     """Raises CheckpointError where a folder's weights are links to what lies elsewhere. A file that was named itself may
     be a link, but not the shards that it names.
     """

@@ -29,7 +29,7 @@ from dailies.pipeline.manifest.raw_bytes import unfolded
 from dailies.pipeline.manifest.text import sniffed
 from dailies.pipeline.manifest.validation import shown
 from dailies.pipeline.run.masking import names_a_secret
-from dailies.pipeline.store.beneath import TooLong, Unfit, read_below
+from dailies.pipeline.store.beneath import FileTooLong, Unfit, read_below
 
 if TYPE_CHECKING:
     from dailies.pipeline.manifest.manifest import Manifest
@@ -46,7 +46,7 @@ def homes() -> dict[str, Path]:
         f"dailies/{package}": Path(import_module(f"dailies.{package}").__path__[0]) for package in PACKAGES_SHIPPED}
 
 
-def pack(folder: Path, manifest: str, render_args: list[str]) -> list[str]:
+def pack_parcel(folder: Path, manifest: str, render_args: list[str]) -> list[str]:
     """Fill `folder` with what the cluster needs: our packages, the manifest and its images; says on stderr what that is.
 
     Each file is read once: the bytes that were checked are those that are sent, whatever takes its place meanwhile.
@@ -87,7 +87,7 @@ class Parcel:
                              "itself there, or name the files that are to be sent")
         try:
             data = read_below(real, base, at_most=room)     # from here on no link is followed
-        except TooLong as error:
+        except FileTooLong as error:
             raise too_much(self.sizes() | {name: error.num_bytes}) from None
         except (OSError, Unfit) as error:
             why = error.what if isinstance(error, Unfit) else error.strerror
@@ -151,7 +151,7 @@ def pack_manifest(parcel: Parcel, source: Path, mapping: dict[str, str]) -> str:
     for name, file in files.items():
         parcel.read(name, Path(file.name), base)
         held[name] = replace(file, open=partial(io.BytesIO, parcel.files[name]))
-    images_of(parcel, Manifest.read(str(source), mapping=mapping, files=list(held.values())), held)
+    add_images(parcel, Manifest.read(str(source), mapping=mapping, files=list(held.values())), held)
     return named
 
 
@@ -180,7 +180,7 @@ def local_manifest(source: Path) -> tuple[str, Path, dict[str, ManifestFile]]:
     return named, base.resolve(), files
 
 
-def images_of(parcel: Parcel, read: "Manifest", shipped: dict[str, ManifestFile]) -> None:
+def add_images(parcel: Parcel, read: "Manifest", shipped: dict[str, ManifestFile]) -> None:
     """Add the images under the manifest's folder that its rows name, by the name that each row's path has on the cluster.
 
     shipped: the manifest's own files, by their name there.  What is in a bucket, missing, hidden, outside the folder or

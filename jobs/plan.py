@@ -12,14 +12,14 @@ from dailies.jobs.answer import answer
 from dailies.jobs.machines import machines_of
 from dailies.jobs.notes import limits_of, notes_of, what_is_made
 from dailies.jobs.progress import duration_text, printable, say
-from dailies.jobs.render import prepare, stages_of
+from dailies.jobs.render import run_of, stages_for
 from dailies.jobs.runs import bucket_text
 from dailies.jobs.settings import RenderJob
 from dailies.model.private import cache_folder
 from dailies.model.weights import hub_bytes, hub_folder
 from dailies.pipeline.run.ledger import read
 from dailies.pipeline.run.run import Run
-from dailies.pipeline.run.run_json import SHAPE
+from dailies.pipeline.run.run_json import BUCKET_SHAPE
 from dailies.pipeline.scheduler.forecast import Forecast, forecast, measured_costs, rows_by_work, work_of
 from dailies.pipeline.scheduler.placement import InsufficientCapacity
 from dailies.pipeline.store import StoreError, open_store
@@ -37,7 +37,7 @@ def show_plan(job: RenderJob, *, json: bool) -> int:
 
 
 def show(job: RenderJob, *, json: bool, has_out: bool = True) -> int:
-    run = prepare(job, weights_are_needed=False)
+    run = run_of(job, weights_are_needed=False)
     lacks = None if run.weights else what_is_missing(job, run)
     if run.weights:
         run.check_weights()
@@ -155,12 +155,12 @@ def foretell(job: RenderJob, run: Run, wanted: set[str]) -> dict[str, Any] | Non
     """
     if not run.has_begun:
         return None
-    table = read(run.store, ["clip_id", "status", *SHAPE, *SECONDS])
+    table = read(run.store, ["clip_id", "status", *BUCKET_SHAPE, *SECONDS])
     done = {row["clip_id"]: row for row in table.to_pylist() if row["status"] == "done"}
     measured = rows_by_work(done.values())
     if not measured:
         return None
-    stages, machines, found = stages_of(job, run), machines_of(job), []
+    stages, machines, found = stages_for(job, run), machines_of(job), []
     encoded = run.plan.num_prompts / max(1, run.plan.num_clips)
     left: Counter[float] = Counter()                    # clips by work: buckets of equal work cost the same
     of_work: dict[float, dict[str, Any]] = {}

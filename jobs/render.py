@@ -43,7 +43,7 @@ def render(job: RenderJob, *, json: bool, engine: Engine | None = None) -> int:
     Raises UsageError, SettingError, ManifestError, CheckpointError; StoreError, ClusterError, LeaseError.
     """
     began = time.monotonic()
-    run, deadline = prepare(job), job.deadline()
+    run, deadline = run_of(job), job.deadline()
     budget = Budget(until=deadline and deadline.timestamp(), gpu_hours=job.gpu_hours())
     is_same = run.has_begun and run.change is None
     if is_same and run.is_marked and not (bookkeeper := run.bookkeeper()).open_clips:
@@ -59,7 +59,7 @@ def render(job: RenderJob, *, json: bool, engine: Engine | None = None) -> int:
     return report(job, run, bookkeeper, stop, budget, began, json)
 
 
-def prepare(job: RenderJob, *, weights_are_needed: bool = True) -> Run:
+def run_of(job: RenderJob, *, weights_are_needed: bool = True) -> Run:
     """Every complaint comes from here.
 
     Raises UsageError, SettingError, BadSealKey, ManifestError, CheckpointError, OtherRun, StoreError.
@@ -113,7 +113,7 @@ def work(job: RenderJob, run: Run, bookkeeper: Bookkeeper, budget: Budget, engin
     requests, num_clips = first
     stop = Stop()
     bookkeeper.lease.on_lost = stop.now
-    stages = stages_of(job, run, run.seal(), {clip_id: found.sha256 for clip_id, found in bookkeeper.spoilt.items()})
+    stages = stages_for(job, run, run.seal(), {clip_id: found.sha256 for clip_id, found in bookkeeper.spoilt.items()})
     with Display(total=num_clips, view=Display.view_for()) as display:
         def on_progress(progress: Progress) -> None:
             display.update(progress)
@@ -141,7 +141,7 @@ def said_of_clip(outcome: Outcome) -> tuple[str, ...]:
     return (*clip.fallbacks, *clip.notes, *outcome.notes) if isinstance(clip, Clip) else outcome.notes
 
 
-def stages_of(job: RenderJob, run: Run, seal: Seal = Seal(), spoilt: Mapping[str, str] = {}) -> list[Stage]:
+def stages_for(job: RenderJob, run: Run, seal: Seal = Seal(), spoilt: Mapping[str, str] = {}) -> list[Stage]:
     weights, plan = job.weights, run.plan
     if weights and "://" not in weights:                # the processes that read it may run in another folder
         weights = str(at_home(weights).absolute())

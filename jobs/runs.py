@@ -19,7 +19,7 @@ from dailies.pipeline.run.layout import RUN, SUCCESS
 from dailies.pipeline.run.lease import Lease
 from dailies.pipeline.run.ledger_row import there
 from dailies.pipeline.run.pace import WAIT_AND_WORK, pace
-from dailies.pipeline.run.run_json import SHAPE, OtherRun, check_counts, has, known_manifest, read_run
+from dailies.pipeline.run.run_json import BUCKET_SHAPE, OtherRun, check_counts, has, known_manifest, read_run
 from dailies.pipeline.store import Store, StoreError, open_store
 from dailies.pipeline.wording import counted
 
@@ -67,7 +67,7 @@ def print_status(said: dict[str, Any]) -> None:
 def progress_of(store: Store, run: dict[str, Any]) -> dict[str, Any]:
     """Rows done, failed and pending, in all and clips by bucket; clips per hour and the seconds that are left."""
     names = ["status", "error_type", "clip_id", "finished_at", "worker", *WAIT_AND_WORK]
-    table = ledger.read(store, [*names, *SHAPE])
+    table = ledger.read(store, [*names, *BUCKET_SHAPE])
     columns = {name: table[name].to_pylist() for name in there(names, table.column_names)}
     counts = Counter(columns["status"])
     rows = run["planned_rows"] + run["invalid_rows"]
@@ -84,7 +84,7 @@ def progress_of(store: Store, run: dict[str, Any]) -> dict[str, Any]:
         "clips_per_hour": per_hour, "eta_s": 3600 * pending_clips / per_hour if running and pending_clips else None,
         "last_row_s_ago": (now - last).total_seconds() if last else None,
         "buckets": buckets_of(run, zip(columns["clip_id"], columns["status"],
-                                       zip(*(table[name].to_pylist() for name in SHAPE), strict=True), strict=True)),
+                                       zip(*(table[name].to_pylist() for name in BUCKET_SHAPE), strict=True), strict=True)),
         "more_buckets": run["more_buckets"],
         "failed_by_type": dict(Counter(error_type for error_type, status in
                                        zip(columns["error_type"], columns["status"], strict=True)
@@ -98,7 +98,7 @@ def buckets_of(run: dict[str, Any], rows: Iterator[tuple[str | None, str, tuple]
     counts = Counter(seen.values())
     said = []
     for bucket in run["buckets"]:
-        shape = tuple(bucket.get(name) for name in SHAPE)
+        shape = tuple(bucket.get(name) for name in BUCKET_SHAPE)
         done, failed = counts["done", shape], counts["failed", shape]
         said.append({"bucket": bucket_text(bucket), **bucket, "done": done, "failed": failed,
                      "pending": max(0, bucket["clips"] - done - failed)})
@@ -136,13 +136,13 @@ def models(name: str | None, weights: str | None, *, json: bool) -> int:
     cards = [card_named(name)] if name else list(CATALOG.values())
     if weights is not None:
         checked_place("--weights", weights)
-    found = [describe(card, weights if name else None) for card in cards]
+    found = [card_as_json(card, weights if name else None) for card in cards]
     if name:
         return answer(found[0], lambda: print_model(found[0]), json=json)
     return answer({"models": found}, lambda: print_models(found), json=json)
 
 
-def describe(card: ModelCard, weights: str | None) -> dict[str, Any]:
+def card_as_json(card: ModelCard, weights: str | None) -> dict[str, Any]:
     """A card for JSON: what a row gets when it does not say, what it may ask for, where the weights are."""
     return {
         "name": card.name, "description": card.description, "fps": card.fps, "takes_image": card.takes_image,

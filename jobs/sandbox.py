@@ -59,7 +59,7 @@ DENIED = dict(
     setpriority=(141, 140), ioprio_set=(251, 30), sched_setparam=(142, 118), sched_setscheduler=(144, 119),
     sched_setattr=(314, 274), migrate_pages=(256, 238), move_pages=(279, 239),
 )
-UNKNOWN = dict(clone3=(435, 435), openat2=(437, 437))   # told to be missing: libraries then use what can be judged
+UNKNOWN_CALLS = dict(clone3=(435, 435), openat2=(437, 437))  # told to be missing: libraries then use what can be judged
 OPENS = dict(open=((2, None), 1), openat=((257, 56), 2))               # and which argument has the flags
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 OWN = dict(kill=(62, 129), tgkill=(234, 131))           # allowed to itself, by its number
@@ -68,7 +68,7 @@ CLONE, CLONE_THREAD = (56, 220), 0x10000                # a thread, and no proce
 ARCHITECTURES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
 
 
-def enter(source: Path, packages: Iterable[Path]) -> list[str]:
+def enter_sandbox(source: Path, packages: Iterable[Path]) -> list[str]:
     """Shut this process in, for good. packages: folders of Python code that may be read, beside Python's own.
 
     Returns what could not be shut, in sentences.
@@ -119,7 +119,7 @@ def landlock(libc: ctypes.CDLL, source: Path, packages: Iterable[Path]) -> None:
     known = (1 << FILE_ACCESSES[max(v for v in FILE_ACCESSES if v <= version)]) - 1
     attributes = struct.pack("QQQ", known, TCP, SCOPES)[:8 if version < 4 else 16 if version < 6 else 24]
     ruleset = call(libc.syscall, CREATE_RULESET, attributes, ctypes.c_size_t(len(attributes)), ctypes.c_uint32(0))
-    for path, accesses in readable(source, packages):
+    for path, accesses in readable_paths(source, packages):
         try:
             place = os.open(path, os.O_PATH | os.O_CLOEXEC)
         except OSError:
@@ -134,7 +134,7 @@ def landlock(libc: ctypes.CDLL, source: Path, packages: Iterable[Path]) -> None:
     os.close(ruleset)
 
 
-def readable(source: Path, packages: Iterable[Path]) -> Iterator[tuple[Path, int]]:
+def readable_paths(source: Path, packages: Iterable[Path]) -> Iterator[tuple[Path, int]]:
     """What may be read: the source, Python, libraries, what they ask of the machine, and of `packages` the code."""
     everything = READ_FILE | READ_DIR
     yield source, READ_FILE
@@ -175,7 +175,7 @@ def filter_of(architecture: int, column: int) -> Iterator[bytes]:
 
     yield from (step(load, 4), step(equal, architecture, 1, 0), step(answer, kill), step(load, 0))
     yield from (step(at_least, 0x40000000, 0, 1), step(answer, deny))          # x32: the same calls by other numbers
-    for calls, said in ((DENIED, deny), (UNKNOWN, absent)):
+    for calls, said in ((DENIED, deny), (UNKNOWN_CALLS, absent)):
         for numbers in calls.values():
             if numbers[column] is not None:
                 yield from (step(equal, numbers[column], 0, 1), step(answer, said))
@@ -222,7 +222,7 @@ if __name__ == "__main__":
     module, given_source, target = sys.argv[1:]
     home = Path(os.environ["PYTHONPATH"].partition(os.pathsep)[0])
     names = ("dailies",) if (home / "dailies" / "jobs").is_dir() else ("dailies", "kernels", "model", "jobs")
-    for unshut in enter(Path(given_source).resolve(), [home / name for name in names]):
+    for unshut in enter_sandbox(Path(given_source).resolve(), [home / name for name in names]):
         print(unshut)
     sys.stdout.flush()
     sys.argv = [module, given_source, target]

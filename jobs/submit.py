@@ -23,7 +23,7 @@ from typing import Any, Protocol, TextIO
 from urllib.parse import urlsplit
 
 from dailies.jobs.answer import answer
-from dailies.jobs.parcel import pack
+from dailies.jobs.parcel import pack_parcel
 from dailies.jobs.progress import say
 from dailies.jobs.usage import UsageError
 from dailies.model.errors import DailiesError
@@ -74,7 +74,7 @@ def submit(manifest: str, out: str, address: str, render_args: list[str], wait: 
         refuse_local("--out", out)
         refuse_local("--weights", value_of("--weights", render_args))
         with tempfile.TemporaryDirectory(prefix="dailies-submit-") as folder:
-            render = ["render", *pack(Path(folder), manifest, render_args), "--out", out, "--ray", "auto"]
+            render = ["render", *pack_parcel(Path(folder), manifest, render_args), "--out", out, "--ray", "auto"]
             client = connect_to_head(address)
             job_id = start_job(client, address, shlex.join(["python", "-m", "dailies.jobs.cli", *render]), folder)
     except HeadError as error:

@@ -24,7 +24,7 @@ FOREIGN = {torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.f
 NESTED_UNDER = ("state_dict", "model", "module")        # where some tools put the tensors in a pickle
 
 
-def tensors_of(path: Path) -> Mapping[str, Tensor]:
+def pickled_tensors(path: Path) -> Mapping[str, Tensor]:
     """Raises CheckpointError."""
     try:
         said = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -59,7 +59,7 @@ def main(source: str, target: str) -> int:
     """target: the number of a file that is open for writing."""
     try:
         with os.fdopen(int(target), "wb") as file:
-            file.writelines(checkpoint.pieces(tensors_of(Path(source)), {}))
+            file.writelines(checkpoint.pieces(pickled_tensors(Path(source)), {}))
     except CheckpointError as error:
         print(error, file=sys.stderr)
         return 2

@@ -14,12 +14,12 @@ from dailies.jobs.progress import printable, say
 from dailies.jobs.runs import open_run
 from dailies.model.catalog import CATALOG
 from dailies.pipeline.run import ledger
-from dailies.pipeline.run.layout import CLIPS, clip_id_of
+from dailies.pipeline.run.layout import CLIPS, clip_id_in
 from dailies.pipeline.run.lease import Lease
 from dailies.pipeline.store import NotFound, Store, TooLarge
 from dailies.pipeline.wording import counted
 
-READERS = 4
+VERIFY_READERS = 4
 LINE_EVERY_S = 10.0
 CLIP_ID = re.compile(r"[0-9a-f]{64}")
 
@@ -37,7 +37,7 @@ def verify(uri: str, *, json: bool, repair: bool = False) -> int:
         clips, wrong = wrong_clips(store, json=json)
         problems = {found["clip_id"]: found["problem"] for found in wrong}
         put_back = ledger.put_back(store, problems) if repair and wrong else 0
-    strays = sum(1 for info in store.list(f"{CLIPS}/") if clip_id_of(info.key) not in clips)
+    strays = sum(1 for info in store.list(f"{CLIPS}/") if clip_id_in(info.key) not in clips)
     said = {"exit_code": 3 if wrong else 0, "out": store.uri, "clips": len(clips), "wrong": wrong,
             "unrecorded": strays, **({"pending_again": put_back} if repair else {})}
     return answer(said, lambda: print_findings(said), json=json)
@@ -62,8 +62,8 @@ def wrong_clips(store: Store, *, json: bool) -> tuple[Mapping[str, dict[str, Any
     clips = {row["clip_id"] or "": row for row in rows}
     wrong: list[dict[str, Any]] = []
     told = time.monotonic()
-    with ThreadPoolExecutor(READERS) as pool:
-        problems = pool.map(lambda row: check(store, row), clips.values())
+    with ThreadPoolExecutor(VERIFY_READERS) as pool:
+        problems = pool.map(lambda row: problem_of(store, row), clips.values())
         for checked, (row, problem) in enumerate(zip(clips.values(), problems, strict=True), start=1):
             if problem:
                 wrong.append({"clip_id": row["clip_id"] or "", "id": row["id"], "problem": problem})
@@ -73,7 +73,7 @@ def wrong_clips(store: Store, *, json: bool) -> tuple[Mapping[str, dict[str, Any
     return clips, wrong
 
 
-def check(store: Store, row: Mapping[str, Any]) -> str | None:
+def problem_of(store: Store, row: Mapping[str, Any]) -> str | None:
     """What is wrong with the clip of a ledger row, None for nothing.
 
     The row may be forged as well: what it says is compared with what a row can ask for before anything is read.

@@ -21,7 +21,7 @@ from tiny import TINY
 
 from dailies import HOME
 from dailies.jobs.cli import import_nothing_from_here, main
-from dailies.jobs.parcel import mapping_in, pack
+from dailies.jobs.parcel import mapping_in, pack_parcel
 from dailies.jobs.settings import RenderJob, time_meant, without_long_keys
 from dailies.jobs.usage import UsageError
 from dailies.pipeline.manifest.manifest import Manifest
@@ -503,5 +503,5 @@ def test_submit_reads_the_images_of_a_mapped_manifest(tmp_path):
     (tmp_path / "m.csv").write_text("caption,img\na,images/x.png\n")
     arguments = ["--map", "img=image", "--map", "caption=prompt"]
     assert mapping_in(arguments) == {"img": "image", "caption": "prompt"}
-    pack(tmp_path / "packed", str(tmp_path / "m.csv"), arguments)
+    pack_parcel(tmp_path / "packed", str(tmp_path / "m.csv"), arguments)
     assert (tmp_path / "packed" / "manifest" / "images" / "x.png").is_file()

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from dailies.jobs.demo.checker import follow, read_attributes
-from dailies.jobs.demo.world import ATTRIBUTES, SIZE, WORDS, Scene, describe
+from dailies.jobs.demo.world import ATTRIBUTE_WORDS, ATTRIBUTES, SIZE, Scene, sentence_about
 from dailies.model.catalog import CATALOG
 
 
@@ -94,9 +94,9 @@ def test_complete_sentences_name_every_attribute_and_training_never_sees_held_ou
     for _ in range(500):
         scene = Scene.draw(rng)
         assert not scene.held_out
-        sentence = describe(scene, rng)
+        sentence = sentence_about(scene, rng)
         for value in scene.attributes.values():
-            assert any(word in sentence for word in WORDS.get(value, (value,))), (value, sentence)
+            assert any(word in sentence for word in ATTRIBUTE_WORDS.get(value, (value,))), (value, sentence)
     assert Scene.draw(rng, held_out=True).held_out
     assert set(ATTRIBUTES) == set(scene.attributes)
 
@@ -106,6 +106,6 @@ def test_the_card_knows_all_words_of_the_world_and_no_others():
     for still in (False, True):
         for held_out in (False, True, None):
             for _ in range(1500):
-                sentence = describe(Scene.draw(rng, held_out=held_out), rng, still=still)
+                sentence = sentence_about(Scene.draw(rng, held_out=held_out), rng, still=still)
                 words.update(re.findall(r"[^\W\d_]+", sentence.lower()))
     assert CATALOG["demo"].words == CATALOG["demo-turbo"].words == words

@@ -14,7 +14,7 @@ from image_files import jpeg, png
 from wan_tiny import WAN_TINY_I2V, WAN_TINY_I2V_A14B, write_weights
 
 from dailies.actors.image_encoder import ImageTextEncoder, cropped
-from dailies.actors.image_file import decode
+from dailies.actors.image_file import decode_image
 from dailies.actors.image_parts import ImageError
 from dailies.actors.messages import FirstFrame, Request
 from dailies.model.catalog import CATALOG, TURBO_WAN22_I2V_A14B
@@ -54,7 +54,7 @@ def encoder(folders, files):
 def test_the_condition_is_a_mask_and_the_latent_of_the_image_and_then_grey(encoder, files):
     """Section by section as the release's WanI2V.generate writes it."""
     condition, _ = encoder([request_for(WAN_TINY_I2V, files["a.png"])])[0].image
-    image = F.interpolate(decode(files["a.png"])[None], size=(32, 48), mode="bicubic").transpose(0, 1)
+    image = F.interpolate(decode_image(files["a.png"])[None], size=(32, 48), mode="bicubic").transpose(0, 1)
     with torch.no_grad():
         mu, _ = encoder.vae.encode(torch.cat((image, torch.zeros(3, 8, 32, 48)), dim=1)[None])
     mean, std = (torch.tensor(said).view(16, 1, 1, 1) for said in (WAN_TINY_I2V.latent_mean, WAN_TINY_I2V.latent_std))
@@ -97,7 +97,7 @@ def test_the_condition_is_that_of_diffusers(folders, files):
                                config=SimpleNamespace(expand_timesteps=False))
     with torch.no_grad():
         _, want = diffusers.WanImageToVideoPipeline.prepare_latents(
-            pipeline, decode(files["a.png"])[None], 1, 16, 32, 48, 9, dtype=torch.float32, device="cpu")
+            pipeline, decode_image(files["a.png"])[None], 1, 16, 32, 48, 9, dtype=torch.float32, device="cpu")
     embedding, = encoder([request_for(WAN_TINY_I2V_A14B, files["a.png"])])
     assert len(embedding.image) == 1                    # Wan 2.2 has no CLIP
     assert error(embedding.image[0], want[0]) < 1e-4
@@ -106,7 +106,7 @@ def test_the_condition_is_that_of_diffusers(folders, files):
 def test_clip_sees_the_image_in_its_own_size(encoder, files):
     _, rows = encoder([request_for(WAN_TINY_I2V, files["a.png"])])[0].image
     with torch.no_grad():
-        want = encoder.clip(decode(files["a.png"])[None])[0]
+        want = encoder.clip(decode_image(files["a.png"])[None])[0]
     assert rows.shape == (5, 24) and torch.equal(rows, want)
 
 
@@ -143,7 +143,7 @@ def test_an_image_that_changed_since_the_plan_is_refused(encoder, files):
 def test_an_image_of_another_aspect_is_cropped_in_the_middle_and_that_is_told(encoder, files):
     embedding, = encoder([request_for(WAN_TINY_I2V, files["b.jpg"], "b.jpg")])
     assert embedding.fallbacks[-1] == "image 40x60 cropped to 40x27"
-    whole = decode(files["b.jpg"])
+    whole = decode_image(files["b.jpg"])
     assert torch.equal(cropped(whole, SHAPE, 16), whole[:, 16:43])
     wide = VideoShape(frames=1, height=16, width=64)
     assert cropped(whole, wide, 16).shape == (3, 10, 40)

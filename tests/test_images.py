@@ -14,7 +14,7 @@ from image_files import BROKEN, deep_grey, encoded, jpeg, only_header, palette, 
 from PIL import Image
 
 from dailies.actors import image_file
-from dailies.actors.image_file import ImageSize, decode, examine
+from dailies.actors.image_file import ImageSize, decode_image, examine
 from dailies.actors.image_parts import ImageError
 from dailies.pipeline.manifest.images import FoundImage, find_image, find_images, folder_of, locate, read_image
 from dailies.pipeline.manifest.manifest import Manifest
@@ -43,12 +43,12 @@ GREY = pixels()[:, :, :1].repeat(3, axis=2)
 ], ids=["png", "webp", "jpeg", "progressive", "cmyk", "grey", "grey-jpeg", "16-bit", "palette", "1-bit"])
 def test_every_kind_becomes_the_pixels_that_it_shows(data, want, most):
     assert examine(data) == ImageSize(height=40, width=60)
-    assert off(decode(data), want) <= most
+    assert off(decode_image(data), want) <= most
 
 
 def test_pixels_are_the_releases_to_the_last_bit():
     want = torch.from_numpy(pixels().copy()).permute(2, 0, 1).to(torch.float32).div(255).sub(0.5).div(0.5)
-    assert torch.equal(decode(png()), want)
+    assert torch.equal(decode_image(png()), want)
 
 
 @pytest.mark.parametrize("orientation, upright", [
@@ -58,7 +58,7 @@ def test_pixels_are_the_releases_to_the_last_bit():
 def test_an_image_is_held_as_its_camera_was(orientation, upright):
     data, want = jpeg(orientation=orientation), np.ascontiguousarray(upright(pixels()))
     assert examine(data) == ImageSize(height=want.shape[0], width=want.shape[1])
-    assert off(decode(data), want) <= 8
+    assert off(decode_image(data), want) <= 8
 
 
 def test_an_orientation_is_read_from_png_and_webp_too_and_nonsense_is_none():
@@ -67,16 +67,16 @@ def test_an_orientation_is_read_from_png_and_webp_too_and_nonsense_is_none():
             exif = Image.Exif()
             exif[0x0112] = orientation
             data = encoded(Image.fromarray(pixels()), kind, exif=exif)
-            assert examine(data) == size and decode(data).shape == (3, size.height, size.width)
+            assert examine(data) == size and decode_image(data).shape == (3, size.height, size.width)
     broken = encoded(Image.fromarray(pixels()), exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
-    assert examine(broken) == ImageSize(height=40, width=60) and decode(broken).shape == (3, 40, 60)
+    assert examine(broken) == ImageSize(height=40, width=60) and decode_image(broken).shape == (3, 40, 60)
 
 
 def test_what_is_transparent_is_white():
     want = pixels().copy()
     want[:, :30] = 255
-    assert off(decode(see_through()), want) <= 1e-4
-    got = decode(palette(transparent=True))
+    assert off(decode_image(see_through()), want) <= 1e-4
+    got = decode_image(palette(transparent=True))
     assert torch.equal(got[:, 0, 0], torch.ones(3)) and (got[:, 39, 59] < 1).any()
 
 
@@ -85,7 +85,7 @@ def test_of_an_animation_the_first_frame_is_taken():
     for kind in ("webp", "png"):
         data = encoded(frames[0], kind, save_all=True, append_images=frames[1:],
                        **({"lossless": True} if kind == "webp" else {}))
-        assert off(decode(data), pixels()) <= 1e-4
+        assert off(decode_image(data), pixels()) <= 1e-4
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -128,7 +128,7 @@ def test_damage_in_the_middle_is_an_image_error_or_an_image(data):
             damaged[at] = rng.integers(256)
         try:
             size = examine(bytes(damaged))
-            assert decode(bytes(damaged)).shape == (3, size.height, size.width)
+            assert decode_image(bytes(damaged)).shape == (3, size.height, size.width)
         except ImageError:
             pass
 
@@ -136,11 +136,11 @@ def test_damage_in_the_middle_is_an_image_error_or_an_image(data):
 def test_a_file_above_the_limit_is_not_read(tmp_path, monkeypatch):
     path = tmp_path / "large.png"
     with open(path, "wb") as file:
-        file.truncate(image_file.MAX_BYTES + 1)         # a hole: takes no room
+        file.truncate(image_file.MAX_IMAGE_BYTES + 1)   # a hole: takes no room
     with pytest.raises(ImageError, match="67,108,865 bytes"):
         read_image(str(path))
     with pytest.raises(ImageError, match="67,108,865 bytes"):
-        examine(bytes(image_file.MAX_BYTES + 1))
+        examine(bytes(image_file.MAX_IMAGE_BYTES + 1))
 
 
 def test_paths_stay_under_the_manifests_folder(tmp_path):
@@ -198,7 +198,7 @@ def test_images_in_a_bucket_are_read_and_each_trouble_is_its_rows(s3_bucket):
     from dailies.pipeline.store import open_store
     store = open_store(s3_bucket)
     store.put("night/a.png", png())
-    store.put("huge.png", bytes(image_file.MAX_BYTES + 1))
+    store.put("huge.png", bytes(image_file.MAX_IMAGE_BYTES + 1))
     allowed = ["s3://no-such-bucket-here", "s3://user:secret@b"]
     names = ["a.png", f"{s3_bucket}/night/a.png", f"{s3_bucket}/night/b.png", f"{s3_bucket}/huge.png",
              "s3://no-such-bucket-here/a.png", "s3://user:secret@b/a.png", "s3://", s3_bucket]
@@ -249,7 +249,7 @@ def test_nothing_of_an_image_is_run_or_opened(tmp_path):
                                      b"RIFF\x20\0\0\0WEBPhunter2hunter2hunter2hunter2", b"\0\0\0\x18ftyphunter2"])
 def test_what_is_said_of_a_file_that_is_no_image_shows_nothing_of_it(tmp_path, content):
     (tmp_path / "a.png").write_bytes(content)
-    for said in (str(find_image(str(tmp_path), "a.png")), *(str(error) for error in raised(examine, decode, content))):
+    for said in (str(find_image(str(tmp_path), "a.png")), *(str(error) for error in raised(examine, decode_image, content))):
         assert said.startswith(("not a PNG, JPEG or WebP, but ", "damaged (", "a WEBP file of which")), said
         assert not any(part in said for part in ("PASS", "hun", "ter2"))
 
@@ -371,7 +371,7 @@ def test_a_small_file_that_is_much_work_is_refused_before_it_is_opened(name, mon
     data, said = BOMBS[name]
     if name != "fill":
         monkeypatch.setattr(Image, "open", None)
-        assert len(list(raised(decode, data))) == 1
+        assert len(list(raised(decode_image, data))) == 1
     [error] = raised(examine, data)
     assert re.match(said, str(error))
 
@@ -393,9 +393,9 @@ def test_what_decides_no_pixel_does_not_reach_the_decoder():
             "jpeg": jpeg()[:2] + (b"\xff\xe1\xff\xf0Exif\0\0" + exif_table(5_000, 64_000).ljust(65_512, b"\0")) * 20
             + jpeg()[2:], "webp": animated(10_000)}
     for kind, swollen in data.items():
-        image, parts = image_file.opened(swollen)
+        image, parts = image_file.opened_image(swollen)
         assert len(parts.data) < 30_000 and image.size == (60, 40), kind
-        assert off(decode(swollen), pixels()) <= 8 if kind != "webp" else examine(swollen)
+        assert off(decode_image(swollen), pixels()) <= 8 if kind != "webp" else examine(swollen)
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
@@ -405,7 +405,7 @@ def test_an_orientation_in_xmp_counts_where_exif_says_none(kind):
         data = png()[:33] + chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp) + png()[33:]
     else:
         data = encoded(Image.fromarray(pixels()), kind, xmp=xmp)
-    assert examine(data) == ImageSize(height=60, width=40) and decode(data).shape == (3, 60, 40)
+    assert examine(data) == ImageSize(height=60, width=40) and decode_image(data).shape == (3, 60, 40)
 
 
 @pytest.mark.parametrize("data", [
@@ -418,4 +418,4 @@ def test_what_is_taken_out_of_a_file_changes_no_pixel_of_it(data):
     whole = image.convert("RGBA") if image.mode == "RGBA" else image.convert("RGB")
     if whole.mode == "RGBA":
         whole = Image.alpha_composite(Image.new("RGBA", whole.size, "white"), whole).convert("RGB")
-    assert off(decode(data), np.asarray(whole)) <= 1e-4
+    assert off(decode_image(data), np.asarray(whole)) <= 1e-4

@@ -8,7 +8,7 @@ from dailies.pipeline.run import layout
 from dailies.pipeline.run.layout import (
     EMBEDDINGS,
     INTERMEDIATES,
-    clip_id_of,
+    clip_id_in,
     clip_key,
     epoch_of,
     intermediate_key,
@@ -24,11 +24,11 @@ NAME = "ab" * 32
 
 
 def test_each_key_says_what_it_is_of_and_no_other_does():
-    assert clip_id_of(clip_key(NAME)) == NAME and epoch_of(part_key(12, 3)) == 12
+    assert clip_id_in(clip_key(NAME)) == NAME and epoch_of(part_key(12, 3)) == 12
     assert manifest_number(manifest_key(7, "x")) == 7
     assert all(intermediate_of(intermediate_key(folder, NAME)) == NAME for folder in INTERMEDIATES)
     for key in (f"clips/zz/{NAME}.mp4", f"clips/{NAME}.mp4", "clips/ab/ab.webp", f"copy/clips/ab/{NAME}.mp4"):
-        assert clip_id_of(key) is None
+        assert clip_id_in(key) is None
     for key in (f"embeddings/zz/{NAME}.safetensors", "latents/ab/ab.safetensors", f"other/ab/{NAME}.safetensors",
                 f"embeddings/ab/{NAME}.safetensors/x"):
         assert intermediate_of(key) is None

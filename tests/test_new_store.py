@@ -23,7 +23,7 @@ import threading
 import time
 from pathlib import Path
 
-from dailies.pipeline.store.base import NotFound, ObjectInfo, Store, check_size, checked_key, sha256_of
+from dailies.pipeline.store.base import NotFound, ObjectInfo, Store, refuse_too_large, checked_key, sha256_of
 
 OBJECTS, LOCK = {}, threading.Lock()
 
@@ -60,7 +60,7 @@ class MemoryStore(Store):
         if self.at(key) not in OBJECTS:
             raise NotFound(f"{self.at(key)}: no such object")
         data, _ = OBJECTS[self.at(key)]
-        check_size(len(data), at_most)
+        refuse_too_large(len(data), at_most)
         return data
 
     def download(self, key, path):

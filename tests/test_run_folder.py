@@ -126,15 +126,15 @@ def test_a_forged_row_or_another_size_is_wrong_before_anything_is_decoded(forged
     row = next(iter(rows(whole).values()))
     unread.clear()
     store = open_store(whole / "out")
-    assert said in verify.check(store, row | forged)
+    assert said in verify.problem_of(store, row | forged)
     assert all(at_most <= row["bytes"] for at_most in unread)
 
 
 def test_a_forged_rate_that_is_no_number_is_wrong(whole):
     row = next(iter(rows(whole).values()))
     store = open_store(whole / "out")
-    assert verify.check(store, row) is None
-    assert "at nan fps are wanted" in verify.check(store, row | {"fps": float("nan")})
+    assert verify.problem_of(store, row) is None
+    assert "at nan fps are wanted" in verify.problem_of(store, row | {"fps": float("nan")})
 
 
 def test_a_file_larger_than_any_clip_of_the_request_is_not_read(whole, tmp_path, monkeypatch):
@@ -148,7 +148,7 @@ def test_a_file_larger_than_any_clip_of_the_request_is_not_read(whole, tmp_path,
 
 
 def test_of_large_files_one_is_in_memory_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(adoption, "SMALL_BYTES", 10)
+    monkeypatch.setattr(adoption, "SMALL_CLIP_BYTES", 10)
     store, held, most = open_store(tmp_path), [], []
     for number in range(8):
         store.put(clip_key(f"{number:064}"), b"x" * 1000)

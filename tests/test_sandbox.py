@@ -131,11 +131,11 @@ def test_a_kernel_without_landlock_or_an_unknown_processor_is_told(monkeypatch):
     monkeypatch.setattr(sandbox, "landlock", refuse)
     monkeypatch.setattr(sandbox.platform, "machine", lambda: "riscv64")
     if os.uname().sysname == "Linux":
-        said = sandbox.enter(sandbox.Path("a.pth"), [])
+        said = sandbox.enter_sandbox(sandbox.Path("a.pth"), [])
         assert [sentence[:30] for sentence in said] == ["this kernel has no Landlock (L",
                                                         "this kernel or processor has n"]
     monkeypatch.setattr(sandbox.sys, "platform", "darwin")
-    assert sandbox.enter(sandbox.Path("a.pth"), []) == [sandbox.NO_LANDLOCK, sandbox.NO_SECCOMP]
+    assert sandbox.enter_sandbox(sandbox.Path("a.pth"), []) == [sandbox.NO_LANDLOCK, sandbox.NO_SECCOMP]
 
 
 def test_what_a_reader_says_is_shown_short_and_printable(replaced):

@@ -21,7 +21,7 @@ from dailies.model.samplers import euler, unipc
 from dailies.model.shapes import VideoShape
 from dailies.pipeline.run import saved_steps as steps
 from dailies.pipeline.run.intermediates import Fetch, Shelved, sealed, shelf_key, unsealed
-from dailies.pipeline.run.layout import LATENTS, STEPS
+from dailies.pipeline.run.layout import LATENTS, SAVED_STEPS
 from dailies.pipeline.run.saved_steps import Halted, KeepSampled
 from dailies.pipeline.store import StoreError, open_store
 
@@ -112,7 +112,7 @@ def test_a_clip_that_is_stopped_after_any_step_is_continued_to_the_same_bytes(na
         store, watched.forwards = open_store(str(tmp_path / str(step))), 0
         with pytest.raises(Halted):
             keep_of(denoiser, store, halt_at=step)([embedding])
-        assert folders(store) == ({STEPS} if step else set())
+        assert folders(store) == ({SAVED_STEPS} if step else set())
         keep = keep_of(denoiser, store)
         keep([embedding])
         assert latents(store, [embedding]) == want and folders(store) == {LATENTS} and keep.partly == (step > 0)
@@ -179,7 +179,7 @@ def test_what_was_saved_before_streams_had_names_is_the_video(denoisers, tmp_pat
     keep_of(denoiser, straight)([embedding])
     with pytest.raises(Halted):
         keep_of(denoiser, store, halt_at=2)([embedding])
-    key = shelf_key(STEPS, embedding.request)
+    key = shelf_key(SAVED_STEPS, embedding.request)
     store.put(key, by_number(store.get(key), key))
     assert set(unsealed(store.get(key), key)[0]) == {"0", "1", "2", "3"}
     keep = keep_of(denoiser, store)
@@ -225,7 +225,7 @@ def other_course(data, store, denoiser):
     embedding = embedding_for(denoiser, num_steps=NUM_STEPS + 1)
     with pytest.raises(Halted):
         keep_of(denoiser, other, halt_at=2)([embedding])
-    return other.get(shelf_key(STEPS, embedding.request))
+    return other.get(shelf_key(SAVED_STEPS, embedding.request))
 
 
 def other_clip(data, store, denoiser):
@@ -233,7 +233,7 @@ def other_clip(data, store, denoiser):
     embedding = embedding_for(denoiser, seed=2)
     with pytest.raises(Halted):
         keep_of(denoiser, other, halt_at=2)([embedding])
-    return other.get(shelf_key(STEPS, embedding.request))
+    return other.get(shelf_key(SAVED_STEPS, embedding.request))
 
 
 @pytest.mark.parametrize("damage", [
@@ -250,7 +250,7 @@ def test_steps_that_are_damaged_or_of_something_else_are_removed_and_the_clip_be
     keep_of(denoiser, straight)([embedding])
     with pytest.raises(Halted):
         keep_of(denoiser, store, halt_at=2)([embedding])
-    key = shelf_key(STEPS, embedding.request)
+    key = shelf_key(SAVED_STEPS, embedding.request)
     damaged = damage(store.get(key), store, denoiser)
     assert damaged != store.get(key)
     store.put(key, damaged)
@@ -275,7 +275,7 @@ class Slow:
 
     def slow_put(self, key, data):
         self.now += self.save_s
-        if key.startswith(STEPS):
+        if key.startswith(SAVED_STEPS):
             self.saves.append(self.now)
         self.put(key, data)
 
@@ -303,7 +303,7 @@ def test_short_clips_are_never_saved_and_after_the_first_not_looked_for(store, d
     slow = Slow(store, monkeypatch, num_steps=14, step_s=2.0, save_s=0.1)
     for seed in range(5):
         slow.sample(denoisers("apg"), seed)
-    assert slow.saves == [] and slow.lookups.count(STEPS) == 1 and slow.lookups.count(LATENTS) == 5
+    assert slow.saves == [] and slow.lookups.count(SAVED_STEPS) == 1 and slow.lookups.count(LATENTS) == 5
 
 
 @pytest.mark.parametrize("save_s", [0.01, 0.5, 4.0])
@@ -322,7 +322,7 @@ def test_a_store_that_cannot_be_written_to_stops_no_clip_before_its_latent_is_ma
     put = slow.put
 
     def broken(key, data):
-        if key.startswith(STEPS):
+        if key.startswith(SAVED_STEPS):
             raise StoreError("no space left")
         put(key, data)
 

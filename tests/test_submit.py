@@ -181,7 +181,7 @@ def test_a_render_runs_on_the_cluster_and_its_job_tells_no_secret(head: Head, tm
 def test_images_are_rendered_on_the_cluster_from_where_the_job_has_them(head: Head, tmp_path: Path,
                                                                         monkeypatch, capsys):
     """The program of the tests travels too: it is what has a model of images that is small enough."""
-    pack, weights, out = parcel.pack, tmp_path / "weights", tmp_path / "out"
+    pack, weights, out = parcel.pack_parcel, tmp_path / "weights", tmp_path / "out"
 
     def with_tests(folder: Path, *arguments):
         named = pack(folder, *arguments)
@@ -189,7 +189,7 @@ def test_images_are_rendered_on_the_cluster_from_where_the_job_has_them(head: He
         return named
 
     start = job.start_job
-    monkeypatch.setattr(job, "pack", with_tests)
+    monkeypatch.setattr(job, "pack_parcel", with_tests)
     monkeypatch.setattr(job, "start_job", lambda client, address, entrypoint, folder: start(
         client, address, entrypoint.replace("python -m dailies.jobs.cli", "python wan_tiny.py"), folder))
     write_weights(weights, WAN_TINY_I2V)
@@ -366,7 +366,7 @@ def manifest(tmp_path: Path) -> Path:
 
 def test_the_shipped_folder_runs_by_itself(manifest: Path, tmp_path: Path):
     folder = tmp_path / "shipped"
-    assert parcel.pack(folder, str(manifest), []) == ["manifest/prompts.csv"]
+    assert parcel.pack_parcel(folder, str(manifest), []) == ["manifest/prompts.csv"]
     assert (folder / "manifest/prompts.csv").read_bytes() == manifest.read_bytes()
     done = subprocess.run([sys.executable, "-c", "import dailies.jobs.submit; print(dailies.jobs.submit.__file__)"],
                           cwd=folder,
@@ -389,7 +389,7 @@ def test_folders_and_globs_keep_their_files_in_order(tmp_path: Path):
             ("night", "manifest/night", ["night/a.csv", "night/b.csv"]),
             ("night/**/*.csv", "manifest/**/*.csv", ["a.csv", "b.csv", "sub/b.csv"])]):
         folder = tmp_path / f"shipped{number}"
-        assert parcel.pack(folder, str(tmp_path / given), []) == [named]
+        assert parcel.pack_parcel(folder, str(tmp_path / given), []) == [named]
         assert set(held) <= set(shipped_files(folder))
 
 
@@ -411,7 +411,7 @@ def test_only_what_the_manifest_is_made_of_is_sent_and_it_is_listed(tmp_path: Pa
     (night / "open").symlink_to(home / ".aws")
     for number, given in enumerate((night / "a.csv", night / "*.csv")):
         folder = tmp_path / f"shipped{number}"
-        parcel.pack(folder, str(given), [])
+        parcel.pack_parcel(folder, str(given), [])
         assert shipped_files(folder) == ["a.csv", "a.png"]
         assert not [path for path in folder.rglob("*") if path.is_file() and b"FAKE" in path.read_bytes()
                     and path.suffix != ".py"]
@@ -421,7 +421,7 @@ def test_only_what_the_manifest_is_made_of_is_sent_and_it_is_listed(tmp_path: Pa
     (night / "z.csv").symlink_to(home / ".aws/credentials")
     folder = tmp_path / "shipped-folder"
     with suppress(job.UsageError):                      # a reader may pass over it, or the link is refused by name
-        parcel.pack(folder, str(night / "*.csv"), [])
+        parcel.pack_parcel(folder, str(night / "*.csv"), [])
         assert shipped_files(folder) == ["a.csv", "a.png"]
 
 
@@ -436,13 +436,13 @@ def test_our_packages_travel_without_what_lies_beside_them(tmp_path: Path, monke
     (home / "jobs/link.py").symlink_to(tmp_path / "id_rsa")
     monkeypatch.setattr(parcel, "homes",
                         lambda: {f"dailies/{package}": home / package for package in parcel.PACKAGES_SHIPPED})
-    parcel.pack(tmp_path / "shipped", "s3://bucket/m.parquet", [])
+    parcel.pack_parcel(tmp_path / "shipped", "s3://bucket/m.parquet", [])
     assert sorted(str(path.relative_to(tmp_path / "shipped")) for path in (tmp_path / "shipped").rglob("*")
                   if path.is_file()) == sorted(f"dailies/{package}/a.py" for package in parcel.PACKAGES_SHIPPED)
 
 
 def shipped_images(manifest: Path, folder: Path) -> list[str]:
-    parcel.pack(folder, str(manifest), [])
+    parcel.pack_parcel(folder, str(manifest), [])
     return [name for name in shipped_files(folder) if name.endswith(".png")]
 
 
@@ -487,7 +487,7 @@ def test_what_a_neighbour_puts_in_a_files_place_after_the_check_is_not_sent(swap
     for number, given in enumerate(("night.csv", "*.csv", "")):
         (night / swapped).unlink()
         (night / swapped).write_bytes(before[swapped])
-        parcel.pack(tmp_path / f"{number}", str(night / given), [])
+        parcel.pack_parcel(tmp_path / f"{number}", str(night / given), [])
         inner = tmp_path / f"{number}/manifest" / ("" if given else "night")
         assert {name: (inner / name).read_bytes() for name in before} == before
 
@@ -506,7 +506,7 @@ def test_a_manifest_that_becomes_a_link_before_it_is_read_is_not_followed(tmp_pa
         return answer
     monkeypatch.setattr(parcel, "local_manifest", swapped)
     with pytest.raises(job.UsageError, match="a link that leads out of|is a link"):
-        parcel.pack(tmp_path / "shipped", str(tmp_path / "night"), [])
+        parcel.pack_parcel(tmp_path / "shipped", str(tmp_path / "night"), [])
     assert not (tmp_path / "shipped").exists()
 
 
@@ -519,11 +519,11 @@ def test_no_file_that_is_called_like_a_key_is_sent_beside_the_one_that_was_named
         (night / name).write_bytes(png())
     (night / "a.csv").write_text("prompt,image\na fox,id_rsa\na hen,server.pem\na cat,secret.png\n")
     for number, given in enumerate(("", "*", "*.*", "a.csv")):
-        parcel.pack(tmp_path / f"{number}", str(night / given), [])
+        parcel.pack_parcel(tmp_path / f"{number}", str(night / given), [])
         assert [Path(name).name for name in shipped_files(tmp_path / f"{number}")] == ["a.csv", "secret.png"]
         assert "called like keys or credentials: " in capsys.readouterr().err
     (tmp_path / "credentials.json").write_text('[{"prompt": "a fox"}]')
-    parcel.pack(tmp_path / "named", str(tmp_path / "credentials.json"), [])
+    parcel.pack_parcel(tmp_path / "named", str(tmp_path / "credentials.json"), [])
     assert shipped_files(tmp_path / "named") == ["credentials.json"]
 
 
@@ -531,7 +531,7 @@ def test_an_image_by_its_absolute_path_is_refused_with_what_to_do(tmp_path: Path
     (tmp_path / "a.png").write_bytes(b"a")
     (tmp_path / "one.csv").write_text(f"prompt,image\na fox,{tmp_path}/a.png\n")
     with pytest.raises(job.UsageError, match="absolute path, and on the cluster .* under the manifest's folder"):
-        parcel.pack(tmp_path / "shipped", str(tmp_path / "one.csv"), [])
+        parcel.pack_parcel(tmp_path / "shipped", str(tmp_path / "one.csv"), [])
 
 
 def test_more_images_than_the_head_takes_are_refused_with_a_way_out(tmp_path: Path):
@@ -540,7 +540,7 @@ def test_more_images_than_the_head_takes_are_refused_with_a_way_out(tmp_path: Pa
             file.truncate(40_000_000)
     (tmp_path / "one.csv").write_text("prompt,image\n" + "".join(f"a fox,{number}.png\n" for number in range(3)))
     with pytest.raises(job.UsageError, match="files, .* manifest/0.png .40 MB.*images that it names, into the bucket"):
-        parcel.pack(tmp_path / "shipped", str(tmp_path / "one.csv"), [])
+        parcel.pack_parcel(tmp_path / "shipped", str(tmp_path / "one.csv"), [])
     assert not (tmp_path / "shipped").exists()
 
 
@@ -551,7 +551,7 @@ def test_a_manifest_that_cannot_be_read_is_not_sent(tmp_path: Path, capsys):
 
 
 def test_a_manifest_in_the_bucket_stays_there(tmp_path: Path):
-    assert parcel.pack(tmp_path, "s3://bucket/prompts/*.parquet", []) == ["s3://bucket/prompts/*.parquet"]
+    assert parcel.pack_parcel(tmp_path, "s3://bucket/prompts/*.parquet", []) == ["s3://bucket/prompts/*.parquet"]
     assert not (tmp_path / "manifest").exists()
 
 
@@ -620,5 +620,5 @@ def test_more_than_the_head_takes_is_refused_with_a_way_out(tmp_path: Path):
     with open(big, "wb") as file:
         file.truncate(200_000_000)
     with pytest.raises(job.UsageError, match="manifest/prompts.parquet .200 MB.*s3://"):
-        parcel.pack(tmp_path / "shipped", str(big), [])
+        parcel.pack_parcel(tmp_path / "shipped", str(big), [])
     assert not (tmp_path / "shipped").exists()

@@ -16,7 +16,7 @@ from dailies.jobs.demo.phases import Optimizers
 from dailies.jobs.demo.train_gpu import FULL_SIZES, Clock, FrameConv, Sentences, convolve_frames, encode_whole
 from dailies.jobs.demo.training import LOWEST, Learner, TimedTraining, orthogonal, rate_at
 from dailies.jobs.demo.vae_quality import vae_quality
-from dailies.jobs.demo.world import FPS, KINDS, SEEN_KINDS, Painter, Scene
+from dailies.jobs.demo.world import FPS, SCENE_KINDS, SEEN_KINDS, Painter, Scene
 from dailies.model.catalog import DEMO, DEMO_SPARSE, DEMO_TURBO
 from dailies.model.wan.vae import CausalConv, ChannelNorm, Memory
 
@@ -37,7 +37,7 @@ def test_scenes_painted_together_are_those_drawn_one_by_one():
 
 def test_what_is_painted_for_training_holds_no_combination_kept_from_it():
     kinds, variation = Painter("cpu").draw(4000)
-    assert not any(Scene(**KINDS[kind]).held_out for kind in kinds.tolist())
+    assert not any(Scene(**SCENE_KINDS[kind]).held_out for kind in kinds.tolist())
     assert len(set(kinds.tolist())) > 0.9 * len(SEEN_KINDS) and variation.shape == (4000, 10)
 
 

@@ -43,7 +43,7 @@ from dailies.jobs.demo.phases import (
     fit,
     rng_of,
 )
-from dailies.jobs.demo.world import Scene, describe
+from dailies.jobs.demo.world import Scene, sentence_about
 from dailies.kernels.sparse_attention import reference
 from dailies.model import keys
 from dailies.model.card import ModelCard
@@ -146,7 +146,7 @@ class TeacherSet:
         still, device = length == 1, self.teacher.latent_scale.device
         scenes, latents = self.images if still else self.clips
         picked = [rng.randrange(len(scenes)) for _ in range(BATCHES[length])]
-        sentences = [describe(scenes[i], rng, still=still, complete=False) for i in picked]
+        sentences = [sentence_about(scenes[i], rng, still=still, complete=False) for i in picked]
         if unprompted:
             sentences = ["" if rng.random() < unprompted else sentence for sentence in sentences]
         rows = [self.encoder(sentence).to(device) for sentence in sentences]

@@ -28,7 +28,7 @@ from dailies.jobs.demo.phases import (
     fit,
     rng_of,
 )
-from dailies.jobs.demo.world import ATTRIBUTES, SIZE, WORDS, Scene, describe
+from dailies.jobs.demo.world import ATTRIBUTE_WORDS, ATTRIBUTES, SIZE, Scene, sentence_about
 from dailies.model import checkpoint, keys
 from dailies.model.catalog import CATALOG
 from dailies.model.linum.transformer import LinumDiT
@@ -93,7 +93,7 @@ TEXT_BATCH = 96
 def train_tokenizer(folder: Path) -> None:
     """A byte-pair tokenizer of at most 384 pieces over sentences about the world, in the T5 manner: pad 0, end 1, unknown 2."""
     rng = rng_of("tokenizer", 0)
-    sentences = [describe(Scene.draw(rng, held_out=None), rng, still=rng.random() < 0.3, complete=False) for _ in range(8000)]
+    sentences = [sentence_about(Scene.draw(rng, held_out=None), rng, still=rng.random() < 0.3, complete=False) for _ in range(8000)]
     new_tokenizer(sentences, pieces=384, folder=folder)
 
 
@@ -121,7 +121,7 @@ def train_text(work: Path, device: str, tokenizer: Tokenizer) -> nn.Module:
         rng = rng_of("text", step)
         scenes = [Scene.draw(rng) for _ in range(TEXT_BATCH)]
         stills = [rng.random() < 0.2 for _ in scenes]
-        sentences = [describe(scene, rng, still=still, complete=False) for scene, still in zip(scenes, stills, strict=True)]
+        sentences = [sentence_about(scene, rng, still=still, complete=False) for scene, still in zip(scenes, stills, strict=True)]
         said = reader(*tokenizer.padded(sentences, device))
         loss, right = torch.zeros((), device=device), 0.0
         for name, values in ATTRIBUTES.items():
@@ -140,7 +140,7 @@ def is_said(name: str, scene: Scene, sentence: str, still: bool) -> bool:
     if still and name in ("direction", "speed"):
         return False
     value = scene.attributes[name]
-    return any(word in sentence for word in WORDS.get(value, (value,)))
+    return any(word in sentence for word in ATTRIBUTE_WORDS.get(value, (value,)))
 
 
 # The DiT: velocity of flow matching on the VAE's latents; the latent of a clip's start is the latent of a shorter clip,
@@ -181,7 +181,7 @@ def train_dit(work: Path, device: str, vae: WanVAE, encoder: nn.Module, tokenize
         clips, still = BATCHES[length], length == 1
         known, coded = (pictured, images) if still else (scenes, latents)
         picked = [rng.randrange(len(known)) for _ in range(clips)]
-        sentences = ["" if rng.random() < UNPROMPTED else describe(known[i], rng, still=still, complete=False) for i in picked]
+        sentences = ["" if rng.random() < UNPROMPTED else sentence_about(known[i], rng, still=still, complete=False) for i in picked]
         data = coded[picked, :, :length].to(device)
         noisy, sigma, noise = noised(data, torch.Generator().manual_seed(rng.getrandbits(62)))
         with torch.autocast(device, torch.bfloat16):

@@ -42,7 +42,7 @@ from dailies.jobs.demo.losses import KL_WEIGHT, autoencode, divergence, noised, 
 from dailies.jobs.demo.phases import CLIPS_MOSTLY, SEED, UNPROMPTED, rng_of
 from dailies.jobs.demo.training import Loss, TimedTraining
 from dailies.jobs.demo.vae_quality import vae_quality
-from dailies.jobs.demo.world import KINDS, SEEN_KINDS, Painter, Scene, describe
+from dailies.jobs.demo.world import SCENE_KINDS, SEEN_KINDS, Painter, Scene, sentence_about
 from dailies.model import keys
 from dailies.model.catalog import DEMO, DEMO_SPARSE, DEMO_TURBO
 from dailies.model.linum.transformer import LinumDiT
@@ -219,10 +219,10 @@ class Sentences:
 
     def __init__(self, encoder: T5TextEncoder, count: int, device: str):
         rng, length = rng_of("sentences", 0), DEMO.dit_config.text_len
-        scenes = [Scene(**KINDS[i]) for i in SEEN_KINDS]
-        self.place = torch.zeros(len(KINDS), dtype=torch.long, device=device)              # kind -> its place here
+        scenes = [Scene(**SCENE_KINDS[i]) for i in SEEN_KINDS]
+        self.place = torch.zeros(len(SCENE_KINDS), dtype=torch.long, device=device)        # kind -> its place here
         self.place[list(SEEN_KINDS)] = torch.arange(len(SEEN_KINDS), device=device)
-        self.rows = [self.encoded(encoder, [[describe(scene, rng, still=still, complete=False) for _ in range(n)]
+        self.rows = [self.encoded(encoder, [[sentence_about(scene, rng, still=still, complete=False) for _ in range(n)]
                                             for scene in scenes], length, device)
                      for still, n in ((False, count), (True, max(1, count // 4)))]
         self.nothing = self.encoded(encoder, [[""]], length, device)[0]                    # [1, L, E]

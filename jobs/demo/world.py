@@ -99,20 +99,20 @@ class Scene:
 
 
 # Every combination of attributes, and which of them training may see. A scene is one of these and its variation.
-KINDS = tuple(dict(zip(ATTRIBUTES, values, strict=True)) for values in itertools.product(*ATTRIBUTES.values()))
-SEEN_KINDS = tuple(i for i, kind in enumerate(KINDS) if not Scene(**kind).held_out)
+SCENE_KINDS = tuple(dict(zip(ATTRIBUTES, values, strict=True)) for values in itertools.product(*ATTRIBUTES.values()))
+SEEN_KINDS = tuple(i for i, kind in enumerate(SCENE_KINDS) if not Scene(**kind).held_out)
 
 
 class Painter:
     """Draws many scenes at once from tensors on one device: the pictures of `Scene.render`, with nothing on the host.
 
     So a GPU that trains need not wait for a CPU, and a step that draws can be recorded as a CUDA graph.
-    Letters  B scenes  F frames; a kind is an index into KINDS.
+    Letters  B scenes  F frames; a kind is an index into SCENE_KINDS.
     """
 
     def __init__(self, device: str | torch.device):
         def table(of_kind) -> Tensor:
-            return torch.tensor([of_kind(kind) for kind in KINDS], dtype=torch.float64, device=device)
+            return torch.tensor([of_kind(kind) for kind in SCENE_KINDS], dtype=torch.float64, device=device)
 
         self.seen = torch.tensor(SEEN_KINDS, device=device)
         self.shapes = table(lambda kind: list(EXTENTS).index(kind["shape"])).long()
@@ -125,7 +125,7 @@ class Painter:
     def of(self, scenes: "list[Scene]") -> tuple[Tensor, Tensor]:
         """Kinds and variations of these."""
         device = self.seen.device
-        return (torch.tensor([KINDS.index(scene.attributes) for scene in scenes], device=device),
+        return (torch.tensor([SCENE_KINDS.index(scene.attributes) for scene in scenes], device=device),
                 torch.tensor([scene.variation for scene in scenes], device=device))
 
     def draw(self, count: int) -> tuple[Tensor, Tensor]:
@@ -174,7 +174,7 @@ def distance(shape: str, x: Tensor, y: Tensor) -> Tensor:
     return torch.maximum(y - 0.675, x.abs() * side - y / 2 - 0.675)
 
 
-WORDS = {
+ATTRIBUTE_WORDS = {
     "circle": ("circle", "circle", "disc"), "square": ("square", "square", "box"), "triangle": ("triangle",),
     "cross": ("cross", "cross", "plus sign"),
     "gray": ("gray", "gray", "grey"), "purple": ("purple", "purple", "violet"), "cyan": ("cyan", "cyan", "turquoise"),
@@ -202,9 +202,9 @@ IMAGE_SENTENCES = (
 )
 
 
-def describe(scene: Scene, rng: random.Random, *, still: bool = False, complete: bool = True) -> str:
+def sentence_about(scene: Scene, rng: random.Random, *, still: bool = False, complete: bool = True) -> str:
     """A sentence about the scene.  complete: every attribute is said; else size and speed may be left out."""
-    words = {name: rng.choice(WORDS.get(value, (value,))) for name, value in scene.attributes.items()}
+    words = {name: rng.choice(ATTRIBUTE_WORDS.get(value, (value,))) for name, value in scene.attributes.items()}
     if not complete:
         words |= {name: "" for name in ("size", "speed") if rng.random() < 0.2}
     sentence = rng.choice(IMAGE_SENTENCES if still else CLIP_SENTENCES).format(verb=rng.choice(VERBS), **words)
@@ -216,4 +216,4 @@ def unseen(count: int, *, seed: int = 7) -> list[tuple[Scene, str]]:
     """Scenes and complete sentences from a seed not used in training; every second is a combination kept from it."""
     rng = random.Random(f"unseen {seed}")
     scenes = [Scene.draw(rng, held_out=i % 2 == 1) for i in range(count)]
-    return [(scene, describe(scene, rng)) for scene in scenes]
+    return [(scene, sentence_about(scene, rng)) for scene in scenes]

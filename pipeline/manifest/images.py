@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
-from dailies.actors.image_file import ALLOWED, MAX_BYTES, ImageSize, examine
+from dailies.actors.image_file import ALLOWED, MAX_IMAGE_BYTES, ImageSize, examine
 from dailies.actors.image_parts import ImageError
 from dailies.pipeline.store import NoAccess, NotFound, S3Store, TooLarge, open_store, plain_uri
-from dailies.pipeline.store.beneath import TooLong, Unfit, read_below
+from dailies.pipeline.store.beneath import FileTooLong, Unfit, read_below
 
 IN_BUCKET = re.compile(r"s3://[\w.-]{3,255}/.+", re.ASCII | re.DOTALL)
 MAX_KEY_BYTES = 1024                    # S3's own limit
@@ -131,7 +131,7 @@ def read_image(uri: str, folder: str | None = None) -> bytes:
         return read_file(Path(uri), None if folder is None else Path(folder).resolve())
     bucket, _, key = uri.removeprefix("s3://").partition("/")
     try:
-        return store_of(bucket).get(key, at_most=MAX_BYTES)
+        return store_of(bucket).get(key, at_most=MAX_IMAGE_BYTES)
     except NotFound as error:
         raise ImageError("no such object") from error
     except (NoAccess, TooLarge) as error:
@@ -141,8 +141,8 @@ def read_image(uri: str, folder: str | None = None) -> bytes:
 def read_file(path: Path, base: Path | None) -> bytes:
     """The file at `path`; links are followed above `base` alone, by default the folder that has it."""
     try:
-        return read_below(path, path.parent if base is None else base, at_most=MAX_BYTES)
-    except TooLong as error:
+        return read_below(path, path.parent if base is None else base, at_most=MAX_IMAGE_BYTES)
+    except FileTooLong as error:
         raise ImageError(f"{error.num_bytes:,} bytes") from None
     except (FileNotFoundError, NotADirectoryError):
         raise ImageError("no such file") from None

@@ -18,9 +18,9 @@ from dailies.actors.messages import Clip, Request
 from dailies.pipeline.run.layout import clip_key
 from dailies.pipeline.store import NotFound, Store, TooLarge
 
-READERS = 8                             # each holds a clip's bytes and decodes it
+CLIP_READERS = 8                        # each holds a clip's bytes and decodes it
 AT_ONCE = 256                           # requests that are under way or wait for their turn
-SMALL_BYTES = 2**26                     # a larger file is in memory alone, beside smaller ones
+SMALL_CLIP_BYTES = 2**26                # a larger file is in memory alone, beside smaller ones
 one_large = Lock()
 
 
@@ -40,7 +40,7 @@ def adopt(store: Store, requests: Iterable[Request], hashes: Mapping[str, str]) 
     Raises StoreError.
     """
     waiting = iter(requests)
-    with ThreadPoolExecutor(READERS) as pool:
+    with ThreadPoolExecutor(CLIP_READERS) as pool:
         while some := list(islice(waiting, AT_ONCE)):
             yield from pool.map(lambda request: published(store, request, hashes.get(request.clip_id)), some)
 
@@ -53,9 +53,9 @@ def clip_bytes(store: Store, clip_id: str, at_most: int) -> Iterator[bytes]:
     """
     key = clip_key(clip_id)
     try:
-        data = store.get(key, at_most=min(at_most, SMALL_BYTES))
+        data = store.get(key, at_most=min(at_most, SMALL_CLIP_BYTES))
     except TooLarge:
-        if at_most <= SMALL_BYTES:
+        if at_most <= SMALL_CLIP_BYTES:
             raise
         with one_large:
             yield store.get(key, at_most=at_most)

@@ -9,7 +9,7 @@ from dailies.actors.gate import REJECTED
 from dailies.actors.messages import Clip, Failure, Request
 from dailies.pipeline.plan import BLOCK, RESEEDS, Except, Plan, PlannedRow, with_another_seed
 from dailies.pipeline.run.adoption import Spoilt, adopt
-from dailies.pipeline.run.layout import CLIPS, SUCCESS, clip_id_of
+from dailies.pipeline.run.layout import CLIPS, SUCCESS, clip_id_in
 from dailies.pipeline.run.lease import Lease
 from dailies.pipeline.run.ledger import Ledger, hashes_of, keys_of
 from dailies.pipeline.run.ledger_row import invalid_row, row_of
@@ -173,4 +173,4 @@ class Bookkeeper:
 
 def files_of_clips(store: Store) -> dict[str, int]:
     """clip_id -> bytes, of every file that lies where a clip does."""
-    return {clip_id: info.num_bytes for info in store.list(f"{CLIPS}/") if (clip_id := clip_id_of(info.key))}
+    return {clip_id: info.num_bytes for info in store.list(f"{CLIPS}/") if (clip_id := clip_id_in(info.key))}

@@ -16,7 +16,7 @@ from dailies.pipeline.manifest.validation import shown
 from dailies.pipeline.plan import LISTED, RESEEDS, Except, Plan, with_another_seed
 from dailies.pipeline.run import ledger
 from dailies.pipeline.run.layout import MANIFESTS, manifest_key, manifest_number
-from dailies.pipeline.run.run_json import SHAPE, SUMMED, OtherRun, known_manifest, without_secrets
+from dailies.pipeline.run.run_json import BUCKET_SHAPE, SUMMED, OtherRun, known_manifest, without_secrets
 from dailies.pipeline.store import Store
 
 NAMED = 5                                               # of the rows that have changed
@@ -84,7 +84,7 @@ def grow(store: Store, plan: Plan) -> None:
 
     To be called by the driver that holds the lease. Rows that were invalid, and are not any more, leave the ledger.
     """
-    columns = ["id", "seed", "clip_id", "status", "error_type", *SHAPE]
+    columns = ["id", "seed", "clip_id", "status", "error_type", *BUCKET_SHAPE]
     keys = plan.keys()
     asked, clips = set(ledger.keys_of(keys)), set(keys["clip_id"].to_pylist())
     valid = {name for name, _ in asked}
@@ -97,7 +97,7 @@ def grow(store: Store, plan: Plan) -> None:
             kept.append(row)
     ledger.take_out(store, mended)
     summary = plan.summary()
-    beside = {row["clip_id"]: tuple(row[name] for name in SHAPE) for row in kept
+    beside = {row["clip_id"]: tuple(row[name] for name in BUCKET_SHAPE) for row in kept
               if row["clip_id"] and row["clip_id"] not in clips}
     num_invalid = sum(row["error_type"] == "invalid" for row in kept)
     said = {name: summary[name] for name in SUMMED}
@@ -113,9 +113,9 @@ def grow(store: Store, plan: Plan) -> None:
 
 def merged(buckets: list[dict[str, Any]], more: Counter[tuple]) -> dict[str, Any]:
     """The plan's buckets with the clips of other rows in them, or behind them."""
-    shapes = {tuple(bucket.get(name) for name in SHAPE): bucket for bucket in buckets}
+    shapes = {tuple(bucket.get(name) for name in BUCKET_SHAPE): bucket for bucket in buckets}
     for shape, clips in more.items():
-        shapes.setdefault(shape, dict(zip(SHAPE, shape, strict=True)) | {"clips": 0})
+        shapes.setdefault(shape, dict(zip(BUCKET_SHAPE, shape, strict=True)) | {"clips": 0})
         shapes[shape]["clips"] += clips
     found = list(shapes.values())
     return {"buckets": found[:LISTED], "more_buckets": len(found[LISTED:])}

@@ -26,7 +26,7 @@ from dailies.model.samplers import Streams
 from dailies.pipeline.run.layout import EMBEDDINGS, LATENTS, intermediate_key
 
 CONNECTIONS = 16                                        # at a time, where many objects are removed
-MOST_BYTES = 2**31                                      # of an object; the steps of a 14B model's clip are 77 MB
+MAX_INTERMEDIATE_BYTES = 2**31                          # of an object; the steps of a 14B model's clip are 77 MB
 MOST_HEADER_BYTES = 2**20
 MOST_NOTES = 100                                        # fallbacks that an object may name
 NO_SEAL = "0" * 64                                      # in an object's place for its seal while it is sealed
@@ -264,7 +264,7 @@ def opened(store: Shelf, shelved: Shelved, seal: Seal, fits: Fits) -> Embedding 
 def read(store: Shelf, key: str) -> bytes:
     """Raises KeyError, and Damaged for more than there can be."""
     try:
-        return store.get(key, at_most=MOST_BYTES)
+        return store.get(key, at_most=MAX_INTERMEDIATE_BYTES)
     except ValueError as error:
         raise Damaged(f"{key} is too large: {error}") from error
 

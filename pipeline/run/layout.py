@@ -14,7 +14,7 @@ import re
 RUN, LEASE, SEAL_KEY, SUCCESS = "run.json", "lease.json", "seal.key", "_SUCCESS.json"
 CLIPS, POSTERS, REPORT, PICKS = "clips", "posters", "report", "picks"
 LEDGER, RETRIED, MANIFESTS = "ledger", "retried", "manifests"
-EMBEDDINGS, LATENTS, STEPS = INTERMEDIATES = "embeddings", "latents", "steps"
+EMBEDDINGS, LATENTS, SAVED_STEPS = INTERMEDIATES = "embeddings", "latents", "steps"
 TOP = frozenset({RUN, LEASE, SEAL_KEY, SUCCESS, CLIPS, POSTERS, REPORT, PICKS, LEDGER, RETRIED, MANIFESTS, *INTERMEDIATES})
 EMPTIED = (CLIPS, *INTERMEDIATES)       # folders that a driver leaves behind only where something is in them
 
@@ -26,7 +26,7 @@ def clip_key(clip_id: str) -> str:
     return f"{CLIPS}/{clip_id[:2]}/{clip_id}.mp4"
 
 
-def clip_id_of(key: str) -> str | None:
+def clip_id_in(key: str) -> str | None:
     """The clip whose file has this key; None for whatever else lies there, such as somebody's copy."""
     clip_id = key.rpartition("/")[2].removesuffix(".mp4")
     return clip_id if key == clip_key(clip_id) else None

@@ -25,7 +25,7 @@ from dailies.model.errors import DailiesError
 from dailies.pipeline.manifest.validation import shown
 from dailies.pipeline.run.layout import LEASE
 from dailies.pipeline.store import NotFound, Store, StoreError, TooLarge
-from dailies.pipeline.store.folder import TEMPORARY
+from dailies.pipeline.store.folder import TEMPORARY_FOLDER
 
 MAX_LEASE_BYTES = 2**16
 
@@ -150,7 +150,7 @@ class Lease:
         with suppress(StoreError), self.lock:
             if self.lost is None:
                 self.write(released=True)
-                self.store.tidy(TEMPORARY)
+                self.store.tidy(TEMPORARY_FOLDER)
 
     def keep(self) -> None:
         while not self.over.wait(self.RENEW_S):

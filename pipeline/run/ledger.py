@@ -24,12 +24,12 @@ import pyarrow.parquet as pq
 
 from dailies.pipeline.manifest.stored_types import as_text, converted, stored_type
 from dailies.pipeline.run.layout import LAST_EPOCH, LEDGER, RETRIED, SUCCESS, epoch_of, part_key, retried_key
-from dailies.pipeline.run.ledger_part import MOST_BYTES, read_part
+from dailies.pipeline.run.ledger_part import MAX_PART_BYTES, read_part
 from dailies.pipeline.run.ledger_row import COLUMNS, OTHER_STAGES, SECONDS, stored_error, there
 from dailies.pipeline.store import NotFound, Store, StoreError, TooLarge
 
 REMEMBERED = ("id", "seed", "status", "error_type", "error", "attempts", "finished_at", "earlier_errors")
-READERS = 8                             # parts read at a time
+PART_READERS = 8                        # parts read at a time
 NO_COLUMNS = pa.schema([])
 
 
@@ -338,7 +338,7 @@ def parts(store: Store, columns: Sequence[str] | None, folder: str = LEDGER, *,
 
     def part(key: str) -> pa.Table | None:
         try:
-            table = read_part(store.get(key, at_most=MOST_BYTES), None if whole else columns, COLUMNS)
+            table = read_part(store.get(key, at_most=MAX_PART_BYTES), None if whole else columns, COLUMNS)
             return table if columns is None else table.select(list(there(columns, table.column_names)))
         except NotFound:
             return None
@@ -347,9 +347,9 @@ def parts(store: Store, columns: Sequence[str] | None, folder: str = LEDGER, *,
             raise StoreError(f"{store.uri_of(key)} cannot be read: {why or type(error).__name__}. Move it away and "
                              "render again: its clips are found and get new rows") from error
 
-    with ThreadPoolExecutor(READERS) as pool:
-        for start in range(0, len(keys), 4 * READERS):          # not all of a large ledger at once
-            block = keys[start: start + 4 * READERS]
+    with ThreadPoolExecutor(PART_READERS) as pool:
+        for start in range(0, len(keys), 4 * PART_READERS):     # not all of a large ledger at once
+            block = keys[start: start + 4 * PART_READERS]
             yield from zip(block, pool.map(part, block), strict=True)
 
 

@@ -15,7 +15,7 @@ from dailies.pipeline.manifest.columns import repeated
 from dailies.pipeline.manifest.parquet import announced, chunks_of, is_text, leaves, plain, unfolded
 from dailies.pipeline.run.ledger_row import limited, there
 
-MOST_BYTES = 2**28                      # of a part as it is stored: ours have a thousand rows
+MAX_PART_BYTES = 2**28                  # of a part as it is stored: ours have a thousand rows
 ROOM_BYTES = 2**31                      # of its columns in memory
 ROWS_PER_BATCH = 4096                   # where text cannot be read as it is stored
 STATUSES = ("done", "failed", "pending")

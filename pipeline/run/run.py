@@ -27,7 +27,7 @@ from dailies.pipeline.run import ledger
 from dailies.pipeline.run.bookkeeper import Bookkeeper
 from dailies.pipeline.run.growth import Change, change, grow
 from dailies.pipeline.run.intermediates import Seal, clear
-from dailies.pipeline.run.layout import EMBEDDINGS, EMPTIED, LATENTS, RUN, STEPS, SUCCESS, intermediate_of
+from dailies.pipeline.run.layout import EMBEDDINGS, EMPTIED, LATENTS, RUN, SAVED_STEPS, SUCCESS, intermediate_of
 from dailies.pipeline.run.lease import Lease
 from dailies.pipeline.run.run_json import check_counts, check_run, claim_run, has, read_run
 from dailies.pipeline.run.seal import drop_key, seal_of
@@ -38,7 +38,7 @@ from dailies.pipeline.wording import counted
 
 VERSIONS_OF = ("torch", "transformers", "ray", "av", "pyarrow")        # told in run.json
 Execute = Callable[[Sequence[Stage], Iterable[Request]], Iterable[Outcome]]
-UNKNOWN = "unknown until the weights are here"          # a fingerprint
+UNKNOWN_FINGERPRINT = "unknown until the weights are here"  # a fingerprint
 
 
 class SettingError(DailiesError, ValueError):
@@ -99,7 +99,7 @@ class Run:
             "settings": summary["settings"], "buckets": summary["buckets"], "more_buckets": summary["more_buckets"],
             "roundings": summary["roundings"], "rows_digest": self.plan.rows_digest, "job": dict(job or {}),
             "chosen_because": self.chosen_because, "fallbacks": list(self.fallbacks),
-            "versions": {"dailies": version_of("dailies-render"), **{name: version_of(name) for name in VERSIONS_OF},
+            "versions": {"dailies": installed_version("dailies-render"), **{name: installed_version(name) for name in VERSIONS_OF},
                          "python": platform.python_version()},
             "began_at": datetime.now(UTC).isoformat(timespec="seconds"),
         })
@@ -162,7 +162,7 @@ class Run:
     def clear(self, keep_latents: bool) -> None:
         """A failed clip's latent stays: a retry need not sample again."""
         store = self.store
-        for folder in (EMBEDDINGS, STEPS):
+        for folder in (EMBEDDINGS, SAVED_STEPS):
             clear(store, [info.key for info in store.list(f"{folder}/") if intermediate_of(info.key)])
         # of drivers that were killed in the middle of a probe; later ones may be another driver's that starts now
         clear(store, [info.key for info in store.list(PROBE)
@@ -178,7 +178,7 @@ class Run:
         drop_key(store)
 
 
-def version_of(package: str) -> str:
+def installed_version(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:                        # a submitted job brings dailies as a folder, not installed
@@ -213,7 +213,7 @@ def prepare(manifest: Manifest, store: Store, card: ModelCard, *, weights: Path 
             raise SettingError(f"--{name} must be {' or '.join(allowed)} for {card.name}; got {value}")
     fallbacks = () if not is_here else (
         *card.fallbacks(weights, device, way.precision), *card.decode_fallbacks(device, way.precision, decode_precision))
-    print_of = fingerprint(weights_files(card, weights)) if weights else before.get("weights_fingerprint", UNKNOWN)
+    print_of = fingerprint(weights_files(card, weights)) if weights else before.get("weights_fingerprint", UNKNOWN_FINGERPRINT)
     plan = Plan.make(manifest, card, defaults, weights_fingerprint=print_of, precision=way.precision,
                      attention=way.attention, decode_precision=decode_precision, variant=variant,
                      skip_invalid=skip_invalid, allow_images=allow_images)

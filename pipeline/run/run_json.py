@@ -21,8 +21,8 @@ GROWS = ("manifest_digest", "images_digest")            # in run.json the first 
 MAX_RUN_JSON_BYTES = 2**22              # of it, and of what is said of a later manifest
 COUNTED = ("planned_rows", "invalid_rows", "clips", "buckets", "more_buckets")      # by which progress is counted
 SUMMED = ("rows", "duplicates", *COUNTED)               # what is said of a manifest
-SHAPE = ("width", "height", "frames", *(setting.name for setting in COURSE))     # clips that agree in it are a bucket
-Count = Annotated[int, Field(strict=True, ge=0, le=10**9)]
+BUCKET_SHAPE = ("width", "height", "frames", *(setting.name for setting in COURSE))  # clips that agree in it are a bucket
+RunCount = Annotated[int, Field(strict=True, ge=0, le=10**9)]
 
 
 class OtherRun(DailiesError, ValueError):
@@ -31,14 +31,14 @@ class OtherRun(DailiesError, ValueError):
 
 def number_of(setting: Setting) -> Any:
     """What is believed of a setting in run.json."""
-    kinds = {int: Count, float: Annotated[float, Field(strict=True, ge=min(0, setting.low), le=1e6, allow_inf_nan=False)]}
+    kinds = {int: RunCount, float: Annotated[float, Field(strict=True, ge=min(0, setting.low), le=1e6, allow_inf_nan=False)]}
     kind = kinds.get(setting.type, setting.type)
     return (kind, ...) if setting.field else (kind | None, None)
 
 
 # clips of one shape and course, as run.json counts them
-Bucket = create_model("Bucket", __config__=ConfigDict(extra="allow"), width=(Count, ...), height=(Count, ...),
-                      frames=(Count, ...), clips=(Count, ...), **{setting.name: number_of(setting) for setting in COURSE})
+Bucket = create_model("Bucket", __config__=ConfigDict(extra="allow"), width=(RunCount, ...), height=(RunCount, ...),
+                      frames=(RunCount, ...), clips=(RunCount, ...), **{setting.name: number_of(setting) for setting in COURSE})
 
 
 class RunFile(BaseModel):
@@ -47,11 +47,11 @@ class RunFile(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     identity: dict[str, None | bool | int | float | str]
-    rows: Count = 0
-    planned_rows: Count = 0
-    invalid_rows: Count = 0
-    clips: Count = 0
-    more_buckets: Count = 0
+    rows: RunCount = 0
+    planned_rows: RunCount = 0
+    invalid_rows: RunCount = 0
+    clips: RunCount = 0
+    more_buckets: RunCount = 0
     buckets: Annotated[list[Bucket], Field(max_length=10_000)] = []
     chosen_because: Annotated[str, Field(max_length=10_000)] | None = None
 

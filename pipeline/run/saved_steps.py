@@ -32,7 +32,7 @@ from dailies.pipeline.run.intermediates import (
     shelf_key,
     unsealed,
 )
-from dailies.pipeline.run.layout import LATENTS, STEPS
+from dailies.pipeline.run.layout import LATENTS, SAVED_STEPS
 
 SAVE_SHARE = 0.01                                       # of the work may be saving it
 SAVE_AFTER_S = 30.0                                     # less is not worth it: a process takes as long to start
@@ -102,13 +102,13 @@ class KeepSampled(Keep):
 
     def forget(self, steps: "SavedSteps") -> None:
         for request in steps.on_shelf:
-            self.store.delete(shelf_key(STEPS, request))
+            self.store.delete(shelf_key(SAVED_STEPS, request))
 
     def saved(self, request: Request) -> Saved | None:
         """Where the clip stands; None: at the start. What is of no use is removed."""
         if self.course_s.get(request.bucket, math.inf) < SAVE_AFTER_S:
             return None
-        key = shelf_key(STEPS, request)
+        key = shelf_key(SAVED_STEPS, request)
         try:
             found = self.opened(request, *unsealed(read(self.store, key), key, self.seal))
         except KeyError:
@@ -133,7 +133,7 @@ class KeepSampled(Keep):
 
     def save(self, request: Request, step: int, state: Sequence[Streams], before: Saved | None) -> None:
         """before: where the clip stood when it was begun here."""
-        key = shelf_key(STEPS, request)
+        key = shelf_key(SAVED_STEPS, request)
         tensors = {f"{place}.{name}": stream.cpu() for place, streams in enumerate(state)
                    for name, stream in streams.items()}
         determinism = after(before, getattr(self.step, "determinism", "not known"))

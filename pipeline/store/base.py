@@ -202,7 +202,7 @@ def checked_key(key: str) -> str:
     return key
 
 
-def check_size(num_bytes: int, at_most: int | None) -> None:
+def refuse_too_large(num_bytes: int, at_most: int | None) -> None:
     if at_most is not None and num_bytes > at_most:
         raise TooLarge(f"{num_bytes:,} bytes")
 

@@ -13,9 +13,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-FILE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC     # to open a pipe without O_NONBLOCK waits for its other end
-KINDS = {stat.S_IFLNK: "a link", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a folder",
+FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+FILE_FLAGS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # to open a pipe without O_NONBLOCK waits for its other end
+FILE_KINDS = {stat.S_IFLNK: "a link", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a folder",
          stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 
 
@@ -24,10 +24,10 @@ class Unfit(Exception):
 
     def __init__(self, path: str, mode: int):
         super().__init__(path, mode)
-        self.what = f"{path} is {KINDS.get(stat.S_IFMT(mode), 'no regular file')}"
+        self.what = f"{path} is {FILE_KINDS.get(stat.S_IFMT(mode), 'no regular file')}"
 
 
-class TooLong(Exception):
+class FileTooLong(Exception):
     """A file has more bytes than it may have."""
 
     def __init__(self, num_bytes: int):
@@ -55,7 +55,7 @@ def below(top: int, names: Sequence[str], *, make: bool = False) -> Iterator[int
     try:
         for depth, name in enumerate(names):
             try:
-                there = enter(here, name, make)
+                there = enter_folder(here, name, make)
             except OSError as error:
                 if error.errno in (errno.ENOTDIR, errno.ELOOP):
                     refuse_strange(here, name, "/".join(names[:depth + 1]))
@@ -69,16 +69,16 @@ def below(top: int, names: Sequence[str], *, make: bool = False) -> Iterator[int
             os.close(here)
 
 
-def enter(parent: int, name: str, make: bool) -> int:
+def enter_folder(parent: int, name: str, make: bool) -> int:
     try:
-        return os.open(name, FOLDER, dir_fd=parent)
+        return os.open(name, FOLDER_FLAGS, dir_fd=parent)
     except FileNotFoundError:
         if not make:
             raise
     with suppress(FileExistsError):                     # another process was a moment faster
         os.mkdir(name, dir_fd=parent)
         sync(parent)
-    return os.open(name, FOLDER, dir_fd=parent)
+    return os.open(name, FOLDER_FLAGS, dir_fd=parent)
 
 
 def refuse_strange(parent: int, name: str, path: str) -> None:
@@ -95,7 +95,7 @@ def open_file(parent: int, name: str, path: str, flags: int = os.O_RDONLY) -> Bi
     """
     refuse_strange(parent, name, path)                  # to open a device may do something to it
     try:
-        descriptor = os.open(name, flags | FILE, dir_fd=parent)
+        descriptor = os.open(name, flags | FILE_FLAGS, dir_fd=parent)
     except OSError as error:
         if error.errno == errno.ELOOP:                  # it has become a link just now
             refuse_strange(parent, name, path)
@@ -111,17 +111,17 @@ def open_file(parent: int, name: str, path: str, flags: int = os.O_RDONLY) -> Bi
 def read_below(path: Path, base: Path, *, at_most: int) -> bytes:
     """The regular file at `path`, to which no link leads from the folder `base`; bytes of one moment's file.
 
-    Raises OSError, Unfit for what is no regular file, TooLong for more than `at_most` bytes.
+    Raises OSError, Unfit for what is no regular file, FileTooLong for more than `at_most` bytes.
     """
     *folders, name = path.relative_to(base).parts or ("",)
     if not name:
         raise Unfit(str(path), stat.S_IFDIR)
     with top_folder(base) as top, below(top, folders) as folder, open_file(folder, name, name) as file:
         if (num_bytes := os.fstat(file.fileno()).st_size) > at_most:
-            raise TooLong(num_bytes)
+            raise FileTooLong(num_bytes)
         data = file.read(at_most + 1)
     if len(data) > at_most:                             # it grew meanwhile
-        raise TooLong(len(data))
+        raise FileTooLong(len(data))
     return data
 
 

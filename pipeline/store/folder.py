@@ -21,16 +21,16 @@ from dailies.pipeline.store.base import (
     Store,
     StoreError,
     arriving,
-    check_size,
     checked_key,
     not_a_store,
+    refuse_too_large,
 )
-from dailies.pipeline.store.beneath import FILE, Unfit, below, open_file, refuse_strange, sync, top_folder
+from dailies.pipeline.store.beneath import FILE_FLAGS, Unfit, below, open_file, refuse_strange, sync, top_folder
 
-TEMPORARY = ".tmp"                      # what is being written; a killed writer leaves its file there
+TEMPORARY_FOLDER = ".tmp"               # what is being written; a killed writer leaves its file there
 STALE_S = 24 * 3600                     # nobody writes one file for a day
 TEMPORARY_NAME = re.compile(r"[0-9a-f]{32}")
-MAX_DEPTH = 32                          # of folders in a run folder; a run's own are two deep
+MAX_FOLDER_DEPTH = 32                   # of folders in a run folder; a run's own are two deep
 
 
 class FolderStore(Store):
@@ -94,7 +94,7 @@ class FolderStore(Store):
 
     def can_swap(self) -> bool:
         with self.explained("write"), self.written(b"") as (_, source), \
-                open_file(source.folder, source.name, TEMPORARY, os.O_RDWR) as file:
+                open_file(source.folder, source.name, TEMPORARY_FOLDER, os.O_RDWR) as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX)
             except OSError as error:
@@ -105,7 +105,7 @@ class FolderStore(Store):
 
     def get(self, key: str, *, at_most: int | None = None) -> bytes:
         with self.explained("read", key), self.reading(key) as file:
-            check_size(os.fstat(file.fileno()).st_size, at_most)
+            refuse_too_large(os.fstat(file.fileno()).st_size, at_most)
             return file.read()
 
     def download(self, key: str, path: Path) -> None:
@@ -133,15 +133,15 @@ class FolderStore(Store):
                 return
 
     def walk(self, at: int, base: str, prefix: str) -> Iterator[ObjectInfo]:
-        if base.count("/") > MAX_DEPTH:
-            raise StoreError(f"{self.uri}: folders lie {MAX_DEPTH} deep in it, which no run makes. Choose another one")
+        if base.count("/") > MAX_FOLDER_DEPTH:
+            raise StoreError(f"{self.uri}: folders lie {MAX_FOLDER_DEPTH} deep in it, which no run makes. Choose another one")
         with os.scandir(at) as scan:
             # with its slash a folder sorts as its keys do
             entries = sorted((f"{entry.name}/" if entry.is_dir(follow_symlinks=False) else entry.name, entry)
                              for entry in scan)
         for name, entry in entries:
             key = base + name
-            if key == f"{TEMPORARY}/" or not key.startswith(prefix):
+            if key == f"{TEMPORARY_FOLDER}/" or not key.startswith(prefix):
                 continue
             with suppress(FileNotFoundError):           # removed since the scan
                 if name.endswith("/"):
@@ -167,7 +167,7 @@ class FolderStore(Store):
         super().probe()
         with self.explained("read"), top_folder(self.root) as top:
             self.refuse_planted(top)
-            with suppress(FileNotFoundError), below(top, [TEMPORARY]) as temporary:     # tidied away meanwhile
+            with suppress(FileNotFoundError), below(top, [TEMPORARY_FOLDER]) as temporary:  # tidied away meanwhile
                 for name in os.listdir(temporary):
                     if TEMPORARY_NAME.fullmatch(name):
                         with suppress(FileNotFoundError):
@@ -179,7 +179,7 @@ class FolderStore(Store):
         """Raises Unfit for a link or a special file among what a run keeps here, before anything is begun."""
         with os.scandir(top) as scan:
             names = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in scan
-                     if entry.name in {TEMPORARY, *layout.TOP}]
+                     if entry.name in {TEMPORARY_FOLDER, *layout.TOP}]
         for name, is_folder in names:
             with suppress(FileNotFoundError):           # a driver that ends removes what is empty
                 if not is_folder:
@@ -226,9 +226,9 @@ class FolderStore(Store):
         """The open folder of temporary files, the name of a new one there, and the file, open."""
         name = secrets.token_hex(16)
         for last in (False,) * 9 + (True,):
-            with below(top, [TEMPORARY], make=True) as folder:
+            with below(top, [TEMPORARY_FOLDER], make=True) as folder:
                 try:
-                    descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | FILE, mode, dir_fd=folder)
+                    descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | FILE_FLAGS, mode, dir_fd=folder)
                 except FileNotFoundError:               # another driver has just removed the empty folder (tidy)
                     if last:
                         raise

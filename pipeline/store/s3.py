@@ -23,10 +23,10 @@ from dailies.pipeline.store.base import (
     Store,
     StoreError,
     arriving,
-    check_size,
     checked_key,
     not_a_store,
     open_data,
+    refuse_too_large,
     sha256_of,
 )
 
@@ -38,7 +38,7 @@ CONTENT_TYPES = {".mp4": "video/mp4", ".webp": "image/webp", ".html": "text/html
 
 
 # what the user's AWS configuration may say about how a store is talked to, beside its section `s3`; nothing secret
-SAID = ("retry_mode", "max_attempts", "request_checksum_calculation", "response_checksum_validation")
+AWS_SETTINGS = ("retry_mode", "max_attempts", "request_checksum_calculation", "response_checksum_validation")
 AMAZON = re.compile(r"s3([.-][a-z0-9-]+)?\.amazonaws\.com(\.cn)?")      # what everybody gets who names no endpoint
 
 
@@ -127,7 +127,7 @@ class S3Store(Store):
         if not self.is_amazon:
             # other stores may reject boto3's checksums, or never return them; the signature covers the body
             s3 = {"addressing_style": "path", "payload_signing_enabled": True} | s3
-            checksums = {name: self.settings.get(name, "when_required") for name in SAID if "checksum" in name}
+            checksums = {name: self.settings.get(name, "when_required") for name in AWS_SETTINGS if "checksum" in name}
         return Config(retries={"mode": self.settings.get("retry_mode", "standard"),
                                "total_max_attempts": int(self.settings.get("max_attempts", self.ATTEMPTS))},
                       max_pool_connections=32, connect_timeout=10, read_timeout=60, s3=s3, **checksums)
@@ -202,7 +202,7 @@ class S3Store(Store):
         def read(place: dict[str, str]) -> bytes:
             answer = self.client.get_object(**place)
             with closing(answer["Body"]) as body:       # a connection that was not read to its end is of no more use
-                check_size(answer["ContentLength"], at_most)
+                refuse_too_large(answer["ContentLength"], at_most)
                 return body.read()
         return self.patiently("read", key, read)
 
@@ -285,7 +285,7 @@ class S3Store(Store):
                 why = f"{status} {code}"
                 if settled and status not in AWAY and (status != 409 or time.monotonic() - began > self.SETTLE_S):
                     raise InOtherWords(why) from None
-                if not (status in BUSY or code in BUSY) or time.monotonic() - began > self.PATIENCE_S:
+                if not (status in BUSY_ANSWERS or code in BUSY_ANSWERS) or time.monotonic() - began > self.PATIENCE_S:
                     message = str(error.response["Error"].get("Message", ""))
                     said = f"cannot {action}: {why} {message}"
                     kind = NoAccess if code in CLOSED else StoreError
@@ -337,7 +337,7 @@ class S3Store(Store):
 
 # Statuses and codes of a store that asks to be left alone for a while; 409 is a write of the same key at the same time.
 AWAY = {408, 429, 500, 502, 503, 504}
-BUSY = {*AWAY, 409, "RequestTimeout", "SlowDown", "Throttling", "ThrottlingException"}
+BUSY_ANSWERS = {*AWAY, 409, "RequestTimeout", "SlowDown", "Throttling", "ThrottlingException"}
 
 # SecondLevelDomainForbidden of Alibaba OSS, PathStyleDomainForbidden of Tencent COS, InvalidPathAccess of Volcengine TOS
 HOST_STYLE = re.compile(r"SecondLevelDomain|Path-?(Style|Access)|virtual[ -]?host", re.I)
@@ -358,9 +358,9 @@ class Unsupported(StoreError):
 
 
 def aws_settings(core: Any) -> dict[str, Any]:
-    """Of botocore's session `core`: what its profile says in the section s3, and of SAID, there or in the environment."""
+    """Of botocore's session `core`: what its profile says in the section s3, and of AWS_SETTINGS, there or in the environment."""
     profile = core.get_scoped_config()
-    found = {name: os.environ.get(f"AWS_{name.upper()}") or profile.get(name) for name in SAID}
+    found = {name: os.environ.get(f"AWS_{name.upper()}") or profile.get(name) for name in AWS_SETTINGS}
     section = profile.get("s3")
     booleans = {"true": True, "false": False}
     s3 = {name: booleans.get(str(value).lower(), value) for name, value in section.items()} \
