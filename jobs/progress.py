@@ -25,7 +25,8 @@ View = Literal["live", "lines"]
 
 
 def columns(stream: TextIO | None = None) -> int | None:
-    """Of the terminal that a stream is, or standard output; None for a file or a pipe, which has lines of any length."""
+    """Of the terminal that a stream is, or standard output; None for a file or a pipe, which has lines of any
+    length."""
     stream = stream or sys.stdout
     return shutil.get_terminal_size().columns if stream is not None and stream.isatty() else None
 

@@ -4,7 +4,8 @@
 class DailiesError(Exception):
     """The message says what was needed, what came, and what to do next."""
 
-    exit_code = 2                       # of a command that ends with it; 2: what was given is wrong, nothing was started
+    # of a command that ends with it; 2: what was given is wrong, nothing was started
+    exit_code = 2
 
     def __init__(self, *said: object):
         """said: names and texts of others in it are escaped: none makes a line of its own, or moves a cursor."""

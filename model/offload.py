@@ -1,4 +1,5 @@
-"""Models that take turns on one GPU: their weights stay in host memory too, so that a turn copies in, and nothing back."""
+"""Models that take turns on one GPU: their weights stay in host memory too, so that a turn copies in, and nothing
+back."""
 
 import logging
 from collections.abc import Callable

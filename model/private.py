@@ -4,6 +4,7 @@ A name below /tmp or in a shared cache can be made by anybody first: as a link t
 as a folder that they can write to, as a pipe that nobody ever writes to.
 """
 
+import contextlib
 import errno
 import os
 import socket
@@ -50,10 +51,8 @@ def private_folder(path: Path, below: Path | None = None) -> Path:
     between = between[:between.index(below) + 1] if below is not None else between[:1]
     between[-1].parent.mkdir(parents=True, exist_ok=True)
     for folder in reversed(between):
-        try:
+        with contextlib.suppress(FileExistsError):
             folder.mkdir(mode=0o700)
-        except FileExistsError:
-            pass
         found = folder.lstat()
         if not stat.S_ISDIR(found.st_mode):
             raise NotPrivate(f"{folder} must be a folder of this user's alone; it is {kind_of(found.st_mode)}. Move it "

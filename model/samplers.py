@@ -17,7 +17,8 @@ State = tuple[Clips, ...]       # what goes from one step to the next: the clips
 
 
 class Steps:
-    """Says where a sampler begins, which is here the start, and is told of every step; pipeline/run/saved_steps.py saves them."""
+    """Says where a sampler begins, which is here the start, and is told of every step; pipeline/run/saved_steps.py
+    saves them."""
 
     def begin(self, start: State) -> tuple[int, State]:
         """How many steps are done already, and the state after them."""

@@ -1,7 +1,7 @@
 """`dailies bench [WHAT]`: what things cost and how good they are, measured here and now; device, versions, commit.
 
-`python -m dailies.jobs.bench` is the same from a checkout, and on a machine with torch and Triton alone it measures what can be
-measured with them.
+`python -m dailies.jobs.bench` is the same from a checkout, and on a machine with torch and Triton alone it measures
+what can be measured with them.
 """
 
 import argparse
@@ -171,7 +171,8 @@ def machine() -> dict[str, str]:
 def commit() -> str:
     """As git describes it; where git is not installed, as the checkout's own files say."""
     try:
-        done = subprocess.run(["git", "-C", str(HOME), "describe", "--always", "--dirty"], capture_output=True, text=True)
+        done = subprocess.run(["git", "-C", str(HOME), "describe", "--always", "--dirty"], capture_output=True,
+                              text=True)
         return done.stdout.strip() or "unknown"
     except OSError:
         return f"{noted[:7]} or later" if (noted := commit_in(HOME / ".git")) else "unknown"
@@ -201,7 +202,8 @@ def shown(value: Any) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """`dailies bench` without the libraries of its command line."""
-    parser = argparse.ArgumentParser(prog="python -m dailies.jobs.bench", description="Time a part of dailies against a named "
+    parser = argparse.ArgumentParser(prog="python -m dailies.jobs.bench",
+                                     description="Time a part of dailies against a named "
                                      "peer in the same run.")
     parser.add_argument("what", nargs="?", metavar="WHAT", help=f"one of {', '.join(PARTS)}; default: all of them")
     parser.add_argument("model", nargs="?", metavar="NAME",

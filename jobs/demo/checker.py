@@ -35,10 +35,7 @@ def read_attributes(rgb: Tensor) -> dict[str, str]:
     quarter = max(1, len(centres) // 4)
     moved = (centres[-quarter:].mean(dim=0) - centres[:quarter].mean(dim=0)) / (len(centres) - quarter)
     dx, dy = moved.tolist()
-    if abs(dx) > abs(dy):
-        direction = "right" if dx > 0 else "left"
-    else:
-        direction = "down" if dy > 0 else "up"
+    direction = ("right" if dx > 0 else "left") if abs(dx) > abs(dy) else "down" if dy > 0 else "up"
     return dict(shape=shape, color=nearest(color, COLORS), background=nearest(background, BACKGROUNDS),
                 direction=direction, size=nearest_ratio(radius, RADII),
                 speed=nearest_ratio(max(abs(dx), abs(dy)), SPEEDS))

@@ -24,7 +24,8 @@ def run(out: str | None, *, budget: float = 540, only: str | None = None, tiny: 
     if budget <= 0:
         raise UsageError(f"--budget is the seconds for all parts together; got {budget:g}")
     said = "".join([f" --budget {budget:g}", f" --only {only}" * bool(only), " --tiny" * tiny])
-    kit = Kit(out=Path(out), budget_s=budget, tiny=tiny, command=f"python -m dailies.jobs.gpu --out OUT{said}", silent=json)
+    kit = Kit(out=Path(out), budget_s=budget, tiny=tiny, command=f"python -m dailies.jobs.gpu --out OUT{said}",
+              silent=json)
     code = kit.run([part for part in PARTS if part.name in wanted])
     if json:
         print((kit.out / "results.json").read_text())

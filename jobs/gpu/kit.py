@@ -5,6 +5,7 @@ known is there. A part that crashes, hangs or loses the GPU's context costs only
 side; parts that time run alone.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -116,7 +117,8 @@ class Kit:
 
     def start(self, part: Part, box_s: float, work: Path) -> Running:
         log, found = work / f"{part.name}.log", work / f"{part.name}.jsonl"
-        command = [sys.executable, "-m", "dailies.jobs.gpu.part", part.name, "--found", str(found), *["--tiny"] * self.tiny]
+        command = [sys.executable, "-m", "dailies.jobs.gpu.part", part.name, "--found", str(found),
+                   *["--tiny"] * self.tiny]
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         began = time.monotonic()
         with log.open("w") as file:
@@ -170,10 +172,8 @@ def groups(parts: Iterable[Part]) -> list[list[Part]]:
 
 def end(process: subprocess.Popen) -> None:
     """The part and whatever it started: it leads a session of its own."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 

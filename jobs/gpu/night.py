@@ -8,6 +8,7 @@ import statistics
 import time
 from collections import defaultdict, deque
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -73,8 +74,6 @@ def write(frames: Frames) -> float:
     with TemporaryDirectory() as folder:
         path = Path(folder) / "clip.mp4"
         write_mp4(path, frames, 48_000)
-        try:
+        with suppress(BadEncoding):                     # noise is not shown well by any encoder
             check_encoding(path, frames)
-        except BadEncoding:                             # noise is not shown well by any encoder
-            pass
     return time.perf_counter() - began

@@ -30,7 +30,8 @@ def own_key() -> bytes | None:
     if not said:
         return None
     if len(said) < LEAST_CHARACTERS:
-        raise BadSealKey(f"{VARIABLE} must have at least {LEAST_CHARACTERS} characters; it has {len(said)}. One is made "
+        raise BadSealKey(f"{VARIABLE} must have at least {LEAST_CHARACTERS} characters; it has {len(said)}. One is "
+                         "made "
                          "by: openssl rand -hex 32")
     return hmac.digest(said.encode("utf-8", "surrogateescape"), b"dailies: embeddings, latents, steps", "sha256")
 
@@ -49,7 +50,8 @@ def seal_of(store: Store, *, fresh: bool) -> Seal:
                 return Seal(found)
         except (NotFound, TooLarge):
             pass
-        except StoreError as error:                     # another user's run is continued: what is unfinished is made again
+        # another user's run is continued: what is unfinished is made again
+        except StoreError as error:
             if not isinstance(error.__cause__, PermissionError):
                 raise
     drawn = secrets.token_hex(32).encode()

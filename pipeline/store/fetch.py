@@ -80,9 +80,9 @@ class Downloads(dict):
     def __init__(self, path: Path):
         super().__init__()
         self.path = path
-        with suppress(OSError, ValueError, AttributeError, RecursionError):     # none yet, or spoilt: all is fetched
-            with open_regular(path) as file:
-                self.update({str(key): list(said) for key, said in json.loads(file.read(RECORD_BYTES)).items()})
+        # none yet, or spoilt: all is fetched
+        with suppress(OSError, ValueError, AttributeError, RecursionError), open_regular(path) as file:
+            self.update({str(key): list(said) for key, said in json.loads(file.read(RECORD_BYTES)).items()})
 
     def save(self) -> None:
         temporary = self.path.with_name(f"{self.path.name}.{secrets.token_hex(4)}")
