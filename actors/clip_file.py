@@ -8,10 +8,12 @@ import hashlib
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
+from typing import BinaryIO
 
 import av
 
 from dailies.actors.messages import SHAPE, Request
+from dailies.actors.mp4_boxes import check_boxes
 from dailies.model.settings import course_of
 
 DIGEST_HEAD = (56).to_bytes(4, "big") + b"uuid" + bytes.fromhex("5b1c7a0e6d8f4c3f9a55f0d2b7e41c86")     # then 32 bytes
@@ -101,7 +103,7 @@ def read_clip(data: bytes | Path, *, wanted: tuple[int, int, int] | None = None)
     try:
         # from an open file, never by a name that FFmpeg could take for a protocol
         with BytesIO(data) if isinstance(data, bytes) else data.open("rb") as file, \
-                av.open(file, format="mp4", options=OPENED, metadata_errors="replace") as container:
+                opened(file, wanted) as container:
             if not container.streams.video:
                 raise ValueError("a file with a video stream is needed; got one without")
             video = container.streams.video[0]
@@ -127,6 +129,12 @@ def read_clip(data: bytes | Path, *, wanted: tuple[int, int, int] | None = None)
                             metadata=dict(container.metadata))
     except (av.FFmpegError, OverflowError, MemoryError) as error:
         raise ValueError(f"the clip does not decode: {str(error) or type(error).__name__}") from error
+
+
+def opened(file: BinaryIO, wanted: tuple[int, int, int] | None) -> av.container.InputContainer:
+    """FFmpeg's view of a file that has passed check_boxes.  Raises ValueError, FFmpegError."""
+    check_boxes(file, frames=wanted[2] if wanted else None, ours=DIGEST_HEAD[8:])
+    return av.open(file, format="mp4", options=OPENED, metadata_errors="replace")
 
 
 def check_file(data: bytes, *, width: int, height: int, frames: int, fps: float) -> ClipFile:
