@@ -60,7 +60,7 @@ COPIED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_
           "added_tokens.json", "preprocessor_config.json", "vocab.json", "spiece.model", "tokenizer.model",
           "sentencepiece.bpe.model")
 # of our environment, all that the process gets which opens a pickle
-PASSED_ON = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR", "OMP_NUM_THREADS")
+PASSED_ON = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,6 +228,8 @@ def child_environment(home: Path) -> dict[str, str]:
     if site.ENABLE_USER_SITE:                           # what pip install --user has put below the home, which is another
         kept["PYTHONUSERBASE"] = site.getuserbase()
     return kept | {"HOME": str(home), "PYTHONPATH": os.pathsep.join([str(HOME), *libraries]), "PYTHONSAFEPATH": "1",
+                   # a thread for each of many cores takes memory, of which there is little, and reading needs none
+                   "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
                    "PYTHONDONTWRITEBYTECODE": "1"}
 
 

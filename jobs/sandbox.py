@@ -64,6 +64,7 @@ OPENS = dict(open=((2, None), 1), openat=((257, 56), 2))               # and whi
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 OWN = dict(kill=(62, 129), tgkill=(234, 131))           # allowed to itself, by its number
 SELF = dict(prlimit64=(302, 261), setpgid=(109, 154), sched_setaffinity=(203, 122))       # and by 0
+DATA_BYTES = 2**31                                      # torch takes 0.23 GB before it reads, and builds for GPUs more
 CLONE, CLONE_THREAD = (56, 220), 0x10000                # a thread, and no process
 ARCHITECTURES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
 
@@ -94,7 +95,7 @@ def set_limits(source_bytes: int) -> None:
     """Of what a pickle of so many bytes can need: its tensors may share memory, and are written one by one."""
     for limit, most in ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_FSIZE, 4 * source_bytes + 2**26),
                         (resource.RLIMIT_CPU, 120 + source_bytes // 10**7), (resource.RLIMIT_NOFILE, 256),
-                        (resource.RLIMIT_DATA, 4 * source_bytes + 2**34)):
+                        (resource.RLIMIT_DATA, 4 * source_bytes + DATA_BYTES)):
         hard = resource.getrlimit(limit)[1]
         most = most if hard == resource.RLIM_INFINITY else min(most, hard)
         resource.setrlimit(limit, (most, most))

@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 import site
+import zipfile
 
 import pytest
 import torch
@@ -344,6 +345,17 @@ def test_the_reader_of_a_pickle_finds_libraries_where_this_process_does(tmp_path
     assert "/secrets" not in converting.child_environment(tmp_path)["PYTHONPATH"]
     monkeypatch.setattr(site, "ENABLE_USER_SITE", True)
     assert converting.child_environment(tmp_path)["PYTHONUSERBASE"] == site.getuserbase()
+
+
+def test_a_pickle_of_few_bytes_gets_little_memory(tmp_path):
+    """bytearray(3,000,000,000), which weights_only lets through."""
+    called = b"cbuiltins\nbytearray\n"
+    program = b"\x80\x02}X\x01\0\0\0a" + called + b"\x8a\x08" + (3 * 10**9).to_bytes(8, "little") + b"\x85Rs."
+    with zipfile.ZipFile(tmp_path / "a.pt", "w") as file:
+        for name, content in (("data.pkl", program), ("version", "3\n"), ("byteorder", "little")):
+            file.writestr(f"archive/{name}", content)
+    with pytest.raises(CheckpointError, match="MemoryError"):
+        converting.unpickle(tmp_path / "a.pt", tmp_path / "model.safetensors")
 
 
 def test_a_reader_that_is_killed_is_said(tmp_path, monkeypatch):
