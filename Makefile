@@ -1,7 +1,7 @@
 # Everything lives in .venv; pip takes its settings (mirrors, proxies, caches) from the environment.
 
 .DEFAULT_GOAL := help
-.PHONY: help render test test-gpu chaos lint style types house freeze lock clean
+.PHONY: help render test test-gpu chaos lint style types house lowest freeze lock clean
 
 VENV    := .venv
 # the first of these that is new enough; `make PYTHON=/path/to/python3.12 ...` chooses another
@@ -19,6 +19,8 @@ NO_LOCK := echo "constraints.lock has no hashes for this Python and machine: ver
 # said before pip begins; where pip chooses torch with CUDA, as on Linux, that is several GB more
 SIZES   := torch, ray, transformers, pyarrow and what they need, 2 GB on disk and more where torch brings CUDA; minutes
 ARGS    ?=
+LOWEST  ?= .cache/lowest
+TORCH   ?=
 
 help:                                   ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -51,6 +53,14 @@ types: $(VENV)/.installed-dev           ## mypy alone
 
 house: $(VENV)/.installed-dev           ## the rules of the house alone: imports, doors, names, documents
 	@$(VENV)/bin/python -m pytest -q tests/test_house.py $(ARGS)
+
+lowest:                                 ## try the lowest versions that pyproject.toml allows; TORCH=2.13.0 for another torch
+	@test -n "$(PYTHON)" || { echo "dailies needs Python 3.11 or newer" >&2; exit 1; }
+	@rm -rf $(LOWEST) && $(PYTHON) -m venv $(LOWEST)
+	@$(LOWEST)/bin/python infra/lowest.py $(if $(TORCH),torch=$(TORCH)) > $(LOWEST)/constraints.txt
+	@$(LOWEST)/bin/python -m pip install --disable-pip-version-check --quiet --only-binary :all: \
+	   --constraint $(LOWEST)/constraints.txt --editable .
+	@$(LOWEST)/bin/python -m tests.lowest
 
 freeze: $(VENV)/.installed-dev          ## write the installed versions into constraints.txt
 	@{ sed -n '/^#/p' constraints.txt; \
