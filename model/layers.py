@@ -13,6 +13,10 @@ from torch import Tensor, nn
 class Linear(nn.Linear):
     """A linear layer that computes in the dtype of its own weight."""
 
+    @property
+    def takes(self) -> torch.dtype:
+        return self.weight.dtype
+
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.to(self.weight.dtype))
 
@@ -92,17 +96,3 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Te
     q, k, v = (x.transpose(1, 2) for x in (q.to(v.dtype), k.to(v.dtype), v))
     bias = None if bias is None else bias.to(v.dtype)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
-
-
-class SelfAttention(nn.Module):
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.q, self.k, self.v, self.o = (Linear(width, width) for _ in range(4))
-        self.norm_q, self.norm_k = RMSNorm(width), RMSNorm(width)               # over all heads together
-
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        x = x.to(self.q.weight.dtype)
-        q = rotate(self.norm_q(self.q(x)).unflatten(-1, (self.heads, -1)), rope)
-        k = rotate(self.norm_k(self.k(x)).unflatten(-1, (self.heads, -1)), rope)
-        return self.o(attention(q, k, self.v(x).unflatten(-1, (self.heads, -1))))

@@ -47,7 +47,7 @@ def test_the_velocity_and_the_way_to_it_equal_the_release(case):
     golden = Golden(case)
     dit, seen = build(golden), {}
     block = dit.blocks[0]
-    modules = {"block0_self_attn": block.attn, "block0_cross_attn": block.cross, "block0": block,
+    modules = {"block0_self_attn": block.attn.o, "block0_cross_attn": block.cross.o, "block0": block,
                "block_last": dit.blocks[-1], "head": dit.head, "time_projection": dit.time_modulation,
                "time_embedding": dit.time_out, "text_embedding": dit.text_out, "patch_embedding": dit.patch_embed}
     for name, module in modules.items():
@@ -77,7 +77,7 @@ def test_padded_text_is_a_sink_of_weight_zero_rows_and_value_zero():
     dit = randomised()
     x, text = torch.randn(1, 7, 48), torch.randn(5, 20)
     context, cross = dit.embed_text([text]), dit.blocks[0].cross
-    got = cross(x, context.keys[0], context.values[0])
+    got = cross.o(cross(x, context.keys[0], context.values[0]))
     key, value = cross.keys_values(dit.text_out(F.gelu(dit.text_in(text[None]), approximate="tanh")))
     query = cross.norm_q(cross.q(x)).unflatten(-1, (2, -1))
     logits = torch.einsum("bnhd,blhd->bhnl", query, key).double() / math.sqrt(24)

@@ -15,7 +15,9 @@ from wan_tiny import WAN_TINY_I2V
 from dailies.kernels import processor
 from dailies.kernels.int8_linear import dequantize, quantize_blocks
 from dailies.model import checkpoint, keys, turbo
+from dailies.model.block import TORCH_OPS
 from dailies.model.catalog import CATALOG, DEMO, TurboCard
+from dailies.model.fused import Unjoined, gelu_linear
 from dailies.model.layers import Linear, rotary_table
 from dailies.model.wan.transformer import WanConfig, WanDiT
 from dailies.model.weights import CheckpointError
@@ -177,7 +179,8 @@ def test_keeping_fewer_blocks_changes_what_is_seen():
 
 def test_in_fp32_with_dense_attention_nothing_is_refitted():
     dit = DEMO.dit(DEMO.folder, "cpu", "fp32")
-    assert not any(isinstance(module, (turbo.TurboBlock, turbo.Int8Linear)) for module in dit.modules())
+    assert not any(isinstance(module, turbo.Int8Linear) for module in dit.modules())
+    assert all(module.ops is TORCH_OPS for module in (dit.head, *dit.blocks, dit.blocks[0].attn, dit.blocks[0].cross))
 
 
 def test_a_clip_of_a_batch_is_the_clip_alone():
@@ -205,7 +208,7 @@ def test_a_refitted_model_attends_to_the_image_too(precision, most):
         return dit(latent, time, dit.embed(texts, images), condition)
 
     want, other = velocity(images), velocity(images[::-1])
-    turbo.refit(dit, "dense", WAN_TINY_I2V.sparsity)
+    turbo.refit(dit, "dense", WAN_TINY_I2V.sparsity, packed=turbo.runs_packed(precision, "cpu"))
     for place, layer in turbo.linears_of_blocks(dit) if precision == "int8" else ():
         dit.set_submodule(place, turbo.settled(place, turbo.Int8Linear.of(layer)))
     assert error(velocity(images), want) < most
@@ -298,7 +301,7 @@ def test_updates_that_join_late_on_a_gpu_join_as_on_a_cpu(precision, attention, 
         context = replace(context, keys=tuple(key.cuda() for key in context.keys),
                           values=tuple(value.cuda() for value in context.values))
         got = dit(*(part.cuda() for part in given), context).cpu()
-    assert all(isinstance(output, turbo.Late) == (precision == "fp32") for output in returned) and len(returned) == 2
+    assert all(isinstance(output, Unjoined) == (precision == "fp32") for output in returned) and len(returned) == 2
     assert error(got, want) < most
 
 
@@ -309,7 +312,7 @@ def test_gelu_in_the_product_is_gelu_behind_it(triton_device, monkeypatch):
     if triton_device == "cpu":
         monkeypatch.setattr(torch.Tensor, "is_cuda", True)
         monkeypatch.setattr(torch.Tensor, "is_cpu", False)
-    got = turbo.gelu_linear(x.to(triton_device), layer.to(triton_device), has_gelu_in_product=False)
+    got = gelu_linear(x.to(triton_device), layer.to(triton_device), has_gelu_in_product=False)
     assert got.shape == (2, 5, 96) and got.dtype == torch.bfloat16 and error(got.float().cpu(), want) < 0.01
 
 

@@ -56,8 +56,9 @@ def randomised(config=SMALL):
 def test_the_velocity_and_the_way_to_it_equal_the_release(case, weights):
     golden = Golden(case)
     dit, seen = build(golden, weights), {}
-    hooked = {"block0_self_attn": dit.blocks[0].attn, "block0_cross_attn": dit.blocks[0].cross, "block0": dit.blocks[0],
-              "block_last": dit.blocks[-1], "text_embedding": dit.text_out, "img_emb": dit.image_embed}
+    hooked = {"block0_self_attn": dit.blocks[0].attn.o, "block0_cross_attn": dit.blocks[0].cross.o,
+              "block0": dit.blocks[0], "block_last": dit.blocks[-1],
+              "text_embedding": dit.text_out, "img_emb": dit.image_embed}
     for name, module in hooked.items():
         if module is not None:
             module.register_forward_hook(lambda _, inputs, output, name=name: seen.update({name: output}))
@@ -102,7 +103,7 @@ def test_padded_text_is_one_row_with_the_weight_of_all():
     dit = randomised()
     x, text = torch.randn(1, 7, 48), torch.randn(5, 20)
     context, cross = dit.embed([text]), dit.blocks[0].cross
-    got = cross(x, *context.of_block(0))
+    got = cross.o(cross(x, *context.of_block(0)))
     rows = torch.cat((text, torch.zeros(1, 20)))[None]
     key, value = cross.keys_values(dit.text_out(F.gelu(dit.text_in(rows), approximate="tanh")))
     bias = torch.tensor([0.0] * 5 + [math.log(12 - 5)])

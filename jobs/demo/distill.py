@@ -46,10 +46,11 @@ from dailies.jobs.demo.phases import (
 from dailies.jobs.demo.world import Scene, sentence_about
 from dailies.kernels.sparse_attention import reference
 from dailies.model import keys
+from dailies.model.block import SelfAttention
 from dailies.model.card import ModelCard
 from dailies.model.catalog import DEMO, DEMO_SPARSE, DEMO_TURBO
 from dailies.model.guidance import classifier_free
-from dailies.model.layers import Linear, SelfAttention, rotate
+from dailies.model.layers import Linear, rotate
 from dailies.model.linum.transformer import LinumDiT, TextContext
 from dailies.model.schedules import rcm_sigmas
 from dailies.model.text import T5TextEncoder
@@ -172,7 +173,7 @@ class TrainedSparseAttention(SelfAttention):
         v, of = self.v(x).unflatten(-1, (self.heads, -1)).to(q.dtype), self.sparsity
         y = reference.sparse_attention(q, k, v, self.proj.weight, self.proj.bias, of.keep_ratio, False, of.block_q,
                                        of.block_k)
-        return self.o(y.flatten(2))
+        return y.flatten(2)
 
 
 def save_dit(student: LinumDiT, card: ModelCard, out: Path) -> None:

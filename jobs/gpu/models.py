@@ -27,7 +27,7 @@ def new_dit(card: ModelCard, device: str, precision: str, attention: str) -> nn.
     fill(dit, device)
     with torch.device("meta"):
         if precision != "fp32" or attention != "dense" or card.sparsity.tuned:
-            turbo.refit(dit, attention, card.sparsity)
+            turbo.refit(dit, attention, card.sparsity, packed=turbo.runs_packed(precision, device))
     fill(dit.requires_grad_(False), device)             # the projection of tuned weights
     compute_in(dit, processor.dtype_of(precision, device))
     for place, layer in turbo.linears_of_blocks(dit) if precision == "int8" else ():

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dailies.model.layers import Linear, RMSNorm, SelfAttention, attention, rotary_table, timestep_features
+from dailies.model.block import Block, CrossAttention, Head, SelfAttention
+from dailies.model.layers import Linear, RMSNorm, rotary_table, timestep_features
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +48,8 @@ class LinumDiT(nn.Module):
         # no bias here nor in the keys and values of cross-attention: padded text is zero and must stay zero
         self.text_in = Linear(config.text_dim, width, bias=False)
         self.text_out = Linear(width, width, bias=False)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.head = Head(width, cells)
+        self.blocks = nn.ModuleList(LinumBlock(config) for _ in range(config.layers))
+        self.head = LinumHead(width, cells)
         # normalised latent = latent * scale + bias, per channel
         self.register_buffer("latent_scale", torch.ones(config.latent_channels))
         self.register_buffer("latent_bias", torch.zeros(config.latent_channels))
@@ -62,7 +63,7 @@ class LinumDiT(nn.Module):
         time = self.embed_time(timestep)                                        # [B, D]
         modulation = self.time_modulation(F.silu(time)).unflatten(1, (6, -1))   # [B, 6, D]
         for block, key, value in zip(self.blocks, text.keys, text.values, strict=True):
-            tokens = block(tokens, modulation, key, value, rope)
+            tokens = block(tokens, modulation, (key, value), rope)
         return self.unpatchify(self.head(tokens, time), latent.shape)
 
     def embed_text(self, texts: list[Tensor]) -> TextContext:
@@ -107,27 +108,19 @@ class LinumDiT(nn.Module):
         return x.reshape(batch, channels, frames, grid[1] * ph, grid[2] * pw)[..., :height, :width].float()
 
 
-class Block(nn.Module):
+class LinumBlock(Block):
     def __init__(self, config: LinumConfig):
         super().__init__()
         width = config.width
         self.modulation = nn.Parameter(torch.zeros(1, 6, width))
         self.norm_attn, self.norm_cross, self.norm_ffn = (nn.LayerNorm(width, eps=1e-5) for _ in range(3))
         self.attn = SelfAttention(width, config.heads)
-        self.cross = CrossAttention(width, config.heads)
+        self.cross = LinumCrossAttention(width, config.heads)
         self.ffn_in = Linear(width, config.ffn)
         self.ffn_out = Linear(config.ffn, width)
 
-    def forward(self, x: Tensor, modulation: Tensor, key: Tensor, value: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        modulation = self.modulation + modulation
-        shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = modulation.split(1, dim=1)
-        x = x + gate_attn * self.attn(self.norm_attn(x) * (1 + scale_attn) + shift_attn, rope)
-        x = x + self.cross(self.norm_cross(x), key, value)                      # neither modulated nor gated
-        h = F.gelu(self.ffn_in(self.norm_ffn(x) * (1 + scale_ffn) + shift_ffn), approximate="tanh")
-        return x + gate_ffn * self.ffn_out(h)
 
-
-class CrossAttention(nn.Module):
+class LinumCrossAttention(CrossAttention):
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
@@ -135,22 +128,10 @@ class CrossAttention(nn.Module):
         self.k, self.v = Linear(width, width, bias=False), Linear(width, width, bias=False)
         self.norm_q, self.norm_k = RMSNorm(width), RMSNorm(width)
 
-    def keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
-        """text [B, L, D] -> key and value, each [B, L, heads, head_dim]."""
-        value = self.v(text).unflatten(-1, (self.heads, -1))
-        return self.norm_k(self.k(text)).to(value.dtype).unflatten(-1, (self.heads, -1)), value
 
-    def forward(self, x: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return self.o(attention(self.norm_q(self.q(x)).unflatten(-1, (self.heads, -1)), key, value))
-
-
-class Head(nn.Module):
+class LinumHead(Head):
     def __init__(self, width: int, cells: int):
         super().__init__()
         self.modulation = nn.Parameter(torch.zeros(1, 2, width))
         self.norm = nn.LayerNorm(width, eps=1e-5)
         self.linear = Linear(width, cells)
-
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        shift, scale = (self.modulation + time[:, None]).split(1, dim=1)
-        return self.linear(self.norm(x) * (1 + scale) + shift)

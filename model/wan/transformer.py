@@ -14,15 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dailies.model.layers import (
-    FullPrecisionLinear,
-    Linear,
-    RMSNorm,
-    SelfAttention,
-    attention,
-    rotary_table,
-    timestep_features,
-)
+from dailies.model.block import Block, CrossAttention, Head, SelfAttention
+from dailies.model.layers import FullPrecisionLinear, Linear, RMSNorm, rotary_table, timestep_features
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +61,8 @@ class WanDiT(nn.Module):
         self.text_in = Linear(config.text_dim, width)
         self.text_out = Linear(width, width)
         self.image_embed = ImageEmbed(config.image_dim, width) if config.image_dim else None
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.head = Head(width, config.latent_channels * math.prod(config.patch))
+        self.blocks = nn.ModuleList(WanBlock(config) for _ in range(config.layers))
+        self.head = WanHead(width, config.latent_channels * math.prod(config.patch))
 
     def forward(self, latent: Tensor, timestep: Tensor, context: Context, condition: Tensor | None = None) -> Tensor:
         """Velocity d latent / d sigma (noise minus data), shaped like latent, fp32.
@@ -133,7 +126,7 @@ class WanDiT(nn.Module):
         return x.reshape(shape).float()
 
 
-class Block(nn.Module):
+class WanBlock(Block):
     def __init__(self, config: WanConfig):
         super().__init__()
         width = config.width
@@ -141,21 +134,12 @@ class Block(nn.Module):
         self.norm_attn, self.norm_ffn = (nn.LayerNorm(width, eps=1e-6, elementwise_affine=False) for _ in range(2))
         self.norm_cross = nn.LayerNorm(width, eps=1e-6)
         self.attn = SelfAttention(width, config.heads)
-        self.cross = CrossAttention(width, config.heads, with_image=config.image_dim is not None)
+        self.cross = WanCrossAttention(width, config.heads, with_image=config.image_dim is not None)
         self.ffn_in = Linear(width, config.ffn)
         self.ffn_out = Linear(config.ffn, width)
 
-    def forward(self, x: Tensor, modulation: Tensor, context: tuple[Tensor, ...],
-                rope: tuple[Tensor, Tensor]) -> Tensor:
-        modulation = self.modulation + modulation
-        shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = modulation.split(1, dim=1)
-        x = x + gate_attn * self.attn(self.norm_attn(x) * (1 + scale_attn) + shift_attn, rope)
-        x = x + self.cross(self.norm_cross(x), *context)                        # neither modulated nor gated
-        h = F.gelu(self.ffn_in(self.norm_ffn(x) * (1 + scale_ffn) + shift_ffn), approximate="tanh")
-        return x + gate_ffn * self.ffn_out(h)
 
-
-class CrossAttention(nn.Module):
+class WanCrossAttention(CrossAttention):
     """Attention to the text and, by a softmax of its own, to the image's rows; added up before the last layer."""
 
     def __init__(self, width: int, heads: int, *, with_image: bool):
@@ -167,22 +151,8 @@ class CrossAttention(nn.Module):
             self.k_image, self.v_image = Linear(width, width), Linear(width, width)
             self.norm_k_image = RMSNorm(width)
 
-    def keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
-        """text [B, L, D] -> key and value, each [B, L, heads, head_dim]."""
-        value = self.v(text).unflatten(-1, (self.heads, -1))
-        return self.norm_k(self.k(text)).to(value.dtype).unflatten(-1, (self.heads, -1)), value
-
     def image_keys_values(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        value = self.v_image(image).unflatten(-1, (self.heads, -1))
-        return self.norm_k_image(self.k_image(image)).to(value.dtype).unflatten(-1, (self.heads, -1)), value
-
-    def forward(self, x: Tensor, key: Tensor, value: Tensor, image_key: Tensor | None = None,
-                image_value: Tensor | None = None) -> Tensor:
-        q = self.norm_q(self.q(x)).unflatten(-1, (self.heads, -1))
-        y = attention(q, key, value)
-        if image_key is not None:
-            y = y + attention(q, image_key, image_value)
-        return self.o(y)
+        return self.normed_key_value(image, self.k_image, self.norm_k_image, self.v_image)
 
 
 class ImageEmbed(nn.Module):
@@ -199,13 +169,9 @@ class ImageEmbed(nn.Module):
         return self.norm_out(self.linear_out(F.gelu(self.linear_in(self.norm_in(image.float())))).float())
 
 
-class Head(nn.Module):
+class WanHead(Head):
     def __init__(self, width: int, cells: int):
         super().__init__()
         self.modulation = nn.Parameter(torch.zeros(1, 2, width))
         self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.linear = FullPrecisionLinear(width, cells)
-
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        shift, scale = (self.modulation + time[:, None]).split(1, dim=1)
-        return self.linear(self.norm(x) * (1 + scale) + shift)
