@@ -85,6 +85,19 @@ def triton_device():
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+@pytest.fixture(autouse=True)
+def memory_full_of_nan(request):
+    """For tests of kernels fresh memory holds NaN, or the largest whole number: a hole that a kernel leaves is seen."""
+    if "triton_device" not in request.fixturenames and not request.path.name.startswith("test_kernels"):
+        yield
+        return
+    import torch
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)        # without it torch leaves memory as it finds it
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory):
     """The running server (s3/server.py). Tests that set faults ask for `s3_bucket` too, which heals it afterwards."""
