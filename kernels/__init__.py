@@ -20,7 +20,7 @@ MODULES = {"reference": "reference", "cpu": "cpu", "triton": "kernel"}
 
 
 def chosen_impl(impl: Impl, x: Tensor, *, on_cpu: str = "cpu") -> str:
-    """The implementation for x: of "auto", Triton's on a GPU and the CPU's elsewhere.  on_cpu: the one that is the CPU's.
+    """The implementation for x; "auto" is Triton's on a GPU, the CPU's elsewhere.  on_cpu: the one that is the CPU's.
 
     Raises ValueError for a name that is none, and for the CPU's where x is on a GPU.
     """

@@ -65,8 +65,8 @@ def test_every_way_through_the_kept_blocks_gives_the_reference(case, way, int8, 
     from dailies.kernels.sparse_attention import kernel
     from tests.candidates import attention
     q, k, v = case.inputs("large mean", seed=5, dtype=dtype, device=triton_device)
-    kept = reference.kept_blocks(reference.pool(q, 128), reference.pool(k, 64), 0.5)
-    want, branch = reference.attend(q, k, v, kept, int8, 128, 64), None
+    kept = reference.kept_blocks(reference.pool_blocks(q, 128), reference.pool_blocks(k, 64), 0.5)
+    want, branch = reference.attend_kept_blocks(q, k, v, kept, int8, 128, 64), None
     if linear:
         weight, bias = projection(case.head_dim, triton_device)
         branch = (*kernel.projected_summary(k, v, weight), bias)
@@ -90,9 +90,9 @@ def test_the_rows_of_a_block_may_lie_in_a_wider_matrix(triton_device):
     from tests.candidates import attention
     both = cases.fill("normal", (1, 130, 3 * 2 * 64), seed=7, dtype=torch.float16, device=triton_device)
     q, k, v = both.unflatten(-1, (3, 2, 64)).unbind(2)
-    kept = reference.kept_blocks(reference.pool(q, 128), reference.pool(k, 64), 0.7)
+    kept = reference.kept_blocks(reference.pool_blocks(q, 128), reference.pool_blocks(k, 64), 0.7)
     got = attention.attend(q, k, v, kept, None, False, 128, 64, attention.Tiling(descriptors=True))
-    assert attention.lies_in_rows(k) and rms(got, reference.attend(q, k, v, kept, False, 128, 64)) < 1e-3
+    assert attention.lies_in_rows(k) and rms(got, reference.attend_kept_blocks(q, k, v, kept, False, 128, 64)) < 1e-3
 
 
 @pytest.mark.slow

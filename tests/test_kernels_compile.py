@@ -100,7 +100,7 @@ def attention_kernels(arch):
                    dict(HEAD_DIM=128, BLOCK=128), 4, 3, {})
     roomy = arch in (80, 90, 100)
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-        stages = int8.stages_for(dtype, roomy)
+        stages = int8.num_stages(dtype, roomy)
         given = dict.fromkeys(("v", "out"), f"*{name}") | dict.fromkeys(("queries", "keys", "heads"), "i32")
         scales = dict(q_scale="*fp32", k_scale="*fp32")
         yield f"int8 attention, {name}", (
@@ -117,7 +117,7 @@ def attention_kernels(arch):
         for is_int8, block_q, block_k in ((False, 128, 64), (True, 128, 64), *of_hopper):
             near = scales | dict(near_q="*i8", near_k="*i8") if is_int8 else dict(
                 q_scale="*i32", k_scale="*i32", near_q=f"*{name}", near_k=f"*{name}")
-            rows, columns, warps = sparse.tile(dtype, block_q, block_k)
+            rows, columns, warps = sparse.attend_tile(dtype, block_q, block_k)
             yield f"sparse attention, {'int8, ' * is_int8}{name}, {block_q}x{block_k}", (
                 sparse._attend, given | near | linear | dict(
                     q=f"*{name}", kept="*i32", to_base_2="fp32", linear_eps="fp32",

@@ -33,8 +33,9 @@ def test_the_reference_is_the_release():
     golden = Golden("sage_qk_int8_a")
     q, k, v = (golden.inputs[name].transpose(1, 2) for name in "qkv")
     factor = q.shape[-1] ** -0.5 * reference.LOG2_E
-    for name, (values, scale) in {"q": reference.quantize_blocks(q, 128, reference.EPS, factor),
-                                  "k": reference.quantize_blocks(reference.smooth(k), 64, reference.EPS)}.items():
+    for name, (values, scale) in {"q": reference.quantize_row_blocks(q, 128, reference.EPS, factor),
+                                  "k": reference.quantize_row_blocks(reference.smooth_keys(k), 64,
+                                                                     reference.EPS)}.items():
         assert torch.equal(values, golden.outputs[f"{name}_int8"])
         torch.testing.assert_close(scale, golden.outputs[f"{name}_scale"], rtol=1e-5, atol=0)
     for impl in ("reference", "cpu"):
@@ -54,13 +55,13 @@ def test_eight_bits_stay_close_to_float64_attention_however_large_the_mean_of_k(
 def test_a_block_is_rounded_to_half_a_step_and_its_last_rows_have_a_scale_of_their_own():
     x = cases.fill("normal", (2, 129, 3 * 64), seed=2).unflatten(-1, (3, 64))
     x[:, 128] *= 50                                                              # alone in the second block
-    values, scale = reference.quantize_blocks(x, 128, reference.EPS)
+    values, scale = reference.quantize_row_blocks(x, 128, reference.EPS)
     assert values.shape == (2, 3, 129, 64) and scale.shape == (2, 3, 2)
     amax = torch.stack((x[:, :128].abs().amax((1, 3)), x[:, 128:].abs().amax((1, 3))), dim=-1)
     torch.testing.assert_close(scale, amax / 127)
     step = scale.repeat_interleave(128, -1)[..., :129, None]
     assert ((values * step - x.transpose(1, 2)).abs() <= 0.5001 * step).all()
-    assert not reference.quantize_blocks(torch.zeros(1, 5, 1, 64), 128, reference.EPS)[0].any()
+    assert not reference.quantize_row_blocks(torch.zeros(1, 5, 1, 64), 128, reference.EPS)[0].any()
 
 
 @pytest.mark.cpu
@@ -82,11 +83,11 @@ def test_triton_follows_the_reference(case, kind, dtype, bound, triton_device):
 def test_triton_rounds_to_the_reference_s_integers(kind, triton_device):
     from dailies.kernels.int8_attention import kernel
     _, k, _ = cases.AWKWARD_ATTENTION[2].inputs(kind, seed=5, device=triton_device)
-    mean = kernel.mean_of(k)
-    torch.testing.assert_close(k - mean[:, None], reference.smooth(k))
-    values, scale = (part.cpu() for part in kernel.quantize_blocks(k, 64, reference.EPS, mean=mean))
+    mean = kernel.key_mean(k)
+    torch.testing.assert_close(k - mean[:, None], reference.smooth_keys(k))
+    values, scale = (part.cpu() for part in kernel.quantize_row_blocks(k, 64, reference.EPS, mean=mean))
     # of the same mean, on the CPU: a GPU's torch divides by a number as it multiplies by its inverse
-    want_values, want_scale = reference.quantize_blocks((k - mean[:, None]).cpu(), 64, reference.EPS)
+    want_values, want_scale = reference.quantize_row_blocks((k - mean[:, None]).cpu(), 64, reference.EPS)
     assert torch.equal(values, want_values)
     torch.testing.assert_close(scale, want_scale)
 

@@ -52,7 +52,8 @@ def test_both_cpu_paths_are_the_release(name, impl):
 def test_means_scores_map_and_linear_branch_are_the_release(name):
     golden = Golden(name)
     q, k, v = (golden.inputs[part].float() for part in "qkv")
-    pooled_q, pooled_k = reference.pool(q, golden.config["BLKQ"]), reference.pool(k, golden.config["BLKK"])
+    pooled_q = reference.pool_blocks(q, golden.config["BLKQ"])
+    pooled_k = reference.pool_blocks(k, golden.config["BLKK"])
     assert error(pooled_q, golden.outputs["pooled_q"]) < 1e-5
     assert error(pooled_k - k.mean(1)[:, :, None], golden.outputs["pooled_k"]) < 1e-5
     kept = reference.kept_blocks(pooled_q, pooled_k, golden.config["topk"])
@@ -90,7 +91,7 @@ def test_each_query_block_attends_to_the_block_of_keys_that_answers_it(impl, tri
 
 def test_a_mean_is_over_the_rows_a_block_has():
     x = cases.fill("normal", (2, 130, 3 * 64), seed=3).unflatten(-1, (3, 64))
-    means = reference.pool(x, 128)
+    means = reference.pool_blocks(x, 128)
     torch.testing.assert_close(means[:, :, 0], x[:, :128].mean(1))
     torch.testing.assert_close(means[:, :, 1], x[:, 128:].mean(1))
 
@@ -136,15 +137,15 @@ def compare_triton(case, kind, dtype, bound, variant, device):
     q, k, v = case.inputs(kind, seed=5, dtype=dtype, device=device)
     int8, block_q, block_k = variant.get("int8", False), variant.get("block_q", 128), variant.get("block_k", 64)
     for x, block in ((q, block_q), (k, block_k)):
-        torch.testing.assert_close(kernel.pool(x, block), reference.pool(x, block), rtol=1e-5, atol=1e-5)
-    pooled = reference.pool(q, block_q), reference.pool(k, block_k)
+        torch.testing.assert_close(kernel.pool_blocks(x, block), reference.pool_blocks(x, block), rtol=1e-5, atol=1e-5)
+    pooled = reference.pool_blocks(q, block_q), reference.pool_blocks(k, block_k)
     kept = reference.kept_blocks(*pooled, 0.4)
-    want, linear = reference.attend(q, k, v, kept, int8, block_q, block_k), None
+    want, linear = reference.attend_kept_blocks(q, k, v, kept, int8, block_q, block_k), None
     if variant.get("linear"):
         weight, bias = projection(case.head_dim, device)
         want = want + F.linear(reference.linear_attention(q, k, v), weight, bias)
         linear = (*kernel.projected_summary(k, v, weight), bias)
-    got = kernel.attend(q, k, v, kept, linear, int8, block_q, block_k)
+    got = kernel.attend_kept_blocks(q, k, v, kept, linear, int8, block_q, block_k)
     assert got.dtype == dtype
     assert rms(got, want) < bound
 
@@ -201,12 +202,12 @@ def test_triton_at_the_size_that_is_rendered(case, variant):
     said = dict(keep_ratio=0.1, proj=proj, int8=int8, block_q=block_q, block_k=block_k)
     got = sparse_attention(q, k, v, **said)
     assert torch.equal(got, sparse_attention(q, k, v, **said))                   # the same every time
-    pooled = kernel.pool(q, block_q), kernel.pool(k, block_k)
+    pooled = kernel.pool_blocks(q, block_q), kernel.pool_blocks(k, block_k)
     kept = reference.kept_blocks(*pooled, 0.1)
     last = kept.shape[2] - 1                           # the ragged block, and the first: no more fit the reference
     for block in (0, last):
         rows = slice(block * block_q, (block + 1) * block_q)
-        want = reference.attend(q[:, rows], k, v, kept[:, :, block:block + 1], int8, block_q, block_k)
+        want = reference.attend_kept_blocks(q[:, rows], k, v, kept[:, :, block:block + 1], int8, block_q, block_k)
         if proj:
             want = want + F.linear(reference.linear_attention(q[:, rows], k, v), *proj)
         assert rms(got[:, rows], want) < 8e-3

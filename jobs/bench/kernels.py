@@ -29,7 +29,7 @@ from dailies.kernels.int8_linear import (
 )
 from dailies.kernels.norm import Affine, Update, modulated_norm, rms_norm, rms_rope
 from dailies.kernels.sparse_attention import sparse_attention
-from dailies.kernels.sparse_attention.reference import kept_blocks, pool
+from dailies.kernels.sparse_attention.reference import kept_blocks, pool_blocks
 from dailies.model.layers import RMSNorm, rotary_table, rotate
 
 Rows = Iterator[tuple[str, dict[str, Any]]]
@@ -203,7 +203,7 @@ def flex(q: Tensor, k: Tensor, v: Tensor, keep_ratio: float) -> Callable[[], Ten
     """FlexAttention over the kept blocks of 128, which it is given: their choice is not in its time."""
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
     compiled = torch.compile(flex_attention)
-    kept = kept_blocks(pool(q, 128), pool(k, 128), keep_ratio)
+    kept = kept_blocks(pool_blocks(q, 128), pool_blocks(k, 128), keep_ratio)
     counts = torch.full(kept.shape[:-1], kept.shape[-1], dtype=torch.int32, device=q.device)
     blocks = F.pad(kept, (0, -(-k.shape[1] // 128) - kept.shape[-1]))  # a row has room for all; the rest is not read
     mask = BlockMask.from_kv_blocks(counts, blocks, BLOCK_SIZE=128, seq_lengths=(q.shape[1], k.shape[1]))

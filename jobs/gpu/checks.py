@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -38,21 +39,21 @@ def norms_right(ground: Ground) -> None:
         x, update = ground.random(1, tokens, width, dtype=torch.float32), ground.random(1, tokens, width, seed=1)
         around = around_norm(ground, update)
         with ground.trying(f"norm {tokens}x{width}"):
-            got, want = both(lambda impl: modulated_norm(x, **around, output=torch.bfloat16, impl=impl))
+            got, want = both(partial(modulated_norm, x, **around, output=torch.bfloat16))
             ground.tell(f"norm {tokens}x{width}", stream_equal=bool(torch.equal(got[0], want[0])),
                         relative_error=difference(got[1], want[1]))
         for scheme in QUANTIZERS:
             with ground.trying(f"norm to int8 {scheme} {tokens}x{width}"):
-                got, want = both(lambda impl: modulated_norm(x, **around, output=scheme, impl=impl))
+                got, want = both(partial(modulated_norm, x, **around, output=scheme))
                 ground.tell(f"norm to int8 {scheme} {tokens}x{width}", values_that_differ=(
                     (got[1].values != want[1].values).float().mean().item()))
         with ground.trying(f"rms, rope {tokens}x{width}"):
             q, k = (ground.random(1, tokens, width, seed=seed) for seed in (9, 10))
             gain = ground.random(width, dtype=torch.float32, seed=11)
             rope = rotary_table((tokens, 1, 1), width // heads, ground.device)
-            got, want = both(lambda impl: rms_rope(q, k, gain, gain, rope, heads=heads, impl=impl))
+            got, want = both(partial(rms_rope, q, k, gain, gain, rope, heads=heads))
             ground.tell(f"rms, rope {tokens}x{width}", relative_error=max(map(difference, got, want)))
-            got, want = both(lambda impl: rms_norm(q, gain, impl=impl))
+            got, want = both(partial(rms_norm, q, gain))
             ground.tell(f"rms norm {tokens}x{width}", relative_error=difference(got, want))
 
 
@@ -62,9 +63,9 @@ def around_norm(ground: Ground, update: Tensor) -> dict[str, Any]:
     return dict(affine=Affine(scale=scale, shift=shift), updates=[Update(update, gate)])
 
 
-def both(call: Callable[[str], Any]) -> tuple[Any, Any]:
+def both(call: Callable[..., Any]) -> tuple[Any, Any]:
     """What runs on this device, and the reference."""
-    return call("auto"), call("reference")
+    return call(impl="auto"), call(impl="reference")
 
 
 def linears_right(ground: Ground) -> None:
@@ -74,11 +75,11 @@ def linears_right(ground: Ground) -> None:
         weight = quantize(ground.random(264, width, seed=5) / width ** 0.5)
         bias = ground.random(264, seed=6)
         with ground.trying(name):
-            got, want = both(lambda impl: int8_linear(x, weight, bias, gelu=True, impl=impl))
+            got, want = both(partial(int8_linear, x, weight, bias, gelu=True))
             ground.tell(f"{name}, GELU", relative_error=difference(got, want))
             gate = ground.random(1, 1, 264, dtype=torch.float32, seed=7)
             residual = ground.random(1, tokens, 264, dtype=torch.float32, seed=8)
-            got, want = both(lambda impl: int8_linear(x, weight, bias, gate=gate, residual=residual, impl=impl))
+            got, want = both(partial(int8_linear, x, weight, bias, gate=gate, residual=residual))
             ground.tell(f"{name}, gated", relative_error=difference(got, want))
 
 
@@ -87,7 +88,7 @@ def attention_right(ground: Ground) -> None:
         name = f"int8 attention {queries}x{keys}x{head_dim} {dtype}"
         with ground.trying(name):
             q, k, v = qkv(ground, queries, keys, head_dim, dtype)
-            ground.tell(name, relative_error=difference(*both(lambda impl: int8_attention(q, k, v, impl=impl))))
+            ground.tell(name, relative_error=difference(*both(partial(int8_attention, q, k, v))))
 
 
 def sparse_right(ground: Ground) -> None:
@@ -99,7 +100,7 @@ def sparse_right(ground: Ground) -> None:
             proj = ground.random(head_dim, head_dim, seed=3), ground.random(head_dim, seed=4)
             how = dict(keep_ratio=0.5, proj=proj, int8=int8, block_q=block_q, block_k=block_k)
             ground.tell(name, relative_error=difference(
-                *both(lambda impl: sparse_attention(q, k, v, impl=impl, **how))))
+                *both(partial(sparse_attention, q, k, v, **how))))
 
 
 def qkv(ground: Ground, queries: int, keys: int, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -144,16 +145,15 @@ def around_conv_right(ground: Ground) -> None:
                 memory_format=torch.channels_last_3d) for seed in (0, 1))
             gamma, bias = (ground.random(channels, dtype=dtype, seed=seed) for seed in (2, 3))
 
-            def into(shape: tuple[int, ...], call: Callable[..., Any], impl: str) -> Tensor:
-                return call(torch.full(shape, math.nan, dtype=dtype, device=ground.device).contiguous(
-                    memory_format=torch.channels_last_3d), impl)
             large = (1, channels, 3, 2 * height, 2 * width)
             for what, shape, call in (
-                    ("norm, SiLU", x.shape, lambda out, impl: norm_silu(x, gamma, out, bias=bias, impl=impl)),
-                    ("bias, residual", x.shape, lambda out, impl: add_bias(x, bias, out, residual=residual, impl=impl)),
-                    ("enlarge", large, lambda out, impl: enlarge(x, out, bias=bias, impl=impl))):
+                    ("norm, SiLU", x.shape, partial(norm_silu, x, gamma, bias=bias)),
+                    ("bias, residual", x.shape, partial(add_bias, x, bias, residual=residual)),
+                    ("enlarge", large, partial(enlarge, x, bias=bias))):
+                outs = (torch.full(shape, math.nan, dtype=dtype, device=ground.device).contiguous(
+                    memory_format=torch.channels_last_3d) for _ in range(2))
                 ground.tell(f"{what} {name}", relative_error=difference(
-                    into(shape, call, "auto"), into(shape, call, "reference")))
+                    *(call(out, impl=impl) for out, impl in zip(outs, ("auto", "reference"), strict=True))))
 
 
 def parity(ground: Ground) -> None:
@@ -194,7 +194,8 @@ def vae_right(ground: Ground) -> None:
 def tests(ground: Ground) -> None:
     """The tests that need a CUDA device; each is in the log as soon as it is through."""
     command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", "-p", "no:cacheprovider", "--maxfail=30",
-               "--tb=short", "--continue-on-collection-errors", "--durations=8", *(KIT_TESTS if not ground.tiny else KIT_TESTS[:1])]
+               "--tb=short", "--continue-on-collection-errors", "--durations=8",
+               *(KIT_TESTS if not ground.tiny else KIT_TESTS[:1])]
     said: list[str] = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT) as process:
         for line in process.stdout:

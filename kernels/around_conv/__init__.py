@@ -70,7 +70,8 @@ def check_clips(name: str, x: Tensor, shape: tuple[int, ...], clips: dict[str, T
                              f"got {list(tensor.shape)}, {tensor.dtype}, on {tensor.device}")
         if part in clips and not channels_adjacent(tensor):
             raise ValueError(f"{name} needs {part} [B, C, T, H, W] with adjacent channels; got {list(tensor.shape)}, "
-                             f"strides {tensor.stride()}. Lay it out: .contiguous(memory_format=torch.channels_last_3d)")
+                             f"strides {tensor.stride()}. Lay it out: "
+                             ".contiguous(memory_format=torch.channels_last_3d)")
         if part in vectors and tensor.stride(0) != 1 and len(tensor) > 1:
             raise ValueError(f"{name} needs {part} contiguous; got stride {tensor.stride(0)}")
 

@@ -80,26 +80,27 @@ def enlarge_kernel(x, bias, out, x_clip, x_frame, out_clip, out_frame, PIXELS, W
 
 def norm_silu(x: Tensor, gamma: Tensor, bias: Tensor | None, out: Tensor) -> None:
     if x.numel():
-        pixels, channels, grid, blocks = shared_out(x, x.shape[1])
-        norm_silu_kernel[grid](x, gamma, bias, out, *steps(x), *steps(out), pixels, channels, channels ** 0.5,
-                               HAS_BIAS=bias is not None, **blocks)
+        pixels, channels, grid, blocks = grid_and_blocks(x, x.shape[1])
+        norm_silu_kernel[grid](x, gamma, bias, out, *clip_strides(x), *clip_strides(out), pixels, channels,
+                               channels ** 0.5, HAS_BIAS=bias is not None, **blocks)
 
 
 def add_bias(x: Tensor, bias: Tensor, residual: Tensor | None, out: Tensor) -> None:
     if x.numel():
-        pixels, channels, grid, blocks = shared_out(x, x.shape[1])
-        add_bias_kernel[grid](x, bias, residual, out, *steps(x), *steps(x if residual is None else residual),
-                              *steps(out), pixels, channels, HAS_RESIDUAL=residual is not None, **blocks)
+        pixels, channels, grid, blocks = grid_and_blocks(x, x.shape[1])
+        add_bias_kernel[grid](x, bias, residual, out, *clip_strides(x),
+                              *clip_strides(x if residual is None else residual), *clip_strides(out), pixels, channels,
+                              HAS_RESIDUAL=residual is not None, **blocks)
 
 
 def enlarge(x: Tensor, bias: Tensor | None, out: Tensor) -> None:
     if x.numel():
-        pixels, channels, grid, blocks = shared_out(x, out.shape[1])
-        enlarge_kernel[grid](x, bias, out, *steps(x), *steps(out), pixels, x.shape[4], channels,
+        pixels, channels, grid, blocks = grid_and_blocks(x, out.shape[1])
+        enlarge_kernel[grid](x, bias, out, *clip_strides(x), *clip_strides(out), pixels, x.shape[4], channels,
                              HAS_BIAS=bias is not None, PAIRS=x.shape[1] // channels, **blocks)
 
 
-def shared_out(x: Tensor, channels: int) -> tuple[int, int, tuple[int, int, int], dict[str, int]]:
+def grid_and_blocks(x: Tensor, channels: int) -> tuple[int, int, tuple[int, int, int], dict[str, int]]:
     """Pixels of a frame, channels, the grid, and how many of both one program does, with the warps for it."""
     batch, _, frames, height, width = x.shape
     block = triton.next_power_of_2(channels)
@@ -108,6 +109,6 @@ def shared_out(x: Tensor, channels: int) -> tuple[int, int, tuple[int, int, int]
     return height * width, channels, grid, dict(BLOCK_P=pixels_at_once, BLOCK_C=block, num_warps=WARPS)
 
 
-def steps(x: Tensor) -> tuple[int, int]:
+def clip_strides(x: Tensor) -> tuple[int, int]:
     """From clip to clip and from frame to frame."""
     return x.stride(0), x.stride(2)

@@ -14,25 +14,25 @@ from dailies.kernels.int8_attention.reference import BLOCK_K, BLOCK_Q, EPS, LOG2
 def int8_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     batch, queries, heads, head_dim = q.shape
     keys = k.shape[1]
-    q_int8, q_scale = quantize_blocks(q, BLOCK_Q, EPS, factor=head_dim ** -0.5 * LOG2_E)
-    k_int8, k_scale = quantize_blocks(k, BLOCK_K, EPS, mean=mean_of(k))
+    q_int8, q_scale = quantize_row_blocks(q, BLOCK_Q, EPS, factor=head_dim ** -0.5 * LOG2_E)
+    k_int8, k_scale = quantize_row_blocks(k, BLOCK_K, EPS, mean=key_mean(k))
     out = v.new_empty(q.shape)
     with torch.cuda.device_of(q):
         _attend[(triton.cdiv(queries, BLOCK_Q), batch * heads)](
             q_int8, k_int8, v, q_scale, k_scale, out, queries, keys, heads, *v.stride()[:3],
             KEY_BLOCKS=triton.cdiv(keys, BLOCK_K), HEAD_DIM=head_dim, BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K, num_warps=8,
-            num_stages=stages_of(v))
+            num_stages=num_stages_on(v))
     return out
 
 
-def mean_of(k: Tensor) -> Tensor:
+def key_mean(k: Tensor) -> Tensor:
     """[B, heads, head_dim], rounded to k's dtype as released."""
     return k.mean(1, dtype=torch.float32).to(k.dtype)
 
 
-def quantize_blocks(x: Tensor, block: int, eps: float, factor: float = 1.0,
-                    mean: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """reference.quantize_blocks of x, or of x - mean rounded to x's dtype."""
+def quantize_row_blocks(x: Tensor, block: int, eps: float, factor: float = 1.0,
+                        mean: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """reference.quantize_row_blocks of x, or of x - mean rounded to x's dtype."""
     batch, rows, heads, head_dim = x.shape
     blocks = triton.cdiv(rows, block)
     x_int8 = x.new_empty((batch, heads, rows, head_dim), dtype=torch.int8)
@@ -44,16 +44,16 @@ def quantize_blocks(x: Tensor, block: int, eps: float, factor: float = 1.0,
     return x_int8, scale
 
 
-def stages_of(v: Tensor) -> int:
+def num_stages_on(v: Tensor) -> int:
     """How many blocks of keys are on their way at once: what fits shared memory, 99 KB but on data-centre GPUs.
 
     fp32 values of 128 channels fit those alone, in blocks of 64 keys; elsewhere Triton says OutOfResources.
     """
     on_gpu = v.device.type == "cuda"
-    return stages_for(v.dtype, on_gpu and torch.cuda.get_device_capability(v.device) in ((8, 0), (9, 0), (10, 0)))
+    return num_stages(v.dtype, on_gpu and torch.cuda.get_device_capability(v.device) in ((8, 0), (9, 0), (10, 0)))
 
 
-def stages_for(dtype: torch.dtype, roomy: bool) -> int:
+def num_stages(dtype: torch.dtype, roomy: bool) -> int:
     if dtype == torch.float32:
         return 1
     return 3 if roomy else 2

@@ -10,8 +10,8 @@ EPS = 1e-12                                            # on a scale: too small f
 
 
 def int8_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    q_int8, q_scale = quantize_blocks(q, BLOCK_Q, EPS, factor=q.shape[-1] ** -0.5 * LOG2_E)
-    k_int8, k_scale = quantize_blocks(smooth(k), BLOCK_K, EPS)
+    q_int8, q_scale = quantize_row_blocks(q, BLOCK_Q, EPS, factor=q.shape[-1] ** -0.5 * LOG2_E)
+    k_int8, k_scale = quantize_row_blocks(smooth_keys(k), BLOCK_K, EPS)
     logits = dequantized_logits(q_int8, q_scale, BLOCK_Q, k_int8, k_scale, BLOCK_K)
     weights = torch.exp2(logits - logits.amax(-1, keepdim=True))
     out = weights @ v.float().transpose(1, 2) / weights.sum(-1, keepdim=True)
@@ -26,12 +26,12 @@ def dequantized_logits(q_int8: Tensor, q_scale: Tensor, block_q: int,
     return products * (q_scale[..., :q_int8.shape[2], None] * k_scale[..., None, :k_int8.shape[2]])
 
 
-def smooth(k: Tensor) -> Tensor:
+def smooth_keys(k: Tensor) -> Tensor:
     """k [B, M, heads, head_dim] without its mean over the tokens, both rounded to k's dtype as released."""
     return k - k.mean(dim=1, keepdim=True, dtype=torch.float32).to(k.dtype)
 
 
-def quantize_blocks(x: Tensor, block: int, eps: float, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+def quantize_row_blocks(x: Tensor, block: int, eps: float, factor: float = 1.0) -> tuple[Tensor, Tensor]:
     """int8 [B, heads, N, head_dim] and fp32 scales [B, heads, blocks] of x [B, N, heads, head_dim].
 
     x * factor = int8 * scale, with scale = max|x * factor| / 127 + eps over `block` rows of a head; halves are rounded

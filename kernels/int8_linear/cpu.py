@@ -130,7 +130,8 @@ def packed_linear(x: Tensor, x_scales: Tensor | None, weight: Packed, dtype: tor
     return y
 
 
-def packed_feed_forward_(residual: Tensor, x: Tensor, x_scales: Tensor, into: Packed, out: Packed, gate: Tensor) -> None:
+def packed_feed_forward_(residual: Tensor, x: Tensor, x_scales: Tensor, into: Packed, out: Packed,
+                         gate: Tensor) -> None:
     # both halved, for gelu_of_twice_
     half = into._replace(scales=into.scales / 2, bias=None if into.bias is None else into.bias / 2)
     width = len(half.scales)

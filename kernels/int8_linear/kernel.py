@@ -3,7 +3,7 @@
 Letters  B samples  M rows of a sample  N output channels  K input channels.  Rows of all samples lie end to end in
 memory. Both operands are K-major, the only layout that Hopper's 8-bit matrix instructions read: W^T is never made.
 
-How a layer is cut, and by what its operands are loaded, is a `Tiling`; README.md has the times of those that were tried.
+How a layer is cut, and by what its operands are loaded, is a `Tiling`; README.md has the times of those tried.
 """
 
 from dataclasses import dataclass, replace
@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from dailies.kernels.int8_linear.reference import BLOCK
 
 GROUP = 8                                              # tiles of rows that share the columns' operand while it is in L2
-ROOMY = 147456                                         # bytes of shared memory: A100 and what came after it, not GeForce
+ROOMY = 147456                                         # bytes of shared memory: A100 and what came later, not GeForce
 
 
 @triton.jit
@@ -87,7 +87,7 @@ def int8_linear_kernel(x, x_scales, w, w_scales, bias, gate, residual, y, M, N, 
 
     IN_BLOCKS: BLOCK_M = BLOCK_K = BLOCK_N = 128 are the tiles of the scales; each step's int32 sums go into fp32,
     scaled.  Otherwise the int32 sums run through, and the scales of row and column come at the end.
-    LOADS_TILES: x [B * M, K] and w are descriptors of a step's tiles; STORES_TILES: y is one, of a part, for one sample.
+    LOADS_TILES: x [B * M, K] and w are descriptors of a step's tiles; STORES_TILES: y is one, of a part, of one sample.
     Programs go down GROUP_M tiles of rows before the next tile of columns, so that both operands are found in L2.
     """
     program = tl.program_id(0)
@@ -141,7 +141,7 @@ def finish_parts(total, x_scales, w_scales, bias, gate, residual, y, sample, top
     else:
         near, far = halves(total, BLOCK_M, BLOCK_N)
         for half in tl.static_range(2):
-            if half == 0:
+            if half == 0:                              # noqa: SIM108 (compiled)
                 here = near
             else:
                 here = far

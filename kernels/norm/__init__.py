@@ -33,6 +33,9 @@ class Affine(NamedTuple):
     shift: Tensor | None = None
 
 
+PLAIN = Affine()
+
+
 class Update(NamedTuple):
     """gate * value, which joins a residual stream.  value [B, N, D]; gate [B, 1, D], or None for 1."""
 
@@ -40,7 +43,7 @@ class Update(NamedTuple):
     gate: Tensor | None = None
 
 
-def modulated_norm(x: Tensor, affine: Affine = Affine(), *, updates: Sequence[Update] = (), keep: bool = True,
+def modulated_norm(x: Tensor, affine: Affine = PLAIN, *, updates: Sequence[Update] = (), keep: bool = True,
                    output: torch.dtype | Scheme | None = None, eps: float = 1e-6,
                    impl: Impl = "auto") -> tuple[Tensor, Tensor | Quantized]:
     """The stream x + update, in x's dtype, and its layer norm, modulated.
@@ -90,7 +93,7 @@ def rms_norm(x: Tensor, gain: Tensor, *, eps: float = 1e-6, dtype: torch.dtype |
     return torch.ops.dailies.rms_norm(x, gain, eps, dtype or x.dtype, chosen_impl(impl, x))
 
 
-def packed_modulated_norm_(x: Tensor, y: Tensor | Quantized, layer: Packed, affine: Affine = Affine(), *,
+def packed_modulated_norm_(x: Tensor, y: Tensor | Quantized, layer: Packed, affine: Affine = PLAIN, *,
                            gate: Tensor | None = None, eps: float = 1e-6) -> Quantized:
     """x += gate * layer(y), in place, and the norm of that in rows of INT8.
 

@@ -14,7 +14,7 @@ from dailies.kernels.int8_linear.cpu import join_into, packed_products, quantize
 from dailies.kernels.norm import Affine, Update
 from dailies.kernels.norm.reference import join_update
 
-ROWS = 32                                               # at a time, for a single thread
+NORM_ROWS = 32                                          # at a time, for a single thread
 Rows = Iterable[tuple[slice, Tensor]]                   # of one sample: which, and those in fp32, which are used up
 
 
@@ -87,8 +87,8 @@ def packed_rms_rope(x: Tensor, x_scales: Tensor | None, layer: Packed, gain: Ten
     return normed_rope(products_of_samples(x, x_scales, layer), shape, gain, cos, sin, heads, eps, dtype)
 
 
-def normed_rope(samples: Iterable[Rows], shape: tuple[int, int, int], gain: Tensor, cos: Tensor, sin: Tensor, heads: int,
-                eps: float, dtype: torch.dtype) -> Tensor:
+def normed_rope(samples: Iterable[Rows], shape: tuple[int, int, int], gain: Tensor, cos: Tensor, sin: Tensor,
+                heads: int, eps: float, dtype: torch.dtype) -> Tensor:
     """shape [B, N, D]: of all samples."""
     batch, tokens, width = shape
     turn, gain = torch.complex(cos.float(), sin.float()), gain.float()
@@ -141,4 +141,4 @@ def products_of_samples(x: Tensor, scales: Tensor | None, layer: Packed) -> Iter
 def rows_of_norm() -> int:
     """At once; more for each of several threads, since all wait for each other after every step."""
     threads = torch.get_num_threads()
-    return ROWS if threads == 1 else 2 * ROWS * threads
+    return NORM_ROWS if threads == 1 else 2 * NORM_ROWS * threads

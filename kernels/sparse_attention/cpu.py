@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dailies.kernels import processor
-from dailies.kernels.int8_attention.reference import quantize_blocks, smooth
-from dailies.kernels.sparse_attention.reference import INT8_EPS, LINEAR_EPS, kept_blocks, pool
+from dailies.kernels.int8_attention.reference import quantize_row_blocks, smooth_keys
+from dailies.kernels.sparse_attention.reference import INT8_EPS, LINEAR_EPS, kept_blocks, pool_blocks
 
 GATHERED = 1 << 19                                     # keys times channels copied together, for several query blocks
 
@@ -23,19 +23,19 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None, bia
     for b in range(q.shape[0]):
         for h in range(q.shape[2]):
             head = tuple(x[b, :, h] for x in (q, k, v, out))
-            attend(*head, weight, bias, keep_ratio, int8, block_q, block_k)
+            attend_head_sparse(*head, weight, bias, keep_ratio, int8, block_q, block_k)
     return out
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, weight: Tensor | None, bias: Tensor | None, keep_ratio: float,
-           int8: bool, block_q: int, block_k: int) -> None:
+def attend_head_sparse(q: Tensor, k: Tensor, v: Tensor, out: Tensor, weight: Tensor | None, bias: Tensor | None,
+                       keep_ratio: float, int8: bool, block_q: int, block_k: int) -> None:
     """One head: fills out [N, d] from q [N, d], k and v [M, d]."""
     head_dim, pad = q.shape[-1], -len(k) % block_k
-    pooled = (pool(x.float()[None, :, None], block) for x, block in ((q, block_q), (k, block_k)))
+    pooled = (pool_blocks(x.float()[None, :, None], block) for x, block in ((q, block_q), (k, block_k)))
     kept = kept_blocks(*pooled, keep_ratio)[0, 0].long()
     if int8:
-        queries, q_scale = (x[0, 0] for x in quantize_blocks(q[None, :, None], block_q, INT8_EPS))
-        keys, k_scale = (x[0, 0] for x in quantize_blocks(smooth(k[None, :, None]), block_k, INT8_EPS))
+        queries, q_scale = (x[0, 0] for x in quantize_row_blocks(q[None, :, None], block_q, INT8_EPS))
+        keys, k_scale = (x[0, 0] for x in quantize_row_blocks(smooth_keys(k[None, :, None]), block_k, INT8_EPS))
         k_scale = k_scale * head_dim ** -0.5
     else:
         queries, keys = q.to(v.dtype), k.to(v.dtype)
@@ -45,7 +45,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, weight: Tensor | None, 
     length = kept.shape[1] * block_k
     at_once = 1 if int8 else max(torch.get_num_threads(), GATHERED // (length * head_dim))
     # ids ascend: the last block of all is the last of the kept
-    for first, count, ragged in runs((kept[:, -1] == len(keys) - 1).tolist(), at_once, len(q) // block_q):
+    for first, count, ragged in alike_runs((kept[:, -1] == len(keys) - 1).tolist(), at_once, len(q) // block_q):
         rows, blocks = slice(first * block_q, (first + count) * block_q), kept[first:first + count].flatten()
         near_keys, near_values = (x.index_select(0, blocks).view(count, length, head_dim) for x in (keys, values))
         if ragged:
@@ -62,7 +62,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, weight: Tensor | None, 
         out[rows] = near if far is None else near.float() + far[rows]
 
 
-def runs(ragged: list[bool], most: int, whole: int) -> Iterator[tuple[int, int, bool]]:
+def alike_runs(ragged: list[bool], most: int, whole: int) -> Iterator[tuple[int, int, bool]]:
     """Blocks that can go together, as the first, how many, and whether they are ragged: neighbours that are alike.
 
     whole: how many blocks have all their rows; one behind them goes alone.

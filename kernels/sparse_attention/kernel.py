@@ -13,7 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dailies.kernels.int8_attention.kernel import mean_of, quantize_blocks, softmax_step, stages_of, start_softmax
+from dailies.kernels.int8_attention.kernel import (
+    key_mean,
+    num_stages_on,
+    quantize_row_blocks,
+    softmax_step,
+    start_softmax,
+)
 from dailies.kernels.int8_attention.reference import LOG2_E
 from dailies.kernels.sparse_attention.reference import INT8_EPS, LINEAR_EPS, kept_blocks
 
@@ -22,13 +28,13 @@ STRETCH, TILE = 1024, 64                               # tokens of one program o
 
 def sparse_attention(q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None, bias: Tensor | None, keep_ratio: float,
                      int8: bool, block_q: int, block_k: int) -> Tensor:
-    kept = kept_blocks(pool(q, block_q), pool(k, block_k), keep_ratio)
+    kept = kept_blocks(pool_blocks(q, block_q), pool_blocks(k, block_k), keep_ratio)
     linear = None if weight is None else (*projected_summary(k, v, weight), bias)
-    return attend(q, k, v, kept, linear, int8, block_q, block_k)
+    return attend_kept_blocks(q, k, v, kept, linear, int8, block_q, block_k)
 
 
-def pool(x: Tensor, block: int) -> Tensor:
-    """reference.pool"""
+def pool_blocks(x: Tensor, block: int) -> Tensor:
+    """reference.pool_blocks"""
     batch, rows, heads, head_dim = x.shape
     means = x.new_empty((batch, heads, triton.cdiv(rows, block), head_dim), dtype=torch.float32)
     with torch.cuda.device_of(x):
@@ -49,35 +55,35 @@ def projected_summary(k: Tensor, v: Tensor, weight: Tensor) -> tuple[Tensor, Ten
         _summarise[(stretches, batch * heads)](
             k, v, mixed, total, keys, heads, *k.stride()[:3], *v.stride()[:3],
             HEAD_DIM=head_dim, STRETCH=STRETCH, TILE=TILE, TILES=triton.cdiv(min(STRETCH, keys), TILE), num_warps=8,
-            num_stages=stages_of(v))
+            num_stages=num_stages_on(v))
     return (mixed.sum(2) / keys @ weight.float().T).to(v.dtype), total.sum(2) / keys
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, linear: tuple[Tensor, Tensor, Tensor] | None,
-           int8: bool, block_q: int, block_k: int) -> Tensor:
+def attend_kept_blocks(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, linear: tuple[Tensor, Tensor, Tensor] | None,
+                       int8: bool, block_q: int, block_k: int) -> Tensor:
     """Softmax attention over kept [B, heads, q blocks, kept], plus the linear branch: two summaries and the bias."""
     batch, queries, heads, head_dim = q.shape
     out = v.new_empty(q.shape)
     if int8:
-        near_q, q_scale = quantize_blocks(q, block_q, INT8_EPS)
-        near_k, k_scale = quantize_blocks(k, block_k, INT8_EPS, mean=mean_of(k))
+        near_q, q_scale = quantize_row_blocks(q, block_q, INT8_EPS)
+        near_k, k_scale = quantize_row_blocks(k, block_k, INT8_EPS, mean=key_mean(k))
         near_q, near_k = near_q.transpose(1, 2), near_k.transpose(1, 2)
     else:
         near_q, near_k = q, k
         q_scale = k_scale = kept                       # a pointer that is not followed
     mixed, total, bias = linear or (kept, kept, kept)
-    rows, columns, warps = tile(v.dtype, block_q, block_k)
+    rows, columns, warps = attend_tile(v.dtype, block_q, block_k)
     with torch.cuda.device_of(q):
         _attend[(triton.cdiv(queries, rows), batch * heads)](
             near_q, near_k, v, q, q_scale, k_scale, kept, mixed, total, bias, out, queries, k.shape[1], heads,
             *near_q.stride()[:3], *near_k.stride()[:3], *v.stride()[:3], *q.stride()[:3],
             head_dim ** -0.5 * LOG2_E, LINEAR_EPS / k.shape[1], KEEP=kept.shape[-1], HEAD_DIM=head_dim,
             BLOCK_Q=block_q, BLOCK_K=block_k, ROWS=rows, COLUMNS=columns, INT8=int8, LINEAR=linear is not None,
-            num_warps=warps, num_stages=stages_of(v))
+            num_warps=warps, num_stages=num_stages_on(v))
     return out
 
 
-def tile(dtype: torch.dtype, block_q: int, block_k: int) -> tuple[int, int, int]:
+def attend_tile(dtype: torch.dtype, block_q: int, block_k: int) -> tuple[int, int, int]:
     """Queries and keys that a program holds at once, and its warps: the whole blocks, but for fp32 parts of them.
 
     Whole blocks of 128 channels in fp32 need 128 to 192 KB of shared memory, of which most GPUs have 99, and more

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dailies.kernels.int8_attention.reference import dequantized_logits, quantize_blocks, smooth
+from dailies.kernels.int8_attention.reference import dequantized_logits, quantize_row_blocks, smooth_keys
 
 LINEAR_EPS = 1e-5                                      # on the linear branch's denominator, as released
 INT8_EPS = 1e-7                                        # on the scales, as SpargeAttn released them
@@ -12,14 +12,14 @@ INT8_EPS = 1e-7                                        # on the scales, as Sparg
 
 def sparse_attention(q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None, bias: Tensor | None, keep_ratio: float,
                      int8: bool, block_q: int, block_k: int) -> Tensor:
-    kept = kept_blocks(pool(q, block_q), pool(k, block_k), keep_ratio)
-    out = attend(q, k, v, kept, int8, block_q, block_k)
+    kept = kept_blocks(pool_blocks(q, block_q), pool_blocks(k, block_k), keep_ratio)
+    out = attend_kept_blocks(q, k, v, kept, int8, block_q, block_k)
     if weight is not None:
         out = out + F.linear(linear_attention(q, k, v), weight.float(), bias.float())
     return out.to(v.dtype).contiguous()
 
 
-def pool(x: Tensor, block: int) -> Tensor:
+def pool_blocks(x: Tensor, block: int) -> Tensor:
     """Mean of each block of rows, the last over the rows it has.  [B, N, heads, d] -> [B, heads, blocks, d] in fp32."""
     whole = x.shape[1] // block
     means = [x[:, :whole * block].unflatten(1, (whole, block)).mean(2, dtype=torch.float32)]
@@ -39,11 +39,11 @@ def kept_blocks(pooled_q: Tensor, pooled_k: Tensor, keep_ratio: float) -> Tensor
     return scores.topk(keep, dim=-1).indices.sort(dim=-1).values.int()
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, int8: bool, block_q: int, block_k: int) -> Tensor:
+def attend_kept_blocks(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, int8: bool, block_q: int, block_k: int) -> Tensor:
     """Softmax attention of each q block to its kept key blocks alone.  -> [B, N, heads, d] in fp32."""
     if int8:
-        q_int8, q_scale = quantize_blocks(q, block_q, INT8_EPS)
-        k_int8, k_scale = quantize_blocks(smooth(k), block_k, INT8_EPS)
+        q_int8, q_scale = quantize_row_blocks(q, block_q, INT8_EPS)
+        k_int8, k_scale = quantize_row_blocks(smooth_keys(k), block_k, INT8_EPS)
         logits = dequantized_logits(q_int8, q_scale, block_q, k_int8, k_scale, block_k)
     else:
         logits = torch.einsum("bnhd,bmhd->bhnm", q.to(v.dtype).float(), k.to(v.dtype).float())

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dailies.kernels.int8_attention.kernel import mean_of, quantize_blocks, start_softmax
+from dailies.kernels.int8_attention.kernel import key_mean, quantize_row_blocks, start_softmax
 from dailies.kernels.int8_attention.reference import BLOCK_K, BLOCK_Q, EPS, LOG2_E
 from dailies.kernels.sparse_attention.kernel import channel_softmax
 from dailies.kernels.sparse_attention.reference import INT8_EPS, LINEAR_EPS
@@ -47,8 +47,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, linear: tuple[Tensor, 
            int8: bool, block_q: int, block_k: int, tiling: Tiling) -> Tensor:
     """attend of kernels/sparse_attention/kernel.py, as `tiling` says."""
     if int8:
-        near_q, q_scale = quantize_blocks(q, block_q, INT8_EPS)
-        near_k, k_scale = quantize_blocks(k, block_k, INT8_EPS, mean=mean_of(k))
+        near_q, q_scale = quantize_row_blocks(q, block_q, INT8_EPS)
+        near_k, k_scale = quantize_row_blocks(k, block_k, INT8_EPS, mean=key_mean(k))
         near_q, near_k = near_q.transpose(1, 2), near_k.transpose(1, 2)
     else:
         near_q, near_k, q_scale, k_scale = q, k, kept, kept                     # pointers that are not followed
@@ -58,8 +58,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, linear: tuple[Tensor, 
 
 def int8_attention(q: Tensor, k: Tensor, v: Tensor, tiling: Tiling) -> Tensor:
     """int8_attention of kernels/int8_attention/kernel.py, as `tiling` says."""
-    q_int8, q_scale = quantize_blocks(q, BLOCK_Q, EPS, factor=q.shape[-1] ** -0.5 * LOG2_E)
-    k_int8, k_scale = quantize_blocks(k, BLOCK_K, EPS, mean=mean_of(k))
+    q_int8, q_scale = quantize_row_blocks(q, BLOCK_Q, EPS, factor=q.shape[-1] ** -0.5 * LOG2_E)
+    k_int8, k_scale = quantize_row_blocks(k, BLOCK_K, EPS, mean=key_mean(k))
     return launch(q_int8.transpose(1, 2), k_int8.transpose(1, 2), v, q, q_scale, k_scale, None, None, 1.0,
                   triton.cdiv(k.shape[1], BLOCK_K), True, BLOCK_Q, BLOCK_K, tiling)
 

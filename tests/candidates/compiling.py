@@ -44,7 +44,8 @@ def compile_part(candidates: "list[Candidate]", part: int, parts: int, done: Pat
     driver.set_active(Pretended())
     run, JITFunction.run = JITFunction.run, only_compile
     # what the wrappers ask the device: tensors of no memory have none to ask
-    int8_attention.stages_of = sparse_attention.stages_of = lambda v: int8_attention.stages_for(v.dtype, roomy=True)
+    int8_attention.num_stages_on = sparse_attention.num_stages_on = (
+        lambda v: int8_attention.num_stages(v.dtype, roomy=True))
     failed = 0
     for place in range(part, len(candidates), parts):
         candidate = candidates[place]

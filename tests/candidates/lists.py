@@ -69,7 +69,7 @@ def sparse(size: Attention, tiny: bool, *, block_k: int = 64, linear: bool = Tru
            names: tuple[str, ...] | None = None) -> list[Candidate]:
     def inputs(device: str) -> tuple:
         q, k, v = qkv(size, tiny, device)
-        kept = reference.kept_blocks(reference.pool(q, 128), reference.pool(k, block_k), share(tiny))
+        kept = reference.kept_blocks(reference.pool_blocks(q, 128), reference.pool_blocks(k, block_k), share(tiny))
         shape = 1, size.heads, size.head_dim
         branch = (torch.rand(*shape, size.head_dim, dtype=v.dtype, device=device), torch.rand(shape, device=device),
                   torch.rand(size.head_dim, device=device)) if linear else None
@@ -77,9 +77,9 @@ def sparse(size: Attention, tiny: bool, *, block_k: int = 64, linear: bool = Tru
 
     keys = max(1, int(share(tiny) * -(-size.keys // block_k))) * block_k
     name = f"attention: {size}, blocks of {block_k}" + ", linear branch" * linear + ", int8" * int8
-    case = Case(name=name, inputs=inputs, expected=sparse_attention.attend, bound=1e-2,
+    case = Case(name=name, inputs=inputs, expected=sparse_attention.attend_kept_blocks, bound=1e-2,
                 work=4 * size.head_dim * size.queries * size.heads * keys)
-    return [Candidate(case, "today", sparse_attention.attend),
+    return [Candidate(case, "today", sparse_attention.attend_kept_blocks),
             *(Candidate(case, name, partial(attention.attend, tiling=way)) for name, way in ways().items()
               if names is None or name in names)]
 
