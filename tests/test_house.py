@@ -47,12 +47,11 @@ DEFERRED = {*HEAVY, "botocore", "diffusers", "ftfy", "huggingface_hub", "psutil"
             "tokenizers", "triton"}
 MOST_LINES = {"class": 300, "function": 60}
 # what is to be mended still; a name is added to none of these lists
-LONGER = {("jobs/cli.py", "render_options"), ("model/checkpoint.py", "read_header")}
-MOST_SHARED_NAMES = 150                                 # to be brought down
+LONGER = {("model/checkpoint.py", "read_header")}
+MOST_SHARED_NAMES = 90                                  # to be brought down
 IN_CIRCLES = ("dailies.jobs.bench.", "dailies.jobs.gpu.", "dailies.model.")
 IMPORTS_INSIDE = {
-    "jobs/bench/command.py", "jobs/bench/pipeline.py", "jobs/cli.py",
-    "jobs/gpu/checks.py", "jobs/gpu/timings.py", "jobs/settings.py",
+    "jobs/bench/command.py", "jobs/bench/pipeline.py", "jobs/cli.py", "jobs/gpu/checks.py", "jobs/gpu/timings.py",
     "model/card.py", "model/catalog.py", "pipeline/manifest/files.py",
 }
 
