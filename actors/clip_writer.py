@@ -8,6 +8,7 @@ import hashlib
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from fractions import Fraction
 from itertools import count
 from pathlib import Path
@@ -87,8 +88,7 @@ class ClipWriter:
         show them, and whatever the store raises.
         """
         request = frames.request
-        with tempfile.NamedTemporaryFile(prefix="dailies-", suffix=".mp4") as file:
-            path = Path(file.name)
+        with nameless_file() as path:
             write_mp4(path, frames, self.audio_rate)
             psnr_db = check_encoding(path, frames)
             with path.open("rb") as made:
@@ -132,6 +132,20 @@ class ClipWriter:
             if self.store.replace(key, there, path.read_bytes(), metadata=metadata):
                 break
         return mine, path.stat().st_size, notes
+
+
+@contextmanager
+def nameless_file() -> Iterator[Path]:
+    """A path to a file that is gone when this process is, however it ends: nobody else can open it by a name. Where a
+    system has no such paths it lies among the temporary files until the block ends.
+    """
+    with tempfile.TemporaryFile(prefix="dailies-", suffix=".mp4") as file:
+        path = Path(f"/proc/self/fd/{file.fileno()}")
+        if path.exists():
+            yield path
+            return
+    with tempfile.NamedTemporaryFile(prefix="dailies-", suffix=".mp4") as file:
+        yield Path(file.name)
 
 
 def write_mp4(path: Path, frames: Frames, audio_rate: int) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from dailies.actors.clip_file import coded_size, read_clip
-from dailies.actors.clip_writer import ClipWriter
+from dailies.actors.clip_writer import ClipWriter, nameless_file
 from dailies.actors.messages import Frames, Request
 from dailies.model.shapes import VideoShape
 from dailies.pipeline.run.layout import clip_key
@@ -348,3 +348,13 @@ def test_encoding_holds_no_second_copy_of_the_clip():
     write(request(frames=600, height=360, width=640), rgb)
     grown_mb = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     assert grown_mb < 150
+
+
+def test_a_clip_that_is_being_made_has_no_name_that_could_stay_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with nameless_file() as path:
+        path.write_bytes(b"12")
+        with path.open("ab") as file:
+            file.write(b"3")
+        assert path.read_bytes() == b"123" and path.stat().st_size == 3 and not list(tmp_path.iterdir())
+    assert not path.exists()
