@@ -12,6 +12,8 @@ from limits import within
 from dailies.pipeline.manifest import files, parquet, text
 from dailies.pipeline.manifest.manifest import Manifest
 from dailies.pipeline.manifest.validation import ManifestError
+from dailies.pipeline.run import ledger
+from dailies.pipeline.store import open_store
 
 SOON_S = 60                                             # of hours
 
@@ -144,3 +146,24 @@ def test_a_glob_of_many_stars_is_matched_by_parts_times_patterns(monkeypatch):
     assert files._matches(parts, ["**"] * 14 + ["a"]) and files._matches(parts, ["a", "**", "a", "**"])
     assert files._matches(["a"], ["a", "**"]) and not files._matches([], ["a", "**"]) and files._matches([], ["**"])
     assert not files._matches(["a", "b"], ["**", "a"])
+
+
+@pytest.mark.parametrize("what, rows, columns", [
+    ("100,001 rows; a part has at most 100,000", 100_001, 0), ("2,004 columns; a part has at most 2,000", 1, 2_001)])
+def test_a_part_of_a_ledger_with_more_than_a_part_has_is_refused_by_its_footer(what, rows, columns, tmp_path):
+    same = {"id": "a", "seed": 1, "status": "done"} | {f"user.c{at}": 0 for at in range(columns)}
+    (tmp_path / "ledger").mkdir()
+    pq.write_table(pa.table({name: [value] * rows for name, value in same.items()}),
+                   tmp_path / "ledger" / "000001-000000.parquet")
+    with within(SOON_S), pytest.raises(ledger.StoreError, match=what):
+        ledger.read(open_store(str(tmp_path)), ["id"])
+
+
+def test_a_ledger_of_more_rows_than_any_run_has_is_refused_while_it_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(ledger, "MAX_ROWS_IN_ALL", 10)
+    (tmp_path / "ledger").mkdir()
+    for part in range(3):
+        pq.write_table(pa.table({"id": [f"{part}-{at}" for at in range(5)], "seed": [1] * 5, "status": ["done"] * 5}),
+                       tmp_path / "ledger" / f"00000{part + 1}-000000.parquet")
+    with pytest.raises(ledger.StoreError, match="more than 10 rows"):
+        ledger.read(open_store(str(tmp_path)), ["id"])

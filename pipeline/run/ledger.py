@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from dailies.pipeline.manifest.stored_types import as_text, converted, stored_type
 from dailies.pipeline.run.layout import LAST_EPOCH, LEDGER, RETRIED, SUCCESS, epoch_of, part_key, retried_key
-from dailies.pipeline.run.ledger_part import MAX_PART_BYTES, read_part
+from dailies.pipeline.run.ledger_part import MAX_PART_BYTES, MAX_ROWS_IN_ALL, read_part
 from dailies.pipeline.run.ledger_row import COLUMNS, OTHER_STAGES, SECONDS, stored_error, there
 from dailies.pipeline.store import NotFound, Store, StoreError, TooLarge
 
@@ -347,10 +347,16 @@ def parts(store: Store, columns: Sequence[str] | None, folder: str = LEDGER, *,
             raise StoreError(f"{store.uri_of(key)} cannot be read: {why or type(error).__name__}. Move it away and "
                              "render again: its clips are found and get new rows") from error
 
+    rows = 0
     with ThreadPoolExecutor(PART_READERS) as pool:
         for start in range(0, len(keys), 4 * PART_READERS):     # not all of a large ledger at once
             block = keys[start: start + 4 * PART_READERS]
-            yield from zip(block, pool.map(part, block), strict=True)
+            for found in zip(block, pool.map(part, block), strict=True):
+                rows += found[1].num_rows if found[1] is not None else 0
+                if rows > MAX_ROWS_IN_ALL:
+                    raise StoreError(f"{store.uri_of(folder)} has more than {MAX_ROWS_IN_ALL:,} rows, which no run has. "
+                                     "Move away the parts that are not this run's")
+                yield found
 
 
 def latest(table: pa.Table) -> pa.Table:

@@ -17,6 +17,9 @@ from dailies.pipeline.run.ledger_row import limited, there
 
 MAX_PART_BYTES = 2**28                  # of a part as it is stored: ours have a thousand rows
 ROOM_BYTES = 2**31                      # of its columns in memory
+MAX_PART_ROWS = 100_000                 # of a part: in a few bytes one can announce any number
+MAX_ROWS_IN_ALL = 20_000_000            # of a ledger: twice the rows of the largest manifest
+MAX_PART_COLUMNS = 2_000                # those of a manifest, twice, and ours
 ROWS_PER_BATCH = 4096                   # where text cannot be read as it is stored
 STATUSES = ("done", "failed", "pending")
 KINDS = (lambda kind: is_.is_string(kind) or is_.is_large_string(kind) or is_.is_string_view(kind), is_.is_integer,
@@ -32,6 +35,11 @@ def read_part(data: bytes, columns: Sequence[str] | None, schema: pa.Schema) -> 
     """
     stream = pa.BufferReader(data)
     metadata = pq.read_metadata(stream)
+    for number, most, what in ((metadata.num_rows, MAX_PART_ROWS, "rows"),
+                               (metadata.num_columns, MAX_PART_COLUMNS, "columns"),
+                               (metadata.num_row_groups, MAX_PART_ROWS, "row groups")):
+        if number > most:
+            raise ValueError(f"it has {number:,} {what}; a part has at most {most:,}")
     # page checksums are of our own parts; a part without them is read as it is
     options = dict(metadata=metadata, page_checksum_verification=True, arrow_extensions_enabled=False)
     stored = pq.ParquetFile(stream, **options).schema_arrow
@@ -44,8 +52,8 @@ def read_part(data: bytes, columns: Sequence[str] | None, schema: pa.Schema) -> 
     for name in names:                                  # also of what is not asked for: the footer is read anyway
         check_type(name, plain(stored.field(name).type), schema)
     size = announced(metadata)
-    if size > ROOM_BYTES or metadata.num_rows > ROOM_BYTES // 8:
-        raise ValueError(f"it unfolds to {max(size, 8 * metadata.num_rows):,} bytes; at most {ROOM_BYTES:,} are read")
+    if size > ROOM_BYTES:
+        raise ValueError(f"it unfolds to {size:,} bytes; at most {ROOM_BYTES:,} are read")
     texts = [leaf for leaf in leaves(metadata) if is_text(leaf) and leaf.path.partition(".")[0] in wanted]
     parquet = pq.ParquetFile(stream, read_dictionary=[leaf.path for leaf in texts], **options)
     tables, size = [], 0
