@@ -79,7 +79,8 @@ def what_was_made(said: Mapping[str, Any], gpu_hours: float) -> str:
             + (f", {said['cost']:,.2f} USD" if "cost" in said else ""))
 
 
-def next_steps(job: RenderJob, run: Run, bookkeeper: Bookkeeper, *, interrupted: bool, out_of_budget: bool) -> Iterator[str]:
+def next_steps(job: RenderJob, run: Run, bookkeeper: Bookkeeper, *, interrupted: bool,
+               out_of_budget: bool) -> Iterator[str]:
     """Where to look, and what to type next."""
     store, uri = run.store, shlex.quote(job.out)
     if example := next((info for info in store.list(f"{CLIPS}/") if info.key.endswith(".mp4")), None):
@@ -87,8 +88,8 @@ def next_steps(job: RenderJob, run: Run, bookkeeper: Bookkeeper, *, interrupted:
     if bookkeeper.ledger.counts["failed"] > bookkeeper.num_invalid:
         yield f"Try the failed rows again with: dailies retry {uri}, then the same command"
     if bookkeeper.num_invalid:
-        yield (f"{counted(bookkeeper.num_invalid, 'row')} of the manifest could not be used; mend what `dailies plan` says "
-               "of them, and the same command makes those alone")
+        yield (f"{counted(bookkeeper.num_invalid, 'row')} of the manifest could not be used; mend what `dailies plan` "
+               "says of them, and the same command makes those alone")
     if interrupted:
         yield "Interrupted; the same command continues."
     elif out_of_budget:

@@ -1,4 +1,4 @@
-"""What a submitted job brings: a small folder made for the occasion, of our packages and, where it is local, the manifest.
+"""What a submitted job brings: a small folder made for the occasion, our packages and, where it is local, the manifest.
 
 Of that the files that its reader reads, and those images named by its rows that are images; nothing hidden, nothing
 behind a link that leads out. It is listed before it goes.
@@ -41,17 +41,17 @@ MAX_PARCEL_BYTES = 100_000_000  # Ray's dashboard takes no larger upload
 
 
 def homes() -> dict[str, Path]:
-    """Where the files of our packages lie, in a checkout or installed, by the folder in which the cluster imports them."""
+    """Where our packages lie, in a checkout or installed, by the folder in which the cluster imports them."""
     return {"dailies": HOME / "dailies"} | {
         f"dailies/{package}": Path(import_module(f"dailies.{package}").__path__[0]) for package in PACKAGES_SHIPPED}
 
 
 def pack_parcel(folder: Path, manifest: str, render_args: list[str]) -> list[str]:
-    """Fill `folder` with what the cluster needs: our packages, the manifest and its images; says on stderr what that is.
+    """Fill `folder` with what the cluster needs: our packages, the manifest, its images; says on stderr what that is.
 
     Each file is read once: the bytes that were checked are those that are sent, whatever takes its place meanwhile.
     Returns manifest and arguments as the job, whose working folder this is, has to name them.
-    Raises UsageError for a manifest that is not there, or more than MAX_PARCEL_BYTES, ManifestError for a manifest that cannot
+    Raises UsageError for a manifest that is not there, or more than MAX_PARCEL_BYTES, ManifestError for one that cannot
     be read; nothing is copied then.
     """
     parcel = Parcel()
@@ -80,11 +80,11 @@ class Parcel:
         return {name: len(data) for name, data in self.files.items()}
 
     def read(self, name: str, path: Path, base: Path) -> None:
-        """Add the file at `path`; links may lead to another below `base`.  Raises UsageError for what cannot be read."""
+        """Add the file at `path`; links may lead to another below `base`.  Raises UsageError if it is unreadable."""
         room = MAX_PARCEL_BYTES - sum(self.sizes().values())
         if not (real := path.resolve()).is_relative_to(base):
-            raise UsageError(f"{path} is a link that leads out of {base}, and what it leads to is not sent. Put the file "
-                             "itself there, or name the files that are to be sent")
+            raise UsageError(f"{path} is a link that leads out of {base}, and what it leads to is not sent. Put the "
+                             "file itself there, or name the files that are to be sent")
         try:
             data = read_below(real, base, at_most=room)     # from here on no link is followed
         except FileTooLong as error:
@@ -163,8 +163,9 @@ def local_manifest(source: Path) -> tuple[str, Path, dict[str, ManifestFile]]:
     try:
         found = find_files(str(source))
     except OSError as error:
-        raise UsageError(f"no such manifest: {source} ({error}). Give a file, a folder, a glob or an s3:// URI") from None
-    if source.is_file():                                # its own name may be a link: who names it means what it leads to
+        raise UsageError(f"no such manifest: {source} ({error}). Give a file, a folder, a glob or an s3:// "
+                         "URI") from None
+    if source.is_file():                                # its own name may be a link: what it leads to is meant
         return f"manifest/{source.name}", source.resolve().parent, {f"manifest/{source.name}": found.files[0]}
     if source.is_dir():
         base, named = source, f"manifest/{source.resolve().name}"
@@ -181,7 +182,7 @@ def local_manifest(source: Path) -> tuple[str, Path, dict[str, ManifestFile]]:
 
 
 def add_images(parcel: Parcel, read: "Manifest", shipped: dict[str, ManifestFile]) -> None:
-    """Add the images under the manifest's folder that its rows name, by the name that each row's path has on the cluster.
+    """Add the images under the manifest's folder that its rows name, by the name that each path has on the cluster.
 
     shipped: the manifest's own files, by their name there.  What is in a bucket, missing, hidden, outside the folder or
     no image stays behind: render says so.  Raises UsageError for an absolute path.
@@ -224,7 +225,8 @@ def add_images(parcel: Parcel, read: "Manifest", shipped: dict[str, ManifestFile
             parcel.add(key, data)
     for names, why in ((unfit, "no images"), (keys, "called like keys or credentials")):
         if names:
-            print(printable(f"not sent, because they are {why}: {', '.join(sorted(names)[:LISTED_NAMES])}"), file=sys.stderr)
+            said = f"not sent, because they are {why}: {', '.join(sorted(names)[:LISTED_NAMES])}"
+            print(printable(said), file=sys.stderr)
 
 
 def refuse_too_much(sizes: dict[str, int]) -> None:

@@ -185,7 +185,8 @@ def report(job: RenderJob, run: Run, bookkeeper: Bookkeeper, stop: Any, budget: 
     def tell_end() -> None:
         say(what_was_made(said, budget.gpu_hours))
         for failure in bookkeeper.failures:
-            say(printable(f"  {failure['id']}: {failure['error_type']} in {failure['stage']}: {failure['error']}"[:300]))
+            line = f"  {failure['id']}: {failure['error_type']} in {failure['stage']}: {failure['error']}"
+            say(printable(line[:300]))
         for sentence in next_steps(job, run, bookkeeper, interrupted=interrupted, out_of_budget=out_of_budget):
             say(printable(sentence))
 

@@ -79,12 +79,14 @@ def progress_of(store: Store, run: dict[str, Any]) -> dict[str, Any]:
     running = per_hour and last and now - last < STALE
     return {
         "rows": rows, "done": counts["done"], "failed": counts["failed"],
-        "pending": max(0, rows - counts["done"] - counts["failed"]), "clips": run["clips"], "pending_clips": pending_clips,
+        "pending": max(0, rows - counts["done"] - counts["failed"]), "clips": run["clips"],
+        "pending_clips": pending_clips,
         "finished": rows == counts["done"] + counts["failed"] or has(store, SUCCESS),
         "clips_per_hour": per_hour, "eta_s": 3600 * pending_clips / per_hour if running and pending_clips else None,
         "last_row_s_ago": (now - last).total_seconds() if last else None,
         "buckets": buckets_of(run, zip(columns["clip_id"], columns["status"],
-                                       zip(*(table[name].to_pylist() for name in BUCKET_SHAPE), strict=True), strict=True)),
+                                       zip(*(table[name].to_pylist() for name in BUCKET_SHAPE), strict=True),
+                                       strict=True)),
         "more_buckets": run["more_buckets"],
         "failed_by_type": dict(Counter(error_type for error_type, status in
                                        zip(columns["error_type"], columns["status"], strict=True)
@@ -124,8 +126,8 @@ def retry(uri: str, where: list[str], *, json: bool) -> int:
     except ValueError as error:
         raise UsageError(f"--where: {error}") from None
     sentence = (f"{counted(count, 'failed row')} pending again; the same render command tries them" if count else
-                "No failed row" + (" of these" if conditions else "") + " that can be tried again; nothing was changed. "
-                "An invalid row is mended in the manifest")
+                "No failed row" + (" of these" if conditions else "") + " that can be tried again; nothing was changed."
+                " An invalid row is mended in the manifest")
     return answer({"exit_code": 0, "out": store.uri, "pending_again": count}, lambda: say(sentence), json=json)
 
 
@@ -150,7 +152,8 @@ def card_as_json(card: ModelCard, weights: str | None) -> dict[str, Any]:
         "resolutions": {name: f"{width}x{height}" for name, (height, width) in card.resolutions.items()},
         "limits": {"min_side": card.min_side, "side_step": card.side_step, "max_pixels": card.max_pixels,
                    "max_duration_s": card.max_duration_s,
-                   **{setting.most_of_card: getattr(card, setting.most_of_card) for setting in COURSE if setting.most_of_card}},
+                   **{setting.most_of_card: getattr(card, setting.most_of_card) for setting in COURSE
+                      if setting.most_of_card}},
         "precisions": list(card.precisions), "attentions": list(card.attentions),
         "keep_ratio": card.keep_ratio, "tuned_for_sparse": card.tuned_for_sparse,
         "differs": list(card.differs), "guidance_note": card.guidance_note,

@@ -111,8 +111,8 @@ def refuse_secrets(values: list[str]) -> None:
     for value in values:
         if (masked := without_secrets(value)) != value:
             raise UsageError(f"a job can be read by everybody on the cluster, so it must not carry keys; got "
-                             f"{shown(masked)}. Give the plain URI and let the workers find their credentials in their own "
-                             "environment")
+                             f"{shown(masked)}. Give the plain URI and let the workers find their credentials in their "
+                             "own environment")
 
 
 def refuse_local(name: str, value: str | None) -> None:

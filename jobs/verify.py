@@ -87,8 +87,8 @@ def problem_of(store: Store, row: Mapping[str, Any]) -> str | None:
     shape = {name: row[name] for name in ("width", "height", "frames")}
     most_pixels, most_frames = largest_shape()
     if min(shape.values()) < 1 or shape["width"] * shape["height"] > most_pixels or shape["frames"] > most_frames:
-        return (f"no model makes what its ledger row says: {shape['width']}x{shape['height']}, {shape['frames']:,} frames; "
-                f"at most {most_pixels:,} pixels and {most_frames:,} frames")
+        return (f"no model makes what its ledger row says: {shape['width']}x{shape['height']}, {shape['frames']:,} "
+                f"frames; at most {most_pixels:,} pixels and {most_frames:,} frames")
     if not 0 < row["bytes"] <= most_bytes(**shape):
         return f"no clip of its shape has {row['bytes']:,} bytes, as its ledger row says"
     try:

@@ -1,4 +1,4 @@
-"""What of a plan is done, and the ledger that says so: clips that are there are passed over, what is made is recorded."""
+"""What of a plan is done, and the ledger that says so: what is there is passed over, what is made is recorded."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -18,7 +18,7 @@ from dailies.pipeline.store import Store
 from dailies.pipeline.wording import counted
 
 SHOWN_FAILURES = 20
-MANY_CLIPS = 100                                        # to read and decode take longer than a person waits without a word
+MANY_CLIPS = 100                                        # to read and decode take longer than a person waits in silence
 REJECTIONS = {REJECTED, "NonFiniteLatent", "NonFiniteFrames"}
 
 
@@ -85,7 +85,7 @@ class Bookkeeper:
         return islice(self.plan.requests(skip=Except(wanted)), num_clips), num_clips
 
     def rounds(self) -> Iterator[tuple[Iterable[Request], int]]:
-        """The requests to render and how many, in order; then those for clips that were rejected and are to be made again
+        """The requests to render and how many, in order; then those for clips that were rejected and are made again
         with another seed, as their rows ask. What comes of a round is to be recorded before the next one is asked for.
         """
         requests, num_clips = self.todo()
@@ -97,14 +97,14 @@ class Bookkeeper:
     @property
     def notes(self) -> list[str]:
         """What of this run's clips is not in the folder as the ledger says, for a person; known after `todo`."""
-        notes = [f"clip {clip_id[:12]}: what lies under its name is not it: {found.why}. It is made again, and replaced "
-                 "then" for clip_id, found in islice(self.spoilt.items(), SHOWN_FAILURES)]
+        notes = [f"clip {clip_id[:12]}: what lies under its name is not it: {found.why}. It is made again, and "
+                 "replaced then" for clip_id, found in islice(self.spoilt.items(), SHOWN_FAILURES)]
         if more := len(self.spoilt) - len(notes):
             notes.append(f"and {counted(more, 'other file')} under clips/ that {'is' if more == 1 else 'are'} not the "
                          "clip of that name")
         if gone := len(self.gone - self.spoilt.keys() - self.files.keys()):
-            notes.append(f"{counted(gone, 'clip')} that the ledger calls done {'is' if gone == 1 else 'are'} not in the "
-                         "run folder any more: made again")
+            notes.append(f"{counted(gone, 'clip')} that the ledger calls done {'is' if gone == 1 else 'are'} not in "
+                         "the run folder any more: made again")
         return notes
 
     def record_invalid(self) -> None:

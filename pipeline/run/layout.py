@@ -1,10 +1,10 @@
 """Every key of a run folder and its inverse: what lies where, written once. Nothing here touches a store.
 
-run.json                                which run it is            manifests/<number>-<digest>.json   what came after its first
-lease.json                              who works on it            ledger/<epoch>-<seq>.parquet       what is done
-seal.key                                guards intermediates       retried/<digest>.parquet           what was tried before
-_SUCCESS.json                           every row has its row      clips/ab/<clip_id>.mp4             what was made
-latents/ab/<clip_id>.safetensors        steps/ab/<clip_id>.safetensors       embeddings/ab/<digest>.safetensors
+run.json                            which run it is          manifests/<number>-<digest>.json   later manifests
+lease.json                          who works on it          ledger/<epoch>-<seq>.parquet       what is done
+seal.key                            guards intermediates     retried/<digest>.parquet           what was tried
+_SUCCESS.json                       every row has its row    clips/ab/<clip_id>.mp4             what was made
+latents/ab/<clip_id>.safetensors    steps/ab/<clip_id>.safetensors    embeddings/ab/<digest>.safetensors
 
 Two characters of a name spread a listing over many prefixes. Names are hashes or numbers of ours, never a user's text.
 """
@@ -15,7 +15,8 @@ RUN, LEASE, SEAL_KEY, SUCCESS = "run.json", "lease.json", "seal.key", "_SUCCESS.
 CLIPS, POSTERS, REPORT, PICKS = "clips", "posters", "report", "picks"
 LEDGER, RETRIED, MANIFESTS = "ledger", "retried", "manifests"
 EMBEDDINGS, LATENTS, SAVED_STEPS = INTERMEDIATES = "embeddings", "latents", "steps"
-TOP = frozenset({RUN, LEASE, SEAL_KEY, SUCCESS, CLIPS, POSTERS, REPORT, PICKS, LEDGER, RETRIED, MANIFESTS, *INTERMEDIATES})
+TOP = frozenset({RUN, LEASE, SEAL_KEY, SUCCESS, CLIPS, POSTERS, REPORT, PICKS, LEDGER, RETRIED, MANIFESTS,
+                 *INTERMEDIATES})
 EMPTIED = (CLIPS, *INTERMEDIATES)       # folders that a driver leaves behind only where something is in them
 
 INTERMEDIATE_KEY = re.compile(rf"({'|'.join(INTERMEDIATES)})/([0-9a-f]{{2}})/(\2[0-9a-f]{{62}})\.safetensors")

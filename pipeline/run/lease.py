@@ -33,7 +33,7 @@ MAX_LEASE_BYTES = 2**16
 class LeaseError(DailiesError, RuntimeError):
     """Another driver has the run folder; the message says who."""
 
-    exit_code = 5                       # nothing is wrong with the command, which continues the run once the folder is free
+    exit_code = 5                       # the command is right, and continues the run once the folder is free
 
 
 @dataclass(frozen=True, kw_only=True)

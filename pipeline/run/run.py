@@ -1,7 +1,7 @@
 """A run: a plan, and the run folder that its clips go into.
 
 `prepare` makes a plan as the folder's run.json, the model and the machine allow, `Run.of` takes one that is made; both
-check everything that can be wrong and write nothing. `begin` makes the folder this run's, `open` is one driver's hold on
+check everything that can be wrong and write nothing. `begin` makes the folder this run's, `open` is a driver's hold on
 it, and `render` is both, and the work: examples/render_three.py.
 """
 
@@ -99,7 +99,8 @@ class Run:
             "settings": summary["settings"], "buckets": summary["buckets"], "more_buckets": summary["more_buckets"],
             "roundings": summary["roundings"], "rows_digest": self.plan.rows_digest, "job": dict(job or {}),
             "chosen_because": self.chosen_because, "fallbacks": list(self.fallbacks),
-            "versions": {"dailies": installed_version("dailies-render"), **{name: installed_version(name) for name in VERSIONS_OF},
+            "versions": {"dailies": installed_version("dailies-render"),
+                         **{name: installed_version(name) for name in VERSIONS_OF},
                          "python": platform.python_version()},
             "began_at": datetime.now(UTC).isoformat(timespec="seconds"),
         })
@@ -122,10 +123,10 @@ class Run:
     @contextmanager
     def open(self, *, limit: int | None = None, keep_latents: bool = False, take_over: bool = False,
              tell: Callable[[str], None] = lambda text: None) -> Iterator[Bookkeeper]:
-        """This driver's hold on a folder that is this run's, until the block ends; then, if all has gone well, the folder
+        """This driver's hold on a folder that is this run's, until the block ends; then, if all went well, the folder
         is cleared up, and marked where no row is pending.
 
-        limit: the most clips to make.  take_over: where another driver was heard of lately, see whether it stays silent.
+        limit: the most clips to make.  take_over: where another driver was heard of lately, see if it stays silent.
         tell: what a person should know.  Raises LeaseError where another driver works on it, OtherRun, StoreError.
         """
         with Lease.take(self.store, wait=take_over, tell=tell) as lease:
@@ -190,9 +191,9 @@ def prepare(manifest: Manifest, store: Store, card: ModelCard, *, weights: Path 
             decode_precision: str | None = None, variant: str | None = None, skip_invalid: bool = False,
             strict: bool = False, allow_images: Sequence[str] = (), is_here: bool = True,
             gpus: Callable[[], Sequence[Gpu]] = lambda: ()) -> Run:
-    """The run of a manifest, with all that was left open settled: as the run has it that the folder holds, or the model.
+    """The run of a manifest, with all that was left open settled: as the folder's run has it, or the model.
 
-    weights: their folder, as `locate` finds it; None: not here, and clips have no names yet.  precision, attention: None
+    weights: their folder, as `locate` finds it; None: not here, so clips have no names yet.  precision, attention: None
     for the model's own, "auto" for the fastest on `gpus`, the kinds that will do the work.  is_here: it is done on this
     machine, of which fallbacks are known before.  strict: no fallback and no rounding is taken.
     The other settings are as of `Plan.make`.
@@ -212,8 +213,10 @@ def prepare(manifest: Manifest, store: Store, card: ModelCard, *, weights: Path 
         if value not in allowed:
             raise SettingError(f"--{name} must be {' or '.join(allowed)} for {card.name}; got {value}")
     fallbacks = () if not is_here else (
-        *card.fallbacks(weights, device, way.precision), *card.decode_fallbacks(device, way.precision, decode_precision))
-    print_of = fingerprint(weights_files(card, weights)) if weights else before.get("weights_fingerprint", UNKNOWN_FINGERPRINT)
+        *card.fallbacks(weights, device, way.precision),
+        *card.decode_fallbacks(device, way.precision, decode_precision))
+    print_of = (fingerprint(weights_files(card, weights)) if weights else
+                before.get("weights_fingerprint", UNKNOWN_FINGERPRINT))
     plan = Plan.make(manifest, card, defaults, weights_fingerprint=print_of, precision=way.precision,
                      attention=way.attention, decode_precision=decode_precision, variant=variant,
                      skip_invalid=skip_invalid, allow_images=allow_images)

@@ -21,7 +21,7 @@ GROWS = ("manifest_digest", "images_digest")            # in run.json the first 
 MAX_RUN_JSON_BYTES = 2**22              # of it, and of what is said of a later manifest
 COUNTED = ("planned_rows", "invalid_rows", "clips", "buckets", "more_buckets")      # by which progress is counted
 SUMMED = ("rows", "duplicates", *COUNTED)               # what is said of a manifest
-BUCKET_SHAPE = ("width", "height", "frames", *(setting.name for setting in COURSE))  # clips that agree in it are a bucket
+BUCKET_SHAPE = ("width", "height", "frames", *(setting.name for setting in COURSE))  # of one bucket
 RunCount = Annotated[int, Field(strict=True, ge=0, le=10**9)]
 
 
@@ -31,14 +31,16 @@ class OtherRun(DailiesError, ValueError):
 
 def number_of(setting: Setting) -> Any:
     """What is believed of a setting in run.json."""
-    kinds = {int: RunCount, float: Annotated[float, Field(strict=True, ge=min(0, setting.low), le=1e6, allow_inf_nan=False)]}
+    kinds = {int: RunCount,
+             float: Annotated[float, Field(strict=True, ge=min(0, setting.low), le=1e6, allow_inf_nan=False)]}
     kind = kinds.get(setting.type, setting.type)
     return (kind, ...) if setting.field else (kind | None, None)
 
 
 # clips of one shape and course, as run.json counts them
 Bucket = create_model("Bucket", __config__=ConfigDict(extra="allow"), width=(RunCount, ...), height=(RunCount, ...),
-                      frames=(RunCount, ...), clips=(RunCount, ...), **{setting.name: number_of(setting) for setting in COURSE})
+                      frames=(RunCount, ...), clips=(RunCount, ...),
+                      **{setting.name: number_of(setting) for setting in COURSE})
 
 
 class RunFile(BaseModel):
@@ -72,7 +74,7 @@ def claim_run(store: Store, identity: Mapping[str, Any], about: Mapping[str, Any
 
 
 def read_run(store: Store) -> dict[str, Any] | None:
-    """run.json, None where no run has begun.  Raises OtherRun for one that is not ours; StoreError for a damaged one."""
+    """run.json, None where no run has begun.  Raises OtherRun for one that is not ours, StoreError for a damaged."""
     try:
         found = json.loads(store.get(RUN, at_most=MAX_RUN_JSON_BYTES))
     except NotFound:
@@ -124,8 +126,8 @@ def known_manifest(store: Store, run: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError
         RunFile.model_validate(latest | {"identity": {}})
     except (NotFound, TooLarge, ValueError, AttributeError, RecursionError):
-        raise StoreError(f"{store.uri_of(keys[-1])} is damaged, or not one that dailies wrote. Move it away, and give the "
-                         "command with the manifest again") from None
+        raise StoreError(f"{store.uri_of(keys[-1])} is damaged, or not one that dailies wrote. Move it away, and give "
+                         "the command with the manifest again") from None
     return said | latest
 
 

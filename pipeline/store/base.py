@@ -61,7 +61,7 @@ class ObjectInfo:
 
 
 def not_a_store(uri: str) -> StoreError:
-    shown = uri if "@" not in uri else f"{uri.partition('://')[0]}://..."     # what stands before an @ may be a password
+    shown = uri if "@" not in uri else f"{uri.partition('://')[0]}://..."     # before an @ may be a password
     return StoreError(f"{shown}: expected a local folder or s3://bucket/prefix")
 
 
@@ -75,7 +75,7 @@ class Store(ABC):
     path: Path | None = None            # of a store that is a folder of this machine
 
     def above(self) -> "tuple[Store, str] | None":
-        """The store in which this one's prefix is a key, and that key; None for a folder, and for one without prefix."""
+        """The store in which this one's prefix is a key, and that key; None for a folder, or one without prefix."""
         return None
 
     @property
@@ -148,7 +148,7 @@ class Store(ABC):
         return self.create(key, data)
 
     def tidy(self, *folders: str) -> None:
-        """Remove what is empty of these folders and below, where there are folders; for who has the run folder alone."""
+        """Remove what is empty of these folders and below, where there are folders; for who has the run alone."""
 
     def probe(self) -> None:
         """Write, read, list and delete one small object.  Raises StoreError unless a second create of it is refused."""

@@ -53,7 +53,8 @@ class FolderStore(Store):
         return cls(Path(path))
 
     def create(self, key: str, data: bytes | Path, *, metadata: dict[str, str] | None = None) -> bool:
-        with self.explained("write"), self.written(data) as (top, source), self.place(top, key, make=True) as (at, name):
+        with self.explained("write"), self.written(data) as (top, source), \
+                self.place(top, key, make=True) as (at, name):
             try:
                 os.link(source.name, name, src_dir_fd=source.folder, dst_dir_fd=at, follow_symlinks=False)
             except FileExistsError:
@@ -134,7 +135,8 @@ class FolderStore(Store):
 
     def walk(self, at: int, base: str, prefix: str) -> Iterator[ObjectInfo]:
         if base.count("/") > MAX_FOLDER_DEPTH:
-            raise StoreError(f"{self.uri}: folders lie {MAX_FOLDER_DEPTH} deep in it, which no run makes. Choose another one")
+            raise StoreError(f"{self.uri}: folders lie {MAX_FOLDER_DEPTH} deep in it, which no run makes. Choose "
+                             "another one")
         with os.scandir(at) as scan:
             # with its slash a folder sorts as its keys do
             entries = sorted((f"{entry.name}/" if entry.is_dir(follow_symlinks=False) else entry.name, entry)

@@ -194,9 +194,10 @@ class S3Store(Store):
         except Refused:
             return False
         except InOtherWords as error:
-            raise StoreError(f"{self.uri}: this store answers {error} where an object that exists is to be created, and "
-                             "not 412 Precondition Failed, so it cannot be told from a busy store. What is missing is "
-                             "If-None-Match: * answered with 412. Use a store that does, or a local folder") from None
+            raise StoreError(f"{self.uri}: this store answers {error} where an object that exists is to be created, "
+                             "and not 412 Precondition Failed, so it cannot be told from a busy store. What is "
+                             "missing is If-None-Match: * answered with 412. Use a store that does, or a local "
+                             "folder") from None
 
     def get(self, key: str, *, at_most: int | None = None) -> bytes:
         def read(place: dict[str, str]) -> bytes:
@@ -339,7 +340,7 @@ class S3Store(Store):
 AWAY = {408, 429, 500, 502, 503, 504}
 BUSY_ANSWERS = {*AWAY, 409, "RequestTimeout", "SlowDown", "Throttling", "ThrottlingException"}
 
-# SecondLevelDomainForbidden of Alibaba OSS, PathStyleDomainForbidden of Tencent COS, InvalidPathAccess of Volcengine TOS
+# SecondLevelDomainForbidden of Alibaba OSS, PathStyleDomainForbidden of Tencent COS, InvalidPathAccess of Volcengine
 HOST_STYLE = re.compile(r"SecondLevelDomain|Path-?(Style|Access)|virtual[ -]?host", re.I)
 
 CLOSED = {"NoSuchBucket", "AccessDenied", "AllAccessDisabled"}         # of this bucket; the store is well
@@ -358,7 +359,7 @@ class Unsupported(StoreError):
 
 
 def aws_settings(core: Any) -> dict[str, Any]:
-    """Of botocore's session `core`: what its profile says in the section s3, and of AWS_SETTINGS, there or in the environment."""
+    """Of botocore's session `core`: its profile's section s3, and AWS_SETTINGS, there or in the environment."""
     profile = core.get_scoped_config()
     found = {name: os.environ.get(f"AWS_{name.upper()}") or profile.get(name) for name in AWS_SETTINGS}
     section = profile.get("s3")
