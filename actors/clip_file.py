@@ -12,9 +12,9 @@ from typing import BinaryIO
 
 import av
 
-from dailies.actors.messages import SHAPE, Request
+from dailies.actors.messages import Request
 from dailies.actors.mp4_boxes import check_boxes
-from dailies.model.settings import course_of
+from dailies.model.settings import SIZE, course_of
 
 DIGEST_HEAD = (56).to_bytes(4, "big") + b"uuid" + bytes.fromhex("5b1c7a0e6d8f4c3f9a55f0d2b7e41c86")     # then 32 bytes
 DIGEST_BYTES = 56
@@ -58,7 +58,7 @@ def provenance(request: Request) -> dict[str, str]:
     shape is in the file anyway.
     """
     said = {name: f"{value:g}" if isinstance(value, float) else str(value)
-            for name, value in request.identity().items() if name not in SHAPE}
+            for name, value in request.identity().items() if name not in SIZE}
     return {name: readable(value) for name, value in (said | {"clip_id": request.clip_id}).items()}
 
 

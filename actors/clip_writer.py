@@ -43,7 +43,7 @@ TO_YUV = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITE
 
 # What was encoded is decoded again and compared, 16,384 pixels of each frame. The worst frames of the demo's clips have
 # 40 dB and more and pure noise has 27; frames that come one too late have less than 10.
-LOOKED_AT = 16_384
+_LOOKED_AT = 16_384
 BT709_LUMA = np.array([0.2126, 0.7152, 0.0722], np.float32)
 WORST_PSNR_DB = 20.0
 
@@ -189,7 +189,7 @@ def check_encoding(path: Path, frames: Frames) -> float:
     Raises BadEncoding.
     """
     shape = frames.request.shape
-    step = max(1, int((shape.height * shape.width / LOOKED_AT) ** 0.5))
+    step = max(1, int((shape.height * shape.width / _LOOKED_AT) ** 0.5))
     count, worst = 0, 0.0
     try:
         with path.open("rb") as file, av.open(file, format="mp4", options=OPENED) as container:

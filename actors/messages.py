@@ -12,12 +12,11 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from dailies.model.samplers import Streams
-from dailies.model.settings import COURSE, FURTHER, SETTINGS, Scalar, course_of
+from dailies.model.settings import COURSE, FURTHER, SETTINGS, SIZE, Scalar, course_of
 from dailies.model.shapes import VideoShape
 
 # by their names in the JSON that a clip_id is the hash of, where that is not the name elsewhere
 HASHED_AS = {setting.name: setting.field for setting in SETTINGS if setting.field} | {"image_sha256": "image"}
-SHAPE = ("width", "height", "frames")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +60,7 @@ class Request:
                   if (value := self.settings.get(setting.name)) != setting.neutral}
         return {**{setting.name: getattr(self, setting.field) for setting in SETTINGS if setting.field},
                 "model": self.model, "weights_fingerprint": self.weights_fingerprint, "precision": self.precision,
-                "attention": self.attention, **dict(zip(SHAPE, (shape.width, shape.height, shape.frames), strict=True)),
+                "attention": self.attention, **dict(zip(SIZE, (shape.width, shape.height, shape.frames), strict=True)),
                 **{name: value for name, value in later.items() if value is not None}}
 
     @property

@@ -1,6 +1,7 @@
 """The program `dailies`: what can be typed, and which function answers.
 
-Nothing heavy is imported here: `dailies --help` must be instant, and torch, ray and pyarrow take seconds.
+Nothing heavy is imported here: `dailies --help` must be instant, and torch, ray and pyarrow take seconds. Nor is more
+of Python's own than must be, before import_nothing_from_here: a user's folder may have a logging.py or an email.py.
 """
 
 import inspect
@@ -14,10 +15,12 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 from dailies import HOME
 from dailies.jobs.answer import answer
 from dailies.jobs.process import leave, speak_safely
+from dailies.jobs.progress import printable, say
 from dailies.jobs.signals import on_signals
-from dailies.jobs.usage import absent_package
+from dailies.jobs.usage import UsageError, absent_package, checked_place, refuse_absent_gpu
 from dailies.model.errors import DailiesError
-from dailies.model.settings import OPTIONS
+from dailies.model.settings import ROW_OPTIONS
+from dailies.pipeline.run.masking import without_secrets
 
 try:
     import typer
@@ -103,8 +106,8 @@ def where_from_and_to(
         metavar="local|auto|ADDRESS", help="Where the work runs: this machine, the cluster this machine belongs to, "
         "or the cluster at ADDRESS.  [default: local]")] = None,
     allow_images: Annotated[list[str] | None, typer.Option(
-        metavar="URI", help="s3://BUCKET/PREFIX below which images of rows may lie, beside the manifest's own bucket or "
-        "folder; again for each.")] = None,
+        metavar="URI", help="s3://BUCKET/PREFIX below which images of rows may lie, beside the manifest's own bucket "
+        "or folder; again for each.")] = None,
     device: Annotated[str | None, typer.Option(metavar="cpu|cuda", help="[default: cuda where there is a GPU]")] = None,
     cpus: Annotated[int | None, typer.Option(
         metavar="N", help="Cores of this machine that a local run uses.  [default: all that this process may use: "
@@ -115,8 +118,8 @@ def where_from_and_to(
 
 def how(
     precision: Annotated[str | None, typer.Option(
-        metavar="fp32|bf16|int8|auto", help="int8: the transformer's linear layers, the rest bf16; auto: the fastest on "
-        "this GPU, as measured.  [default: bf16 on a GPU, fp32 on a CPU, int8 of INT8 weights]")] = None,
+        metavar="fp32|bf16|int8|auto", help="int8: the transformer's linear layers, the rest bf16; auto: the fastest "
+        "on this GPU, as measured.  [default: bf16 on a GPU, fp32 on a CPU, int8 of INT8 weights]")] = None,
     decode_precision: Annotated[str | None, typer.Option(
         metavar="fp32|bf16", help="Of the VAE that makes pixels of latents.  "
         "[default: the model's; fp32 for Wan, as it was released]")] = None,
@@ -171,7 +174,7 @@ def how_much(
 def of_rows() -> list[inspect.Parameter]:
     """What can be said for rows that do not say (model/settings.py)."""
     found = []
-    for setting in OPTIONS:
+    for setting in ROW_OPTIONS:
         said = f"{setting.help}  For rows that do not say.  [default: the model's]".strip()
         switch = [f"--{setting.option.replace('_', '-')}/--no-{setting.option.replace('_', '-')}"]
         option = typer.Option(*switch, help=said) if setting.type is bool else typer.Option(
@@ -235,13 +238,12 @@ def plan(options: dict[str, Any], json: Json = False) -> int:
 
 def job_of(options: dict[str, Any], needs_out: bool = True) -> "RenderJob":
     """The settings, checked, and a word at once: what comes next takes seconds to import."""
-    from dailies.jobs.progress import printable, say
     from dailies.jobs.settings import RenderJob
-    from dailies.jobs.usage import refuse_absent_gpu
     job = RenderJob.read(options, options.pop("config"), needs_out=needs_out)
     refuse_absent_gpu(job.device, job.ray)
     # of a link only what names the file: the rest may be a key
-    named = ", ".join(source.partition("?")[0].rpartition("@")[2] if "://" in source else source for source in job.sources)
+    named = ", ".join(source.partition("?")[0].rpartition("@")[2] if "://" in source else source
+                      for source in job.sources)
     say(printable(f"reading {named or 'the prompts'}" + (f", for {job.out}" if job.out else "") + f" with {job.model}"),
         stream=sys.stderr)
     return job
@@ -284,7 +286,8 @@ def status(uri: RunUri, json: Json = False) -> int:
 @app.command()
 def verify(uri: RunUri,
            repair: Annotated[bool, typer.Option(
-               "--repair", help="Put the rows of clips that are wrong back to pending; the next render makes them.")] = False,
+               "--repair",
+               help="Put the rows of clips that are wrong back to pending; the next render makes them.")] = False,
            json: Json = False) -> int:
     """Re-read every clip and check its hash, that it decodes, and its size, against the ledger; exit 3 if any is wrong.
 
@@ -338,7 +341,6 @@ def convert(source: Annotated[str, typer.Argument(
     \b
     Example:  dailies convert Wan2.1-T2V-1.3B/ --model wan2.1-t2v-1.3b --to s3://b/weights/wan2.1-t2v-1.3b
     """
-    from dailies.jobs.usage import checked_place
     checked_place("SRC", source)
     checked_place("--to", to)
     from dailies.jobs.convert import convert
@@ -385,11 +387,10 @@ def bench(what: Annotated[str | None, typer.Argument(
         from dailies.jobs.gpu.__main__ import run
         return run(out, budget=budget or 540, only=only, tiny=tiny, json=json)
     if out or budget or only or tiny:
-        from dailies.jobs.usage import UsageError
         raise UsageError("--out, --budget, --only and --tiny are of: dailies bench gpu")
     from dailies.jobs.bench.command import bench
-    return bench(what, model, random_weights=random_weights, gpu_shapes=gpu_shapes, ways=ways, steps=steps, frames=frames,
-                 size=size, json=json)
+    return bench(what, model, random_weights=random_weights, gpu_shapes=gpu_shapes, ways=ways, steps=steps,
+                 frames=frames, size=size, json=json)
 
 
 def program() -> NoReturn:
@@ -415,31 +416,32 @@ def main(arguments: list[str] | None = None, *, engine: "Engine | None" = None) 
     try:
         import_nothing_from_here()
     except FileNotFoundError:                           # paths mean nothing there, and libraries fail to load
-        return fail(2, "The working directory has been deleted; give the command from one that is there", arguments)
+        return report_failure(2, "The working directory has been deleted; give the command from one that is there",
+                              arguments)
     log_plainly()
-    if no_text := [argument for argument in arguments if not is_text(argument)]:
+    if no_text := [argument for argument in arguments if not is_encodable(argument)]:
         encoding = sys.getfilesystemencoding()
         advice = "Rename it, or link to it by another name" if encoding == "utf-8" else "Set PYTHONUTF8=1, or rename it"
-        return fail(2, f"{no_text[0]!r} has bytes that are no text in {encoding}, and a run is written down as text. "
-                    f"{advice}", arguments)
+        return report_failure(2, f"{no_text[0]!r} has bytes that are no text in {encoding}, and a run is written down "
+                              f"as text. {advice}", arguments)
     try:
         # jobs/render.py answers both signals itself while clips are made, and saves more
         with on_signals(signal.default_int_handler, signal.SIGTERM):
             return app(arguments, prog_name="dailies", standalone_mode=False, obj=engine) or 0
     except CommandLineError as error:
         hint = f"\nSee: {error.ctx.command_path} --help" if error.ctx else ""
-        return fail(2, error.format_message() + hint, arguments)
+        return report_failure(2, error.format_message() + hint, arguments)
     except (Interrupted, typer.Abort):
-        return fail(130, "Interrupted; the same command continues.", arguments)
+        return report_failure(130, "Interrupted; the same command continues.", arguments)
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and (lacking := absent_package(error)):
-            return fail(5, lacking, arguments)
+            return report_failure(5, lacking, arguments)
         if not isinstance(error, DailiesError):
             raise                                       # our own mistake: the traceback is what helps
-        return fail(error.exit_code, str(error), arguments, getattr(error, "complaints", None))
+        return report_failure(error.exit_code, str(error), arguments, getattr(error, "errors", None))
 
 
-def is_text(argument: str) -> bool:
+def is_encodable(argument: str) -> bool:
     """False where it names a file by bytes that are no text: Python stands lone surrogates in for them."""
     try:
         argument.encode()
@@ -462,7 +464,6 @@ def log_plainly() -> None:
 
     class Plain(logging.Formatter):
         def format(self, record: logging.LogRecord) -> str:
-            from dailies.jobs.progress import printable
             return "\n".join(printable(line) for line in super().format(record).splitlines())
 
     handler = logging.StreamHandler()
@@ -470,13 +471,11 @@ def log_plainly() -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
 
 
-def fail(code: int, message: str, arguments: list[str], complaints: Any = None) -> int:
+def report_failure(code: int, message: str, arguments: list[str], errors: Any = None) -> int:
     """Say it once for a person, and once for a program; a store's or a cluster's words may be anything."""
-    from dailies.jobs.progress import printable
-    from dailies.pipeline.run.masking import without_secrets
     message = "\n".join(printable(line) for line in without_secrets(message).splitlines())
     print(message, file=sys.stderr)
-    details = {"complaints": complaints.as_json()} if complaints else {}
+    details = {"complaints": errors.as_json()} if errors else {}
     return answer({"error": message, "exit_code": code} | details, lambda: None, json="--json" in arguments)
 
 

@@ -49,8 +49,8 @@ def notes_of(run: Run) -> list[str]:
                      "rendered once")
     if summary["invalid_rows"]:
         notes.append(f"{counted(summary['invalid_rows'], 'invalid row')} set aside as failed:")
-        notes += [f"  {complaint}" for complaint in plan.complaints.first()]
-        notes += [f"  {count:,} more: {rule}" for count, rule in plan.complaints.rest()]
+        notes += [f"  {error}" for error in plan.errors.first()]
+        notes += [f"  {count:,} more: {rule}" for count, rule in plan.errors.rest()]
     notes += summary["manifest_notes"]
     if carried := [name.removeprefix("user.") for name in summary["user_columns"]]:
         notes.append(f"carried along to the ledger, and nothing else done with {'them' if len(carried) > 1 else 'it'}: "

@@ -25,7 +25,7 @@ from dailies.pipeline.scheduler.placement import InsufficientCapacity
 from dailies.pipeline.store import StoreError, open_store
 from dailies.pipeline.wording import counted
 
-SECONDS = ("encode_s", "sample_s", "decode_s", "publish_s", "gpu_s")
+_SECONDS = ("encode_s", "sample_s", "decode_s", "publish_s", "gpu_s")
 
 
 def show_plan(job: RenderJob, *, json: bool) -> int:
@@ -155,7 +155,7 @@ def foretell(job: RenderJob, run: Run, wanted: set[str]) -> dict[str, Any] | Non
     """
     if not run.has_begun:
         return None
-    table = read(run.store, ["clip_id", "status", *BUCKET_SHAPE, *SECONDS])
+    table = read(run.store, ["clip_id", "status", *BUCKET_SHAPE, *_SECONDS])
     done = {row["clip_id"]: row for row in table.to_pylist() if row["status"] == "done"}
     measured = rows_by_work(done.values())
     if not measured:

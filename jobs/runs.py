@@ -152,8 +152,7 @@ def card_as_json(card: ModelCard, weights: str | None) -> dict[str, Any]:
         "resolutions": {name: f"{width}x{height}" for name, (height, width) in card.resolutions.items()},
         "limits": {"min_side": card.min_side, "side_step": card.side_step, "max_pixels": card.max_pixels,
                    "max_duration_s": card.max_duration_s,
-                   **{setting.most_of_card: getattr(card, setting.most_of_card) for setting in COURSE
-                      if setting.most_of_card}},
+                   **{most: getattr(card, most) for setting in COURSE if (most := setting.most_of_card)}},
         "precisions": list(card.precisions), "attentions": list(card.attentions),
         "keep_ratio": card.keep_ratio, "tuned_for_sparse": card.tuned_for_sparse,
         "differs": list(card.differs), "guidance_note": card.guidance_note,

@@ -10,17 +10,17 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import ConfigDict, Field, ValidationError, create_model, field_validator
 
 from dailies.jobs.usage import UsageError, checked_place, suggestion
-from dailies.model.settings import OPTIONS, Scalar, Setting
-from dailies.pipeline.manifest.columns import NAMES
+from dailies.model.settings import ROW_OPTIONS, Scalar, Setting
+from dailies.pipeline.manifest.columns import COLUMN_NAMES
 from dailies.pipeline.manifest.validation import shown
 from dailies.pipeline.run.masking import without_secrets
 from dailies.pipeline.store import plain_uri
 
-Count = Annotated[int, Field(ge=1)]
+Whole = Annotated[int, Field(ge=1)]
 Amount = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-CONFIG_BYTES = 65_536
-KEY_PARTS = 100                                         # a.b.c has three; Python's reader is busy for minutes with 30,000
-# what TOML is made of, as far as it decides where a key ends; a string that is not closed ends the reader's work anyway
+_CONFIG_BYTES = 65_536
+KEY_PARTS = 100                                         # a.b.c has three; Python's reader takes minutes for 30,000
+# what TOML is made of, as far as it decides where a key ends; a string that is not closed ends the reader's work
 TOML = re.compile(r'''"""(?s:\\.|[^"\\]|"(?!""))*+"*+|'{3}(?s:[^']|'(?!''))*+'*+|"(?:\\.|[^"\\\n])*+"?+|'[^'\n]*+'?+'''
                   r"|[ \t\w-]++|#[^\n]*+|.|\n")
 
@@ -33,7 +33,7 @@ def key_of(setting: Setting) -> Any:
     return Annotated[setting.type, Field(**least, allow_inf_nan=False if setting.type is float else None)] | None, None
 
 
-RowDefaults = create_model("RowDefaults", **{setting.option: key_of(setting) for setting in OPTIONS})
+RowDefaults = create_model("RowDefaults", **{setting.option: key_of(setting) for setting in ROW_OPTIONS})
 
 
 class RenderJob(RowDefaults):
@@ -51,16 +51,16 @@ class RenderJob(RowDefaults):
     weights: str | None = None                          # folder or s3://
     ray: str = "local"                                  # local, auto (the cluster around this machine) or an address
     device: Literal["cpu", "cuda"] | None = None
-    cpus: Count | None = None                           # of a local run: cores of this machine; None: all it may use
+    cpus: Whole | None = None                           # of a local run: cores of this machine; None: all it may use
     allow_images: list[str] = []                        # s3:// prefixes, beside the manifest's own bucket
 
     precision: Literal["fp32", "bf16", "int8", "auto"] | None = None
     decode_precision: Literal["fp32", "bf16"] | None = None
     attention: Literal["dense", "sage", "sparse", "auto"] | None = None
     compile: bool = False                               # the diffusion model, for each shape of clip
-    batch: Count = 1                                    # clips sampled at once, of one shape and course
-    samplers: Count | None = None                       # copies of the diffusion model
-    threads_per_sampler: Count | None = None
+    batch: Whole = 1                                    # clips sampled at once, of one shape and course
+    samplers: Whole | None = None                       # copies of the diffusion model
+    threads_per_sampler: Whole | None = None
 
     # what this command may take; the next one has a budget of its own
     until: str | None = None                            # 07:00, the next one; or a date and time
@@ -68,8 +68,8 @@ class RenderJob(RowDefaults):
     max_cost: Amount | None = None                      # USD
     price: Amount | None = None                         # USD per GPU hour
 
-    limit: Count | None = None                          # the most clips that this command makes
-    max_attempts: Count = 3                             # of one row whose worker died
+    limit: Whole | None = None                          # the most clips that this command makes
+    max_attempts: Whole = 3                             # of one row whose worker died
     skip_invalid: bool = False
     strict: bool = False                                # a fallback is an error
     keep_latents: bool = False
@@ -99,14 +99,14 @@ class RenderJob(RowDefaults):
     def to_columns_of_ours(cls, said: Any) -> Any:
         mapping = parsed_map(said)
         for name, ours in mapping.items():
-            if ours and ours not in NAMES:
+            if ours and ours not in COLUMN_NAMES:
                 raise ValueError(f"NAME=COLUMN with a column of ours, or NAME= to carry it along, for {shown(name)}."
-                                 f"{suggestion(ours, list(NAMES))} There are {', '.join(NAMES)}")
+                                 f"{suggestion(ours, list(COLUMN_NAMES))} There are {', '.join(COLUMN_NAMES)}")
         return mapping
 
     def row_defaults(self) -> dict[str, Scalar]:
         """What was said for rows that do not say, by the settings' names."""
-        said = {setting.name: getattr(self, setting.option) for setting in OPTIONS}
+        said = {setting.name: getattr(self, setting.option) for setting in ROW_OPTIONS}
         return {name: value for name, value in said.items() if value is not None}
 
     @property
@@ -144,7 +144,9 @@ class RenderJob(RowDefaults):
         return min((hours for hours in (self.max_gpu_hours, paid) if hours is not None), default=None)
 
     def flags(self) -> list[str]:
-        """What was said beside manifest, out and what is of this machine, as the options of a command line that says the same elsewhere."""
+        """What was said beside manifest, out and what is of this machine, as the options of a command line that says
+        the same elsewhere.
+        """
         said: list[str] = []
         for name in sorted(self.model_fields_set - {"manifest", "prompt", "out", "ray", "cpus"}):
             flag, value = name.replace("_", "-"), getattr(self, name)
@@ -234,9 +236,9 @@ def read_config(path: Path, known: list[str]) -> dict[str, Any]:
     """A TOML file's keys, `max-attempts` as `max_attempts`.  Raises UsageError for what is no TOML or no setting."""
     try:
         with path.open("rb") as file:                   # a device has no end
-            text = file.read(CONFIG_BYTES + 1)
-        if len(text) > CONFIG_BYTES:
-            raise ValueError(f"at most {CONFIG_BYTES:,} bytes are read")
+            text = file.read(_CONFIG_BYTES + 1)
+        if len(text) > _CONFIG_BYTES:
+            raise ValueError(f"at most {_CONFIG_BYTES:,} bytes are read")
         said = tomllib.loads(without_long_keys(text.decode()))
     except RecursionError:
         raise UsageError(f"--config {path} must be TOML: it is nested too deeply") from None
@@ -257,7 +259,7 @@ def read_config(path: Path, known: list[str]) -> dict[str, Any]:
 
 
 def without_long_keys(text: str) -> str:
-    """The same text.  Raises ValueError for a key of more than KEY_PARTS parts, in which every part is a table of its own."""
+    """The same text.  Raises ValueError for a key of more than KEY_PARTS parts: every part is a table of its own."""
     parts = 1
     for token in TOML.finditer(text):
         if token.group() == ".":
@@ -270,7 +272,7 @@ def without_long_keys(text: str) -> str:
 
 
 def problem(detail: Mapping[str, Any], flags: set[str], config: Path | None) -> str:
-    """One pydantic complaint as a sentence that names the flag or the key."""
+    """One pydantic error as a sentence that names the flag or the key."""
     name = str(detail["loc"][0])
     where = f"--{name.replace('_', '-')}" if name in flags else f"{config}: {name}"
     allowed = detail["msg"].removeprefix("Value error, ").removeprefix("Input should be ").removeprefix("a valid ")

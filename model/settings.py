@@ -119,10 +119,12 @@ SETTINGS: tuple[Setting, ...] = (
 )
 LENGTHS = ("duration_s", "frames")      # one says what the other does
 
+SIZE = ("width", "height", "frames")     # of a clip, as the ledger names it
+
 BY_NAME = {setting.name: setting for setting in SETTINGS}
 COURSE = tuple(setting for setting in SETTINGS if not setting.by_name)     # how a clip is sampled
 FURTHER = tuple(setting for setting in COURSE if not setting.field)        # of some models: Request.settings has them
-OPTIONS = tuple(setting for setting in SETTINGS if setting.option)
+ROW_OPTIONS = tuple(setting for setting in SETTINGS if setting.option)
 # what a run can say for rows that do not; the negative prompt, which is long, at the end
 DEFAULTED = (*(BY_NAME[name] for name in ("resolution", *LENGTHS)), *COURSE, BY_NAME["negative_prompt"])
 

@@ -1,7 +1,7 @@
 """What a night is: manifest rows become requests, every default resolved, in the order to render them.
 
 The row decides, then the command line, then the model card. A clip is named by the hash of all that decides its pixels,
-and rows that ask for the same clip share it. Rows stay in columns; a Request is made when it is wanted.
+and rows that ask for the same clip share it. ResolvedRows stay in columns; a Request is made when it is wanted.
 """
 
 import hashlib
@@ -20,13 +20,13 @@ from dailies.actors.messages import HASHED_AS, Request
 from dailies.model.catalog import ModelCard
 from dailies.model.settings import Scalar
 from dailies.pipeline.manifest.manifest import InvalidRow, Manifest
-from dailies.pipeline.manifest.validation import Complaints, ManifestError, shown
-from dailies.pipeline.resolved import Defaults, Rows, folded
+from dailies.pipeline.manifest.validation import ManifestError, ValidationErrors, shown
+from dailies.pipeline.resolved import Defaults, ResolvedRows, folded
 
 MAX_CLIPS = 10_000_000              # of one run; a plan of this size still fits a driver's memory
-BLOCK = 4096                        # rows that live as Python objects at a time
+ROWS_AT_A_TIME = 4096                        # rows that live as Python objects at a time
 RESEEDS = 2                         # other seeds that are tried for a rejected clip
-LISTED = 50                         # of a summary's buckets and roundings
+LISTED_IN_SUMMARY = 50                         # of a summary's buckets and roundings
 READ_FOR_WORDS = 10_000             # prompts that are read for words which the model never saw
 
 
@@ -63,9 +63,9 @@ class Plan:
     card: ModelCard
     defaults: Defaults              # resolved
     shared: dict[str, Any]          # what all requests have in common, by the fields of Request
-    complaints: Complaints = field(repr=False)      # about the rows that are set aside
+    errors: ValidationErrors = field(repr=False)      # about the rows that are set aside
 
-    rows: Rows = field(repr=False)
+    rows: ResolvedRows = field(repr=False)
     roundings: list[tuple[str, int]] = field(repr=False)       # what was rounded to what, in how many good rows
     source: np.ndarray = field(repr=False)          # [P] manifest row
     seeds: np.ndarray = field(repr=False)           # [P] int64
@@ -82,22 +82,22 @@ class Plan:
 
         allow_images: s3:// prefixes of images, beside the manifest's own bucket.
         skip_invalid: set bad rows aside (`invalid_rows`) and plan the others.
-        Raises ManifestError with the manifest's complaints and the model's; ValueError for impossible defaults;
+        Raises ManifestError with the manifest's errors and the model's; ValueError for impossible defaults;
         StoreError for images in a bucket that does not answer.
         """
         defaults = defaults.resolved(card)
-        complaints = manifest.complaints.copy()
-        rows = Rows.resolve(manifest, card, defaults, complaints, allow_images)
-        if len(complaints) and not skip_invalid:
-            raise ManifestError(manifest.name, complaints)
+        errors = manifest.errors.copy()
+        rows = ResolvedRows.resolve(manifest, card, defaults, errors, allow_images)
+        if len(errors) and not skip_invalid:
+            raise ManifestError(manifest.name, errors)
         is_good = np.ones(manifest.table.num_rows, bool)
-        is_good[list(complaints.rows())] = False
+        is_good[list(errors.rows())] = False
         good = np.flatnonzero(is_good)
         samples = manifest.table["samples"].fill_null(1).to_numpy()[good]
         if samples.sum() > MAX_CLIPS:
-            complaints.about(manifest.name, "samples", f"{samples.sum():,} clips in all",
+            errors.about(manifest.name, "samples", f"{samples.sum():,} clips in all",
                              f"at most {MAX_CLIPS:,} in one run; split the manifest")
-            raise ManifestError(manifest.name, complaints)
+            raise ManifestError(manifest.name, errors)
 
         source = np.repeat(good, samples)
         nth_sample = np.arange(len(source)) - np.repeat(np.cumsum(samples) - samples, samples)
@@ -110,7 +110,7 @@ class Plan:
         clip_of = encoded.indices.to_numpy()
         first = np.unique(clip_of, return_index=True)[1]
         return cls(
-            manifest=manifest, card=card, defaults=defaults, shared=shared, complaints=complaints, rows=rows,
+            manifest=manifest, card=card, defaults=defaults, shared=shared, errors=errors, rows=rows,
             roundings=_roundings(rows, good, card), source=source, seeds=seeds, clip_of=clip_of,
             first=first, order=_order(rows, source, clip_of, first),
             digests=np.frombuffer(b"".join(encoded.dictionary.to_pylist()), np.uint8).reshape(-1, 32),
@@ -157,7 +157,7 @@ class Plan:
 
     @property
     def num_invalid_rows(self) -> int:
-        return len(self.complaints.rows())
+        return len(self.errors.rows())
 
     @property
     def images_digest(self) -> str | None:
@@ -171,7 +171,7 @@ class Plan:
         """Of what the rows ask for, whatever file they stand in, and in what order: id, seed and clip_id of each."""
         keys = self.keys().sort_by([("id", "ascending"), ("seed", "ascending")])
         hasher = hashlib.sha256()
-        for batch in keys.select(["id", "seed", "clip_id"]).to_batches(max_chunksize=BLOCK):
+        for batch in keys.select(["id", "seed", "clip_id"]).to_batches(max_chunksize=ROWS_AT_A_TIME):
             hasher.update("".join(f"{name}\0{seed} {clip_id}\n" for name, seed, clip_id in
                                   zip(*(column.to_pylist() for column in batch.columns), strict=True)).encode())
         for row in self.invalid_rows():
@@ -180,8 +180,8 @@ class Plan:
 
     def requests(self, skip: Container[str] = ()) -> Iterator[Request]:
         """One Request per clip whose clip_id is not in `skip`, in the order to render them."""
-        for start in range(0, self.num_clips, BLOCK):
-            clips = self.order[start: start + BLOCK]
+        for start in range(0, self.num_clips, ROWS_AT_A_TIME):
+            clips = self.order[start: start + ROWS_AT_A_TIME]
             wanted = [at for at, clip_id in enumerate(map(self._clip_id, clips)) if clip_id not in skip]
             clips = clips[wanted]
             rows = self.source[self.first[clips]]
@@ -190,7 +190,7 @@ class Plan:
                 yield self.rows.request(row, clip_id=self._clip_id(clip), seed=int(self.seeds[self.first[clip]]),
                                         prompt=prompt, negative_prompt=negative, **self.shared)
 
-    def rows_of(self, clip_id: str) -> list[PlannedRow]:
+    def planned_rows(self, clip_id: str) -> list[PlannedRow]:
         """The ledger rows that this clip fills, in manifest order.  Raises KeyError for a clip that is not planned."""
         clip = self._clip(clip_id)
         starts, planned = self._planned_of_clip
@@ -215,7 +215,7 @@ class Plan:
 
     def invalid_rows(self) -> Iterator[InvalidRow]:
         """The rows that were set aside, for failed ledger rows with error_type=invalid."""
-        return self.manifest.invalid_rows(self.complaints)
+        return self.manifest.invalid_rows(self.errors)
 
     def summary(self) -> dict[str, Any]:
         """What `dailies plan` shows, ready for JSON. Seconds and cost are not in it."""
@@ -238,14 +238,14 @@ class Plan:
             "images": self.num_images,
             "settings": {**self.defaults, "fps": self.card.fps, "precision": self.precision,
                          "attention": self.attention, **self.said_beside},
-            "buckets": buckets[:LISTED],
-            "more_buckets": len(buckets[LISTED:]),
-            "roundings": [{"note": note, "rows": count} for note, count in self.roundings[:LISTED]],
-            "more_roundings": len(self.roundings[LISTED:]),
+            "buckets": buckets[:LISTED_IN_SUMMARY],
+            "more_buckets": len(buckets[LISTED_IN_SUMMARY:]),
+            "roundings": [{"note": note, "rows": count} for note, count in self.roundings[:LISTED_IN_SUMMARY]],
+            "more_roundings": len(self.roundings[LISTED_IN_SUMMARY:]),
             "notes": [{"note": note, "rows": count} for note, count in self.notes],
             "user_columns": self.manifest.user.column_names,
             "manifest_notes": [*self.manifest.notes, *self.strange_words()],
-            "complaints": self.complaints.as_json(),
+            "complaints": self.errors.as_json(),
         }
 
     @property
@@ -322,7 +322,7 @@ class Plan:
         return starts, np.argsort(self.clip_of, kind="stable")
 
 
-def _order(rows: Rows, source: np.ndarray, clip_of: np.ndarray, first: np.ndarray) -> np.ndarray:
+def _order(rows: ResolvedRows, source: np.ndarray, clip_of: np.ndarray, first: np.ndarray) -> np.ndarray:
     """Clips by priority, then one shape after the other, one bucket after the other, one image's clips together, and of
     those one prompt's: to encode an image at a shape costs more than to encode a prompt.
 
@@ -342,14 +342,14 @@ def _seeds(table: pa.Table, good: np.ndarray) -> np.ndarray:
     """[R] each row's first seed; one that was not given comes from the row's id, so that it stays when rows move."""
     seeds = table["seed"].fill_null(0).to_numpy().copy()
     missing = good[table["seed"].is_null().to_numpy()[good]]
-    for start in range(0, len(missing), BLOCK):
-        rows = missing[start: start + BLOCK]
+    for start in range(0, len(missing), ROWS_AT_A_TIME):
+        rows = missing[start: start + ROWS_AT_A_TIME]
         seeds[rows] = [int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % 2**31
                        for name in table["id"].take(rows).to_pylist()]
     return seeds
 
 
-def _roundings(rows: Rows, good: np.ndarray, card: ModelCard) -> list[tuple[str, int]]:
+def _roundings(rows: ResolvedRows, good: np.ndarray, card: ModelCard) -> list[tuple[str, int]]:
     """What is not quite as asked, in how many good rows; the most frequent first."""
     counts = np.bincount(rows.note[good], minlength=len(rows.notes))
     found = [(note, int(count)) for note, count in zip(rows.notes, counts) if note and count]
@@ -360,25 +360,25 @@ def _roundings(rows: Rows, good: np.ndarray, card: ModelCard) -> list[tuple[str,
     return sorted(found, key=lambda noted: -noted[1])
 
 
-def clip_id_of(**said: Scalar) -> str:
+def clip_id_for(**said: Scalar) -> str:
     """SHA-256 of the canonical JSON (keys sorted, no blanks, ASCII) of all that decides a clip's pixels.
 
     said: of Request.identity, by the names of HASHED_AS: attention, frames, guidance, height, model, negative_prompt,
-    num_steps, precision, prompt, seed, weights_fingerprint, width; and, where they are not at their neutral values, what
-    came later: `image`, the SHA-256 of the file that the clip begins with, decode_precision, variant, settings.
+    num_steps, precision, prompt, seed, weights_fingerprint, width; and, where they are not at their neutral values,
+    what came later: `image`, the SHA-256 of the file that the clip begins with, decode_precision, variant, settings.
     """
     return hashlib.sha256(json.dumps(said, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def hashed(request: Request) -> dict[str, Scalar]:
-    """What decides a request's clip, as clip_id_of takes it."""
+    """What decides a request's clip, as clip_id_for takes it."""
     return {HASHED_AS.get(name, name): value for name, value in request.identity().items()}
 
 
 def with_another_seed(request: Request) -> Request:
     """The clip to make when this one was rejected: the same but for its seed, which follows from this clip alone."""
     other = replace(request, seed=int(request.clip_id[:8], 16) % 2**31)
-    return replace(other, clip_id=clip_id_of(**hashed(other)))
+    return replace(other, clip_id=clip_id_for(**hashed(other)))
 
 
 def _json_around(said: dict[str, Scalar]) -> tuple[str, str, str]:
@@ -390,7 +390,7 @@ def _json_around(said: dict[str, Scalar]) -> tuple[str, str, str]:
     return f'{head}"prompt":', f'{middle}"seed":', tail
 
 
-def _digests(rows: Rows, source: np.ndarray, seeds: np.ndarray, shared: dict[str, Any]) -> pa.Array:
+def _digests(rows: ResolvedRows, source: np.ndarray, seeds: np.ndarray, shared: dict[str, Any]) -> pa.Array:
     """The clip id of every planned row, 32 bytes each."""
     combination = folded(rows.bucket, rows.negative, rows.image)
     any_row = np.unique(combination, return_index=True)[1]
@@ -399,11 +399,12 @@ def _digests(rows: Rows, source: np.ndarray, seeds: np.ndarray, shared: dict[str
     def around(number: int) -> tuple[str, str, str]:
         row = int(any_row[number])
         negative = rows.negatives[int(rows.negative[row])].as_py()
-        return _json_around(hashed(rows.request(row, clip_id="", prompt="", negative_prompt=negative, seed=0, **shared)))
+        request = rows.request(row, clip_id="", prompt="", negative_prompt=negative, seed=0, **shared)
+        return _json_around(hashed(request))
 
     digests = bytearray()
-    for start in range(0, len(source), BLOCK):
-        at, block_seeds = source[start: start + BLOCK], seeds[start: start + BLOCK].tolist()
+    for start in range(0, len(source), ROWS_AT_A_TIME):
+        at, block_seeds = source[start: start + ROWS_AT_A_TIME], seeds[start: start + ROWS_AT_A_TIME].tolist()
         for number, prompt, seed in zip(combination[at].tolist(), rows.prompts_of(at), block_seeds):
             head, middle, tail = around(number)
             digests += hashlib.sha256(f"{head}{quoted(prompt)}{middle}{seed}{tail}".encode()).digest()

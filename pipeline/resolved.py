@@ -1,5 +1,5 @@
-"""What each row of a manifest asks for, in columns, every default resolved: the row decides, then the command line, then
-the model card. What this model cannot make joins the manifest's validation errors.
+"""What each row of a manifest asks for, in columns, every default resolved: the row decides, then the command line,
+then the model card. What this model cannot make joins the manifest's validation errors.
 """
 
 import math
@@ -19,7 +19,7 @@ from dailies.model.settings import COURSE, DEFAULTED, FURTHER, LENGTHS, Scalar, 
 from dailies.model.shapes import VideoShape
 from dailies.pipeline.manifest.images import ALLOWED_IMAGE, FoundImage, find_images, folder_of
 from dailies.pipeline.manifest.manifest import Manifest, rows_without
-from dailies.pipeline.manifest.validation import Complaints, shown
+from dailies.pipeline.manifest.validation import ValidationErrors, shown
 
 
 class Defaults(Mapping[str, Scalar | None]):
@@ -60,7 +60,7 @@ class Defaults(Mapping[str, Scalar | None]):
 
 
 def default(setting: Setting, value: Scalar | None) -> Scalar | None:
-    """The value in its setting's type.  Raises ValueError for one that no row could have; how much is the card's say."""
+    """The value in its setting's type.  Raises ValueError for one that no row could have; the card says how much."""
     if value is None:
         return None
     is_one = isinstance(value, (int, float) if setting.type is float else setting.type) and (
@@ -75,7 +75,7 @@ def default(setting: Setting, value: Scalar | None) -> Scalar | None:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Rows:
+class ResolvedRows:
     """What each manifest row asks for, in columns [R]; meaningless for a bad row."""
 
     height: np.ndarray
@@ -93,22 +93,24 @@ class Rows:
     images: list[FoundImage]        # distinct by content
 
     @classmethod
-    def resolve(cls, manifest: Manifest, card: ModelCard, defaults: Defaults, complaints: Complaints,
-                allow_images: Sequence[str]) -> "Rows":
-        """Put in the defaults, and add to `complaints` what this model cannot do."""
+    def resolve(cls, manifest: Manifest, card: ModelCard, defaults: Defaults, errors: ValidationErrors,
+                allow_images: Sequence[str]) -> "ResolvedRows":
+        """Put in the defaults, and add to `errors` what this model cannot do."""
         table = manifest.table
         resolutions = table["resolution"].fill_null(defaults["resolution"])
-        sizes, size = asked_of_card(resolutions, "resolution", card.size_for, complaints)
-        images, image = images_of(manifest, card, complaints, allow_images)
+        sizes, size = asked_of_card(resolutions, "resolution", card.size_for, errors)
+        images, image = images_asked_for(manifest, card, errors, allow_images)
         if images:
-            sizes, size = sizes_for_images(resolutions, images, image, card, complaints)
+            sizes, size = sizes_for_images(resolutions, images, image, card, errors)
         height, width = np.array([found or (0, 0) for found in sizes])[size].T
 
         lengths: list[tuple[int, str | None]] = [card.frames_for(*(defaults[name] for name in LENGTHS))]
         length = np.zeros(table.num_rows, np.int64)                    # 0: neither given
         for name in LENGTHS:
-            found, at = asked_of_card(table[name], name, lambda value, name=name: card.frames_for(**{name: value}),
-                                      complaints)
+            def frames_of(value: Any, name: str = name) -> tuple[int, str | None]:
+                return card.frames_for(**{name: value})
+
+            found, at = asked_of_card(table[name], name, frames_of, errors)
             length = np.where(at >= 0, at + len(lengths), length)
             lengths += [answer or (0, None) for answer in found]
         notes = list(dict.fromkeys(["", *(note for _, note in lengths if note)]))
@@ -116,7 +118,7 @@ class Rows:
 
         course = {}
         for setting in COURSE:
-            asked_of_card(table[setting.name], setting.name, partial(setting.check, card=card), complaints)
+            asked_of_card(table[setting.name], setting.name, partial(setting.check, card=card), errors)
             if (own := defaults[setting.name]) is not None:            # None: this model has no such setting
                 values = table[setting.name].fill_null(own)
                 values, which = encoded(pc.add(values, 0.0) if setting.type is float else values)   # 0.0 of -0.0
@@ -176,7 +178,7 @@ def encoded(values: pa.ChunkedArray) -> tuple[pa.Array, np.ndarray]:
 
 
 def asked_of_card(values: pa.ChunkedArray, column: str, ask: Callable[[Any], Any],
-                  complaints: Complaints) -> tuple[list, np.ndarray]:
+                  errors: ValidationErrors) -> tuple[list, np.ndarray]:
     """ask(value) of each distinct value, None where it was refused with ValueError, and which of them each row has."""
     distinct, code = encoded(values)
     answers, refused = [], {}
@@ -186,34 +188,36 @@ def asked_of_card(values: pa.ChunkedArray, column: str, ask: Callable[[Any], Any
         except ValueError as error:
             refused[len(answers)] = shown(value), rule_of(error, column)
             answers.append(None)
-    complain(refused, code, column, complaints)
+    report_refused(refused, code, column, errors)
     return answers, code
 
 
 def rule_of(error: ValueError, column: str) -> str:
-    """What is allowed, of a refusal; what came is said by the complaint."""
+    """What is allowed, of a refusal; what came is said by the error."""
     return str(error).partition("; got ")[0].removeprefix(f"{column} must be ")
 
 
-def complain(refused: Mapping[int, tuple[str, str]], code: np.ndarray, column: str, complaints: Complaints) -> None:
+def report_refused(refused: Mapping[int, tuple[str, str]], code: np.ndarray, column: str,
+                   errors: ValidationErrors) -> None:
     """Of every row whose code is in `refused`: what was given, what is allowed."""
     by_rule: dict[str, list[int]] = {}
     for row in np.flatnonzero(np.isin(code, list(refused))).tolist() if refused else ():
         by_rule.setdefault(refused[int(code[row])][1], []).append(row)
     for rule, rows in by_rule.items():
-        complaints.add(rows, column, [refused[int(code[row])][0] for row in rows], rule)
+        errors.add(rows, column, [refused[int(code[row])][0] for row in rows], rule)
 
 
-def images_of(manifest: Manifest, card: ModelCard, complaints: Complaints,
+def images_asked_for(manifest: Manifest, card: ModelCard, errors: ValidationErrors,
               allowed: Sequence[str]) -> tuple[list[FoundImage], np.ndarray]:
     """The images, distinct by content, and which of them each row has, -1 for none or one that was refused."""
     names, name = encoded(manifest.table["image"])
     if not card.takes_image:
         rule = f"nothing: {card.name} makes video from text alone"
-        complain({code: (shown(given), rule) for code, given in enumerate(names.to_pylist())}, name, "image", complaints)
+        refused = {code: (shown(given), rule) for code, given in enumerate(names.to_pylist())}
+        report_refused(refused, name, "image", errors)
         return [], np.full(len(name), -1)
-    rows = rows_without(manifest.table["image"], "image", complaints)
-    complaints.add(rows, "image", ["nothing"] * len(rows), f"{ALLOWED_IMAGE}: {card.name} makes video from an image")
+    rows = rows_without(manifest.table["image"], "image", errors)
+    errors.add(rows, "image", ["nothing"] * len(rows), f"{ALLOWED_IMAGE}: {card.name} makes video from an image")
 
     folders = [folder_of(file) for file, _ in manifest.files]
     number_of = {folder: number for number, folder in enumerate(folders)}
@@ -226,13 +230,13 @@ def images_of(manifest: Manifest, card: ModelCard, complaints: Complaints,
     found = find_images([(folders[file[row]], said) for row, said in zip(rows, given, strict=True)], allowed)
 
     images: dict[str, FoundImage] = {}
-    refused: dict[int, tuple[str, str]] = {}
+    refused = {}
     for code, said, image in zip(places.tolist(), given, found, strict=True):
         if isinstance(image, FoundImage):
             images.setdefault(image.sha256, image)
         else:
             refused[code] = f"{shown(said)}: {image}", ALLOWED_IMAGE
-    complain(refused, place, "image", complaints)
+    report_refused(refused, place, "image", errors)
     number_of = {sha256: number for number, sha256 in enumerate(images)}
     number = np.full(len(name) + 1, -1)                # of each place; the last is for none
     number[places] = [number_of[image.sha256] if isinstance(image, FoundImage) else -1 for image in found]
@@ -240,8 +244,8 @@ def images_of(manifest: Manifest, card: ModelCard, complaints: Complaints,
 
 
 def sizes_for_images(resolutions: pa.ChunkedArray, images: list[FoundImage], image: np.ndarray, card: ModelCard,
-                     complaints: Complaints) -> tuple[list[tuple[int, int] | None], np.ndarray]:
-    """Sizes (height, width), None for a bad row, and which each row has. What a clip cannot be is complained of."""
+                     errors: ValidationErrors) -> tuple[list[tuple[int, int] | None], np.ndarray]:
+    """Sizes (height, width), None for a bad row, and which each row has. What a clip cannot be is reported."""
     names, name = encoded(resolutions)
     pair = folded(name, image)
     sizes: list[tuple[int, int] | None] = []
@@ -257,7 +261,7 @@ def sizes_for_images(resolutions: pa.ChunkedArray, images: list[FoundImage], ima
                 sizes[-1] = card.size_for_image(resolution, size.height, size.width)
             except ValueError as error:
                 refused[code] = f"{size.width}x{size.height} pixels", rule_of(error, "image")
-    complain(refused, pair, "image", complaints)
+    report_refused(refused, pair, "image", errors)
     return sizes, pair
 
 

@@ -58,7 +58,7 @@ def only_header(height: int, width: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
-# what is the matter, as the complaint says it, and the file
+# what is the matter, as the error says it, and the file
 BROKEN = {
     "one-pixel.png": ("1x1 pixels", encoded(Image.new("RGB", (1, 1)))),
     "bomb.png": ("30,000x30,000 pixels", only_header(30_000, 30_000)),

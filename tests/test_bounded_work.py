@@ -83,7 +83,7 @@ def test_names_that_are_no_text_are_found_row_by_row(tmp_path):
     rows = [json.dumps({"prompt": "a", f"k\udc80{at % 40}": 1}) for at in range(20_000)]
     with within(SOON_S):
         manifest = Manifest.read(written(tmp_path / "m.jsonl", "\n".join(rows)))
-    assert len(manifest.complaints) == 20_000 and not manifest.user.num_columns
+    assert len(manifest.errors) == 20_000 and not manifest.user.num_columns
 
 
 SWALLOWING = {                                          # each row takes all lines after it, and is no row
@@ -98,7 +98,7 @@ def test_rows_that_each_swallow_the_rest_of_a_csv_are_read_a_bounded_number_of_t
     header, line = SWALLOWING[what]
     with within(SOON_S):
         manifest = Manifest.read(written(tmp_path / "m.csv", header + line * 20_000 + header.replace("prompt", "fox")))
-    assert len(manifest.complaints) > 9_000
+    assert len(manifest.errors) > 9_000
 
 
 def test_lines_are_handed_back_a_bounded_number_of_times(tmp_path, monkeypatch):

@@ -188,7 +188,7 @@ def test_a_small_file_that_unfolds_to_more_than_a_manifest_may_be_is_refused_uno
 
 @pytest.mark.parametrize("column", [["0" * 2 * 10**7], [np.zeros(10**7, np.int8)]], ids=["text", "a list of numbers"])
 def test_a_page_of_nothing_but_zeros_is_refused_unopened(column, tmp_path, monkeypatch):
-    monkeypatch.setattr(manifest, "MAX_BYTES", 10**7)
+    monkeypatch.setattr(manifest, "MAX_MANIFEST_BYTES", 10**7)
     pq.write_table(pa.table({"prompt": ["a fox"], "note": column}), tmp_path / "night.parquet", compression="zstd")
     assert (tmp_path / "night.parquet").stat().st_size < 50_000
     code, said = answer("plan", tmp_path / "night.parquet", "--out", tmp_path / "out", "--model", "tiny")
@@ -203,13 +203,13 @@ def test_texts_that_share_a_beginning_are_read_a_few_at_a_time(encoding, tmp_pat
     assert manifest.Manifest.read(str(tmp_path)).user["user.note"].to_pylist() == notes
     monkeypatch.setattr(manifest_parquet, "BATCH_BYTES", 10**6)
     assert manifest.Manifest.read(str(tmp_path)).user["user.note"].to_pylist() == notes
-    monkeypatch.setattr(manifest, "MAX_BYTES", 10**7)
+    monkeypatch.setattr(manifest, "MAX_MANIFEST_BYTES", 10**7)
     code, said = answer("plan", tmp_path, "--out", tmp_path / "out", "--model", "tiny")
     assert code == 2 and "unfolded, where 10,000,000 are left" in said
 
 
 def test_the_limit_is_for_all_files_and_formats_together(tmp_path, monkeypatch):
-    monkeypatch.setattr(manifest, "MAX_BYTES", 10**6)
+    monkeypatch.setattr(manifest, "MAX_MANIFEST_BYTES", 10**6)
     (tmp_path / "a.csv").write_text("prompt,note\n" + f"a fox,{'x' * 2000}\n" * 300)
     assert manifest.Manifest.read(str(tmp_path)).table.num_rows == 300
     (tmp_path / "b.jsonl").write_text((json.dumps({"prompt": "a fox", "note": "x" * 2000}) + "\n") * 300)

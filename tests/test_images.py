@@ -16,7 +16,7 @@ from PIL import Image
 from dailies.actors import image_file
 from dailies.actors.image_file import ImageSize, decode_image, examine
 from dailies.actors.image_parts import ImageError
-from dailies.pipeline.manifest.images import FoundImage, find_image, find_images, folder_of, locate, read_image
+from dailies.pipeline.manifest.images import FoundImage, find_image, find_images, folder_of, locate_image, read_image
 from dailies.pipeline.manifest.manifest import Manifest
 
 
@@ -187,11 +187,11 @@ def test_a_pipe_is_not_waited_for(tmp_path):
 
 
 def test_a_relative_path_in_a_manifest_of_a_bucket_stays_under_its_prefix():
-    assert locate("s3://b/nights/1", "images/a.png") == "s3://b/nights/1/images/a.png"
-    assert locate("s3://b", "a.png") == "s3://b/a.png"
+    assert locate_image("s3://b/nights/1", "images/a.png") == "s3://b/nights/1/images/a.png"
+    assert locate_image("s3://b", "a.png") == "s3://b/a.png"
     for name in ("../a.png", "images/../../a.png", "/a.png", "./a.png", "images//a.png"):
         with pytest.raises(ImageError, match="outside the manifest's folder"):
-            locate("s3://b/nights/1", name)
+            locate_image("s3://b/nights/1", name)
 
 
 def test_images_in_a_bucket_are_read_and_each_trouble_is_its_rows(s3_bucket):
@@ -267,7 +267,7 @@ def raised(*calls):
                                           ("s3://night/m", "ü" * 520)])
 def test_a_key_that_no_store_takes_is_its_rows_trouble(folder, name):
     with pytest.raises(ImageError, match="a key of 1,0[0-9]{2} bytes; S3 allows 1,024"):
-        locate(folder, name)
+        locate_image(folder, name)
 
 
 def test_hidden_files_are_no_images_and_neither_is_what_a_link_hides(tmp_path):
@@ -287,9 +287,9 @@ def test_hidden_files_are_no_images_and_neither_is_what_a_link_hides(tmp_path):
     assert isinstance(find_image(str(hidden), f"{hidden}/a.png"), FoundImage)
     for name in (".env", "a/.b/c.png"):
         with pytest.raises(ImageError, match="hidden"):
-            locate("s3://b/night", name)
+            locate_image("s3://b/night", name)
         with pytest.raises(ImageError, match="hidden"):
-            locate("s3://bbb/night", f"s3://bbb/{name}")
+            locate_image("s3://bbb/night", f"s3://bbb/{name}")
 
 
 def test_images_of_a_bucket_are_read_for_its_own_manifests_and_where_it_was_allowed():
@@ -299,23 +299,23 @@ def test_images_of_a_bucket_are_read_for_its_own_manifests_and_where_it_was_allo
                                   ("/disk", "s3://ccc/in/a.png", ["S3://ccc/in/"]),
                                   ("/disk", "s3://ccc/a.png", ["s3://xxx", "s3://ccc"]),
                                   ("s3://bbb/night", "s3://ccc/in/deep/a.png", ["s3://ccc/in"])]:
-        assert locate(folder, name, allowed).startswith("s3://")
+        assert locate_image(folder, name, allowed).startswith("s3://")
     for folder, name, allowed in [("s3://bbb/night", "s3://ccc/a.png", []), ("s3://bbb/night", "s3://bbbb/a.png", []),
                                   ("/disk", "s3://ccc/a.png", []), ("/disk", "s3://ccc/inner/a.png", ["s3://ccc/in"]),
                                   ("/disk", "s3://ccc/in/../a.png", ["s3://ccc/in"]),
                                   ("s3://bbb/night", "s3://b.c/a.png", ["s3://ccc"])]:
         with pytest.raises(ImageError, match="--allow-images s3://BUCKET/PREFIX has to allow it"):
-            locate(folder, name, allowed)
+            locate_image(folder, name, allowed)
 
 
 def test_a_key_leads_to_no_other_bucket_and_to_nothing_hidden_below_an_allowed_prefix():
     """A server that tidies paths reads /bbb/../ccc/a.png as another bucket, with the driver's credentials."""
     for name in ("s3://bbb/../ccc/a.png", "s3://bbb/in/./a.png", "s3://bbb/in/.."):
         with pytest.raises(ImageError, match="a key with . or .. in it"):
-            locate("s3://bbb/night", name)
+            locate_image("s3://bbb/night", name)
     with pytest.raises(ImageError, match="a hidden file"):
-        locate("/disk", "s3://ccc/in/.aws/a.png", ["s3://ccc/in"])
-    assert locate("/disk", "s3://ccc/.in/a.png", ["s3://ccc/.in"]) == "s3://ccc/.in/a.png"
+        locate_image("/disk", "s3://ccc/in/.aws/a.png", ["s3://ccc/in"])
+    assert locate_image("/disk", "s3://ccc/.in/a.png", ["s3://ccc/.in"]) == "s3://ccc/.in/a.png"
 
 
 def test_a_link_that_is_put_in_the_way_after_the_check_is_not_followed(tmp_path, monkeypatch):
@@ -323,7 +323,7 @@ def test_a_link_that_is_put_in_the_way_after_the_check_is_not_followed(tmp_path,
     (tmp_path / "night/deep").mkdir(parents=True)
     (tmp_path / "night/deep/a.png").write_bytes(png())
     (tmp_path / "a.png").write_bytes(png())
-    checked = locate(str(tmp_path / "night"), "deep/a.png")
+    checked = locate_image(str(tmp_path / "night"), "deep/a.png")
     for place, target in (("deep/a.png", tmp_path / "a.png"), ("deep", tmp_path)):
         path = tmp_path / "night" / place
         path.unlink() if path.is_file() else path.rmdir()

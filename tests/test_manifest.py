@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dailies.model.settings import MAX_PROMPT_BYTES
-from dailies.pipeline.manifest.cells import COLUMNS
+from dailies.pipeline.manifest.cells import COLUMN_TYPES
 from dailies.pipeline.manifest.manifest import Manifest
 from dailies.pipeline.manifest.text import ROWS_PER_BLOCK
 from dailies.pipeline.manifest.validation import ManifestError, shown
@@ -37,8 +37,8 @@ def refused(uri: str) -> str:
     return str(caught.value)
 
 
-def complaints(uri: str) -> list[tuple]:
-    return [(complaint.row, complaint.column, complaint.given) for complaint in Manifest.read(uri).complaints]
+def errors(uri: str) -> list[tuple]:
+    return [(error.row, error.column, error.given) for error in Manifest.read(uri).errors]
 
 
 def cells(manifest: Manifest, name: str) -> list:
@@ -150,30 +150,30 @@ def test_the_encoding_is_read_where_a_mark_says_it_and_named_where_none_does(tmp
     (dict(prompt=["a"], duration_s=[2.0], frames=[49]), (0, "duration_s", "2 s and 49 frames")),
 ])
 def test_a_bad_cell_is_named_and_shown(tmp_path, columns, expected):
-    assert complaints(parquet(tmp_path / "m.parquet", **columns)) == [expected]
+    assert errors(parquet(tmp_path / "m.parquet", **columns)) == [expected]
 
 
 def test_text_in_parquet_that_is_not_utf8_costs_its_row(tmp_path):
     prompts = pa.array([b"fine", b"caf\xe9"]).view(pa.string())
-    assert complaints(parquet(tmp_path / "m.parquet", prompt=prompts)) == [(1, "prompt", r"b'caf\xe9'")]
+    assert errors(parquet(tmp_path / "m.parquet", prompt=prompts)) == [(1, "prompt", r"b'caf\xe9'")]
 
 
 def test_broken_lines_cost_their_rows_and_are_named_by_number(tmp_path):
     lines = ['{"prompt": "a"}', "", '{"prompt": ', "[1]", '{"prompt": true}', '{"prompt": "b", "steps": true}',
              "[" * 100_000]
-    found = complaints(text(tmp_path / "m.jsonl", "\n".join(lines)))
+    found = errors(text(tmp_path / "m.jsonl", "\n".join(lines)))
     assert [(row, column) for row, column, _ in found] == [(1, None), (2, None), (3, "prompt"), (4, "steps"), (5, None)]
     assert [given.split(":")[0] for row, column, given in found if column is None] == ["line 3", "line 4", "line 7"]
 
     lines = ["prompt,steps", '"a, b",3', "", "one", '"two\nlines",4', "x,1,2", 'ok,5', '"never closed,6']
-    found = complaints(text(tmp_path / "m.csv", "\n".join(lines)))
+    found = errors(text(tmp_path / "m.csv", "\n".join(lines)))
     assert [(row, column) for row, column, _ in found] == [(1, None), (3, None), (5, None)]
     assert [given.split()[1] for _, _, given in found] == ["4", "7", "9"]
 
 
 def test_csv_that_is_not_utf8_costs_the_rows_it_is_in(tmp_path):
     path = text(tmp_path / "m.csv", "prompt,note\na,b\ncafé,b\na,café\n".encode("latin-1"))
-    assert complaints(path) == [(1, "prompt", r"'caf\udce9'"), (2, "note", r"'caf\udce9'")]
+    assert errors(path) == [(1, "prompt", r"'caf\udce9'"), (2, "note", r"'caf\udce9'")]
 
 
 def test_numbers_in_csv_are_numbers_or_complained_of(tmp_path):
@@ -183,32 +183,32 @@ def test_numbers_in_csv_are_numbers_or_complained_of(tmp_path):
     assert cells(manifest, "steps") == [20, 20, None]
     assert cells(manifest, "guidance") == [10.0, 0.5, None]
     assert cells(manifest, "seed") == [2**63 - 1, None, None]
-    assert [complaint.given for complaint in manifest.complaints] == ["'1_0'", "'x'", "'0x'"]
+    assert [error.given for error in manifest.errors] == ["'1_0'", "'x'", "'0x'"]
 
 
 def test_more_than_twenty_complaints_are_summarised(tmp_path):
     uri = parquet(tmp_path / "m.parquet", prompt=["a"] * 50_000, steps=[0] * 50_000, seed=[-1] * 25_000 + [1] * 25_000)
-    error = ManifestError(uri, Manifest.read(uri).complaints)
+    error = ManifestError(uri, Manifest.read(uri).errors)
     lines = str(error).splitlines()
     assert "75,000 complaints" in lines[0]
     assert len(lines) == 1 + 20 + 1 + 2 + 1
     assert "74,980 more" in lines[21]
     assert "49,990 x steps: a whole number from 1 to 1000" in lines[22]
-    said = json.loads(json.dumps(error.complaints.as_json()))
+    said = json.loads(json.dumps(error.errors.as_json()))
     assert said["count"] == 75_000 and len(said["first"]) == 20
 
 
 def test_complaints_about_several_files_name_the_file_and_its_row(tmp_path):
     parquet(tmp_path / "a.parquet", prompt=["a", "b"])
     parquet(tmp_path / "b.parquet", prompt=["a", None])
-    [complaint] = Manifest.read(str(tmp_path)).complaints
-    assert str(complaint).startswith(f"row 3 ({tmp_path / 'b.parquet'}, row 1), prompt: got nothing")
+    [error] = Manifest.read(str(tmp_path)).errors
+    assert str(error).startswith(f"row 3 ({tmp_path / 'b.parquet'}, row 1), prompt: got nothing")
 
 
 def test_rows_set_aside_have_ids_of_their_own(tmp_path):
     ids = ["x", "x", "../x", "row 1"]
     manifest = Manifest.read(parquet(tmp_path / "m.parquet", prompt=["a", "b", "c", None], id=ids))
-    rows = list(manifest.invalid_rows(manifest.complaints))
+    rows = list(manifest.invalid_rows(manifest.errors))
     assert [(row.row, row.id, row.prompt) for row in rows] == \
         [(1, "invalid row 1", "b"), (2, "invalid row 2", "c"), (3, "row 1", None)]
     assert rows[0].error == "id: got 'x', the id of row 0; allowed: an id that no other row has"
@@ -226,7 +226,7 @@ def test_every_text_type_of_parquet_is_a_prompt(tmp_path):
     kinds += [pa.array(values).dictionary_encode(), pa.array([value.encode() for value in values])]
     for number, prompts in enumerate(kinds):
         manifest = Manifest.read(parquet(tmp_path / f"{number}.parquet", prompt=prompts))
-        assert cells(manifest, "prompt") == values and not len(manifest.complaints)
+        assert cells(manifest, "prompt") == values and not len(manifest.errors)
 
 
 @pytest.mark.parametrize("kind", [pa.int8(), pa.uint8(), pa.int16(), pa.int32(), pa.uint32(), pa.int64(), pa.uint64(),
@@ -235,7 +235,7 @@ def test_every_number_type_of_parquet_is_read(tmp_path, kind):
     manifest = Manifest.read(parquet(tmp_path / "m.parquet", prompt=["a", "b"], steps=pa.array([20, None]).cast(kind),
                                      guidance=pa.array([7, None]).cast(kind)))
     assert cells(manifest, "steps") == [20, None] and cells(manifest, "guidance") == [7.0, None]
-    assert manifest.table.schema.types == list(COLUMNS.values())
+    assert manifest.table.schema.types == list(COLUMN_TYPES.values())
 
 
 def test_ids_default_to_the_position_and_may_be_numbers(tmp_path):
@@ -247,12 +247,12 @@ def test_ids_default_to_the_position_and_may_be_numbers(tmp_path):
 
 def test_ids_may_have_slashes_spaces_and_any_script(tmp_path):
     ids = ["scene 1/shot 2", "夜/カット.1", "a..b", "...", "👩‍🚀"]
-    assert not len(Manifest.read(parquet(tmp_path / "m.parquet", prompt=["a"] * 5, id=ids)).complaints)
+    assert not len(Manifest.read(parquet(tmp_path / "m.parquet", prompt=["a"] * 5, id=ids)).errors)
 
 
 def test_the_prompt_limit_counts_bytes(tmp_path):
     uri = parquet(tmp_path / "m.parquet", prompt=["é" * (MAX_PROMPT_BYTES // 2), "é" * (MAX_PROMPT_BYTES // 2) + "e"])
-    assert [complaint.row for complaint in Manifest.read(uri).complaints] == [1]
+    assert [error.row for error in Manifest.read(uri).errors] == [1]
 
 
 def test_user_columns_keep_their_types(tmp_path):
@@ -354,8 +354,8 @@ def test_a_bucket_is_read_like_a_folder(s3_bucket):
     assert cells(Manifest.read(f"{s3_bucket}/**/*.csv"), "prompt") == [
         "night/a.csv", "night/b.csv", "night/style=a b/e.csv", "night/sub/c.csv"]
     assert "no such file" in refused(f"{s3_bucket}/night/nope.parquet")
-    [complaint] = Manifest.read(f"{s3_bucket}/night/a.csv").complaints
-    assert complaint.given == "'x'"
+    [error] = Manifest.read(f"{s3_bucket}/night/a.csv").errors
+    assert error.given == "'x'"
 
 
 FILLERS = "\u115f\u1160\u2800\u3164\uffa0\ufffc\U0001d159"           # letters and symbols that show nothing

@@ -21,7 +21,7 @@ import pytest
 from dailies.pipeline.manifest import cells as manifest_cells
 from dailies.pipeline.manifest import raw_bytes as manifest_bytes
 from dailies.pipeline.manifest import text as manifest_text
-from dailies.pipeline.manifest.columns import NAMES, nearly
+from dailies.pipeline.manifest.columns import COLUMN_NAMES, nearly
 from dailies.pipeline.manifest.manifest import Manifest
 from dailies.pipeline.manifest.validation import ManifestError
 
@@ -92,7 +92,7 @@ def test_public_prompt_sets_are_read_as_they_come(name, tmp_path):
         assert f"--map {column}=prompt" in said and said.count("--map") == 2
     manifest = Manifest.read(path, mapping={column: "prompt"} if column else {})
     found = manifest.table["prompt"].to_pylist()
-    assert found[0] == QUOTED and len(found) >= 2 and not len(manifest.complaints)
+    assert found[0] == QUOTED and len(found) >= 2 and not len(manifest.errors)
     assert None not in manifest.table["id"].to_pylist()
     if name == "EvalCrafter":
         assert manifest.table["id"].to_pylist() == ["0000", "0001"]
@@ -103,7 +103,7 @@ def test_public_prompt_sets_are_read_as_they_come(name, tmp_path):
 # Columns that are nearly ours.
 
 def test_the_names_are_those_of_the_cells():
-    assert tuple(manifest_cells.COLUMNS) == NAMES and not any(map(nearly, NAMES))
+    assert tuple(manifest_cells.COLUMN_TYPES) == COLUMN_NAMES and not any(map(nearly, COLUMN_NAMES))
 
 
 @pytest.mark.parametrize("name, ours", [
@@ -224,7 +224,7 @@ def test_a_folders_column_may_be_ours_and_a_files_own_counts(tmp_path):
     assert "--map Seed=seed" in refused(str(tmp_path))
     manifest = Manifest.read(str(tmp_path), mapping={"Seed": "seed"})
     assert manifest.table["frames"].to_pylist() == [5, None, None] and manifest.table["seed"].to_pylist() == [7, 7, 7]
-    assert [(each.row, each.column) for each in manifest.complaints] == [(2, "frames")]
+    assert [(each.row, each.column) for each in manifest.errors] == [(2, "frames")]
     assert "of its own, which counts" in manifest.notes[0]
 
 
@@ -233,7 +233,7 @@ def test_a_folders_column_may_be_ours_and_a_files_own_counts(tmp_path):
 def test_a_quote_that_nothing_closes_costs_its_line_alone(tmp_path):
     def rows(content: str, name: str = "m.csv"):
         manifest = Manifest.read(written(tmp_path / name, content))
-        bad = [(each.row, each.given.split(" (")[0]) for each in manifest.complaints]
+        bad = [(each.row, each.given.split(" (")[0]) for each in manifest.errors]
         return manifest.table.num_rows, bad, manifest.notes
 
     good = "".join(f"a prompt {n},{n}\n" for n in range(3, 30))
@@ -278,7 +278,7 @@ def test_json_without_rows_is_refused_with_what_is_allowed(content, message, tmp
 
 def test_an_item_that_is_no_row_costs_one(tmp_path):
     manifest = Manifest.read(written(tmp_path / "m.json", ["a", 3, None, "b"]))
-    assert [each.row for each in manifest.complaints] == [1, 2] and manifest.table.num_rows == 4
+    assert [each.row for each in manifest.errors] == [1, 2] and manifest.table.num_rows == 4
 
 
 def test_blank_lines_of_text_are_counted_and_a_header_is_not_a_prompt(tmp_path):
@@ -293,7 +293,7 @@ def test_blank_lines_of_text_are_counted_and_a_header_is_not_a_prompt(tmp_path):
                                        "\u0301", "\ue000", "\U000e0041", "\u034f\ufe0f", "\u180e\u115f", "\x1b\x07"])
 def test_a_prompt_of_which_nothing_is_seen_is_blank(invisible, tmp_path):
     manifest = Manifest.read(written(tmp_path / "m.jsonl", json.dumps({"prompt": invisible}) + '\n{"prompt": "é👩‍🚀"}'))
-    assert [(each.row, each.column) for each in manifest.complaints] == [(0, "prompt")]
+    assert [(each.row, each.column) for each in manifest.errors] == [(0, "prompt")]
 
 
 # Compressed, and traps.
@@ -382,16 +382,16 @@ def test_what_can_be_read_but_not_be_written_again_costs_its_row(tmp_path):
              for depth in (1, 300, 700, 900, 990)]
     manifest = Manifest.read(written(tmp_path / "m.jsonl", "\n".join(lines)))
     assert manifest.table.num_rows == 5
-    assert {each.row for each in manifest.complaints} <= {2, 3, 4}
+    assert {each.row for each in manifest.errors} <= {2, 3, 4}
 
 
 def test_a_name_that_is_there_twice_or_is_no_text_costs_its_row(tmp_path):
     lines = ['{"prompt": "a", "prompt": "b"}', '{"prompt": "c", "x": {"prompt": 1, "y": [{"y": 2}]}}',
              '{"\\ud800": 1, "prompt": "d"}', '{"prompt": "\\": ", "n": 1}', '{"x": 1, "x": 2, "prompt": "e"}', "[1]"]
     manifest = Manifest.read(written(tmp_path / "m.jsonl", "\n".join(lines)))
-    assert [each.row for each in manifest.complaints] == [0, 2, 4, 5]
+    assert [each.row for each in manifest.errors] == [0, 2, 4, 5]
     assert [each for each in manifest.table["prompt"].to_pylist() if each] == ["c", '": ']
-    assert "'prompt' is there twice" in manifest.complaints.first()[0].given
+    assert "'prompt' is there twice" in manifest.errors.first()[0].given
 
 
 def test_a_header_of_many_names_is_refused(tmp_path):

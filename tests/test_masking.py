@@ -5,8 +5,8 @@ import json
 import pytest
 from limits import within
 
-from dailies.jobs.cli import fail
-from dailies.pipeline.run import ledger
+from dailies.jobs.cli import report_failure
+from dailies.pipeline.run import ledger_row
 from dailies.pipeline.run.masking import REMOVED, without_secrets
 
 VALUE = "hunter2Hunter2"
@@ -67,8 +67,8 @@ def test_a_long_text_is_masked_at_once(piece):
 
 
 def test_messages_and_the_errors_of_rows_are_masked(capsys):
-    assert fail(5, "no access with Bearer hunter2", ["status"]) == 5
-    assert ledger.said("no access: password=hunter2") == "no access: password=[removed]"
+    assert report_failure(5, "no access with Bearer hunter2", ["status"]) == 5
+    assert ledger_row.stored_error("no access: password=hunter2") == "no access: password=[removed]"
     assert "hunter2" not in capsys.readouterr().err
 
 

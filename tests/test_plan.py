@@ -25,7 +25,7 @@ from dailies.model.catalog import CATALOG
 from dailies.pipeline.manifest.images import ALLOWED_IMAGE
 from dailies.pipeline.manifest.manifest import Manifest
 from dailies.pipeline.manifest.validation import ManifestError
-from dailies.pipeline.plan import Defaults, Plan, clip_id_of, with_another_seed
+from dailies.pipeline.plan import Defaults, Plan, clip_id_for, with_another_seed
 
 DEMO = replace(CATALOG["demo"], num_steps=20, guidance=3.0)     # whatever its tuning is: the clip_id below is for these
 I2V = CATALOG["wan2.1-i2v-14b"]
@@ -84,7 +84,7 @@ def test_what_the_model_cannot_render_joins_the_manifests_complaints(tmp_path):
                 resolution=["7x7", None, "480p", None, None, "8000x8000"],
                 duration_s=[-1.0, None, 0.5, None, 60.0, None], guidance=[1.0, 1, 1, 1, 500, 1],
                 image=[None, None, None, "first.png", None, None])
-    found = [(complaint.row, complaint.column) for complaint in caught.value.complaints]
+    found = [(error.row, error.column) for error in caught.value.errors]
     assert sorted(found) == [(0, "duration_s"), (0, "resolution"), (0, "steps"), (1, "prompt"), (2, "duration_s"),
                              (2, "resolution"), (3, "image"), (4, "duration_s"), (4, "guidance"), (5, "resolution")]
     said = str(caught.value)
@@ -140,11 +140,11 @@ def test_rows_that_ask_for_the_same_clip_share_it(tmp_path):
     plan = plan_of(tmp_path, prompt=["a", "b", "a"], id=["x", "y", "z"], seed=[1, 1, 1], duration_s=[2.0, 2.0, 2.5])
     requests = list(plan.requests())
     assert [request.prompt for request in requests] == ["a", "b"]
-    assert [(row.id, row.row, row.seed) for row in plan.rows_of(requests[0].clip_id)] == [("x", 0, 1), ("z", 2, 1)]
-    assert [row.id for row in plan.rows_of(requests[1].clip_id)] == ["y"]
+    assert [(row.id, row.row, row.seed) for row in plan.planned_rows(requests[0].clip_id)] == [("x", 0, 1), ("z", 2, 1)]
+    assert [row.id for row in plan.planned_rows(requests[1].clip_id)] == ["y"]
     assert plan.summary()["duplicates"] == 1
     with pytest.raises(KeyError):
-        plan.rows_of("0" * 64)
+        plan.planned_rows("0" * 64)
 
 
 @pytest.mark.parametrize("change", [
@@ -169,12 +169,12 @@ def test_the_image_is_part_of_the_clip_by_its_content_and_not_by_its_name(tmp_pa
         (tmp_path / name).write_bytes(data)
     plan = plan_of(tmp_path, card=I2V, prompt=["x"] * 4, seed=[1] * 4, image=["a.png", "b.png", "twin.png", "./a.png"])
     first, other = plan.requests()
-    assert [row.row for row in plan.rows_of(first.clip_id)] == [0, 2, 3]
-    assert [row.row for row in plan.rows_of(other.clip_id)] == [1]
+    assert [row.row for row in plan.planned_rows(first.clip_id)] == [0, 2, 3]
+    assert [row.row for row in plan.planned_rows(other.clip_id)] == [1]
     assert first.image == FirstFrame(sha256=hashlib.sha256(png()).hexdigest(), uri=str(tmp_path / "a.png"))
     for request in (first, other):
         shape = request.shape
-        assert request.clip_id == clip_id_of(
+        assert request.clip_id == clip_id_for(
             prompt="x", negative_prompt=I2V.negative_prompt, seed=1, model=I2V.name, frames=shape.frames,
             height=shape.height, width=shape.width,
             num_steps=40, guidance=5.0, precision="fp32", attention="dense", weights_fingerprint="w" * 64,
@@ -221,10 +221,10 @@ def test_every_trouble_with_an_image_joins_the_complaints_and_the_rest_is_planne
                    resolution=pa.array(resolutions, pa.string()))
     with pytest.raises(ManifestError) as caught:
         plan_of(tmp_path, card=I2V, **columns)
-    found = {complaint.row: complaint for complaint in caught.value.complaints}
+    found = {error.row: error for error in caught.value.errors}
     n = len(BROKEN)
     assert sorted(found) == [*range(n), n + 1, n + 2, n + 3, n + 4, n + 6]
-    assert {complaint.column for complaint in found.values()} == {"image"}
+    assert {error.column for error in found.values()} == {"image"}
     for row, (name, (said, _)) in enumerate(BROKEN.items()):
         assert found[row].given.startswith(f"'{name}': {said}") and found[row].allowed == ALLOWED_IMAGE
     assert found[n + 1].given == "nothing" and found[n + 1].allowed.endswith("wan2.1-i2v-14b makes video from an image")
@@ -247,7 +247,7 @@ def test_paths_begin_at_the_folder_of_their_own_file(tmp_path):
                        tmp_path / folder / "m.parquet")
     manifest = Manifest.read(str(tmp_path / "*/m.parquet"))
     plan = Plan.make(manifest, I2V, weights_fingerprint="w" * 64, precision="fp32")
-    uris = {plan.rows_of(request.clip_id)[0].id: request.image.uri for request in plan.requests()}
+    uris = {plan.planned_rows(request.clip_id)[0].id: request.image.uri for request in plan.requests()}
     assert uris == {f"{folder}-{n}": str(tmp_path / folder / "a.png") for folder in ("one", "two") for n in (1, 2)}
 
 
@@ -272,7 +272,7 @@ def test_a_clip_id_is_the_hash_of_canonical_json(prompt, negative, seed, guidanc
     said = dict(attention="dense", frames=49, guidance=guidance, height=64, model="demo", negative_prompt=negative,
                 num_steps=20, precision="fp32", prompt=prompt, seed=seed, weights_fingerprint="w", width=64)
     canonical = json.dumps(said, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
-    assert clip_id_of(**said) == hashlib.sha256(canonical).hexdigest()
+    assert clip_id_for(**said) == hashlib.sha256(canonical).hexdigest()
 
 
 def test_the_precision_of_decoding_names_other_clips_only_where_it_is_not_the_models_own(tmp_path):
@@ -305,7 +305,7 @@ def test_what_moves_bits_on_request_names_other_clips_and_the_defaults_name_toda
         assert again.variant == variant and again.clip_id != with_another_seed(replace(request, variant="x")).clip_id
     assert len(set(ids.values())) == 4
     shape = request.shape
-    assert ids[None] == clip_id_of(
+    assert ids[None] == clip_id_for(
         prompt="a", seed=1, attention="dense", frames=shape.frames, guidance=request.guidance, height=shape.height,
         width=shape.width, model="demo", negative_prompt=request.negative_prompt, num_steps=request.num_steps,
         precision="fp32", weights_fingerprint="w")
@@ -325,7 +325,7 @@ def test_urgent_clips_come_first_then_shapes_then_buckets_then_prompts(tmp_path)
             ("a", "64p", 20, 0, 3), ("d", "32x32", 20, 5, 1), ("e", "64p", 20, -1, 1)]
     names = ("prompt", "resolution", "steps", "priority", "seed")
     plan = plan_of(tmp_path, **dict(zip(names, map(list, zip(*rows, strict=True)), strict=True)))
-    order = [plan.rows_of(request.clip_id)[0].row for request in plan.requests()]
+    order = [plan.planned_rows(request.clip_id)[0].row for request in plan.requests()]
     assert order == [5, 0, 4, 3, 2, 1, 6]
 
 
@@ -367,18 +367,18 @@ def test_every_row_finds_its_clip_and_every_clip_its_rows(tmp_path_factory, rows
     keys = plan.keys().to_pylist()
     assert len(requests) == plan.num_clips == len({key["clip_id"] for key in keys})
     assert len(keys) == plan.num_planned_rows == sum(row["samples"] or 1 for row in rows)
-    found = [(row.id, row.seed, row.clip_id, row.row) for clip_id in requests for row in plan.rows_of(clip_id)]
+    found = [(row.id, row.seed, row.clip_id, row.row) for clip_id in requests for row in plan.planned_rows(clip_id)]
     assert sorted(found) == sorted((key["id"], key["seed"], key["clip_id"], key["row"]) for key in keys)
     for key in keys:
         row, request = rows[key["row"]], requests[key["clip_id"]]
         assert (request.prompt, request.seed) == (row["prompt"], key["seed"])
         assert request.shape.frames == (49 if row["duration_s"] is None else int(row["duration_s"]) * 24 + 1)
         assert request.num_steps == (row["steps"] or 20) and request.negative_prompt == (row["negative_prompt"] or "")
-        assert request.clip_id == clip_id_of(
+        assert request.clip_id == clip_id_for(
             prompt=request.prompt, negative_prompt=request.negative_prompt, seed=request.seed, model="demo",
             frames=request.shape.frames, height=request.shape.height, width=request.shape.width, precision="fp32",
             num_steps=request.num_steps, guidance=request.guidance, attention="dense", weights_fingerprint="w" * 64)
-    urgent = [max(rows[row.row]["priority"] or 0 for row in plan.rows_of(clip_id)) for clip_id in requests]
+    urgent = [max(rows[row.row]["priority"] or 0 for row in plan.planned_rows(clip_id)) for clip_id in requests]
     assert urgent == sorted(urgent, reverse=True)
     for _, group in groupby(zip(urgent, requests.values(), strict=True), key=lambda pair: pair[0]):
         buckets = [bucket for bucket, _ in groupby(request.bucket for _, request in group)]

@@ -37,16 +37,16 @@ def caught(call):
 
 
 def answer_of(script: str, folder: Path) -> dict:
+    env = {"PYTHONPATH": str(ROOT), "HOME": str(folder), "PATH": "/usr/bin:/bin"}
     done = subprocess.run([sys.executable, "-c", WITH + script, str(folder)], cwd=folder, capture_output=True,
-                          text=True,
-                          env={"PYTHONPATH": str(ROOT), "HOME": str(folder), "PATH": "/usr/bin:/bin"}, timeout=120)
+                          text=True, env=env, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_a_setting_of_one_entry_goes_from_column_flag_and_file_to_plan_request_clip_id_ledger_and_clip(tmp_path):
-    (tmp_path / "m.csv").write_text("id,prompt,seed,rescale,loop\nsilent,a,1,,\n"
-                                    "neutral,a,1,0,false\nown,a,1,2.5,TRUE\n")
+    rows = ["id,prompt,seed,rescale,loop", "silent,a,1,,", "neutral,a,1,0,false", "own,a,1,2.5,TRUE"]
+    (tmp_path / "m.csv").write_text("\n".join(rows))
     (tmp_path / "night.toml").write_text("rescale = 1.5\n")
     found = answer_of("""
 imported_with("dailies.model.settings", 'SETTINGS: tuple[Setting, ...] = (', '''SETTINGS: tuple[Setting, ...] = (
@@ -60,7 +60,7 @@ from dailies.jobs.cli import main
 from dailies.jobs.settings import RenderJob
 from dailies.model.catalog import CATALOG
 from dailies.pipeline.manifest.manifest import Manifest
-from dailies.pipeline.plan import Defaults, Plan, clip_id_of, hashed, with_another_seed
+from dailies.pipeline.plan import Defaults, Plan, clip_id_for, hashed, with_another_seed
 from dailies.pipeline.run.ledger import Ledger, read
 from dailies.pipeline.run.ledger_row import row_of
 from dailies.pipeline.store import open_store
@@ -75,7 +75,7 @@ def plan_of(card, **said):
     return Plan.make(manifest, card, Defaults(**said), weights_fingerprint="w", precision="fp32")
 
 def requests_of(plan):
-    return {row.id: request for request in plan.requests() for row in plan.rows_of(request.clip_id)}
+    return {row.id: request for request in plan.requests() for row in plan.planned_rows(request.clip_id)}
 
 requests, by_default = requests_of(plan_of(card)), requests_of(plan_of(card, **job.row_defaults()))
 own = requests["own"]
@@ -92,7 +92,7 @@ print(json.dumps({
     "settings": {name: dict(request.settings) for name, request in requests.items()}, "job": job.row_defaults(),
     "by_default": {name: dict(request.settings) for name, request in by_default.items()},
     "clip_ids": {name: request.clip_id for name, request in requests.items()},
-    "before": next(before.requests()).clip_id, "names_itself": clip_id_of(**hashed(own)) == own.clip_id,
+    "before": next(before.requests()).clip_id, "names_itself": clip_id_for(**hashed(own)) == own.clip_id,
     "again": dict(with_another_seed(own).settings),
     "buckets": sorted({request.bucket for request in requests.values()}),
     "ledger": {name: [row["rescale"], row["loop"], row["quality_mode"]] for name, row in rows.items()},
@@ -121,9 +121,10 @@ print(json.dumps({
 
 def test_a_column_of_the_ledger_is_an_entry_and_its_value_in_one_file(tmp_path):
     found = answer_of("""
-imported_with("dailies.pipeline.run.ledger_row", '"path": TEXT, ', '"audio_lufs": MEASURE, "path": TEXT, ')
+imported_with("dailies.pipeline.run.ledger_row", '"path": STRING, ', '"audio_lufs": MEASURE, "path": STRING, ')
 import pyarrow as pa
-from dailies.pipeline.run.ledger import COLUMNS, Ledger, parquet_bytes, part_key, read
+from dailies.pipeline.run.ledger import COLUMNS, Ledger, parquet_bytes, read
+from dailies.pipeline.run.layout import part_key
 from dailies.pipeline.store import open_store
 
 store = open_store(Path(sys.argv[1]) / "run")

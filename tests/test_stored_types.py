@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dailies.pipeline.manifest.manifest import Manifest
-from dailies.pipeline.manifest.stored_types import MAX_DEPTH, converted, stored_type
+from dailies.pipeline.manifest.stored_types import MAX_NESTING, converted, stored_type
 from dailies.pipeline.run.ledger import Ledger, read
 from dailies.pipeline.store import open_store
 
@@ -89,7 +89,7 @@ def test_names_that_differ_in_case_alone_and_lists_without_end_are_readable_too(
     twins = pa.StructArray.from_arrays([pa.array([1]), pa.array([2]), pa.array([3])], ["a", "a", "A"])
     assert converted(twins, stored_type(twins.type)).to_pylist() == [{"a": 1, "a_2": 2, "A_3": 3}]
     deep, value = NS, NOW
-    for _ in range(2 * MAX_DEPTH):
+    for _ in range(2 * MAX_NESTING):
         deep, value = pa.list_(deep), [value]
     values = pa.array([value], deep)
     [found] = converted(values, stored_type(deep)).to_pylist()

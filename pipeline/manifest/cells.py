@@ -1,34 +1,35 @@
 """A manifest's cells: what each column of ours allows, and its values from Parquet, from JSON and from text.
 
 A column is converted as a whole; its cells are looked at one by one only where that fails. One that does not fit is
-null and complained of.
+null and reported.
 """
 
 import json
 import re
 from decimal import Decimal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dailies.model.settings import BY_NAME, SETTINGS
-from dailies.pipeline.manifest.validation import SHOWN_CHARACTERS, Complaints, shown
+from dailies.model.settings import BY_NAME, SETTINGS, Scalar
+from dailies.pipeline.manifest.validation import SHOWN_CHARACTERS, ValidationErrors, shown
 
 INT64_MAX = 2**63 - 1
 
 TEXT, INTEGER, REAL = pa.large_string(), pa.int64(), pa.float64()     # 32-bit text offsets end at 2 GiB per column
 YES_OR_NO = pa.bool_()
 TYPES = {str: TEXT, int: INTEGER, float: REAL, bool: YES_OR_NO}
-COLUMNS = {setting.name: TYPES[setting.type] for setting in SETTINGS}
+COLUMN_TYPES = {setting.name: TYPES[setting.type] for setting in SETTINGS}
 
 JSON = pa.json_(TEXT)
-NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?", re.ASCII)
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?", re.ASCII)
 
 
-def from_arrow(name: str, values: pa.ChunkedArray, first: int, complaints: Complaints) -> pa.ChunkedArray:
-    """A known column in its own type; a cell that does not fit is null and complained of.  Raises ArrowTypeError."""
-    wanted, given = COLUMNS[name], values.type
+def from_arrow(name: str, values: pa.ChunkedArray, first: int, errors: ValidationErrors) -> pa.ChunkedArray:
+    """A known column in its own type; a cell that does not fit is null and reported.  Raises ArrowTypeError."""
+    wanted, given = COLUMN_TYPES[name], values.type
     if pa.types.is_null(given):
         return values.cast(wanted)
     if wanted == TEXT:
@@ -40,9 +41,9 @@ def from_arrow(name: str, values: pa.ChunkedArray, first: int, complaints: Compl
         try:
             return values.cast(pa.large_binary()).cast(TEXT)           # text in Parquet need not be UTF-8
         except pa.ArrowInvalid:
-            return cell_by_cell(name, values.cast(pa.large_binary()), first, complaints)
+            return cell_by_cell(name, values.cast(pa.large_binary()), first, errors)
     if pa.types.is_decimal(given):
-        return cell_by_cell(name, values, first, complaints)
+        return cell_by_cell(name, values, first, errors)
     if wanted == YES_OR_NO:
         if given != YES_OR_NO:
             raise pa.ArrowTypeError("true or false")
@@ -58,18 +59,18 @@ def from_arrow(name: str, values: pa.ChunkedArray, first: int, complaints: Compl
         fits = pc.less_equal(values, pa.scalar(INT64_MAX, pa.uint64()))
     else:
         return values.cast(INTEGER)
-    return kept(name, values, fits, first, complaints).cast(INTEGER)
+    return kept(name, values, fits, first, errors).cast(INTEGER)
 
 
-def cell_by_cell(name: str, values: pa.ChunkedArray, first: int, complaints: Complaints) -> pa.ChunkedArray:
+def cell_by_cell(name: str, values: pa.ChunkedArray, first: int, errors: ValidationErrors) -> pa.ChunkedArray:
     chunks = []
     for chunk in values.chunks:
-        chunks.append(from_python(name, chunk.to_pylist(), first, complaints))
+        chunks.append(from_python(name, chunk.to_pylist(), first, errors))
         first += len(chunk)
-    return pa.chunked_array(chunks, COLUMNS[name])
+    return pa.chunked_array(chunks, COLUMN_TYPES[name])
 
 
-def from_json(name: str, cells: list, first: int, complaints: Complaints) -> pa.Array:
+def from_json(name: str, cells: list, first: int, errors: ValidationErrors) -> pa.Array:
     """A user column in the type its cells share; as JSON text where they share none or are lists or objects."""
     types = set(map(type, cells)) - {type(None)}
     try:
@@ -93,7 +94,7 @@ def from_json(name: str, cells: list, first: int, complaints: Complaints) -> pa.
             except RecursionError:
                 texts.append(None)
                 bad.append(at)
-        complaints.add([first + at for at in bad], name.removeprefix("user."),
+        errors.add([first + at for at in bad], name.removeprefix("user."),
                        ["JSON that is nested too deeply"] * len(bad), "less of it")
         texts = pa.array(texts, TEXT)
     return pa.ExtensionArray.from_storage(JSON, texts)
@@ -112,14 +113,15 @@ def of_one_type(chunks: list[pa.Array]) -> pa.ChunkedArray:
     return pa.chunked_array([chunk.cast(wanted) for chunk in chunks])
 
 
-def from_python(name: str, cells: list, first: int, complaints: Complaints, parse: bool = False) -> pa.Array:
-    """Cells in the column's type; one that does not fit is null and complained of.  parse: read numbers from text."""
-    wanted = COLUMNS.get(name, TEXT)
+def from_python(name: str, cells: list, first: int, errors: ValidationErrors, parse: bool = False) -> pa.Array:
+    """Cells in the column's type; one that does not fit is null and reported.  parse: read numbers from text."""
+    wanted = COLUMN_TYPES.get(name, TEXT)
     types = set(map(type, cells)) - {type(None)}
     try:
         if parse and wanted != TEXT:
             return pc.utf8_trim_whitespace(pa.array(cells, TEXT)).cast(wanted)
-        if types <= {TEXT: {str}, INTEGER: {int}, REAL: {int, float}, YES_OR_NO: {bool}}[wanted]:
+        fit: dict[pa.DataType, set[type]] = {TEXT: {str}, INTEGER: {int}, REAL: {int, float}, YES_OR_NO: {bool}}
+        if types <= fit[wanted]:
             return pa.array(cells, wanted)
     except (pa.ArrowInvalid, UnicodeEncodeError, OverflowError):
         pass                                           # one of them does not fit: find out which
@@ -131,11 +133,11 @@ def from_python(name: str, cells: list, first: int, complaints: Complaints, pars
             fitting.append(None)
             bad.append(at)
     allowed = BY_NAME[name].allowed if name in BY_NAME else "text in UTF-8"
-    complaints.add([first + at for at in bad], name.removeprefix("user."), [shown(cells[at]) for at in bad], allowed)
+    errors.add([first + at for at in bad], name.removeprefix("user."), [shown(cells[at]) for at in bad], allowed)
     return pa.array(fitting, wanted)
 
 
-def fitted(cell: object, wanted: pa.DataType, *, parse: bool, is_id: bool) -> str | int | float:
+def fitted(cell: Any, wanted: pa.DataType, *, parse: bool, is_id: bool) -> Scalar:
     """The cell as the wanted type.  Raises ValueError or OverflowError if it is no such value."""
     if wanted == TEXT:
         if isinstance(cell, bytes):
@@ -151,7 +153,7 @@ def fitted(cell: object, wanted: pa.DataType, *, parse: bool, is_id: bool) -> st
         if type(said) is not bool:
             raise ValueError("neither true nor false")
         return said
-    if parse and NUMBER.fullmatch(cell.strip()):
+    if parse and _NUMBER.fullmatch(cell.strip()):
         cell = Decimal(cell.strip())
     if type(cell) not in (int, float, Decimal):        # bool is an int to isinstance
         raise ValueError("not a number")
@@ -163,8 +165,8 @@ def fitted(cell: object, wanted: pa.DataType, *, parse: bool, is_id: bool) -> st
 
 
 def kept(name: str, values: pa.ChunkedArray, fits: pa.ChunkedArray, first: int,
-         complaints: Complaints) -> pa.ChunkedArray:
-    """values, null where `fits` is false; those are complained of."""
+         errors: ValidationErrors) -> pa.ChunkedArray:
+    """values, null where `fits` is false; those are reported."""
     if pc.all(fits).as_py() is not False:              # null means no value, which is not wrong
         return values
     refused = pc.fill_null(pc.invert(fits), False)
@@ -175,5 +177,5 @@ def kept(name: str, values: pa.ChunkedArray, fits: pa.ChunkedArray, first: int,
         given = [shown(text, size) for text, size in zip(given, sizes)]
     else:
         given = [shown(number) for number in given.to_pylist()]
-    complaints.add(first + np.flatnonzero(refused), name, given, BY_NAME[name].allowed)
+    errors.add(first + np.flatnonzero(refused), name, given, BY_NAME[name].allowed)
     return pc.if_else(refused, pa.scalar(None, values.type), values)

@@ -14,7 +14,7 @@ from functools import lru_cache
 
 from dailies.model.settings import LENGTHS, SETTINGS
 
-NAMES = tuple(setting.name for setting in SETTINGS)
+COLUMN_NAMES = tuple(setting.name for setting in SETTINGS)
 # what other programs read for each row, and no column here says
 NOT_A_COLUMN = {
     "fps": "the model's own frames per second are made; say the length by duration_s or frames",
@@ -36,22 +36,22 @@ def bare(name: str) -> str:
     return re.sub(r"[\W_]+", "", unicodedata.normalize("NFKC", name).casefold())
 
 
-SPELLED = {bare(name): name for name in NAMES}
-WORDS = {bare(word): setting.name for setting in SETTINGS for word in setting.other_words.split()}
+SPELLED = {bare(name): name for name in COLUMN_NAMES}
+_WORDS = {bare(word): setting.name for setting in SETTINGS for word in setting.other_words.split()}
 STRANGERS = {bare(word): reason for word, reason in NOT_A_COLUMN.items()}
 
 
 @lru_cache(maxsize=10_000)                             # a folder's files mostly have the same columns
 def nearly(name: str) -> str | None:
     """The column of ours that `name` may be meant for; None for ours themselves and for all that are far from them."""
-    if name in NAMES:
+    if name in COLUMN_NAMES:
         return None
     plain = bare(name)
-    if found := SPELLED.get(plain) or WORDS.get(plain) or WORDS.get(plain + "s"):
+    if found := SPELLED.get(plain) or _WORDS.get(plain) or _WORDS.get(plain + "s"):
         return found
     if not re.fullmatch(r"[\w\s.\-]+", name):           # several names in one, or a sentence
         return None
-    for known, long_enough in ((SPELLED, SLIPS_FROM), (WORDS, 2 * SLIPS_FROM)):
+    for known, long_enough in ((SPELLED, SLIPS_FROM), (_WORDS, 2 * SLIPS_FROM)):
         for word, ours in known.items():
             if len(word) >= long_enough and is_slip(plain, word) or known is SPELLED and plain + "s" == word or (
                     known is SPELLED and plain == word + "s"):
@@ -86,7 +86,7 @@ class Names:
         if name in self.mapping:
             self.used.add(name)
             return self.mapping[name] or f"user.{name}"
-        return name if name in NAMES else f"user.{name}"
+        return name if name in COLUMN_NAMES else f"user.{name}"
 
     def unused(self) -> list[str]:
         """What was to be mapped, and no file has."""
@@ -106,7 +106,7 @@ class Names:
         prompt, the columns that may be it come with prompt.
         """
         there = {self.target(name) for name in names}
-        asked = []
+        asked: list[tuple[str, str | None, str]] = []
         for name in names:
             if name in self.mapping:
                 continue

@@ -21,14 +21,15 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import unquote, urlsplit
 
 from dailies.model.private import at_home
-from dailies.pipeline.manifest.raw_bytes import MAX_BYTES
+from dailies.pipeline.manifest.raw_bytes import MAX_MANIFEST_BYTES
 from dailies.pipeline.manifest.validation import shown
 from dailies.pipeline.run import layout
 from dailies.pipeline.run.masking import names_a_secret
+from dailies.pipeline.store import open_store
 
-FORMATS = {".parquet": "parquet", ".pq": "parquet", ".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl",
-           ".json": "json", ".txt": "txt"}
-SUFFIXES = ", ".join(FORMATS)
+_FORMATS = {".parquet": "parquet", ".pq": "parquet", ".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl",
+            ".ndjson": "jsonl", ".json": "json", ".txt": "txt"}
+SUFFIXES = ", ".join(_FORMATS)
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 # data that is not read: of a folder with some of it, no night is made without asking
 OTHER_DATA = (".xlsx", ".xls", ".ods", ".arrow", ".feather", ".ipc", ".orc", ".avro", ".pkl", ".pickle", ".npy", ".npz")
@@ -37,8 +38,8 @@ NO_ROWS = re.compile(r"(readme|licen[sc]e|notice|changelog|requirements|copying|
 NO_VALUE = "__HIVE_DEFAULT_PARTITION__"
 STDIN, TYPED = "-", "--prompt"
 SECRETS = "as they are called like keys or credentials (to read one as rows, name the file itself)"
-LISTED = 20
-MAX_DEPTH = 32                      # of folders in a manifest's folder
+_LISTED = 20
+_MAX_DEPTH = 32                      # of folders in a manifest's folder
 CONNECT_S = 30.0
 SECRET = re.compile(r"://[^/\s]*@|[?&](X-Amz-\w+|AWSAccessKeyId|Signature|sig|token|key)=", re.I)
 
@@ -46,7 +47,7 @@ SECRET = re.compile(r"://[^/\s]*@|[?&](X-Amz-\w+|AWSAccessKeyId|Signature|sig|to
 @dataclass(frozen=True, kw_only=True)
 class ManifestFile:
     name: str                       # as a person knows it
-    format: str                     # a value of FORMATS, or "" for a suffix that is not there
+    format: str                     # a value of _FORMATS, or "" for a suffix that is not there
     open: Callable[[], BinaryIO]    # the bytes as they lie there; can be sought in
     partition: dict[str, str | None] = field(default_factory=dict)     # columns that its folders are called by
 
@@ -64,12 +65,12 @@ class Found:
         by_reason: dict[str, list[str]] = {}
         for name, reason in self.passed_over:
             by_reason.setdefault(reason, []).append(name)
-        return [f"not read, {reason}: {listed(names)}" for reason, names in by_reason.items()]
+        return [f"not read, {reason}: {_listed(names)}" for reason, names in by_reason.items()]
 
 
-def listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - LISTED:,} more" if len(names) > LISTED else ""
-    return ", ".join(names[:LISTED]) + more + (f" ({len(names):,} in all)" if len(names) > 3 else "")
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _LISTED:,} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more + (f" ({len(names):,} in all)" if len(names) > 3 else "")
 
 
 def find_files(uri: str, base: Path | None = None) -> Found:
@@ -95,7 +96,7 @@ def find_files(uri: str, base: Path | None = None) -> Found:
     else:
         found = _on_disk(uri, base)
     if found.unreadable:
-        raise FileNotFoundError(f"data of formats that are not read: {listed(found.unreadable)}; write it as Parquet "
+        raise FileNotFoundError(f"data of formats that are not read: {_listed(found.unreadable)}; write it as Parquet "
                                 "or CSV, or name the files to read, as a glob")
     if not found.files:
         is_folder = at_home(uri).is_dir()
@@ -153,8 +154,9 @@ def _walked(base: Path) -> list[Path]:
     paths = []
     for folder, inner, names in os.walk(base):
         here = Path(folder)
-        if len(here.parts) - len(base.parts) > MAX_DEPTH:
-            raise FileNotFoundError(f"folders that lie more than {MAX_DEPTH} deep in each other; name the files to read")
+        if len(here.parts) - len(base.parts) > _MAX_DEPTH:
+            raise FileNotFoundError(f"folders that lie more than {_MAX_DEPTH} deep in each other; name the files to "
+                                    "read")
         if here != base and layout.RUN in names and {layout.LEDGER, layout.CLIPS} & {*inner}:
             inner.clear()
             paths.append(here)
@@ -201,7 +203,7 @@ def _kind(parts: Sequence[str]) -> str:
         return "secret"
     if NO_ROWS.fullmatch(name) and suffix not in (".parquet", ".csv", ".tsv", ".jsonl"):
         return "other"
-    if suffix in FORMATS:
+    if suffix in _FORMATS:
         return "ours"
     return "data" if suffix in OTHER_DATA or compression and not suffix else "other"
 
@@ -215,7 +217,7 @@ def suffixes(name: str) -> tuple[str, str]:
 
 
 def format_of(name: str) -> str:
-    return FORMATS.get(suffixes(name)[0], "")
+    return _FORMATS.get(suffixes(name)[0], "")
 
 
 def partition_of(folders: Iterable[str]) -> dict[str, str | None]:
@@ -237,8 +239,6 @@ def _local(path: Path, partition: dict[str, str | None] = {}) -> ManifestFile:
 
 
 def _in_bucket(uri: str) -> Found:
-    from dailies.pipeline.store import open_store  # boto3 is wanted only for a manifest in a bucket
-
     bucket, _, key = uri.removeprefix("s3://").partition("/")
     parts = key.rstrip("/").split("/")
     store, names = open_store("/".join(["s3://" + bucket, *parts[:-1]])), parts[-1:]
@@ -252,7 +252,7 @@ def _in_bucket(uri: str) -> Found:
 
     def remote(name: str, partition: dict[str, str | None]) -> ManifestFile:
         return ManifestFile(name=store.uri_of(name), format=format_of(name), partition=partition,
-                            open=lambda: io.BytesIO(store.get(name, at_most=MAX_BYTES)))
+                            open=lambda: io.BytesIO(store.get(name, at_most=MAX_MANIFEST_BYTES)))
 
     if names == parts[-1:] and not patterns and not key.endswith("/") and key:
         found.files.append(remote(names[0], {}))
@@ -262,10 +262,10 @@ def _in_bucket(uri: str) -> Found:
         kind = _kind(name.split("/")) if not name.endswith("/") else "silent"           # a folder's own object
         if kind == "ours":
             found.files.append(remote(name, partition_of(name.split("/")[:-1])))
+        elif kind == "data":
+            found.unreadable.append(store.uri_of(name))
         elif kind != "silent":
-            (found.unreadable if kind == "data" else found.passed_over).append(
-                store.uri_of(name) if kind == "data" else
-                (store.uri_of(name), SECRETS if kind == "secret" else "no format of ours"))
+            found.passed_over.append((store.uri_of(name), SECRETS if kind == "secret" else "no format of ours"))
     return found
 
 
@@ -289,9 +289,9 @@ def from_stdin() -> ManifestFile:
     """All that comes on stdin, in the format that its beginning shows.  Raises FileNotFoundError for a terminal."""
     if sys.stdin is None or sys.stdin.isatty():
         raise FileNotFoundError("- reads what another program writes: ... | dailies render - --out URI")
-    data = sys.stdin.buffer.read(MAX_BYTES + 1)
-    if len(data) > MAX_BYTES:
-        raise FileNotFoundError(f"more than {MAX_BYTES:,} bytes on stdin; write them to a file")
+    data = sys.stdin.buffer.read(MAX_MANIFEST_BYTES + 1)
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise FileNotFoundError(f"more than {MAX_MANIFEST_BYTES:,} bytes on stdin; write them to a file")
     return ManifestFile(name=STDIN, format="", open=lambda: io.BytesIO(data))
 
 
@@ -315,13 +315,13 @@ def from_web(url: str) -> ManifestFile:
         with urllib.request.build_opener(HttpsOnly).open(url, timeout=CONNECT_S) as answer:
             if answer.headers.get_content_type() == "text/html":
                 raise FileNotFoundError("a web page and not a file; give the address of the raw file")
-            data = answer.read(MAX_BYTES + 1)
+            data = answer.read(MAX_MANIFEST_BYTES + 1)
     except HTTPError as error:
         raise FileNotFoundError(f"the server says {error.code} {error.reason}") from None
     except (URLError, TimeoutError, ValueError) as error:
         raise FileNotFoundError(f"not to be fetched: {getattr(error, 'reason', error)}") from None
-    if len(data) > MAX_BYTES:
-        raise FileNotFoundError(f"more than {MAX_BYTES:,} bytes")
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise FileNotFoundError(f"more than {MAX_MANIFEST_BYTES:,} bytes")
     return ManifestFile(name=url, format=format_of(unquote(urlsplit(url).path)), open=lambda: io.BytesIO(data))
 
 

@@ -1,8 +1,8 @@
 """The images that rows name: where each lies, what it is, and its bytes, from a folder or a bucket.
 
-A name is a path under the folder of the manifest that has it, or s3://BUCKET/KEY in the manifest's own bucket or below a
-prefix that was allowed: who writes a manifest is not whose credentials read for it. Nothing above the folder is opened,
-whatever links lie in it, and nothing hidden. A machine that renders reads the image from where it lies.
+A name is a path under the folder of the manifest that has it, or s3://BUCKET/KEY in the manifest's own bucket or below
+a prefix that was allowed: who writes a manifest is not whose credentials read for it. Nothing above the folder is
+opened, whatever links lie in it, and nothing hidden. A machine that renders reads the image from where it lies.
 """
 
 import hashlib
@@ -21,8 +21,8 @@ from dailies.pipeline.store.beneath import FileTooLong, Unfit, read_below
 IN_BUCKET = re.compile(r"s3://[\w.-]{3,255}/.+", re.ASCII | re.DOTALL)
 MAX_KEY_BYTES = 1024                    # S3's own limit
 READERS = 16                            # images read at a time: bounds memory, too
-ALLOWED_IMAGE = (f"{ALLOWED}, as a path under the manifest's folder, or s3:// in the manifest's bucket or below a prefix of "
-                 "--allow-images; nothing hidden")
+ALLOWED_IMAGE = (f"{ALLOWED}, as a path under the manifest's folder, or s3:// in the manifest's bucket or below a "
+                 "prefix of --allow-images; nothing hidden")
 
 stores: dict[str, S3Store] = {}         # by bucket; for as long as the process lives
 opening = Lock()
@@ -47,19 +47,19 @@ def find_images(names: Sequence[tuple[str, str]], allowed: Sequence[str] = ()) -
     Raises StoreError for a store that does not answer: no row is to blame for that.
     """
     with ThreadPoolExecutor(READERS) as pool:
-        return list(pool.map(lambda name: find_image(*name, allowed), names)) if names else []
+        return list(pool.map(lambda name: find_image(name[0], name[1], allowed), names)) if names else []
 
 
 def find_image(folder: str, name: str, allowed: Sequence[str] = ()) -> FoundImage | ImageError:
     try:
-        uri = locate(folder, name, allowed)
+        uri = locate_image(folder, name, allowed)
         data = read_image(uri, folder)
         return FoundImage(uri=uri, sha256=hashlib.sha256(data).hexdigest(), size=examine(data))
     except ImageError as error:
         return error
 
 
-def locate(folder: str, name: str, allowed: Sequence[str] = ()) -> str:
+def locate_image(folder: str, name: str, allowed: Sequence[str] = ()) -> str:
     """What `name` means in a manifest in `folder`.  Raises ImageError for what is outside it, or hidden."""
     name = plain_uri(name)
     if name.startswith("s3://"):

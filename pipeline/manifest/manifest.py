@@ -1,4 +1,4 @@
-"""Manifest rows in, checked column by column, with every complaint in one list.
+"""Manifest rows in, checked column by column, with every error in one list.
 
 A million rows pass through here, so cells stay in Arrow columns and each rule is asked of a whole column at once; a row
 is looked at alone only when it broke one. What a particular model allows is asked later, by the plan.
@@ -15,11 +15,11 @@ import pyarrow.compute as pc
 
 from dailies.model.settings import BY_NAME, SETTINGS, Setting
 from dailies.pipeline.manifest.cells import TEXT, kept
-from dailies.pipeline.manifest.columns import NAMES, Names, map_flag, repeated
+from dailies.pipeline.manifest.columns import COLUMN_NAMES, Names, map_flag, repeated
 from dailies.pipeline.manifest.files import SUFFIXES, ManifestFile, common_folder, find_files, from_prompts
-from dailies.pipeline.manifest.part import Part, Reader, joined, types_of_folders
-from dailies.pipeline.manifest.raw_bytes import MAX_BYTES, MAX_UNFOLDED, refuse_large
-from dailies.pipeline.manifest.validation import Complaints, ManifestError, shown
+from dailies.pipeline.manifest.part import ManifestPart, ManifestReader, concatenated, types_of_folders
+from dailies.pipeline.manifest.raw_bytes import MAX_MANIFEST_BYTES, MAX_UNFOLDED, refuse_large
+from dailies.pipeline.manifest.validation import ManifestError, ValidationErrors, shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,14 +34,14 @@ class InvalidRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """A manifest's rows in columns.  A cell that was refused is null here and has its complaint."""
+    """A manifest's rows in columns.  A cell that was refused is null here and has its error."""
 
     name: str                       # as given
     digest: str                     # SHA-256 over the bytes of the files, in order, and what they were taken for
     files: list[tuple[str, int]]    # name and first row of each
     table: pa.Table                 # a column for each of SETTINGS, in its type; `id` has no null in a good row
     user: pa.Table                  # the other columns, as user.NAME
-    complaints: Complaints = field(repr=False)
+    errors: ValidationErrors = field(repr=False)
     notes: list[str] = field(default_factory=list)                     # what was not read, or not as one may think
 
     @classmethod
@@ -51,71 +51,74 @@ class Manifest:
 
         mapping: name in a file -> column of ours, or "" to carry it along.  prompts: a row for each, without any file.
         files: what `uri` was found to be, which then is not looked for again.
-        Complaints about single rows wait in `complaints`, for the plan to add the model's own.
+        Errors about single rows wait in `errors`, for the plan to add the model's own.
         Raises ManifestError when no row can be relied on: a file that is missing or cannot be read, a column that is
         missing, of a wrong type, or nearly one of ours.  Raises StoreError for a bucket that does not answer.
         """
         uris = [uri] if isinstance(uri, str) else list(uri)
         name = ", ".join(uris[:3]) + (f" and {len(uris) - 3:,} more" if len(uris) > 3 else "") or "--prompt"
-        complaints, notes = Complaints(), []
+        errors = ValidationErrors()
+        notes: list[str] = []
         if files is None:
-            files = _found(uris, prompts, complaints, notes)
-        if complaints.whole:
-            raise ManifestError(name, complaints)
+            files = _found(uris, prompts, errors, notes)
+        if errors.whole:
+            raise ManifestError(name, errors)
         names = Names(mapping)
-        reader = Reader(names, types_of_folders(files), complaints, notes)
+        reader = ManifestReader(names, types_of_folders(files), errors, notes)
         parts, digest = _read(files, reader, mapping)
         for unused in names.unused() if parts else ():
-            complaints.about(name, None, map_flag(unused, mapping[unused]), f"a column that is there; none is called "
+            errors.about(name, None, map_flag(unused, mapping[unused]), f"a column that is there; none is called "
                              f"{shown(unused)}")
-        for target in {ours for ours in mapping.values() if ours and ours not in NAMES}:
-            complaints.about(name, None, f"--map to {shown(target)}", f"a column of ours: {', '.join(NAMES)}")
-        if not sum(part.num_rows for part in parts) and not complaints.whole:
-            complaints.about(name, None, "no row", "at least one row")
+        for target in {ours for ours in mapping.values() if ours and ours not in COLUMN_NAMES}:
+            errors.about(name, None, f"--map to {shown(target)}", f"a column of ours: {', '.join(COLUMN_NAMES)}")
+        if not sum(part.num_rows for part in parts) and not errors.whole:
+            errors.about(name, None, "no row", "at least one row")
         if any(part.num_rows for part in parts):       # what is wrong with rows is told as well
-            known, user = joined(parts, notes)
-            table = _checked(known, complaints)
-        if complaints.whole:
-            raise ManifestError(name, complaints)
-        return cls(name=name, digest=digest, files=complaints.files, table=table, user=user, complaints=complaints,
+            known, user = concatenated(parts, notes)
+            table = _checked(known, errors)
+        if errors.whole:
+            raise ManifestError(name, errors)
+        return cls(name=name, digest=digest, files=errors.files, table=table, user=user, errors=errors,
                    notes=notes)
 
-    def invalid_rows(self, complaints: Complaints) -> Iterator[InvalidRow]:
-        """The rows that `complaints` names, in order, with ids that no other row has."""
-        unfit = complaints.rows_of("id")
+    def invalid_rows(self, errors: ValidationErrors) -> Iterator[InvalidRow]:
+        """The rows that `errors` names, in order, with ids that no other row has."""
+        unfit = errors.rows_with_error("id")
         prefix = "row "
         while pc.any(pc.starts_with(self.table["id"], prefix)).as_py():
             prefix = "invalid " + prefix
-        for row, reasons in complaints.by_row():
+        for row, reasons in errors.by_row():
             row_id = None if row in unfit else self.table["id"][row].as_py()
             yield InvalidRow(row=row, id=f"{prefix}{row}" if row_id is None else row_id,
                              prompt=self.table["prompt"][row].as_py(),
-                             error="; ".join(complaint.reason for complaint in reasons))
+                             error="; ".join(error.reason for error in reasons))
 
 
-def _found(uris: Sequence[str], prompts: Sequence[str], complaints: Complaints, notes: list[str]) -> list[ManifestFile]:
+def _found(uris: Sequence[str], prompts: Sequence[str], errors: ValidationErrors,
+           notes: list[str]) -> list[ManifestFile]:
     files = [from_prompts(prompts)] if prompts else []
     base = common_folder(uris) if len(uris) > 1 else None
     for uri in uris:
         try:
             found = find_files(uri, base)
         except OSError as error:
-            complaints.about(uri, None, str(error), f"a file, a folder or a glob, ending in {SUFFIXES}")
+            errors.about(uri, None, str(error), f"a file, a folder or a glob, ending in {SUFFIXES}")
             continue
         files += found.files
         notes += [note for note in found.notes() if note not in notes]
     names = [file.name for file in files]
     for twice in repeated(names) if len(uris) > 1 else ():
-        complaints.about(twice, None, "a file that is named twice", "each file once")
+        errors.about(twice, None, "a file that is named twice", "each file once")
     return files
 
 
-def _read(files: Sequence[ManifestFile], reader: Reader, mapping: Mapping[str, str]) -> tuple[list[Part], str]:
+def _read(files: Sequence[ManifestFile], reader: ManifestReader,
+          mapping: Mapping[str, str]) -> tuple[list[ManifestPart], str]:
     """Every file that can be read, and the digest of all."""
-    complaints, parts, digest, first, room = reader.complaints, [], hashlib.sha256(), 0, MAX_BYTES
+    errors, parts, digest, first, room = reader.errors, [], hashlib.sha256(), 0, MAX_MANIFEST_BYTES
     unread = MAX_UNFOLDED
     for file in files:
-        complaints.files.append((file.name, first))
+        errors.files.append((file.name, first))
         try:
             with file.open() as stream:
                 unread -= refuse_large(stream, unread)
@@ -125,7 +128,7 @@ def _read(files: Sequence[ManifestFile], reader: Reader, mapping: Mapping[str, s
                 stream.seek(0)
                 part = reader.count_columns(reader.read(file, stream, first, room))
         except (OSError, ValueError, pa.ArrowException) as error:
-            complaints.about(file.name, None, str(error).strip(), "a readable file of " + (file.format or SUFFIXES))
+            errors.about(file.name, None, str(error).strip(), "a readable file of " + (file.format or SUFFIXES))
             continue
         parts.append(part)
         first += part.num_rows
@@ -135,33 +138,33 @@ def _read(files: Sequence[ManifestFile], reader: Reader, mapping: Mapping[str, s
     return parts, digest.hexdigest()
 
 
-def _checked(table: pa.Table, complaints: Complaints) -> pa.Table:
+def _checked(table: pa.Table, errors: ValidationErrors) -> pa.Table:
     """The known columns with every rule asked that no model can change, and an id in every row that was given none."""
     columns = {setting.name: table[setting.name] for setting in SETTINGS}
     for setting in SETTINGS:
         values = columns[setting.name]
         if values.null_count < len(values) and setting.type is not bool:
-            columns[setting.name] = kept(setting.name, values, fits(setting, values), 0, complaints)
+            columns[setting.name] = kept(setting.name, values, values_allowed(setting, values), 0, errors)
 
-    if not complaints.whole:                           # where the column is missing, one complaint is enough
-        rows = rows_without(columns["prompt"], "prompt", complaints)
-        complaints.add(rows, "prompt", ["nothing"] * len(rows), BY_NAME["prompt"].allowed)
+    if not errors.whole:                           # where the column is missing, one error is enough
+        rows = rows_without(columns["prompt"], "prompt", errors)
+        errors.add(rows, "prompt", ["nothing"] * len(rows), BY_NAME["prompt"].allowed)
 
     both = np.flatnonzero(pc.and_(columns["duration_s"].is_valid(), columns["frames"].is_valid()))
     given = [f"{duration:g} s and {frames} frames" for duration, frames in
              zip(columns["duration_s"].take(both).to_pylist(), columns["frames"].take(both).to_pylist())]
-    complaints.add(both, "duration_s", given, "duration_s or frames, not both")
+    errors.add(both, "duration_s", given, "duration_s or frames, not both")
 
     last = pc.add(columns["seed"], pc.subtract(columns["samples"], 1))
     rows = np.flatnonzero(pc.fill_null(pc.less(last, columns["seed"]), False))     # wrapped around
-    complaints.add(rows, "samples", [f"seeds from {seed}" for seed in columns["seed"].take(rows).to_pylist()],
+    errors.add(rows, "samples", [f"seeds from {seed}" for seed in columns["seed"].take(rows).to_pylist()],
                    "seeds seed, seed + 1, ... up to 2**63 - 1")
 
-    columns["id"] = _with_ids(columns["id"], complaints)
+    columns["id"] = _with_ids(columns["id"], errors)
     return pa.table(columns)
 
 
-def fits(setting: Setting, values: pa.ChunkedArray) -> pa.ChunkedArray:
+def values_allowed(setting: Setting, values: pa.ChunkedArray) -> pa.ChunkedArray:
     """Which values any model could take."""
     if setting.type is not str:
         return pc.and_(pc.greater_equal(values, setting.low), pc.less_equal(values, setting.high))
@@ -173,16 +176,16 @@ def fits(setting: Setting, values: pa.ChunkedArray) -> pa.ChunkedArray:
     return fitting
 
 
-def rows_without(values: pa.ChunkedArray, column: str, complaints: Complaints) -> np.ndarray:
-    """Rows that have no value and no complaint that says why."""
-    explained = complaints.rows_of(column) | complaints.rows_of(None)
+def rows_without(values: pa.ChunkedArray, column: str, errors: ValidationErrors) -> np.ndarray:
+    """Rows that have no value and no error that says why."""
+    explained = errors.rows_with_error(column) | errors.rows_with_error(None)
     return np.setdiff1d(np.flatnonzero(values.is_null()), np.fromiter(explained, np.int64, len(explained)))
 
 
-def _with_ids(ids: pa.ChunkedArray, complaints: Complaints) -> pa.ChunkedArray:
-    """The ids, a row's position where it was given none; one that an earlier row has is complained of."""
+def _with_ids(ids: pa.ChunkedArray, errors: ValidationErrors) -> pa.ChunkedArray:
+    """The ids, a row's position where it was given none; one that an earlier row has is reported."""
     positions = np.arange(len(ids))
-    missing = rows_without(ids, "id", complaints)
+    missing = rows_without(ids, "id", errors)
     if len(missing) == len(ids):
         return pa.chunked_array([pa.array(positions).cast(TEXT)])
     if len(missing):
@@ -195,5 +198,5 @@ def _with_ids(ids: pa.ChunkedArray, complaints: Complaints) -> pa.ChunkedArray:
         again = rows[first[codes] != rows]
         given = [f"{shown(name)}, the id of row {first[code]}" for name, code in
                  zip(ids.take(again).to_pylist(), encoded.indices.take(again).to_pylist())]
-        complaints.add(again, "id", given, "an id that no other row has")
+        errors.add(again, "id", given, "an id that no other row has")
     return ids

@@ -18,10 +18,10 @@ from dailies.pipeline.manifest.raw_bytes import MAX_COLUMNS, MAX_ROWS, TooMuch
 from dailies.pipeline.manifest.stored_types import converted
 from dailies.pipeline.manifest.validation import shown
 
-ROWS_PER_BATCH = 65_536
+_ROWS_PER_BATCH = 65_536
 MAX_CHUNKS = 1_000_000                                 # row groups times columns: of ten million rows far fewer
 BATCH_BYTES = 1 << 30                                  # of text that cannot be read as it is stored
-WIDTHS = {"BOOLEAN": 1, "INT32": 4, "FLOAT": 4, "INT64": 8, "DOUBLE": 8, "INT96": 12, "BYTE_ARRAY": 4}
+_WIDTHS = {"BOOLEAN": 1, "INT32": 4, "FLOAT": 4, "INT64": 8, "DOUBLE": 8, "INT96": 12, "BYTE_ARRAY": 4}
 
 
 def read_parquet(stream: BinaryIO, room: int) -> pa.Table:
@@ -36,15 +36,15 @@ def read_parquet(stream: BinaryIO, room: int) -> pa.Table:
     refuse_wide(metadata)
     if (size := announced(metadata)) > room:
         raise TooMuch(size, room)
-    texts = [leaf.path for leaf in leaves(metadata) if is_text(leaf)]
+    texts = [leaf.path for leaf in leaves(metadata) if is_text_leaf(leaf)]
     parquet = pq.ParquetFile(stream, metadata=metadata, read_dictionary=texts, arrow_extensions_enabled=False)
     names = parquet.schema_arrow.names
     if twice := repeated(names):
         raise ValueError(f"two columns named {', '.join(map(shown, twice))}")
     schema = pa.schema([(name, plain(kind)) for name, kind in zip(names, parquet.schema_arrow.types)])
     parts, size = [], 0
-    for part in parts_of(parquet, stream):
-        size += sum(unfolded(chunk) for column in part.columns for chunk in column.chunks)
+    for part in row_groups_of(parquet, stream):
+        size += sum(unfolded_bytes(chunk) for column in part.columns for chunk in column.chunks)
         if size > room:
             raise TooMuch(size, room)
         parts.append(pa.table([converted(column, kind) for column, kind in zip(part.columns, schema.types)], schema))
@@ -64,20 +64,21 @@ def refuse_wide(metadata: pq.FileMetaData) -> None:
                          f"{MAX_CHUNKS:,} may be there. Write it with more rows in each")
 
 
-def parts_of(parquet: pq.ParquetFile, stream: BinaryIO) -> Iterator[pa.Table]:
+def row_groups_of(parquet: pq.ParquetFile, stream: BinaryIO) -> Iterator[pa.Table]:
     """Row group by row group, with text as dictionaries; where some of it cannot be, a few rows at a time, none as one.
 
     It cannot where it is stored as lengths or prefixes, or where the file's own schema wraps its type. Then each row
     has a text of its own, which may be as long as all pages of its column.
     """
     metadata = parquet.metadata
-    texts = [chunk for leaf, chunks in zip(leaves(metadata), chunks_of(metadata)) if is_text(leaf) for chunk in chunks]
+    texts = [chunk for leaf, chunks in zip(leaves(metadata), chunks_of(metadata)) if is_text_leaf(leaf)
+             for chunk in chunks]
     if not any("DELTA" in said for chunk in texts for said in chunk.encodings) \
             and not any(map(holds_text, parquet.schema_arrow.types)):
         yield from map(parquet.read_row_group, range(metadata.num_row_groups))
         return
     rows = BATCH_BYTES // max([1, *(chunk.total_uncompressed_size for chunk in texts)])
-    for batch in pq.ParquetFile(stream, metadata=metadata).iter_batches(max(1, min(ROWS_PER_BATCH, rows))):
+    for batch in pq.ParquetFile(stream, metadata=metadata).iter_batches(max(1, min(_ROWS_PER_BATCH, rows))):
         yield pa.table(batch)
 
 
@@ -85,7 +86,7 @@ def leaves(metadata: pq.FileMetaData) -> list[pq.ColumnSchema]:
     return [metadata.schema.column(place) for place in range(metadata.num_columns)]
 
 
-def is_text(leaf: pq.ColumnSchema) -> bool:
+def is_text_leaf(leaf: pq.ColumnSchema) -> bool:
     """Values of any length; a decimal has 32 bytes at most, however it is stored."""
     return leaf.physical_type == "BYTE_ARRAY" and leaf.logical_type.type != "DECIMAL"
 
@@ -97,7 +98,7 @@ def announced(metadata: pq.FileMetaData) -> int:
 
 
 def width(leaf: pq.ColumnSchema) -> int:
-    return leaf.length if leaf.physical_type == "FIXED_LEN_BYTE_ARRAY" else WIDTHS[leaf.physical_type]
+    return leaf.length if leaf.physical_type == "FIXED_LEN_BYTE_ARRAY" else _WIDTHS[leaf.physical_type]
 
 
 def chunks_of(metadata: pq.FileMetaData) -> list[list[pq.ColumnChunkMetaData]]:
@@ -115,19 +116,20 @@ def holds_text(kind: pa.DataType) -> bool:
                                              is_.is_large_binary, is_.is_binary_view))
 
 
-def unfolded(values: pa.Array) -> int:
+def unfolded_bytes(values: pa.Array) -> int:
     """Bytes that they take without dictionaries."""
     values = values.storage if isinstance(values, pa.ExtensionArray) else values
     if is_.is_dictionary(values.type) and holds_text(values.type.value_type):
         lengths = pc.binary_length(values.dictionary).cast(pa.int64())
         return 4 * len(values) + (pc.sum(lengths.take(values.indices)).as_py() or 0)
     if is_.is_struct(values.type):
-        return sum(map(unfolded, values.flatten()))
+        return sum(map(unfolded_bytes, values.flatten()))
     if is_.is_map(values.type):
         first, last = values.offsets[0].as_py(), values.offsets[-1].as_py()
-        return 4 * len(values) + sum(unfolded(part.slice(first, last - first)) for part in (values.keys, values.items))
+        return 4 * len(values) + sum(unfolded_bytes(part.slice(first, last - first))
+                                     for part in (values.keys, values.items))
     if is_.is_nested(values.type):
-        return 4 * len(values) + unfolded(values.flatten())
+        return 4 * len(values) + unfolded_bytes(values.flatten())
     return values.nbytes
 
 

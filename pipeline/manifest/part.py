@@ -7,21 +7,21 @@ from typing import BinaryIO
 
 import pyarrow as pa
 
-from dailies.pipeline.manifest.cells import COLUMNS, INTEGER, TEXT, from_arrow, from_json, from_python, of_one_type
+from dailies.pipeline.manifest.cells import COLUMN_TYPES, INTEGER, TEXT, from_arrow, from_json, from_python, of_one_type
 from dailies.pipeline.manifest.columns import Names
 from dailies.pipeline.manifest.files import SUFFIXES, ManifestFile
 from dailies.pipeline.manifest.parquet import MAX_CHUNKS, read_parquet
 from dailies.pipeline.manifest.raw_bytes import MAX_COLUMNS, MAX_ROWS, TooMuch, in_memory, unfolded
 from dailies.pipeline.manifest.stored_types import as_text, free_name
-from dailies.pipeline.manifest.text import Block, csv_blocks, document_blocks, json_blocks, prompt_blocks, sniffed
-from dailies.pipeline.manifest.validation import Complaints, shown
+from dailies.pipeline.manifest.text import RowBlock, csv_blocks, document_blocks, json_blocks, prompt_blocks, sniffed
+from dailies.pipeline.manifest.validation import ValidationErrors, shown
 
 USER = "user."
 INT32_MAX = 2**31 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class ManifestPart:
     """Some rows of a manifest, each column of ours in its own type."""
 
     file: str
@@ -34,25 +34,26 @@ class Part:
         return self.known.nbytes + self.user.nbytes
 
     @classmethod
-    def of(cls, file: str, num_rows: int, columns: Mapping[str, pa.Array]) -> "Part":
+    def of(cls, file: str, num_rows: int, columns: Mapping[str, pa.Array]) -> "ManifestPart":
         """columns: by their targets."""
-        full = {name: columns[name] if name in columns else pa.nulls(num_rows, COLUMNS[name]) for name in COLUMNS}
+        full = {name: columns[name] if name in columns else pa.nulls(num_rows, kind)
+                for name, kind in COLUMN_TYPES.items()}
         # with no column at all a table would forget how many rows it has
-        user = {name: cells for name, cells in columns.items() if name not in COLUMNS} or {"": pa.nulls(num_rows)}
+        user = {name: cells for name, cells in columns.items() if name not in COLUMN_TYPES} or {"": pa.nulls(num_rows)}
         return cls(file=file, num_rows=num_rows, known=pa.table(full), user=pa.table(user))
 
 
-class Reader:
-    """Reads a manifest's files one after the other; what is wrong goes to `complaints`, what is odd to `notes`."""
+class ManifestReader:
+    """Reads a manifest's files one after the other; what is wrong goes to `errors`, what is odd to `notes`."""
 
-    def __init__(self, names: Names, partitions: Mapping[str, pa.DataType], complaints: Complaints, notes: list[str]):
+    def __init__(self, names: Names, partitions: Mapping[str, pa.DataType], errors: ValidationErrors, notes: list[str]):
         """partitions: the columns that folders are called by, and their types."""
-        self.names, self.partitions, self.complaints, self.notes = names, partitions, complaints, notes
+        self.names, self.partitions, self.errors, self.notes = names, partitions, errors, notes
         self.asked: set[str] = set()                   # columns that were asked about already
         self.columns: set[str] = set()                 # the user's, of all files
         self.num_columns = 0                           # those of each file added up
 
-    def read(self, file: ManifestFile, stream: BinaryIO, first: int, room: int) -> Part:
+    def read(self, file: ManifestFile, stream: BinaryIO, first: int, room: int) -> ManifestPart:
         """One file, whose first row is the manifest's row `first`, and which may take `room` bytes of memory.
 
         Raises OSError, ValueError or ArrowException.
@@ -90,7 +91,7 @@ class Reader:
         self.notes += [f"{file.name}: {note}" for note in notes]
         return part
 
-    def count_columns(self, part: Part) -> Part:
+    def count_columns(self, part: ManifestPart) -> ManifestPart:
         """The part itself.  Raises ValueError where the files together have more columns than a manifest may have."""
         self.columns.update(part.user.column_names)
         self.num_columns += part.user.num_columns
@@ -103,22 +104,22 @@ class Reader:
         return part
 
     def check_names(self, file: ManifestFile, names: list[str]) -> None:
-        """Ask about what is nearly ours; complain where there is no prompt, or several columns would be one."""
+        """Ask about what is nearly ours; report where there is no prompt, or several columns would be one."""
         targets = {self.names.target(name) for name in names}
         questions = self.names.questions(names)
         if "prompt" not in targets:
             listed = ", ".join(map(shown, names[:20])) + (", ..." if len(names) > 20 else "")
             may_be = [question for name, ours, question in questions if ours == "prompt"]
-            self.complaints.about(file.name, None, f"the columns {listed or '(none)'}",
+            self.errors.about(file.name, None, f"the columns {listed or '(none)'}",
                                   "a column named exactly 'prompt'" + "".join(f". {question}" for question in may_be))
             questions = [asked for asked in questions if asked[1] != "prompt"]
         for name, ours, question in questions:
             if name not in self.asked:
                 self.asked.add(name)
-                self.complaints.about(file.name, None, f"the column {shown(name)}", question, question=question)
+                self.errors.about(file.name, None, f"the column {shown(name)}", question, question=question)
         for target, sources in self.names.collisions(names):
             said = f"{' and '.join(map(shown, sources))} for {target.removeprefix(USER)}"
-            self.complaints.about(file.name, None, said, "one column for each; --map NAME= carries the other along")
+            self.errors.about(file.name, None, said, "one column for each; --map NAME= carries the other along")
 
     def columns_of_folders(self, file: ManifestFile, num_rows: int, first: int,
                            there: Iterable[str]) -> dict[str, pa.Array]:
@@ -131,38 +132,39 @@ class Reader:
                     self.notes.append(f"{file.name}: has a column {shown(name)} of its own, which counts, and not its "
                                       "folder's name")
                 continue
-            if target in COLUMNS:
-                wrong = Complaints()
+            if target in COLUMN_TYPES:
+                wrong = ValidationErrors()
                 cells = from_python(target, [value], 0, wrong, parse=True)
-                for complaint in wrong:
-                    given, allowed = [complaint.given] * num_rows, complaint.allowed
-                    self.complaints.add(range(first, first + num_rows), target, given, allowed)
+                for error in wrong:
+                    given, allowed = [error.given] * num_rows, error.allowed
+                    self.errors.add(range(first, first + num_rows), target, given, allowed)
                 scalar = cells[0]
             else:
                 scalar = pa.scalar(None if value is None else value if kind == pa.string() else int(value), kind)
             columns[target] = pa.repeat(scalar, num_rows)
         return columns
 
-    def from_parquet(self, file: ManifestFile, table: pa.Table, first: int) -> Part:
+    def from_parquet(self, file: ManifestFile, table: pa.Table, first: int) -> ManifestPart:
         names = table.column_names
         self.check_names(file, [*names, *(name for name in file.partition if name not in names)])
         columns = {}
         for name in table.column_names:
             target = self.names.target(name)
             try:
-                if target in COLUMNS:
-                    columns[target] = from_arrow(target, table[name], first, self.complaints)
+                if target in COLUMN_TYPES:
+                    columns[target] = from_arrow(target, table[name], first, self.errors)
                 else:
                     table[name].validate(full=True)
                     columns[target] = table[name]
             except pa.ArrowTypeError as error:
-                self.complaints.about(file.name, name, f"a column of type {table[name].type}", str(error))
+                self.errors.about(file.name, name, f"a column of type {table[name].type}", str(error))
             except pa.ArrowInvalid as error:
-                self.complaints.about(file.name, name, f"damaged content ({error})", "whole values, text in UTF-8")
+                self.errors.about(file.name, name, f"damaged content ({error})", "whole values, text in UTF-8")
         columns |= self.columns_of_folders(file, table.num_rows, first, columns)
-        return Part.of(file.name, table.num_rows, columns)
+        return ManifestPart.of(file.name, table.num_rows, columns)
 
-    def from_blocks(self, file: ManifestFile, blocks: Iterable[Block], first: int, room: int, *, typed: bool) -> Part:
+    def from_blocks(self, file: ManifestFile, blocks: Iterable[RowBlock], first: int, room: int, *,
+                    typed: bool) -> ManifestPart:
         """The rows of a text file.  typed: cells have JSON's types; else all are text, and numbers are read from it."""
         columns: dict[str, list[pa.Array]] = {}
         sources: dict[str, str] = {}
@@ -170,7 +172,7 @@ class Reader:
         for block in blocks:
             for allowed in {allowed for _, _, allowed in block.broken}:
                 broken = [(at, given) for at, given, rule in block.broken if rule == allowed]
-                self.complaints.add([first + num_rows + at for at, _ in broken], None, [given for _, given in broken],
+                self.errors.add([first + num_rows + at for at, _ in broken], None, [given for _, given in broken],
                                     allowed)
             given = {self.names.target(name): cells for name, cells in block.columns.items()}
             sources |= {name: "" for name in block.columns}
@@ -178,11 +180,11 @@ class Reader:
                 raise ValueError(f"{len(sources):,} names of columns; a manifest may have {MAX_COLUMNS:,}")
             for target in [*columns, *(target for target in given if target not in columns)]:
                 if target not in given:
-                    cells = pa.nulls(block.num_rows, columns[target][0].type if target in COLUMNS else None)
-                elif target in COLUMNS or not typed:
-                    cells = from_python(target, given[target], first + num_rows, self.complaints, parse=not typed)
+                    cells = pa.nulls(block.num_rows, columns[target][0].type if target in COLUMN_TYPES else None)
+                elif target in COLUMN_TYPES or not typed:
+                    cells = from_python(target, given[target], first + num_rows, self.errors, parse=not typed)
                 else:
-                    cells = from_json(target, given[target], first + num_rows, self.complaints)
+                    cells = from_json(target, given[target], first + num_rows, self.errors)
                 before = [] if target in columns or not num_rows else [pa.nulls(num_rows, cells.type)]
                 size += sum(part.nbytes for part in (*before, cells))
                 columns.setdefault(target, before).append(cells)
@@ -193,10 +195,10 @@ class Reader:
                 raise ValueError(f"more than {MAX_ROWS:,} rows; split the manifest")
         if num_rows:
             self.check_names(file, [*sources, *(name for name in file.partition if name not in sources)])
-        done = {target: pa.chunked_array(chunks) if target in COLUMNS else of_one_type(chunks)
+        done = {target: pa.chunked_array(chunks) if target in COLUMN_TYPES else of_one_type(chunks)
                 for target, chunks in columns.items()}
         done |= self.columns_of_folders(file, num_rows, first, done)
-        return Part.of(file.name, num_rows, done)
+        return ManifestPart.of(file.name, num_rows, done)
 
 
 def types_of_folders(files: Sequence[ManifestFile]) -> dict[str, pa.DataType]:
@@ -214,7 +216,7 @@ def is_int32(value: str) -> bool:
     return digits.isascii() and digits.isdigit() and len(digits) <= 19 and -INT32_MAX <= int(value) <= INT32_MAX
 
 
-def joined(parts: Sequence[Part], notes: list[str]) -> tuple[pa.Table, pa.Table]:
+def concatenated(parts: Sequence[ManifestPart], notes: list[str]) -> tuple[pa.Table, pa.Table]:
     """The known columns and the user's of all parts.
 
     A user's column on whose type the files do not agree is carried along as text, with a note that names two of them.
@@ -244,7 +246,7 @@ def joined(parts: Sequence[Part], notes: list[str]) -> tuple[pa.Table, pa.Table]
     return known, pa.table(columns) if columns else pa.table({"": pa.nulls(num_rows)}).drop_columns([""])
 
 
-def types_of(parts: Sequence[Part]) -> dict[str, dict[pa.DataType, str]]:
+def types_of(parts: Sequence[ManifestPart]) -> dict[str, dict[pa.DataType, str]]:
     """The user's columns in their order, and of each the types that it has, with the first file of each."""
     types: dict[str, dict[pa.DataType, str]] = {}
     for part in parts:
@@ -254,7 +256,7 @@ def types_of(parts: Sequence[Part]) -> dict[str, dict[pa.DataType, str]]:
     return types
 
 
-def unite(name: str, parts: Sequence[Part]) -> bool:
+def unite(name: str, parts: Sequence[ManifestPart]) -> bool:
     """Whether a type holds all that a column has in the files."""
     chunks = [part.user.select([name]) for part in parts if part.user.schema.get_field_index(name) >= 0]
     try:

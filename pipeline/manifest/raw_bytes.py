@@ -11,13 +11,13 @@ from typing import BinaryIO
 
 import pyarrow as pa
 
-MAX_BYTES = 2 << 30                 # of content, all files together: what a machine of 16 GB can plan
+MAX_MANIFEST_BYTES = 2 << 30                 # of content, all files together: what a machine of 16 GB can plan
 MAX_ROWS = 10_000_000               # of one file
 MAX_COLUMNS = 1_000                 # of all files together, those in structs and lists counted
-MAX_UNFOLDED = 2 * MAX_BYTES        # of a compressed file, and of all files as they lie: text is longer than what is kept
+MAX_UNFOLDED = 2 * MAX_MANIFEST_BYTES        # of a compressed file, and of all files as they lie: text is longer than what is kept
 FREELY = 64 << 20                   # a compressed file may unfold to this, however small it is
 MAX_RATIO = 500                     # beyond it: more than real rows come to, unless all are the same
-CHUNK = 1 << 16
+_CHUNK = 1 << 16
 
 COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz"}
 NO_MANIFEST = {
@@ -36,8 +36,8 @@ class TooMuch(ValueError):
     """A manifest that would take more memory than it may."""
 
     def __init__(self, size: int, room: int):
-        super().__init__(f"content of {size:,} bytes or more, unfolded, where {room:,} are left of the {MAX_BYTES:,} "
-                         "that a manifest may have; split it")
+        super().__init__(f"content of {size:,} bytes or more, unfolded, where {room:,} are left of the "
+                         f"{MAX_MANIFEST_BYTES:,} that a manifest may have; split it")
 
 
 class Unfolding(io.RawIOBase):
@@ -90,7 +90,7 @@ def unfolded(stream: BinaryIO) -> BinaryIO:
     else:
         source = gzip.GzipFile(fileobj=stream) if kind == "gzip" else {"bzip2": bz2.BZ2File, "xz": lzma.LZMAFile}[kind](
             stream)
-    return io.BufferedReader(Unfolding(source, packed), CHUNK)
+    return io.BufferedReader(Unfolding(source, packed), _CHUNK)
 
 
 def in_memory(stream: BinaryIO, room: int) -> BinaryIO:

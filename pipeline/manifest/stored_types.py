@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.types as is_
 
-MAX_DEPTH = 12                      # of lists, structs and maps in each other; deeper is kept as JSON
+MAX_NESTING = 12                      # of lists, structs and maps in each other; deeper is kept as JSON
 ANY_DEPTH = 1 << 20
 MAX_DIGITS = 38                     # of a decimal
-TEXT = pa.large_string()
+_TEXT = pa.large_string()
 
 
 def stored_type(given: pa.DataType, depth: int = 0) -> pa.DataType:
@@ -43,7 +43,7 @@ def stored_type(given: pa.DataType, depth: int = 0) -> pa.DataType:
 
 
 def stored_nest(given: pa.DataType, depth: int) -> pa.DataType:
-    if depth > MAX_DEPTH or given.num_fields == 0 or is_.is_union(given):
+    if depth > MAX_NESTING or given.num_fields == 0 or is_.is_union(given):
         return pa.string()
     if is_.is_struct(given):
         taken: set[str] = set()
@@ -134,21 +134,21 @@ def offsets_of(values: pa.Array, kind: pa.DataType, begins: pa.Array | None = No
 def as_text(values: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
     """Any column as text: what it says, JSON where it is nested."""
     if isinstance(values, pa.ChunkedArray):
-        return pa.chunked_array([as_text(chunk) for chunk in values.chunks], TEXT)
+        return pa.chunked_array([as_text(chunk) for chunk in values.chunks], _TEXT)
     given = values.type
     if isinstance(given, pa.BaseExtensionType):
         return as_text(values.storage)
     if is_.is_null(given):
-        return pa.nulls(len(values), TEXT)
+        return pa.nulls(len(values), _TEXT)
     if not is_.is_nested(given):
         try:
-            return values.cast(TEXT)
+            return values.cast(_TEXT)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-            return pa.array([None if value is None else plain_text(value) for value in values.to_pylist()], TEXT)
+            return pa.array([None if value is None else plain_text(value) for value in values.to_pylist()], _TEXT)
     if given.num_fields and not is_.is_union(given):   # Python has no nanoseconds
         values = converted(values, stored_type(given, -ANY_DEPTH))
     return pa.array([None if value is None else json.dumps(value, default=plain_text, ensure_ascii=False)
-                     for value in values.to_pylist()], TEXT)
+                     for value in values.to_pylist()], _TEXT)
 
 
 def plain_text(value: object) -> str:

@@ -13,10 +13,10 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from dailies.model.settings import SETTINGS
-from dailies.pipeline.manifest.columns import NAMES, nearly, repeated
+from dailies.pipeline.manifest.columns import COLUMN_NAMES, nearly, repeated
 from dailies.pipeline.manifest.raw_bytes import MAX_COLUMNS
 from dailies.pipeline.manifest.validation import shown
 
@@ -36,11 +36,11 @@ BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32",
 BLANK = re.compile(r"[ \t\r\n]*")
 WORD = re.compile(r"[^\W\d][\w\-.]{0,39}")             # as columns are called
 PLAIN_NUMBER = re.compile(r"\s*[+-]?[\d.]+\s*")
-NUMBERS = tuple(setting.name for setting in SETTINGS if setting.type in (int, float))
+_NUMBERS = tuple(setting.name for setting in SETTINGS if setting.type in (int, float))
 
 
 @dataclass(kw_only=True)
-class Block:
+class RowBlock:
     """Consecutive rows of a text file. A broken row is None in every column and has its reason in `broken`."""
 
     columns: dict[str, list]
@@ -48,18 +48,18 @@ class Block:
     broken: list[tuple[int, str, str]] = field(default_factory=list)    # row in the block, given, allowed
 
 
-class TooLong(Exception):
+class LineTooLong(Exception):
     """A line that is longer than any row."""
 
 
-def text_of(stream: BinaryIO) -> io.TextIOWrapper:
+def _text_of(stream: BinaryIO) -> io.TextIOWrapper:
     """The text of a file in UTF-8, or in what its byte order mark says.  Raises ValueError for another encoding.
 
     In UTF-8 a wrong byte becomes a lone surrogate, and costs the row that it is in.
     """
     if not hasattr(stream, "peek"):
-        stream = io.BufferedReader(stream)
-    beginning = stream.peek(4096)[:4096]
+        stream = io.BufferedReader(cast(io.RawIOBase, stream))
+    beginning = cast(io.BufferedReader, stream).peek(4096)[:4096]
     encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if beginning.startswith(mark)), None)
     if encoding is None and (nuls := beginning.count(0)) > len(beginning) / 4:
         order = "big" if beginning[0::2].count(0) > nuls / 2 else "little"
@@ -86,13 +86,13 @@ class Lines:
         if not self.taken:
             self.length = 0
         elif self.length > MAX_LINE or len(self.taken) >= self.most:
-            raise TooLong(f"a row of more than {len(self.taken):,} lines" if self.length <= MAX_LINE else
-                          f"a row of {MAX_LINE:,} characters and more")
+            raise LineTooLong(f"a row of more than {len(self.taken):,} lines" if self.length <= MAX_LINE else
+                              f"a row of {MAX_LINE:,} characters and more")
         if self.waiting:
             line = self.waiting.popleft()
         elif self.owes:
             self.owes = False
-            raise TooLong(f"a line of {MAX_LINE:,} characters and more")
+            raise LineTooLong(f"a line of {MAX_LINE:,} characters and more")
         else:
             line = self.readline(MAX_LINE)
             if len(line) == MAX_LINE and line[-1] not in "\r\n":
@@ -100,7 +100,7 @@ class Lines:
                 self.owes = bool(self.taken)           # in the middle of a row: it costs one of its own, too
                 while line and line[-1] not in "\r\n":
                     line = self.readline(MAX_LINE)
-                raise TooLong(f"a line of {MAX_LINE:,} characters and more")
+                raise LineTooLong(f"a line of {MAX_LINE:,} characters and more")
             if not line:
                 raise StopIteration
         self.number += 1
@@ -130,15 +130,15 @@ class Lines:
 # CSV
 
 def csv_blocks(stream: BinaryIO, delimiter: str, known: Iterable[str] = (), notes: list[str] | None = None
-               ) -> Iterator[Block]:
+               ) -> Iterator[RowBlock]:
     """The rows of a CSV with a header line. An empty cell is None, every other cell is its text.
 
     delimiter: what its name says; another one is taken where only that makes sense of the header.  known: names that
     the header may have beside ours.  notes: is told what a person should know of the file.
     Raises ValueError for a header that cannot name columns.
     """
-    lines = Lines(text_of(stream))
-    delimiter, names = csv_header(lines, delimiter, {*NAMES, *known})
+    lines = Lines(_text_of(stream))
+    delimiter, names = csv_header(lines, delimiter, {*COLUMN_NAMES, *known})
     previous_limit = csv.field_size_limit(MAX_LINE)
     try:
         reader = CsvRows(lines, names, delimiter)
@@ -159,7 +159,7 @@ def csv_header(lines: Lines, delimiter: str, known: set[str]) -> tuple[str, list
         first = next(lines, "")
         if said := re.fullmatch(r"sep=(.)\s*", first):                 # as Excel begins a file
             delimiter, first = said[1], next(lines, "")
-    except TooLong as error:
+    except LineTooLong as error:
         raise ValueError(f"a header line that cannot be read: {error}") from error
     lines.hand_back(len(lines.taken) - 1 if first else 0)
     choices = {}
@@ -172,7 +172,7 @@ def csv_header(lines: Lines, delimiter: str, known: set[str]) -> tuple[str, list
     lines.begin()
     try:
         header = next(csv.reader(lines, delimiter=choice, strict=True), [])        # a name may go over lines
-    except (csv.Error, TooLong) as error:
+    except (csv.Error, LineTooLong) as error:
         raise ValueError(f"a header line that cannot be read: {error}") from error
     names = [name.strip() or f"column_{at}" for at, name in enumerate(header)]     # pandas does not name its index
     if any("\0" in name or not is_text(name) for name in names):
@@ -190,11 +190,11 @@ class CsvRows:
     def __init__(self, lines: Lines, names: list[str], delimiter: str):
         self.lines, self.names, self.delimiter = lines, names, delimiter
         self.reader = csv.reader(lines, delimiter=delimiter, strict=True)
-        self.numbers = [at for at, name in enumerate(names) if name in NUMBERS]
+        self.numbers = [at for at, name in enumerate(names) if name in _NUMBERS]
         self.tall: dict[int, int] = {}                 # rows that go over several lines: the first, and how many
         self.num_broken = 0
 
-    def block(self) -> Block | None:
+    def block(self) -> RowBlock | None:
         rows: list[list[str | None]] = []
         broken: list[tuple[int, str, str]] = []
         lines, reader, taken, delimiter = self.lines, self.reader, self.lines.taken, self.delimiter
@@ -220,7 +220,7 @@ class CsvRows:
                 reason = self.suspicion() if len(taken) > 1 else ""
             except StopIteration:
                 break
-            except (csv.Error, TooLong) as error:
+            except (csv.Error, LineTooLong) as error:
                 row, reason = [], str(error)
             if len(taken) > 1 or reason:
                 row, reason = self.looked_at_again(row, reason, number)
@@ -242,7 +242,7 @@ class CsvRows:
             refuse_too_many(self.num_broken, broken[-1][1])
         if not rows:
             return None
-        return Block(columns=dict(zip(self.names, map(list, zip(*rows)))), num_rows=len(rows), broken=broken)
+        return RowBlock(columns=dict(zip(self.names, map(list, zip(*rows)))), num_rows=len(rows), broken=broken)
 
     def suspicion(self) -> str:
         """Why what was read as one row over several lines is rather several rows; "" where it is not."""
@@ -280,12 +280,12 @@ class CsvRows:
 
 # JSON
 
-def json_blocks(stream: BinaryIO) -> Iterator[Block]:
+def json_blocks(stream: BinaryIO) -> Iterator[RowBlock]:
     """The rows of a file with one JSON object per line; a key that a row lacks is None. Blank lines are skipped."""
-    yield from blocks_of_json(Lines(text_of(stream)))
+    yield from blocks_of_json(Lines(_text_of(stream)))
 
 
-def blocks_of_json(lines: Lines) -> Iterator[Block]:
+def blocks_of_json(lines: Lines) -> Iterator[RowBlock]:
     num_broken = 0
     ended = False
     while not ended:
@@ -298,7 +298,7 @@ def blocks_of_json(lines: Lines) -> Iterator[Block]:
             except StopIteration:
                 ended = True
                 break
-            except TooLong as error:
+            except LineTooLong as error:
                 line, reason = "", str(error)
             else:
                 lines.taken.clear()
@@ -335,7 +335,7 @@ def twice_in(line: str) -> str:
     return f"{shown(twice[0])} is there twice" if twice else ""
 
 
-def block_of(rows: list[dict], broken: list[tuple[int, str, str]]) -> Block:
+def block_of(rows: list[dict], broken: list[tuple[int, str, str]]) -> RowBlock:
     names = dict.fromkeys(name for row in rows for name in row)
     if len(names) > MAX_COLUMNS:
         raise ValueError(f"{len(names):,} names of columns; a manifest may have {MAX_COLUMNS:,}")
@@ -351,15 +351,15 @@ def block_of(rows: list[dict], broken: list[tuple[int, str, str]]) -> Block:
     gone = {at for at, _, allowed in broken if allowed == "names in UTF-8"}
     columns = {name: [None if at in gone else row.get(name) for at, row in enumerate(rows)] if gone else
                [row.get(name) for row in rows] for name in names}
-    return Block(columns=columns, num_rows=len(rows), broken=sorted(broken))
+    return RowBlock(columns=columns, num_rows=len(rows), broken=sorted(broken))
 
 
-def document_blocks(stream: BinaryIO, known: Iterable[str] = (), notes: list[str] | None = None) -> Iterator[Block]:
+def document_blocks(stream: BinaryIO, known: Iterable[str] = (), notes: list[str] | None = None) -> Iterator[RowBlock]:
     """The rows of a .json file: a list of texts or objects, an object that holds one, objects by name, or one a line.
 
     A list may be as long as a manifest may be, and is never in memory as a whole.  Raises ValueError for what is none.
     """
-    text = text_of(stream)
+    text = _text_of(stream)
     begun = next((begun for begun in iter(lambda: text.read(1 << 16), "") if not begun.isspace()), "")
     if begun.lstrip()[:1] == "[":
         yield from list_blocks(begun, text)
@@ -387,7 +387,7 @@ def document_blocks(stream: BinaryIO, known: Iterable[str] = (), notes: list[str
             raise ValueError("JSON that is nested too deeply") from None
         if not isinstance(whole, dict):
             raise ValueError(f"JSON that holds no rows: {shown(content[:100])}")
-    rows = rows_of_document(whole, {*NAMES, *known}, [] if notes is None else notes)
+    rows = rows_of_document(whole, {*COLUMN_NAMES, *known}, [] if notes is None else notes)
     for at in range(0, len(rows), ROWS_PER_BLOCK):
         yield block_from(rows[at: at + ROWS_PER_BLOCK], at)
 
@@ -419,7 +419,7 @@ def rows_of_document(document: dict[str, Any], known: set[str], notes: list[str]
                      "writes with to_json(orient='records', lines=True)")
 
 
-def block_from(items: list[Any], first: int) -> Block:
+def block_from(items: list[Any], first: int) -> RowBlock:
     """Rows of a list: objects, or texts that are prompts."""
     rows, broken = [], []
     for at, item in enumerate(items):
@@ -429,7 +429,7 @@ def block_from(items: list[Any], first: int) -> Block:
     return block_of(rows, broken)
 
 
-def list_blocks(begun: str, text: io.TextIOWrapper) -> Iterator[Block]:
+def list_blocks(begun: str, text: io.TextIOWrapper) -> Iterator[RowBlock]:
     """The items of a JSON list, of which `begun` has been read already."""
     items: list[Any] = []
     size = count = num_broken = 0
@@ -445,6 +445,11 @@ def list_blocks(begun: str, text: io.TextIOWrapper) -> Iterator[Block]:
         yield block_from(items, count)
 
 
+def blank_until(text: str, at: int) -> int:
+    blank = BLANK.match(text, at)
+    return blank.end() if blank else at
+
+
 def json_items(begun: str, text: io.TextIOWrapper) -> Iterator[tuple[Any, int]]:
     """Each item of a JSON list, and its length in characters; an item is bounded, the list not.  Raises ValueError."""
     decode = json.JSONDecoder().raw_decode
@@ -458,7 +463,7 @@ def json_items(begun: str, text: io.TextIOWrapper) -> Iterator[tuple[Any, int]]:
 
     def sign() -> str:
         nonlocal at
-        while (at := BLANK.match(buffer, at).end()) == len(buffer) and not ended:
+        while (at := blank_until(buffer, at)) == len(buffer) and not ended:
             more()
         return buffer[at: at + 1]
 
@@ -492,9 +497,9 @@ def json_items(begun: str, text: io.TextIOWrapper) -> Iterator[tuple[Any, int]]:
 
 # a prompt per line
 
-def prompt_blocks(stream: BinaryIO, notes: list[str] | None = None) -> Iterator[Block]:
+def prompt_blocks(stream: BinaryIO, notes: list[str] | None = None) -> Iterator[RowBlock]:
     """The rows of a file with a prompt per line, without the blanks around it. Blank lines are no rows, and counted."""
-    lines = Lines(text_of(stream))
+    lines = Lines(_text_of(stream))
     blank = num_broken = 0
     ended = False
     while not ended:
@@ -508,7 +513,7 @@ def prompt_blocks(stream: BinaryIO, notes: list[str] | None = None) -> Iterator[
             except StopIteration:
                 ended = True
                 break
-            except TooLong as error:
+            except LineTooLong as error:
                 broken.append((len(prompts), f"line {lines.number}: {error}", "a prompt per line"))
                 prompts.append(None)
                 num_broken += 1
@@ -523,7 +528,7 @@ def prompt_blocks(stream: BinaryIO, notes: list[str] | None = None) -> Iterator[
             size += len(prompt)
             prompts.append(prompt)
         if prompts:
-            yield Block(columns={"prompt": prompts}, num_rows=len(prompts), broken=broken)
+            yield RowBlock(columns={"prompt": prompts}, num_rows=len(prompts), broken=broken)
     if notes is not None and blank:
         notes.append(f"{blank:,} blank {'lines' if blank > 1 else 'line'} passed over")
 
@@ -531,14 +536,14 @@ def prompt_blocks(stream: BinaryIO, notes: list[str] | None = None) -> Iterator[
 def looks_like_header(line: str) -> bool:
     """Whether a line names columns, of which one is a prompt's."""
     cells = [cell.strip().strip('"') for cell in re.split(r"[,;\t|]", line.strip())]
-    ours = [cell for cell in cells if cell in NAMES or nearly(cell)]
+    ours = [cell for cell in cells if cell in COLUMN_NAMES or nearly(cell)]
     if not all(map(WORD.fullmatch, cells)) or "prompt" not in {nearly(cell) or cell for cell in ours}:
         return False
     return "prompt" in map(str.lower, ours) or len(ours) > 1           # "text" alone may be all that is prompted
 
 
-def sniffed(stream: BinaryIO) -> str:
-    """The format of text that has no name: csv, json, jsonl or txt.  stream: with peek."""
+def sniffed(stream: io.BufferedReader) -> str:
+    """The format of text that has no name: csv, json, jsonl or txt."""
     beginning = stream.peek(1 << 16)[:1 << 16]
     encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if beginning.startswith(mark)), "utf-8")
     text = beginning.decode(encoding, "replace").lstrip()

@@ -1,6 +1,6 @@
 """What is wrong with a manifest, gathered so that a person hears all of it at once.
 
-A complaint is one cell: row, column, what was given, what is allowed. They are kept by the check that found them, in
+An error is one cell: row, column, what was given, what is allowed. They are kept by the check that found them, in
 columns, because a manifest of a million rows can be wrong in every one.
 """
 
@@ -21,7 +21,7 @@ SHOWN_CHARACTERS = 60
 
 
 @dataclass(frozen=True, kw_only=True)
-class Complaint:
+class RowError:
     row: int | None                 # position in the whole manifest, from 0; None: the file or column as a whole
     place: str                      # the row, or the file, in words
     column: str | None
@@ -34,7 +34,7 @@ class Complaint:
 
     @property
     def reason(self) -> str:
-        """The complaint without its place, for a record of the row itself."""
+        """The error without its place, for a record of the row itself."""
         said = f"got {self.given}. {self.question}" if self.question else f"got {self.given}; allowed: {self.allowed}"
         return f"{self.column}: {said}" if self.column else said
 
@@ -49,31 +49,31 @@ class _Finding:
     allowed: str
 
 
-class Complaints:
-    """A growing list of complaints; iterates by row, those about no single row first."""
+class ValidationErrors:
+    """A growing list of errors; iterates by row, those about no single row first."""
 
     def __init__(self, files: Sequence[tuple[str, int]] = ()):
-        """files: name and first row of each manifest file, in order; named in a complaint when there are several."""
+        """files: name and first row of each manifest file, in order; named in an error when there are several."""
         self.files = list(files)
-        self._whole: list[Complaint] = []
+        self._whole: list[RowError] = []
         self._findings: list[_Finding] = []
 
     def __len__(self) -> int:
         return len(self._whole) + sum(len(finding.rows) for finding in self._findings)
 
     def about(self, place: str, column: str | None, given: str, allowed: str, *, question: str = "") -> None:
-        """A complaint about a whole file or column: no row can be set aside to cure it."""
-        self._whole.append(Complaint(row=None, place=place, column=column, given=given, allowed=allowed,
+        """An error about a whole file or column: no row can be set aside to cure it."""
+        self._whole.append(RowError(row=None, place=place, column=column, given=given, allowed=allowed,
                                      question=question))
 
     def add(self, rows: Iterable[int], column: str | None, given: Sequence[str], allowed: str) -> None:
-        """One complaint for each of `rows`, which ascend; nothing for none."""
+        """One error for each of `rows`, which ascend; nothing for none."""
         rows = array("q", rows)
         if rows:
             self._findings.append(_Finding(rows=rows, column=column, given=given, allowed=allowed))
 
-    def copy(self) -> "Complaints":
-        twin = Complaints(self.files)
+    def copy(self) -> "ValidationErrors":
+        twin = ValidationErrors(self.files)
         twin._whole, twin._findings = list(self._whole), list(self._findings)
         return twin
 
@@ -86,24 +86,24 @@ class Complaints:
         """Positions of the bad rows."""
         return {row for finding in self._findings for row in finding.rows}
 
-    def rows_of(self, column: str | None) -> set[int]:
-        """Positions of the rows with a complaint about this column (None: about the row as a whole)."""
+    def rows_with_error(self, column: str | None) -> set[int]:
+        """Positions of the rows with an error about this column (None: about the row as a whole)."""
         return {row for finding in self._findings if finding.column == column for row in finding.rows}
 
-    def __iter__(self) -> Iterator[Complaint]:
+    def __iter__(self) -> Iterator[RowError]:
         yield from self._whole
         cells = merge(*(zip(finding.rows, repeat(number), range(len(finding.rows)))
                         for number, finding in enumerate(self._findings)))
         for row, number, at in cells:
             finding = self._findings[number]
-            yield Complaint(row=row, place=self._place(row), column=finding.column, given=finding.given[at],
+            yield RowError(row=row, place=self._place(row), column=finding.column, given=finding.given[at],
                             allowed=finding.allowed)
 
-    def by_row(self) -> Iterator[tuple[int, list[Complaint]]]:
-        """The bad rows in order, each with its complaints."""
-        about_rows = (complaint for complaint in self if complaint.row is not None)
-        for row, complaints in groupby(about_rows, key=attrgetter("row")):
-            yield row, list(complaints)
+    def by_row(self) -> Iterator[tuple[int, list[RowError]]]:
+        """The bad rows in order, each with its errors."""
+        about_rows = (error for error in self if error.row is not None)
+        for row, errors in groupby(about_rows, key=attrgetter("row")):
+            yield row, list(errors)
 
     def _place(self, row: int) -> str:
         if len(self.files) < 2:
@@ -111,36 +111,36 @@ class Complaints:
         name, first = self.files[bisect_right(self.files, row, key=lambda file: file[1]) - 1]
         return f"row {row} ({name}, row {row - first})"
 
-    def first(self, count: int = SHOWN_IN_FULL) -> list[Complaint]:
+    def first(self, count: int = SHOWN_IN_FULL) -> list[RowError]:
         return list(islice(self, count))
 
     def rest(self, after: int = SHOWN_IN_FULL) -> list[tuple[int, str]]:
         """What comes after the first ones, counted by rule: (how many, "column: allowed"), most frequent first."""
-        rules = Counter((complaint.column, complaint.allowed) for complaint in islice(self, after, None))
+        rules = Counter((error.column, error.allowed) for error in islice(self, after, None))
         return [(count, f"{column}: {allowed}" if column else allowed)
                 for (column, allowed), count in rules.most_common(SHOWN_IN_FULL)]
 
     def as_json(self) -> dict[str, Any]:
-        """{"count", "first": [complaint...], "rest": [{"count", "rule"}...]}"""
-        return {"count": len(self), "first": [asdict(complaint) for complaint in self.first()],
+        """{"count", "first": [error...], "rest": [{"count", "rule"}...]}"""
+        return {"count": len(self), "first": [asdict(error) for error in self.first()],
                 "rest": [{"count": count, "rule": rule} for count, rule in self.rest()]}
 
 
 class ManifestError(DailiesError):
-    """The manifest cannot be rendered as it is; nothing was started.  `complaints` says all that is wrong with it."""
+    """The manifest cannot be rendered as it is; nothing was started.  `errors` says all that is wrong with it."""
 
-    def __init__(self, manifest: str, complaints: Complaints):
-        self.manifest, self.complaints = manifest, complaints
-        super().__init__(manifest, complaints)
+    def __init__(self, manifest: str, errors: ValidationErrors):
+        self.manifest, self.errors = manifest, errors
+        super().__init__(manifest, errors)
 
     def __str__(self) -> str:
-        total = len(self.complaints)
+        total = len(self.errors)
         lines = [f"{self.manifest}: {total:,} complaint{'s' if total > 1 else ''}; rows count from 0"]
-        lines += [f"  {complaint}" for complaint in self.complaints.first()]
+        lines += [f"  {error}" for error in self.errors.first()]
         if total > SHOWN_IN_FULL:
             lines.append(f"and {total - SHOWN_IN_FULL:,} more:")
-            lines += [f"  {count:,} x {rule}" for count, rule in self.complaints.rest()]
-        lines.append("Correct the manifest." if self.complaints.whole else
+            lines += [f"  {count:,} x {rule}" for count, rule in self.errors.rest()]
+        lines.append("Correct the manifest." if self.errors.whole else
                      "Correct the manifest, or set these rows aside with --skip-invalid.")
         return "\n".join(map(printable, lines))
 

@@ -7,11 +7,11 @@ from typing import Any
 
 from dailies.actors.gate import REJECTED
 from dailies.actors.messages import Clip, Failure, Request
-from dailies.pipeline.plan import BLOCK, RESEEDS, Except, Plan, PlannedRow, with_another_seed
+from dailies.pipeline.plan import RESEEDS, ROWS_AT_A_TIME, Except, Plan, PlannedRow, with_another_seed
 from dailies.pipeline.run.adoption import Spoilt, adopt
 from dailies.pipeline.run.layout import CLIPS, SUCCESS, clip_id_in
 from dailies.pipeline.run.lease import Lease
-from dailies.pipeline.run.ledger import Ledger, hashes_of, keys_of
+from dailies.pipeline.run.ledger import Ledger, keys_of, recorded_hashes
 from dailies.pipeline.run.ledger_row import invalid_row, row_of
 from dailies.pipeline.stages import Outcome
 from dailies.pipeline.store import Store
@@ -108,8 +108,8 @@ class Bookkeeper:
         return notes
 
     def record_invalid(self) -> None:
-        for start in range(0, len(self.new_invalid), BLOCK):
-            rows = self.new_invalid[start: start + BLOCK]
+        for start in range(0, len(self.new_invalid), ROWS_AT_A_TIME):
+            rows = self.new_invalid[start: start + ROWS_AT_A_TIME]
             self.ledger.append([invalid_row(row.id, row.prompt, row.error) for row in rows],
                                self.plan.user_columns([row.row for row in rows]))
         self.num_invalid += len(self.new_invalid)
@@ -119,16 +119,16 @@ class Bookkeeper:
         """Write the rows of clips that were published by a run which was killed before it could."""
         if len(published) >= MANY_CLIPS:
             self.tell(f"reading {counted(len(published), 'clip')} that are published and have no row")
-        for found in adopt(self.store, requests, hashes_of(self.store, published)):
+        for found in adopt(self.store, requests, recorded_hashes(self.store, published)):
             if isinstance(found, Spoilt):
                 self.spoilt[found.request.clip_id] = found
                 continue
-            self.append(self.rows_of(found.request.clip_id), found, None)
+            self.append(self.rows_to_write(found.request.clip_id), found, None)
             self.num_adopted += 1
 
     def record(self, outcome: Outcome) -> None:
         value = outcome.value
-        rows = self.rows_of(value.request.clip_id)
+        rows = self.rows_to_write(value.request.clip_id)
         clip_id = value.request.clip_id
         is_again = clip_id in self.gone or clip_id in self.ledger.put_back
         if is_again and isinstance(value, Clip) and not value.notes:
@@ -152,11 +152,11 @@ class Bookkeeper:
             self.again.append(request)
         return [row for row in rows if row not in waiting]
 
-    def rows_of(self, clip_id: str) -> list[PlannedRow]:
+    def rows_to_write(self, clip_id: str) -> list[PlannedRow]:
         """The rows of a clip that have still to be written."""
         if clip_id in self.remade:
             return self.remade[clip_id][0]
-        return [row for row in self.plan.rows_of(clip_id) if (row.id, row.seed) not in self.written]
+        return [row for row in self.plan.planned_rows(clip_id) if (row.id, row.seed) not in self.written]
 
     def append(self, rows: list[PlannedRow], value: Any, outcome: Outcome | None) -> None:
         self.lease.check()

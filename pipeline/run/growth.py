@@ -13,7 +13,7 @@ from typing import Any
 
 from dailies.actors.messages import Request
 from dailies.pipeline.manifest.validation import shown
-from dailies.pipeline.plan import LISTED, RESEEDS, Except, Plan, with_another_seed
+from dailies.pipeline.plan import LISTED_IN_SUMMARY, RESEEDS, Except, Plan, with_another_seed
 from dailies.pipeline.run import ledger
 from dailies.pipeline.run.layout import MANIFESTS, manifest_key, manifest_number
 from dailies.pipeline.run.run_json import BUCKET_SHAPE, SUMMED, OtherRun, known_manifest, without_secrets
@@ -118,4 +118,4 @@ def merged(buckets: list[dict[str, Any]], more: Counter[tuple]) -> dict[str, Any
         shapes.setdefault(shape, dict(zip(BUCKET_SHAPE, shape, strict=True)) | {"clips": 0})
         shapes[shape]["clips"] += clips
     found = list(shapes.values())
-    return {"buckets": found[:LISTED], "more_buckets": len(found[LISTED:])}
+    return {"buckets": found[:LISTED_IN_SUMMARY], "more_buckets": len(found[LISTED_IN_SUMMARY:])}

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from dailies.pipeline.manifest.stored_types import as_text, converted, stored_type
 from dailies.pipeline.run.layout import LAST_EPOCH, LEDGER, RETRIED, SUCCESS, epoch_of, part_key, retried_key
 from dailies.pipeline.run.ledger_part import MAX_PART_BYTES, MAX_ROWS_IN_ALL, read_part
-from dailies.pipeline.run.ledger_row import COLUMNS, OTHER_STAGES, SECONDS, stored_error, there
+from dailies.pipeline.run.ledger_row import COLUMNS, DURATION, OTHER_STAGES, stored_error, there
 from dailies.pipeline.store import NotFound, Store, StoreError, TooLarge
 
 REMEMBERED = ("id", "seed", "status", "error_type", "error", "attempts", "finished_at", "earlier_errors")
@@ -77,7 +77,7 @@ class Ledger:
         return keys.filter(pa.array(mask))
 
     def only(self, keys: pa.Table, unsown: Sequence[str] = ()) -> None:
-        """Count these rows alone, whatever else lies in the folder.  keys: id, seed.  unsown: ids of rows without one."""
+        """Count these rows alone, whatever else lies in the folder.  keys: id, seed.  unsown: ids without a seed."""
         if self.keys.num_rows:
             invalid = pa.table({"id": pa.array(unsown, pa.string()), "seed": pa.nulls(len(unsown), pa.int64())})
             keys = pa.concat_tables([comparable(keys), comparable(invalid)])
@@ -101,7 +101,8 @@ class Ledger:
         files: clip_id -> bytes, of all files of clips.
         """
         done = self.keys.filter(pc.equal(self.keys["status"], "done"))
-        return {clip_id for clip_id, num_bytes in zip(done["clip_id"].to_pylist(), done["bytes"].to_pylist(), strict=True)
+        sizes = zip(done["clip_id"].to_pylist(), done["bytes"].to_pylist(), strict=True)
+        return {clip_id for clip_id, num_bytes in sizes
                 if num_bytes is None or files.get(clip_id) != num_bytes}
 
     def append(self, rows: Sequence[Mapping[str, Any]], extra: pa.Table | None = None, *,
@@ -112,12 +113,12 @@ class Ledger:
         """
         further = extra.column_names if extra is not None else []
         stages = sorted({name for row in rows for name in row if name.startswith(OTHER_STAGES)} - {*self.schema.names})
-        self.schema = pa.schema([*self.schema, *(pa.field(name, SECONDS.type) for name in stages)])
+        self.schema = pa.schema([*self.schema, *(pa.field(name, DURATION.type) for name in stages)])
         for row in rows:
             unknown = sorted({*row, *further} - set(self.schema.names))
             if unknown or not row.get("id") or row.get("status") not in statuses:
-                raise ValueError(f"a ledger row needs an id, the status {' or '.join(statuses)} and columns of this ledger; got "
-                                 f"{row.get('id')!r}, {row.get('status')!r}, unknown columns {unknown}")
+                raise ValueError(f"a ledger row needs an id, the status {' or '.join(statuses)} and columns of this "
+                                 f"ledger; got {row.get('id')!r}, {row.get('status')!r}, unknown columns {unknown}")
         try:
             earlier = [self.earlier.get((row["id"], row.get("seed"))) or self.earlier.get((row["id"], None))
                        for row in rows]
@@ -166,10 +167,11 @@ def comparable(table: pa.Table) -> pa.Table:
     return pa.table({"id": table["id"].cast(pa.string()), "seed": table["seed"].cast(pa.int64()).fill_null(-1)})
 
 
-def read(store: Store, columns: Sequence[str] | None = None, *, put_back: bool = False, whole: bool = False) -> pa.Table:
+def read(store: Store, columns: Sequence[str] | None = None, *, put_back: bool = False,
+         whole: bool = False) -> pa.Table:
     """The ledger as it stands: one row per key, in the order of the parts.
 
-    columns: None for all that there are; ALL_OTHER_STAGES stands for the seconds of stages without a column of their own.
+    columns: None for all that there are; ALL_OTHER_STAGES stands for the seconds of stages without a column.
     put_back: also the rows of clips that are to be made again (pending).
     whole: every column is read and checked, so that who asks for others later is not refused.
     """
@@ -187,8 +189,8 @@ def read(store: Store, columns: Sequence[str] | None = None, *, put_back: bool =
 
 
 def together(tables: Sequence[pa.Table]) -> pa.Table:
-    """The rows of all parts; a user's column whose types no type unites is text: manifests that a folder was rendered for
-    one after the other may disagree, and versions have stored times in types of their own.  Raises ArrowException.
+    """The rows of all parts; a user's column whose types no type unites is text: manifests that a folder was rendered
+    for one after the other may disagree, and versions have stored times in types of their own.  Raises ArrowException.
     """
     try:
         return pa.concat_tables(tables, promote_options="permissive")
@@ -198,7 +200,8 @@ def together(tables: Sequence[pa.Table]) -> pa.Table:
             fields.setdefault(field.name, []).append(field)
         odd = {name for name, found in fields.items() if not unite(found)}
         tables = [pa.table({name: as_text(column) if name in odd else column
-                            for name, column in zip(table.column_names, table.columns, strict=True)}) for table in tables]
+                            for name, column in zip(table.column_names, table.columns, strict=True)})
+                  for table in tables]
         return pa.concat_tables(tables, promote_options="permissive")
 
 
@@ -227,9 +230,9 @@ def put_back(store: Store, problems: Mapping[str, str]) -> int:
     return len(done)
 
 
-def hashes_of(store: Store, clip_ids: Collection[str]) -> dict[str, str]:
+def recorded_hashes(store: Store, clip_ids: Collection[str]) -> dict[str, str]:
     """clip_id -> SHA-256 of its file as the last row says in which it was done, put back or not."""
-    found = {}
+    found: dict[str, str] = {}
     for _, table in parts(store, ["id", "seed", "status", "clip_id", "sha256"]) if clip_ids else ():
         if table is not None and {"clip_id", "sha256"} <= {*table.column_names}:
             found |= {row["clip_id"]: row["sha256"] for row in table.to_pylist()
@@ -333,7 +336,7 @@ def digest(ledger: pa.Table) -> str:
 
 def parts(store: Store, columns: Sequence[str] | None, folder: str = LEDGER, *,
           whole: bool = False) -> Iterator[tuple[str, pa.Table | None]]:
-    """Every part and its rows, the oldest first; None for one that vanished since it was listed. whole: as of `read`."""
+    """Every part and its rows, the oldest first; None for one that vanished since it was listed. whole: as of read."""
     keys = [info.key for info in store.list(f"{folder}/") if info.key.endswith(".parquet")]
 
     def part(key: str) -> pa.Table | None:
@@ -374,8 +377,8 @@ def next_epoch(store: Store) -> int:
     """Raises StoreError where a part claims an epoch behind which no other has its place in order of name."""
     last = max((epoch_of(info.key) or 0 for info in store.list(f"{LEDGER}/")), default=0)
     if last >= LAST_EPOCH:
-        raise StoreError(f"{store.uri_of(LEDGER)}/{last}-... is named as no part of a ledger is: a run begins less often. Move it "
-                         "away and render again")
+        raise StoreError(f"{store.uri}/{LEDGER}/{last}-... is named as no part of a ledger is: a run begins less "
+                         "often. Move it away and render again")
     return last + 1
 
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pyarrow.types as is_
 
 from dailies.pipeline.manifest.columns import repeated
-from dailies.pipeline.manifest.parquet import announced, chunks_of, is_text, leaves, plain, unfolded
+from dailies.pipeline.manifest.parquet import announced, chunks_of, is_text_leaf, leaves, plain, unfolded_bytes
 from dailies.pipeline.run.ledger_row import limited, there
 
 MAX_PART_BYTES = 2**28                  # of a part as it is stored: ours have a thousand rows
@@ -20,9 +20,9 @@ ROOM_BYTES = 2**31                      # of its columns in memory
 MAX_PART_ROWS = 100_000                 # of a part: in a few bytes one can announce any number
 MAX_ROWS_IN_ALL = 20_000_000            # of a ledger: twice the rows of the largest manifest
 MAX_PART_COLUMNS = 2_000                # those of a manifest, twice, and ours
-ROWS_PER_BATCH = 4096                   # where text cannot be read as it is stored
+_ROWS_PER_BATCH = 4096                   # where text cannot be read as it is stored
 STATUSES = ("done", "failed", "pending")
-KINDS = (lambda kind: is_.is_string(kind) or is_.is_large_string(kind) or is_.is_string_view(kind), is_.is_integer,
+_KINDS = (lambda kind: is_.is_string(kind) or is_.is_large_string(kind) or is_.is_string_view(kind), is_.is_integer,
          lambda kind: is_.is_floating(kind) or is_.is_integer(kind), is_.is_boolean, is_.is_timestamp, is_.is_list)
 LATEST_US = 253_402_300_799_000_000     # the end of the year 9999, which is Python's
 
@@ -30,8 +30,8 @@ LATEST_US = 253_402_300_799_000_000     # the end of the year 9999, which is Pyt
 def read_part(data: bytes, columns: Sequence[str] | None, schema: pa.Schema) -> pa.Table:
     """The columns that are asked for and there; those of `schema` in its types.
 
-    columns: None for all, as `there` takes them.  Raises ValueError, saying what is wrong with which column; ArrowException and OSError for
-    bytes that are no Parquet file.
+    columns: None for all, as `there` takes them.  Raises ValueError, saying what is wrong with which column;
+    ArrowException and OSError for bytes that are no Parquet file.
     """
     stream = pa.BufferReader(data)
     metadata = pq.read_metadata(stream)
@@ -54,11 +54,11 @@ def read_part(data: bytes, columns: Sequence[str] | None, schema: pa.Schema) -> 
     size = announced(metadata)
     if size > ROOM_BYTES:
         raise ValueError(f"it unfolds to {size:,} bytes; at most {ROOM_BYTES:,} are read")
-    texts = [leaf for leaf in leaves(metadata) if is_text(leaf) and leaf.path.partition(".")[0] in wanted]
+    texts = [leaf for leaf in leaves(metadata) if is_text_leaf(leaf) and leaf.path.partition(".")[0] in wanted]
     parquet = pq.ParquetFile(stream, read_dictionary=[leaf.path for leaf in texts], **options)
     tables, size = [], 0
-    for table in pieces(parquet, metadata, wanted):
-        size += sum(unfolded(chunk) for column in table.columns for chunk in column.chunks)
+    for table in row_groups(parquet, metadata, wanted):
+        size += sum(unfolded_bytes(chunk) for column in table.columns for chunk in column.chunks)
         if size > ROOM_BYTES:
             raise ValueError(f"it unfolds to more than {ROOM_BYTES:,} bytes")
         tables.append(pa.table([column.cast(plain(column.type)) for column in table.columns], names=wanted))
@@ -69,11 +69,11 @@ def read_part(data: bytes, columns: Sequence[str] | None, schema: pa.Schema) -> 
     return table
 
 
-def pieces(parquet: pq.ParquetFile, metadata: pq.FileMetaData, wanted: list[str]):
+def row_groups(parquet: pq.ParquetFile, metadata: pq.FileMetaData, wanted: list[str]):
     """Row group by row group, text as dictionaries; a few rows at a time where a file stores it as lengths."""
     spread = any("DELTA" in said for chunks in chunks_of(metadata) for chunk in chunks for said in chunk.encodings)
     if spread:
-        yield from (pa.table(batch) for batch in parquet.iter_batches(ROWS_PER_BATCH, columns=wanted))
+        yield from (pa.table(batch) for batch in parquet.iter_batches(_ROWS_PER_BATCH, columns=wanted))
     else:
         yield from (parquet.read_row_group(place, wanted) for place in range(metadata.num_row_groups))
 
@@ -82,7 +82,7 @@ def check_type(name: str, found: pa.DataType, schema: pa.Schema) -> None:
     """Raises ValueError for a column of `schema` that is of another kind."""
     if name not in schema.names or found == (wanted := schema.field(name).type) or is_.is_null(found):
         return
-    if not any(kind(found) and kind(wanted) for kind in KINDS):
+    if not any(kind(found) and kind(wanted) for kind in _KINDS):
         raise ValueError(f"its column {name} must be {wanted}; it is {found}")
     if is_.is_list(wanted):
         check_type("item", found.value_type, pa.schema([("item", wanted.value_type)]))

@@ -35,43 +35,43 @@ class Column:
     least: float = 0
 
 
-TEXT, TEXTS, YES_OR_NO = Column(pa.string()), Column(pa.list_(pa.string())), Column(pa.bool_())
-COUNT, LARGE, MEASURE = Column(pa.int32(), most=2**31), Column(pa.int64(), most=2**63 - 1), Column(pa.float64())
-SECONDS = Column(pa.float64(), most=1e10)
+STRING, STRINGS, BOOLEAN = Column(pa.string()), Column(pa.list_(pa.string())), Column(pa.bool_())
+COUNT, INTEGER, MEASURE = Column(pa.int32(), most=2**31), Column(pa.int64(), most=2**63 - 1), Column(pa.float64())
+DURATION = Column(pa.float64(), most=1e10)
 
 
 def column_of(setting: Setting) -> Column:
     """A row setting's."""
     if setting.type in (str, bool):
-        return TEXT if setting.type is str else YES_OR_NO
+        return STRING if setting.type is str else BOOLEAN
     kind, most = (pa.float64(), 1e6) if setting.type is float else (pa.int32(), 2**31)
     return Column(kind if setting.high <= most else pa.int64(), most=max(most, setting.high), least=min(0, setting.low))
 
 
 TABLE: dict[str, Column] = {
-    "id": TEXT, "clip_id": TEXT, "status": TEXT,                       # done, failed or pending
-    "uri": TEXT, "sha256": TEXT, "bytes": LARGE,
-    "width": COUNT, "height": COUNT, "frames": COUNT, "fps": Column(pa.float64(), most=1e6), "duration_s": SECONDS,
-    "has_audio": YES_OR_NO, "seed": LARGE, "prompt": TEXT, "negative_prompt": TEXT,
+    "id": STRING, "clip_id": STRING, "status": STRING,                       # done, failed or pending
+    "uri": STRING, "sha256": STRING, "bytes": INTEGER,
+    "width": COUNT, "height": COUNT, "frames": COUNT, "fps": Column(pa.float64(), most=1e6), "duration_s": DURATION,
+    "has_audio": BOOLEAN, "seed": INTEGER, "prompt": STRING, "negative_prompt": STRING,
     **{setting.name: column_of(setting) for setting in COURSE if setting.field},
-    "model": TEXT, "weights_fingerprint": TEXT, "precision": TEXT, "attention": TEXT, "fallbacks": TEXTS,
-    "attempts": COUNT, "error_type": TEXT, "error": TEXT, "worker": TEXT, "device": TEXT,
-    "queue_s": SECONDS, "encode_s": SECONDS, "sample_s": SECONDS, "decode_s": SECONDS, "publish_s": SECONDS,
+    "model": STRING, "weights_fingerprint": STRING, "precision": STRING, "attention": STRING, "fallbacks": STRINGS,
+    "attempts": COUNT, "error_type": STRING, "error": STRING, "worker": STRING, "device": STRING,
+    "queue_s": DURATION, "encode_s": DURATION, "sample_s": DURATION, "decode_s": DURATION, "publish_s": DURATION,
     "peak_memory_bytes": Column(pa.int64()), "finished_at": Column(pa.timestamp("us", tz="UTC")),
-    "gpu_s": SECONDS,                                  # of all stages: on a GPU; null on CPUs
+    "gpu_s": DURATION,                                  # of all stages: on a GPU; null on CPUs
     # of the gate (gate.py), and of the clip that was decoded again; null for clips that were found published
-    "quality.verdict": TEXT, "quality.brightness": MEASURE, "quality.contrast": MEASURE, "quality.motion": MEASURE,
+    "quality.verdict": STRING, "quality.brightness": MEASURE, "quality.contrast": MEASURE, "quality.motion": MEASURE,
     "quality.flicker": MEASURE, "quality.psnr_db": MEASURE, "quality.audio_peak": MEASURE,
     "quality.audio_clipped": MEASURE,
     "quality.seed": Column(pa.int64()),                # what the clip was made with, if not with the row's own seed
-    "decode_precision": TEXT,                          # of the VAE, where it is not the model's own
-    "chosen_because": TEXT,                            # why this precision and attention, where they were left to us
+    "decode_precision": STRING,                          # of the VAE, where it is not the model's own
+    "chosen_because": STRING,                            # why this precision and attention, where they were left to us
     # what the last bits depend on beside clip_id (actors/determinism.py); null for clips that were found published
-    "determinism": TEXT,
-    "path": TEXT,                                      # of the clip, below the run folder
+    "determinism": STRING,
+    "path": STRING,                                      # of the clip, below the run folder
     "sample": COUNT,                                   # of its manifest row, from 0
-    "notes": TEXTS,                                    # what was found in the run folder: used, or made again
-    "earlier_errors": TEXTS,                           # of a row that failed and was tried again, the oldest first
+    "notes": STRINGS,                                    # what was found in the run folder: used, or made again
+    "earlier_errors": STRINGS,                           # of a row that failed and was tried again, the oldest first
     **{setting.name: column_of(setting) for setting in FURTHER},
 }
 COLUMNS = pa.schema({name: column.type for name, column in TABLE.items()})
@@ -82,7 +82,7 @@ def limited(name: str) -> Column | None:
     if name in TABLE:
         return TABLE[name] if TABLE[name].most is not None else None
     is_seconds = name.startswith(OTHER_STAGES) or name.endswith("_s") and not name.startswith("user.")
-    return SECONDS if is_seconds else None
+    return DURATION if is_seconds else None
 
 
 def seconds_column(stage: str) -> str:

@@ -6,12 +6,12 @@ the run was started, may differ when the run is continued; so may the manifest (
 
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dailies.model.errors import DailiesError
-from dailies.model.settings import COURSE, Setting
+from dailies.model.settings import COURSE
 from dailies.pipeline.manifest.validation import shown
 from dailies.pipeline.run.layout import MANIFESTS, RUN
 from dailies.pipeline.run.masking import without_secrets
@@ -29,18 +29,26 @@ class OtherRun(DailiesError, ValueError):
     """The folder is another run's; the message names what differs."""
 
 
-def number_of(setting: Setting) -> Any:
-    """What is believed of a setting in run.json."""
-    kinds = {int: RunCount,
-             float: Annotated[float, Field(strict=True, ge=min(0, setting.low), le=1e6, allow_inf_nan=False)]}
-    kind = kinds.get(setting.type, setting.type)
-    return (kind, ...) if setting.field else (kind | None, None)
+class Bucket(BaseModel):
+    """Clips of one shape and course, as run.json counts them."""
 
+    model_config = ConfigDict(extra="allow")
 
-# clips of one shape and course, as run.json counts them
-Bucket = create_model("Bucket", __config__=ConfigDict(extra="allow"), width=(RunCount, ...), height=(RunCount, ...),
-                      frames=(RunCount, ...), clips=(RunCount, ...),
-                      **{setting.name: number_of(setting) for setting in COURSE})
+    width: RunCount
+    height: RunCount
+    frames: RunCount
+    clips: RunCount
+
+    @model_validator(mode="after")
+    def says_how_they_are_sampled(self) -> Self:
+        said = self.model_extra or {}
+        for setting in COURSE:
+            value, kinds = said.get(setting.name), (int, float) if setting.type is float else (setting.type,)
+            if value is None and not setting.field:
+                continue                                # of some models alone
+            if type(value) not in kinds or setting.type in (int, float) and not min(0, setting.low) <= value <= 10**9:
+                raise ValueError(f"{setting.name} must be {setting.allowed}; got {shown(value)}")
+        return self
 
 
 class RunFile(BaseModel):
@@ -74,7 +82,7 @@ def claim_run(store: Store, identity: Mapping[str, Any], about: Mapping[str, Any
 
 
 def read_run(store: Store) -> dict[str, Any] | None:
-    """run.json, None where no run has begun.  Raises OtherRun for one that is not ours, StoreError for a damaged."""
+    """run.json, None where no run has begun.  Raises OtherRun for what is not ours; StoreError for a damaged one."""
     try:
         found = json.loads(store.get(RUN, at_most=MAX_RUN_JSON_BYTES))
     except NotFound:
@@ -115,7 +123,7 @@ def known_manifest(store: Store, run: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises StoreError for one that is damaged.
     """
-    said = dict.fromkeys(SUMMED, 0) | {"buckets": []}
+    said: dict[str, Any] = dict.fromkeys(SUMMED, 0) | {"buckets": []}
     said |= {name: run[name] for name in (*SUMMED, "rows_digest") if name in run}
     said |= {name: run["identity"].get(name) for name in GROWS}
     if not (keys := sorted(info.key for info in store.list(f"{MANIFESTS}/"))):
