@@ -20,7 +20,7 @@ def usable_cores(root: Path = Path("/")) -> int:
 
 def quotas(root: Path) -> Iterator[float]:
     """Cores, of each control group that this process is in and that has a quota, version 1 or 2."""
-    groups = {}                                         # controllers ("" in version 2) -> the group's path
+    groups: dict[str, str] = {}                         # controllers ("" in version 2) -> the group's path
     for line in lines_of(root / "proc/self/cgroup"):
         _, controllers, path = line.split(":", 2)
         groups |= {controller: path for controller in controllers.split(",")}

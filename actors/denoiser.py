@@ -1,27 +1,25 @@
-"""The actor that turns embeddings into latents: the diffusion model and its course from noise to video."""
+"""The actor that turns embeddings into latents: noise, and a diffusion model that takes it away."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from dailies.actors.actor import Actor
 from dailies.actors.determinism import class_on
-from dailies.actors.device_lock import NO_LOCK
 from dailies.actors.messages import Embedding, Latent, Request
-from dailies.model.catalog import ModelCard
+from dailies.model.card import ModelCard
+from dailies.model.family import family_of
 from dailies.model.graphs import CudaGraphs, Graphed
-from dailies.model.guidance import AdaptiveProjectedGuidance, AverageToo, classifier_free
-from dailies.model.samplers import STRAIGHT, Clips, Steps, Streams, Velocity, euler
-from dailies.model.schedules import flow_match_sigmas
-from dailies.model.shapes import LatentGrid
+from dailies.model.runtime import Runtime
+from dailies.model.samplers import STRAIGHT, Clips, Steps, Streams
 from dailies.model.turbo import compile_blocks
 
-Guide = Callable[[Tensor, Tensor], Tensor]              # velocities with and without the prompt in, one out
+Shapes = Mapping[str, tuple[int, ...]]                  # of a clip's streams
 DRAWN_AT_ONCE = 2**16                                   # numbers; numpy lets no other thread run meanwhile
 
 
@@ -29,47 +27,50 @@ class NonFiniteLatent(ArithmeticError):
     """Sampling ended in NaN or infinity."""
 
 
-def noise(request: Request, grid: LatentGrid, draw: int = 0) -> Tensor:
-    """Standard normal [C, T, H, W] in fp32 on the CPU, decided by shape and seed alone: any worker, batch and device.
+def noise(request: Request, shapes: Shapes, draw: int = 0) -> Streams:
+    """Standard normal in fp32 on the CPU, decided by shape and seed alone: any worker, batch and device.
 
     draw: 0 is where the clip starts, n the noise that a few-step sampler puts back after its n-th step. The seed is
-    Philox's key; draw n counts from n * 2^192, so no draw reaches another's numbers and none needs the one before.
+    Philox's key; draw n counts from n * 2^192 and the stream in place s of the shapes from s * 2^128 behind it, so none
+    reaches another's numbers and none needs the one before.
 
     Philox counts and never looks back, and its bits are fixed by its definition. Torch's CPU generator would not do:
     it takes 32 bits of the seed, and its normals depend on the processor's vector width. Values are rounded to bf16,
     as the Linum release draws them; so the last bits of a machine's logarithm and cosine do not matter.
     """
-    shape = grid.of(request.shape)
-    pairs = -(-math.prod(shape) // 2)
-    philox = np.random.Philox(key=request.seed, counter=draw << 192)
-    raw = np.concatenate([philox.random_raw(min(DRAWN_AT_ONCE, 2 * pairs - start))
-                          for start in range(0, 2 * pairs, DRAWN_AT_ONCE)])
-    uniform = (raw >> np.uint64(11)) * 2.0 ** -53                                                           # [0, 1)
-    radius, angle = np.sqrt(-2 * np.log1p(-uniform[:pairs])), 2 * np.pi * uniform[pairs:]
-    normal = np.concatenate((radius * np.cos(angle), radius * np.sin(angle)))[:math.prod(shape)]
-    return torch.from_numpy(normal).reshape(shape).bfloat16().float()
+    drawn = {}
+    for place, (name, shape) in enumerate(shapes.items()):
+        pairs = -(-math.prod(shape) // 2)
+        philox = np.random.Philox(key=request.seed, counter=(draw << 192) + (place << 128))
+        raw = np.concatenate([philox.random_raw(min(DRAWN_AT_ONCE, 2 * pairs - start))
+                              for start in range(0, 2 * pairs, DRAWN_AT_ONCE)])
+        uniform = (raw >> np.uint64(11)) * 2.0 ** -53                                                       # [0, 1)
+        radius, angle = np.sqrt(-2 * np.log1p(-uniform[:pairs])), 2 * np.pi * uniform[pairs:]
+        normal = np.concatenate((radius * np.cos(angle), radius * np.sin(angle)))[:math.prod(shape)]
+        drawn[name] = torch.from_numpy(normal).reshape(shape).bfloat16().float()
+    return drawn
 
 
 class NoiseAhead:
     """`noise`, drawn by a thread before it is wanted: a draw takes the CPU as long as a fast model's step the GPU."""
 
-    def __init__(self, noise: Callable[..., Tensor]):
+    def __init__(self, noise: Callable[..., Streams]):
         self.noise = noise
         self.thread = ThreadPoolExecutor(1, "noise")
-        self.coming: dict[tuple[str, int], Future[Tensor]] = {}
+        self.coming: dict[tuple[str, int], Future[Streams]] = {}
 
-    def begin(self, requests: Sequence[Request], grid: LatentGrid, draws: int) -> None:
+    def begin(self, requests: Sequence[Request], shapes: Shapes, draws: int) -> None:
         """Draws 0 to draws - 1 of these clips are going to be asked for."""
         for draw in range(draws):
             for request in requests:
-                self.coming[request.clip_id, draw] = self.thread.submit(self.draw, request, grid, draw)
+                self.coming[request.clip_id, draw] = self.thread.submit(self.draw, request, shapes, draw)
 
-    def __call__(self, request: Request, grid: LatentGrid, draw: int = 0) -> Tensor:
+    def __call__(self, request: Request, shapes: Shapes, draw: int = 0) -> Streams:
         coming = self.coming.pop((request.clip_id, draw), None)
-        return self.draw(request, grid, draw) if coming is None else coming.result()
+        return self.draw(request, shapes, draw) if coming is None else coming.result()
 
-    def draw(self, request: Request, grid: LatentGrid, draw: int) -> Tensor:
-        return self.noise(request, grid, draw) if draw else self.noise(request, grid)
+    def draw(self, request: Request, shapes: Shapes, draw: int) -> Streams:
+        return self.noise(request, shapes, draw) if draw else self.noise(request, shapes)
 
     def forget(self, requests: Sequence[Request]) -> None:
         """What a clip that was begun elsewhere did not need."""
@@ -78,52 +79,35 @@ class NoiseAhead:
             self.coming.pop(key).cancel()
 
 
-class Denoiser:
-    """Embeddings in, Latents out; one diffusion model on one device. Making it loads; calling it only computes.
+class Denoiser(Actor):
+    """Embeddings in, Latents out; one diffusion model on one device, whose family says how it samples.
 
-    This is Linum's course from noise to video; another family has its own `load` and `sample`.
     Threads may call it side by side: one computes, and the noise of the next clip is drawn meanwhile.
-
-    The clips of a batch are computed one by one, so a batch changes no bit of them: as one tensor they would meet other
-    products, whose last bits guidance makes visible within a few steps.
     """
 
-    lock = NO_LOCK                                      # the worker's
-    draws_per_step = False                              # fresh noise for each step, or for the first alone
-    weights_move = False                                # away from the device and back, while clips are made
-
-    def __init__(self, card: ModelCard, weights: Path, device: str = "cpu", *, precision: str | None = None,
-                 attention: str | None = None, threads: int = 1, noise: Callable[..., Tensor] = noise,
-                 compiled: bool = False, graphs: bool | None = None):
-        """threads: torch's, for the whole process; fixed, since the last bits of a result may depend on it.
-        noise: where a clip starts, and what is put back on its way.  compiled: by torch.compile, at the first clip of
-        each shape.  graphs: whether a forward is recorded as one CUDA graph when a shape of clip comes again; by
-        default on a GPU, and never where weights move.  In the safe profile neither is used.
+    def __init__(self, card: ModelCard, weights: Path, on: Runtime | None = None, *,
+                 noise: Callable[..., Streams] = noise):
+        """on: by default the model's own on a CPU. Where its forwards are compiled or recorded they are not in the safe
+        profile, and never recorded where weights move.  noise: where a clip starts, and what is put back on its way.
 
         Raises CheckpointError.
         """
-        torch.set_num_threads(threads)
-        self.threads = threads
-        self.card, self.device, self.noise = card, device, NoiseAhead(noise)
-        self.precision, self.attention = precision or card.precision_on(device), attention or card.attentions[0]
-        self.fallbacks = card.fallbacks(weights, device, self.precision)
-        self.load(weights)
-        self.compiled, self.safe, self.made, self.graphs = compiled, False, set(), []
-        recorded = (device.startswith("cuda") if graphs is None else graphs) and not self.weights_move
-        record = CudaGraphs()
-        for dit in self.transformers if compiled or recorded else ():
-            if compiled:
+        self.card, self.on, self.noise = card, on or card.runtime(), NoiseAhead(noise)
+        self.device = self.on.device
+        torch.set_num_threads(self.on.threads)
+        family = family_of(card)
+        self.fallbacks = tuple(family.fallbacks(card, weights, self.on).get("sample", ()))
+        self.sampler = family.load_sampler(card, weights, self.on)
+        self.made: set[str] = set()                     # buckets of which a batch is made
+        self.graphs: list[Graphed] = []
+        asked = self.device.startswith("cuda") if self.on.graphs is None else self.on.graphs
+        recorded, record = asked and not self.sampler.weights_move, CudaGraphs()
+        for dit in self.sampler.transformers if self.on.compiled or recorded else ():
+            if self.on.compiled:
                 compile_blocks(dit)
             if recorded:
                 self.graphs.append(Graphed(dit.forward, record))
-                dit.forward = self.graphs[-1]
-
-    def load(self, weights: Path) -> None:
-        self.dit = self.card.dit(weights, self.device, self.precision, self.attention)
-
-    @property
-    def transformers(self) -> list[torch.nn.Module]:
-        return [self.dit]
+                dit.forward = self.graphs[-1]           # type: ignore[method-assign]
 
     @contextmanager
     def profile(self, bucket: str) -> Iterator[None]:
@@ -135,7 +119,7 @@ class Denoiser:
                     stack.enter_context(graphed.set_aside())
                 elif bucket not in self.made:
                     stack.enter_context(graphed.pause())
-            if self.safe and self.compiled:
+            if self.safe and self.on.compiled:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             yield
         self.made.add(bucket)
@@ -148,87 +132,51 @@ class Denoiser:
         """
         requests = [embedding.request for embedding in batch]
         self.check(requests)
-        self.noise.begin(requests, self.card.grid, requests[0].num_steps if self.draws_per_step else 1)
+        shapes = self.card.stream_shapes(requests[0].shape)
+        self.noise.begin(requests, shapes, self.sampler.draws(requests[0].num_steps))
+
+        def draw(number: int) -> Clips:
+            drawn = [self.noise(request, shapes, number) for request in requests] if number else start
+            return [{name: stream.to(self.device) for name, stream in clip.items()} for clip in drawn]
+
         try:
-            start = [self.noise(request, self.card.grid) for request in requests]
+            start = [self.noise(request, shapes) for request in requests]       # before the device is taken
             with self.lock, self.profile(requests[0].bucket):
-                clips = self.sample(batch, [self.on_device(noise) for noise in start], steps)
+                clips = self.sampler.sample(batch, draw, steps)
                 clips = [{name: stream.cpu() for name, stream in clip.items()} for clip in clips]
         finally:
             self.noise.forget(requests)
-        made = list(zip(batch, clips, strict=True))
-        broken = [embedding.request.clip_id for embedding, streams in made
-                  if not all(stream.isfinite().all() for stream in streams.values())]
+        broken = [request.clip_id for request, clip in zip(requests, clips, strict=True)
+                  if not all(stream.isfinite().all() for stream in clip.values())]
         if broken:
             raise NonFiniteLatent(f"sampling ended in NaN or infinity for {', '.join(broken)}; try another seed, "
                                   f"a lower guidance than {requests[0].guidance:g}, or precision fp32")
-        return [Latent(request=embedding.request, streams=streams,
-                       fallbacks=embedding.fallbacks + self.notes(embedding.request),
-                       determinism=(*embedding.determinism, self.determinism)) for embedding, streams in made]
-
-    def on_device(self, noise: Tensor) -> Streams:
-        return {"video": noise.to(self.device)}
+        return [Latent(request=embedding.request, streams=clip,
+                       fallbacks=embedding.fallbacks + self.notes_on(embedding.request),
+                       determinism=(*embedding.determinism, self.determinism))
+                for embedding, clip in zip(batch, clips, strict=True)]
 
     @property
     def determinism(self) -> str:
         """The class of what is sampled now."""
-        return class_on(self.device, threads=self.threads, compiled=self.compiled and not self.safe)
+        return class_on(self.device, threads=self.on.threads, compiled=self.on.compiled and not self.safe)
 
-    def notes(self, request: Request) -> tuple[str, ...]:
+    def notes_on(self, request: Request) -> tuple[str, ...]:
         """What is done here instead of what the request asks for."""
-        return self.fallbacks
+        unused = self.card.negative_unused if request.negative_prompt else ""
+        return self.fallbacks + ((unused,) if unused else ())
 
-    def course(self, request: Request) -> str:
-        """What two states between steps must agree in, to belong to the same course of one clip."""
-        shape = "x".join(map(str, self.card.grid.of(request.shape)))
-        return f"{self.solver}, {request.num_steps} steps, {shape}"
-
-    @property
-    def solver(self) -> str:
-        return f"euler and {self.card.guider}"
-
-    def sample(self, batch: list[Embedding], start: Clips, steps: Steps) -> Clips:
-        """From noise to latents, fp32."""
-        request = batch[0].request
-        sigmas = flow_match_sigmas(request.num_steps, self.card.shift).tolist()
-        guides = [self.guide(request.guidance) for _ in batch]
-        if isinstance(guides[0], AdaptiveProjectedGuidance):
-            steps = AverageToo(guides, steps)
-        return euler(self.velocity(batch, guides), start, sigmas, steps)
-
-    def velocity(self, batch: list[Embedding], guides: Sequence[Guide]) -> Velocity:
-        """The guided velocity of clips, each with its own guide, for a sampler. Their texts' keys and values are made
-        here, once."""
-        predictions = [self.prediction(embedding) for embedding in batch]
-
-        def velocity(clips: Clips, sigma: float) -> Clips:
-            timestep = torch.full((1,), 1000 * sigma, device=self.device)
-            return [{"video": guide(*predict(clip["video"][None], timestep))}
-                    for clip, predict, guide in zip(clips, predictions, guides, strict=True)]
-        return velocity
-
-    def prediction(self, embedding: Embedding) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Of one clip: video [1, C, T, H, W] and timestep [1] in, [C, T, H, W] with its prompt and without it out."""
-        prompt, negative = (text["video"].to(self.device) for text in (embedding.prompt, embedding.negative))
-        if self.card.pair_guidance:
-            both = self.dit.embed_text([prompt, negative])
-            return lambda video, timestep: self.dit(video.repeat(2, 1, 1, 1, 1), timestep.repeat(2), both)
-        contexts = [self.dit.embed_text([text]) for text in (prompt, negative)]
-        return lambda video, timestep: [self.dit(video, timestep, context)[0] for context in contexts]
-
-    def guide(self, scale: float) -> Guide:
-        """How the two velocities become one; APG remembers, so it is made anew for each clip and run of the sampler."""
-        if self.card.guider == "cfg":
-            return lambda cond, uncond: classifier_free(cond, uncond, scale)
-        return AdaptiveProjectedGuidance(scale, momentum=self.card.apg_momentum, max_norm=self.card.apg_max_norm,
-                                         parallel=self.card.apg_parallel)
+    def schedule(self, request: Request) -> str:
+        """What two states between steps must agree in, to belong to one way from noise to one clip."""
+        shapes = ["x".join(map(str, shape)) for shape in self.card.stream_shapes(request.shape).values()]
+        return f"{self.sampler.solver}, {request.num_steps} steps, {' and '.join(shapes)}"
 
     def check(self, requests: list[Request]) -> None:
         first = requests[0]
         for request in requests:
             if request.bucket != first.bucket:
                 raise ValueError(f"a batch must be of one bucket; got {first.bucket} and {request.bucket}")
-            runs = self.card.name, self.precision, self.attention
+            runs = self.card.name, self.on.precision, self.on.attention
             if (request.model, request.precision, request.attention) != runs:
                 raise ValueError("this actor runs {} in {} with {} attention; ".format(*runs) +
                                  f"clip {request.clip_id} asks for "

@@ -4,12 +4,13 @@ A sealed value was made by this run, so this finds what a defect of ours, or som
 the next stage would fail on it, and its row would pay.
 """
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from dailies.actors.messages import Embedding, Latent
-from dailies.model.catalog import ModelCard
+from dailies.model.card import ModelCard
 
 
 @dataclass(frozen=True)
@@ -20,22 +21,22 @@ class Fitting:
 
     def __call__(self, value: Embedding | Latent) -> str | None:
         """None, or what is wrong."""
-        grid = self.card.grid.of(value.request.shape)
+        shapes = self.card.stream_shapes(value.request.shape)
         if isinstance(value, Latent):
-            return self.latent(value, grid)
-        wanted = self.card.dit_config.text_dim
+            return self.latent(value, shapes)
         for name, streams in (("prompt", value.prompt), ("negative prompt", value.negative)):
-            if list(streams) != ["video"]:
-                return f"a {name} for {' and '.join(streams) or 'nothing'}, where one for video is wanted"
-            if wrong := text(streams["video"], wanted):
-                return f"a {name} that is {wrong}"
-        return self.image(value, grid)
+            if set(streams) != set(self.card.text_widths):
+                return f"a {name} for {joined(streams)}, where one for {joined(self.card.text_widths)} is wanted"
+            for stream, width in self.card.text_widths.items():
+                if wrong := text(streams[stream], width):
+                    return f"a {name} that is {wrong}"
+        return self.image(value, shapes["video"])
 
-    def latent(self, value: Latent, grid: tuple[int, ...]) -> str | None:
-        got = {name: list(stream.shape) for name, stream in value.streams.items()}
-        if got != {"video": list(grid)}:
-            said = " and ".join(f"{name} {shape}" for name, shape in got.items()) or "nothing"
-            return f"a latent of {said}, where video {list(grid)} is wanted"
+    def latent(self, value: Latent, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+        wanted, got = ({name: f"{name} {list(shape)}" for name, shape in each.items()}
+                       for each in (shapes, {name: stream.shape for name, stream in value.streams.items()}))
+        if got != wanted:
+            return f"a latent of {joined(got.values())}, where {joined(wanted.values())} is wanted"
         return next((wrong for stream in value.streams.values() if (wrong := numbers(stream))), None)
 
     def image(self, value: Embedding, grid: tuple[int, ...]) -> str | None:
@@ -46,6 +47,10 @@ class Fitting:
         if any(rows.dim() != 2 for rows in value.image[1:]):
             return "an image whose rows are no matrix"
         return next((wrong for part in value.image if (wrong := numbers(part))), None)
+
+
+def joined(names: Iterable[str]) -> str:
+    return " and ".join(names) or "nothing"
 
 
 def text(rows: Tensor, width: int) -> str | None:

@@ -13,25 +13,28 @@ from torch import Tensor
 
 from dailies.actors.image_file import decode_image
 from dailies.actors.image_parts import ImageError
-from dailies.actors.memory import room_on
 from dailies.actors.messages import Embedding, FirstFrame, Request
 from dailies.actors.text_encoder import TextEncoder
-from dailies.model.catalog import WanCard
+from dailies.model.memory import memory_on
+from dailies.model.runtime import Runtime
 from dailies.model.shapes import VideoShape
+from dailies.model.wan.card import WanCard
+from dailies.model.wan.load import WAN
 from dailies.model.wan.vae import SLAB
 
 
 class ImageTextEncoder(TextEncoder):
     """Requests in, Embeddings out, for a Wan model that takes an image: text encoder, VAE and CLIP if it has one."""
 
-    def __init__(self, card: WanCard, weights: Path, device: str = "cpu", *, read: Callable[[str], bytes],
-                 precision: str | None = None, threads: int = 1, remember: int = 32):
+    def __init__(self, card: WanCard, weights: Path, on: Runtime | None = None, *, read: Callable[[str], bytes],
+                 remember: int = 32):
         """read: the file at a FirstFrame's uri.  The rest and what is raised as TextEncoder; remember: images, too."""
-        super().__init__(card, weights, device, precision=precision, threads=threads, remember=remember)
-        self.card, self.read = card, read
-        self.vae = card.vae(weights, device, precision)
-        self.scale, self.bias = (t.to(device).view(-1, 1, 1, 1) for t in card.latent_statistics(weights))
-        self.clip = None if card.clip_fields is None else card.image_encoder(weights, device, precision)
+        on = on or card.runtime()
+        super().__init__(card, weights, on, remember=remember)
+        self.card, self.read, self.device = card, read, on.device
+        self.vae = WAN.load_vae(card, weights, replace(on, decode_precision=card.vae_precision(on.precision)))
+        self.scale, self.bias = (t.to(on.device).view(-1, 1, 1, 1) for t in WAN.latent_statistics(card, weights))
+        self.clip = None if card.clip_fields is None else WAN.load_image_encoder(card, weights, on)
         self.recent_images: OrderedDict[tuple[str, VideoShape],
                                         tuple[tuple[Tensor, ...], tuple[str, ...]]] = OrderedDict()
 
@@ -78,7 +81,7 @@ class ImageTextEncoder(TextEncoder):
                               mode="bilinear" if smooth else "bicubic")
         video[:, :, 0] = first.to(self.device)
         _, *grid = self.card.grid.of(shape)
-        rows = self.vae.rows_within(room_on(self.device), self.vae.encoder, *grid)
+        rows = self.vae.rows_within(memory_on(self.device), self.vae.encoder, *grid)
         # in small slabs: one image a clip, beside a sampler that may hold most of the memory
         latent = self.vae.encode(video.to(self.vae.from_latent.weight.dtype), rows=rows, slab=SLAB)[0][0].float()
         latent = latent * self.scale + self.bias

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from dailies.actors.image_parts import ImageError, Parts, parts_of
-from dailies.model.weights import first_line
+from dailies.model.files import first_line
 
 MAX_IMAGE_BYTES = 64 << 20
 MAX_PIXELS = 100_000_000            # as floats 1.2 GB; a page of an atlas, not a decompression bomb

@@ -5,42 +5,36 @@ from collections import OrderedDict
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
+from dailies.actors.actor import Actor
 from dailies.actors.determinism import class_on
-from dailies.actors.device_lock import NO_LOCK
 from dailies.actors.messages import Embedding, Request
-from dailies.model.catalog import ModelCard
+from dailies.model.card import ModelCard
+from dailies.model.family import family_of
+from dailies.model.runtime import Runtime
+from dailies.model.samplers import Streams
 
 
-class TextEncoder:
-    """Requests in, Embeddings out; one text encoder on one device. Making it loads; calling it only computes.
+class TextEncoder(Actor):
+    """Requests in, Embeddings out; one text encoder on one device. Threads may call it side by side."""
 
-    Threads may call it side by side.
-    """
-
-    lock = NO_LOCK                                      # the worker's
     takes_turns = False                                 # with a sampler on its GPU: a prompt takes 20 ms, a step longer
 
-    def __init__(self, card: ModelCard, weights: Path, device: str = "cpu", *, precision: str | None = None,
-                 threads: int = 1, remember: int = 32):
-        """threads: torch's, for the whole process; fixed, since the last bits of a result may depend on it.
-        remember: texts kept encoded.
-
-        Raises CheckpointError.
-        """
-        torch.set_num_threads(threads)
-        self.device, self.determinism = device, class_on(device, threads=threads)
-        self.model = card.text_encoder(weights, device, precision)
+    def __init__(self, card: ModelCard, weights: Path, on: Runtime | None = None, *, remember: int = 32):
+        """on: by default the model's own on a CPU.  remember: texts kept encoded.  Raises CheckpointError."""
+        on = on or card.runtime()
+        torch.set_num_threads(on.threads)
+        self.device, self.determinism = on.device, class_on(on.device, threads=on.threads)
+        self.model = family_of(card).load_encoder(card, weights, on)
         self.remember = remember
-        self.recent: OrderedDict[str, Tensor] = OrderedDict()          # the negative prompt is mostly the same
+        self.recent: OrderedDict[str, Streams] = OrderedDict()         # the negative prompt is mostly the same
 
     def __call__(self, batch: list[Request]) -> list[Embedding]:
         return [self.embed(request) for request in batch]
 
     def embed(self, request: Request) -> Embedding:
-        return Embedding(request=request, prompt={"video": self.encode(request.prompt)},
-                         negative={"video": self.encode(request.negative_prompt)}, fallbacks=self.cuts(request),
+        return Embedding(request=request, prompt=self.encode(request.prompt),
+                         negative=self.encode(request.negative_prompt), fallbacks=self.cuts(request),
                          determinism=(self.determinism,))
 
     def cuts(self, request: Request) -> tuple[str, ...]:
@@ -51,11 +45,11 @@ class TextEncoder:
         return tuple(f"{name} cut to {self.model.max_tokens} tokens, {tokens} left out"
                      for name, tokens in cuts.items() if tokens)
 
-    def encode(self, text: str) -> Tensor:
-        """[L, E] on the CPU."""
+    def encode(self, text: str) -> Streams:
+        """[L, E] on the CPU for each stream that is told by text."""
         with self.lock:
             if text not in self.recent:
-                self.recent[text] = self.model(text)
+                self.recent[text] = self.model.encode(text)
                 if len(self.recent) > self.remember:
                     self.recent.popitem(last=False)
             self.recent.move_to_end(text)

@@ -29,9 +29,8 @@ def main(out: str) -> int:
                           defaults=dailies.Defaults(steps=4, frames=9))
     print(f"{run.plan.num_clips} clips with {card.name} in {run.plan.precision}")
 
-    encode, sample, publish = dailies.text_to_video(card, str(weights), store, device="cpu",
-                                                    precision=run.plan.precision,
-                                                    attention=run.plan.attention)
+    encode, sample, publish = dailies.text_to_video(
+        card, str(weights), store, card.runtime("cpu", run.plan.precision, run.plan.attention))
     announce = dailies.Stage(name="announce", steps=(dailies.Step(actor=Announce),))
     for outcome in run.render([encode, sample, announce, publish]):         # only what is not done yet
         took = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in outcome.seconds.items())

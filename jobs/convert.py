@@ -29,19 +29,11 @@ from dailies.jobs.usage import UsageError, card_named
 from dailies.kernels.int8_linear import quantize_rows
 from dailies.model import checkpoint, keys, turbo
 from dailies.model.card import Layout, ModelCard
-from dailies.model.catalog import LinumCard
-from dailies.model.private import at_home, cache_folder
-from dailies.model.text import described_encoder
-from dailies.model.tokenizer import Tokenizer
-from dailies.model.wan.image_encoder import ClipVision, from_open_clip
-from dailies.model.wan.vae import WanVAE
-from dailies.model.weights import (
+from dailies.model.family import ModelPart, family_of
+from dailies.model.files import (
     INDEX,
     PICKLES,
-    SMALL_BYTES,
-    SMALL_KINDS,
     CheckpointError,
-    is_file,
     json_in,
     listed,
     read_small,
@@ -49,6 +41,11 @@ from dailies.model.weights import (
     weight_map,
     weights_file,
 )
+from dailies.model.private import at_home, cache_folder
+from dailies.model.tokenizer import Tokenizer
+from dailies.model.wan import keys as wan_keys
+from dailies.model.wan.image_encoder import from_open_clip
+from dailies.model.weights import SMALL_BYTES, SMALL_KINDS, is_file
 from dailies.pipeline.store import Store, open_store
 from dailies.pipeline.store.fetch import bring
 
@@ -87,7 +84,7 @@ def convert(source: str, model: str, to: str, *, precision: str | None = None, j
         path = at_home(source)
     layout, parts = found_parts(card, path)
     refuse_links_out(parts, path)
-    if path.is_dir() and (path / layout.tokenizer).is_dir():
+    if path.is_dir() and layout.tokenizer and (path / layout.tokenizer).is_dir():
         Tokenizer(path / layout.tokenizer, card.name)   # which is copied as it is: it must be one that can be read
     small = small_files(layout, path) if path.is_dir() else {}
     written = []
@@ -148,7 +145,7 @@ def one_part(card: ModelCard, path: Path) -> tuple[Layout, list[FoundPart]]:
         if len(named) == 1:
             return layout, named
     names = [name for name, _ in published_tensors(path)]
-    known = [part for part in options[0] if not keys.table_of(names, tables_of(card, part.kind)).unknown(names)]
+    known = [part for part in options[0] if not keys.table_of(names, described(card, part.kind).tables).unknown(names)]
     # of two experts the file's name may say which: wan2.2_t2v_high_noise_14B_fp16.safetensors
     noise = [part for part in known if part.kind == "dit" and re.search(rf"(?i)(?<![a-z]){EXPERTS[part.place]}(?![a-z])", stem)]
     known = noise if len(known) > 1 and len(noise) == 1 else known
@@ -247,20 +244,23 @@ def warn_once(sentence: str) -> None:
 
 def split_clip(card: ModelCard, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     """CLIP's picture tower as transformers names it; a file that has those names already stays as it is."""
-    if not keys.CLIP_VISION.unknown(tensors):
+    if not wan_keys.CLIP_VISION.unknown(tensors):
         return dict(tensors)
     try:
         ours = from_open_clip(tensors, card.clip_config.blocks)
     except KeyError as error:
         raise CheckpointError(f"{path} is not {card.name}'s image encoder: {error.args[0]} is missing") from error
-    return {keys.CLIP_VISION.released(name): tensor for name, tensor in ours.items()}
+    return {wan_keys.CLIP_VISION.released(name): tensor for name, tensor in ours.items()}
 
 
 def quantized_part(card: ModelCard, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     """With the weights of the blocks' linear layers in INT8, a scale per row: the names are those of model/turbo.py."""
+    dit = described(card, "dit")
+    if dit.new is None:
+        raise UsageError(f"--precision int8 is not for {card.name}; leave it out")
     with torch.device("meta"):
-        wanted = {f"{place}.weight" for place, _ in turbo.linears_of_blocks(card.new_dit())}
-    table = keys.table_of(tensors, card.dit_tables)
+        wanted = {f"{place}.weight" for place, _ in turbo.linears_of_blocks(dit.new())}
+    table = keys.table_of(tensors, dit.tables)
     made: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if table.ours(name) in wanted:
@@ -308,36 +308,14 @@ def tensor_bytes(tensor: Tensor) -> int:
 
 def check_converted(card: ModelCard, part: FoundPart, folder: Path) -> None:
     """That the model which the card describes can be loaded from what was written.  Raises CheckpointError."""
-    path = folder / part.target
-    path = path if path.is_file() else folder / (part.target + INDEX)
-    if part.kind == "dit":
-        card.dit_from(path, "meta", "int8" if turbo.scheme_of(checkpoint.stored_tensors(path)) else "fp32")
-        return
-    if part.kind == "text_encoder":
-        config = part.source.with_name("config.json")
-        said = config if config.is_file() else getattr(card, "text_encoder_fields", None)
-        with torch.device("meta"):
-            model = described_encoder("T5" if isinstance(card, LinumCard) else "umT5", said or config, card.name)
-        model.encoder.embed_tokens = model.shared
-    else:
-        model = described_part(card, part.kind)
-    checkpoint.load(model, path, *tables_of(card, part.kind), name=card.name, device="meta")
+    path, config = folder / part.target, part.source.with_name("config.json")
+    described(card, part.kind).check(path if path.is_file() else folder / (part.target + INDEX),
+                                     config if config.is_file() else None)
 
 
-def described_part(card: ModelCard, kind: str) -> torch.nn.Module:
-    with torch.device("meta"):
-        return WanVAE(card.vae_config) if kind == "vae" else ClipVision(card.clip_config)
-
-
-def tables_of(card: ModelCard, kind: str) -> tuple[keys.KeyTable, ...]:
-    if kind == "dit":
-        return card.dit_tables
-    if kind == "vae":
-        return keys.WAN_VAE, keys.WAN_VAE_DIFFUSERS
-    if isinstance(card, LinumCard):
-        return keys.T5,
-    return {"text_encoder": (keys.UMT5, keys.UMT5_WAN),
-            "image_encoder": (keys.CLIP_VISION, keys.CLIP_ORIGINAL)}[kind]
+def described(card: ModelCard, kind: str) -> ModelPart:
+    """By its family; experts are all alike."""
+    return next(part for part in family_of(card).parts(card) if part.kind == kind)
 
 
 def refuse_links_out(parts: list[FoundPart], path: Path) -> None:
@@ -361,7 +339,7 @@ def small_files(layout: Layout, folder: Path) -> dict[str, bytes]:
     Raises CheckpointError for what is no regular file in that folder, larger than such files are, or not of its kind.
     """
     found = {}
-    for part in (layout.tokenizer, *(part for part in layout.parts if not part.endswith(".safetensors"))):
+    for part in (*filter(None, [layout.tokenizer]), *(part for part in layout.parts if not part.endswith(".safetensors"))):
         beside = sorted(file.name for file in (folder / part).glob("*")
                         if file.suffix in SMALL_KINDS and not file.name.endswith(INDEX))
         if others := [name for name in beside if name not in COPIED]:

@@ -145,10 +145,10 @@ def stages_for(job: RenderJob, run: Run, seal: Seal = Seal(), spoilt: Mapping[st
     weights, plan = job.weights, run.plan
     if weights and "://" not in weights:                # the processes that read it may run in another folder
         weights = str(at_home(weights).absolute())
-    return text_to_video(plan.card, weights, run.store, device=run.device, precision=plan.precision,
-                         attention=plan.attention, decode_precision=plan.decode_precision,
-                         strict=job.strict, compiled=job.compile, batch=job.batch, samplers=job.samplers,
-                         threads=job.threads_per_sampler or 1, keep_latents=job.keep_latents, seal=seal, spoilt=spoilt)
+    on = plan.card.runtime(run.device, plan.precision, plan.attention, decode_precision=plan.decode_precision,
+                           compiled=job.compile, threads=job.threads_per_sampler or 1)
+    return text_to_video(plan.card, weights, run.store, on, strict=job.strict, batch=job.batch, samplers=job.samplers,
+                         keep_latents=job.keep_latents, seal=seal, spoilt=spoilt)
 
 
 def interruptible(stop: Any, display: Display) -> AbstractContextManager[None]:

@@ -10,10 +10,12 @@ from typing import Any
 from dailies.jobs.answer import answer
 from dailies.jobs.progress import duration_text, printable, say
 from dailies.jobs.usage import UsageError, card_named, checked_place
-from dailies.model.catalog import CATALOG, ModelCard
+from dailies.model.card import ModelCard
+from dailies.model.catalog import CATALOG
+from dailies.model.files import CheckpointError
 from dailies.model.private import at_home
 from dailies.model.settings import COURSE, DEFAULTED, course_of
-from dailies.model.weights import CheckpointError, locate, missing_files, weights_files
+from dailies.model.weights import locate, missing_files, weights_files
 from dailies.pipeline.run import ledger
 from dailies.pipeline.run.layout import RUN, SUCCESS
 from dailies.pipeline.run.lease import Lease

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dailies.model import checkpoint, foreign
-from dailies.model.weights import CheckpointError, first_line, listed
+from dailies.model.files import CheckpointError, first_line, listed
 
 EXPANSION = 4                                           # tensors of several names may share their memory
 FOREIGN = {torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.float8_e4m3fnuz: "F8_E4M3FNUZ",

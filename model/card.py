@@ -1,21 +1,13 @@
-"""What every model says of itself: what a row may ask for and gets, its files, and how its parts are built."""
+"""What every model says of itself: what a row may ask for and gets, its files and sizes. How to build it: family.py."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from dailies.model.runtime import Runtime
 from dailies.model.shapes import LatentGrid, VideoShape
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from dailies.model.checkpoint import StoredTensor
-    from dailies.model.keys import KeyTable
-    from dailies.model.text import T5TextEncoder
-    from dailies.model.turbo import Sparsity
-    from dailies.model.wan.vae import WanVAE, WanVAEConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,20 +17,33 @@ class Layout:
     dits: tuple[str, ...]
     vae: str
     text_encoder: str                                   # a file, or a folder as transformers saves it
-    tokenizer: str                                      # a folder
+    tokenizer: str | None                               # a folder
     image_encoder: str | None = None                    # as text_encoder
+    audio_vae: str | None = None
 
     @property
     def parts(self) -> tuple[str, ...]:
-        return tuple(part for part in (*self.dits, self.vae, self.text_encoder, self.image_encoder) if part)
+        others = self.vae, self.text_encoder, self.image_encoder, self.audio_vae
+        return tuple(part for part in (*self.dits, *others) if part)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sparsity:
+    """Of sparse attention: the share of the key blocks that a block of queries attends to, and the rows of a block."""
+
+    keep_ratio: float
+    block_q: int = 128
+    block_k: int = 64
+    tuned: bool = False             # the weights were tuned for it: they have the projection of its linear branch
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelCard:
-    """One model, in plain values, so a card can be pickled. A family's card adds how its parts are built."""
+    """One model, in plain values, so a card can be pickled. A family's card adds what its parts are made by."""
 
     name: str
     description: str
+    family: str                                         # what loads its parts, "module:name" (family.py)
 
     # where the weights are, under a folder in one of the layouts
     repo_id: str | None = None                          # on the Hugging Face hub
@@ -92,95 +97,40 @@ class ModelCard:
         raise NotImplementedError
 
     @property
-    def vae_config(self) -> "WanVAEConfig":
-        from dailies.model.wan.vae import WanVAEConfig
-        return WanVAEConfig(**self.vae_fields)
-
-    @property
     def grid(self) -> LatentGrid:
         return LatentGrid()
 
-    def text_encoder(self, weights: Path, device: str, precision: str | None = None) -> "T5TextEncoder":
-        """The text encoder, loaded.  Raises CheckpointError."""
+    @property
+    def width(self) -> int:
+        """Of the transformer's rows: what speeds that were measured go by (ways.py)."""
         raise NotImplementedError
 
-    def vae(self, weights: Path, device: str, precision: str | None = None,
-            decode_precision: str | None = None) -> "WanVAE":
-        """The VAE, loaded, in eval mode; either published key layout.  decode_precision: fp32 or bf16, else its own.
+    @property
+    def text_widths(self) -> Mapping[str, int]:
+        """By stream, of the rows that its text is told in."""
+        raise NotImplementedError
 
-        Raises CheckpointError.
-        """
-        from dailies.model import checkpoint, keys
-        from dailies.model.wan.vae import WanVAE, channels_last
-        from dailies.model.weights import layout_in, stored_at
-        vae = checkpoint.build(lambda: WanVAE(self.vae_config), stored_at(weights, layout_in(self, weights).vae),
-                               keys.WAN_VAE, keys.WAN_VAE_DIFFUSERS, name=self.name, device=device,
-                               precision=decode_precision or self.vae_precision(precision or self.precision_on(device)))
-        return channels_last(vae)
+    def stream_shapes(self, shape: VideoShape) -> dict[str, tuple[int, ...]]:
+        """Of a clip's latent: "video" [C, T, H, W], then "audio" [C, A, M] where the model has it."""
+        return {"video": self.grid.of(shape)}
+
+    @property
+    def sparsity(self) -> Sparsity:
+        return Sparsity(keep_ratio=self.keep_ratio, block_q=self.sparse_blocks[0], block_k=self.sparse_blocks[1],
+                        tuned=self.tuned_for_sparse)
+
+    def runtime(self, device: str = "cpu", precision: str | None = None, attention: str | None = None, *,
+                decode_precision: str | None = None, threads: int = 1, compiled: bool = False,
+                graphs: bool | None = None) -> Runtime:
+        """What is said, and the model's own for the rest."""
+        precision = precision or self.precision_on(device)
+        return Runtime(device=device, precision=precision, attention=attention or self.attentions[0], threads=threads,
+                       decode_precision=decode_precision or self.vae_precision(precision), compiled=compiled,
+                       graphs=graphs)
 
     def vae_precision(self, precision: str) -> str:
         """What the VAE runs when nobody says: fp32 or bf16, by the precision of the rest."""
         return "fp32" if precision == "fp32" else "bf16"
-
-    @property
-    def dit_tables(self) -> tuple["KeyTable", ...]:
-        """The names that a transformer's tensors may have in a file."""
-        raise NotImplementedError
-
-    def new_dit(self) -> "nn.Module":
-        """A transformer as it is described, with whatever weights torch gives it."""
-        raise NotImplementedError
-
-    def dit_from(self, path: Path, device: str, precision: str | None = None,
-                 attention: str | None = None) -> "nn.Module":
-        """A transformer, loaded from this file (or index of shards), refitted, in eval mode.
-
-        Raises CheckpointError.
-        """
-        from dailies.model import turbo
-        return turbo.build(self.new_dit, path, *self.dit_tables, name=self.name, device=device,
-                           precision=precision or self.precision_on(device), attention=attention or self.attentions[0],
-                           sparsity=self.sparsity)
-
-    @property
-    def sparsity(self) -> "Sparsity":
-        from dailies.model.turbo import Sparsity
-        return Sparsity(keep_ratio=self.keep_ratio, block_q=self.sparse_blocks[0], block_k=self.sparse_blocks[1],
-                        tuned=self.tuned_for_sparse)
-
-    def precision_in(self, weights: Path, device: str) -> str:
-        """What runs when nobody says: as precision_on, but INT8 layers stay INT8.  Raises CheckpointError."""
-        from dailies.model import turbo
-        return "int8" if turbo.scheme_of(self.dit_tensors(weights)) else self.precision_on(device)
-
-    def fallbacks(self, weights: Path | None, device: str, precision: str) -> tuple[str, ...]:
-        """What the transformer does here instead of what is asked for, by its files; None where they are not here yet.
-
-        Raises CheckpointError.
-        """
-        from dailies.model import turbo
-        return turbo.fallbacks(self.dit_tensors(weights) if weights else {}, device, precision)
-
-    def decode_fallbacks(self, device: str, precision: str | None, decode_precision: str | None) -> tuple[str, ...]:
-        """As fallbacks, of a VAE that is to decode in bf16 where the rest is fp32."""
-        from dailies.kernels import processor
-        in_bf16 = decode_precision == "bf16" and (precision or self.precision_on(device)) == "fp32"
-        notes = processor.instead_of_bf16() if in_bf16 and device.startswith("cpu") else ()
-        return tuple(note.replace("computed", "decoded", 1) for note in notes)
-
-    def dit_tensors(self, weights: Path) -> Mapping[str, "StoredTensor"]:
-        """What the file of the (first) transformer says it holds."""
-        from dailies.model import checkpoint
-        from dailies.model.weights import layout_in, stored_at
-        return checkpoint.stored_tensors(stored_at(weights, layout_in(self, weights).dits[0]))
-
-    def latent_statistics(self, weights: Path) -> tuple["Tensor", "Tensor"]:
-        """scale and bias, each [C] fp32: normalised latent = latent * scale + bias.  Raises CheckpointError."""
-        raise NotImplementedError
-
-    def builders(self) -> list[Callable[[Path, str, str | None], Any]]:
-        """What loads each part: weights, device, precision in. With device "meta" the files are checked and no more."""
-        raise NotImplementedError
 
     def precision_on(self, device: str) -> str:
         """What runs when nobody says: fp32 on a CPU, where it is exact; bf16 on a GPU, as the releases run."""
@@ -208,7 +158,10 @@ class ModelCard:
                 raise ValueError(f"resolution must be {', '.join(self.resolutions)} or WIDTHxHEIGHT for {self.name}; "
                                  f"got {resolution!r}")
             resolution = int(width), int(height)
-        width, height = resolution
+        return self.checked_size(*resolution)
+
+    def checked_size(self, width: int, height: int) -> tuple[int, int]:
+        """(height, width).  Raises ValueError, saying what is allowed."""
         step = self.side_step
         for side, name in ((width, "width"), (height, "height")):
             if side < self.min_side or side % step:

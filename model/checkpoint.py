@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from dailies.kernels import processor
 from dailies.model import foreign
+from dailies.model.files import INDEX, PICKLES, CheckpointError, first_line, listed, weight_map, weights_file
 from dailies.model.keys import KeyTable, table_of
 from dailies.model.layers import takes_low_precision
-from dailies.model.weights import INDEX, PICKLES, CheckpointError, first_line, listed, weight_map, weights_file
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -106,7 +106,8 @@ def match(stored: Mapping[str, StoredTensor], wanted: Mapping[str, Tensor], tabl
     unexpected = [key for key in stored if not table.drops(key) and table.ours(key) not in wanted]
     missing = [f"{key} (there: {table.released(key)})" for key in wanted if key not in found]
     kind = foreign.kind_of(stored, {name: tensor.shape for name, tensor in stored.items()})
-    next_step = f"Is it another model's file?{kind} If the release has changed, name them in {table.name}, model/keys.py"
+    next_step = (f"Is it another model's file?{kind} If the release has changed, name them in {table.name}, keys.py "
+                 "below model/")
     if missing:
         also = f", and {count(unexpected)} unexpected: {listed(unexpected)}" if unexpected else ""
         raise CheckpointError(f"{where}: {count(missing)} missing: {listed(missing)}{also}. {next_step}")
@@ -282,7 +283,8 @@ def released_state(model: nn.Module, table: KeyTable) -> dict[str, Tensor]:
     """The model's tensors under the names of the release, ready to save.  Raises CheckpointError where one has none."""
     state = {table.released(key): tensor.detach() for key, tensor in model.state_dict().items()}
     if None in state:
-        raise CheckpointError(f"{table.name}, model/keys.py, does not name every tensor of {type(model).__name__}")
+        raise CheckpointError(f"{table.name}, keys.py below model/, does not name every tensor of "
+                              f"{type(model).__name__}")
     return state
 
 

@@ -1,6 +1,5 @@
 """The links of a transformer block by kernels, of layers in fp32, bf16 or INT8: one pass over memory each."""
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -13,17 +12,8 @@ from dailies.kernels.int8_linear import BLOCK, Quantized, dequantize, int8_linea
 from dailies.kernels.norm import Affine, Update, modulated_norm, rms_norm, rms_rope
 from dailies.kernels.sparse_attention import sparse_attention
 from dailies.model.block import Ops, Rope, SelfAttention
+from dailies.model.card import Sparsity
 from dailies.model.layers import Linear, RMSNorm, attention
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sparsity:
-    """Of sparse attention: the share of the key blocks that a block of queries attends to, and the rows of a block."""
-
-    keep_ratio: float
-    block_q: int = 128
-    block_k: int = 64
-    tuned: bool = False             # the weights were tuned for it: they have the projection of its linear branch
 
 
 class Int8Linear(nn.Module):

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from dailies.kernels import processor
 from dailies.model import checkpoint, keys
+from dailies.model.files import CheckpointError, first_line, read_json
+from dailies.model.samplers import Streams
 from dailies.model.tokenizer import Tokenizer, refuse_code
-from dailies.model.weights import CheckpointError, first_line, read_json
 
 CONFIG_BYTES = 1_000_000
 # Of transformers' config what decides an encoder, and the largest that there could be: a layer more is a table more to
@@ -80,6 +81,10 @@ class T5TextEncoder:
         """The text as the tokenizer gets it."""
         return text
 
+    def encode(self, text: str) -> Streams:
+        """As TextModel.encode."""
+        return {"video": self(text)}
+
     def __call__(self, text: str) -> Tensor:
         """[L, E] on the CPU, 1 <= L <= max_tokens, in the precision it was computed in."""
         return self.rows(self.tokens(text))
@@ -131,6 +136,15 @@ def described_encoder(family: str, config: Mapping[str, Any] | Path, name: str) 
     except Exception as error:                          # the config class checks its own values, with its own errors
         raise CheckpointError(f"{name}: {where} is not the config of a {family} encoder "
                               f"({type(error).__name__}: {first_line(error)[:400]})") from error
+
+
+def check_encoder(family: str, name: str, path: Path, config: Mapping[str, Any] | Path | None,
+                  tables: tuple[keys.KeyTable, ...]) -> None:
+    """That the encoder which the config describes can be loaded from this file.  Raises CheckpointError."""
+    with torch.device("meta"):
+        model = described_encoder(family, path.with_name("config.json") if config is None else config, name)
+    model.encoder.embed_tokens = model.shared
+    checkpoint.load(model, path, *tables, name=name, device="meta")
 
 
 def new_encoder(family: str, said: Mapping[str, Any]) -> "transformers.PreTrainedModel":

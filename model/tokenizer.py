@@ -16,7 +16,7 @@ import tokenizers
 import torch
 from torch import Tensor
 
-from dailies.model.weights import CheckpointError, first_line, read_json
+from dailies.model.files import CheckpointError, first_line, read_json
 
 FILE = "tokenizer.json"
 FILE_BYTES = 40_000_000                                 # Gemma's has 34 MB, umT5's 17 MB

@@ -24,13 +24,14 @@ from torch import nn
 from dailies.kernels import processor
 from dailies.model import checkpoint
 from dailies.model.block import use_ops
+from dailies.model.card import Sparsity
 from dailies.model.checkpoint import StoredTensor
-from dailies.model.fused import FusedOps, Int8Linear, Sparsity
+from dailies.model.files import CheckpointError
+from dailies.model.fused import FusedOps, Int8Linear
 from dailies.model.keys import KeyTable
 from dailies.model.layers import FullPrecisionLinear, Linear
 from dailies.model.packed import PackedInt8Linear, PackedOps
 from dailies.model.private import cache_folder, private_folder
-from dailies.model.weights import CheckpointError
 
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 CODE_CACHE = "TORCHINDUCTOR_CACHE_DIR"

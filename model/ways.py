@@ -85,7 +85,7 @@ def by_architecture(card: ModelCard, gpu: Gpu) -> tuple[str, str]:
 def measured(gpu: str, card: ModelCard) -> Mapping[str, Any] | None:
     """Of this GPU, the model of the nearest width that is tuned for sparse attention where this one is; None: none."""
     def distance(entry: Mapping[str, Any]) -> float:
-        return abs(math.log(entry["width"] / card.dit_config.width))
+        return abs(math.log(entry["width"] / card.width))
     entries = [entry for entry in table() if entry["tuned"] == card.tuned_for_sparse
                and (entry["gpu"] == gpu or entry["gpu"].removeprefix("NVIDIA ") == gpu)
                and distance(entry) <= math.log(NEAR)]

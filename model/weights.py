@@ -3,34 +3,31 @@
 import hashlib
 import json
 import os
-import re
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from fnmatch import fnmatch
 from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any
 
 from dailies.model.card import Layout, ModelCard
-from dailies.model.errors import DailiesError
+from dailies.model.files import (
+    INDEX,
+    PICKLES,
+    CheckpointError,
+    first_line,
+    listed,
+    weight_map,
+    weights_file,
+    write_atomically,
+)
 from dailies.model.private import at_home, cache_folder, open_regular, private_folder
 
 HUB_PATIENCE_S = 5.0                                    # for a size
-PICKLES = (".pth", ".pt", ".bin", ".ckpt")
-INDEX = ".index.json"                                   # of a file's shards, behind the file's name
-BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")         # of the Hugging Face cache
-SHARD = re.compile(r"[^/\x00]{1,250}")
 SMALL_KINDS, SMALL_BYTES = (".json", ".model"), 64_000_000     # that lie beside the weights; the largest has 34 MB
 MOST_BYTES = 200_000_000_000                            # of one file; the largest has 57 GB
-INDEX_BYTES = 16_000_000
 CACHE_BYTES = 100_000_000
-MAX_JSON_TABLES = 1_500_000                             # the pieces of a vocabulary are lists; the largest has 262,000
 TEXT_ENCODER_SHARDS = "model.safetensors" + INDEX
-
-
-class CheckpointError(DailiesError, ValueError):
-    """Weights that cannot be used; the message names the file or tensor and the next step."""
 
 
 def locate(weights: str | Path | None, card: ModelCard, fetch: Callable[[str, Path], Path] | None = None) -> Path:
@@ -119,7 +116,7 @@ def missing_of(layout: Layout, folder: Path) -> list[str]:
             missing.append(f"{part}/config.json")
         if (folder / part / TEXT_ENCODER_SHARDS).is_file() or not any((folder / part).glob("*.safetensors")):
             missing += missing_shards(folder, f"{part}/model.safetensors")
-    if not (folder / layout.tokenizer / "tokenizer.json").is_file():
+    if layout.tokenizer and not (folder / layout.tokenizer / "tokenizer.json").is_file():
         missing.append(f"{layout.tokenizer}/tokenizer.json")
     return missing
 
@@ -145,7 +142,8 @@ def weights_files(card: ModelCard, folder: Path) -> dict[str, Path]:
             files += [stored, *(stored.parent / shard for shard in set(weight_map(stored).values()))]
         else:
             files.append(stored)
-    files += [p for p in (folder / layout.tokenizer).glob("*") if p.suffix in (".json", ".model")]
+    if layout.tokenizer:
+        files += [p for p in (folder / layout.tokenizer).glob("*") if p.suffix in (".json", ".model")]
     return {p.relative_to(folder).as_posix(): p for p in sorted(files)}
 
 
@@ -227,7 +225,7 @@ def from_hub(card: ModelCard) -> Path:
 def hub_files(card: ModelCard) -> dict[str, Any]:
     """What to ask the hub for."""
     layout = card.layouts[0]
-    wanted = [part if is_file(part) else f"{part}/*" for part in (*layout.parts, layout.tokenizer)]
+    wanted = [part if is_file(part) else f"{part}/*" for part in (*layout.parts, layout.tokenizer) if part]
     shards = [form for part in layout.parts if is_file(part)
               for form in (part + INDEX, part.removesuffix(".safetensors") + "-*-of-*.safetensors")]
     return dict(repo_id=card.repo_id, allow_patterns=wanted + shards, cache_dir=hub_folder(),
@@ -260,94 +258,3 @@ def hub_bytes(card: ModelCard) -> int | None:
     return sum(file.size or 0 for file in found
                if any(fnmatch(file.rfilename, wanted) for wanted in ask["allow_patterns"])
                and not any(fnmatch(file.rfilename, ignored) for ignored in ask["ignore_patterns"])) or None
-
-
-def weight_map(index: Path, kinds: tuple[str, ...] = (".safetensors",)) -> dict[str, str]:
-    """Tensor name -> file name, of a sharded checkpoint's index.  Raises CheckpointError for anything else."""
-    try:
-        said = read_json(index, INDEX_BYTES)["weight_map"]
-        # a shard lies beside its index: anything with a path in its name is not ours to open
-        if all(SHARD.fullmatch(file) and file.isprintable() and file.endswith(kinds) for file in said.values()):
-            return said
-    except (KeyError, TypeError, AttributeError):
-        pass
-    raise CheckpointError(f"{index} is not a checkpoint index: it needs a weight_map, tensor names to "
-                          f"{' or '.join(kinds)} files beside it")
-
-
-def read_json(path: Path, at_most: int) -> Any:
-    """A small file of a weights folder.  Raises CheckpointError for what is no regular file, longer, or no JSON."""
-    return json_in(read_small(path, at_most), path)
-
-
-def json_in(data: bytes, path: Path) -> Any:
-    """What the file at `path` says, whose bytes these are.  Raises CheckpointError."""
-    # every bracket and comma becomes an object of 50 bytes and more
-    if max(data.count(b"["), data.count(b"{"), data.count(b",") // 4) > MAX_JSON_TABLES:
-        raise CheckpointError(f"{path} has more than {MAX_JSON_TABLES:,} lists or tables; no such file of a model has")
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON: {first_line(error)[:200]}. Fetch it again") from error
-
-
-def read_small(path: Path, at_most: int, inside: Path | None = None) -> bytes:
-    """inside: a folder of weights that the file must lie in, links counted.
-
-    Raises CheckpointError for what is no regular file, or longer than at_most bytes, or lies elsewhere.
-    """
-    with weights_file(path) as file:
-        if inside is not None:
-            refuse_outside(file, path, inside)
-        data = file.read(at_most + 1)
-    if len(data) > at_most:
-        raise CheckpointError(f"{path} is longer than the {at_most:,} bytes that such a file may have; is it another one?")
-    return data
-
-
-def weights_file(path: Path) -> BinaryIO:
-    """A file of a weights folder, open for reading; never waits.  Raises CheckpointError for all but regular files."""
-    try:
-        return open_regular(path)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing") from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-
-
-def refuse_outside(file: BinaryIO, path: Path, folder: Path) -> None:
-    """Raises CheckpointError where an open file, called `path`, does not lie in the folder: who made that folder could
-    otherwise have any file of this user's published as a part of a model. The Hugging Face cache is an exception: its
-    snapshots are links to its blobs, which have hashes for names.
-    """
-    try:                                                # of what is open, not of what bears the name by now
-        real = Path(os.readlink(f"/proc/self/fd/{file.fileno()}"))
-    except OSError:
-        real = path.resolve()
-    folder = folder.resolve()
-    blobs = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else None
-    if not real.is_relative_to(folder) and not (real.parent == blobs and BLOB.fullmatch(real.name)):
-        raise CheckpointError(f"{path} is a link, or lies behind one, that leads out of {folder}; what it leads to is not "
-                              "published. Put the file itself there (cp -L)")
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
-        try:
-            file.write(data)
-            file.close()
-            os.replace(file.name, path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
-
-
-def listed(names: Iterable[str], limit: int = 5) -> str:
-    """For a message: the first few, and how many more. A file may name its tensors as it likes, at any length."""
-    names = [name if len(name) <= 200 else f"{name[:200]}..." for name in names]
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
-
-
-def first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]

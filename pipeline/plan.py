@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from dailies.actors.messages import HASHED_AS, Request
-from dailies.model.catalog import ModelCard
+from dailies.model.card import ModelCard
 from dailies.model.settings import Scalar
 from dailies.pipeline.manifest.manifest import InvalidRow, Manifest
 from dailies.pipeline.manifest.validation import ManifestError, ValidationErrors, shown

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dailies.actors.messages import FirstFrame, Request
-from dailies.model.catalog import ModelCard
+from dailies.model.card import ModelCard
 from dailies.model.settings import COURSE, DEFAULTED, FURTHER, LENGTHS, Scalar, Setting
 from dailies.model.shapes import VideoShape
 from dailies.pipeline.manifest.images import ALLOWED_IMAGE, FoundImage, find_images, folder_of

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import PurePath
 from typing import Any, Protocol
 
+from dailies.actors.actor import as_actor
 from dailies.actors.device_lock import DeviceLock, Halted
 from dailies.actors.messages import Clip, Failure, Request
 from dailies.pipeline.scheduler.faults import WorkerUnfit, lost_context, machine_fault, store_trouble
@@ -127,30 +128,26 @@ class Worker:
         """
         self.stage, self.threads, self.name, self.pool, self.concurrency = stage, threads, name, pool, concurrency
         self.broken = False
-        self.steps = [(step.name or stage, step.make()) for step in steps]
-        for _, step in self.steps:
-            if halted and hasattr(step, "halted"):
-                step.halted = halted
+        self.steps = [(step.name or stage, as_actor(step.make())) for step in steps]
         self.torch = sys.modules.get("torch")           # there if a step computes with it; slow to import for nothing
-        devices = [str(device) for _, step in self.steps if (device := getattr(step, "device", None))]
-        self.safe_steps = [step for _, step in self.steps if hasattr(step, "safe")]
-        self.gpu = next((device for device in devices if device.startswith("cuda")), None)
+        self.gpu = next((step.device for _, step in self.steps if step.device.startswith("cuda")), None)
         self.device = self.torch.cuda.get_device_name(self.gpu) if self.gpu else "cpu"
         self.mine = threading.local()                   # of each thread that calls
         device_id = self.device_id()
         self.on_gpu = self.gpu is not None or device_id is not None
         self.lock = DeviceLock(device_id, recalled, entered=self.began_on_device, leaving=self.ended_on_device)
         for _, step in self.steps:
-            if hasattr(step, "lock"):
-                step.lock = self.lock
+            step.lock = self.lock
+            if halted:
+                step.halted = halted
 
     def device_id(self) -> str | None:
         """What all processes on this machine call the GPU of this one; None without, and for who takes no turns."""
-        if not all(getattr(step, "takes_turns", True) for _, step in self.steps):
+        if not all(step.takes_turns for _, step in self.steps):
             return None
         if self.gpu:
             return str(self.torch.cuda.get_device_properties(self.gpu).uuid)
-        return next((name for _, step in self.steps if (name := getattr(step, "device_id", None))), None)
+        return next((step.device_id for _, step in self.steps if step.device_id), None)
 
     def began_on_device(self) -> None:
         if self.gpu:
@@ -167,9 +164,9 @@ class Worker:
     def __call__(self, values: list, safe: bool = False) -> tuple[list, Report]:
         """What the steps make of the values, in order. A Failure passes untouched, or stands for what failed here.
 
-        safe: as a last attempt. Steps with an attribute of that name are told, and a GPU's cached memory is given back.
+        safe: as a last attempt. The steps are told, and a GPU's cached memory is given back.
         """
-        for step in self.safe_steps:
+        for _, step in self.steps:
             step.safe = safe
         if safe and self.gpu:
             self.torch.cuda.empty_cache()
@@ -179,8 +176,8 @@ class Worker:
         with self.pool.reserve([request_of(value) for value in values]) if self.pool else nullcontext():
             values, seconds = self.make(list(values))
             report = Report(seconds=seconds, worker=self.name, device=self.device, broken=self.broken,
-                            partly=any(getattr(step, "partly", False) for _, step in self.steps),
-                            notes=tuple(note for _, step in self.steps for note in getattr(step, "notes", ())),
+                            partly=any(step.partly for _, step in self.steps),
+                            notes=tuple(note for _, step in self.steps for note in step.notes),
                             held_s=(self.lock.held_s - held_s) / max(1, len(values)) if self.on_gpu else 0.0,
                             peak_memory_bytes=0 if self.broken else self.peak_memory())
             if self.pool:                               # a Failure passes it; frames are on the CPU already

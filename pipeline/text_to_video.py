@@ -1,19 +1,20 @@
 """Text, or text and an image, to video: which actors, in what order, and what one replica of each needs."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
 
 from dailies.actors.clip_writer import ClipWriter
 from dailies.actors.decoder import Decoder
-from dailies.actors.denoisers import DENOISERS
+from dailies.actors.denoiser import Denoiser
 from dailies.actors.fitting import Fitting
 from dailies.actors.gate import Gate
 from dailies.actors.image_encoder import ImageTextEncoder
 from dailies.actors.strict import AsAsked
 from dailies.actors.text_encoder import TextEncoder
-from dailies.model.catalog import ModelCard
+from dailies.model.card import ModelCard
+from dailies.model.runtime import Runtime
 from dailies.model.weights import locate
 from dailies.pipeline.manifest.images import read_image
 from dailies.pipeline.run.intermediates import Drop, Fetch, Keep, Seal
@@ -40,29 +41,27 @@ class Overlap:
 OVERLAP = {"cuda": Overlap(calls=3, writers=2), "cpu": Overlap(calls=1, writers=0)}
 
 
-def text_to_video(card: ModelCard, weights: str | None, store: Store, *, device: str, precision: str, attention: str,
-                  batch: int = 1, samplers: int | None = None, threads: int = 1, keep_latents: bool = False,
-                  strict: bool = False, compiled: bool = False, decode_precision: str | None = None,
-                  seal: Seal = Seal(), spoilt: Mapping[str, str] = {}) -> list[Stage]:
-    """weights: as `locate` takes them; each machine finds or fetches its own.  threads: of a sampler, and fixed,
-    because the last bits of a latent may depend on it.  keep_latents: leave them in the run folder after publishing.
-    strict: a clip that was not made as its row asks fails before the next stage.  compiled: the diffusion model.
-    decode_precision: of the VAE, None for the model's own.  seal: of what waits in the run folder.
-    spoilt: clip_id -> SHA-256 of a file under its name that is not that clip, and is replaced.
+def text_to_video(card: ModelCard, weights: str | None, store: Store, on: Runtime, *, batch: int = 1,
+                  samplers: int | None = None, keep_latents: bool = False, strict: bool = False, seal: Seal = Seal(),
+                  spoilt: Mapping[str, str] = {}) -> list[Stage]:
+    """weights: as `locate` takes them; each machine finds or fetches its own.  on: its threads are a sampler's, and
+    fixed, because the last bits of a latent may depend on them.  keep_latents: leave them in the run folder after
+    publishing.  strict: a clip that was not made as its row asks fails before the next stage.  seal: of what waits in
+    the run folder.  spoilt: clip_id -> SHA-256 of a file under its name that is not that clip, and is replaced.
     """
-    def model(actor: Callable[..., Any], threads: int = 1, name: str | None = None, **options: Any) -> Step:
-        return Step(actor=with_weights, name=name, args=dict(actor=actor, card=card, weights=weights, device=device,
-                                                             precision=precision, threads=threads, **options))
+    def model(actor: Callable[..., Any], on: Runtime = replace(on, threads=1), name: str | None = None,
+              **options: Any) -> Step:
+        return Step(actor=with_weights, name=name, args=dict(actor=actor, card=card, weights=weights, on=on, **options))
 
-    on_gpu = device.startswith("cuda")
+    on_gpu = on.device.startswith("cuda")
     overlap = OVERLAP["cuda" if on_gpu else "cpu"]
     encoder = model(ImageTextEncoder, read=read_image) if card.takes_image else model(TextEncoder)
     kept = dict(store=store, seal=seal, fits=Fitting(card))
     fetch = (Step(actor=Fetch, args=kept), *([Step(actor=AsAsked)] if strict else []))
     encode = Step(actor=Keep, args=dict(step=encoder, folder=EMBEDDINGS, **kept))
-    sampler = model(DENOISERS[type(card)], threads, attention=attention, compiled=compiled)
+    sampler = model(Denoiser, on)
     sample = Step(actor=KeepSampled, args=dict(step=sampler, **kept))
-    decode = model(Decoder, name="decode", decode_precision=decode_precision)
+    decode = model(Decoder, name="decode")
     write = [Step(actor=Gate), Step(actor=ClipWriter, args=dict(store=store, key_of=clip_key, spoilt=spoilt))]
     if not keep_latents:
         write.append(Step(actor=Drop, args=dict(store=store)))
@@ -70,7 +69,7 @@ def text_to_video(card: ModelCard, weights: str | None, store: Store, *, device:
         Stage(name="encode", steps=(encode,), gpus=0.25 if on_gpu else 0.0, concurrency=overlap.calls,
               key=attrgetter("embedding_key"), window=ENCODED_AHEAD),
         Stage(name="sample", steps=(*fetch, sample), gpus=0.75 if on_gpu else 0.0, concurrency=overlap.calls,
-              cpus=float(threads), replicas=samplers, batch=max(batch, card.clips_per_turn)),
+              cpus=float(on.threads), replicas=samplers, batch=max(batch, card.clips_per_turn)),
         # Frames never travel: who writes them is on the decoder's machine. Beside the sampler, not in its process: a
         # clip that kills the decoder costs no sampling, and DeviceLock gives each the GPU while the other has no use
         # for it. On a CPU it needs a fraction of what sampling needs.

@@ -13,6 +13,7 @@ from typing import Any
 
 from fakes import pretend_value
 
+from dailies.actors.actor import Actor
 from dailies.actors.messages import Request
 from dailies.pipeline.run.saved_steps import Halted
 from dailies.pipeline.stages import Stage, Step
@@ -22,7 +23,7 @@ MAKES = {"encode": "embedding", "sample": "latent", "publish": "clip"}
 
 
 @dataclass(kw_only=True)
-class Fake:
+class Fake(Actor):
     """Makes the next value and writes each call into `folder`/calls.jsonl.
 
     faults: seed -> "raise", "die", "segfault", "hang", "store" or "not-found"; "die once" and the like do it in one
@@ -85,7 +86,7 @@ class Fake:
 
 
 @dataclass(kw_only=True)
-class Patient:
+class Patient(Actor):
     """A sampler whose first clip takes until somebody wants it to stop: then it takes its time to save."""
 
     folder: Path

@@ -12,14 +12,15 @@ import torch
 from golden import E2E, E2E_CARD, Golden, e2e_request, error
 from graph_recorder import Recorder
 
-from dailies.actors.decoder import Decoder, NonFiniteFrames, to_uint8
+from dailies.actors.decoder import Decoder
 from dailies.actors.denoiser import Denoiser, NonFiniteLatent, noise
-from dailies.actors.memory import free_memory, machine_memory, room_on
 from dailies.actors.messages import Embedding, Latent
 from dailies.actors.text_encoder import TextEncoder
 from dailies.kernels import processor
 from dailies.model import checkpoint
+from dailies.model.memory import free_memory, machine_memory, memory_on
 from dailies.model.shapes import LatentGrid, VideoShape
+from dailies.model.wan.decoder import NonFiniteFrames, to_uint8
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +38,10 @@ def decoder():
     return Decoder(E2E_CARD, E2E)
 
 
+def video_noise(request):
+    return noise(request, {"video": LatentGrid().of(request.shape)})["video"]
+
+
 def psnr(got, want):
     return 10 * math.log10(255 ** 2 / max((got.double() - want.double()).square().mean().item(), 1e-9))
 
@@ -45,7 +50,7 @@ def psnr(got, want):
 def test_a_prompt_becomes_the_frames_of_the_release(encoder, pair_guidance):
     golden = Golden("linum_e2e_a")
     card = dataclasses.replace(E2E_CARD, pair_guidance=pair_guidance)
-    denoiser = Denoiser(card, E2E, noise=lambda request, grid: golden.inputs["noise"][0])
+    denoiser = Denoiser(card, E2E, noise=lambda request, shapes: {"video": golden.inputs["noise"][0]})
     embedding, = encoder([e2e_request()])
     assert error(embedding.prompt["video"], golden.outputs["embedding"]) < golden.tolerance["embedding"]
     assert error(embedding.negative["video"], golden.outputs["embedding_negative"]) < golden.tolerance["embedding"]
@@ -74,11 +79,11 @@ def test_a_prompt_that_does_not_fit_is_cut_and_the_clip_says_so(encoder, denoise
 def test_every_step_of_the_course_equals_the_release(encoder, denoiser):
     golden = Golden("linum_e2e_a")
     embedding, = encoder([e2e_request()])
-    prompt, negative = (denoiser.dit.embed_text([text["video"]]) for text in (embedding.prompt, embedding.negative))
-    guide, x = denoiser.guide(7.0), golden.inputs["noise"]
+    prompt, negative = (denoiser.sampler.dit.embed_text([text["video"]]) for text in (embedding.prompt, embedding.negative))
+    guide, x = denoiser.sampler.guide(7.0), golden.inputs["noise"]
     sigmas = Golden("flow_schedule_a").outputs["sigmas.4"]
     for step in range(4):
-        cond, null = (denoiser.dit(x, 1000 * sigmas[step:step + 1], text) for text in (prompt, negative))
+        cond, null = (denoiser.sampler.dit(x, 1000 * sigmas[step:step + 1], text) for text in (prompt, negative))
         for got, name in ((cond, "v_cond"), (null, "v_null"), (guide(cond, null), "guided")):
             assert error(got, golden.outputs[f"{name}.{step}"]) < golden.tolerance["velocities, guided and x"]
         x = golden.outputs[f"x.{step}"]
@@ -86,9 +91,9 @@ def test_every_step_of_the_course_equals_the_release(encoder, denoiser):
 
 def test_latents_are_denormalised_with_the_checkpoints_own_statistics(decoder):
     golden = Golden("linum_e2e_a")
-    denormalised = (golden.outputs["x.3"][0] - decoder.bias) / decoder.scale
+    denormalised = (golden.outputs["x.3"][0] - decoder.streams.bias) / decoder.streams.scale
     assert error(denormalised, golden.outputs["x_denormalised"][0]) < golden.tolerance["velocities, guided and x"]
-    pixels = (decoder.vae.decode(golden.outputs["x_denormalised"]).clamp(-1, 1) + 1) * 127.5
+    pixels = (decoder.streams.vae.decode(golden.outputs["x_denormalised"]).clamp(-1, 1) + 1) * 127.5
     assert (pixels - golden.outputs["frames"]).abs().max() < golden.tolerance["frames"]
 
 
@@ -97,7 +102,7 @@ def test_recorded_forwards_end_in_the_same_latent_and_are_set_aside_for_a_clip_t
     recorder = Recorder()
     monkeypatch.setattr("dailies.actors.denoiser.CudaGraphs", lambda: recorder)
     embeddings = encoder([e2e_request(clip_id=f"{seed:064x}", seed=seed) for seed in (1, 2)])
-    recorded = Denoiser(E2E_CARD, E2E, graphs=True)
+    recorded = Denoiser(E2E_CARD, E2E, E2E_CARD.runtime(graphs=True))
     for embedding, made in zip(embeddings, (0, 1), strict=True):                # from the second clip of a shape on
         assert torch.equal(recorded([embedding])[0].streams["video"], denoiser([embedding])[0].streams["video"])
         assert recorder.made == made
@@ -111,10 +116,9 @@ def test_on_a_cpu_nothing_is_recorded_unless_it_is_asked_for(denoiser):
 
 
 def test_noise_is_decided_by_seed_and_shape_alone_and_is_the_recorded_one():
-    grid = LatentGrid()
-    first = noise(e2e_request(), grid)
+    first = video_noise(e2e_request())
     torch.manual_seed(5)
-    again = noise(e2e_request(prompt="other", num_steps=9, guidance=1.0), grid)
+    again = video_noise(e2e_request(prompt="other", num_steps=9, guidance=1.0))
     assert torch.equal(first, again) and first.dtype == torch.float32 and first.shape == (16, 3, 3, 5)
     assert torch.equal(first, first.bfloat16().float())
     assert first.flatten()[:6].tolist() == RECORDED
@@ -126,7 +130,7 @@ RECORDED = [1.6875, 1.328125, 1.0234375, -0.322265625, -1.6015625, -0.4921875]
 
 def test_noise_is_standard_normal_and_every_bit_of_the_seed_counts():
     shape = VideoShape(frames=49, height=360, width=640)
-    drawn = [noise(e2e_request(seed=seed, shape=shape), LatentGrid()) for seed in (7, 7 + 2 ** 32, 2 ** 63 - 1)]
+    drawn = [video_noise(e2e_request(seed=seed, shape=shape)) for seed in (7, 7 + 2 ** 32, 2 ** 63 - 1)]
     for one in drawn:
         assert abs(one.mean()) < 0.005 and abs(one.std() - 1) < 0.005
         assert abs(one.pow(4).mean() - 3) < 0.05 and 4.5 < one.abs().max() < 7
@@ -138,9 +142,9 @@ def test_a_batch_changes_no_bit_of_its_clips(encoder, denoiser):
     requests = [e2e_request(clip_id=str(i), prompt=prompt, seed=i) for i, prompt in enumerate(prompts)]
     embeddings, started = encoder(requests), {}
 
-    def watched(request, grid):
-        start = noise(request, grid)
-        started.setdefault(request.clip_id, []).append(start)
+    def watched(request, shapes):
+        start = noise(request, shapes)
+        started.setdefault(request.clip_id, []).append(start["video"])
         return start
 
     watching = Denoiser(E2E_CARD, E2E, noise=watched)
@@ -166,21 +170,21 @@ def test_a_clip_does_not_depend_on_what_the_worker_made_before(encoder, denoiser
 
 def test_how_much_memory_there_is_does_not_show_in_the_frames(decoder, monkeypatch):
     request = e2e_request(shape=VideoShape(frames=21, height=144, width=40))
-    latent = Latent(request=request, streams={"video": noise(request, LatentGrid())})
+    latent = Latent(request=request, streams={"video": video_noise(request)})
     whole, = decoder([latent])
     for room in (0, 2 ** 21):
-        monkeypatch.setattr("dailies.actors.decoder.room_on", lambda device, room=room: room)
+        monkeypatch.setattr("dailies.actors.decoder.memory_on", lambda device, room=room: room)
         frames, = decoder([latent])
         assert psnr(frames.rgb, whole.rgb) > 60 and frames.fallbacks == ()
 
 
 def test_a_clip_that_failed_twice_is_decoded_in_smaller_pieces_to_the_same_frames(decoder, monkeypatch):
     request = e2e_request(shape=VideoShape(frames=5, height=144, width=40))
-    latent = Latent(request=request, streams={"video": noise(request, LatentGrid())})
+    latent = Latent(request=request, streams={"video": video_noise(request)})
     whole, = decoder([latent])
     asked = []
-    monkeypatch.setattr("dailies.actors.decoder.room_on", lambda device: 2 ** 30)
-    monkeypatch.setattr(decoder.vae, "rows_within", lambda room, *shape: asked.append(room) or 4)
+    monkeypatch.setattr("dailies.actors.decoder.memory_on", lambda device: 2 ** 30)
+    monkeypatch.setattr(decoder.streams.vae, "rows_within", lambda room, *shape: asked.append(room) or 4)
     monkeypatch.setattr(decoder, "safe", True)
     frames, = decoder([latent])
     assert asked == [2 ** 28] and psnr(frames.rgb, whole.rgb) > 60
@@ -188,9 +192,9 @@ def test_a_clip_that_failed_twice_is_decoded_in_smaller_pieces_to_the_same_frame
 
 def test_a_gpu_whose_memory_runs_out_decodes_fewer_rows_at_a_time_and_the_clip_says_so(decoder, monkeypatch):
     request = e2e_request(shape=VideoShape(frames=5, height=72, width=40))
-    latent = Latent(request=request, streams={"video": noise(request, LatentGrid())})
+    latent = Latent(request=request, streams={"video": video_noise(request)})
     whole, = decoder([latent])
-    decode_pieces, most = decoder.vae.decode_pieces, 3
+    decode_pieces, most = decoder.streams.vae.decode_pieces, 3
 
     def short_of_memory(video, rows, slab):
         yield next(decode_pieces(video, rows=rows, slab=slab))      # something was copied already
@@ -198,7 +202,7 @@ def test_a_gpu_whose_memory_runs_out_decodes_fewer_rows_at_a_time_and_the_clip_s
             raise torch.OutOfMemoryError
         yield from decode_pieces(video, rows=rows, slab=slab)
 
-    monkeypatch.setattr(decoder.vae, "decode_pieces", short_of_memory)
+    monkeypatch.setattr(decoder.streams.vae, "decode_pieces", short_of_memory)
     frames, = decoder([latent])
     assert psnr(frames.rgb, whole.rgb) > 60
     assert frames.fallbacks == ("decoded 24 rows at a time: the GPU had no memory for more",)
@@ -216,7 +220,7 @@ def test_a_container_has_the_memory_of_its_limit(tmp_path):
     for name, limit in (("memory.max", 4_000_000), ("memory/memory.limit_in_bytes", 3_000_000)):
         (tmp_path / "sys/fs/cgroup" / name).write_text(f"{limit}\n")
         assert machine_memory(tmp_path) == limit
-    assert 0 < room_on("cpu") < machine
+    assert 0 < memory_on("cpu") < machine
 
 
 def test_free_memory_is_what_the_kernel_says_and_no_more_than_the_containers_limit(tmp_path):
@@ -290,13 +294,13 @@ def test_pixels_are_truncated_as_the_release_does():
 @pytest.mark.cpu
 def test_bf16_runs_the_same_path_and_stays_near(encoder):
     request = e2e_request(precision="bf16")
-    embedding, = TextEncoder(E2E_CARD, E2E, precision="bf16")([request])
+    embedding, = TextEncoder(E2E_CARD, E2E, E2E_CARD.runtime(precision="bf16"))([request])
     assert embedding.prompt["video"].dtype == processor.dtype_of("bf16", "cpu")
-    latent, = Denoiser(E2E_CARD, E2E, precision="bf16")([embedding])
+    latent, = Denoiser(E2E_CARD, E2E, E2E_CARD.runtime(precision="bf16"))([embedding])
     assert latent.streams["video"].dtype == torch.float32
     want, = Denoiser(E2E_CARD, E2E)(encoder([e2e_request()]))
     assert ((latent.streams["video"] - want.streams["video"]).norm() / want.streams["video"].norm()).item() < 0.1
-    frames, = Decoder(E2E_CARD, E2E, precision="bf16")([latent])
+    frames, = Decoder(E2E_CARD, E2E, E2E_CARD.runtime(precision="bf16"))([latent])
     assert frames.rgb.shape == (9, 24, 40, 3)
 
 
@@ -307,8 +311,8 @@ def test_a_gpu_renders_the_same_clip(encoder, decoder, denoiser):
     want, = decoder([latent])
     for precision, least in (("fp32", 45), ("bf16", 25)):
         request = e2e_request(precision=precision)
-        made = dict(device="cuda", precision=precision)
-        actors = [actor(E2E_CARD, E2E, **made) for actor in (TextEncoder, Denoiser, Decoder)]
+        on = E2E_CARD.runtime("cuda", precision)
+        actors = [actor(E2E_CARD, E2E, on) for actor in (TextEncoder, Denoiser, Decoder)]
         got, = actors[2](actors[1](actors[0]([request])))
         assert psnr(got.rgb, want.rgb) > least
 

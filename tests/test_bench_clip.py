@@ -40,7 +40,7 @@ def test_encoder_and_decoder_are_loaded_once_for_the_ways_of_one_precision(monke
     made = []
     for actor in ("TextEncoder", "Decoder"):
         monkeypatch.setattr(bench_clip, actor, lambda *_, name=actor, real=getattr(bench_clip, actor), **options: (
-            made.append((name, options["precision"])) or real(**options)))
+            made.append((name, options["on"].precision)) or real(**options)))
     monkeypatch.setattr(bench_clip, "CLIPS", 1)
     list(bench_clip.rows("demo", random_weights=True, ways="fp32:dense,bf16:dense,int8:dense", steps=1, frames=5))
     assert made == [(actor, precision) for precision in ("fp32", "bf16") for actor in ("TextEncoder", "Decoder")]
@@ -51,8 +51,8 @@ def test_a_way_that_fails_costs_its_line(monkeypatch):
         raise RuntimeError("no room\nfor it")
 
     monkeypatch.setattr(bench_clip, "CLIPS", 1)
-    monkeypatch.setattr(bench_clip.RandomWeights, "dit", lambda self, weights, device, precision, attention: (
-        fail(self) if precision == "bf16" else models.new_dit(self, device, precision, attention)))
+    monkeypatch.setattr(bench_clip.RandomParts, "load_dit", lambda self, card, weights, on: (
+        fail(self) if on.precision == "bf16" else models.new_dit(card, on.device, on.precision, on.attention)))
     (_, first), (_, second) = bench_clip.rows("demo", random_weights=True, ways="bf16:dense,int8:dense", steps=1)
     assert first == {"failed": "RuntimeError: no room\nfor it"} and second["sample s"] > 0
 

@@ -14,6 +14,7 @@ from math import prod
 
 import pytest
 import torch
+from parts import new_dit
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -90,7 +91,7 @@ def traced(case: Case) -> Traffic:
     card = CATALOG[case.model]
     config, grid = card.dit_config, card.grid.of(case.shape)
     with torch.device("meta"):
-        dit = card.new_dit()
+        dit = new_dit(card)
         if case.precision != "fp32" or case.attention != "dense":
             turbo.refit(dit, case.attention, replace(card.sparsity, tuned=case.attention == "sparse"))
         for place, layer in turbo.linears_of_blocks(dit) if case.precision == "int8" else ():

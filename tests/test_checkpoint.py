@@ -11,11 +11,14 @@ import sys
 import pytest
 import torch
 from golden import E2E, E2E_CARD, GOLDENS
+from parts import dit_of, text_encoder_of, vae_of
 
 from dailies.model import checkpoint, keys, weights
 from dailies.model.catalog import DEMO, LINUM_V2_720P
 from dailies.model.checkpoint import CheckpointError
+from dailies.model.linum import keys as linum_keys
 from dailies.model.linum.transformer import LinumDiT
+from dailies.model.wan import keys as wan_keys
 from dailies.model.wan.vae import WanVAE
 
 DIT = "dit/360p.safetensors"
@@ -60,7 +63,7 @@ def refusal(act):
 
 def test_every_tensor_arrives_where_its_name_says():
     stored, _ = checkpoint.unpack((E2E / DIT).read_bytes())
-    dit = E2E_CARD.dit(E2E, "cpu")
+    dit = dit_of(E2E_CARD, E2E, "cpu")
     assert torch.equal(dit.blocks[1].norm_ffn.weight, stored["model.blocks.1.norm2.weight"])
     assert torch.equal(dit.latent_scale, stored["video_data_scale"])
     assert len(dit.state_dict()) == len(stored)
@@ -68,7 +71,7 @@ def test_every_tensor_arrives_where_its_name_says():
 
 
 def test_loaded_weights_live_on_when_the_file_is_overwritten(folder):
-    dit = E2E_CARD.dit(folder, "cpu")
+    dit = dit_of(E2E_CARD, folder, "cpu")
     before = dit.time_in.weight.clone()
     with (folder / DIT).open("r+b") as file:
         file.write(b"\0" * (folder / DIT).stat().st_size)
@@ -78,16 +81,16 @@ def test_loaded_weights_live_on_when_the_file_is_overwritten(folder):
 def test_a_model_saved_under_its_released_names_loads_again(tmp_path):
     torch.manual_seed(1)
     dit, vae = LinumDiT(DEMO.dit_config), WanVAE(DEMO.vae_config)
-    checkpoint.save(tmp_path / DEMO.dit_file, checkpoint.released_state(dit, keys.LINUM))
-    checkpoint.save(tmp_path / DEMO.vae_file, checkpoint.released_state(vae, keys.WAN_VAE), {"made_by": "test"})
-    for model, again in ((dit, DEMO.dit(tmp_path, "cpu")), (vae, DEMO.vae(tmp_path, "cpu"))):
+    checkpoint.save(tmp_path / DEMO.dit_file, checkpoint.released_state(dit, linum_keys.LINUM))
+    checkpoint.save(tmp_path / DEMO.vae_file, checkpoint.released_state(vae, wan_keys.WAN_VAE), {"made_by": "test"})
+    for model, again in ((dit, dit_of(DEMO, tmp_path, "cpu")), (vae, vae_of(DEMO, tmp_path, "cpu"))):
         assert all(torch.equal(t, again.state_dict()[name]) for name, t in model.state_dict().items())
     assert checkpoint.read_header(tmp_path / DEMO.vae_file)[1] == {"made_by": "test"}
 
 
 def test_statistics_of_images_are_known_and_dropped(folder):
     edit(folder / DIT, lambda t: t.update(image_data_scale=torch.ones(16), image_data_bias=torch.zeros(16)))
-    E2E_CARD.dit(folder, "cpu")
+    dit_of(E2E_CARD, folder, "cpu")
 
 
 @pytest.mark.parametrize("change, said", [
@@ -104,7 +107,7 @@ def test_statistics_of_images_are_known_and_dropped(folder):
 ])
 def test_names_shapes_and_kinds_are_strict_in_both_directions(folder, change, said):
     edit(folder / DIT, change)
-    message = refusal(lambda: E2E_CARD.dit(folder, "cpu"))
+    message = refusal(lambda: dit_of(E2E_CARD, folder, "cpu"))
     assert message.startswith(f"linum-v2-360p: {folder / DIT}: ") and said in message
     assert "another model's file?" in message or "floating point" in message
 
@@ -112,7 +115,7 @@ def test_names_shapes_and_kinds_are_strict_in_both_directions(folder, change, sa
 def test_weights_of_another_size_are_refused_from_the_header_alone(folder, monkeypatch):
     monkeypatch.setattr(checkpoint, "views", lambda stored: pytest.fail("weights were read"))
     wider = dataclasses.replace(E2E_CARD, vae_fields=dict(width=4))
-    assert "of another shape: " in refusal(lambda: wider.vae(folder, "cpu"))
+    assert "of another shape: " in refusal(lambda: vae_of(wider, folder, "cpu"))
 
 
 @pytest.mark.parametrize("part", ["dit/360p.safetensors", "vae/vae.safetensors"])
@@ -135,7 +138,7 @@ def test_a_file_with_flipped_bits_in_its_header_is_refused_or_loads_but_never_cr
         damaged[draw.randrange(8 + size)] ^= 1 << draw.randrange(8)
         path.write_bytes(damaged)
         try:
-            E2E_CARD.vae(folder, "cpu")
+            vae_of(E2E_CARD, folder, "cpu")
         except CheckpointError:
             refused += 1
     assert refused > 80                                 # a blank may become another blank
@@ -202,10 +205,10 @@ def shard(folder, parts=3):
 
 
 def test_shards_load_as_one(folder):
-    whole = E2E_CARD.text_encoder(E2E, "cpu")
+    whole = text_encoder_of(E2E_CARD, E2E, "cpu")
     shard(folder / E2E_CARD.text_encoder_folder)
     assert weights.missing_files(E2E_CARD, folder) == []
-    assert torch.equal(E2E_CARD.text_encoder(folder, "cpu")("a red fox"), whole("a red fox"))
+    assert torch.equal(text_encoder_of(E2E_CARD, folder, "cpu")("a red fox"), whole("a red fox"))
 
 
 @pytest.mark.parametrize("damage, why", [
@@ -262,7 +265,8 @@ def test_weights_in_a_store_are_fetched_into_the_cache(folder, cache):
 OFFLINE = """
 import sys
 from dailies.model.catalog import CATALOG
-from dailies.model.weights import CheckpointError, locate
+from dailies.model.files import CheckpointError
+from dailies.model.weights import locate
 try:
     print(locate(None, CATALOG[sys.argv[1]]))
 except CheckpointError as error:
@@ -355,17 +359,17 @@ def test_bytes_that_are_not_packed_tensors_are_refused(data):
 
 def published(table):
     """Released names that the table is for."""
-    if table is keys.LINUM:
+    if table is linum_keys.LINUM:
         with torch.device("meta"):
             dit = LinumDiT(LINUM_V2_720P.dit_config)
-        return {keys.LINUM.released(name) for name in dit.state_dict()}
+        return {linum_keys.LINUM.released(name) for name in dit.state_dict()}
     file = {"WAN_VAE": "wan_vae_a/weights", "WAN_VAE_DIFFUSERS": "wan_vae_b_diffusers/weights_diffusers",
             "T5": "t5_encoder_a/weights"}
     names = set(checkpoint.stored_tensors(GOLDENS / f"{file[table.name]}.safetensors"))
     return names | {"encoder.embed_tokens.weight"} if table is keys.T5 else names
 
 
-@pytest.mark.parametrize("table", [keys.LINUM, keys.WAN_VAE, keys.WAN_VAE_DIFFUSERS, keys.T5], ids=lambda t: t.name)
+@pytest.mark.parametrize("table", [linum_keys.LINUM, wan_keys.WAN_VAE, wan_keys.WAN_VAE_DIFFUSERS, keys.T5], ids=lambda t: t.name)
 def test_every_rule_of_a_key_table_is_used_and_leads_back(table):
     names = published(table)
     assert table.unknown(names) == []
@@ -378,6 +382,6 @@ def test_every_rule_of_a_key_table_is_used_and_leads_back(table):
 def test_the_vae_has_the_194_published_tensors():
     with torch.device("meta"):
         vae = WanVAE(LINUM_V2_720P.vae_config)
-    for table in (keys.WAN_VAE, keys.WAN_VAE_DIFFUSERS):
+    for table in (wan_keys.WAN_VAE, wan_keys.WAN_VAE_DIFFUSERS):
         assert {table.released(name) for name in vae.state_dict()} == set(published(table))
     assert len(vae.state_dict()) == 194 and sum(p.numel() for p in vae.parameters()) == 126_892_531

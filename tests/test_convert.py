@@ -10,13 +10,16 @@ import zipfile
 import pytest
 import torch
 from golden import E2E, E2E_CARD, Golden, error
+from parts import dit_from, dit_of, image_encoder_of, text_encoder_of
 from wan_tiny import WAN_TINY, WAN_TINY_A14B, WAN_TINY_I2V, write_weights
 
 from dailies.jobs import convert as converting
 from dailies.jobs.cli import main
 from dailies.model import checkpoint
 from dailies.model.catalog import CATALOG
-from dailies.model.weights import CheckpointError, locate
+from dailies.model.family import family_of
+from dailies.model.files import CheckpointError
+from dailies.model.weights import locate
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +74,7 @@ def test_a_published_folder_becomes_weights_that_load(card, tmp_path, capsys):
         assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want), part
     assert {file["file"] for file in said["files"]} == {p.relative_to(folder).as_posix()
                                                         for p in folder.rglob("*") if p.is_file()}
-    assert [build(folder, "cpu", "fp32") for build in card.builders()]
+    assert [part.load(folder, card.runtime()) for part in family_of(card).parts(card)]
 
 
 def test_a_folder_can_be_converted_in_place(tmp_path, capsys):
@@ -185,7 +188,7 @@ def test_a_single_transformer_is_known_whatever_prefix_a_tool_has_put_before_its
     checkpoint.save(tmp_path / "wan_fp16.safetensors", {prefix + name: tensor for name, tensor in tensors.items()})
     assert main(["convert", str(tmp_path / "wan_fp16.safetensors"), "--model", "wan-tiny", "--to",
                  str(tmp_path / "out")]) == 0
-    assert WAN_TINY.dit_from(tmp_path / "out/diffusion_pytorch_model.safetensors", "cpu", "fp32")
+    assert dit_from(WAN_TINY, tmp_path / "out/diffusion_pytorch_model.safetensors", "cpu", "fp32")
 
 
 def test_large_parts_become_shards_with_an_index(tmp_path, monkeypatch):
@@ -194,7 +197,7 @@ def test_large_parts_become_shards_with_an_index(tmp_path, monkeypatch):
     assert main(["convert", str(source), "--model", "wan-tiny", "--to", str(tmp_path / "out")]) == 0
     assert len(list((tmp_path / "out").glob("diffusion_pytorch_model-*-of-*.safetensors"))) > 2
     folder = locate(tmp_path / "out", WAN_TINY)
-    dit, text = WAN_TINY.dit(folder, "cpu"), WAN_TINY.text_encoder(folder, "cpu")
+    dit, text = dit_of(WAN_TINY, folder, "cpu"), text_encoder_of(WAN_TINY, folder, "cpu")
     whole, _ = checkpoint.unpack((source / "diffusion_pytorch_model.safetensors").read_bytes())
     assert torch.equal(dit.blocks[1].attn.q.weight, whole["blocks.1.self_attn.q.weight"])
     assert text("a red fox").shape[1] == 32
@@ -222,8 +225,8 @@ def test_linum_pickles_are_converted_too(tmp_path, monkeypatch):
         target = (tmp_path / "src" / part).with_suffix(".pth")
         torch.save(tensors, target.with_name("pytorch_model.bin") if "t5" in part else target)
     assert main(["convert", str(tmp_path / "src"), "--model", E2E_CARD.name, "--to", str(tmp_path / "out")]) == 0
-    for build in E2E_CARD.builders():
-        build(locate(tmp_path / "out", E2E_CARD), "cpu", "fp32")
+    for part in family_of(E2E_CARD).parts(E2E_CARD):
+        part.load(locate(tmp_path / "out", E2E_CARD), E2E_CARD.runtime())
 
 
 class Bomb:
@@ -303,7 +306,7 @@ def test_the_clip_golden_passes_through_the_conversion(tmp_path, monkeypatch):
     file = "models_clip_open-clip-xlm-roberta-large-vit-huge-14"
     torch.save(tensors, tmp_path / f"{file}.pth")
     assert main(["convert", str(tmp_path / f"{file}.pth"), "--model", card.name, "--to", str(tmp_path / "out")]) == 0
-    tower = card.image_encoder(tmp_path / "out", "cpu")
+    tower = image_encoder_of(card, tmp_path / "out", "cpu")
     assert error(tower(golden.inputs["image"].transpose(0, 1)), golden.outputs["features"]) < golden.tolerance["value"]
 
 

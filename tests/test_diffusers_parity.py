@@ -7,10 +7,11 @@ import torch
 from golden import error
 from one_stream import solved
 
-from dailies.model import checkpoint, keys
+from dailies.model import checkpoint
 from dailies.model.catalog import WAN21_T2V_1_3B
 from dailies.model.samplers import dpm_solver, unipc
 from dailies.model.schedules import wan_sigmas, whole_timestep
+from dailies.model.wan import keys as wan_keys
 from dailies.model.wan.transformer import WanConfig, WanDiT
 from dailies.model.wan.vae import WanVAE, WanVAEConfig, channels_last
 
@@ -30,8 +31,8 @@ def randomise(model, seed):
 def ours(make, theirs, folder):
     """Our model with the weights of theirs, through a file as diffusers saves it."""
     checkpoint.save(folder / "theirs.safetensors", theirs.state_dict())
-    return checkpoint.build(make, folder / "theirs.safetensors", keys.WAN, keys.WAN_DIFFUSERS, keys.WAN_VAE,
-                            keys.WAN_VAE_DIFFUSERS, name="parity", device="cpu", precision="fp32")
+    return checkpoint.build(make, folder / "theirs.safetensors", wan_keys.WAN, wan_keys.WAN_DIFFUSERS, wan_keys.WAN_VAE,
+                            wan_keys.WAN_VAE_DIFFUSERS, name="parity", device="cpu", precision="fp32")
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -70,8 +71,8 @@ def vae_pair(seed, folder):
     theirs = randomise(diffusers.AutoencoderKLWan(base_dim=width, z_dim=16), seed)
     vae = ours(lambda: WanVAE(WanVAEConfig(width=width)), theirs, folder)
     if seed % 2:
-        checkpoint.save(folder / "original.safetensors", checkpoint.released_state(vae, keys.WAN_VAE))
-        vae = checkpoint.build(lambda: WanVAE(WanVAEConfig(width=width)), folder / "original.safetensors", keys.WAN_VAE,
+        checkpoint.save(folder / "original.safetensors", checkpoint.released_state(vae, wan_keys.WAN_VAE))
+        vae = checkpoint.build(lambda: WanVAE(WanVAEConfig(width=width)), folder / "original.safetensors", wan_keys.WAN_VAE,
                                name="parity", device="cpu", precision="fp32")
     return pick, theirs, channels_last(vae) if pick.random() < 0.5 else vae
 

@@ -6,17 +6,19 @@ from dataclasses import replace
 
 import pytest
 import torch
+from parts import dit_of, new_dit
 
+from dailies.actors.denoiser import Denoiser
 from dailies.actors.messages import Request
 from dailies.actors.text_encoder import TextEncoder
-from dailies.actors.turbo_denoiser import StudentDenoiser
 from dailies.jobs.demo import distill as distill_demo
 from dailies.jobs.demo import phases
-from dailies.model import checkpoint, keys
+from dailies.model import checkpoint
 from dailies.model.catalog import DEMO, DEMO_SPARSE, DEMO_TURBO
+from dailies.model.files import CheckpointError
+from dailies.model.linum import keys as linum_keys
 from dailies.model.schedules import rcm_sigmas
 from dailies.model.shapes import VideoShape
-from dailies.model.weights import CheckpointError
 
 
 def test_a_student_of_straight_courses_has_nothing_to_learn():
@@ -66,14 +68,14 @@ def test_two_steps_of_distillation_leave_a_student_that_renders(tmp_path, monkey
     out, work = few_clips(tmp_path, monkeypatch)
     distill_demo.distill(work, out, "cpu")
     card = replace(DEMO_TURBO, folder=out)
-    teacher, student = DEMO.dit(out, "cpu"), card.dit(out, "cpu")
+    teacher, student = dit_of(DEMO, out, "cpu"), dit_of(card, out, "cpu")
     pairs = zip(student.parameters(), teacher.parameters(), strict=True)
     moved = [(a - b).norm() / b.norm() for a, b in pairs if a.ndim > 1]
     assert 0 < max(moved) < 0.1
     request = Request(clip_id="c" * 64, model="demo-turbo", weights_fingerprint="f", prompt="a red circle moves left",
                       negative_prompt="ugly", seed=3, shape=VideoShape(frames=5, height=64, width=64), fps=24.0,
                       num_steps=4, guidance=0.0, precision="fp32", attention="dense")
-    denoiser = StudentDenoiser(card, out)
+    denoiser = Denoiser(card, out)
     latent, = denoiser(TextEncoder(card, out)([request]))
     assert latent.streams["video"].shape == (16, 2, 8, 8) and latent.fallbacks == (card.negative_unused,)
     with pytest.raises(ValueError, match="1 to 4 for a distilled model"):
@@ -84,11 +86,11 @@ def test_what_is_trained_sparse_is_what_runs_sparse(tmp_path, monkeypatch):
     out, work = few_clips(tmp_path, monkeypatch)
     distill_demo.tune_sparse(work, out, "cpu")
     card = replace(DEMO_SPARSE, folder=out)
-    runs, trained = card.dit(out, "cpu", "fp32", "sparse"), DEMO.new_dit().requires_grad_(False)
+    runs, trained = dit_of(card, out, "cpu", "fp32", "sparse"), new_dit(DEMO).requires_grad_(False)
     assert max(block.attn.proj.weight.abs().max() for block in runs.blocks) > 0
     for block in trained.blocks:
         block.attn = distill_demo.TrainedSparseAttention(block.attn, card.sparsity)
-    checkpoint.load(trained, out / card.dit_file, keys.LINUM, name="trained", device="cpu")
+    checkpoint.load(trained, out / card.dit_file, linum_keys.LINUM, name="trained", device="cpu")
     torch.manual_seed(0)
     latent, time, rows = torch.randn(1, 16, 13, 8, 8), torch.tensor([700.0]), [torch.randn(7, 128)]
     want = trained(latent, time, trained.embed_text(rows))
@@ -96,4 +98,4 @@ def test_what_is_trained_sparse_is_what_runs_sparse(tmp_path, monkeypatch):
         got = runs(latent, time, runs.embed_text(rows))
     assert ((got - want).norm() / want.norm()).item() < 1e-3
     with pytest.raises(CheckpointError, match="tensors missing: blocks.0.attn.proj.weight"):
-        replace(card, dit_file=DEMO.dit_file).dit(out, "meta", "fp32")
+        dit_of(replace(card, dit_file=DEMO.dit_file), out, "meta", "fp32")

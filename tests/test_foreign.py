@@ -5,14 +5,17 @@ import os
 
 import pytest
 import torch
+from parts import dit_from
 from turbo_tiny import TURBO_TINY, new_tensors
 from wan_tiny import WAN_TINY, WAN_TINY_I2V, write_weights
 
 from dailies.model import checkpoint, keys
+from dailies.model.files import CheckpointError
 from dailies.model.text import new_encoder
+from dailies.model.wan import keys as wan_keys
 from dailies.model.wan.image_encoder import ClipVision
 from dailies.model.wan.transformer import WanDiT
-from dailies.model.weights import CheckpointError, locate
+from dailies.model.weights import locate
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +44,7 @@ def refusal(act):
 
 
 def clip_of(path):
-    return checkpoint.build(lambda: ClipVision(WAN_TINY_I2V.clip_config), path, keys.CLIP_VISION, name="clip",
+    return checkpoint.build(lambda: ClipVision(WAN_TINY_I2V.clip_config), path, wan_keys.CLIP_VISION, name="clip",
                             device="cpu", precision="fp32")
 
 
@@ -53,18 +56,18 @@ def test_the_image_encoder_of_diffusers_may_bring_its_projection_and_its_text_to
     want, got = (clip_of(path).state_dict() for path in (published / "image_encoder/model.safetensors",
                                                          tmp_path / "a.safetensors"))
     assert all(torch.equal(got[name], tensor) for name, tensor in want.items())
-    assert all("Wan" in why or "tower" in why for why in (keys.CLIP_VISION.dropped[name] for name in
+    assert all("Wan" in why or "tower" in why for why in (wan_keys.CLIP_VISION.dropped[name] for name in
                                                           ("visual_projection.", "text_model.", "logit_scale")))
 
 
 @pytest.mark.parametrize("prefix", ["model.diffusion_model.", "diffusion_model.", "model.", "module.", "net."])
-@pytest.mark.parametrize("table", [keys.WAN, keys.WAN_DIFFUSERS], ids=lambda table: table.name)
+@pytest.mark.parametrize("table", [wan_keys.WAN, wan_keys.WAN_DIFFUSERS], ids=lambda table: table.name)
 def test_a_transformer_loads_whatever_prefix_a_tool_has_put_before_every_name(prefix, table, tmp_path):
     torch.manual_seed(3)
     dit = WanDiT(WAN_TINY.dit_config)
     state = checkpoint.released_state(dit, table)
     checkpoint.save(tmp_path / "a.safetensors", {prefix + name: tensor for name, tensor in state.items()})
-    loaded = WAN_TINY.dit_from(tmp_path / "a.safetensors", "cpu", "fp32")
+    loaded = dit_from(WAN_TINY, tmp_path / "a.safetensors", "cpu", "fp32")
     assert torch.equal(loaded.blocks[1].cross.k.weight, dit.blocks[1].cross.k.weight)
 
 
@@ -77,7 +80,7 @@ def test_a_turbo_transformer_loads_as_training_leaves_it(names, quant, tmp_path)
     torch.manual_seed(3)
     tensors = new_tensors(TURBO_TINY, quant)
     checkpoint.save(tmp_path / "a.safetensors", {names(name): tensor for name, tensor in tensors.items()})
-    TURBO_TINY.dit_from(tmp_path / "a.safetensors", "cpu", "int8" if quant else "fp32")
+    dit_from(TURBO_TINY, tmp_path / "a.safetensors", "cpu", "int8" if quant else "fp32")
 
 
 def umt5_file(folder, change=lambda tensors: tensors):
@@ -123,14 +126,14 @@ def test_a_file_of_fewer_bits_is_told_what_it_is_and_what_to_fetch(dtype, kind, 
     ("first_stage_model.conv1.weight", "several models in one file"),
 ])
 def test_a_file_of_another_kind_is_told_which(extra, said, tmp_path):
-    state = checkpoint.released_state(WanDiT(WAN_TINY.dit_config), keys.WAN) | {extra: torch.ones(2, 2)}
+    state = checkpoint.released_state(WanDiT(WAN_TINY.dit_config), wan_keys.WAN) | {extra: torch.ones(2, 2)}
     checkpoint.save(tmp_path / "a.safetensors", state)
-    assert said in refusal(lambda: WAN_TINY.dit_from(tmp_path / "a.safetensors", "cpu"))
+    assert said in refusal(lambda: dit_from(WAN_TINY, tmp_path / "a.safetensors", "cpu"))
 
 
 def test_a_transformer_of_another_size_is_told_which_one_it_is(tmp_path):
     checkpoint.save(tmp_path / "a.safetensors", {"patch_embedding.weight": torch.ones(3072, 48, 1, 2, 2)})
-    assert "By its sizes it is Wan 2.2 TI2V 5B" in refusal(lambda: WAN_TINY.dit_from(tmp_path / "a.safetensors", "cpu"))
+    assert "By its sizes it is Wan 2.2 TI2V 5B" in refusal(lambda: dit_from(WAN_TINY, tmp_path / "a.safetensors", "cpu"))
 
 
 def test_a_gguf_file_is_told_what_it_is(tmp_path):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from golden import error
 from graph_recorder import Recorder
+from parts import dit_of
 
 from dailies.model.catalog import DEMO, DEMO_SPARSE
 from dailies.model.graphs import KEPT, CudaGraphs, Graphed
@@ -19,7 +20,7 @@ def inputs(dit, frames=2, words=7, seed=1):
 
 @torch.inference_mode()
 def test_a_replay_is_of_the_inputs_it_is_given():
-    dit, recorder = DEMO.dit(DEMO.folder, "cpu", "fp32"), Recorder()
+    dit, recorder = dit_of(DEMO, DEMO.folder, "cpu", "fp32"), Recorder()
     graphed = Graphed(dit.forward, recorder)
     for seed, words in ((1, 7), (2, 7), (3, 12), (4, 7)):
         given = inputs(dit, words=words, seed=seed)
@@ -29,7 +30,7 @@ def test_a_replay_is_of_the_inputs_it_is_given():
 
 @torch.inference_mode()
 def test_a_result_outlives_the_next_replay():
-    dit = DEMO.dit(DEMO.folder, "cpu", "fp32")
+    dit = dit_of(DEMO, DEMO.folder, "cpu", "fp32")
     graphed = Graphed(dit.forward, Recorder())
     graphed(*inputs(dit, seed=3))
     first = graphed(*inputs(dit, seed=1))
@@ -111,7 +112,7 @@ def test_what_cannot_be_copied_is_refused():
     (DEMO, "bf16", "dense"), (DEMO, "int8", "dense"), (DEMO, "int8", "sage"), (DEMO_SPARSE, "bf16", "sparse")])
 @torch.inference_mode()
 def test_a_cuda_graph_says_what_the_model_says(card, precision, attention):
-    dit = card.dit(card.folder, "cuda", precision, attention)
+    dit = dit_of(card, card.folder, "cuda", precision, attention)
     graphed = Graphed(dit.forward)
     for frames in (2, 13):
         for seed in (1, 2, 3):

@@ -49,10 +49,10 @@ MOST_LINES = {"class": 300, "function": 60}
 # what is to be mended still; a name is added to none of these lists
 LONGER = {("model/checkpoint.py", "read_header")}
 MOST_SHARED_NAMES = 90                                  # to be brought down
-IN_CIRCLES = ("dailies.jobs.bench.", "dailies.jobs.gpu.", "dailies.model.")
+IN_CIRCLES = ("dailies.jobs.bench.", "dailies.jobs.gpu.")
 IMPORTS_INSIDE = {
     "jobs/bench/command.py", "jobs/bench/pipeline.py", "jobs/cli.py", "jobs/gpu/checks.py", "jobs/gpu/timings.py",
-    "model/card.py", "model/catalog.py", "pipeline/manifest/files.py",
+    "pipeline/manifest/files.py",
 }
 
 

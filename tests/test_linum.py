@@ -9,10 +9,11 @@ from golden import Golden, error, names
 from one_stream import solved
 
 from dailies.kernels import processor
-from dailies.model import checkpoint, keys
+from dailies.model import checkpoint
 from dailies.model.catalog import LINUM_V2_720P
 from dailies.model.guidance import AdaptiveProjectedGuidance
 from dailies.model.layers import rotary_table, rotate
+from dailies.model.linum import keys as linum_keys
 from dailies.model.linum.transformer import LinumConfig, LinumDiT
 from dailies.model.samplers import euler
 from dailies.model.schedules import flow_match_sigmas
@@ -25,7 +26,7 @@ def build(golden, precision="fp32"):
     config = LinumConfig(patch=tuple(said["patch_size"]), latent_channels=said["in_dim"], width=said["dim"],
                          heads=said["num_heads"], layers=said["num_layers"], ffn=said["ffn_dim"],
                          time_features=said["freq_dim"], text_dim=said["text_dim"], text_len=said["text_len"])
-    return checkpoint.build(lambda: LinumDiT(config), golden.folder / "weights.safetensors", keys.LINUM, name="golden",
+    return checkpoint.build(lambda: LinumDiT(config), golden.folder / "weights.safetensors", linum_keys.LINUM, name="golden",
                             device="cpu", precision=precision)
 
 
@@ -201,9 +202,9 @@ def test_the_full_model_has_the_published_tensors():
     with torch.device("meta"):
         dit = LinumDiT(LINUM_V2_720P.dit_config)
     assert sum(p.numel() for p in dit.parameters()) == 2_008_051_904
-    released = {keys.LINUM.released(name): name for name in dit.state_dict()}
+    released = {linum_keys.LINUM.released(name): name for name in dit.state_dict()}
     assert released.keys() == published_names() and len(released) == 1177
-    assert all(keys.LINUM.ours(name) == ours for name, ours in released.items())
+    assert all(linum_keys.LINUM.ours(name) == ours for name, ours in released.items())
     shapes = {name: tuple(dit.state_dict()[ours].shape) for name, ours in released.items()}
     for name, shape in {"video_data_scale": (16,), "model.patch_embedding.weight": (1664, 16, 1, 2, 2),
                         "model.time_embedding.0.weight": (1664, 256), "model.time_projection.1.weight": (9984, 1664),

@@ -20,6 +20,7 @@ import torch
 from fakes import pretend_request
 
 from dailies.actors import handover
+from dailies.actors.actor import Actor
 from dailies.actors.messages import Clip, Failure, Frames, Latent
 from dailies.model.shapes import VideoShape
 from dailies.pipeline.scheduler import pool as pools
@@ -40,7 +41,7 @@ class Decode:
 
 
 @dataclass
-class Write:
+class Write(Actor):
     """A clip that says what was in its frames and who wrote it; by seed, what goes wrong."""
 
     folder: Path

@@ -13,6 +13,7 @@ from dailies.kernels import cases, processor
 from dailies.kernels.int8_linear import int8_linear, quantize_rows
 from dailies.kernels.sparse_attention import sparse_attention
 from dailies.model.catalog import CATALOG, DEMO
+from dailies.model.refitted import decode_fallbacks
 from dailies.model.wan.vae import convolve
 
 ROOT = Path(__file__).parent.parent
@@ -66,9 +67,9 @@ def test_a_processor_is_known_by_what_torch_and_onednn_may_use(machine, int8, bf
     assert processor.dtype_of("fp32", "cuda") == torch.float32 and processor.dtype_of("int8",
                                                                                       "cuda:0") == torch.bfloat16
     assert bool(processor.instead_of_bf16()) != bf16 and processor.described()
-    assert bool(DEMO.decode_fallbacks("cpu", None, "bf16")) != bf16
+    assert bool(decode_fallbacks(DEMO.runtime(decode_precision="bf16"))) != bf16
     assert bool(CATALOG["wan2.1-t2v-1.3b"].fallbacks(None, "cpu", "bf16")) != bf16      # before its weights are here
-    assert DEMO.decode_fallbacks("cuda", "fp32", "bf16") == DEMO.decode_fallbacks("cpu", "fp32", None) == ()
+    assert decode_fallbacks(DEMO.runtime("cuda", "fp32", decode_precision="bf16")) == decode_fallbacks(DEMO.runtime()) == ()
 
 
 def test_where_torch_has_no_onednn_convolutions_are_torchs_own(pretend):

@@ -5,13 +5,15 @@ import json
 import pytest
 import torch
 from one_process import main
+from parts import dit_of, vae_of
 from turbo_tiny import TURBO_TINY, TURBO_TINY_I2V, publish
 from wan_tiny import WAN_TINY, write_weights
 
 from dailies.actors.decoder import Decoder
 from dailies.kernels import processor
-from dailies.model import checkpoint
+from dailies.model import checkpoint, refitted
 from dailies.model.catalog import CATALOG, DEMO
+from dailies.model.family import precision_in
 from dailies.model.weights import fingerprint, locate, weights_files
 from dailies.pipeline.run import ledger
 from dailies.pipeline.store import open_store
@@ -104,12 +106,11 @@ def test_two_experts_take_turns_over_an_image(quant, tmp_path, capsys):
 def test_the_vae_of_a_turbo_model_is_bf16_as_it_is_released(tmp_path, capsys):
     weights = converted(tmp_path, capsys, TURBO_TINY)
     for precision in ("fp32", "bf16", "int8"):
-        assert TURBO_TINY.vae(weights, "cpu", precision).from_latent.weight.dtype == processor.dtype_of(precision,
-                                                                                                        "cpu")
+        assert vae_of(TURBO_TINY, weights, "cpu", precision).from_latent.weight.dtype == processor.dtype_of(precision, "cpu")
     write_weights(tmp_path / "wan")
-    assert WAN_TINY.vae(tmp_path / "wan", "cpu", "bf16").from_latent.weight.dtype == torch.float32
-    decoder = Decoder(WAN_TINY, tmp_path / "wan", precision="fp32", decode_precision="bf16")
-    assert decoder.vae.from_latent.weight.dtype == processor.dtype_of("bf16", "cpu")
+    assert vae_of(WAN_TINY, tmp_path / "wan", "cpu", "bf16").from_latent.weight.dtype == torch.float32
+    decoder = Decoder(WAN_TINY, tmp_path / "wan", WAN_TINY.runtime(decode_precision="bf16"))
+    assert decoder.streams.vae.from_latent.weight.dtype == processor.dtype_of("bf16", "cpu")
 
 
 def test_one_quant_file_of_a_folder_with_both_can_be_named(tmp_path, capsys):
@@ -139,7 +140,7 @@ def test_models_says_which_files_come_from_where(capsys):
     (("--precision", "int8", "--attention", "sage"), "int8", "sage")])
 def test_the_demo_model_renders_accelerated(options, precision, attention, tmp_path, capsys):
     path = manifest(tmp_path, {"id": "a", "prompt": "a red circle moves left", "frames": 9, "steps": 2})
-    instead = DEMO.fallbacks(DEMO.folder, "cpu", precision)
+    instead = refitted.fallbacks(DEMO, DEMO.folder, DEMO.runtime("cpu", precision))["sample"]
     code, said, err = render(capsys, path, tmp_path / "out", "demo", *options, *([] if instead else ["--strict"]))
     assert code == 0 and said["rendered"] == 1, err
     row = rows_of(tmp_path / "out")["a"]
@@ -174,10 +175,10 @@ def test_int8_weights_of_the_demo_model_are_small_load_strictly_and_have_their_o
     assert after < 0.6 * before
     folder = locate(tmp_path / "w", DEMO)
     assert fingerprint(weights_files(DEMO, folder)) != fingerprint(weights_files(DEMO, DEMO.folder))
-    assert DEMO.precision_in(folder, "cpu") == "int8" and DEMO.precision_in(DEMO.folder, "cpu") == "fp32"
+    assert precision_in(DEMO, folder, "cpu") == "int8" and precision_in(DEMO, DEMO.folder, "cpu") == "fp32"
     torch.manual_seed(0)
     latent, time, text = torch.randn(1, 16, 3, 8, 8), torch.tensor([500.0]), [torch.randn(7, 128)]
-    dits = [DEMO.dit(where, "cpu", "int8") for where in (DEMO.folder, folder)]
+    dits = [dit_of(DEMO, where, "cpu", "int8") for where in (DEMO.folder, folder)]
     ours, stored = (dit(latent, time, dit.embed_text(text)) for dit in dits)
     assert torch.equal(ours, stored)                    # quantised when loaded or when converted: the same layers
     path = manifest(tmp_path, {"id": "a", "prompt": "a red circle moves left", "frames": 9, "steps": 2})

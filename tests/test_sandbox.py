@@ -10,7 +10,7 @@ import pytest
 
 from dailies.jobs import convert as converting
 from dailies.jobs import sandbox
-from dailies.model.weights import CheckpointError
+from dailies.model.files import CheckpointError
 
 ESCAPES = '''
 import ctypes, json, os, resource, socket, subprocess, sys, threading

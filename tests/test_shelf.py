@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dailies.actors.device_lock import NO_LOCK, DeviceLock
+from dailies.actors.actor import Actor
+from dailies.actors.device_lock import DeviceLock
 from dailies.actors.messages import Clip, Embedding, Failure, Latent, Request
 from dailies.model.shapes import VideoShape
 from dailies.pipeline.run.intermediates import Drop, Fetch, Keep, clear, shelf_key
@@ -20,7 +21,7 @@ from dailies.pipeline.store import NotFound, open_store
 RUNS = []                                               # the requests that an encoder or sampler below has worked for
 
 
-class Encoder:
+class Encoder(Actor):
     device = "cpu"
 
     def __call__(self, batch):
@@ -32,7 +33,7 @@ class Encoder:
 
 
 @dataclass
-class Sampler:
+class Sampler(Actor):
     fail_on: int | None = None
 
     def __call__(self, batch):
@@ -195,8 +196,6 @@ def test_while_a_latent_is_saved_the_next_is_sampled_and_its_answer_waits_for_it
         put(key, data)
 
     class Turns(Sampler):
-        lock = NO_LOCK
-
         def __call__(self, batch):
             with self.lock:
                 began[batch[0].request.seed].set()
@@ -216,4 +215,4 @@ def test_while_a_latent_is_saved_the_next_is_sampled_and_its_answer_waits_for_it
 
 def test_keep_tells_the_device_of_its_step(store):
     assert Keep(Step(actor=Encoder), store, EMBEDDINGS).device == "cpu"
-    assert Keep(Step(actor=Sampler), store, LATENTS).device is None
+    assert Keep(Step(actor=Sampler), store, LATENTS).device == ""

@@ -11,6 +11,7 @@ import pytest
 from fake_stages import calls, fake_stages
 from fakes import pretend_request, pretend_stages
 
+from dailies.actors.actor import Actor
 from dailies.actors.device_lock import NO_LOCK
 from dailies.actors.messages import Clip, Embedding, Failure, Latent
 from dailies.pipeline.stages import Stage, Step, Worker, lost_context, readdress, run_local
@@ -208,11 +209,8 @@ def test_run_local_makes_what_comes_after_in_the_same_process():
     assert sums([1, 2])[0] == [4, 8]
 
 
-class Locked:
+class Locked(Actor):
     """Has the device for a while, and nothing on a CPU for as long."""
-
-    lock = NO_LOCK
-    device_id = None
 
     def __call__(self, batch):
         time.sleep(0.05)

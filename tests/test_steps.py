@@ -12,10 +12,9 @@ from golden import E2E, E2E_CARD
 from turbo_tiny import TURBO_TINY, TURBO_TINY_I2V, new_tensors
 from wan_tiny import WAN_TINY, WAN_TINY_A14B, WAN_TINY_I2V_A14B, write_weights
 
+from dailies.actors.actor import Actor
 from dailies.actors.denoiser import Denoiser, NonFiniteLatent
 from dailies.actors.messages import Embedding, Latent, Request
-from dailies.actors.turbo_denoiser import TurboWanDenoiser
-from dailies.actors.wan_denoiser import WanDenoiser
 from dailies.model import checkpoint
 from dailies.model.samplers import euler, unipc
 from dailies.model.shapes import VideoShape
@@ -45,12 +44,12 @@ def denoisers(tmp_path_factory):
                 made[name] = Denoiser(LINUM[name], E2E)
             elif name in WAN:
                 write_weights(folder, WAN[name])
-                made[name] = WanDenoiser(WAN[name], folder)
+                made[name] = Denoiser(WAN[name], folder)
             else:
                 torch.manual_seed(2)
                 for part in TURBO[name].layouts[0].dits:
                     checkpoint.save(folder / part, new_tensors(TURBO[name]))
-                made[name] = TurboWanDenoiser(TURBO[name], folder, attention="sparse")
+                made[name] = Denoiser(TURBO[name], folder)
         return made[name]
     return denoiser
 
@@ -64,7 +63,7 @@ def embedding_for(denoiser, seed=1, **changes):
     card = denoiser.card
     said = dict(clip_id=f"{seed:064x}", model=card.name, weights_fingerprint="w", prompt="", negative_prompt="",
                 seed=seed, shape=SHAPE, fps=16.0, num_steps=4 if card in TURBO.values() else NUM_STEPS, guidance=4.0,
-                precision=denoiser.precision, attention=denoiser.attention)
+                precision=denoiser.on.precision, attention=denoiser.on.attention)
     draw = torch.Generator().manual_seed(seed)
     prompt, negative = (torch.randn(length, 32, generator=draw) for length in (7, 3))
     shape = card.grid.of(SHAPE)
@@ -94,7 +93,7 @@ class Watched:
 
     def __init__(self, denoiser):
         self.forwards = 0
-        for dit in getattr(denoiser, "experts", None) or [denoiser.dit]:
+        for dit in denoiser.sampler.transformers:
             dit.register_forward_hook(self.count)
 
     def count(self, *_):
@@ -191,10 +190,12 @@ def test_what_was_saved_before_streams_had_names_is_the_video(denoisers, tmp_pat
     assert list(found.streams) == ["video"] and torch.equal(found.streams["video"], want.streams["video"])
 
 
-class TwoStreams:
+class TwoStreams(Actor):
     """A sampler of video and audio, each with a velocity of its own."""
 
-    def course(self, request):
+    determinism = "here"
+
+    def schedule(self, request):
         return "two"
 
     def __call__(self, batch, steps):
@@ -220,7 +221,7 @@ def test_clips_of_two_streams_are_continued_with_both(denoisers, tmp_path):
         assert latents(store, embeddings) == latents(straight, embeddings)
 
 
-def other_course(data, store, denoiser):
+def other_schedule(data, store, denoiser):
     other = open_store(store.uri + "-other")
     embedding = embedding_for(denoiser, num_steps=NUM_STEPS + 1)
     with pytest.raises(Halted):
@@ -241,7 +242,7 @@ def other_clip(data, store, denoiser):
     pytest.param(lambda data, *_: data[:-1] + bytes([data[-1] ^ 1]), id="flipped"),
     pytest.param(lambda data, *_: b"", id="empty"),
     pytest.param(lambda data, *_: data.replace(b'"step":"2"', b'"step":"3"'), id="another step"),
-    pytest.param(other_course, id="of another number of steps"), pytest.param(other_clip, id="of another clip")])
+    pytest.param(other_schedule, id="of another number of steps"), pytest.param(other_clip, id="of another clip")])
 def test_steps_that_are_damaged_or_of_something_else_are_removed_and_the_clip_begins_anew(
         damage, denoisers, store, tmp_path):
     denoiser = denoisers("unipc")
@@ -263,7 +264,7 @@ def test_steps_that_are_damaged_or_of_something_else_are_removed_and_the_clip_be
 
 # When it is saved, in time that only counts.
 
-class Slow:
+class Slow(Actor):
     """A sampler whose steps take `step_s` on a clock of its own, and a store that takes `save_s` of it to write."""
 
     def __init__(self, store, monkeypatch, *, num_steps, step_s, save_s):
@@ -283,7 +284,9 @@ class Slow:
         self.lookups.append(key.split("/")[0])
         return self.get(key, **limits)
 
-    def course(self, request):
+    determinism = "here"
+
+    def schedule(self, request):
         return "slow"
 
     def __call__(self, batch, steps):

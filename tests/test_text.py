@@ -6,16 +6,17 @@ import socket
 
 import pytest
 from golden import E2E, E2E_CARD, Golden, error
+from parts import text_encoder_of
 
 from dailies.kernels import processor
 from dailies.model import checkpoint
+from dailies.model.files import CheckpointError
 from dailies.model.text import T5TextEncoder
-from dailies.model.weights import CheckpointError
 
 
 @pytest.fixture(scope="module")
 def encoder():
-    return E2E_CARD.text_encoder(E2E, "cpu")
+    return text_encoder_of(E2E_CARD, E2E, "cpu")
 
 
 EMBEDDING = ["shared.weight", "encoder.embed_tokens.weight"]
@@ -81,7 +82,7 @@ def test_loading_is_quiet_and_needs_no_network(capfd, monkeypatch):
         raise AssertionError("the network was asked")
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    E2E_CARD.text_encoder(E2E, "cpu")("a red fox " * 100)
+    text_encoder_of(E2E_CARD, E2E, "cpu")("a red fox " * 100)
     assert capfd.readouterr() == ("", "")
 
 
@@ -109,4 +110,4 @@ def test_a_broken_tokenizer_is_named(tmp_path):
     for file in ("tokenizer.json", "spiece.model"):
         (tmp_path / "weights/t5/tokenizer" / file).write_text("no tokenizer")
     with pytest.raises(CheckpointError, match="does not hold a tokenizer"):
-        E2E_CARD.text_encoder(tmp_path / "weights", "cpu")
+        text_encoder_of(E2E_CARD, tmp_path / "weights", "cpu")

@@ -10,8 +10,8 @@ import pytest
 from golden import E2E, GOLDENS
 
 from dailies.model import tokenizer as reading
+from dailies.model.files import CheckpointError
 from dailies.model.tokenizer import Tokenizer, new_tokenizer
-from dailies.model.weights import CheckpointError
 
 UMT5 = GOLDENS / "umt5_tokenizer_a"
 CASE = json.loads((UMT5 / "case.json").read_text())

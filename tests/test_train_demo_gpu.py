@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from parts import dit_of, text_encoder_of, vae_of
 from torch import nn
 
 from dailies.jobs.demo.phases import Optimizers
@@ -121,7 +122,7 @@ def test_a_convolution_by_frames_gives_what_that_of_volumes_gives_and_its_gradie
 
 
 def test_a_clip_encoded_whole_has_the_latents_of_one_encoded_in_pieces():
-    vae = DEMO.vae(DEMO.folder, "cpu", "fp32")
+    vae = vae_of(DEMO, DEMO.folder, "cpu", "fp32")
     painter = Painter("cpu")
     video, _ = painter.render(*painter.draw(2), 9)
     with torch.inference_mode():
@@ -129,7 +130,7 @@ def test_a_clip_encoded_whole_has_the_latents_of_one_encoded_in_pieces():
 
 
 def test_sentences_have_the_rows_that_the_encoder_gives_each_alone():
-    encoder = DEMO.text_encoder(DEMO.folder, "cpu", "fp32")
+    encoder = text_encoder_of(DEMO, DEMO.folder, "cpu", "fp32")
     said = ["a red circle moves left on a gray background", "a tiny violet box"]
     rows = Sentences.encoded(encoder, [[sentence] for sentence in said], DEMO.dit_config.text_len, "cpu")
     for sentence, padded in zip(said, rows[:, 0], strict=True):
@@ -146,7 +147,7 @@ def test_each_course_gets_its_share_of_what_is_left():
 
 
 def test_the_shipped_vae_is_judged_on_slow_and_fast_clips():
-    quality = vae_quality(DEMO.vae(DEMO.folder, "cpu", "fp32"), 4, frames=9)
+    quality = vae_quality(vae_of(DEMO, DEMO.folder, "cpu", "fp32"), 4, frames=9)
     assert sum(of_speed["clips"] for of_speed in quality.values()) == 4
     assert all(15 < db < 60 for of_speed in quality.values() for db in of_speed["db"])
     assert FULL_SIZES.frames == round(2 * FPS) + 1
@@ -162,12 +163,12 @@ def test_a_tiny_run_leaves_a_model_and_its_students_where_only_torch_and_transfo
     assert not [name for name in report if name.endswith("_failed")], report
     assert {"vae", "dit", "turbo", "sparse", "sparse-data"} <= set(report)
     for card in (DEMO, DEMO_TURBO, DEMO_SPARSE):
-        replace(card, folder=tmp_path / "demo").dit(tmp_path / "demo", "cpu", "fp32")
+        dit_of(replace(card, folder=tmp_path / "demo"), tmp_path / "demo", "cpu", "fp32")
     assert len([path for path in tmp_path.rglob("*") if path.is_file()]) <= 8
 
 
 def test_the_vae_is_computed_as_it_was_when_it_has_learnt():
-    vae = DEMO.vae(DEMO.folder, "cpu", "fp32")
+    vae = vae_of(DEMO, DEMO.folder, "cpu", "fp32")
     latent = torch.randn(1, 16, 2, 8, 8)
     with torch.inference_mode():
         before = vae.decode(latent)

@@ -8,19 +8,22 @@ from pathlib import Path
 import pytest
 import torch
 from golden import Golden, error
+from parts import dit_from, dit_of, new_dit
 from torch._dynamo.testing import CompileCounterWithBackend
 from turbo_tiny import TURBO_TINY, new_tensors
 from wan_tiny import WAN_TINY_I2V
 
 from dailies.kernels import processor
 from dailies.kernels.int8_linear import dequantize, quantize_blocks
-from dailies.model import checkpoint, keys, turbo
+from dailies.model import checkpoint, turbo
 from dailies.model.block import TORCH_OPS
-from dailies.model.catalog import CATALOG, DEMO, TurboCard
+from dailies.model.catalog import CATALOG, DEMO
+from dailies.model.files import CheckpointError
 from dailies.model.fused import Unjoined, gelu_linear
 from dailies.model.layers import Linear, rotary_table
+from dailies.model.wan import keys as wan_keys
+from dailies.model.wan.card import TurboCard
 from dailies.model.wan.transformer import WanConfig, WanDiT
-from dailies.model.weights import CheckpointError
 
 TURBO = [name for name, card in CATALOG.items() if isinstance(card, TurboCard)]
 IN_ROWS = "INT8 weights with scales per block are scaled per row: a CPU has no fast product of blocks"
@@ -34,8 +37,8 @@ def golden_dit(precision="fp32", **changes):
     config = WanConfig(width=said["dim"], heads=said["num_heads"], layers=said["num_layers"], ffn=said["ffn_dim"],
                        time_features=said["freq_dim"], text_dim=said["text_dim"], text_len=said["text_len"])
     sparsity = turbo.Sparsity(keep_ratio=said["sla_topk"], block_q=said["BLKQ"], block_k=said["BLKK"], tuned=True)
-    return golden, turbo.build(lambda: WanDiT(config), golden.folder / "weights.safetensors", keys.TURBO_WAN,
-                               keys.TURBO_WAN_WRAPPED, name="golden", device="cpu", precision=precision,
+    return golden, turbo.build(lambda: WanDiT(config), golden.folder / "weights.safetensors", wan_keys.TURBO_WAN,
+                               wan_keys.TURBO_WAN_WRAPPED, name="golden", device="cpu", precision=precision,
                                attention="sparse", sparsity=sparsity)
 
 
@@ -74,10 +77,10 @@ def test_the_quant_files_have_the_published_layers(name):
         "ffn.0": (ffn, width), "ffn.2": (width, ffn)}.items()}
     assert len(layers) == {30: 300, 40: 400}[config.layers]
     with torch.device("meta"):
-        dit = card.new_dit()
+        dit = new_dit(card)
         turbo.refit(dit, "sparse", card.sparsity)
-    released = {keys.TURBO_WAN.released(ours): tensor for ours, tensor in dit.state_dict().items()}
-    quantised = {keys.TURBO_WAN.released(f"{place}.weight") for place, _ in turbo.linears_of_blocks(dit)}
+    released = {wan_keys.TURBO_WAN.released(ours): tensor for ours, tensor in dit.state_dict().items()}
+    quantised = {wan_keys.TURBO_WAN.released(f"{place}.weight") for place, _ in turbo.linears_of_blocks(dit)}
     assert quantised == {f"{layer}.weight" for layer in layers}
     projections = [f"blocks.{i}.self_attn.attn_op.local_attn.proj_l" for i in range(config.layers)]
     assert {f"{projection}.{part}" for projection in projections for part in ("weight", "bias")} < released.keys()
@@ -87,8 +90,8 @@ def test_the_quant_files_have_the_published_layers(name):
             quantised = turbo.Int8Linear(columns, rows, scheme="blocks", bias=True).state_dict()
         assert {leaf: tuple(tensor.shape) for leaf, tensor in quantised.items()} == {
             "int8_weight": (rows, columns), "scale": (rows // 128, columns // 128), "bias": (rows,)}
-        ours = keys.TURBO_WAN.ours(f"{layer}.weight")
-        assert keys.TURBO_WAN.ours(f"{layer}.int8_weight") == ours.replace(".weight", ".int8_weight")
+        ours = wan_keys.TURBO_WAN.ours(f"{layer}.weight")
+        assert wan_keys.TURBO_WAN.ours(f"{layer}.int8_weight") == ours.replace(".weight", ".int8_weight")
 
 
 def saved(tmp_path, tensors):
@@ -99,11 +102,11 @@ def saved(tmp_path, tensors):
 def test_plain_quant_and_training_names_load_strictly(tmp_path):
     torch.manual_seed(0)
     plain = new_tensors(TURBO_TINY)
-    want = TURBO_TINY.dit_from(saved(tmp_path, plain), "cpu", "fp32").state_dict()
+    want = dit_from(TURBO_TINY, saved(tmp_path, plain), "cpu", "fp32").state_dict()
     assert want["patch_embed.weight"].shape == (64, 16, 1, 2, 2)
     assert torch.equal(want["patch_embed.weight"].flatten(1), plain["patch_embedding.weight"].float())
     in_training = saved(tmp_path, {f"net.{name}": tensor for name, tensor in plain.items()})
-    trained = TURBO_TINY.dit_from(in_training, "cpu", "fp32").state_dict()
+    trained = dit_from(TURBO_TINY, in_training, "cpu", "fp32").state_dict()
     assert all(torch.equal(trained[name], tensor) for name, tensor in want.items())
     quant = new_tensors(TURBO_TINY, quant=True)
     projection = "blocks.0.self_attn.attn_op.local_attn.proj_l.bias"
@@ -114,10 +117,10 @@ def test_plain_quant_and_training_names_load_strictly(tmp_path):
                          ({projection: None}, "1 tensor missing: blocks.0.attn.proj.bias")]:
         broken = {name: tensor for name, tensor in (quant | damage).items() if tensor is not None}
         with pytest.raises(CheckpointError, match=said):
-            TURBO_TINY.dit_from(saved(tmp_path, broken), "meta", "int8")
+            dit_from(TURBO_TINY, saved(tmp_path, broken), "meta", "int8")
     for precision in ("fp32", "bf16"):
         with pytest.raises(CheckpointError, match="holds INT8 layers, which cannot be made .* Say --precision int8"):
-            TURBO_TINY.dit_from(saved(tmp_path, quant), "meta", precision)
+            dit_from(TURBO_TINY, saved(tmp_path, quant), "meta", precision)
 
 
 @pytest.mark.cpu
@@ -155,7 +158,7 @@ def test_what_runs_instead_is_said(int8, bf16, scheme, said, monkeypatch, tmp_pa
 
 def demo_velocity(precision, attention, **changes):
     card = replace(DEMO, **changes)
-    dit = card.dit(card.folder, "cpu", precision, attention)
+    dit = dit_of(card, card.folder, "cpu", precision, attention)
     torch.manual_seed(3)
     latent, rows = torch.randn(2, 16, 5, 8, 8), [torch.randn(7, 128), torch.randn(1, 128)]
     with torch.inference_mode():
@@ -178,14 +181,14 @@ def test_keeping_fewer_blocks_changes_what_is_seen():
 
 
 def test_in_fp32_with_dense_attention_nothing_is_refitted():
-    dit = DEMO.dit(DEMO.folder, "cpu", "fp32")
+    dit = dit_of(DEMO, DEMO.folder, "cpu", "fp32")
     assert not any(isinstance(module, turbo.Int8Linear) for module in dit.modules())
     assert all(module.ops is TORCH_OPS for module in (dit.head, *dit.blocks, dit.blocks[0].attn, dit.blocks[0].cross))
 
 
 def test_a_clip_of_a_batch_is_the_clip_alone():
     """Rows of INT8 are scaled per token, blocks of attention end with their clip."""
-    dit = DEMO.dit(DEMO.folder, "cpu", "int8", "sparse")
+    dit = dit_of(DEMO, DEMO.folder, "cpu", "int8", "sparse")
     torch.manual_seed(4)
     latent, rows = torch.randn(2, 16, 3, 8, 8), [torch.randn(7, 128), torch.randn(7, 128)]
     time = torch.tensor([700.0, 700.0])
@@ -197,7 +200,7 @@ def test_a_clip_of_a_batch_is_the_clip_alone():
 @pytest.mark.parametrize("precision, most", [("fp32", 1e-5), ("int8", 0.03)])
 def test_a_refitted_model_attends_to_the_image_too(precision, most):
     torch.manual_seed(0)
-    dit = WAN_TINY_I2V.new_dit().requires_grad_(False).eval()
+    dit = new_dit(WAN_TINY_I2V).requires_grad_(False).eval()
     for name, parameter in dit.named_parameters():
         parameter.data.normal_(0, 0.15).add_(1.0 if "norm" in name and not name.endswith("bias") else 0.0)
     latent, condition = torch.randn(2, 16, 2, 8, 8), torch.randn(2, 20, 2, 8, 8)
@@ -219,7 +222,7 @@ def test_a_refitted_model_attends_to_the_image_too(precision, most):
 def test_a_refitted_block_is_one_graph_to_a_compiler(attention):
     """In INT8 as a GPU runs it: layers that are not packed, kernels that are operators."""
     torch.manual_seed(0)
-    dit = TURBO_TINY.new_dit()
+    dit = new_dit(TURBO_TINY)
     turbo.refit(dit, attention, replace(TURBO_TINY.sparsity, tuned=attention != "dense"))
     dit.requires_grad_(False).eval()
     for place, layer in turbo.linears_of_blocks(dit):
@@ -259,7 +262,7 @@ def test_compiled_code_is_never_kept_where_others_could_put_theirs(tmp_path, mon
 def test_blocks_are_compiled_once_for_each_shape_of_clip(precision, attention):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    dit = DEMO.dit(DEMO.folder, "cpu", precision, attention)
+    dit = dit_of(DEMO, DEMO.folder, "cpu", precision, attention)
     torch.manual_seed(1)
     latent, time, rows = torch.randn(1, 16, 2, 8, 8), torch.tensor([700.0]), [torch.randn(7, 128)]
     context = dit.embed_text(rows)
@@ -281,7 +284,7 @@ def test_blocks_are_compiled_once_for_each_shape_of_clip(precision, attention):
 def test_updates_that_join_late_on_a_gpu_join_as_on_a_cpu(precision, attention, most, triton_device, monkeypatch):
     """Where there is no GPU tensors pretend to be on one, and the kernels run in Triton's interpreter."""
     torch.manual_seed(0)
-    dit = TURBO_TINY.new_dit().requires_grad_(False).eval()
+    dit = new_dit(TURBO_TINY).requires_grad_(False).eval()
     turbo.refit(dit, attention, replace(TURBO_TINY.sparsity, tuned=attention == "sparse"))
     for name, parameter in dit.named_parameters():
         parameter.data.normal_(0, 0.15).add_(1.0 if "norm" in name and not name.endswith("bias") else 0.0)
@@ -321,7 +324,7 @@ def test_more_shapes_of_clip_are_compiled_than_dynamo_allows_by_default():
     from torch._dynamo import config
     torch._dynamo.reset()
     counter, shapes = CompileCounterWithBackend("eager"), config.recompile_limit + 1
-    dit = DEMO.dit(DEMO.folder, "cpu", "bf16")
+    dit = dit_of(DEMO, DEMO.folder, "cpu", "bf16")
     torch.manual_seed(1)
     context, time = dit.embed_text([torch.randn(7, 128)]), torch.tensor([700.0])
     latents = [torch.randn(1, 16, frames, 4, 4) for frames in range(1, shapes + 1)]

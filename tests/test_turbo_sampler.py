@@ -5,7 +5,7 @@ import torch
 from golden import Golden, e2e_request, error
 from one_stream import clip, solved
 
-from dailies.actors.denoiser import noise
+from dailies.actors.denoiser import noise as all_noise
 from dailies.model.samplers import rcm
 from dailies.model.schedules import rcm_sigmas, rcm_timestep
 from dailies.model.shapes import LatentGrid, VideoShape
@@ -70,11 +70,16 @@ def test_places_and_rounded_timesteps_are_the_published_ones():
 
 
 def test_later_draws_are_new_noise_of_the_clips_own_seed():
-    request, grid = e2e_request(shape=VideoShape(frames=9, height=256, width=256)), LatentGrid()
-    draws = [noise(request, grid, draw) for draw in range(4)]
-    assert torch.equal(draws[0], noise(request, grid))
+    request = e2e_request(shape=VideoShape(frames=9, height=256, width=256))
+    shapes = {"video": LatentGrid().of(request.shape)}
+
+    def noise(request, *draw):
+        return all_noise(request, shapes, *draw)["video"]
+
+    draws = [noise(request, draw) for draw in range(4)]
+    assert torch.equal(draws[0], noise(request))
     # needs no draw before it
-    assert torch.equal(draws[3], noise(e2e_request(shape=request.shape, prompt="other"), grid, 3))
-    assert not torch.equal(draws[1], noise(e2e_request(shape=request.shape, seed=21), grid, 1))
+    assert torch.equal(draws[3], noise(e2e_request(shape=request.shape, prompt="other"), 3))
+    assert not torch.equal(draws[1], noise(e2e_request(shape=request.shape, seed=21), 1))
     together = torch.corrcoef(torch.stack([draw.flatten() for draw in draws]))
     assert (together - torch.eye(4)).abs().max() < 0.02

@@ -10,9 +10,10 @@ from hypothesis import given, strategies
 
 from dailies.kernels import processor
 from dailies.model import checkpoint, keys
+from dailies.model.files import CheckpointError
 from dailies.model.text import UMT5TextEncoder, cleaned, new_encoder
+from dailies.model.wan import keys as wan_keys
 from dailies.model.wan.image_encoder import ClipVision, ClipVisionConfig, from_open_clip
-from dailies.model.weights import CheckpointError
 
 
 def umt5_fields(said):
@@ -88,7 +89,7 @@ def test_what_is_encoded_is_the_cleaned_text(tmp_path):
 
 
 def test_the_full_encoder_has_the_published_tensors_in_both_layouts():
-    from dailies.model.catalog import UMT5_XXL
+    from dailies.model.wan.card import UMT5_XXL
     with torch.device("meta"):
         model = new_encoder("umT5", UMT5_XXL)
     names = [name for name, _ in model.named_parameters()]
@@ -115,10 +116,10 @@ def clip(golden, folder, precision="fp32"):
     """From the original file as `dailies convert` leaves it."""
     config = clip_config(golden.config)
     stored, _ = checkpoint.unpack((golden.folder / "weights.safetensors").read_bytes())
-    tensors = {keys.CLIP_VISION.released(name): tensor
+    tensors = {wan_keys.CLIP_VISION.released(name): tensor
                for name, tensor in from_open_clip(stored, config.blocks).items()}
     checkpoint.save(folder / "clip.safetensors", tensors)
-    return checkpoint.build(lambda: ClipVision(config), folder / "clip.safetensors", keys.CLIP_VISION, name="golden",
+    return checkpoint.build(lambda: ClipVision(config), folder / "clip.safetensors", wan_keys.CLIP_VISION, name="golden",
                             device="cpu", precision=precision)
 
 
@@ -138,7 +139,7 @@ def test_bf16_rows_of_a_picture_stay_near(tmp_path):
 def test_the_full_tower_has_the_tensors_of_transformers():
     with torch.device("meta"):
         tower = ClipVision(ClipVisionConfig())
-    names = {keys.CLIP_VISION.released(name) for name in tower.state_dict()}
+    names = {wan_keys.CLIP_VISION.released(name) for name in tower.state_dict()}
     block = [f"{layer}.{part}" for layer in ("layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2", *(
         f"self_attn.{of}_proj" for of in ("q", "k", "v", "out"))) for part in ("weight", "bias")]
     rest = {f"vision_model.{name}" for name in ("embeddings.class_embedding", "embeddings.patch_embedding.weight",
@@ -146,5 +147,5 @@ def test_the_full_tower_has_the_tensors_of_transformers():
                                                 "pre_layrnorm.bias")}
     published = rest | {f"vision_model.encoder.layers.{i}.{part}" for i in range(32) for part in block}
     published |= {"vision_model.post_layernorm.weight", "vision_model.post_layernorm.bias"}
-    assert names == {name for name in published if not keys.CLIP_VISION.drops(name)} and len(names) == 5 + 31 * 16
+    assert names == {name for name in published if not wan_keys.CLIP_VISION.drops(name)} and len(names) == 5 + 31 * 16
     assert tower.positions.shape == (257, 1280) and tower.patch_embed.weight.shape == (1280, 3, 14, 14)

@@ -9,15 +9,16 @@ from golden import Golden, error, names
 from one_stream import solved
 
 from dailies.kernels import processor
-from dailies.model import checkpoint, keys
+from dailies.model import checkpoint
 from dailies.model.layers import attention
 from dailies.model.samplers import dpm_solver, euler, unipc
 from dailies.model.schedules import wan_sigmas, whole_timestep
+from dailies.model.wan import keys as wan_keys
 from dailies.model.wan.transformer import WanConfig, WanDiT
 
 SOLVERS = {"unipc": unipc, "dpm++": dpm_solver}
 SMALL = WanConfig(width=48, heads=2, layers=1, ffn=64, time_features=32, text_dim=20, text_len=12)
-TABLES = (keys.WAN, keys.WAN_DIFFUSERS)
+TABLES = (wan_keys.WAN, wan_keys.WAN_DIFFUSERS)
 DIT_CASES = [(case, weights) for case in [*names("wan_dit"), *names("wan_i2v21"), *names("wan_i2v22")]
              for weights in ("weights", "weights_diffusers")
              if (Golden(case).folder / f"{weights}.safetensors").exists()]

@@ -9,13 +9,13 @@ from golden import Golden, error
 from wan_tiny import WAN_TINY, WAN_TINY_A14B, WAN_TINY_I2V_A14B, write_weights
 
 from dailies.actors.decoder import Decoder
-from dailies.actors.denoiser import noise
+from dailies.actors.denoiser import Denoiser, noise
 from dailies.actors.messages import Embedding, Latent, Request
 from dailies.actors.text_encoder import TextEncoder
-from dailies.actors.wan_denoiser import WanDenoiser
 from dailies.kernels import processor
 from dailies.model.offload import HostCopy
 from dailies.model.shapes import VideoShape
+from dailies.model.wan.sampler import Experts
 
 
 def request_for(card, **changes):
@@ -59,13 +59,13 @@ def a14b(tmp_path_factory):
 
 
 def denoiser_of(golden, folder, card, **options):
-    return WanDenoiser(card, folder, noise=lambda request, grid: golden.inputs["noise"], **options)
+    return Denoiser(card, folder, noise=lambda request, shapes: {"video": golden.inputs["noise"]}, **options)
 
 
 def test_two_experts_sample_as_the_release(a14b):
     golden, folder, card, embedding = a14b
     denoiser, seen, used = denoiser_of(golden, folder, card), [], []
-    for place, expert in enumerate(denoiser.experts):
+    for place, expert in enumerate(denoiser.sampler.transformers):
         expert.register_forward_pre_hook(lambda _, inputs, place=place: seen.append(inputs[0][0]))
         expert.register_forward_pre_hook(lambda _, inputs, place=place: used.append((place, inputs[1].item())))
     latent, = denoiser([embedding])
@@ -81,10 +81,11 @@ def test_every_velocity_equals_the_release(a14b):
     denoiser = denoiser_of(golden, folder, card)
     x = golden.inputs["noise"][None]
     for step, timestep in enumerate(golden.outputs["timesteps"].tolist()):
-        dit = denoiser.turn(card.expert_at(timestep))
-        prompt, negative = denoiser.contexts(dit, embedding)
+        sampler = denoiser.sampler
+        dit = sampler.experts.turn(card.expert_at(timestep))
+        prompt, negative = (sampler.context(dit, embedding, text) for text in (embedding.prompt, embedding.negative))
         for context, name in ((prompt, "v_cond"), (negative, "v_null")):
-            got = dit(x, torch.tensor([timestep]), context, denoiser.condition(embedding))
+            got = dit(x, torch.tensor([timestep]), context, sampler.condition(embedding))
             assert error(got[0], golden.outputs[f"{name}.{step}"]) < golden.tolerance["value"]
         x = golden.outputs[f"latent.{step}"][None]
 
@@ -94,7 +95,7 @@ def test_experts_that_do_not_fit_together_take_turns_once_per_batch_and_give_the
     want, = denoiser_of(golden, folder, card)([embedding])
     denoiser = denoiser_of(golden, folder, card)
     moves = []
-    for place, expert in enumerate(denoiser.experts):
+    for place, expert in enumerate(denoiser.sampler.transformers):
         monkeypatch.setattr(expert, "to", lambda device, place=place: moves.append((place, str(device))))
     got = denoiser([embedding] * 3)
     assert moves == [(0, "cpu"), (1, "cpu")]            # from the first to the second, for all three clips
@@ -106,12 +107,13 @@ def test_experts_that_do_not_fit_together_take_turns_once_per_batch_and_give_the
 def test_experts_that_take_turns_are_copied_from_host_memory_and_never_back(a14b, monkeypatch):
     golden, folder, card, embedding = a14b
     want, = denoiser_of(golden, folder, card)([embedding])
-    monkeypatch.setattr(WanDenoiser, "fits_twice", lambda self, dit: False)
+    monkeypatch.setattr(Experts, "fit", lambda self, dit, card: False)
     denoiser = denoiser_of(golden, folder, card)
-    assert denoiser.weights_move and denoiser.running == 1 and len(denoiser.kept) == 2
-    kept = [[host.clone() for _, host in copy.pairs] for copy in denoiser.kept]
+    experts = denoiser.sampler.experts
+    assert denoiser.sampler.weights_move and experts.running == 1 and len(experts.kept) == 2
+    kept = [[host.clone() for _, host in copy.pairs] for copy in experts.kept]
     moves = []
-    for place, copy in enumerate(denoiser.kept):
+    for place, copy in enumerate(experts.kept):
         for way in ("bring", "leave"):
             def move(*device, place=place, way=way, copy=copy):
                 moves.append((place, way))
@@ -120,19 +122,19 @@ def test_experts_that_take_turns_are_copied_from_host_memory_and_never_back(a14b
     for latent in denoiser([embedding] * 3):
         assert torch.equal(latent.streams["video"], want.streams["video"])
     assert moves == [(1, "leave"), (0, "bring"), (0, "leave"), (1, "bring")]
-    for copy, before in zip(denoiser.kept, kept, strict=True):
+    for copy, before in zip(experts.kept, kept, strict=True):
         for (weight, host), values in zip(copy.pairs, before, strict=True):
             assert torch.equal(host, values) and torch.equal(weight, values)
-    assert all(weight.data_ptr() == host.data_ptr() for weight, host in denoiser.kept[0].pairs)     # it waits there
+    assert all(weight.data_ptr() == host.data_ptr() for weight, host in experts.kept[0].pairs)     # it waits there
 
 
 def test_without_room_on_the_host_experts_are_moved(a14b, monkeypatch):
     golden, folder, card, embedding = a14b
     want, = denoiser_of(golden, folder, card)([embedding])
-    monkeypatch.setattr(WanDenoiser, "fits_twice", lambda self, dit: False)
-    monkeypatch.setattr("dailies.actors.wan_denoiser.free_memory", lambda: 1000)
+    monkeypatch.setattr(Experts, "fit", lambda self, dit, card: False)
+    monkeypatch.setattr("dailies.model.wan.sampler.free_memory", lambda: 1000)
     denoiser = denoiser_of(golden, folder, card)
-    assert denoiser.weights_move and not denoiser.kept
+    assert denoiser.sampler.weights_move and not denoiser.sampler.experts.kept
     assert torch.equal(denoiser([embedding])[0].streams["video"], want.streams["video"])
 
 
@@ -162,10 +164,10 @@ def test_a_host_copy_is_pinned_and_comes_back_to_the_gpu():
 
 
 def test_guidance_of_the_low_noise_expert_is_a_share_of_the_rows(weights, monkeypatch):
-    denoiser = WanDenoiser(WAN_TINY_A14B, weights["wan-tiny-a14b"])
+    denoiser = Denoiser(WAN_TINY_A14B, weights["wan-tiny-a14b"])
     asked = []
-    monkeypatch.setattr("dailies.actors.wan_denoiser.classifier_free", lambda cond, uncond,
-                        scale: asked.append(scale) or cond)
+    monkeypatch.setattr("dailies.model.wan.sampler.classifier_free",
+                        lambda cond, uncond, scale: asked.append(scale) or cond)
     encoder = TextEncoder(WAN_TINY_A14B, weights["wan-tiny-a14b"])
     denoiser(encoder([request_for(WAN_TINY_A14B, num_steps=8, guidance=4.0)]))
     assert asked == sorted(asked, reverse=True) and set(asked) == {4.0, 3.0}
@@ -173,7 +175,7 @@ def test_guidance_of_the_low_noise_expert_is_a_share_of_the_rows(weights, monkey
 
 def test_a_batch_changes_no_bit_of_a_clip(weights):
     folder = weights["wan-tiny"]
-    encoder, denoiser, decoder = TextEncoder(WAN_TINY, folder), WanDenoiser(WAN_TINY, folder), Decoder(WAN_TINY, folder)
+    encoder, denoiser, decoder = TextEncoder(WAN_TINY, folder), Denoiser(WAN_TINY, folder), Decoder(WAN_TINY, folder)
     embeddings = encoder([request_for(WAN_TINY, clip_id=str(i), prompt=prompt, seed=i)
                           for i, prompt in enumerate(("a red fox", "snow", ""))])
     together = decoder(denoiser(embeddings))
@@ -187,7 +189,7 @@ def test_both_layouts_give_the_same_clip(weights, tmp_path):
     clips = []
     for folder in (weights["wan-tiny"], tmp_path):
         embeddings = TextEncoder(WAN_TINY, folder)([request_for(WAN_TINY)])
-        clips += Decoder(WAN_TINY, folder)(WanDenoiser(WAN_TINY, folder)(embeddings))
+        clips += Decoder(WAN_TINY, folder)(Denoiser(WAN_TINY, folder)(embeddings))
     assert torch.equal(clips[0].rgb, clips[1].rgb)
 
 
@@ -195,7 +197,7 @@ def test_both_layouts_give_the_same_clip(weights, tmp_path):
 def test_solver_and_shift_are_the_cards(solver, weights):
     card = replace(WAN_TINY, solver=solver)
     embeddings = TextEncoder(card, weights["wan-tiny"])([request_for(card)])
-    latents = [WanDenoiser(replace(card, shift=shift), weights["wan-tiny"])(embeddings)[0].streams["video"]
+    latents = [Denoiser(replace(card, shift=shift), weights["wan-tiny"])(embeddings)[0].streams["video"]
                for shift in (5.0, 3.0)]
     assert all(latent.isfinite().all() for latent in latents) and not torch.equal(*latents)
 
@@ -203,10 +205,10 @@ def test_solver_and_shift_are_the_cards(solver, weights):
 def test_latents_are_decoded_with_wans_statistics(weights):
     decoder = Decoder(WAN_TINY, weights["wan-tiny"])
     request = request_for(WAN_TINY)
-    latent = noise(request, WAN_TINY.grid)
+    latent = noise(request, WAN_TINY.stream_shapes(request.shape))["video"]
     frames, = decoder([Latent(request=request, streams={"video": latent})])
     mean, std = (torch.tensor(said).view(16, 1, 1, 1) for said in (WAN_TINY.latent_mean, WAN_TINY.latent_std))
-    pixels = (decoder.vae.decode((latent * std + mean)[None]).clamp(-1, 1) + 1) * 127.5
+    pixels = (decoder.streams.vae.decode((latent * std + mean)[None]).clamp(-1, 1) + 1) * 127.5
     want = pixels[0].permute(1, 2, 3, 0)
     assert (frames.rgb.float() - want).abs().max() < 1.01
 
@@ -215,19 +217,19 @@ def test_latents_are_decoded_with_wans_statistics(weights):
 def test_bf16_runs_the_same_path_and_stays_near(weights):
     folder = weights["wan-tiny"]
     request = request_for(WAN_TINY, precision="bf16")
-    embeddings = TextEncoder(WAN_TINY, folder, precision="bf16")([request])
+    embeddings = TextEncoder(WAN_TINY, folder, WAN_TINY.runtime(precision="bf16"))([request])
     assert embeddings[0].prompt["video"].dtype == processor.dtype_of("bf16", "cpu")
-    latent, = WanDenoiser(WAN_TINY, folder, precision="bf16")(embeddings)
-    want, = WanDenoiser(WAN_TINY, folder)(TextEncoder(WAN_TINY, folder)([request_for(WAN_TINY)]))
+    latent, = Denoiser(WAN_TINY, folder, WAN_TINY.runtime(precision="bf16"))(embeddings)
+    want, = Denoiser(WAN_TINY, folder)(TextEncoder(WAN_TINY, folder)([request_for(WAN_TINY)]))
     assert ((latent.streams["video"] - want.streams["video"]).norm() / want.streams["video"].norm()).item() < 0.1
-    assert Decoder(WAN_TINY, folder, precision="bf16").vae.decoder.conv_in.weight.dtype == torch.float32
+    assert Decoder(WAN_TINY, folder, WAN_TINY.runtime(precision="bf16")).streams.vae.decoder.conv_in.weight.dtype == torch.float32
 
 
 def test_a_model_of_images_needs_one_and_a_model_of_text_takes_none(a14b, weights):
     golden, folder, card, embedding = a14b
     with pytest.raises(ValueError, match="makes video from an image; clip c+ comes without one"):
         denoiser_of(golden, folder, card)([dataclasses.replace(embedding, image=())])
-    encoder, denoiser = (actor(WAN_TINY, weights["wan-tiny"]) for actor in (TextEncoder, WanDenoiser))
+    encoder, denoiser = (actor(WAN_TINY, weights["wan-tiny"]) for actor in (TextEncoder, Denoiser))
     embedding, = encoder([request_for(WAN_TINY)])
     with pytest.raises(ValueError, match="makes video from text alone; clip c+ comes with one"):
         denoiser([dataclasses.replace(embedding, image=(torch.zeros(20, 3, 4, 6),))])

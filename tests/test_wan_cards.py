@@ -6,15 +6,21 @@ import shutil
 import pytest
 import torch
 from golden import Golden
+from parts import dit_of
 from wan_tiny import WAN_TINY, WAN_TINY_A14B, write_weights
 
 from dailies.actors.image_encoder import is_of
-from dailies.model import checkpoint, keys
-from dailies.model.catalog import CATALOG, WAN_NEGATIVE_PROMPT, TurboCard, WanCard
+from dailies.model import checkpoint
+from dailies.model.catalog import CATALOG
+from dailies.model.family import family_of
+from dailies.model.files import CheckpointError
 from dailies.model.schedules import wan_sigmas, whole_timestep
 from dailies.model.shapes import VideoShape
+from dailies.model.wan import keys as wan_keys
+from dailies.model.wan.card import WAN_NEGATIVE_PROMPT, TurboCard, WanCard
+from dailies.model.wan.load import WAN as WAN_FAMILY
 from dailies.model.wan.transformer import WanDiT
-from dailies.model.weights import CheckpointError, layout_in, locate, missing_files, weights_files
+from dailies.model.weights import layout_in, locate, missing_files, weights_files
 
 WAN = {name: card for name, card in CATALOG.items() if type(card) is WanCard}
 PARAMETERS = {"wan2.1-t2v-1.3b": 1_418_996_800, "wan2.1-t2v-14b": 14_288_491_584, "wan2.1-i2v-14b": 16_394_878_784,
@@ -63,7 +69,7 @@ def test_the_full_model_has_the_published_tensors_in_both_layouts(name):
         state = WanDiT(config).state_dict()
     assert sum(tensor.numel() for tensor in state.values()) == PARAMETERS[name]
     assert len(state) == {30: 825, 40: 1303 if config.image_dim else 1095}[config.layers]
-    for table, published in ((keys.WAN, original_names), (keys.WAN_DIFFUSERS, diffusers_names)):
+    for table, published in ((wan_keys.WAN, original_names), (wan_keys.WAN_DIFFUSERS, diffusers_names)):
         released = {table.released(ours): ours for ours in state}
         assert released.keys() == published(config.layers, config.image_dim is not None), table.name
         assert all(table.ours(old) == ours for old, ours in released.items())
@@ -79,7 +85,7 @@ def test_the_full_models_tensors_have_the_published_shapes():
                         "blocks.7.cross_attn.norm_k_img.weight": (5120,), "img_emb.proj.1.weight": (1280, 1280),
                         "img_emb.proj.3.weight": (5120, 1280), "img_emb.proj.4.bias": (5120,),
                         "head.head.weight": (64, 5120), "head.modulation": (1, 2, 5120)}.items():
-        assert tuple(state[keys.WAN.ours(name)].shape) == shape
+        assert tuple(state[wan_keys.WAN.ours(name)].shape) == shape
 
 
 @pytest.mark.parametrize("name, steps, shift, guidance, low", [
@@ -124,7 +130,7 @@ def test_sides_are_multiples_of_16():
 
 
 def test_the_latents_statistics_are_the_documented_ones():
-    scale, bias = WAN_TINY.latent_statistics(None)
+    scale, bias = WAN_FAMILY.latent_statistics(WAN_TINY, None)
     said = Golden("wan_vae_a").config
     mu = torch.randn(16)
     mean, std = torch.tensor(said["latents_mean"]), torch.tensor(said["latents_std"])
@@ -144,8 +150,8 @@ def test_weights_are_found_whole_in_either_layout(card, layout, tmp_path):
         shutil.move(tmp_path / name, tmp_path / "away")
         assert missing_files(card, tmp_path) == [name]
         shutil.move(tmp_path / "away", tmp_path / name)
-    for build in card.builders():
-        build(tmp_path, "meta", "bf16")
+    for part in family_of(card).parts(card):
+        part.load(tmp_path, card.runtime("meta", "bf16"))
 
 
 def test_shards_are_found_by_their_index(tmp_path):
@@ -162,7 +168,7 @@ def test_shards_are_found_by_their_index(tmp_path):
     assert missing_files(WAN_TINY, tmp_path) == []
     assert {"diffusion_pytorch_model-00001-of-00002.safetensors", "diffusion_pytorch_model-00002-of-00002.safetensors",
             "diffusion_pytorch_model.safetensors.index.json"} < weights_files(WAN_TINY, tmp_path).keys()
-    dit = state.dit(tmp_path, "cpu")
+    dit = dit_of(state, tmp_path, "cpu")
     assert torch.equal(dit.patch_embed.bias, tensors["patch_embedding.bias"])
     (tmp_path / file).unlink()
     with pytest.raises(CheckpointError, match="lacks diffusion_pytorch_model-00002-of-00002.safetensors"):

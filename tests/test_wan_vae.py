@@ -18,8 +18,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dailies.kernels import processor
-from dailies.model import checkpoint, keys
+from dailies.model import checkpoint
 from dailies.model.layers import compute_in
+from dailies.model.wan import keys as wan_keys
 from dailies.model.wan import vae as wan_vae
 from dailies.model.wan.vae import Band, Memory, WanVAE, WanVAEConfig, channels_last
 
@@ -28,8 +29,8 @@ CASES = [("wan_vae_a", "weights"), ("wan_vae_b_diffusers", "weights"), ("wan_vae
 
 def build(golden, weights):
     path = golden.folder / f"{weights}.safetensors"
-    return checkpoint.build(lambda: WanVAE(WanVAEConfig(width=golden.config["dim"])), path, keys.WAN_VAE,
-                            keys.WAN_VAE_DIFFUSERS, name="golden", device="cpu", precision="fp32")
+    return checkpoint.build(lambda: WanVAE(WanVAEConfig(width=golden.config["dim"])), path, wan_keys.WAN_VAE,
+                            wan_keys.WAN_VAE_DIFFUSERS, name="golden", device="cpu", precision="fp32")
 
 
 @pytest.mark.parametrize("case, weights", CASES)
@@ -278,7 +279,7 @@ def test_a_clip_that_cannot_be_coded_is_refused(frames, height):
 def test_bf16_stays_near_fp32():
     golden = Golden("wan_vae_a")
     fp32 = build(golden, "weights")
-    bf16 = checkpoint.build(lambda: WanVAE(WanVAEConfig(width=3)), golden.folder / "weights.safetensors", keys.WAN_VAE,
+    bf16 = checkpoint.build(lambda: WanVAE(WanVAEConfig(width=3)), golden.folder / "weights.safetensors", wan_keys.WAN_VAE,
                             name="golden", device="cpu", precision="bf16")
     dtype = bf16.decoder.conv_in.weight.dtype
     assert dtype == processor.dtype_of("bf16", "cpu")

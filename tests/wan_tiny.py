@@ -10,15 +10,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from dailies.model.catalog import (
-    CATALOG,
-    UMT5_XXL,
-    WAN21_I2V_14B,
-    WAN21_T2V_1_3B,
-    WAN22_I2V_A14B,
-    WAN22_T2V_A14B,
-    WanCard,
-)
+from dailies.model.catalog import CATALOG, WAN21_I2V_14B, WAN21_T2V_1_3B, WAN22_I2V_A14B, WAN22_T2V_A14B
+from dailies.model.wan.card import UMT5_XXL, WanCard
 
 TOKENIZER = Path(__file__).parent / "goldens/linum_e2e_a/checkpoint/t5/tokenizer"
 
@@ -46,6 +39,7 @@ def write_weights(folder: Path, card: WanCard = WAN_TINY, layout: str = "diffuse
 
     from dailies.model import checkpoint, keys
     from dailies.model.text import new_encoder
+    from dailies.model.wan import keys as wan_keys
     from dailies.model.wan.image_encoder import ClipVision
     from dailies.model.wan.transformer import WanDiT
     from dailies.model.wan.vae import WanVAE
@@ -59,10 +53,10 @@ def write_weights(folder: Path, card: WanCard = WAN_TINY, layout: str = "diffuse
     parts = card.layouts[original]
     torch.manual_seed(1)
     for part in parts.dits:
-        write(WanDiT(card.dit_config), part, keys.WAN if original else keys.WAN_DIFFUSERS)
-    write(WanVAE(card.vae_config), parts.vae, keys.WAN_VAE if original else keys.WAN_VAE_DIFFUSERS)
+        write(WanDiT(card.dit_config), part, wan_keys.WAN if original else wan_keys.WAN_DIFFUSERS)
+    write(WanVAE(card.vae_config), parts.vae, wan_keys.WAN_VAE if original else wan_keys.WAN_VAE_DIFFUSERS)
     if parts.image_encoder:
-        write(ClipVision(card.clip_config), parts.image_encoder, keys.CLIP_VISION)
+        write(ClipVision(card.clip_config), parts.image_encoder, wan_keys.CLIP_VISION)
     encoder = new_encoder("umT5", card.text_encoder_fields)
     encoder.encoder.embed_tokens = encoder.shared
     state = {name: parameter.detach() for name, parameter in encoder.named_parameters()}

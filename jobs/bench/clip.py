@@ -7,8 +7,8 @@ stages are its time, and MP4 the processor's, beside the next clip.
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,15 +16,20 @@ from typing import Any
 import torch
 
 from dailies.actors.decoder import Decoder
-from dailies.actors.denoisers import DENOISERS
+from dailies.actors.denoiser import Denoiser
 from dailies.actors.messages import Request
 from dailies.actors.text_encoder import TextEncoder
 from dailies.jobs.gpu import models
 from dailies.jobs.usage import UsageError, card_named
-from dailies.model import turbo
+from dailies.model import refitted
 from dailies.model.card import ModelCard
-from dailies.model.catalog import DEMO, LinumCard
+from dailies.model.catalog import DEMO
+from dailies.model.linum.card import LinumCard
+from dailies.model.linum.load import LinumFamily
+from dailies.model.runtime import Runtime
 from dailies.model.text import T5TextEncoder, UMT5TextEncoder
+from dailies.model.wan.card import WanCard
+from dailies.model.wan.load import TURBO, WAN, WanFamily
 
 CLIPS, LONG_S = 3, 60.0                                # timed, of which the median counts; but one of a slow model
 PROMPTS = ("a red square moves left on a white background", "a small blue circle moves up fast",
@@ -98,15 +103,14 @@ class Bench:
         self.exact: bool | None = None                  # whether encoder and decoder are in fp32
 
     def load(self, way: Way) -> dict[str, Callable[[list], list]]:
-        options = dict(card=self.card, weights=self.card.folder, device=self.device, precision=way.precision,
-                       threads=torch.get_num_threads())
+        on = self.card.runtime(self.device, way.precision, way.attention, compiled=way.compiled,
+                               threads=torch.get_num_threads())
+        made = dict(card=self.card, weights=self.card.folder, on=on)
         if self.exact != (exact := way.precision == "fp32"):
             self.stages.clear()
             gc.collect()
-            self.exact, self.stages = exact, {"encode": TextEncoder(**options), "decode": Decoder(**options)}
-        # a card of made-up weights is of a class of its own
-        sampler = next(DENOISERS[kind] for kind in type(self.card).mro() if kind in DENOISERS)
-        self.stages["sample"] = sampler(**options, attention=way.attention, compiled=way.compiled)
+            self.exact, self.stages = exact, {"encode": TextEncoder(**made), "decode": Decoder(**made)}
+        self.stages["sample"] = Denoiser(**made)
         order = {name: self.stages[name] for name in ("encode", "sample", "decode")}
         return order | ({"mp4": mp4} if (mp4 := mp4_writer()) is not None else {})
 
@@ -184,34 +188,41 @@ def request_of(card: ModelCard, steps: int | None, frames: int | None, size: str
 
 def with_random_weights(card: ModelCard) -> ModelCard:
     """The card of a model whose parts are made up where they run, instead of loaded."""
-    kind = type(f"Random{type(card).__name__}", (RandomWeights, type(card)), {})
-    return kind(**{field.name: getattr(card, field.name) for field in fields(card)})
+    return replace(card, family=RANDOM[card.family])
 
 
-class RandomWeights:
-    """What a card builds, of random weights: before the card's own class. Folders are not looked at."""
+class RandomParts:
+    """What a family loads, of random weights: before the family's own class. Folders are not looked at."""
 
-    def dit(self, weights: Path | None, device: str, precision: str, attention: str,
-            expert: int = 0) -> torch.nn.Module:
-        return models.new_dit(self, device, precision, attention)       # experts of equal weights cost the same
+    def load_dit(self, card: LinumCard | WanCard, weights: Path | None, on: Runtime, expert: int = 0) -> torch.nn.Module:
+        return models.new_dit(card, on.device, on.precision, on.attention)      # experts of equal weights cost the same
 
-    def vae(self, weights: Path | None, device: str, precision: str,
-            decode_precision: str | None = None) -> torch.nn.Module:
-        return models.new_vae(self, device, decode_precision or self.vae_precision(precision))
+    def load_vae(self, card: LinumCard | WanCard, weights: Path | None, on: Runtime) -> torch.nn.Module:
+        return models.new_vae(card, on.device, on.decode_precision)
 
-    def fallbacks(self, weights: Path | None, device: str, precision: str) -> tuple[str, ...]:
-        return turbo.fallbacks({}, device, precision)
+    def fallbacks(self, card: ModelCard, weights: Path | None, on: Runtime) -> dict[str, tuple[str, ...]]:
+        return refitted.fallbacks(card, None, on)
 
-    def latent_statistics(self, weights: Path | None) -> tuple[torch.Tensor, torch.Tensor]:
-        channels = self.vae_config.latent_channels
+    def latent_statistics(self, card: LinumCard | WanCard, weights: Path | None) -> tuple[torch.Tensor, torch.Tensor]:
+        channels = card.vae_config.latent_channels
         return torch.ones(channels), torch.zeros(channels)
 
-    def text_encoder(self, weights: Path | None, device: str, precision: str) -> T5TextEncoder:
-        """Its tokenizer is the demo model's, whose pieces are few: their numbers are rows of any table."""
-        encoder, said = ((RandomT5, T5_XXL | dict(d_model=self.dit_config.text_dim)) if isinstance(self, LinumCard)
-                         else (RandomUMT5, self.text_encoder_fields))
-        return encoder(Path(), DEMO.folder / DEMO.tokenizer_folder, device, name=self.name, precision=precision,
-                       max_tokens=self.dit_config.text_len, width=self.dit_config.text_dim, config=said)
+
+class RandomLinum(RandomParts, LinumFamily):
+    def load_encoder(self, card: LinumCard, weights: Path | None, on: Runtime) -> T5TextEncoder:
+        return encoder_of(RandomT5, T5_XXL | dict(d_model=card.dit_config.text_dim), card, on)
+
+
+class RandomWan(RandomParts, WanFamily):
+    def load_encoder(self, card: WanCard, weights: Path | None, on: Runtime) -> UMT5TextEncoder:
+        return encoder_of(RandomUMT5, card.text_encoder_fields, card, on)
+
+
+def encoder_of(kind: type[T5TextEncoder], fields: Mapping[str, Any], card: LinumCard | WanCard,
+               on: Runtime) -> T5TextEncoder:
+    """Its tokenizer is the demo model's, whose pieces are few: their numbers are rows of any table."""
+    return kind(Path(), DEMO.folder / DEMO.tokenizer_folder, on.device, name=card.name, precision=on.precision,
+                max_tokens=card.dit_config.text_len, width=card.dit_config.text_dim, config=fields)
 
 
 class RandomEncoder:
@@ -225,3 +236,8 @@ class RandomT5(RandomEncoder, T5TextEncoder):
 
 class RandomUMT5(RandomEncoder, UMT5TextEncoder):
     """umT5 with random weights."""
+
+
+RANDOM_LINUM, RANDOM_WAN, RANDOM_TURBO = RandomLinum(), RandomWan(*WAN.tables), RandomWan(*TURBO.tables)
+RANDOM = {f"dailies.model.{family}": f"{__name__}:RANDOM_{name}" for family, name in (
+    ("linum.load:LINUM", "LINUM"), ("wan.load:WAN", "WAN"), ("wan.load:TURBO", "TURBO"))}

@@ -17,9 +17,11 @@ from torch import Tensor
 from dailies.jobs.bench.kernels import roof, seconds_of
 from dailies.jobs.gpu import models
 from dailies.jobs.usage import UsageError, card_named
-from dailies.model import checkpoint, keys
-from dailies.model.catalog import CATALOG, WanCard
+from dailies.model import checkpoint
+from dailies.model.catalog import CATALOG
 from dailies.model.graphs import Graphed
+from dailies.model.wan import keys as wan_keys
+from dailies.model.wan.card import WanCard
 from dailies.model.wan.transformer import WanConfig, WanDiT
 
 CPU_BLOCKS, CPU_GRID = 2, (3, 60, 52)                  # latent steps, height, width: 2,340 tokens
@@ -85,7 +87,7 @@ def rows(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def card_with_peer(name: str) -> WanCard:
-    comparable = [card.name for card in CATALOG.values() if type(card) is WanCard and not card.takes_image]
+    comparable = [card.name for card in CATALOG.values() if card.family == WanCard.family and not card.takes_image]
     if card_named(name).name not in comparable:
         raise UsageError("bench model compares with diffusers' text-to-video transformer of Wan: "
                          f"{', '.join(comparable)}; got {name}")
@@ -111,7 +113,7 @@ def diffusers_forward(ours: WanDiT, precision: str, given: Inputs) -> Callable[[
             ffn_dim=config.ffn)
     kept = dit._keep_in_fp32_modules
     state = {name: tensor.to(torch.float32 if any(part in name for part in kept) else dtype, copy=True)
-             for name, tensor in checkpoint.released_state(ours, keys.WAN_DIFFUSERS).items()}
+             for name, tensor in checkpoint.released_state(ours, wan_keys.WAN_DIFFUSERS).items()}
     dit.load_state_dict(state, assign=True)
     dit.rope = type(dit.rope)(config.width // config.heads, config.patch, 1024)       # its tables are in no file
     dit.to(given.latent.device).eval().requires_grad_(False)

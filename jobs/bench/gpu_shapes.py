@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from dailies.actors.actor import Actor
 from dailies.actors.device_lock import NO_LOCK, DeviceLock
 from dailies.actors.messages import Frames, Request
 from dailies.jobs.bench.pipeline import Pretend, pretend_request, pretend_value
@@ -68,7 +69,8 @@ SHAPES = (Shape(name="480p, 81 frames, 4 steps", sample_s=0.8, decode_s=1.1, wri
 
 def pipeline() -> list[Stage]:
     """As a night on GPUs has it; its steps are not made here."""
-    return text_to_video(CATALOG["linum-v2-720p"], None, None, device="cuda", precision="bf16", attention="dense")
+    card = CATALOG["linum-v2-720p"]
+    return text_to_video(card, None, None, card.runtime("cuda", "bf16", "dense"))
 
 
 def box(gpus: int) -> list[Node]:
@@ -263,7 +265,7 @@ def busy_shares(work: Sequence[tuple[str, str, float, float]], gpus: int) -> dic
 # In Ray, with real processes.
 
 @dataclass(kw_only=True)
-class PretendGPU:
+class PretendGPU(Actor):
     """An actor that has its GPU for some seconds, in steps; before and after it sleeps without.
 
     trace: a file that gets every step's stage, GPU, start and end.

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from dailies.jobs.usage import UsageError
-from dailies.model import checkpoint, keys
+from dailies.model import checkpoint
+from dailies.model.wan import keys as wan_keys
 from dailies.model.wan.vae import WanVAE, WanVAEConfig, channels_last
 
 FRAMES, HEIGHT, WIDTH = 9, 160, 256
@@ -52,8 +53,8 @@ def write_inputs(folder: Path) -> None:
     """Random weights of the full size, under the names of both, and a latent."""
     torch.manual_seed(0)
     vae = WanVAE(WanVAEConfig())
-    checkpoint.save(folder / "dailies.safetensors", checkpoint.released_state(vae, keys.WAN_VAE))
-    checkpoint.save(folder / "diffusers.safetensors", checkpoint.released_state(vae, keys.WAN_VAE_DIFFUSERS))
+    checkpoint.save(folder / "dailies.safetensors", checkpoint.released_state(vae, wan_keys.WAN_VAE))
+    checkpoint.save(folder / "diffusers.safetensors", checkpoint.released_state(vae, wan_keys.WAN_VAE_DIFFUSERS))
     latent = torch.randn(1, 16, (FRAMES - 1) // 4 + 1, HEIGHT // 8, WIDTH // 8)
     checkpoint.save(folder / "latent.safetensors", {"latent": latent})
 
@@ -74,7 +75,7 @@ def measure(peer: str, dtype: str, folder: Path) -> dict[str, Any]:
     latent = latent.to(DTYPES[dtype])
     if peer == "dailies":
         vae = channels_last(checkpoint.build(lambda: WanVAE(WanVAEConfig()), folder / "dailies.safetensors",
-                                             keys.WAN_VAE, name="bench", device="cpu", precision=dtype))
+                                             wan_keys.WAN_VAE, name="bench", device="cpu", precision=dtype))
 
         def decode(latent: torch.Tensor) -> torch.Tensor:
             return vae.decode(latent).clamp(-1, 1)

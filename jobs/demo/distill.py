@@ -45,12 +45,13 @@ from dailies.jobs.demo.phases import (
 )
 from dailies.jobs.demo.world import Scene, sentence_about
 from dailies.kernels.sparse_attention import reference
-from dailies.model import keys
 from dailies.model.block import SelfAttention
 from dailies.model.card import ModelCard
 from dailies.model.catalog import DEMO, DEMO_SPARSE, DEMO_TURBO
 from dailies.model.guidance import classifier_free
 from dailies.model.layers import Linear, rotate
+from dailies.model.linum import keys as linum_keys
+from dailies.model.linum.load import LINUM
 from dailies.model.linum.transformer import LinumDiT, TextContext
 from dailies.model.schedules import rcm_sigmas
 from dailies.model.text import T5TextEncoder
@@ -129,7 +130,8 @@ class TeacherSet:
     @classmethod
     def prepare(cls, work: Path, out: Path, device: str) -> "TeacherSet":
         card = replace(DEMO, folder=out)
-        teacher, vae, encoder = (make(out, device, "fp32") for make in (card.dit, card.vae, card.text_encoder))
+        teacher, vae, encoder = (load(card, out, card.runtime(device, "fp32"))
+                                 for load in (LINUM.load_dit, LINUM.load_vae, LINUM.load_encoder))
         torch.manual_seed(SEED)
         scale, bias = (getattr(teacher, name).cpu().view(-1, 1, 1, 1) for name in ("latent_scale", "latent_bias"))
         scenes, clips = encode_scenes(vae, work, device, "clips", DIT_CLIPS, CLIP_FRAMES)
@@ -177,7 +179,7 @@ class TrainedSparseAttention(SelfAttention):
 
 
 def save_dit(student: LinumDiT, card: ModelCard, out: Path) -> None:
-    save_released(student, keys.LINUM, out / card.dit_file)
+    save_released(student, linum_keys.LINUM, out / card.dit_file)
     print(json.dumps({"written": str(out / card.dit_file), "bytes": (out / card.dit_file).stat().st_size}))
 
 

@@ -12,12 +12,13 @@ from pathlib import Path
 import torch
 
 from dailies.actors.decoder import Decoder
-from dailies.actors.denoisers import DENOISERS
+from dailies.actors.denoiser import Denoiser
 from dailies.actors.messages import Frames, Request
 from dailies.actors.text_encoder import TextEncoder
 from dailies.jobs.demo.checker import Track, follow, read_attributes
 from dailies.jobs.demo.world import ATTRIBUTES, unseen
-from dailies.model.catalog import CATALOG, DEMO, ModelCard
+from dailies.model.card import ModelCard
+from dailies.model.catalog import CATALOG, DEMO
 
 STRAY_PX = 2.0
 
@@ -27,13 +28,12 @@ def render_prompts(prompts: list[str], card: ModelCard, weights: Path, device: s
                    attention: str = "dense") -> Iterator[Frames]:
     """Frames for each prompt, through the actors a night uses."""
     shape, _ = card.shape_for(duration_s=duration_s)
-    precision = precision or card.precision_on(device)
-    encode, decode = (actor(card, weights, device, precision=precision) for actor in (TextEncoder, Decoder))
-    sample = DENOISERS[type(card)](card, weights, device, precision=precision, attention=attention)
+    on = card.runtime(device, precision, attention)
+    encode, sample, decode = (actor(card, weights, on) for actor in (TextEncoder, Denoiser, Decoder))
     for i, prompt in enumerate(prompts):
         request = Request(clip_id=f"{i:064x}", model=card.name, weights_fingerprint="", prompt=prompt,
                           negative_prompt=card.negative_prompt, seed=1000 + i, shape=shape, fps=card.fps,
-                          num_steps=num_steps or card.num_steps, precision=precision, attention=attention,
+                          num_steps=num_steps or card.num_steps, precision=on.precision, attention=attention,
                           guidance=card.guidance if guidance is None else guidance)
         yield from decode(sample(encode([request])))
 

@@ -29,11 +29,13 @@ from dailies.jobs.demo.phases import (
     rng_of,
 )
 from dailies.jobs.demo.world import ATTRIBUTE_WORDS, ATTRIBUTES, SIZE, Scene, sentence_about
-from dailies.model import checkpoint, keys
+from dailies.model import checkpoint
 from dailies.model.catalog import CATALOG
+from dailies.model.linum import keys as linum_keys
 from dailies.model.linum.transformer import LinumDiT
 from dailies.model.text import new_t5
 from dailies.model.tokenizer import Tokenizer, new_tokenizer
+from dailies.model.wan import keys as wan_keys
 from dailies.model.wan.vae import WanVAE, channels_last
 
 CARD = CATALOG["demo"]
@@ -195,8 +197,8 @@ def train_dit(work: Path, device: str, vae: WanVAE, encoder: nn.Module, tokenize
 
 def export(folder: Path, dit: LinumDiT, vae: WanVAE, encoder: nn.Module) -> None:
     """The layout and tensor names of a Linum release, in bf16; the tokenizer is there already."""
-    save_released(dit, keys.LINUM, folder / CARD.dit_file)
-    save_released(vae, keys.WAN_VAE, folder / CARD.vae_file)
+    save_released(dit, linum_keys.LINUM, folder / CARD.dit_file)
+    save_released(vae, wan_keys.WAN_VAE, folder / CARD.vae_file)
     state = {name: t for name, t in encoder.state_dict().items() if name != "encoder.embed_tokens.weight"}     # tied
     checkpoint.save(folder / CARD.text_encoder_folder / "model.safetensors", halved(state))
     (folder / CARD.text_encoder_folder / "config.json").write_text(encoder.config.to_json_string())

@@ -43,11 +43,12 @@ from dailies.jobs.demo.phases import CLIPS_MOSTLY, SEED, UNPROMPTED, rng_of
 from dailies.jobs.demo.training import Loss, TimedTraining
 from dailies.jobs.demo.vae_quality import vae_quality
 from dailies.jobs.demo.world import SCENE_KINDS, SEEN_KINDS, Painter, Scene, sentence_about
-from dailies.model import keys
 from dailies.model.catalog import DEMO, DEMO_SPARSE, DEMO_TURBO
+from dailies.model.linum.load import LINUM
 from dailies.model.linum.transformer import LinumDiT
 from dailies.model.schedules import rcm_sigmas
 from dailies.model.text import T5TextEncoder
+from dailies.model.wan import keys as wan_keys
 from dailies.model.wan.vae import CausalConv, ChannelNorm, Memory, WanVAE, as_clip, as_frames, convolve
 
 # Shares of the time that is left once all is loaded: the VAE bounds what any sampler can show, and learns slowest.
@@ -401,14 +402,14 @@ def trainings_after(dit: LinumDiT, training_data: TrainingData, device: str) -> 
 def try_recording(sizes: Sizes, device: str) -> None:
     """Prints the name of each training whose steps could be recorded and replayed."""
     torch.backends.cudnn.benchmark, torch.backends.cudnn.benchmark_limit = True, 4
-    dit = DEMO.dit(DEMO.folder, device, "fp32").requires_grad_(True)
+    dit = LINUM.load_dit(DEMO, DEMO.folder, DEMO.runtime(device, "fp32")).requires_grad_(True)
     small = replace(sizes, sentences=1, pool_clips=64, pool_images=64)
-    latents = Latents(DEMO.vae(DEMO.folder, device, "fp32"), Painter(device), small, device)
+    latents = Latents(LINUM.load_vae(DEMO, DEMO.folder, DEMO.runtime(device, "fp32")), Painter(device), small, device)
     for still, coded in latents.coded.items():
         coded.normal_()
         latents.kinds[still].fill_(SEEN_KINDS[0])
         latents.filled[still] = len(coded)
-    sentences = Sentences(DEMO.text_encoder(DEMO.folder, device, "fp32"), 1, device)
+    sentences = Sentences(LINUM.load_encoder(DEMO, DEMO.folder, DEMO.runtime(device, "fp32")), 1, device)
     training_data = TrainingData(latents=latents, sentences=sentences, sizes=small, device=device)
     vae = latents.vae.requires_grad_(True)
     convolve_frames(vae, True)
@@ -454,7 +455,7 @@ class Trial:
 def train(out: Path, device: str, clock: Clock, sizes: Sizes, record: TrainingLog, *, frozen: bool, trial: Trial) -> None:
     torch.manual_seed(SEED)
     painter = Painter(device)
-    vae = DEMO.vae(DEMO.folder, device, "fp32")
+    vae = LINUM.load_vae(DEMO, DEMO.folder, DEMO.runtime(device, "fp32"))
     shipped = copy.deepcopy(vae)
     before = vae_quality(shipped, sizes.judged, frames=sizes.frames, device=device)
     record.add("vae_shipped", before)
@@ -472,12 +473,12 @@ def train(out: Path, device: str, clock: Clock, sizes: Sizes, record: TrainingLo
         vae = shipped
     torch.backends.cudnn.benchmark = device == "cuda"    # few shapes are left; as when recording was tried
 
-    sentences = Sentences(DEMO.text_encoder(DEMO.folder, device, "fp32"), sizes.sentences, device)
+    sentences = Sentences(LINUM.load_encoder(DEMO, DEMO.folder, DEMO.runtime(device, "fp32")), sizes.sentences, device)
     latents = Latents(vae, painter, sizes, device)
     latents.fill(clock.until("latents"))
     record.add("latents", dict(clips=latents.filled[False], images=latents.filled[True]))
     training_data = TrainingData(latents=latents, sentences=sentences, sizes=sizes, device=device)
-    dit = DEMO.dit(DEMO.folder, device, "fp32").requires_grad_(True)
+    dit = LINUM.load_dit(DEMO, DEMO.folder, DEMO.runtime(device, "fp32")).requires_grad_(True)
     dit.latent_scale.copy_(latents.scale)
     dit.latent_bias.copy_(latents.bias)
     training = dit_training(dit, training_data)
@@ -485,7 +486,7 @@ def train(out: Path, device: str, clock: Clock, sizes: Sizes, record: TrainingLo
     if done is None:
         return
     if better:                                          # with the DiT that knows its latents, and not before
-        save_released(vae, keys.WAN_VAE, out / "demo" / DEMO.vae_file)
+        save_released(vae, wan_keys.WAN_VAE, out / "demo" / DEMO.vae_file)
     save_dit(dit, DEMO, out / "demo")
     dit.requires_grad_(False)
     for name, model, training in trainings_after(dit, training_data, device):

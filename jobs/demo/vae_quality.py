@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dailies.jobs.demo.world import SPEEDS, Painter, unseen
 from dailies.model.catalog import DEMO
+from dailies.model.linum.load import LINUM
 from dailies.model.wan.vae import WanVAE
 
 BATCH = 8
@@ -60,7 +61,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     began = time.monotonic()
-    quality = vae_quality(DEMO.vae(args.weights, args.device, "fp32"), args.clips, device=args.device)
+    quality = vae_quality(LINUM.load_vae(DEMO, args.weights, DEMO.runtime(args.device, "fp32")), args.clips, device=args.device)
     print(json.dumps(dict(clips=args.clips, seconds=round(time.monotonic() - began, 1), **quality), indent=2))
 
 

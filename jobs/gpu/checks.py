@@ -111,13 +111,14 @@ def qkv(ground: Ground, queries: int, keys: int, head_dim: int, dtype: torch.dty
 def models_right(ground: Ground) -> None:
     """The shipped model in three ways against fp32, eager, as a CUDA graph, and compiled."""
     from dailies.model.graphs import Graphed
+    from dailies.model.linum.load import LINUM
     from dailies.model.turbo import compile_blocks
     for card, precision, attention in ((DEMO, "bf16", "dense"), (DEMO, "int8", "sage"),
                                        (DEMO_SPARSE, "bf16", "sparse")):
         name = f"{card.name} {precision} {attention}"
         with ground.trying(name):
-            dit = card.dit(card.folder, ground.device, precision, attention)
-            exact = card.dit(card.folder, ground.device, "fp32", card.attentions[0])
+            dit, exact = (LINUM.load_dit(card, card.folder, card.runtime(ground.device, *how))
+                          for how in ((precision, attention), ("fp32",)))
             latent, text = ground.random(1, 16, 13, 8, 8, dtype=torch.float32), [ground.random(7, 128)]
             timestep = torch.tensor([500.0], device=ground.device)
             given = latent, timestep, dit.embed_text(text)

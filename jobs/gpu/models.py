@@ -14,16 +14,20 @@ from torch import Tensor, nn
 from dailies.kernels import processor
 from dailies.model import turbo
 from dailies.model.card import ModelCard
-from dailies.model.catalog import LinumCard, WanCard
+from dailies.model.family import family_of
 from dailies.model.layers import compute_in
+from dailies.model.linum.card import LinumCard
 from dailies.model.shapes import VideoShape
+from dailies.model.wan.card import WanCard
+from dailies.model.wan.transformer import WanDiT
 from dailies.model.wan.vae import WanVAE, channels_last
 
 
 def new_dit(card: ModelCard, device: str, precision: str, attention: str) -> nn.Module:
     """A transformer as `turbo.build` makes it of a file; INT8 layers are quantised in rows."""
     with torch.device("meta"):
-        dit = card.new_dit().eval().requires_grad_(False)
+        new = next(part.new for part in family_of(card).parts(card) if part.new)
+        dit = new().eval().requires_grad_(False)
     fill(dit, device)
     with torch.device("meta"):
         if precision != "fp32" or attention != "dense" or card.sparsity.tuned:
@@ -83,6 +87,6 @@ def inputs(card: LinumCard | WanCard, dit: nn.Module, shape: VideoShape, device:
     generator = torch.Generator(device).manual_seed(1)
     grid = card.grid.of(shape)
     text = torch.randn(40, card.dit_config.text_dim, generator=generator, device=device).bfloat16()
-    context = dit.embed([text]) if isinstance(card, WanCard) else dit.embed_text([text])
+    context = dit.embed([text]) if isinstance(dit, WanDiT) else dit.embed_text([text])
     latent = torch.randn(1, card.dit_config.latent_channels, *grid[1:], generator=generator, device=device)
     return latent, torch.tensor([500.0], device=device), context

@@ -13,19 +13,7 @@ from torch import Tensor, nn
 
 from dailies.model.block import Block, CrossAttention, Head, SelfAttention
 from dailies.model.layers import Linear, RMSNorm, rotary_table, timestep_features
-
-
-@dataclass(frozen=True, kw_only=True)
-class LinumConfig:
-    patch: tuple[int, int, int] = (1, 2, 2)            # latent cells per token along T, H, W
-    latent_channels: int = 16
-    width: int = 1664
-    heads: int = 13
-    layers: int = 40
-    ffn: int = 8192
-    time_features: int = 256
-    text_dim: int = 4096
-    text_len: int = 256                                # rows the text is padded to; the padding takes part in attention
+from dailies.model.linum.config import LinumConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,25 +5,15 @@ Source   Wan 2.1 release, CLIPModel.visual (Open-CLIP ViT-H/14). Tensor names: m
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dailies.model.layers import Linear, attention
+from dailies.model.wan.config import ClipVisionConfig
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)     # of CLIP's training pictures
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClipVisionConfig:
-    picture: int = 224                                 # pixels of a side
-    patch: int = 14
-    width: int = 1280
-    heads: int = 16
-    blocks: int = 31                                   # of 32: Wan takes the rows before the last
-    mlp: int = 5120
 
 
 class ClipVision(nn.Module):

@@ -16,21 +16,7 @@ from torch import Tensor, nn
 
 from dailies.model.block import Block, CrossAttention, Head, SelfAttention
 from dailies.model.layers import FullPrecisionLinear, Linear, RMSNorm, rotary_table, timestep_features
-
-
-@dataclass(frozen=True, kw_only=True)
-class WanConfig:
-    patch: tuple[int, int, int] = (1, 2, 2)            # latent cells per token along T, H, W
-    latent_channels: int = 16
-    condition_channels: int = 0                        # of the image, beside the latent: mask 4 + latent 16, or none
-    width: int = 1536
-    heads: int = 12
-    layers: int = 30
-    ffn: int = 8960
-    time_features: int = 256
-    text_dim: int = 4096
-    text_len: int = 512                                # rows the text is padded to; the padding takes part in attention
-    image_dim: int | None = None                       # of CLIP's rows, where they are attended to (2.1 image-to-video)
+from dailies.model.wan.config import WanConfig
 
 
 @dataclass(frozen=True, kw_only=True)

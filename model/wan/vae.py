@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from dailies.kernels import FLOATS, processor
 from dailies.kernels.around_conv import add_bias, channels_adjacent, enlarge, norm_silu
+from dailies.model.wan.config import WanVAEConfig
 
 Impl = Literal["auto", "eager", "reference", "triton"]     # the last two: of kernels/around_conv
 
@@ -32,23 +33,6 @@ SLAB = 2 ** 22                                          # elements; more at a ti
 LARGEST_SLAB = 2 ** 30                                  # cuDNN counts in 31 bits, and a window is somewhat more
 SLABS_AT_ONCE = 4                                       # that a layer makes on the way
 SLAB_SHARE = 0.25                                       # of the memory for a clip: what these may take
-
-
-@dataclass(frozen=True, kw_only=True)
-class WanVAEConfig:
-    width: int = 96                                    # channels at full resolution
-    multipliers: tuple[int, ...] = (1, 2, 4, 4)        # channels per stage, in widths; a stage halves the picture
-    res_blocks: int = 2                                # per encoder stage; the decoder has one more
-    latent_channels: int = 16
-    halve_time: tuple[bool, ...] = (False, True, True)  # which of the encoder's three downsamplings also halve time
-
-    @property
-    def time_stride(self) -> int:
-        return 2 ** sum(self.halve_time)
-
-    @property
-    def space_stride(self) -> int:
-        return 2 ** len(self.halve_time)
 
 
 class Memory:

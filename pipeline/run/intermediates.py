@@ -19,7 +19,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from dailies.actors.device_lock import NO_LOCK, DeviceLock
+from dailies.actors.actor import Actor, as_actor
+from dailies.actors.device_lock import DeviceLock
 from dailies.actors.messages import Clip, Embedding, Failure, Latent, Request
 from dailies.model.checkpoint import pack, unpack
 from dailies.model.samplers import Streams
@@ -84,7 +85,7 @@ class Shelved:
     key: str
 
 
-class Keep:
+class Keep(Actor):
     """A step whose results stay on the shelf: its values in, a Shelved for each out. Works only for what is missing.
 
     Threads may call it side by side: while one computes, another looks for the next value or saves the last one. It
@@ -93,7 +94,7 @@ class Keep:
 
     def __init__(self, step: MakesStep, store: Shelf, folder: str, *, seal: Seal = Seal(), fits: Fits = anything):
         """folder: EMBEDDINGS for a step that makes them, LATENTS for one that makes those."""
-        self.step, self.store, self.folder, self.seal, self.fits = step.make(), store, folder, seal, fits
+        self.step, self.store, self.folder, self.seal, self.fits = as_actor(step.make()), store, folder, seal, fits
         self.mine = threading.local()                   # of each thread that calls
 
     def __call__(self, batch: list) -> list[Shelved | Failure]:
@@ -145,35 +146,31 @@ class Keep:
     def partly(self, partly: bool) -> None:
         self.mine.partly = partly
 
+    # the rest is the step's own, which takes the lock while it computes
+
     @property
     def lock(self) -> DeviceLock:
-        """Of the step inside, which takes it while it computes."""
-        return getattr(self.step, "lock", NO_LOCK)
+        return self.step.lock
 
     @lock.setter
     def lock(self, lock: DeviceLock) -> None:
-        if hasattr(self.step, "lock"):
-            self.step.lock = lock
+        self.step.lock = lock
 
     @property
     def safe(self) -> bool:
-        """Of the step inside, if it knows of such a profile."""
-        return getattr(self.step, "safe", False)
+        return self.step.safe
 
     @safe.setter
     def safe(self, safe: bool) -> None:
-        if hasattr(self.step, "safe"):
-            self.step.safe = safe
+        self.step.safe = safe
 
     @property
-    def device(self) -> str | None:
-        """Of the step inside."""
-        return getattr(self.step, "device", None)
+    def device(self) -> str:
+        return self.step.device
 
     @property
     def takes_turns(self) -> bool:
-        """Whether the step inside has its device to itself while it computes."""
-        return getattr(self.step, "takes_turns", True)
+        return self.step.takes_turns
 
 
 class Fetch:

@@ -18,6 +18,7 @@ from typing import Any
 from dailies.actors.messages import Request
 from dailies.model.card import ModelCard
 from dailies.model.errors import DailiesError
+from dailies.model.family import family_of, precision_in
 from dailies.model.ways import AUTO, Gpu, Way, fastest
 from dailies.model.weights import fingerprint, weights_files
 from dailies.pipeline.manifest.manifest import Manifest
@@ -79,8 +80,8 @@ class Run:
 
     def check_weights(self) -> None:
         """Names, shapes and dtypes of every weight, from the files' headers.  Raises CheckpointError."""
-        for build in self.plan.card.builders():
-            build(self.weights, "meta", self.plan.precision)
+        for part in family_of(self.plan.card).parts(self.plan.card):
+            part.load(self.weights, self.plan.card.runtime("meta", self.plan.precision))
 
     def begin(self, job: Mapping[str, Any] | None = None) -> None:
         """The store does what a run needs, and the folder is this run's.  Raises OtherRun, StoreError.
@@ -212,9 +213,9 @@ def prepare(manifest: Manifest, store: Store, card: ModelCard, *, weights: Path 
             raise StoreError(f"{store.uri_of(RUN)} is damaged: its {name} is {shown(value)}. Put a copy of it back")
         if value not in allowed:
             raise SettingError(f"--{name} must be {' or '.join(allowed)} for {card.name}; got {value}")
-    fallbacks = () if not is_here else (
-        *card.fallbacks(weights, device, way.precision),
-        *card.decode_fallbacks(device, way.precision, decode_precision))
+    on = card.runtime(device, way.precision, way.attention, decode_precision=decode_precision)
+    fallbacks = () if not is_here else tuple(
+        note for notes in family_of(card).fallbacks(card, weights, on).values() for note in notes)
     print_of = (fingerprint(weights_files(card, weights)) if weights else
                 before.get("weights_fingerprint", UNKNOWN_FINGERPRINT))
     plan = Plan.make(manifest, card, defaults, weights_fingerprint=print_of, precision=way.precision,
@@ -237,7 +238,7 @@ def way_of(card: ModelCard, weights: Path | None, device: str, found: Mapping[st
         before = found["identity"]
         said = {name: value if value not in (None, AUTO) else before.get(name) for name, value in said.items()}
         return Way(**said, because=found.get("chosen_because") or "")
-    own = card.precision_in(weights, device) if weights else card.precision_on(device)
+    own = precision_in(card, weights, device) if weights else card.precision_on(device)
     if AUTO not in said.values():
         return Way(precision=precision or own, attention=attention or card.attentions[0], because="")
     # weights that are INT8 already run in nothing else

@@ -8,7 +8,7 @@ clip next, on whatever machine and in whatever batch, goes on from there, and th
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -34,6 +34,7 @@ from dailies.pipeline.run.intermediates import (
 )
 from dailies.pipeline.run.layout import LATENTS, SAVED_STEPS
 
+SCHEDULE = "course"                                     # as the objects have called it from the beginning
 SAVE_SHARE = 0.01                                       # of the work may be saving it
 SAVE_AFTER_S = 30.0                                     # less is not worth it: a process takes as long to start
 
@@ -60,9 +61,8 @@ class KeepSampled(Keep):
     def __init__(self, step: MakesStep, store: Shelf, *, seal: Seal = Seal(), fits: Fits = anything):
         """step: makes a Denoiser."""
         super().__init__(step, store, LATENTS, seal=seal, fits=fits)
-        self.halted: Callable[[], bool] = lambda: False     # asked between two steps: is this process to stop here?
         self.save_s = 0.0                               # what the last save took
-        self.course_s: dict[str, float] = {}            # by bucket, what a clip took lately from noise to latent
+        self.clip_s: dict[str, float] = {}            # by bucket, what a clip took lately from noise to latent
 
     def work(self, batch: list[Embedding]) -> list[Shelved | Failure]:
         """Clips that stand at the same step go on together. Raises Halted."""
@@ -85,7 +85,7 @@ class KeepSampled(Keep):
             latents = self.step(batch, steps)
             worked_s = time.monotonic() - began - (self.lock.waited_s - waited_s)
             step_s = worked_s / (request.num_steps - steps.begun)
-            self.course_s[request.bucket] = request.num_steps * step_s
+            self.clip_s[request.bucket] = request.num_steps * step_s
             made = [self.keep(continued(latent, found)) for latent, found in zip(latents, saved, strict=True)]
         except ArithmeticError:                         # what was saved may be where it went wrong
             self.forget(steps)
@@ -106,7 +106,7 @@ class KeepSampled(Keep):
 
     def saved(self, request: Request) -> Saved | None:
         """Where the clip stands; None: at the start. What is of no use is removed."""
-        if self.course_s.get(request.bucket, math.inf) < SAVE_AFTER_S:
+        if self.clip_s.get(request.bucket, math.inf) < SAVE_AFTER_S:
             return None
         key = shelf_key(SAVED_STEPS, request)
         try:
@@ -121,10 +121,10 @@ class KeepSampled(Keep):
         return found
 
     def opened(self, request: Request, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Saved:
-        """Raises Damaged for what belongs to another course, and for what no sampler of this one carries."""
+        """Raises Damaged for what belongs to another schedule, and for what no sampler of this one carries."""
         step, state = metadata.get("step", ""), state_in(tensors)
-        if metadata.get("course") != self.step.course(request):
-            raise Damaged("the steps that were saved are of another course")
+        if metadata.get(SCHEDULE) != self.step.schedule(request):
+            raise Damaged("the steps that were saved are of another schedule")
         if not (step.isascii() and step.isdecimal() and len(step) < 10 and 0 < int(step) < request.num_steps):
             raise Damaged(f"the steps that were saved end at {step[:20]!r}, of {request.num_steps}")
         if not state or not all(stream.is_floating_point() and stream.isfinite().all() for stream in tensors.values()):
@@ -136,8 +136,8 @@ class KeepSampled(Keep):
         key = shelf_key(SAVED_STEPS, request)
         tensors = {f"{place}.{name}": stream.cpu() for place, streams in enumerate(state)
                    for name, stream in streams.items()}
-        determinism = after(before, getattr(self.step, "determinism", "not known"))
-        self.store.put(key, sealed(tensors, {"key": key, "course": self.step.course(request), "step": str(step),
+        determinism = after(before, self.step.determinism)
+        self.store.put(key, sealed(tensors, {"key": key, SCHEDULE: self.step.schedule(request), "step": str(step),
                                             "determinism": determinism}, self.seal))
 
 

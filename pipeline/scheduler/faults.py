@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from dailies.actors.memory import machine_memory
+from dailies.model.memory import machine_memory
 from dailies.pipeline.store import StoreError
 
 DISK = "Free some of that disk, or set TMPDIR to a folder on another one"

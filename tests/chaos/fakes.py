@@ -13,7 +13,8 @@ import re
 import resource
 import signal
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,10 +22,14 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from dailies.actors.clip_writer import ClipWriter
-from dailies.actors.decoder import Decoder, to_uint8
+from dailies.actors.decoder import Decoder
 from dailies.actors.denoiser import Denoiser, noise
 from dailies.actors.messages import Clip, Embedding, Frames, Latent, Request
 from dailies.actors.text_encoder import TextEncoder
+from dailies.model.card import ModelCard
+from dailies.model.runtime import Runtime
+from dailies.model.samplers import Clips, Steps, each
+from dailies.model.wan.decoder import to_uint8
 from dailies.pipeline.run.intermediates import Shelved
 from dailies.pipeline.run.lease import process_start
 from dailies.pipeline.run.saved_steps import KeepSampled
@@ -77,17 +82,18 @@ class FakeEncoder(TextEncoder):
         return made
 
 
-class FakeDenoiser(Denoiser):
+class FakeSampler:
     """The latent is the noise that the clip starts from."""
 
-    def __init__(self, *, script: Script, **model):
-        self.script = script
-        super().__init__(**model)
+    solver, weights_move = "fake", False
+    transformers: Sequence[torch.nn.Module] = ()
+    script: Script                      # its denoiser's
 
-    def load(self, weights: Path) -> None:
-        self.script.note_process("sample")
+    def draws(self, num_steps: int) -> int:
+        return 1
 
-    def sample(self, batch: list[Embedding], start: Tensor, *args: object, **options: object) -> Tensor:
+    def sample(self, batch: Sequence[Embedding], draw: Callable[[int], Clips], steps: Steps) -> Clips:
+        made = draw(0)
         for embedding in batch:
             request = embedding.request
             if not torch.equal(embedding.prompt["video"], fingerprint(request.prompt)):
@@ -100,23 +106,41 @@ class FakeDenoiser(Denoiser):
                 self.script.note("piece", clip=request.clip_id)
                 time.sleep(PIECE_S)
             if poison == "nan":
-                start = start * torch.nan
+                made = each(lambda x: x * torch.nan, made)
             self.script.note("sampled", clip=request.clip_id)
-        return start
+        return made
+
+
+class FakeFamily:
+    def load_sampler(self, card: ModelCard, weights: Path, on: Runtime) -> FakeSampler:
+        return FakeSampler()
+
+    def fallbacks(self, card: ModelCard, weights: Path | None, on: Runtime) -> dict[str, tuple[str, ...]]:
+        return {}
+
+
+FAMILY = FakeFamily()
+
+
+class FakeDenoiser(Denoiser):
+    def __init__(self, *, card: ModelCard, script: Script, **model):
+        script.note_process("sample")
+        super().__init__(replace(card, family=f"{__name__}:FAMILY"), **model)
+        self.sampler.script = script
 
 
 class FakeDecoder(Decoder):
     """The latent's first cells, enlarged, move through the picture."""
 
-    def __init__(self, *, card, script: Script, device: str, **model):
-        self.card, self.script, self.device = card, script, device
+    def __init__(self, *, card: ModelCard, script: Script, on: Runtime, **model):
+        self.card, self.script, self.device = card, script, on.device
         script.note_process("publish")
 
     def decode(self, latent: Latent) -> Frames:
         request = latent.request
         self.script.note("decoding", clip=request.clip_id)
         poison = poison_of(request, "decode")
-        if not torch.equal(latent.streams["video"], noise(request, self.card.grid)):
+        if not torch.equal(latent.streams["video"], noise(request, self.card.stream_shapes(request.shape))["video"]):
             raise AssertionError(f"clip {request.clip_id} got the latent of another clip")
         time.sleep(self.script.decode_s)
         rgb = pictures(latent.streams["video"], request) * (poison != "black")

@@ -9,7 +9,6 @@ from functools import partial
 
 from dailies.jobs import render
 from dailies.jobs.cli import program
-from dailies.model.catalog import LinumCard
 from dailies.pipeline import text_to_video as recipe
 from dailies.pipeline.scheduler import watchdog
 from tests import tiny  # noqa: F401  adds the model to the catalogue
@@ -23,7 +22,7 @@ SCRIPT = "CHAOS_SCRIPT"                 # in the environment: a fakes.Script as 
 def put_fakes_in(script: fakes.Script) -> None:
     recipe.TextEncoder = partial(fakes.FakeEncoder, script=script)
     recipe.Decoder = partial(fakes.FakeDecoder, script=script)
-    recipe.DENOISERS[LinumCard] = partial(fakes.FakeDenoiser, script=script)
+    recipe.Denoiser = partial(fakes.FakeDenoiser, script=script)
     recipe.KeepSampled = partial(fakes.NotedKeep, script=script)
     recipe.ClipWriter = partial(fakes.NotedWriter, script=script)
     recipe.ENCODED_AHEAD = script.ahead

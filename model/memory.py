@@ -1,4 +1,4 @@
-"""How much memory an actor may fill while it works."""
+"""How much memory there is, and how much of it what computes may fill."""
 
 import os
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 SHARE = 0.25                                            # the rest is the sampler's, the weights', other processes'
 
 
-def room_on(device: str) -> int:
+def memory_on(device: str) -> int:
     """Bytes; of what there is, not of what is free: how a clip is cut to fit may show in the last bits of its pixels,
     and they must be the same tomorrow.
     """

@@ -1,0 +1,16 @@
+"""Where and how the parts of a model compute."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """What plan and machine have settled, all of it said: `ModelCard.runtime` fills in the model's own."""
+
+    device: str                                         # as torch names it
+    precision: str                                      # fp32, bf16, int8
+    attention: str                                      # dense, sage, sparse
+    decode_precision: str                               # of the VAE: fp32 or bf16
+    threads: int = 1                                    # torch's, for the whole process; they count in the last bits
+    compiled: bool = False                              # the transformer, at the first clip of each shape
+    graphs: bool | None = None                          # its forward is recorded (graphs.py); None: where it can be
