@@ -13,7 +13,7 @@ from typing import BinaryIO
 import av
 
 from dailies.actors.messages import Request
-from dailies.actors.mp4_boxes import check_boxes
+from dailies.actors.mp4_boxes import BadBoxes, check_boxes
 from dailies.model.settings import SIZE, course_of
 
 DIGEST_HEAD = (56).to_bytes(4, "big") + b"uuid" + bytes.fromhex("5b1c7a0e6d8f4c3f9a55f0d2b7e41c86")     # then 32 bytes
@@ -133,7 +133,10 @@ def read_clip(data: bytes | Path, *, wanted: tuple[int, int, int] | None = None)
 
 def opened(file: BinaryIO, wanted: tuple[int, int, int] | None) -> av.container.InputContainer:
     """FFmpeg's view of a file that has passed check_boxes.  Raises ValueError, FFmpegError."""
-    check_boxes(file, frames=wanted[2] if wanted else None, ours=DIGEST_HEAD[8:])
+    try:
+        check_boxes(file, frames=wanted[2] if wanted else None, ours=DIGEST_HEAD[8:])
+    except BadBoxes as error:
+        raise ValueError(f"no clip: an MP4 as dailies writes it is needed, and this is none: {error}") from error
     return av.open(file, format="mp4", options=OPENED, metadata_errors="replace")
 
 
