@@ -9,7 +9,7 @@ class NotAsAsked(ValueError):
     about_row = True
 
 
-class AsAsked:
+class StrictMode:
     """Values in, the same values out.  Raises NotAsAsked for one that carries a fallback."""
 
     def __call__(self, batch: list[Embedding | Latent]) -> list[Embedding | Latent]:

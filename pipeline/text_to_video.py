@@ -11,15 +11,15 @@ from dailies.actors.denoiser import Denoiser
 from dailies.actors.fitting import Fitting
 from dailies.actors.gate import Gate
 from dailies.actors.image_encoder import ImageTextEncoder
-from dailies.actors.strict import AsAsked
+from dailies.actors.strict import StrictMode
 from dailies.actors.text_encoder import TextEncoder
 from dailies.model.card import ModelCard
 from dailies.model.runtime import Runtime
 from dailies.model.weights import locate
 from dailies.pipeline.manifest.images import read_image
-from dailies.pipeline.run.intermediates import Drop, Fetch, Keep, Seal
+from dailies.pipeline.run.intermediates import Discard, Persist, Restore, Seal
 from dailies.pipeline.run.layout import EMBEDDINGS, clip_key
-from dailies.pipeline.run.saved_steps import KeepSampled
+from dailies.pipeline.run.saved_steps import PersistSampled
 from dailies.pipeline.stages import Stage, Step
 from dailies.pipeline.store import Store
 from dailies.pipeline.store.fetch import bring
@@ -57,14 +57,14 @@ def text_to_video(card: ModelCard, weights: str | None, store: Store, on: Runtim
     overlap = OVERLAP["cuda" if on_gpu else "cpu"]
     encoder = model(ImageTextEncoder, read=read_image) if card.takes_image else model(TextEncoder)
     kept = dict(store=store, seal=seal, fits=Fitting(card))
-    fetch = (Step(actor=Fetch, args=kept), *([Step(actor=AsAsked)] if strict else []))
-    encode = Step(actor=Keep, args=dict(step=encoder, folder=EMBEDDINGS, **kept))
+    fetch = (Step(actor=Restore, args=kept), *([Step(actor=StrictMode)] if strict else []))
+    encode = Step(actor=Persist, args=dict(step=encoder, folder=EMBEDDINGS, **kept))
     sampler = model(Denoiser, on)
-    sample = Step(actor=KeepSampled, args=dict(step=sampler, **kept))
+    sample = Step(actor=PersistSampled, args=dict(step=sampler, **kept))
     decode = model(Decoder, name="decode")
     write = [Step(actor=Gate), Step(actor=ClipWriter, args=dict(store=store, key_of=clip_key, spoilt=spoilt))]
     if not keep_latents:
-        write.append(Step(actor=Drop, args=dict(store=store)))
+        write.append(Step(actor=Discard, args=dict(store=store)))
     return [
         Stage(name="encode", steps=(encode,), gpus=0.25 if on_gpu else 0.0, concurrency=overlap.calls,
               key=attrgetter("embedding_key"), window=ENCODED_AHEAD),

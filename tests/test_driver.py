@@ -558,7 +558,7 @@ def test_saving_stops_what_is_being_sampled_charges_nobody_and_publishes_what_is
 
 
 def test_saving_leaves_what_waits_for_a_decoder_that_is_only_starting():
-    """Hundreds of latents are safe on the shelf, and whoever sends SIGTERM waits for seconds."""
+    """Hundreds of latents are safe in the run folder, and whoever sends SIGTERM waits for seconds."""
     executor, stop = SimulatedExecutor(box(4), SLEEPS_S | {"sample": 0.05, "publish": 5.0}), Stop()
     slow_to_load = executor.submit
 

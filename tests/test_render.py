@@ -624,27 +624,27 @@ def test_what_a_driver_left_that_was_killed_while_it_tried_the_store_is_cleared(
 
 
 def test_only_what_a_run_has_made_is_removed_at_its_end(tmp_path, capsys):
-    """Names as a shelf has them, of 64 hexadecimal digits; nothing is removed through a link, nothing else at all."""
+    """Names as intermediates have them, of 64 hexadecimal digits; nothing is removed through a link, nothing else at all."""
     manifest, out = write_manifest(tmp_path / "night.jsonl", [{"prompt": "a fox", "frames": 5}]), tmp_path / "out"
     victim = tmp_path / "victim"
     victim.mkdir()
-    shelved = f"ab/ab{'0' * 62}.safetensors"
+    persisted = f"ab/ab{'0' * 62}.safetensors"
     for folder in ("embeddings", "steps", "latents"):
-        for name in (shelved, f"zz/{shelved[3:]}", "ab/thesis.txt", "thesis.safetensors", "ab/ab.safetensors"):
+        for name in (persisted, f"zz/{persisted[3:]}", "ab/thesis.txt", "thesis.safetensors", "ab/ab.safetensors"):
             (out / folder / name).parent.mkdir(parents=True, exist_ok=True)
             (out / folder / name).write_bytes(b"x")
     assert render(capsys, manifest, out)[0] == 0
     for folder in ("embeddings", "steps", "latents"):
         assert sorted(str(path.relative_to(out / folder)) for path in (out / folder).rglob("*") if path.is_file()) == \
-            ["ab/ab.safetensors", "ab/thesis.txt", "thesis.safetensors", f"zz/{shelved[3:]}"]
+            ["ab/ab.safetensors", "ab/thesis.txt", "thesis.safetensors", f"zz/{persisted[3:]}"]
     (victim / "ab").mkdir()
-    (victim / shelved).write_bytes(b"x")
+    (victim / persisted).write_bytes(b"x")
     for place in (".tmp", "embeddings", "steps", "latents", "clips", "ledger", "steps/zz", "latents/ab"):
         out = tmp_path / place.replace("/", "-")
         (out / place).parent.mkdir(parents=True)
         (out / place).symlink_to(victim)
         assert render(capsys, manifest, out)[0] == 2, place
-        assert [path.name for path in victim.rglob("*") if path.is_file()] == [shelved.rpartition("/")[2]]
+        assert [path.name for path in victim.rglob("*") if path.is_file()] == [persisted.rpartition("/")[2]]
 
 
 def test_a_run_that_reaches_its_deadline_ends_with_4_and_the_next_night_continues(tmp_path, capsys):

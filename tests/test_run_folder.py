@@ -26,8 +26,7 @@ from dailies.actors import clip_file
 from dailies.actors.messages import Embedding
 from dailies.jobs import verify
 from dailies.model.shapes import VideoShape
-from dailies.pipeline.run import adoption, ledger
-from dailies.pipeline.run import intermediates as shelf
+from dailies.pipeline.run import adoption, intermediates, ledger
 from dailies.pipeline.run.intermediates import Seal, sealed, unsealed
 from dailies.pipeline.run.layout import LATENTS, SEAL_KEY, clip_key
 from dailies.pipeline.run.seal import VARIABLE, seal_of
@@ -396,7 +395,7 @@ def test_a_latent_that_was_found_is_used_and_the_ledger_says_so(night, whole):
 
 def test_latents_of_a_version_that_did_not_seal_are_made_again(night, whole):
     def unsealed_file(tensors, metadata, seal):
-        return shelf.pack(tensors, metadata | {"sha256": "0" * 64})
+        return intermediates.pack(tensors, metadata | {"sha256": "0" * 64})
 
     forge(night, unsealed_file, Seal())
     assert render(night, "--keep-latents")[1]["rendered"] == 1
@@ -442,7 +441,7 @@ def test_a_sealed_embedding_that_does_not_fit_is_made_again(how, tmp_path, whole
     bent = {"whole numbers": lambda rows: {"video": rows.to(torch.int32)},
             "another width": lambda rows: {"video": rows[:, :5]}, "NaN": lambda rows: {"video": rows * float("nan")},
             "two streams": lambda rows: {"video": rows, "audio": rows}}[how]
-    kept = shelf.packed
+    kept = intermediates.packed
 
     def forged(value, key, seal):
         bend = isinstance(value, Embedding)
@@ -450,8 +449,8 @@ def test_a_sealed_embedding_that_does_not_fit_is_made_again(how, tmp_path, whole
 
     folder = begin(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(shelf, "packed", forged)
-        patch.setattr("dailies.pipeline.run.intermediates.Fetch.__call__",
+        patch.setattr(intermediates, "packed", forged)
+        patch.setattr("dailies.pipeline.run.intermediates.Restore.__call__",
                       lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         code, _ = said("render", folder / "night.jsonl", "--out", folder / "out", "--model", "tiny", "--device", "cpu")
         assert code == 130 and list((folder / "out/embeddings").rglob("*.safetensors"))

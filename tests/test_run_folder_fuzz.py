@@ -20,7 +20,7 @@ from dailies.jobs import render as renders
 from dailies.pipeline.run import saved_steps as steps
 from dailies.pipeline.run.intermediates import sealed, unsealed
 from dailies.pipeline.run.layout import SEAL_KEY
-from dailies.pipeline.run.saved_steps import KeepSampled
+from dailies.pipeline.run.saved_steps import PersistSampled
 from dailies.pipeline.run.seal import seal_of
 from dailies.pipeline.store import open_store
 
@@ -39,8 +39,8 @@ def base(tmp_path_factory):
     folder = begin(tmp_path_factory.mktemp("base"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(steps, "SAVE_AFTER_S", 0.0)
-        patch.setattr(KeepSampled, "forget", lambda *_: None)
-        patch.setattr(renders, "clear_shelf", lambda *_: None)
+        patch.setattr(PersistSampled, "forget", lambda *_: None)
+        patch.setattr(renders, "clear_intermediates", lambda *_: None)
         assert render(folder, "--keep-latents")[0] == 0
     kinds = {path.relative_to(folder / "out").parts[0] for path in (folder / "out").rglob("*") if path.is_file()}
     assert kinds == {"run.json", "lease.json", "_SUCCESS.json", SEAL_KEY, "ledger", "clips", "latents", "steps",

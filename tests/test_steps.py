@@ -19,9 +19,9 @@ from dailies.model import checkpoint
 from dailies.model.samplers import euler, unipc
 from dailies.model.shapes import VideoShape
 from dailies.pipeline.run import saved_steps as steps
-from dailies.pipeline.run.intermediates import Fetch, Shelved, sealed, shelf_key, unsealed
+from dailies.pipeline.run.intermediates import Persisted, Restore, key_of_request, sealed, unsealed
 from dailies.pipeline.run.layout import LATENTS, SAVED_STEPS
-from dailies.pipeline.run.saved_steps import Halted, KeepSampled
+from dailies.pipeline.run.saved_steps import Halted, PersistSampled
 from dailies.pipeline.store import StoreError, open_store
 
 NUM_STEPS = 5
@@ -74,14 +74,14 @@ def embedding_for(denoiser, seed=1, **changes):
 
 def keep_of(denoiser, store, halt_at=None):
     """halt_at: that many steps after which it is asked to stop; 0 is before the first that is done."""
-    keep = KeepSampled(SimpleNamespace(make=lambda: denoiser), store)
+    keep = PersistSampled(SimpleNamespace(make=lambda: denoiser), store)
     asked = count()
     keep.halted = lambda: next(asked) == halt_at
     return keep
 
 
 def latents(store, embeddings):
-    return [store.get(shelf_key(LATENTS, embedding.request)) for embedding in embeddings]
+    return [store.get(key_of_request(LATENTS, embedding.request)) for embedding in embeddings]
 
 
 def folders(store):
@@ -143,8 +143,8 @@ def test_clips_of_a_batch_are_continued_in_any_other_batch(name, denoisers, tmp_
     with pytest.raises(Halted):
         keep_of(denoiser, store, halt_at=1)(embeddings[2:3])
     keep_of(denoiser, store)([embeddings[1]])
-    shelved = keep_of(denoiser, store)([embeddings[3], embeddings[0], embeddings[2]])
-    assert [value.request.seed for value in shelved] == [3, 0, 2]
+    persisted = keep_of(denoiser, store)([embeddings[3], embeddings[0], embeddings[2]])
+    assert [value.request.seed for value in persisted] == [3, 0, 2]
     assert latents(store, embeddings) == latents(straight, embeddings) and folders(store) == {LATENTS}
 
 
@@ -153,8 +153,8 @@ def test_a_clip_that_goes_on_elsewhere_says_which_processors_made_it(denoisers, 
     embedding = replace(embedding_for(denoiser), determinism=("a",))
 
     def made(store):
-        return Fetch(store).fetch(Shelved(
-            request=embedding.request, key=shelf_key(LATENTS, embedding.request))).determinism
+        return Restore(store).fetch(Persisted(
+            request=embedding.request, key=key_of_request(LATENTS, embedding.request))).determinism
 
     keep_of(denoiser, straight)([embedding])
     assert made(straight) == ("a", denoiser.determinism)
@@ -178,15 +178,15 @@ def test_what_was_saved_before_streams_had_names_is_the_video(denoisers, tmp_pat
     keep_of(denoiser, straight)([embedding])
     with pytest.raises(Halted):
         keep_of(denoiser, store, halt_at=2)([embedding])
-    key = shelf_key(SAVED_STEPS, embedding.request)
+    key = key_of_request(SAVED_STEPS, embedding.request)
     store.put(key, by_number(store.get(key), key))
     assert set(unsealed(store.get(key), key)[0]) == {"0", "1", "2", "3"}
     keep = keep_of(denoiser, store)
     keep([embedding])
     assert keep.partly and latents(store, [embedding]) == latents(straight, [embedding])
-    key = shelf_key(LATENTS, embedding.request)
+    key = key_of_request(LATENTS, embedding.request)
     store.put(key, by_number(store.get(key), key))
-    found, want = (Fetch(place).fetch(Shelved(request=embedding.request, key=key)) for place in (store, straight))
+    found, want = (Restore(place).fetch(Persisted(request=embedding.request, key=key)) for place in (store, straight))
     assert list(found.streams) == ["video"] and torch.equal(found.streams["video"], want.streams["video"])
 
 
@@ -226,7 +226,7 @@ def other_schedule(data, store, denoiser):
     embedding = embedding_for(denoiser, num_steps=NUM_STEPS + 1)
     with pytest.raises(Halted):
         keep_of(denoiser, other, halt_at=2)([embedding])
-    return other.get(shelf_key(SAVED_STEPS, embedding.request))
+    return other.get(key_of_request(SAVED_STEPS, embedding.request))
 
 
 def other_clip(data, store, denoiser):
@@ -234,7 +234,7 @@ def other_clip(data, store, denoiser):
     embedding = embedding_for(denoiser, seed=2)
     with pytest.raises(Halted):
         keep_of(denoiser, other, halt_at=2)([embedding])
-    return other.get(shelf_key(SAVED_STEPS, embedding.request))
+    return other.get(key_of_request(SAVED_STEPS, embedding.request))
 
 
 @pytest.mark.parametrize("damage", [
@@ -251,7 +251,7 @@ def test_steps_that_are_damaged_or_of_something_else_are_removed_and_the_clip_be
     keep_of(denoiser, straight)([embedding])
     with pytest.raises(Halted):
         keep_of(denoiser, store, halt_at=2)([embedding])
-    key = shelf_key(SAVED_STEPS, embedding.request)
+    key = key_of_request(SAVED_STEPS, embedding.request)
     damaged = damage(store.get(key), store, denoiser)
     assert damaged != store.get(key)
     store.put(key, damaged)
@@ -272,7 +272,7 @@ class Slow(Actor):
         self.saves, self.lookups, self.store, self.put, self.get = [], [], store, store.put, store.get
         monkeypatch.setattr(steps.time, "monotonic", lambda: self.now)
         store.put, store.get = self.slow_put, self.counted_get
-        self.keep = KeepSampled(SimpleNamespace(make=lambda: self), store)
+        self.keep = PersistSampled(SimpleNamespace(make=lambda: self), store)
 
     def slow_put(self, key, data):
         self.now += self.save_s

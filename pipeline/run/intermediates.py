@@ -1,7 +1,7 @@
-"""The shelf: what one stage made lies in the run folder until the next has used it, and only its name travels.
+"""Intermediates: what one stage made lies in the run folder until the next has used it, and only its name travels.
 
-A finished latent then survives whatever dies, and a run that is continued finds it: `Keep` around a step looks before
-it works, `Fetch` opens what was kept, `Drop` forgets a latent whose clip is published. Without them whole values
+A finished latent then survives whatever dies, and a run that is continued finds it: `Persist` around a step looks before
+it works, `Restore` opens what was kept, `Discard` forgets a latent whose clip is published. Without them whole values
 travel.
 
 Whoever can write the run folder can put anything there. Each object is sealed with the run's key (pipeline/run/seal.py),
@@ -34,7 +34,7 @@ NO_SEAL = "0" * 64                                      # in an object's place f
 SEAL = re.compile(rb'"seal":"([0-9a-f]{64})"')          # quotes in other texts of the header are escaped
 
 
-class Shelf(Protocol):
+class ObjectStore(Protocol):
     """What is needed of a store; pipeline/store/base.py says what each promises. `get` of what is absent: a KeyError."""
 
     def get(self, key: str, *, at_most: int | None = None) -> bytes: ...
@@ -49,7 +49,7 @@ class MakesStep(Protocol):
 
 
 class Damaged(ValueError):
-    """What lies on the shelf is not what was put there."""
+    """What lies in the run folder is not what was put there."""
 
 
 class Seal:
@@ -78,43 +78,43 @@ def anything(value: Embedding | Latent) -> str | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shelved:
-    """A value that waits on the shelf."""
+class Persisted:
+    """A value that waits in the run folder."""
 
     request: Request
     key: str
 
 
-class Keep(Actor):
-    """A step whose results stay on the shelf: its values in, a Shelved for each out. Works only for what is missing.
+class Persist(Actor):
+    """A step whose results stay in the run folder: its values in, a Persisted for each out. Works only for what is missing.
 
     Threads may call it side by side: while one computes, another looks for the next value or saves the last one. It
     returns when its results are saved.
     """
 
-    def __init__(self, step: MakesStep, store: Shelf, folder: str, *, seal: Seal = Seal(), fits: Fits = anything):
+    def __init__(self, step: MakesStep, store: ObjectStore, folder: str, *, seal: Seal = Seal(), fits: Fits = anything):
         """folder: EMBEDDINGS for a step that makes them, LATENTS for one that makes those."""
         self.step, self.store, self.folder, self.seal, self.fits = as_actor(step.make()), store, folder, seal, fits
         self.mine = threading.local()                   # of each thread that calls
 
-    def __call__(self, batch: list) -> list[Shelved | Failure]:
+    def __call__(self, batch: list) -> list[Persisted | Failure]:
         self.mine.notes = []
         results = [value if isinstance(value, Failure) else self.find(request_of(value)) for value in batch]
         missing = [place for place, found in enumerate(results) if found is None]
-        self.partly = any(isinstance(found, Shelved) for found in results)
+        self.partly = any(isinstance(found, Persisted) for found in results)
         if missing:
             for place, value in zip(missing, self.work([batch[place] for place in missing]), strict=True):
                 results[place] = value
         return results
 
-    def work(self, batch: list) -> list[Shelved | Failure]:
+    def work(self, batch: list) -> list[Persisted | Failure]:
         return [value if isinstance(value, Failure) else self.keep(value) for value in self.step(batch)]
 
-    def find(self, request: Request) -> Shelved | None:
+    def find(self, request: Request) -> Persisted | None:
         """Reads the whole object: the next stage could not make a damaged one again."""
-        shelved = Shelved(request=request, key=shelf_key(self.folder, request))
+        persisted = Persisted(request=request, key=key_of_request(self.folder, request))
         try:
-            opened(self.store, shelved, self.seal, self.fits)
+            opened(self.store, persisted, self.seal, self.fits)
         except KeyError:
             return None
         except Damaged as error:
@@ -122,12 +122,12 @@ class Keep(Actor):
             return None
         if self.folder == LATENTS:
             self.note(request, "its latent was found in the run folder")
-        return shelved
+        return persisted
 
-    def keep(self, value: Embedding | Latent) -> Shelved:
-        shelved = Shelved(request=value.request, key=shelf_key(self.folder, value.request))
-        self.store.put(shelved.key, packed(value, shelved.key, self.seal))
-        return shelved
+    def keep(self, value: Embedding | Latent) -> Persisted:
+        persisted = Persisted(request=value.request, key=key_of_request(self.folder, value.request))
+        self.store.put(persisted.key, packed(value, persisted.key, self.seal))
+        return persisted
 
     def note(self, request: Request, text: str) -> None:
         self.mine.notes.append((request.clip_id, text))
@@ -173,57 +173,57 @@ class Keep(Actor):
         return self.step.takes_turns
 
 
-class Fetch:
-    """Shelved in, what was kept out, on the CPU; any other value passes untouched."""
+class Restore:
+    """Persisted in, what was kept out, on the CPU; any other value passes untouched."""
 
-    def __init__(self, store: Shelf, *, seal: Seal = Seal(), fits: Fits = anything):
+    def __init__(self, store: ObjectStore, *, seal: Seal = Seal(), fits: Fits = anything):
         self.store, self.seal, self.fits = store, seal, fits
 
     def __call__(self, batch: list) -> list:
-        return [self.fetch(value) if isinstance(value, Shelved) else value for value in batch]
+        return [self.fetch(value) if isinstance(value, Persisted) else value for value in batch]
 
-    def fetch(self, shelved: Shelved) -> Embedding | Latent:
+    def fetch(self, persisted: Persisted) -> Embedding | Latent:
         """Raises the store's KeyError for what is gone. What is damaged is removed first, so that it is made again."""
         for _ in range(3):                              # somebody may be making it again at this moment
             try:
-                return opened(self.store, shelved, self.seal, self.fits)
+                return opened(self.store, persisted, self.seal, self.fits)
             except Damaged as error:
                 damage = error
-                self.store.delete(shelved.key)
+                self.store.delete(persisted.key)
         raise damage
 
 
-class Drop:
+class Discard:
     """Clips pass; the latents that those of the call before were made from are removed.
 
     One call late: where this process is killed before its answer is heard, the clip is asked for again, and without its
     latent it would be sampled again.
     """
 
-    def __init__(self, store: Shelf):
+    def __init__(self, store: ObjectStore):
         self.store = store
         self.published: list[Request] = []              # in the last call
 
     def __call__(self, batch: list[Clip | Failure]) -> list[Clip | Failure]:
         for request in self.published:
-            self.store.delete(shelf_key(LATENTS, request))
+            self.store.delete(key_of_request(LATENTS, request))
         self.published = [value.request for value in batch if isinstance(value, Clip)]
         return batch
 
 
-def clear(store: Shelf, keys: Iterable[str]) -> None:
+def clear(store: ObjectStore, keys: Iterable[str]) -> None:
     """Remove many objects: what is left of a folder when all its clips are published."""
     with ThreadPoolExecutor(CONNECTIONS) as pool:
         for _ in pool.map(store.delete, keys):
             pass
 
 
-def shelf_key(folder: str, request: Request) -> str:
+def key_of_request(folder: str, request: Request) -> str:
     """Where a request's embedding, latent or steps lie."""
     return intermediate_key(folder, request.embedding_key if folder == EMBEDDINGS else request.clip_id)
 
 
-def request_of(value: Request | Shelved | Embedding) -> Request:
+def request_of(value: Request | Persisted | Embedding) -> Request:
     return value if isinstance(value, Request) else value.request
 
 
@@ -239,26 +239,26 @@ def packed(value: Embedding | Latent, key: str, seal: Seal) -> bytes:
                             "determinism": json.dumps(value.determinism)}, seal)
 
 
-def opened(store: Shelf, shelved: Shelved, seal: Seal, fits: Fits) -> Embedding | Latent:
-    """What `packed` was given, as an answer to the request of `shelved`.  Raises Damaged; KeyError for what is gone."""
-    tensors, metadata = unsealed(read(store, shelved.key), shelved.key, seal)
-    kind = "Embedding" if shelved.key.startswith(f"{EMBEDDINGS}/") else "Latent"
+def opened(store: ObjectStore, persisted: Persisted, seal: Seal, fits: Fits) -> Embedding | Latent:
+    """What `packed` was given, as an answer to the request of `persisted`.  Raises Damaged; KeyError for what is gone."""
+    tensors, metadata = unsealed(read(store, persisted.key), persisted.key, seal)
+    kind = "Embedding" if persisted.key.startswith(f"{EMBEDDINGS}/") else "Latent"
     names = ("prompt", "negative", "image") if kind == "Embedding" else ("stream",)
     parts = {name: streams_in(name, tensors) for name in names}
     if metadata.get("kind") != kind or sum(map(len, parts.values())) != len(tensors):
-        raise Damaged(f"{shelved.key} holds no {kind}")
-    told = {name: texts_in(metadata.get(name, ""), shelved.key) for name in ("fallbacks", "determinism")}
+        raise Damaged(f"{persisted.key} holds no {kind}")
+    told = {name: texts_in(metadata.get(name, ""), persisted.key) for name in ("fallbacks", "determinism")}
     if kind == "Embedding":
         image = tuple(tensors[f"image.{place}"] for place in range(len(parts.pop("image"))))
-        value: Embedding | Latent = Embedding(request=shelved.request, **parts, image=image, **told)
+        value: Embedding | Latent = Embedding(request=persisted.request, **parts, image=image, **told)
     else:
-        value = Latent(request=shelved.request, streams=parts["stream"], **told)
+        value = Latent(request=persisted.request, streams=parts["stream"], **told)
     if wrong := fits(value):
-        raise Damaged(f"{shelved.key} is not what was asked for: {wrong}")
+        raise Damaged(f"{persisted.key} is not what was asked for: {wrong}")
     return value
 
 
-def read(store: Shelf, key: str) -> bytes:
+def read(store: ObjectStore, key: str) -> bytes:
     """Raises KeyError, and Damaged for more than there can be."""
     try:
         return store.get(key, at_most=MAX_INTERMEDIATE_BYTES)

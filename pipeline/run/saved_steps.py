@@ -1,7 +1,7 @@
 """The steps of a long clip, saved while it is sampled: whatever ends the process costs seconds of work, not the clip.
 
-`KeepSampled` is the `Keep` of a sampler. What a sampler carries from one step to the next is one object per clip,
-steps/ab/<clip_id>.safetensors, written over and over and removed when the latent is on the shelf. Who samples the
+`PersistSampled` is the `Persist` of a sampler. What a sampler carries from one step to the next is one object per clip,
+steps/ab/<clip_id>.safetensors, written over and over and removed when the latent lies there. Who samples the
 clip next, on whatever machine and in whatever batch, goes on from there, and the latent is the same to the last bit.
 """
 
@@ -21,15 +21,15 @@ from dailies.model.samplers import State, Steps, Streams
 from dailies.pipeline.run.intermediates import (
     Damaged,
     Fits,
-    Keep,
     MakesStep,
+    ObjectStore,
+    Persist,
+    Persisted,
     Seal,
-    Shelf,
-    Shelved,
     anything,
+    key_of_request,
     read,
     sealed,
-    shelf_key,
     unsealed,
 )
 from dailies.pipeline.run.layout import LATENTS, SAVED_STEPS
@@ -48,8 +48,8 @@ class Saved:
     determinism: str                                    # the class of who made the steps until here
 
 
-class KeepSampled(Keep):
-    """A sampler whose latents stay on the shelf, and whose steps do until then.
+class PersistSampled(Persist):
+    """A sampler whose latents stay in the run folder, and whose steps do until then.
 
     A save is due after SAVE_AFTER_S of work, or as much as makes the last save's seconds SAVE_SHARE of it, whichever is
     more. Where clips of a bucket take less than that in all, nothing is saved and nothing is looked for. At 720p and 5 s
@@ -58,13 +58,13 @@ class KeepSampled(Keep):
     clip that is killed there loses at most 110 s or 44 s of sampling.
     """
 
-    def __init__(self, step: MakesStep, store: Shelf, *, seal: Seal = Seal(), fits: Fits = anything):
+    def __init__(self, step: MakesStep, store: ObjectStore, *, seal: Seal = Seal(), fits: Fits = anything):
         """step: makes a Denoiser."""
         super().__init__(step, store, LATENTS, seal=seal, fits=fits)
         self.save_s = 0.0                               # what the last save took
         self.clip_s: dict[str, float] = {}            # by bucket, what a clip took lately from noise to latent
 
-    def work(self, batch: list[Embedding]) -> list[Shelved | Failure]:
+    def work(self, batch: list[Embedding]) -> list[Persisted | Failure]:
         """Clips that stand at the same step go on together. Raises Halted."""
         saved = [self.saved(embedding.request) for embedding in batch]
         self.partly = self.partly or any(saved)
@@ -78,7 +78,7 @@ class KeepSampled(Keep):
                 results[place] = value
         return results
 
-    def sample(self, batch: list[Embedding], saved: list[Saved | None]) -> list[Shelved | Failure]:
+    def sample(self, batch: list[Embedding], saved: list[Saved | None]) -> list[Persisted | Failure]:
         request, began, waited_s = batch[0].request, time.monotonic(), self.lock.waited_s
         steps = SavedSteps(self, [embedding.request for embedding in batch], saved)
         try:
@@ -102,13 +102,13 @@ class KeepSampled(Keep):
 
     def forget(self, steps: "SavedSteps") -> None:
         for request in steps.on_shelf:
-            self.store.delete(shelf_key(SAVED_STEPS, request))
+            self.store.delete(key_of_request(SAVED_STEPS, request))
 
     def saved(self, request: Request) -> Saved | None:
         """Where the clip stands; None: at the start. What is of no use is removed."""
         if self.clip_s.get(request.bucket, math.inf) < SAVE_AFTER_S:
             return None
-        key = shelf_key(SAVED_STEPS, request)
+        key = key_of_request(SAVED_STEPS, request)
         try:
             found = self.opened(request, *unsealed(read(self.store, key), key, self.seal))
         except KeyError:
@@ -133,7 +133,7 @@ class KeepSampled(Keep):
 
     def save(self, request: Request, step: int, state: Sequence[Streams], before: Saved | None) -> None:
         """before: where the clip stood when it was begun here."""
-        key = shelf_key(SAVED_STEPS, request)
+        key = key_of_request(SAVED_STEPS, request)
         tensors = {f"{place}.{name}": stream.cpu() for place, streams in enumerate(state)
                    for name, stream in streams.items()}
         determinism = after(before, self.step.determinism)
@@ -144,7 +144,7 @@ class KeepSampled(Keep):
 class SavedSteps(Steps):
     """One run of the sampler, over clips that stand at the same step."""
 
-    def __init__(self, keeper: KeepSampled, requests: list[Request], saved: list[Saved | None]):
+    def __init__(self, keeper: PersistSampled, requests: list[Request], saved: list[Saved | None]):
         self.keeper, self.requests, self.saved = keeper, requests, saved
         self.begun = saved[0].step if saved[0] else 0
         self.on_shelf = requests if self.begun else []

@@ -30,9 +30,9 @@ from dailies.model.card import ModelCard
 from dailies.model.runtime import Runtime
 from dailies.model.samplers import Clips, Steps, each
 from dailies.model.wan.decoder import to_uint8
-from dailies.pipeline.run.intermediates import Shelved
+from dailies.pipeline.run.intermediates import Persisted
 from dailies.pipeline.run.lease import process_start
-from dailies.pipeline.run.saved_steps import KeepSampled
+from dailies.pipeline.run.saved_steps import PersistSampled
 from tests.chaos.losses import find_no_memory, meets
 
 PIECE_S = 0.02                          # sampling is so many sleeps, each noted when it begins
@@ -148,17 +148,17 @@ class FakeDecoder(Decoder):
         return Frames(request=request, rgb=rgb, fallbacks=latent.fallbacks)
 
 
-class NotedKeep(KeepSampled):
+class NotedKeep(PersistSampled):
     """And a note of each latent that is safe: from there on nobody may sample it again."""
 
     def __init__(self, *, script: Script, **options):
         self.script = script
         super().__init__(**options)
 
-    def keep(self, latent: Latent) -> Shelved:
-        shelved = super().keep(latent)
+    def keep(self, latent: Latent) -> Persisted:
+        persisted = super().keep(latent)
         self.script.note("kept", clip=latent.request.clip_id)
-        return shelved
+        return persisted
 
 
 class NotedWriter(ClipWriter):

@@ -23,7 +23,7 @@ def put_fakes_in(script: fakes.Script) -> None:
     recipe.TextEncoder = partial(fakes.FakeEncoder, script=script)
     recipe.Decoder = partial(fakes.FakeDecoder, script=script)
     recipe.Denoiser = partial(fakes.FakeDenoiser, script=script)
-    recipe.KeepSampled = partial(fakes.NotedKeep, script=script)
+    recipe.PersistSampled = partial(fakes.NotedKeep, script=script)
     recipe.ClipWriter = partial(fakes.NotedWriter, script=script)
     recipe.ENCODED_AHEAD = script.ahead
     recipe.OVERLAP["cpu"] = recipe.OVERLAP["cuda" if script.overlap else "cpu"]

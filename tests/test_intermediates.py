@@ -1,4 +1,4 @@
-"""What a stage made waits on the shelf: whole, found again, made anew where it is damaged."""
+"""What a stage made waits in the run folder: whole, found again, made anew where it is damaged."""
 
 import pickle
 import threading
@@ -13,7 +13,7 @@ from dailies.actors.actor import Actor
 from dailies.actors.device_lock import DeviceLock
 from dailies.actors.messages import Clip, Embedding, Failure, Latent, Request
 from dailies.model.shapes import VideoShape
-from dailies.pipeline.run.intermediates import Drop, Fetch, Keep, clear, shelf_key
+from dailies.pipeline.run.intermediates import Discard, Persist, Restore, clear, key_of_request
 from dailies.pipeline.run.layout import EMBEDDINGS, LATENTS
 from dailies.pipeline.stages import Stage, Step, run_local
 from dailies.pipeline.store import NotFound, open_store
@@ -76,9 +76,9 @@ def stages(store, sampler=None, kept=True):
     if not kept:
         return [Stage(name="encode", steps=(Step(actor=Encoder),)), Stage(name="sample", steps=(sampler,)),
                 Stage(name="publish", steps=(Step(actor=Writer),))]
-    fetch = Step(actor=Fetch, args={"store": store})
-    encode = Step(actor=Keep, args=dict(step=Step(actor=Encoder), store=store, folder=EMBEDDINGS))
-    sample = Step(actor=Keep, args=dict(step=sampler, store=store, folder=LATENTS))
+    fetch = Step(actor=Restore, args={"store": store})
+    encode = Step(actor=Persist, args=dict(step=Step(actor=Encoder), store=store, folder=EMBEDDINGS))
+    sample = Step(actor=Persist, args=dict(step=sampler, store=store, folder=LATENTS))
     return [Stage(name="encode", steps=(encode,)), Stage(name="sample", steps=(fetch, sample)),
             Stage(name="publish", steps=(fetch, Step(actor=Writer)))]
 
@@ -113,25 +113,25 @@ def test_a_second_run_finds_everything_and_works_for_nothing(store):
 
 
 def test_only_a_small_reference_crosses_and_values_come_back_bit_for_bit(store):
-    keep, fetch = Keep(Step(actor=Encoder), store, EMBEDDINGS), Fetch(store)
+    keep, fetch = Persist(Step(actor=Encoder), store, EMBEDDINGS), Restore(store)
     value, = Encoder()([request(7)])
-    shelved, = keep([request(7)])
-    assert len(pickle.dumps(shelved)) < 2000
-    found, = fetch([shelved])
+    persisted, = keep([request(7)])
+    assert len(pickle.dumps(persisted)) < 2000
+    found, = fetch([persisted])
     for mine, theirs in ((value.prompt, found.prompt), (value.negative, found.negative)):
         assert same_streams(mine, theirs)
 
     latent = Sampler().sample(value)
-    found, = fetch(Keep(Step(actor=Sampler), store, LATENTS)([value]))
+    found, = fetch(Persist(Step(actor=Sampler), store, LATENTS)([value]))
     assert found.fallbacks == latent.fallbacks == ("attention=dense", "steps=ü")
     assert found.determinism == latent.determinism == ("a cpu", "a gpu")
     assert same_streams(latent.streams, found.streams)
 
 
 def test_requests_that_share_an_embedding_each_get_it_as_their_own(store):
-    keep, fetch = Keep(Step(actor=Encoder), store, EMBEDDINGS), Fetch(store)
-    shelved, = keep([request(1)])
-    assert fetch([replace(shelved, request=request(2))])[0].request == request(2)
+    keep, fetch = Persist(Step(actor=Encoder), store, EMBEDDINGS), Restore(store)
+    persisted, = keep([request(1)])
+    assert fetch([replace(persisted, request=request(2))])[0].request == request(2)
     RUNS.clear()
     assert [value.request.seed for value in keep([request(3), request(4)])] == [3, 4]
     assert RUNS == []
@@ -140,9 +140,9 @@ def test_requests_that_share_an_embedding_each_get_it_as_their_own(store):
 @pytest.mark.parametrize("how", ["truncated", "flipped", "empty", "noise", "header"])
 def test_what_is_damaged_is_made_again(store, how):
     first = render(stages(store), [request(1)])
-    damage(store, shelf_key(LATENTS, request(1)), how)
+    damage(store, key_of_request(LATENTS, request(1)), how)
     if how != "header":                                 # an embedding has no fallbacks to change
-        damage(store, shelf_key(EMBEDDINGS, request(1)), how)
+        damage(store, key_of_request(EMBEDDINGS, request(1)), how)
     assert render(stages(store), [request(1)]) == first
     assert ("sample", 1) in RUNS and (how == "header" or ("encode", "a red circle") in RUNS)
     assert render(stages(store), [request(1)]) == first and RUNS == []
@@ -150,36 +150,36 @@ def test_what_is_damaged_is_made_again(store, how):
 
 def test_a_latent_under_anothers_name_is_not_taken(store):
     render(stages(store), [request(1)])
-    store.put(shelf_key(LATENTS, request(2)), store.get(shelf_key(LATENTS, request(1))))
+    store.put(key_of_request(LATENTS, request(2)), store.get(key_of_request(LATENTS, request(1))))
     render(stages(store), [request(2)])
     assert ("sample", 2) in RUNS
 
 
 def test_what_is_lost_between_two_stages_is_said_to_be_lost(store):
-    shelved, = Keep(Step(actor=Encoder), store, EMBEDDINGS)([request(1)])
-    damage(store, shelved.key, "flipped")
+    persisted, = Persist(Step(actor=Encoder), store, EMBEDDINGS)([request(1)])
+    damage(store, persisted.key, "flipped")
     with pytest.raises(NotFound):
-        Fetch(store)([shelved])
-    assert store.head(shelved.key) is None              # so that the first stage does not find it
+        Restore(store)([persisted])
+    assert store.head(persisted.key) is None              # so that the first stage does not find it
 
 
 def test_failures_pass_untouched_and_are_not_kept(store):
     sampler = {"fail_on": 2}
     values = render(stages(store, sampler), [request(seed) for seed in range(1, 4)])
     assert [type(value) for value in values] == [Clip, Failure, Clip]
-    assert store.head(shelf_key(LATENTS, request(2))) is None
+    assert store.head(key_of_request(LATENTS, request(2))) is None
     failure = values[1]
-    assert Fetch(store)([failure]) == [failure] and Drop(store)([failure]) == [failure]
-    assert Keep(Step(actor=Encoder), store, EMBEDDINGS)([failure, request(1)])[0] is failure
+    assert Restore(store)([failure]) == [failure] and Discard(store)([failure]) == [failure]
+    assert Persist(Step(actor=Encoder), store, EMBEDDINGS)([failure, request(1)])[0] is failure
 
 
 def test_latents_go_when_their_clips_are_published_and_the_rest_at_the_end(store):
     clips = render(stages(store), [request(1), request(2)])
-    drop = Drop(store)
+    drop = Discard(store)
     assert drop(clips[:1]) == clips[:1]
-    assert store.head(shelf_key(LATENTS, request(1))) is not None       # its answer may not have been heard yet
+    assert store.head(key_of_request(LATENTS, request(1))) is not None       # its answer may not have been heard yet
     assert drop(clips[1:]) == clips[1:]
-    assert [info.key for info in store.list(f"{LATENTS}/")] == [shelf_key(LATENTS, request(2))]
+    assert [info.key for info in store.list(f"{LATENTS}/")] == [key_of_request(LATENTS, request(2))]
     for folder in (EMBEDDINGS, LATENTS):
         clear(store, (info.key for info in store.list(f"{folder}/")))
     assert list(store.list()) == []
@@ -191,7 +191,7 @@ def test_while_a_latent_is_saved_the_next_is_sampled_and_its_answer_waits_for_it
     put = store.put
 
     def slow_put(key, data):
-        if key == shelf_key(LATENTS, request(1)):
+        if key == key_of_request(LATENTS, request(1)):
             assert began[2].wait(60) and not answers
         put(key, data)
 
@@ -202,7 +202,7 @@ def test_while_a_latent_is_saved_the_next_is_sampled_and_its_answer_waits_for_it
                 return super().__call__(batch)
 
     store.put = slow_put
-    keep = Keep(SimpleNamespace(make=Turns), store, LATENTS)
+    keep = Persist(SimpleNamespace(make=Turns), store, LATENTS)
     keep.lock = DeviceLock()
     embeddings = Encoder()([request(1), request(2)])
     with ThreadPoolExecutor(2) as threads:
@@ -210,9 +210,9 @@ def test_while_a_latent_is_saved_the_next_is_sampled_and_its_answer_waits_for_it
         assert began[1].wait(60)
         second = threads.submit(keep, embeddings[1:])
         answers += first.result()
-        assert store.get(answers[0].key) and second.result()[0].key == shelf_key(LATENTS, request(2))
+        assert store.get(answers[0].key) and second.result()[0].key == key_of_request(LATENTS, request(2))
 
 
 def test_keep_tells_the_device_of_its_step(store):
-    assert Keep(Step(actor=Encoder), store, EMBEDDINGS).device == "cpu"
-    assert Keep(Step(actor=Sampler), store, LATENTS).device == ""
+    assert Persist(Step(actor=Encoder), store, EMBEDDINGS).device == "cpu"
+    assert Persist(Step(actor=Sampler), store, LATENTS).device == ""
