@@ -72,7 +72,8 @@ class ClipWriter:
 
     def __init__(self, store: ClipStore, key_of: Callable[[str], str], audio_rate: int = 48_000,
                  spoilt: Mapping[str, str] = {}):
-        """key_of: where a clip of this clip_id lies in the store.  spoilt: clip_id -> SHA-256 of a file under its name that is known not to be what was published.
+        """key_of: where a clip of this clip_id lies in the store.  spoilt: clip_id -> SHA-256 of a file under its name
+        that is known not to be what was published.
 
         Raises av.codec.codec.UnknownCodecError where this PyAV cannot write such a clip.
         """

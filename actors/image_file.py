@@ -1,7 +1,8 @@
 """Image files as people have them: PNG, JPEG and WebP, sideways, grey, transparent, or broken.
 
 `examine` is for the plan, which meets 100,000 of them: it reads the header and looks where the file ends, and decodes
-no pixel. `decode` is for the worker. Its work is bounded: pixels, and how often a scan passes over them (image_parts.py).
+no pixel. `decode` is for the worker. Its work is bounded: pixels, and how often a scan passes over them
+(image_parts.py).
 """
 
 from dataclasses import dataclass
@@ -104,8 +105,10 @@ def damage(error: Exception) -> str:
 def image_kind(data: bytes) -> str:
     """What a file that is no image of ours is, by its first bytes, without showing any."""
     known = {b"GIF8": "a GIF image", b"BM": "a BMP image", b"II*\0": "a TIFF image", b"MM\0*": "a TIFF image",
-             b"%PDF": "a PDF", b"PK\3\4": "a ZIP archive", b"\x1f\x8b": "a gzip file", b"\x28\xb5\x2f\xfd": "a zstd file",
-             b"PAR1": "a Parquet file", b"\x89PNG": "a damaged PNG", b"\xff\xd8": "a damaged JPEG", b"RIFF": "a RIFF file"}
+             b"%PDF": "a PDF", b"PK\3\4": "a ZIP archive", b"\x1f\x8b": "a gzip file",
+             b"\x28\xb5\x2f\xfd": "a zstd file",
+             b"PAR1": "a Parquet file", b"\x89PNG": "a damaged PNG", b"\xff\xd8": "a damaged JPEG",
+             b"RIFF": "a RIFF file"}
     for magic, name in known.items():
         if data.startswith(magic):
             return name

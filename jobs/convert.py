@@ -121,7 +121,8 @@ def found_parts(card: ModelCard, path: Path) -> tuple[Layout, list[FoundPart]]:
         return one_part(card, path)
     found = []
     for layout in card.layouts:
-        parts = [FoundPart(kind=kind, place=place, target=target, source=source) for kind, place, target in wanted(layout)
+        parts = [FoundPart(kind=kind, place=place, target=target, source=source)
+                 for kind, place, target in wanted(layout)
                  if (source := source_of(path, target))]
         found.append((layout, parts))
     layout, parts = max(found, key=lambda option: len(option[1]))
@@ -147,7 +148,8 @@ def one_part(card: ModelCard, path: Path) -> tuple[Layout, list[FoundPart]]:
     names = [name for name, _ in published_tensors(path)]
     known = [part for part in options[0] if not keys.table_of(names, described(card, part.kind).tables).unknown(names)]
     # of two experts the file's name may say which: wan2.2_t2v_high_noise_14B_fp16.safetensors
-    noise = [part for part in known if part.kind == "dit" and re.search(rf"(?i)(?<![a-z]){EXPERTS[part.place]}(?![a-z])", stem)]
+    noise = [part for part in known if part.kind == "dit"
+             and re.search(rf"(?i)(?<![a-z]){EXPERTS[part.place]}(?![a-z])", stem)]
     known = noise if len(known) > 1 and len(noise) == 1 else known
     if len(known) != 1:
         raise UsageError(f"{path} is " + ("none" if not known else "one of several") + f" of the parts of {card.name}: "
@@ -182,7 +184,8 @@ def published_tensors(path: Path, room: Path | None = None) -> Iterator[tuple[st
     if path.name.removesuffix(INDEX).endswith(PICKLES) and path.name.endswith(INDEX):
         index = weight_map(path, PICKLES)
         for shard in sorted(set(index.values())):
-            yield from ((name, tensor) for name, tensor in published_tensors(path.with_name(shard), room) if index.get(name) == shard)
+            yield from ((name, tensor) for name, tensor in published_tensors(path.with_name(shard), room)
+                        if index.get(name) == shard)
         return
     if path.suffix not in PICKLES:
         yield from checkpoint.views(checkpoint.stored_tensors(path))
@@ -204,7 +207,8 @@ def unpickle(path: Path, target: Path) -> None:
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     with open(target, "wb", opener=lambda name, _: os.open(name, flags, 0o600)) as made, \
             tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors, sandbox.undumpable():
-        child = subprocess.run([sys.executable, sandbox.__file__, "dailies.jobs.unpickle", path.absolute(), str(made.fileno())],
+        child = subprocess.run([sys.executable, sandbox.__file__, "dailies.jobs.unpickle", path.absolute(),
+                                str(made.fileno())],
                                env=environment, cwd=target.parent, stdin=subprocess.DEVNULL, stdout=out, stderr=errors,
                                pass_fds=[made.fileno()], start_new_session=True)
         said, complaint = (end_of_text(file) for file in (out, errors))
@@ -222,7 +226,8 @@ def child_environment(home: Path) -> dict[str, str]:
     kept = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     libraries = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep)
                  if Path(entry).name in ("site-packages", "dist-packages")]
-    if site.ENABLE_USER_SITE:                           # what pip install --user has put below the home, which is another
+    # what pip install --user has put below the home, which is another
+    if site.ENABLE_USER_SITE:
         kept["PYTHONUSERBASE"] = site.getuserbase()
     return kept | {"HOME": str(home), "PYTHONPATH": os.pathsep.join([str(HOME), *libraries]), "PYTHONSAFEPATH": "1",
                    # a thread for each of many cores takes memory, of which there is little, and reading needs none
@@ -319,8 +324,8 @@ def described(card: ModelCard, kind: str) -> ModelPart:
 
 
 def refuse_links_out(parts: list[FoundPart], path: Path) -> None:
-    """Raises CheckpointError where a folder's weights are links to what lies elsewhere. A file that was named itself may
-    be a link, but not the shards that it names.
+    """Raises CheckpointError where a folder's weights are links to what lies elsewhere. A file that was named itself
+    may be a link, but not the shards that it names.
     """
     for part in parts:
         files = [part.source] if path.is_dir() else []
@@ -339,7 +344,8 @@ def small_files(layout: Layout, folder: Path) -> dict[str, bytes]:
     Raises CheckpointError for what is no regular file in that folder, larger than such files are, or not of its kind.
     """
     found = {}
-    for part in (*filter(None, [layout.tokenizer]), *(part for part in layout.parts if not part.endswith(".safetensors"))):
+    for part in (*filter(None, [layout.tokenizer]),
+                 *(part for part in layout.parts if not part.endswith(".safetensors"))):
         beside = sorted(file.name for file in (folder / part).glob("*")
                         if file.suffix in SMALL_KINDS and not file.name.endswith(INDEX))
         if others := [name for name in beside if name not in COPIED]:

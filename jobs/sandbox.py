@@ -1,4 +1,5 @@
-"""Runs a module of this repository where it has little to steal and less to break: python jobs/sandbox.py MODULE SOURCE FD
+"""Runs a module of this repository where it has little to steal and less to break: python jobs/sandbox.py MODULE SOURCE
+FD
 
 A script and not a module: it shuts itself in before anything else is imported, so that no thread is left outside. What
 it shuts, where the kernel can (Linux): files but SOURCE, Python and libraries (Landlock); opening any file to write,
@@ -83,7 +84,8 @@ def enter_sandbox(source: Path, packages: Iterable[Path]) -> list[str]:
     call(libc.prctl, PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     drop_capabilities(libc)
     missing = []
-    for shut, sentence in ((lambda: landlock(libc, source, packages), NO_LANDLOCK), (lambda: seccomp(libc), NO_SECCOMP)):
+    for shut, sentence in ((lambda: landlock(libc, source, packages), NO_LANDLOCK),
+                           (lambda: seccomp(libc), NO_SECCOMP)):
         try:
             shut()
         except OSError as error:
@@ -144,7 +146,8 @@ def readable_paths(source: Path, packages: Iterable[Path]) -> Iterator[tuple[Pat
         yield folder, everything
     for prefix in {Path(prefix) for prefix in (sys.prefix, sys.base_prefix, sys.exec_prefix, sys.base_exec_prefix)}:
         yield from ((prefix / part, everything) for part in ("lib", "lib64", "pyvenv.cfg"))
-    yield from ((Path(entry), everything) for entry in sys.path if Path(entry).name in ("site-packages", "dist-packages"))
+    yield from ((Path(entry), everything) for entry in sys.path
+                if Path(entry).name in ("site-packages", "dist-packages"))
     yield from ((Path(entry), everything) for entry in os.environ.get("LD_LIBRARY_PATH", "").split(":") if entry)
     for name in ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/usr/local/cuda", "/etc/ld.so.cache",
                  "/etc/localtime", "/usr/share/zoneinfo", "/proc/self", "/proc/cpuinfo", "/proc/meminfo", "/proc/stat",
@@ -164,7 +167,8 @@ def seccomp(libc: ctypes.CDLL) -> None:
 
 
 def filter_of(architecture: int, column: int) -> Iterator[bytes]:
-    """A BPF program of 8 bytes a step. It reads struct seccomp_data: call at 0, architecture at 4, arguments from 16."""
+    """A BPF program of 8 bytes a step. It reads struct seccomp_data: call at 0, architecture at 4, arguments from
+    16."""
     load, equal, at_least, any_bit, answer = 0x20, 0x15, 0x35, 0x45, 0x06
     allow, deny, absent, kill = 0x7FFF0000, 0x00050000 | EPERM, 0x00050000 | ENOSYS, 0x80000000
 

@@ -1,8 +1,8 @@
 """Reads one pickle of weights and writes its tensors as safetensors: jobs/sandbox.py runs it, convert.py starts that.
 
 A program of its own, so that a pickle is opened only where there is nothing to steal or to break: its environment has
-no credentials, its home is empty, and the kernel shuts it in. weights_only comes first: nothing in the pickle is to run.
-Exits with 2 and one line on standard error for what is no table of tensors.
+no credentials, its home is empty, and the kernel shuts it in. weights_only comes first: nothing in the pickle is to
+run. Exits with 2 and one line on standard error for what is no table of tensors.
 """
 
 import os

@@ -141,9 +141,11 @@ def check_twins(stored: Mapping[str, StoredTensor], found: Mapping[str, StoredTe
         same = (twin.dtype, twin.shape) == (tensor.dtype, tensor.shape)
         one, other = (tensor for _, tensor in views({"one": twin, "other": tensor})) if same else (None, None)
         # in pieces, and as bytes: NaN is not equal to itself
-        if not same or not all(torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)) for a, b in
+        if not same or not all(torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+                               for a, b in
                                zip(one.reshape(-1).split(TWIN_NUMBERS), other.reshape(-1).split(TWIN_NUMBERS))):
-            raise CheckpointError(f"{where}: {twin.name} and {name} are two names of one tensor, and hold different values. "
+            raise CheckpointError(f"{where}: {twin.name} and {name} are two names of one tensor, and hold different "
+                                  "values. "
                                   "Fetch it again, or keep the one that is right")
 
 
@@ -207,7 +209,8 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
                 raise CheckpointError(f"{path} is a pickle, which can run code; only safetensors are read. "
                                       f"Convert once: dailies convert {path} --model NAME --to FOLDER")
             if start[:4] == b"GGUF":
-                raise CheckpointError(f"{path} is a GGUF file, quantised for llama.cpp and ComfyUI; only safetensors are "
+                raise CheckpointError(f"{path} is a GGUF file, quantised for llama.cpp and ComfyUI; only safetensors "
+                                      "are "
                                       "read. Fetch the model's .safetensors instead")
             if not fits and header_bytes <= file_bytes - 8:
                 raise bad(f"its header announces {header_bytes:,} bytes, and {MAX_HEADER_BYTES:,} are allowed")

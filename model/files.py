@@ -62,7 +62,8 @@ def read_small(path: Path, at_most: int, inside: Path | None = None) -> bytes:
             refuse_outside(file, path, inside)
         data = file.read(at_most + 1)
     if len(data) > at_most:
-        raise CheckpointError(f"{path} is longer than the {at_most:,} bytes that such a file may have; is it another one?")
+        raise CheckpointError(f"{path} is longer than the {at_most:,} bytes that such a file may have; is it another "
+                              "one?")
     return data
 
 
@@ -88,7 +89,8 @@ def refuse_outside(file: BinaryIO, path: Path, folder: Path) -> None:
     folder = folder.resolve()
     blobs = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else None
     if not real.is_relative_to(folder) and not (real.parent == blobs and BLOB.fullmatch(real.name)):
-        raise CheckpointError(f"{path} is a link, or lies behind one, that leads out of {folder}; what it leads to is not "
+        raise CheckpointError(f"{path} is a link, or lies behind one, that leads out of {folder}; what it leads to is "
+                              "not "
                               "published. Put the file itself there (cp -L)")
 
 

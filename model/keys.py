@@ -41,7 +41,8 @@ PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "module.", "
 
 
 def table_of(stored: Iterable[str], tables: Iterable[KeyTable]) -> KeyTable:
-    """The table that knows most of the names; where all have one of the prefixes that tools put before them, with it."""
+    """The table that knows most of the names; where all have one of the prefixes that tools put before them, with
+    it."""
     stored, tables = list(stored), list(tables)
     every = [prefix for prefix in PREFIXES if stored and all(name.startswith(prefix) for name in stored)]
     tables += [table.prefixed(prefix) for prefix in every for table in tables]

@@ -62,7 +62,8 @@ class T5TextEncoder:
         """Raises CheckpointError where the tokenizer has pieces that the encoder has no row for."""
         rows = self.model.config.vocab_size
         if self.tokenizer.largest >= rows:
-            raise CheckpointError(f"{name}: its tokenizer has a piece {self.tokenizer.largest}, and its text encoder {rows} "
+            raise CheckpointError(f"{name}: its tokenizer has a piece {self.tokenizer.largest}, and its text encoder "
+                                  f"{rows} "
                                   "rows: they are not of one model. Fetch both from one repository")
         return self
 

@@ -37,10 +37,12 @@ STEPS_KNOWN: dict[str, dict[str, tuple[set[str], int]]] = {
     "normalizer": {
         "NFC": (set(), 4), "NFD": (set(), 4), "NFKC": (set(), GROWN), "NFKD": (set(), GROWN), "Nmt": (set(), 1),
         "Lowercase": (set(), 3), "Strip": ({"strip_left", "strip_right"}, 1), "StripAccents": (set(), 1),
-        "Prepend": ({"prepend"}, 1), "Precompiled": ({"precompiled_charsmap"}, 1), "Replace": ({"pattern", "content"}, 1),
+        "Prepend": ({"prepend"}, 1), "Precompiled": ({"precompiled_charsmap"}, 1),
+        "Replace": ({"pattern", "content"}, 1),
         "BertNormalizer": ({"clean_text", "handle_chinese_chars", "strip_accents", "lowercase"}, 36)},
     "pre_tokenizer": {
-        "Metaspace": ({"replacement", "prepend_scheme", "split", "add_prefix_space", "str_rep"}, 2), "Whitespace": (set(), 1),
+        "Metaspace": ({"replacement", "prepend_scheme", "split", "add_prefix_space", "str_rep"}, 2),
+        "Whitespace": (set(), 1),
         "WhitespaceSplit": (set(), 1), "Punctuation": ({"behavior"}, 1), "Digits": ({"individual_digits"}, 1),
         "UnicodeScripts": (set(), 1), "BertPreTokenizer": (set(), 1), "CharDelimiterSplit": ({"delimiter"}, 1),
         "Split": ({"pattern", "behavior", "invert"}, 1)},
@@ -64,7 +66,8 @@ class Tokenizer:
             # asked of the table: a dictionary of umT5's pieces takes the library two seconds
             vocabulary = said["model"]["vocab"]
             added = [self.made.token_to_id(token["content"]) for token in said["added_tokens"] or ()]
-            self.largest = max(max(vocabulary.values(), default=0) if isinstance(vocabulary, dict) else len(vocabulary) - 1,
+            self.largest = max(max(vocabulary.values(), default=0) if isinstance(vocabulary, dict)
+                               else len(vocabulary) - 1,
                                *added)
         if self.end is None or self.ids("") != [self.end] or self.ids("a")[-1:] != [self.end]:
             raise CheckpointError(f"{self.where} must put {END} behind a text, as T5's and umT5's do; it makes "
@@ -79,7 +82,8 @@ class Tokenizer:
             steps = self.made.normalizer
             # before it is cut into pieces, which is what takes long
             if steps is not None and (grown := len(steps.normalize_str(text))) > GROWN * len(text) + 4 * ADDED_CHARS:
-                raise ValueError(f"its normalizer makes {grown:,} characters of {len(text):,}; Unicode makes {GROWN} of one "
+                raise ValueError(f"its normalizer makes {grown:,} characters of {len(text):,}; Unicode makes {GROWN} "
+                                 "of one "
                                  "at most")
             ids = self.made.encode(text).ids
         return ids if at_most is None or len(ids) <= at_most else [*ids[:at_most - 1], self.end]
@@ -107,7 +111,8 @@ class quietly:
 
 
 def read_tokenizer(folder: Path, name: str) -> dict[str, Any]:
-    """The table that a tokenizer is made of, without what only matters when ids become text.  Raises CheckpointError."""
+    """The table that a tokenizer is made of, without what only matters when ids become text.  Raises
+    CheckpointError."""
     config = folder / "tokenizer_config.json"
     if not (folder / FILE).exists() and (folder / "spiece.model").exists():
         raise CheckpointError(f"{name}: {folder} does not hold a tokenizer.json, only a spiece.model, of which others "
@@ -121,7 +126,8 @@ def read_tokenizer(folder: Path, name: str) -> dict[str, Any]:
         check_added(said.get("added_tokens") or [])
         longer = math.prod(check_steps(part, said.get(part)) for part in STEPS_KNOWN)
         if longer > LONGEST:
-            raise ValueError(f"its steps could make {longer:,} characters of one, where {LONGEST:,} are allowed: a text "
+            raise ValueError(f"its steps could make {longer:,} characters of one, where {LONGEST:,} are allowed: a "
+                             "text "
                              "becomes longer again and again")
         # which the library normalizes, each one, when it reads the file
         if longer * sum(len(token["content"]) for token in said.get("added_tokens") or []
@@ -141,7 +147,8 @@ def read_tokenizer(folder: Path, name: str) -> dict[str, Any]:
 def refuse_code(said: Any, path: Path) -> None:
     """Raises CheckpointError for a table that names Python files to be run (auto_map)."""
     if isinstance(said, Mapping) and "auto_map" in said:
-        raise CheckpointError(f"{path} has auto_map: it names code beside it that is to be run. dailies runs no code of "
+        raise CheckpointError(f"{path} has auto_map: it names code beside it that is to be run. dailies runs no code "
+                              "of "
                               "a weights folder; if you trust the rest of it, remove auto_map from the file")
 
 

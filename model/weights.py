@@ -79,7 +79,8 @@ def complain_about_missing(card: ModelCard, folder: Path) -> None:
     ggufs = [name for name in there if name.endswith(".gguf")]
     advice = ""
     if others:
-        advice = (f". There is {listed(others)}, by other names than this model's: dailies convert FILE --model {card.name} "
+        advice = (f". There is {listed(others)}, by other names than this model's: dailies convert FILE --model "
+                  f"{card.name} "
                   "--to FOLDER for each of them gives it its place there")
     elif ggufs:
         advice = f". There is {listed(ggufs)}, quantised for llama.cpp and ComfyUI: fetch the .safetensors files instead"

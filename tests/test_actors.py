@@ -79,7 +79,8 @@ def test_a_prompt_that_does_not_fit_is_cut_and_the_clip_says_so(encoder, denoise
 def test_every_step_of_the_course_equals_the_release(encoder, denoiser):
     golden = Golden("linum_e2e_a")
     embedding, = encoder([e2e_request()])
-    prompt, negative = (denoiser.sampler.dit.embed_text([text["video"]]) for text in (embedding.prompt, embedding.negative))
+    prompt, negative = (denoiser.sampler.dit.embed_text([text["video"]])
+                        for text in (embedding.prompt, embedding.negative))
     guide, x = denoiser.sampler.guide(7.0), golden.inputs["noise"]
     sigmas = Golden("flow_schedule_a").outputs["sigmas.4"]
     for step in range(4):

@@ -369,7 +369,8 @@ def published(table):
     return names | {"encoder.embed_tokens.weight"} if table is keys.T5 else names
 
 
-@pytest.mark.parametrize("table", [linum_keys.LINUM, wan_keys.WAN_VAE, wan_keys.WAN_VAE_DIFFUSERS, keys.T5], ids=lambda t: t.name)
+@pytest.mark.parametrize("table", [linum_keys.LINUM, wan_keys.WAN_VAE, wan_keys.WAN_VAE_DIFFUSERS, keys.T5],
+                         ids=lambda t: t.name)
 def test_every_rule_of_a_key_table_is_used_and_leads_back(table):
     names = published(table)
     assert table.unknown(names) == []

@@ -248,7 +248,8 @@ def test_a_ray_that_was_not_tried_with_is_told_of_and_one_that_lacks_a_private_n
     assert "Ray 2.99.1 is not one that dailies was tested with" in ray_private.unknown_version()
     script = ("import ray, sys\nsys.modules['ray._private.authentication.authentication_token_setup'] = None\n"
               "from dailies.pipeline.scheduler.executor import ClusterError\n"
-              "try:\n    from dailies.pipeline.scheduler import cluster\nexcept ClusterError as error:\n    print(error)")
+              "try:\n    from dailies.pipeline.scheduler import cluster\nexcept ClusterError as error:\n    "
+              "print(error)")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
     assert "dailies does not know it: " in done.stdout and "pip install 'ray[default]==" in done.stdout
 

@@ -72,7 +72,8 @@ def vae_pair(seed, folder):
     vae = ours(lambda: WanVAE(WanVAEConfig(width=width)), theirs, folder)
     if seed % 2:
         checkpoint.save(folder / "original.safetensors", checkpoint.released_state(vae, wan_keys.WAN_VAE))
-        vae = checkpoint.build(lambda: WanVAE(WanVAEConfig(width=width)), folder / "original.safetensors", wan_keys.WAN_VAE,
+        vae = checkpoint.build(lambda: WanVAE(WanVAEConfig(width=width)), folder / "original.safetensors",
+                               wan_keys.WAN_VAE,
                                name="parity", device="cpu", precision="fp32")
     return pick, theirs, channels_last(vae) if pick.random() < 0.5 else vae
 

@@ -133,7 +133,8 @@ def test_a_file_of_another_kind_is_told_which(extra, said, tmp_path):
 
 def test_a_transformer_of_another_size_is_told_which_one_it_is(tmp_path):
     checkpoint.save(tmp_path / "a.safetensors", {"patch_embedding.weight": torch.ones(3072, 48, 1, 2, 2)})
-    assert "By its sizes it is Wan 2.2 TI2V 5B" in refusal(lambda: dit_from(WAN_TINY, tmp_path / "a.safetensors", "cpu"))
+    assert "By its sizes it is Wan 2.2 TI2V 5B" in refusal(lambda: dit_from(WAN_TINY, tmp_path / "a.safetensors",
+                                                                            "cpu"))
 
 
 def test_a_gguf_file_is_told_what_it_is(tmp_path):

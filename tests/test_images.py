@@ -249,7 +249,8 @@ def test_nothing_of_an_image_is_run_or_opened(tmp_path):
                                      b"RIFF\x20\0\0\0WEBPhunter2hunter2hunter2hunter2", b"\0\0\0\x18ftyphunter2"])
 def test_what_is_said_of_a_file_that_is_no_image_shows_nothing_of_it(tmp_path, content):
     (tmp_path / "a.png").write_bytes(content)
-    for said in (str(find_image(str(tmp_path), "a.png")), *(str(error) for error in raised(examine, decode_image, content))):
+    for said in (str(find_image(str(tmp_path), "a.png")),
+                 *(str(error) for error in raised(examine, decode_image, content))):
         assert said.startswith(("not a PNG, JPEG or WebP, but ", "damaged (", "a WEBP file of which")), said
         assert not any(part in said for part in ("PASS", "hun", "ter2"))
 

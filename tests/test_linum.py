@@ -26,7 +26,8 @@ def build(golden, precision="fp32"):
     config = LinumConfig(patch=tuple(said["patch_size"]), latent_channels=said["in_dim"], width=said["dim"],
                          heads=said["num_heads"], layers=said["num_layers"], ffn=said["ffn_dim"],
                          time_features=said["freq_dim"], text_dim=said["text_dim"], text_len=said["text_len"])
-    return checkpoint.build(lambda: LinumDiT(config), golden.folder / "weights.safetensors", linum_keys.LINUM, name="golden",
+    return checkpoint.build(lambda: LinumDiT(config), golden.folder / "weights.safetensors", linum_keys.LINUM,
+                            name="golden",
                             device="cpu", precision=precision)
 
 

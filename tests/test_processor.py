@@ -69,7 +69,8 @@ def test_a_processor_is_known_by_what_torch_and_onednn_may_use(machine, int8, bf
     assert bool(processor.instead_of_bf16()) != bf16 and processor.described()
     assert bool(decode_fallbacks(DEMO.runtime(decode_precision="bf16"))) != bf16
     assert bool(CATALOG["wan2.1-t2v-1.3b"].fallbacks(None, "cpu", "bf16")) != bf16      # before its weights are here
-    assert decode_fallbacks(DEMO.runtime("cuda", "fp32", decode_precision="bf16")) == decode_fallbacks(DEMO.runtime()) == ()
+    assert decode_fallbacks(DEMO.runtime("cuda", "fp32",
+                                         decode_precision="bf16")) == decode_fallbacks(DEMO.runtime()) == ()
 
 
 def test_where_torch_has_no_onednn_convolutions_are_torchs_own(pretend):

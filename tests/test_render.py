@@ -624,7 +624,8 @@ def test_what_a_driver_left_that_was_killed_while_it_tried_the_store_is_cleared(
 
 
 def test_only_what_a_run_has_made_is_removed_at_its_end(tmp_path, capsys):
-    """Names as intermediates have them, of 64 hexadecimal digits; nothing is removed through a link, nothing else at all."""
+    """Names as intermediates have them, of 64 hexadecimal digits; nothing is removed through a link, nothing else at
+    all."""
     manifest, out = write_manifest(tmp_path / "night.jsonl", [{"prompt": "a fox", "frames": 5}]), tmp_path / "out"
     victim = tmp_path / "victim"
     victim.mkdir()

@@ -106,7 +106,8 @@ def test_two_experts_take_turns_over_an_image(quant, tmp_path, capsys):
 def test_the_vae_of_a_turbo_model_is_bf16_as_it_is_released(tmp_path, capsys):
     weights = converted(tmp_path, capsys, TURBO_TINY)
     for precision in ("fp32", "bf16", "int8"):
-        assert vae_of(TURBO_TINY, weights, "cpu", precision).from_latent.weight.dtype == processor.dtype_of(precision, "cpu")
+        assert vae_of(TURBO_TINY, weights, "cpu", precision).from_latent.weight.dtype == processor.dtype_of(precision,
+                                                                                                            "cpu")
     write_weights(tmp_path / "wan")
     assert vae_of(WAN_TINY, tmp_path / "wan", "cpu", "bf16").from_latent.weight.dtype == torch.float32
     decoder = Decoder(WAN_TINY, tmp_path / "wan", WAN_TINY.runtime(decode_precision="bf16"))

@@ -100,16 +100,19 @@ SPLIT_TWICE = {"type": "Sequence", "normalizers": [{"type": "Whitespace"}], "pre
     (lambda said: said.update(normalizer=growing(3)), "a text becomes longer again and again"),
     (lambda said: said.update(normalizer=growing(6)), "a text becomes longer again and again"),
     (lambda said: said.update(normalizer=[{"type": "Prepend", "prepend": "\ufdfa" * 4}]), "does not hold a tokenizer"),
-    (lambda said: said.update(normalizer={"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "\ufdfa" * 4}] * 5}),
+    (lambda said: said.update(normalizer={"type": "Sequence",
+                                          "normalizers": [{"type": "Prepend", "prepend": "\ufdfa" * 4}] * 5}),
      "a text becomes longer again and again"),
     (lambda said: said.update(normalizer=growing(1), added_tokens=[said["added_tokens"][0] | {
         "id": 500 + at, "content": f"{at:05}" + "a" * 120, "normalized": True} for at in range(1000)]),
      "characters of the tokens that it adds"),
     (lambda said: said.update(pre_tokenizer={"type": "Sequence", "pretokenizers": [
-        {"type": "Metaspace", "replacement": chr(0x2581 + at), "prepend_scheme": "always", "split": True} for at in range(16)]}),
+        {"type": "Metaspace", "replacement": chr(0x2581 + at), "prepend_scheme": "always", "split": True}
+        for at in range(16)]}),
      "a text becomes longer again and again"),
     (lambda said: said.update(pre_tokenizer=SPLIT_TWICE), "its step Sequence says 'normalizers'"),
-    (lambda said: said.update(pre_tokenizer={"type": "Sequence", "pretokenizers": [SPLIT_TWICE]}), "says 'normalizers'"),
+    (lambda said: said.update(pre_tokenizer={"type": "Sequence", "pretokenizers": [SPLIT_TWICE]}),
+     "says 'normalizers'"),
     (lambda said: said.update(normalizer={"type": "Sequence", "pretokenizers": []}), "says 'pretokenizers'"),
     (lambda said: said.update(normalizer={"type": "NFC", "regex": "(x+x+)+y"}), "its step NFC says 'regex'"),
     (lambda said: said.update(normalizer={"type": "Sequence"}), "'normalizers' is missing"),

@@ -119,7 +119,8 @@ def clip(golden, folder, precision="fp32"):
     tensors = {wan_keys.CLIP_VISION.released(name): tensor
                for name, tensor in from_open_clip(stored, config.blocks).items()}
     checkpoint.save(folder / "clip.safetensors", tensors)
-    return checkpoint.build(lambda: ClipVision(config), folder / "clip.safetensors", wan_keys.CLIP_VISION, name="golden",
+    return checkpoint.build(lambda: ClipVision(config), folder / "clip.safetensors", wan_keys.CLIP_VISION,
+                            name="golden",
                             device="cpu", precision=precision)
 
 

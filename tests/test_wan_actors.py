@@ -222,7 +222,8 @@ def test_bf16_runs_the_same_path_and_stays_near(weights):
     latent, = Denoiser(WAN_TINY, folder, WAN_TINY.runtime(precision="bf16"))(embeddings)
     want, = Denoiser(WAN_TINY, folder)(TextEncoder(WAN_TINY, folder)([request_for(WAN_TINY)]))
     assert ((latent.streams["video"] - want.streams["video"]).norm() / want.streams["video"].norm()).item() < 0.1
-    assert Decoder(WAN_TINY, folder, WAN_TINY.runtime(precision="bf16")).streams.vae.decoder.conv_in.weight.dtype == torch.float32
+    assert Decoder(WAN_TINY, folder,
+                   WAN_TINY.runtime(precision="bf16")).streams.vae.decoder.conv_in.weight.dtype == torch.float32
 
 
 def test_a_model_of_images_needs_one_and_a_model_of_text_takes_none(a14b, weights):

@@ -279,7 +279,8 @@ def test_a_clip_that_cannot_be_coded_is_refused(frames, height):
 def test_bf16_stays_near_fp32():
     golden = Golden("wan_vae_a")
     fp32 = build(golden, "weights")
-    bf16 = checkpoint.build(lambda: WanVAE(WanVAEConfig(width=3)), golden.folder / "weights.safetensors", wan_keys.WAN_VAE,
+    bf16 = checkpoint.build(lambda: WanVAE(WanVAEConfig(width=3)), golden.folder / "weights.safetensors",
+                            wan_keys.WAN_VAE,
                             name="golden", device="cpu", precision="bf16")
     dtype = bf16.decoder.conv_in.weight.dtype
     assert dtype == processor.dtype_of("bf16", "cpu")

@@ -194,7 +194,8 @@ def with_random_weights(card: ModelCard) -> ModelCard:
 class RandomParts:
     """What a family loads, of random weights: before the family's own class. Folders are not looked at."""
 
-    def load_dit(self, card: LinumCard | WanCard, weights: Path | None, on: Runtime, expert: int = 0) -> torch.nn.Module:
+    def load_dit(self, card: LinumCard | WanCard, weights: Path | None, on: Runtime,
+                 expert: int = 0) -> torch.nn.Module:
         return models.new_dit(card, on.device, on.precision, on.attention)      # experts of equal weights cost the same
 
     def load_vae(self, card: LinumCard | WanCard, weights: Path | None, on: Runtime) -> torch.nn.Module:

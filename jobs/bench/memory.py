@@ -22,7 +22,8 @@ def memory(clips: int = CLIPS) -> dict[str, float]:
             f"a red circle moves left on a gray background {i % 50},{i},5,2\n" for i in range(clips)))
         out = Path(folder) / "out"
         log = (Path(folder) / "log").open("w+")
-        render = subprocess.Popen([sys.executable, "-m", "dailies.jobs.cli", "render", str(manifest), "--out", str(out)],
+        render = subprocess.Popen([sys.executable, "-m", "dailies.jobs.cli", "render", str(manifest), "--out",
+                                   str(out)],
                                   stdout=log, stderr=subprocess.STDOUT)
         seen: dict[str, list[tuple[int, float]]] = {}
         while render.poll() is None:

@@ -28,7 +28,8 @@ REPEATS = 3                                             # the two take turns, an
 def rows() -> Iterator[tuple[str, dict[str, Any]]]:
     """One case per dtype.  Raises UsageError where diffusers is not installed, ArithmeticError for unequal outputs."""
     if subprocess.run([sys.executable, "-c", "import diffusers"], capture_output=True).returncode:
-        raise UsageError("bench model compares with diffusers, which is not installed: make test sets it up, or pip install diffusers")
+        raise UsageError("bench model compares with diffusers, which is not installed: make test sets it up, or pip "
+                         "install diffusers")
     with tempfile.TemporaryDirectory() as folder:
         write_inputs(Path(folder))
         for dtype in DTYPES:
@@ -61,7 +62,8 @@ def write_inputs(folder: Path) -> None:
 
 def measured(peer: str, dtype: str, folder: str) -> dict[str, Any]:
     # -P: it imports from where this process does, and not from the working directory
-    done = subprocess.run([sys.executable, "-P", "-m", "dailies.jobs.bench.model", peer, dtype, folder], capture_output=True,
+    done = subprocess.run([sys.executable, "-P", "-m", "dailies.jobs.bench.model", peer, dtype, folder],
+                          capture_output=True,
                           text=True, check=True, env=os.environ | {
                               "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)})
     return json.loads(done.stdout.splitlines()[-1])

@@ -1,7 +1,7 @@
 """Makes the demo model fast: a student of one to four steps without guidance, and one that bears sparse attention.
 
-python -m dailies.jobs.demo.train --distill --work build/demo             writes demo_turbo/dit.safetensors beside model/demo
-python -m dailies.jobs.demo.train --tune-sparse --work build/demo         writes demo_sparse/dit.safetensors
+python -m dailies.jobs.demo.train --distill --work build/demo             writes demo_turbo/dit.safetensors beside
+model/demo python -m dailies.jobs.demo.train --tune-sparse --work build/demo         writes demo_sparse/dit.safetensors
 
 The demo model's weights are teacher and start of both.
 

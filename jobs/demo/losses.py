@@ -15,7 +15,8 @@ KL_WEIGHT, SHAPE_WEIGHT = 5e-4, 6.0
 def autoencode(vae: WanVAE, video: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The video [N, 3, T, H, W] decoded again, and mean and log variance of its latents."""
     mean, log_variance = vae.encode(video)
-    log_variance = log_variance.clamp(-4, 4)            # at least this much noise: a sampler's small errors must be borne
+    # at least this much noise: a sampler's small errors must be borne
+    log_variance = log_variance.clamp(-4, 4)
     return vae.decode(mean + (0.5 * log_variance).exp() * noise.to(mean.dtype)), mean, log_variance
 
 

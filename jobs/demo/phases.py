@@ -37,7 +37,8 @@ class Phase:
         """In each cycle a linear warm-up, then a cosine down to 2 %."""
         length = self.steps / self.cycles
         step = step % length
-        return self.lr * min(1.0, (step + 1) / self.warmup) * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * step / length)))
+        return self.lr * min(1.0,
+                             (step + 1) / self.warmup) * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * step / length)))
 
 
 class Optimizers:
@@ -54,7 +55,8 @@ class Optimizers:
             else:
                 rest.append(p)
         self.adam = torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
-        self.muon = torch.optim.Muon([m for _, m in self.matrices], lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+        self.muon = torch.optim.Muon([m for _, m in self.matrices], lr=lr, weight_decay=0.0,
+                                     adjust_lr_fn="match_rms_adamw")
 
     def step(self, lr: float) -> None:
         for p, matrix in self.matrices:
@@ -81,7 +83,8 @@ def is_inner(name: str, p: Tensor) -> bool:
 
 def as_matrix(weight: Tensor) -> Tensor:
     """[out, everything else], a view of the same memory, whichever of the two layouts a convolution's weight has."""
-    return weight.movedim(1, -1).view(len(weight), -1) if weight.ndim > 2 and weight.stride(1) == 1 else weight.view(len(weight), -1)
+    return weight.movedim(1, -1).view(len(weight),
+                                      -1) if weight.ndim > 2 and weight.stride(1) == 1 else weight.view(len(weight), -1)
 
 
 def rng_of(phase: str, step: int) -> random.Random:
@@ -89,7 +92,8 @@ def rng_of(phase: str, step: int) -> random.Random:
 
 
 def fit(phase: Phase, model: nn.Module, loss_of: Callable[[int], tuple[Tensor, dict[str, float]]], work: Path) -> None:
-    """Train `model` in place to the running average of its weights; continues from `work` when an earlier run stopped there."""
+    """Train `model` in place to the running average of its weights; continues from `work` when an earlier run stopped
+    there."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     path = work / f"{phase.name}.pt"
@@ -137,7 +141,8 @@ def fit(phase: Phase, model: nn.Module, loss_of: Callable[[int], tuple[Tensor, d
 
 
 @torch.no_grad()
-def encode_scenes(vae: WanVAE, work: Path, device: str, name: str, count: int, frames: int) -> tuple[list[Scene], Tensor]:
+def encode_scenes(vae: WanVAE, work: Path, device: str, name: str, count: int, frames: int) -> tuple[list[Scene],
+                                                                                                     Tensor]:
     """`count` scenes and the latents [N, C, T, H, W] of their first `frames` frames, not normalised; kept in `work`."""
     rng = rng_of(name, 0)
     scenes = [Scene.draw(rng) for _ in range(count)]
@@ -145,7 +150,8 @@ def encode_scenes(vae: WanVAE, work: Path, device: str, name: str, count: int, f
     if not path.exists():
         latents = []
         for start in range(0, count, batch):
-            video = torch.stack([scene.render(frames, total=CLIP_FRAMES)[0] for scene in scenes[start:start + batch]]).to(device)
+            video = torch.stack([scene.render(frames, total=CLIP_FRAMES)[0]
+                                 for scene in scenes[start:start + batch]]).to(device)
             with torch.autocast(device, torch.bfloat16):
                 latents.append(vae.encode(video)[0].float().cpu())
             print(f"\rencoded {min(start + batch, count)} of {count} {name}", end="", flush=True)

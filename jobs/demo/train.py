@@ -1,7 +1,9 @@
-"""Trains the demo model from nothing, on clips that `dailies.jobs.demo.world` draws: tokenizer, text encoder, VAE, DiT, in this order.
+"""Trains the demo model from nothing, on clips that `dailies.jobs.demo.world` draws: tokenizer, text encoder, VAE, DiT,
+in this order.
 
-`python -m dailies.jobs.demo.train --work build/demo` takes about two hours on 2 CPU cores, minutes on a GPU. Every batch is a
-function of (seed, phase, step), progress is saved once a minute, and the same command continues after an interruption.
+`python -m dailies.jobs.demo.train --work build/demo` takes about two hours on 2 CPU cores, minutes on a GPU. Every
+batch is a function of (seed, phase, step), progress is saved once a minute, and the same command continues after an
+interruption.
 """
 
 import argparse
@@ -46,7 +48,8 @@ VAE = CARD.vae_config
 
 VAE_PHASE = Phase(name="vae", steps=2700, lr=2.5e-3, ema=0.995)
 IMAGES_FIRST, SHORT_UNTIL = 500, 1400                   # steps before the first clip, and before the first long one
-# The convolutions in time reach about 18 latent steps back: after short clips alone, frames beyond their length fall apart.
+# The convolutions in time reach about 18 latent steps back: after short clips alone, frames beyond their length fall
+# apart.
 REFERENCE_ELEMENTS = 4 * 3 * 9 * SIZE * SIZE            # what every summed loss is divided by, image or clip
 IMAGE_WEIGHT = 1.5
 
@@ -54,7 +57,8 @@ IMAGE_WEIGHT = 1.5
 def train_vae(work: Path, device: str) -> WanVAE:
     torch.manual_seed(SEED)
     vae = channels_last(WanVAE(VAE)).to(device)
-    with torch.no_grad():                               # little noise at first, or the decoder learns to ignore the latent
+    # little noise at first, or the decoder learns to ignore the latent
+    with torch.no_grad():
         vae.to_moments.weight[VAE.latent_channels:] = 0
         vae.to_moments.bias[VAE.latent_channels:] = -4.0
 
@@ -86,21 +90,25 @@ def train_vae(work: Path, device: str) -> WanVAE:
     return vae
 
 
-# The text encoder: learns to say a scene's attributes from a sentence about it. The heads that say them are thrown away.
+# The text encoder: learns to say a scene's attributes from a sentence about it. The heads that say them are thrown
+# away.
 
 TEXT_PHASE = Phase(name="text", steps=400, lr=2e-3)
 TEXT_BATCH = 96
 
 
 def train_tokenizer(folder: Path) -> None:
-    """A byte-pair tokenizer of at most 384 pieces over sentences about the world, in the T5 manner: pad 0, end 1, unknown 2."""
+    """A byte-pair tokenizer of at most 384 pieces over sentences about the world, in the T5 manner: pad 0, end 1,
+    unknown 2."""
     rng = rng_of("tokenizer", 0)
-    sentences = [sentence_about(Scene.draw(rng, held_out=None), rng, still=rng.random() < 0.3, complete=False) for _ in range(8000)]
+    sentences = [sentence_about(Scene.draw(rng, held_out=None), rng, still=rng.random() < 0.3, complete=False)
+                 for _ in range(8000)]
     new_tokenizer(sentences, pieces=384, folder=folder)
 
 
 class AttributeReader(nn.Module):
-    """The T5 encoder, and one linear head per attribute on the mean of its rows; the last answer of each is `not said`."""
+    """The T5 encoder, and one linear head per attribute on the mean of its rows; the last answer of each is `not
+    said`."""
 
     def __init__(self, encoder: nn.Module, width: int):
         super().__init__()
@@ -116,20 +124,24 @@ class AttributeReader(nn.Module):
 def train_text(work: Path, device: str, tokenizer: Tokenizer) -> nn.Module:
     torch.manual_seed(SEED)
     width = CARD.dit_config.text_dim
-    encoder = new_t5(d_model=width, d_kv=32, d_ff=2 * width, num_layers=3, num_heads=4, vocab_size=tokenizer.largest + 1)
+    encoder = new_t5(d_model=width, d_kv=32, d_ff=2 * width, num_layers=3, num_heads=4,
+                     vocab_size=tokenizer.largest + 1)
     reader = AttributeReader(encoder, width).to(device)
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = rng_of("text", step)
         scenes = [Scene.draw(rng) for _ in range(TEXT_BATCH)]
         stills = [rng.random() < 0.2 for _ in scenes]
-        sentences = [sentence_about(scene, rng, still=still, complete=False) for scene, still in zip(scenes, stills, strict=True)]
+        sentences = [sentence_about(scene, rng, still=still, complete=False)
+                     for scene, still in zip(scenes, stills, strict=True)]
         said = reader(*tokenizer.padded(sentences, device))
         loss, right = torch.zeros((), device=device), 0.0
         for name, values in ATTRIBUTES.items():
             unsaid = len(values)
-            answers = torch.tensor([values.index(scene.attributes[name]) if is_said(name, scene, sentence, still) else unsaid
-                                    for scene, sentence, still in zip(scenes, sentences, stills, strict=True)], device=device)
+            answers = torch.tensor([values.index(scene.attributes[name]) if is_said(name, scene, sentence, still)
+                                    else unsaid
+                                    for scene, sentence, still in zip(scenes, sentences, stills, strict=True)],
+                                   device=device)
             loss = loss + F.cross_entropy(said[name], answers)
             right += (said[name].argmax(dim=1) == answers).float().mean().item() / len(ATTRIBUTES)
         return loss, dict(right=right)
@@ -183,7 +195,8 @@ def train_dit(work: Path, device: str, vae: WanVAE, encoder: nn.Module, tokenize
         clips, still = BATCHES[length], length == 1
         known, coded = (pictured, images) if still else (scenes, latents)
         picked = [rng.randrange(len(known)) for _ in range(clips)]
-        sentences = ["" if rng.random() < UNPROMPTED else sentence_about(known[i], rng, still=still, complete=False) for i in picked]
+        sentences = ["" if rng.random() < UNPROMPTED else sentence_about(known[i], rng, still=still, complete=False)
+                     for i in picked]
         data = coded[picked, :, :length].to(device)
         noisy, sigma, noise = noised(data, torch.Generator().manual_seed(rng.getrandbits(62)))
         with torch.autocast(device, torch.bfloat16):
@@ -209,8 +222,10 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/demo"), help="where progress is kept")
     parser.add_argument("--out", type=Path, default=CARD.folder, help="where the finished model goes")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--distill", action="store_true", help="train the few-step student of the model in --out instead")
-    parser.add_argument("--tune-sparse", action="store_true", help="tune the model in --out for sparse attention instead")
+    parser.add_argument("--distill", action="store_true",
+                        help="train the few-step student of the model in --out instead")
+    parser.add_argument("--tune-sparse", action="store_true",
+                        help="tune the model in --out for sparse attention instead")
     parser.add_argument("--only", choices=("text", "vae", "dit"), help="train this one, and export nothing")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)

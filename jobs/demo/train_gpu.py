@@ -74,7 +74,8 @@ class Sizes:
     most_steps: int | None = None
 
 
-FULL_SIZES = Sizes(clips={13: 64, 7: 112, 5: 160, 1: 768}, pool_clips=12288, pool_images=32768, encoded=32, sentences=48,
+FULL_SIZES = Sizes(clips={13: 64, 7: 112, 5: 160, 1: 768}, pool_clips=12288, pool_images=32768, encoded=32,
+                   sentences=48,
              judged=64)
 TINY_SIZES = Sizes(frames=9, vae_clips=(1,), vae_steps=1, clips={13: 2, 7: 2, 5: 2, 1: 2}, pool_clips=2, pool_images=8,
              encoded=2, sentences=1, judged=2, most_steps=2)
@@ -383,7 +384,8 @@ def made_sparse(dit: LinumDiT, device: str) -> LinumDiT:
     return student
 
 
-def trainings_after(dit: LinumDiT, training_data: TrainingData, device: str) -> Iterator[tuple[str, LinumDiT, TimedTraining]]:
+def trainings_after(dit: LinumDiT, training_data: TrainingData,
+                    device: str) -> Iterator[tuple[str, LinumDiT, TimedTraining]]:
     """The student, the sparse one's two parts: what is trained when the DiT is."""
     teacher = copy.deepcopy(dit).requires_grad_(False)
     turbo = copy.deepcopy(dit).requires_grad_(True)
@@ -413,7 +415,8 @@ def try_recording(sizes: Sizes, device: str) -> None:
     training_data = TrainingData(latents=latents, sentences=sentences, sizes=small, device=device)
     vae = latents.vae.requires_grad_(True)
     convolve_frames(vae, True)
-    trainings = [("vae", vae, vae_training(vae, latents.painter, 2, sizes, device)), ("dit", dit, dit_training(dit, training_data))]
+    trainings = [("vae", vae, vae_training(vae, latents.painter, 2, sizes, device)),
+                 ("dit", dit, dit_training(dit, training_data))]
     for name, model, training in itertools.chain(trainings, trainings_after(dit, training_data, device)):
         training.record()
         before = [p.detach().clone() for p in model.parameters()]
@@ -435,7 +438,8 @@ class Trial:
         self.path, self.process = folder / "recording.log", None
         if wanted:
             with self.path.open("w") as out:
-                self.process = subprocess.Popen([sys.executable, "-m", "dailies.jobs.demo.train_gpu", "--try-recording"],
+                self.process = subprocess.Popen([sys.executable, "-m", "dailies.jobs.demo.train_gpu",
+                                                 "--try-recording"],
                                                 stdout=out, stderr=subprocess.STDOUT)
 
     def passed(self) -> dict[str, Any]:
@@ -452,7 +456,8 @@ class Trial:
 
 # All of it.
 
-def train(out: Path, device: str, clock: Clock, sizes: Sizes, record: TrainingLog, *, frozen: bool, trial: Trial) -> None:
+def train(out: Path, device: str, clock: Clock, sizes: Sizes, record: TrainingLog, *, frozen: bool,
+          trial: Trial) -> None:
     torch.manual_seed(SEED)
     painter = Painter(device)
     vae = LINUM.load_vae(DEMO, DEMO.folder, DEMO.runtime(device, "fp32"))
@@ -463,7 +468,8 @@ def train(out: Path, device: str, clock: Clock, sizes: Sizes, record: TrainingLo
     if frozen:
         for part in (vae.encoder, vae.to_moments):
             part.requires_grad_(False)
-    done = guarded(record, "vae", lambda: train_vae_by_clock(vae, painter, sizes, device, clock.until("vae"), record, trial))
+    done = guarded(record, "vae",
+                   lambda: train_vae_by_clock(vae, painter, sizes, device, clock.until("vae"), record, trial))
     vae.requires_grad_(False)
     after = vae_quality(vae, sizes.judged, frames=sizes.frames, device=device)
     better = done is not None and worst(after) > worst(before)
@@ -495,8 +501,10 @@ def train(out: Path, device: str, clock: Clock, sizes: Sizes, record: TrainingLo
             save_dit(model, DEMO_TURBO if name == "turbo" else DEMO_SPARSE, out / "demo")
 
 
-def learn(training: TimedTraining, until: float, training_data: TrainingData, record: TrainingLog, trial: Trial) -> dict[str, Any]:
-    done = training.run(until, most_steps=training_data.sizes.most_steps, between=training_data.latents.renewal(time.monotonic()),
+def learn(training: TimedTraining, until: float, training_data: TrainingData, record: TrainingLog,
+          trial: Trial) -> dict[str, Any]:
+    done = training.run(until, most_steps=training_data.sizes.most_steps,
+                        between=training_data.latents.renewal(time.monotonic()),
                       may_record=lambda: training.name in trial.passed(), say=record.say)
     return done | dict(clips_drawn=training_data.latents.drawn[False])
 

@@ -61,7 +61,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     began = time.monotonic()
-    quality = vae_quality(LINUM.load_vae(DEMO, args.weights, DEMO.runtime(args.device, "fp32")), args.clips, device=args.device)
+    quality = vae_quality(LINUM.load_vae(DEMO, args.weights, DEMO.runtime(args.device, "fp32")), args.clips,
+                          device=args.device)
     print(json.dumps(dict(clips=args.clips, seconds=round(time.monotonic() - began, 1), **quality), indent=2))
 
 

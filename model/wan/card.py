@@ -108,10 +108,12 @@ class WanCard(ModelCard):
 
 
 TURBO_ATTENTION = (
-    "attention is sparse in bf16; the release's default is SageSLA, which --attention sage is here, with INT8 queries and "
+    "attention is sparse in bf16; the release's default is SageSLA, which --attention sage is here, with INT8 queries "
+    "and "
     "keys as there, and values in bf16 where the release has FP8")
 TURBO_SIZES = (
-    "a named size is an area in the image's aspect, as with the release's --adaptive_resolution; without that option the "
+    "a named size is an area in the image's aspect, as with the release's --adaptive_resolution; without that option "
+    "the "
     "release stretches every image to 16:9. WIDTHxHEIGHT is cropped to, never stretched")
 
 
@@ -138,13 +140,14 @@ class TurboCard(WanCard):
     differs: tuple[str, ...] = (TURBO_ATTENTION,)
 
     def size_for_image(self, resolution: str, height: int, width: int) -> tuple[int, int]:
-        """As the release's --adaptive_resolution: the area of a named size in the image's aspect, each side rounded to a
-        multiple of 16; so there may be a few pixels more than in the named size.
+        """As the release's --adaptive_resolution: the area of a named size in the image's aspect, each side rounded to
+        a multiple of 16; so there may be a few pixels more than in the named size.
         """
         if resolution not in self.resolutions:
             return self.size_for(resolution)
         area, step = math.prod(self.resolutions[resolution]), self.side_step
-        sides = [step * round(math.sqrt(area * side / other) / step) for side, other in ((height, width), (width, height))]
+        sides = [step * round(math.sqrt(area * side / other) / step)
+                 for side, other in ((height, width), (width, height))]
         if min(sides) < self.min_side:
             raise too_narrow(self, resolution, height, width, sides)
         return sides[0], sides[1]
@@ -215,7 +218,8 @@ WAN22_T2V_A14B = replace(
     shift=12.0,
     guidance=4.0,
     low_noise_guidance=0.75,                            # 3.0
-    guidance_note="guidance is of the expert for high noise, and that for low noise has 0.75 of it, as in the release's "
+    guidance_note="guidance is of the expert for high noise, and that for low noise has 0.75 of it, as in the "
+                  "release's "
                   "own 4 and 3; its command line gives one number to both",
     boundary=875,
     clips_per_turn=4,

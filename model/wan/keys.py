@@ -82,7 +82,8 @@ TURBO_WAN = KeyTable(
 
 TURBO_WAN_WRAPPED = KeyTable(
     name="TURBO_WAN_WRAPPED",
-    rules={old.replace("blocks.{}.", "blocks.{}._checkpoint_wrapped_module."): new for old, new in TURBO_WAN.rules.items()},
+    rules={old.replace("blocks.{}.", "blocks.{}._checkpoint_wrapped_module."): new
+           for old, new in TURBO_WAN.rules.items()},
     flat=TURBO_WAN.flat,
 )
 
@@ -139,7 +140,8 @@ CLIP_VISION = KeyTable(
         "vision_model.encoder.layers.31.": "Wan takes the rows before the last block",
         "vision_model.post_layernorm.": "as that block",
         "vision_model.embeddings.position_ids": "0, 1, 2 and so on",
-        "visual_projection.": "of CLIPVisionModelWithProjection: it turns the first row, behind the last block, into one "
+        "visual_projection.": "of CLIPVisionModelWithProjection: it turns the first row, behind the last block, into "
+                              "one "
                               "that is compared with texts; Wan takes all rows before that block",
         "text_model.": "the text tower, which Wan does not use",
         "text_projection.": "as the text tower",

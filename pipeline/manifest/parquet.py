@@ -27,8 +27,8 @@ _WIDTHS = {"BOOLEAN": 1, "INT32": 4, "FLOAT": 4, "INT64": 8, "DOUBLE": 8, "INT96
 def read_parquet(stream: BinaryIO, room: int) -> pa.Table:
     """The whole file, without dictionaries and extension types.
 
-    room: bytes that it may take in memory.  Raises TooMuch for more; ValueError for too many rows or columns, and for two
-    of one name; ArrowException for a file that is damaged.
+    room: bytes that it may take in memory.  Raises TooMuch for more; ValueError for too many rows or columns, and for
+    two of one name; ArrowException for a file that is damaged.
     """
     metadata = pq.read_metadata(stream)
     if metadata.num_rows > MAX_ROWS:                   # a few bytes can announce any number of rows
@@ -57,7 +57,8 @@ def refuse_wide(metadata: pq.FileMetaData) -> None:
     Raises ValueError.
     """
     if metadata.num_columns > MAX_COLUMNS:
-        raise ValueError(f"{metadata.num_columns:,} columns, those in structs and lists counted; {MAX_COLUMNS:,} may be "
+        raise ValueError(f"{metadata.num_columns:,} columns, those in structs and lists counted; {MAX_COLUMNS:,} may "
+                         "be "
                          "there")
     if (chunks := metadata.num_columns * metadata.num_row_groups) > MAX_CHUNKS:
         raise ValueError(f"{metadata.num_row_groups:,} row groups, which cut its columns into {chunks:,} pieces; "

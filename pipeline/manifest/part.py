@@ -96,7 +96,8 @@ class ManifestReader:
         self.columns.update(part.user.column_names)
         self.num_columns += part.user.num_columns
         if self.num_columns > MAX_CHUNKS:
-            raise ValueError(f"{self.num_columns:,} columns, those of each file before it added up; a manifest may have "
+            raise ValueError(f"{self.num_columns:,} columns, those of each file before it added up; a manifest may "
+                             "have "
                              f"{MAX_CHUNKS:,}. Put the rows of many files into one")
         if len(self.columns) > MAX_COLUMNS:
             raise ValueError(f"{len(self.columns):,} columns with those of the files before; a manifest may have "

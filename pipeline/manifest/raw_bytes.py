@@ -14,7 +14,8 @@ import pyarrow as pa
 MAX_MANIFEST_BYTES = 2 << 30                 # of content, all files together: what a machine of 16 GB can plan
 MAX_ROWS = 10_000_000               # of one file
 MAX_COLUMNS = 1_000                 # of all files together, those in structs and lists counted
-MAX_UNFOLDED = 2 * MAX_MANIFEST_BYTES        # of a compressed file, and of all files as they lie: text is longer than what is kept
+# of a compressed file, and of all files as they lie: text is longer than what is kept
+MAX_UNFOLDED = 2 * MAX_MANIFEST_BYTES
 FREELY = 64 << 20                   # a compressed file may unfold to this, however small it is
 MAX_RATIO = 500                     # beyond it: more than real rows come to, unless all are the same
 _CHUNK = 1 << 16

@@ -1,10 +1,12 @@
 """Intermediates: what one stage made lies in the run folder until the next has used it, and only its name travels.
 
-A finished latent then survives whatever dies, and a run that is continued finds it: `Persist` around a step looks before
+A finished latent then survives whatever dies, and a run that is continued finds it: `Persist` around a step looks
+before
 it works, `Restore` opens what was kept, `Discard` forgets a latent whose clip is published. Without them whole values
 travel.
 
-Whoever can write the run folder can put anything there. Each object is sealed with the run's key (pipeline/run/seal.py),
+Whoever can write the run folder can put anything there. Each object is sealed with the run's key
+(pipeline/run/seal.py),
 says which key of the store it belongs to, and must fit its request; another is removed and made again.
 """
 
@@ -35,7 +37,8 @@ SEAL = re.compile(rb'"seal":"([0-9a-f]{64})"')          # quotes in other texts 
 
 
 class ObjectStore(Protocol):
-    """What is needed of a store; pipeline/store/base.py says what each promises. `get` of what is absent: a KeyError."""
+    """What is needed of a store; pipeline/store/base.py says what each promises. `get` of what is absent: a
+    KeyError."""
 
     def get(self, key: str, *, at_most: int | None = None) -> bytes: ...
     def put(self, key: str, data: bytes) -> None: ...
@@ -86,7 +89,8 @@ class Persisted:
 
 
 class Persist(Actor):
-    """A step whose results stay in the run folder: its values in, a Persisted for each out. Works only for what is missing.
+    """A step whose results stay in the run folder: its values in, a Persisted for each out. Works only for what is
+    missing.
 
     Threads may call it side by side: while one computes, another looks for the next value or saves the last one. It
     returns when its results are saved.
@@ -240,7 +244,8 @@ def packed(value: Embedding | Latent, key: str, seal: Seal) -> bytes:
 
 
 def opened(store: ObjectStore, persisted: Persisted, seal: Seal, fits: Fits) -> Embedding | Latent:
-    """What `packed` was given, as an answer to the request of `persisted`.  Raises Damaged; KeyError for what is gone."""
+    """What `packed` was given, as an answer to the request of `persisted`.  Raises Damaged; KeyError for what is
+    gone."""
     tensors, metadata = unsealed(read(store, persisted.key), persisted.key, seal)
     kind = "Embedding" if persisted.key.startswith(f"{EMBEDDINGS}/") else "Latent"
     names = ("prompt", "negative", "image") if kind == "Embedding" else ("stream",)

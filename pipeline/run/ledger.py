@@ -357,7 +357,8 @@ def parts(store: Store, columns: Sequence[str] | None, folder: str = LEDGER, *,
             for found in zip(block, pool.map(part, block), strict=True):
                 rows += found[1].num_rows if found[1] is not None else 0
                 if rows > MAX_ROWS_IN_ALL:
-                    raise StoreError(f"{store.uri_of(folder)} has more than {MAX_ROWS_IN_ALL:,} rows, which no run has. "
+                    raise StoreError(f"{store.uri_of(folder)} has more than {MAX_ROWS_IN_ALL:,} rows, which no run "
+                                     "has. "
                                      "Move away the parts that are not this run's")
                 yield found
 

@@ -52,8 +52,8 @@ class PersistSampled(Persist):
     """A sampler whose latents stay in the run folder, and whose steps do until then.
 
     A save is due after SAVE_AFTER_S of work, or as much as makes the last save's seconds SAVE_SHARE of it, whichever is
-    more. Where clips of a bucket take less than that in all, nothing is saved and nothing is looked for. At 720p and 5 s
-    a state is 77 MB with Wan 14B (UniPC: four latents) and 57 MB with Linum (a latent and APG's average); saved to a
+    more. Where clips of a bucket take less than that in all, nothing is saved and nothing is looked for. At 720p and 5
+    s a state is 77 MB with Wan 14B (UniPC: four latents) and 57 MB with Linum (a latent and APG's average); saved to a
     folder of a busy machine with two cores that took 1.1 s and 0.44 s (medians of 7; at best 0.55 s and 0.41 s), so a
     clip that is killed there loses at most 110 s or 44 s of sampling.
     """
