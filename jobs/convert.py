@@ -78,10 +78,7 @@ def convert(source: str, model: str, to: str, *, precision: str | None = None, j
     if precision not in (None, "int8"):
         raise UsageError(f"--precision must be int8, or not given to leave the weights as they are; got {precision}")
     card, store = card_named(model), open_store(to)
-    if "://" in source:
-        path = bring(source, cache_folder() / "weights")
-    else:
-        path = at_home(source)
+    path = bring(source, cache_folder() / "weights") if "://" in source else at_home(source)
     layout, parts = found_parts(card, path)
     refuse_links_out(parts, path)
     if path.is_dir() and layout.tokenizer and (path / layout.tokenizer).is_dir():

@@ -3,6 +3,7 @@
 import re
 import tomllib
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import datetime, time, timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -174,10 +175,8 @@ class RenderJob(RowDefaults):
         if "manifest" in given or "prompt" in given:    # what is typed stands in place of both
             said = {name: value for name, value in said.items() if name not in ("manifest", "prompt")}
         if "map" in said and "map" in given:
-            try:
+            with suppress(ValueError):                  # said below, of what is wrong
                 given["map"] = parsed_map(said["map"]) | parsed_map(given["map"])
-            except ValueError:                          # said below, of what is wrong
-                pass
         both = said | given
         if both.get("manifest") and both.get("prompt"):
             raise UsageError("Give a manifest or prompts, not both: a row for each prompt is all that --prompt makes")

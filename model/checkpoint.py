@@ -143,7 +143,8 @@ def check_twins(stored: Mapping[str, StoredTensor], found: Mapping[str, StoredTe
         # in pieces, and as bytes: NaN is not equal to itself
         if not same or not all(torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
                                for a, b in
-                               zip(one.reshape(-1).split(TWIN_NUMBERS), other.reshape(-1).split(TWIN_NUMBERS))):
+                               zip(one.reshape(-1).split(TWIN_NUMBERS), other.reshape(-1).split(TWIN_NUMBERS),
+                                    strict=True)):
             raise CheckpointError(f"{where}: {twin.name} and {name} are two names of one tensor, and hold different "
                                   "values. "
                                   "Fetch it again, or keep the one that is right")

@@ -186,7 +186,7 @@ class Plan:
             clips = clips[wanted]
             rows = self.source[self.first[clips]]
             prompts, negatives = self.rows.prompts_of(rows), self.rows.negatives_of(rows)
-            for clip, row, prompt, negative in zip(clips.tolist(), rows.tolist(), prompts, negatives):
+            for clip, row, prompt, negative in zip(clips.tolist(), rows.tolist(), prompts, negatives, strict=True):
                 yield self.rows.request(row, clip_id=self._clip_id(clip), seed=int(self.seeds[self.first[clip]]),
                                         prompt=prompt, negative_prompt=negative, **self.shared)
 
@@ -199,7 +199,8 @@ class Plan:
         samples = at - np.searchsorted(self.source, self.source[at])           # a row's samples are side by side
         return [PlannedRow(row=row, id=ids[row].as_py(), seed=seed, clip_id=clip_id, sample=sample,
                            reseed=on_reject[row].as_py() == "reseed")
-                for row, seed, sample in zip(self.source[at].tolist(), self.seeds[at].tolist(), samples.tolist())]
+                for row, seed, sample in zip(self.source[at].tolist(), self.seeds[at].tolist(), samples.tolist(),
+                                             strict=True)]
 
     def keys(self) -> pa.Table:
         """Every planned row, in manifest order: id, seed and clip_id, typed as in the ledger; row, its manifest row."""
@@ -289,7 +290,7 @@ class Plan:
         rows = self.source[self.first[clips[:limit]]]
         _, at, counts = np.unique(self.rows.bucket[rows], return_index=True, return_counts=True)
         buckets = []
-        for first, count in sorted(zip(at.tolist(), counts.tolist())):
+        for first, count in sorted(zip(at.tolist(), counts.tolist(), strict=True)):
             row = int(rows[first])
             shape = self.rows.shape_of(row)
             buckets.append({"width": shape.width, "height": shape.height, "frames": shape.frames, "clips": count,
@@ -352,7 +353,7 @@ def _seeds(table: pa.Table, good: np.ndarray) -> np.ndarray:
 def _roundings(rows: ResolvedRows, good: np.ndarray, card: ModelCard) -> list[tuple[str, int]]:
     """What is not quite as asked, in how many good rows; the most frequent first."""
     counts = np.bincount(rows.note[good], minlength=len(rows.notes))
-    found = [(note, int(count)) for note, count in zip(rows.notes, counts) if note and count]
+    found = [(note, int(count)) for note, count in zip(rows.notes, counts, strict=True) if note and count]
     if card.negative_unused:
         given = [bool(negative) for negative in rows.negatives.to_pylist()]
         count = int(np.array(given)[rows.negative[good]].sum())
@@ -405,7 +406,7 @@ def _digests(rows: ResolvedRows, source: np.ndarray, seeds: np.ndarray, shared: 
     digests = bytearray()
     for start in range(0, len(source), ROWS_AT_A_TIME):
         at, block_seeds = source[start: start + ROWS_AT_A_TIME], seeds[start: start + ROWS_AT_A_TIME].tolist()
-        for number, prompt, seed in zip(combination[at].tolist(), rows.prompts_of(at), block_seeds):
+        for number, prompt, seed in zip(combination[at].tolist(), rows.prompts_of(at), block_seeds, strict=True):
             head, middle, tail = around(number)
             digests += hashlib.sha256(f"{head}{quoted(prompt)}{middle}{seed}{tail}".encode()).digest()
     return pa.FixedSizeBinaryArray.from_buffers(pa.binary(32), len(source), [None, pa.py_buffer(bytes(digests))])

@@ -49,7 +49,9 @@ def text_to_video(card: ModelCard, weights: str | None, store: Store, on: Runtim
     publishing.  strict: a clip that was not made as its row asks fails before the next stage.  seal: of what waits in
     the run folder.  spoilt: clip_id -> SHA-256 of a file under its name that is not that clip, and is replaced.
     """
-    def model(actor: Callable[..., Any], on: Runtime = replace(on, threads=1), name: str | None = None,
+    alone = replace(on, threads=1)
+
+    def model(actor: Callable[..., Any], on: Runtime = alone, name: str | None = None,
               **options: Any) -> Step:
         return Step(actor=with_weights, name=name, args=dict(actor=actor, card=card, weights=weights, on=on, **options))
 

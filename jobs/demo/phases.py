@@ -78,7 +78,7 @@ def is_inner(name: str, p: Tensor) -> bool:
     """Whether Muon trains this parameter."""
     outer = ("conv_in", "conv_out", "embed", "head", "shared", "_in.")
     matrix = p.ndim >= 2 and p[0].numel() > 1 and min(len(p), p[0].numel()) > 8
-    return matrix and "modulation" != name.rpartition(".")[2] and not any(part in name for part in outer)
+    return matrix and name.rpartition(".")[2] != "modulation" and not any(part in name for part in outer)
 
 
 def as_matrix(weight: Tensor) -> Tensor:

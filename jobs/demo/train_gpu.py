@@ -22,6 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -496,7 +497,7 @@ def train(out: Path, device: str, clock: Clock, sizes: Sizes, record: TrainingLo
     save_dit(dit, DEMO, out / "demo")
     dit.requires_grad_(False)
     for name, model, training in trainings_after(dit, training_data, device):
-        done = guarded(record, name, lambda: learn(training, clock.until(name), training_data, record, trial))
+        done = guarded(record, name, partial(learn, training, clock.until(name), training_data, record, trial))
         if done is not None:
             save_dit(model, DEMO_TURBO if name == "turbo" else DEMO_SPARSE, out / "demo")
 

@@ -174,7 +174,7 @@ def kept(name: str, values: pa.ChunkedArray, fits: pa.ChunkedArray, first: int,
     if given.type == TEXT:
         sizes = pc.binary_length(given).to_pylist()
         given = pc.utf8_slice_codeunits(given, 0, SHOWN_CHARACTERS).to_pylist()
-        given = [shown(text, size) for text, size in zip(given, sizes)]
+        given = [shown(text, size) for text, size in zip(given, sizes, strict=True)]
     else:
         given = [shown(number) for number in given.to_pylist()]
     errors.add(first + np.flatnonzero(refused), name, given, BY_NAME[name].allowed)

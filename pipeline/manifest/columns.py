@@ -27,7 +27,7 @@ NOT_A_COLUMN = {
     "shift": "the model's own shift is used", "flow_shift": "the model's own shift is used",
     "sample_shift": "the model's own shift is used",
 }
-INSTEAD = dict(zip(LENGTHS, reversed(LENGTHS)))
+INSTEAD = dict(zip(LENGTHS, reversed(LENGTHS), strict=True))
 SLIPS_FROM = 6                          # letters of a name in which one may be wrong
 
 
@@ -68,7 +68,7 @@ def is_slip(one: str, other: str) -> bool:
     """Whether a single letter is missing, too many, wrong, or changed places with its neighbour."""
     if abs(len(one) - len(other)) > 1 or one[-1:].isdigit():           # prompt2 is another prompt, no slip
         return False
-    start = next((at for at, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
+    start = next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
     left, right = one[start:], other[start:]
     return left[1:] == right[1:] or left[1:] == right or left == right[1:] or (
         left[:2] == right[:2][::-1] and left[2:] == right[2:])

@@ -234,8 +234,9 @@ def _say_lost_columns(folder: Path, found: Found) -> None:
         found.passed_over.append((said, "as what is read begins below (give the folder above to have it as a column)"))
 
 
-def _local(path: Path, partition: dict[str, str | None] = {}) -> ManifestFile:
-    return ManifestFile(name=str(path), format=format_of(path.name), open=lambda: path.open("rb"), partition=partition)
+def _local(path: Path, partition: dict[str, str | None] | None = None) -> ManifestFile:
+    return ManifestFile(name=str(path), format=format_of(path.name), open=lambda: path.open("rb"),
+                        partition=partition or {})
 
 
 def _in_bucket(uri: str) -> Found:

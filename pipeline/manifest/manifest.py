@@ -152,7 +152,8 @@ def _checked(table: pa.Table, errors: ValidationErrors) -> pa.Table:
 
     both = np.flatnonzero(pc.and_(columns["duration_s"].is_valid(), columns["frames"].is_valid()))
     given = [f"{duration:g} s and {frames} frames" for duration, frames in
-             zip(columns["duration_s"].take(both).to_pylist(), columns["frames"].take(both).to_pylist())]
+             zip(columns["duration_s"].take(both).to_pylist(), columns["frames"].take(both).to_pylist(),
+                  strict=True)]
     errors.add(both, "duration_s", given, "duration_s or frames, not both")
 
     last = pc.add(columns["seed"], pc.subtract(columns["samples"], 1))
@@ -197,6 +198,6 @@ def _with_ids(ids: pa.ChunkedArray, errors: ValidationErrors) -> pa.ChunkedArray
         first = rows[np.unique(codes, return_index=True)[1]]           # of each code; they count up from 0
         again = rows[first[codes] != rows]
         given = [f"{shown(name)}, the id of row {first[code]}" for name, code in
-                 zip(ids.take(again).to_pylist(), encoded.indices.take(again).to_pylist())]
+                 zip(ids.take(again).to_pylist(), encoded.indices.take(again).to_pylist(), strict=True)]
         errors.add(again, "id", given, "an id that no other row has")
     return ids

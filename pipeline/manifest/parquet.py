@@ -41,13 +41,14 @@ def read_parquet(stream: BinaryIO, room: int) -> pa.Table:
     names = parquet.schema_arrow.names
     if twice := repeated(names):
         raise ValueError(f"two columns named {', '.join(map(shown, twice))}")
-    schema = pa.schema([(name, plain(kind)) for name, kind in zip(names, parquet.schema_arrow.types)])
+    schema = pa.schema([(name, plain(kind)) for name, kind in zip(names, parquet.schema_arrow.types, strict=True)])
     parts, size = [], 0
     for part in row_groups_of(parquet, stream):
         size += sum(unfolded_bytes(chunk) for column in part.columns for chunk in column.chunks)
         if size > room:
             raise TooMuch(size, room)
-        parts.append(pa.table([converted(column, kind) for column, kind in zip(part.columns, schema.types)], schema))
+        columns = [converted(column, kind) for column, kind in zip(part.columns, schema.types, strict=True)]
+        parts.append(pa.table(columns, schema))
     return pa.concat_tables(parts) if parts else schema.empty_table()
 
 
@@ -72,7 +73,7 @@ def row_groups_of(parquet: pq.ParquetFile, stream: BinaryIO) -> Iterator[pa.Tabl
     has a text of its own, which may be as long as all pages of its column.
     """
     metadata = parquet.metadata
-    texts = [chunk for leaf, chunks in zip(leaves(metadata), chunks_of(metadata)) if is_text_leaf(leaf)
+    texts = [chunk for leaf, chunks in zip(leaves(metadata), chunks_of(metadata), strict=True) if is_text_leaf(leaf)
              for chunk in chunks]
     if not any("DELTA" in said for chunk in texts for said in chunk.encodings) \
             and not any(map(holds_text, parquet.schema_arrow.types)):
@@ -95,7 +96,7 @@ def is_text_leaf(leaf: pq.ColumnSchema) -> bool:
 def announced(metadata: pq.FileMetaData) -> int:
     """Bytes that the footer admits to: of its pages, or of its values if larger. Text may be many times that."""
     return sum(max(chunk.total_uncompressed_size, chunk.num_values * width(leaf))
-               for leaf, chunks in zip(leaves(metadata), chunks_of(metadata)) for chunk in chunks)
+               for leaf, chunks in zip(leaves(metadata), chunks_of(metadata), strict=True) for chunk in chunks)
 
 
 def width(leaf: pq.ColumnSchema) -> int:

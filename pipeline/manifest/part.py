@@ -114,7 +114,7 @@ class ManifestReader:
             self.errors.about(file.name, None, f"the columns {listed or '(none)'}",
                                   "a column named exactly 'prompt'" + "".join(f". {question}" for question in may_be))
             questions = [asked for asked in questions if asked[1] != "prompt"]
-        for name, ours, question in questions:
+        for name, _, question in questions:
             if name not in self.asked:
                 self.asked.add(name)
                 self.errors.about(file.name, None, f"the column {shown(name)}", question, question=question)

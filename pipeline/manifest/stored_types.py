@@ -49,7 +49,7 @@ def stored_nest(given: pa.DataType, depth: int) -> pa.DataType:
         taken: set[str] = set()
         # to Spark and DuckDB two names that differ in case are one
         names = [free_name(field.name, taken) for field in given]
-        return pa.struct([(name, stored_type(field.type, depth)) for name, field in zip(names, given)])
+        return pa.struct([(name, stored_type(field.type, depth)) for name, field in zip(names, given, strict=True)])
     if is_.is_map(given):
         return pa.map_(stored_type(given.key_type, depth), stored_type(given.item_type, depth))
     return pa.list_(stored_type(given.value_type, depth))

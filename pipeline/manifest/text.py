@@ -242,7 +242,8 @@ class CsvRows:
             refuse_too_many(self.num_broken, broken[-1][1])
         if not rows:
             return None
-        return RowBlock(columns=dict(zip(self.names, map(list, zip(*rows)))), num_rows=len(rows), broken=broken)
+        columns = dict(zip(self.names, map(list, zip(*rows, strict=True)), strict=True))
+        return RowBlock(columns=columns, num_rows=len(rows), broken=broken)
 
     def suspicion(self) -> str:
         """Why what was read as one row over several lines is rather several rows; "" where it is not."""

@@ -76,6 +76,9 @@ class Seal:
 Fits = Callable[[Embedding | Latent], str | None]
 
 
+UNKEYED = Seal()                        # frozen: one does for all calls
+
+
 def anything(value: Embedding | Latent) -> str | None:
     return None
 
@@ -96,7 +99,8 @@ class Persist(Actor):
     returns when its results are saved.
     """
 
-    def __init__(self, step: MakesStep, store: ObjectStore, folder: str, *, seal: Seal = Seal(), fits: Fits = anything):
+    def __init__(self, step: MakesStep, store: ObjectStore, folder: str, *, seal: Seal = UNKEYED,
+                 fits: Fits = anything):
         """folder: EMBEDDINGS for a step that makes them, LATENTS for one that makes those."""
         self.step, self.store, self.folder, self.seal, self.fits = as_actor(step.make()), store, folder, seal, fits
         self.mine = threading.local()                   # of each thread that calls
@@ -180,7 +184,7 @@ class Persist(Actor):
 class Restore:
     """Persisted in, what was kept out, on the CPU; any other value passes untouched."""
 
-    def __init__(self, store: ObjectStore, *, seal: Seal = Seal(), fits: Fits = anything):
+    def __init__(self, store: ObjectStore, *, seal: Seal = UNKEYED, fits: Fits = anything):
         self.store, self.seal, self.fits = store, seal, fits
 
     def __call__(self, batch: list) -> list:
@@ -281,13 +285,13 @@ def texts_in(said: str, key: str) -> tuple[str, ...]:
     return tuple(found)
 
 
-def sealed(tensors: dict[str, Tensor], metadata: dict[str, str], seal: Seal = Seal()) -> bytes:
+def sealed(tensors: dict[str, Tensor], metadata: dict[str, str], seal: Seal = UNKEYED) -> bytes:
     """metadata: "key" in it says where the bytes are to lie."""
     data = pack(tensors, metadata | {"seal": NO_SEAL})
     return data.replace(f'"seal":"{NO_SEAL}"'.encode(), b'"seal":"' + seal.of(data) + b'"', 1)
 
 
-def unsealed(data: bytes, key: str, seal: Seal = Seal()) -> tuple[dict[str, Tensor], dict[str, str]]:
+def unsealed(data: bytes, key: str, seal: Seal = UNKEYED) -> tuple[dict[str, Tensor], dict[str, str]]:
     """What `sealed` was given, if it was for this key, with this seal.  Raises Damaged."""
     header_bytes = min(int.from_bytes(data[:8], "little"), MOST_HEADER_BYTES)
     found = SEAL.search(data, 8, 8 + header_bytes)      # before anything else of it is believed

@@ -201,7 +201,7 @@ def lost_context(error: BaseException | None) -> bool:
     """
     for link in causes(error):
         said = str(link)
-        if isinstance(link, RuntimeError) and not GOES_ON.search(said):
-            if type(link).__name__ == "AcceleratorError" or LOST.search(said):
-                return True
+        if isinstance(link, RuntimeError) and not GOES_ON.search(said) and (
+                type(link).__name__ == "AcceleratorError" or LOST.search(said)):
+            return True
     return False
