@@ -188,7 +188,7 @@ def add_images(parcel: Parcel, read: "Manifest", shipped: dict[str, ManifestFile
     no image stays behind: render says so.  Raises UsageError for an absolute path.
     """
     from dailies.actors.image_file import examine
-    from dailies.pipeline.manifest.images import folder_of, locate, read_file
+    from dailies.pipeline.manifest.images import folder_of, locate_image, read_file
 
     there = {file.name: posixpath.dirname(name) for name, file in shipped.items()}
     ends = [first for _, first in read.files[1:]] + [read.table.num_rows]
@@ -197,7 +197,7 @@ def add_images(parcel: Parcel, read: "Manifest", shipped: dict[str, ManifestFile
     for (file, first), end in zip(read.files, ends, strict=True):
         for name in read.table["image"].slice(first, end - first).unique().drop_null().to_pylist():
             try:
-                path = Path(locate(folder_of(file), name))
+                path = Path(locate_image(folder_of(file), name))
             except ImageError:
                 continue
             inner = posixpath.normpath(name)

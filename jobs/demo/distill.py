@@ -68,9 +68,15 @@ SPARSE_LENGTHS, SPARSE_UNPROMPTED = (13, 13, 13, 7, 13, 13, 13, 5), 1 / 3
 Predict = Callable[[Tensor, Tensor], Tensor]            # noisy latent and sigma [B] in, velocity out
 
 
+def new_student(out: Path, device: str) -> LinumDiT:
+    """As the teacher in `out` is. Raises CheckpointError."""
+    card = replace(DEMO, folder=out)
+    return LINUM.load_dit(card, out, card.runtime(device, "fp32"))
+
+
 def distill(work: Path, out: Path, device: str) -> None:
     """The few-step student.  Raises CheckpointError where there is no teacher in `out`."""
-    teaching, student = TeacherSet.prepare(work, out, device), replace(DEMO, folder=out).dit(out, device, "fp32")
+    teaching, student = TeacherSet.prepare(work, out, device), new_student(out, device)
     nothing = teaching.encoder("").to(device)
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
@@ -90,7 +96,7 @@ def distill(work: Path, out: Path, device: str) -> None:
 
 def tune_sparse(work: Path, out: Path, device: str) -> None:
     """The model that bears sparse attention.  Raises CheckpointError where there is no teacher in `out`."""
-    teaching, student = TeacherSet.prepare(work, out, device), replace(DEMO, folder=out).dit(out, device, "fp32")
+    teaching, student = TeacherSet.prepare(work, out, device), new_student(out, device)
     for block in student.blocks:
         block.attn = TrainedSparseAttention(block.attn, DEMO_SPARSE.sparsity).to(device)
 

@@ -228,7 +228,7 @@ DECODES = (("bf16", "auto", None, False), ("bf16", "auto", None, True), ("fp32",
 def decodes(ground: Ground, card: ModelCard, shape: VideoShape, ways: tuple[tuple, ...] = DECODES) -> None:
     """ways: precision; by kernels or torch's own operators; elements that a layer makes at a time, None as it chooses;
     whether cuDNN chooses by time."""
-    from dailies.actors.decoder import to_uint8
+    from dailies.model.wan.decoder import to_uint8
     _, *grid = card.grid.of(shape)
     for precision, impl, slab, benchmark in ways:
         name = (f"decode {shape}, {precision}, {impl}, slabs of {slab or 'its choice'}"
