@@ -172,7 +172,7 @@ def look_for_weights(card: ModelCard, weights: str | None) -> dict[str, Any]:
         if near is None:                                # nothing complete in the hub's cache
             layout = card.layouts[0]
             needs = [part if part.endswith(".safetensors") else f"{part}/"
-                     for part in (*layout.parts, layout.tokenizer)]
+                     for part in (*layout.parts, layout.tokenizer) if part]
             return {"complete": False, "folder": None, "missing": needs,
                     "problem": f"not in the Hugging Face cache; the first render fetches {card.repo_id}" if card.repo_id
                     else str(error).removeprefix(f"{card.name}: ")}
