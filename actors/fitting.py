@@ -4,13 +4,17 @@ A sealed value was made by this run, so this finds what a defect of ours, or som
 the next stage would fail on it, and its row would pay.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from dailies.actors.messages import Embedding, Latent
+from dailies.actors.messages import Embedding, Latent, Request
 from dailies.model.card import ModelCard
+
+MOST_TOKENS = 2048                                      # of a text: four times those of the longest
+MOST_ROW_BYTES = 2**24                                  # of what CLIP makes of an image, which has 1.3 MB
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,15 @@ class Fitting:
                 if wrong := text(streams[stream], width):
                     return f"a {name} that is {wrong}"
         return self.image(value, shapes["video"])
+
+    def embedding_bytes(self, request: Request) -> int:
+        """More than one can have: two texts and what an image becomes, in fp32."""
+        texts = 2 * 4 * MOST_TOKENS * sum(self.card.text_widths.values())
+        return texts + (2 * self.latent_bytes(request) + MOST_ROW_BYTES if self.card.takes_image else 0)
+
+    def latent_bytes(self, request: Request) -> int:
+        """More than one can have: twice its numbers, in fp32."""
+        return 2 * 4 * sum(map(math.prod, self.card.stream_shapes(request.shape).values()))
 
     def latent(self, value: Latent, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
         wanted, got = ({name: f"{name} {list(shape)}" for name, shape in each.items()}

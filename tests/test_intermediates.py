@@ -1,5 +1,6 @@
 """What a stage made waits in the run folder: whole, found again, made anew where it is damaged."""
 
+import math
 import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -11,10 +12,23 @@ import torch
 
 from dailies.actors.actor import Actor
 from dailies.actors.device_lock import DeviceLock
+from dailies.actors.fitting import Fitting
 from dailies.actors.messages import Clip, Embedding, Failure, Latent, Request
+from dailies.model.catalog import CATALOG
 from dailies.model.shapes import VideoShape
-from dailies.pipeline.run.intermediates import Discard, Persist, Restore, clear, key_of_request
-from dailies.pipeline.run.layout import EMBEDDINGS, LATENTS
+from dailies.pipeline.run.intermediates import (
+    Damaged,
+    Discard,
+    Persist,
+    Restore,
+    Seal,
+    clear,
+    key_of_request,
+    most_bytes,
+    packed,
+    read,
+)
+from dailies.pipeline.run.layout import EMBEDDINGS, LATENTS, SAVED_STEPS
 from dailies.pipeline.stages import Stage, Step, run_local
 from dailies.pipeline.store import NotFound, open_store
 
@@ -135,6 +149,35 @@ def test_requests_that_share_an_embedding_each_get_it_as_their_own(store):
     RUNS.clear()
     assert [value.request.seed for value in keep([request(3), request(4)])] == [3, 4]
     assert RUNS == []
+
+
+@pytest.mark.parametrize("folder", [EMBEDDINGS, LATENTS, SAVED_STEPS])
+def test_an_object_larger_than_its_request_allows_is_not_read(folder, tmp_path):
+    store, asked, fits = open_store(tmp_path), request(1), Fitting(CATALOG["demo"])
+    path = tmp_path / key_of_request(folder, asked)
+    path.parent.mkdir(parents=True)
+    with path.open("wb") as file:
+        file.truncate(2**28)                            # holes, that take no disk
+    with pytest.raises(Damaged, match="too large"):
+        with read(store, key_of_request(folder, asked), asked, fits):
+            pass
+
+
+@pytest.mark.parametrize("card", CATALOG.values(), ids=lambda card: card.name)
+def test_what_a_model_makes_at_its_largest_is_within_what_is_read(card):
+    height, width = max(card.resolutions.values(), key=math.prod)
+    asked, fits = replace(request(1), shape=card.shape_for((width, height), card.max_duration_s)[0]), Fitting(card)
+    shapes = card.stream_shapes(asked.shape)
+    latent = Latent(request=asked, streams={name: torch.zeros(shape) for name, shape in shapes.items()})
+    text = {name: torch.zeros(512, width) for name, width in card.text_widths.items()}
+    image = (torch.zeros(20, *shapes["video"][1:]), torch.zeros(257, 1280)) if card.takes_image else ()
+    embedding = Embedding(request=asked, prompt=text, negative=text, image=image)
+    for value, folder in ((embedding, EMBEDDINGS), (latent, LATENTS)):
+        key = key_of_request(folder, asked)
+        assert fits(value) is None
+        assert len(packed(value, key, Seal())) < most_bytes(key, asked, fits) < 2**28
+    four = 4 * sum(4 * math.prod(shape) for shape in shapes.values())       # as UniPC carries
+    assert four + 2**20 < most_bytes(key_of_request(SAVED_STEPS, asked), asked, fits) < 2**29
 
 
 @pytest.mark.parametrize("how", ["truncated", "flipped", "empty", "noise", "header"])

@@ -26,7 +26,7 @@ from dailies.actors import clip_file
 from dailies.actors.messages import Embedding
 from dailies.jobs import verify
 from dailies.model.shapes import VideoShape
-from dailies.pipeline.run import adoption, intermediates, ledger
+from dailies.pipeline.run import adoption, intermediates, large_objects, ledger
 from dailies.pipeline.run.intermediates import Seal, sealed, unsealed
 from dailies.pipeline.run.layout import LATENTS, SEAL_KEY, clip_key
 from dailies.pipeline.run.seal import VARIABLE, seal_of
@@ -147,13 +147,14 @@ def test_a_file_larger_than_any_clip_of_the_request_is_not_read(whole, tmp_path,
 
 
 def test_of_large_files_one_is_in_memory_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(adoption, "SMALL_CLIP_BYTES", 10)
+    monkeypatch.setattr(large_objects, "SMALL_BYTES", 10)
     store, held, most = open_store(tmp_path), [], []
     for number in range(8):
         store.put(clip_key(f"{number:064}"), b"x" * 1000)
 
     def read(number):
-        with adoption.clip_bytes(store, f"{number:064}", 2000) as data:
+        with (adoption.clip_bytes(store, f"{number:064}", 2000) if number % 2 else
+              intermediates.read(store, clip_key(f"{number:064}"), None, intermediates.anything)) as data:
             held.append(len(data))
             most.append(sum(held))
             time.sleep(0.01)

@@ -8,20 +8,18 @@ bytes, whatever the store says beside them.
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
-from threading import Lock
 
 from dailies.actors.clip_file import NotThisClip, check_clip, most_bytes
 from dailies.actors.messages import Clip, Request
+from dailies.pipeline.run.large_objects import object_bytes
 from dailies.pipeline.run.layout import clip_key
 from dailies.pipeline.store import NotFound, Store, TooLarge
 
 CLIP_READERS = 8                        # each holds a clip's bytes and decodes it
 AT_ONCE = 256                           # requests that are under way or wait for their turn
-SMALL_CLIP_BYTES = 2**26                # a larger file is in memory alone, beside smaller ones
-one_large = Lock()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,22 +43,9 @@ def adopt(store: Store, requests: Iterable[Request], hashes: Mapping[str, str]) 
             yield from pool.map(lambda request: published(store, request, hashes.get(request.clip_id)), some)
 
 
-@contextmanager
-def clip_bytes(store: Store, clip_id: str, at_most: int) -> Iterator[bytes]:
-    """What lies under a clip's name; of larger files one at a time in all threads, so that memory has a bound.
-
-    Raises NotFound, StoreError, TooLarge for more than `at_most` bytes.
-    """
-    key = clip_key(clip_id)
-    try:
-        data = store.get(key, at_most=min(at_most, SMALL_CLIP_BYTES))
-    except TooLarge:
-        if at_most <= SMALL_CLIP_BYTES:
-            raise
-        with one_large:
-            yield store.get(key, at_most=at_most)
-        return
-    yield data
+def clip_bytes(store: Store, clip_id: str, at_most: int) -> AbstractContextManager[bytes]:
+    """What lies under a clip's name.  Raises as object_bytes."""
+    return object_bytes(store, clip_key(clip_id), at_most)
 
 
 def published(store: Store, request: Request, recorded: str | None = None) -> Clip | Spoilt:

@@ -14,8 +14,9 @@ import hmac
 import json
 import re
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,10 +27,13 @@ from dailies.actors.device_lock import DeviceLock
 from dailies.actors.messages import Clip, Embedding, Failure, Latent, Request
 from dailies.model.checkpoint import pack, unpack
 from dailies.model.samplers import Streams
+from dailies.pipeline.run.large_objects import object_bytes
 from dailies.pipeline.run.layout import EMBEDDINGS, LATENTS, intermediate_key
+from dailies.pipeline.store import TooLarge
 
 CONNECTIONS = 16                                        # at a time, where many objects are removed
-MAX_INTERMEDIATE_BYTES = 2**31                          # of an object; the steps of a 14B model's clip are 77 MB
+MAX_INTERMEDIATE_BYTES = 2**31                          # of an object, where nobody knows what it should be
+MOST_SAVED_LATENTS = 8                                  # that a sampler carries: twice UniPC's
 MOST_HEADER_BYTES = 2**20
 MOST_NOTES = 100                                        # fallbacks that an object may name
 NO_SEAL = "0" * 64                                      # in an object's place for its seal while it is sealed
@@ -72,15 +76,30 @@ class Seal:
         return made.hexdigest().encode()
 
 
-# Whether a value is what its request asks for (actors/fitting.py): None, or what is wrong with it.
-Fits = Callable[[Embedding | Latent], str | None]
+class Fits(Protocol):
+    """Whether a value is what its request asks for (actors/fitting.py): None, or what is wrong with it."""
+
+    def __call__(self, value: Embedding | Latent) -> str | None: ...
+    def embedding_bytes(self, request: Request) -> int: ...
+    def latent_bytes(self, request: Request) -> int: ...
 
 
 UNKEYED = Seal()                        # frozen: one does for all calls
 
 
-def anything(value: Embedding | Latent) -> str | None:
-    return None
+class Anything:
+    """What fits where nobody knows the model."""
+
+    def __call__(self, value: Embedding | Latent) -> str | None:
+        return None
+
+    def embedding_bytes(self, request: Request) -> int:
+        return MAX_INTERMEDIATE_BYTES
+
+    latent_bytes = embedding_bytes
+
+
+anything = Anything()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,7 +269,13 @@ def packed(value: Embedding | Latent, key: str, seal: Seal) -> bytes:
 def opened(store: ObjectStore, persisted: Persisted, seal: Seal, fits: Fits) -> Embedding | Latent:
     """What `packed` was given, as an answer to the request of `persisted`.  Raises Damaged; KeyError for what is
     gone."""
-    tensors, metadata = unsealed(read(store, persisted.key), persisted.key, seal)
+    with read(store, persisted.key, persisted.request, fits) as data:
+        return value_in(*unsealed(data, persisted.key, seal), persisted, fits)
+
+
+def value_in(tensors: dict[str, Tensor], metadata: dict[str, str], persisted: Persisted,
+             fits: Fits) -> Embedding | Latent:
+    """Raises Damaged."""
     kind = "Embedding" if persisted.key.startswith(f"{EMBEDDINGS}/") else "Latent"
     names = ("prompt", "negative", "image") if kind == "Embedding" else ("stream",)
     parts = {name: streams_in(name, tensors) for name in names}
@@ -267,12 +292,21 @@ def opened(store: ObjectStore, persisted: Persisted, seal: Seal, fits: Fits) -> 
     return value
 
 
-def read(store: ObjectStore, key: str) -> bytes:
-    """Raises KeyError, and Damaged for more than there can be."""
+@contextmanager
+def read(store: ObjectStore, key: str, request: Request, fits: Fits) -> Iterator[bytes]:
+    """Held until the block ends (large_objects.py).  Raises KeyError, and Damaged for more than there can be."""
     try:
-        return store.get(key, at_most=MAX_INTERMEDIATE_BYTES)
-    except ValueError as error:
+        with object_bytes(store, key, most_bytes(key, request, fits)) as data:
+            yield data
+    except TooLarge as error:
         raise Damaged(f"{key} is too large: {error}") from error
+
+
+def most_bytes(key: str, request: Request, fits: Fits) -> int:
+    """More than an object has that is what its request asks for."""
+    if key.startswith(f"{EMBEDDINGS}/"):
+        return MOST_HEADER_BYTES + fits.embedding_bytes(request)
+    return MOST_HEADER_BYTES + fits.latent_bytes(request) * (1 if key.startswith(f"{LATENTS}/") else MOST_SAVED_LATENTS)
 
 
 def texts_in(said: str, key: str) -> tuple[str, ...]:

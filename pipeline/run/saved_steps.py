@@ -110,7 +110,8 @@ class PersistSampled(Persist):
             return None
         key = key_of_request(SAVED_STEPS, request)
         try:
-            found = self.opened(request, *unsealed(read(self.store, key), key, self.seal))
+            with read(self.store, key, request, self.fits) as data:
+                found = self.opened(request, *unsealed(data, key, self.seal))
         except KeyError:
             return None
         except Damaged as error:
