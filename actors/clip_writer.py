@@ -46,6 +46,7 @@ TO_YUV = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITE
 _LOOKED_AT = 16_384
 BT709_LUMA = np.array([0.2126, 0.7152, 0.0722], np.float32)
 WORST_PSNR_DB = 20.0
+APART_S = 0.25                                          # sound ends where the pictures do, but for a model's coarse steps
 
 MOST_TRIES = 20                                         # at a name that is taken, though nothing can be read there
 
@@ -89,6 +90,7 @@ class ClipWriter:
         show them, and whatever the store raises.
         """
         request = frames.request
+        self.check_sound(frames)
         with nameless_file() as path:
             write_mp4(path, frames, self.audio_rate)
             psnr_db = check_encoding(path, frames)
@@ -101,6 +103,16 @@ class ClipWriter:
                     # where another's file is the clip, nobody knows what that was made on
                     determinism=frames.determinism if sha256 == mine else (),
                     quality={**frames.quality, "psnr_db": psnr_db}, notes=notes)
+
+    def check_sound(self, frames: Frames) -> None:
+        """Sound of another rate would be heard at another pitch.  Raises ValueError."""
+        if frames.audio is None:
+            return
+        lasts_s, wanted_s = len(frames.audio) / self.audio_rate, frames.request.shape.frames / frames.request.fps
+        if frames.audio.dim() != 2 or frames.audio.shape[1] != 2 or abs(lasts_s - wanted_s) > APART_S:
+            raise ValueError(f"sound must be [samples, 2] and last as long as the pictures, {wanted_s:.2f} s; got "
+                             f"{list(frames.audio.shape)}, which at {self.audio_rate} samples per second are "
+                             f"{lasts_s:.2f} s. The model's card says its audio_rate")
 
     def store_once(self, path: Path, mine: str, request: Request) -> tuple[str, int, tuple[str, ...]]:
         """SHA-256 and size of the clip's object, and what is to be told of it: this file, or the one that was there

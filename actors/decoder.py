@@ -13,6 +13,7 @@ from dailies.model.memory import memory_on
 from dailies.model.runtime import Runtime
 
 SAFE_SHARE = 4              # a clip that has failed twice is decoded in a quarter of the memory
+NO_SOUND = "without sound: its decoder made none of the audio that was sampled"
 
 
 class Decoder(Actor):
@@ -36,6 +37,7 @@ class Decoder(Actor):
     def decode(self, latent: Latent) -> Frames:
         memory = memory_on(self.device) // (SAFE_SHARE if self.safe else 1)
         made = self.streams(latent.streams, latent.request.shape, memory)
+        silent = (NO_SOUND,) if "audio" in latent.streams and made.audio is None else ()
         return Frames(request=latent.request, rgb=made.rgb, audio=made.audio,
-                      fallbacks=latent.fallbacks + self.fallbacks + made.notes,
+                      fallbacks=latent.fallbacks + self.fallbacks + made.notes + silent,
                       determinism=(*latent.determinism, self.determinism))

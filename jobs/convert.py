@@ -64,7 +64,7 @@ PASSED_ON = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR")
 class FoundPart:
     """One model of several: what it is, where a layout wants it, and where it was found."""
 
-    kind: str                                           # dit, vae, text_encoder, image_encoder
+    kind: str                                           # as ModelPart.kind
     place: int                                          # of several dits
     target: str                                         # a .safetensors file, below the output
     source: Path
@@ -156,11 +156,8 @@ def one_part(card: ModelCard, path: Path) -> tuple[Layout, list[FoundPart]]:
 
 def wanted(layout: Layout) -> Iterator[tuple[str, int, str]]:
     """kind, place and file of every part."""
-    for place, target in enumerate(layout.dits):
-        yield "dit", place, target
-    for kind in ("vae", "text_encoder", "image_encoder"):
-        if target := getattr(layout, kind):
-            yield kind, 0, target if target.endswith(".safetensors") else f"{target}/model.safetensors"
+    for kind, place, target in layout.placed():
+        yield kind, place, target if is_file(target) else f"{target}/model.safetensors"
 
 
 def source_of(folder: Path, target: str) -> Path | None:

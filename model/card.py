@@ -1,7 +1,7 @@
 """What every model says of itself: what a row may ask for and gets, its files and sizes. How to build it: family.py."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,17 @@ class Layout:
     image_encoder: str | None = None                    # as text_encoder
     audio_vae: str | None = None
 
+    def placed(self) -> Iterator[tuple[str, int, str]]:
+        """kind, place among several of a kind, and file or folder of every part."""
+        for place, part in enumerate(self.dits):
+            yield "dit", place, part
+        for kind in ("vae", "text_encoder", "image_encoder", "audio_vae"):
+            if part := getattr(self, kind):
+                yield kind, 0, part
+
     @property
     def parts(self) -> tuple[str, ...]:
-        others = self.vae, self.text_encoder, self.image_encoder, self.audio_vae
-        return tuple(part for part in (*self.dits, *others) if part)
+        return tuple(part for _, _, part in self.placed())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +60,7 @@ class ModelCard:
 
     # what a row may ask for, and what it gets when it does not say
     fps: float = 24.0
+    audio_rate: int = 48_000                            # samples per second, where it has sound
     resolutions: Mapping[str, tuple[int, int]]          # name -> (height, width)
     resolution: str
     duration_s: float = 2.0

@@ -86,7 +86,7 @@ class Sampler(Protocol):
 @dataclass(frozen=True, kw_only=True)
 class Decoded:
     rgb: "Tensor"                                       # uint8 [frames, height, width, 3] on the CPU
-    audio: "Tensor | None" = None                       # [samples, 2] in [-1, 1] on the CPU
+    audio: "Tensor | None" = None                       # [samples, 2] in [-1, 1] on the CPU, at the card's audio_rate
     notes: tuple[str, ...] = ()                         # what was done instead of what was asked for
 
 
@@ -101,7 +101,7 @@ class StreamDecoder(Protocol):
 class ModelPart:
     """One file of weights of a card."""
 
-    kind: str                                           # a field of Layout; of its dits `place` says which
+    kind: str                                           # as Layout.placed has it; of its dits `place` says which
     place: int = 0
     tables: tuple[KeyTable, ...]                        # the names that its tensors may have
     new: "Callable[[], nn.Module] | None" = None        # as it is described, where it can be made INT8 (turbo.py)

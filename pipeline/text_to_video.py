@@ -64,7 +64,8 @@ def text_to_video(card: ModelCard, weights: str | None, store: Store, on: Runtim
     sampler = model(Denoiser, on)
     sample = Step(actor=PersistSampled, args=dict(step=sampler, **kept))
     decode = model(Decoder, name="decode")
-    write = [Step(actor=Gate), Step(actor=ClipWriter, args=dict(store=store, key_of=clip_key, spoilt=spoilt))]
+    write = [Step(actor=Gate), Step(actor=ClipWriter, args=dict(store=store, key_of=clip_key, spoilt=spoilt,
+                                                                audio_rate=card.audio_rate))]
     if not keep_latents:
         write.append(Step(actor=Discard, args=dict(store=store)))
     return [

@@ -212,6 +212,12 @@ def test_decoded_sound_is_the_sound_that_went_in(tmp_path):
     assert np.abs(sound[1]).max() < 0.05
 
 
+@pytest.mark.parametrize("audio", [torch.zeros(48_000, 2), torch.zeros(2, 98_000), torch.zeros(98_000)])
+def test_sound_that_is_not_as_long_as_its_pictures_is_refused(audio):
+    with pytest.raises(ValueError, match=r"sound must be \[samples, 2\] and last as long as the pictures, 2.04 s; got"):
+        write(request(frames=49), moving_disc(49), audio=audio)
+
+
 def test_the_clip_that_was_there_first_wins():
     store, other = MemoryStore(), moving_disc()
     other[0, 0, 0] = 0                                  # as another kind of CPU may make it

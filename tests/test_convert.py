@@ -18,6 +18,7 @@ from dailies.jobs.cli import main
 from dailies.model import checkpoint
 from dailies.model.catalog import CATALOG
 from dailies.model.family import family_of
+from dailies.model.family import family_of
 from dailies.model.files import CheckpointError
 from dailies.model.weights import locate
 
@@ -211,7 +212,8 @@ def test_a_golden_passes_through_the_conversion_of_its_pickle(tmp_path, monkeypa
     tensors, _ = checkpoint.unpack((golden.folder / "weights.safetensors").read_bytes())
     torch.save({"state_dict": tensors}, tmp_path / "vae.ckpt")
     assert main(["convert", str(tmp_path / "vae.ckpt"), "--model", "wan-tiny", "--to", str(tmp_path / "out")]) == 0
-    vae = CATALOG["wan-tiny"].vae(tmp_path / "out", "cpu")
+    card = CATALOG["wan-tiny"]
+    vae = family_of(card).load_vae(card, tmp_path / "out", card.runtime())
     mean, std = (torch.tensor(golden.config[f"latents_{name}"]).view(1, -1, 1, 1, 1) for name in ("mean", "std"))
     assert error(vae.decode(golden.inputs["z.5"] * std + mean), golden.outputs["decoded.5"]) < golden.tolerance["value"]
 
