@@ -18,7 +18,6 @@ from dailies.jobs.cli import main
 from dailies.model import checkpoint
 from dailies.model.catalog import CATALOG
 from dailies.model.family import family_of
-from dailies.model.family import family_of
 from dailies.model.files import CheckpointError
 from dailies.model.weights import locate
 
