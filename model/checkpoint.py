@@ -45,6 +45,10 @@ class StoredTensor:
     dtype: torch.dtype
     shape: tuple[int, ...]
 
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
 
 def build(make: Callable[[], Model], path: Path, *tables: KeyTable, name: str, device: str, precision: str,
           settle: Callable[[str, nn.Module], nn.Module] | None = None) -> Model:
@@ -272,7 +276,7 @@ def views(stored: Mapping[str, StoredTensor]) -> Iterator[tuple[str, Tensor]]:
             with safetensors.safe_open(file, framework="pt", device="cpu") as opened:
                 for key in keys:
                     yield key, opened.get_tensor(stored[key].name)
-        except (OSError, safetensors.SafetensorError) as error:
+        except (OSError, RuntimeError, safetensors.SafetensorError) as error:   # torch has one for what it cannot map
             raise CheckpointError(f"{file} cannot be read: {first_line(error)}") from error
 
 

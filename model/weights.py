@@ -27,6 +27,7 @@ HUB_PATIENCE_S = 5.0                                    # for a size
 SMALL_KINDS, SMALL_BYTES = (".json", ".model"), 64_000_000     # that lie beside the weights; the largest has 34 MB
 MOST_BYTES = 200_000_000_000                            # of one file; the largest has 57 GB
 CACHE_BYTES = 100_000_000
+UNCHECKED_BYTES = 2**30                                 # that are hashed without a further look: a second or two
 TEXT_ENCODER_SHARDS = "model.safetensors" + INDEX
 
 
@@ -158,10 +159,11 @@ def is_file(part: str) -> bool:
     return part.endswith(".safetensors")
 
 
-def fingerprint(files: Mapping[str, Path]) -> str:
+def fingerprint(files: Mapping[str, Path], check: Callable[[], None] | None = None) -> str:
     """SHA-256 over the sorted (name, SHA-256 of content); a file is read again only when size, time or inode differ.
 
-    Raises CheckpointError for what is no regular file.
+    check: is called before the first is read, where there is much to read.
+    Raises CheckpointError for what is no regular file, and what `check` raises.
     """
     cache = cache_folder() / "sha256.json"
     known: dict[str, str] = {}
@@ -170,15 +172,14 @@ def fingerprint(files: Mapping[str, Path]) -> str:
         with open_regular(cache) as file:
             known = dict(json.loads(file.read(CACHE_BYTES)))
     before, total = dict(known), hashlib.sha256()
-    for name in sorted(files):
-        try:
-            path = files[name].resolve()
-            stat = path.stat()
-        except (OSError, RuntimeError) as error:        # links in a circle are a RuntimeError before Python 3.13
-            raise CheckpointError(f"{files[name]} cannot be read: {first_line(error)}") from error
-        key = f"{path} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}"
-        if not isinstance(known.get(key), str):
-            check_size(files[name], stat.st_size)
+    found = {name: identity(files[name]) for name in sorted(files)}
+    unread = {name: num_bytes for name, (_, key, num_bytes) in found.items() if not isinstance(known.get(key), str)}
+    for name, num_bytes in unread.items():
+        check_size(files[name], num_bytes)
+    if check is not None and sum(unread.values()) > UNCHECKED_BYTES:
+        check()
+    for name, (path, key, _) in found.items():
+        if name in unread:
             with weights_file(path) as file:
                 known[key] = hashlib.file_digest(file, "sha256").hexdigest()
         total.update(f"{name}\0{known[key]}\n".encode())
@@ -187,6 +188,16 @@ def fingerprint(files: Mapping[str, Path]) -> str:
             private_folder(cache.parent)
             write_atomically(cache, json.dumps(known).encode())
     return total.hexdigest()
+
+
+def identity(path: Path) -> tuple[Path, str, int]:
+    """The file itself, by which it is known, and its bytes.  Raises CheckpointError."""
+    try:
+        path = path.resolve()
+        stat = path.stat()
+    except (OSError, RuntimeError) as error:            # links in a circle are a RuntimeError before Python 3.13
+        raise CheckpointError(f"{path} cannot be read: {first_line(error)}") from error
+    return path, f"{path} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}", stat.st_size
 
 
 def check_size(path: Path, num_bytes: int) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import random
 import shutil
 import struct
@@ -20,6 +21,9 @@ from dailies.model.linum import keys as linum_keys
 from dailies.model.linum.transformer import LinumDiT
 from dailies.model.wan import keys as wan_keys
 from dailies.model.wan.vae import WanVAE
+from dailies.pipeline.manifest.manifest import Manifest
+from dailies.pipeline.run.run import prepare
+from dailies.pipeline.store import open_store
 
 DIT = "dit/360p.safetensors"
 
@@ -319,6 +323,44 @@ def test_a_file_of_holes_is_not_read_to_its_end(name, num_bytes, said, folder, m
         file.truncate(num_bytes)
     monkeypatch.setattr(weights.hashlib, "file_digest", lambda *_: pytest.fail("it was read"))
     assert said in refusal(lambda: weights.fingerprint({name: folder / name}))
+
+
+def holes_in_a_decoder(folder):
+    """Tensors that are not loaded, and a header that fits the file."""
+    path = folder / "t5/text_encoder/model.safetensors"
+    said, data = header(path)
+    write(path, said | {"decoder.holes": {"dtype": "U8", "shape": [190 * 10**9],
+                                          "data_offsets": [len(data), len(data) + 190 * 10**9]}}, data)
+    os.truncate(path, path.stat().st_size + 190 * 10**9)
+
+
+def holes_in_a_shape(folder):
+    path, num = folder / DIT, 190 * 10**9 // 4
+    write(path, {"model.x": {"dtype": "F32", "shape": [num], "data_offsets": [0, 4 * num]}})
+    os.truncate(path, path.stat().st_size + 4 * num)
+
+
+def holes_in_texts(folder):
+    for number in range(40):
+        with (folder / f"t5/text_encoder/{number}.json").open("wb") as file:
+            file.truncate(60 * 10**6)
+
+
+@pytest.mark.parametrize("spoil, said", [
+    (holes_in_a_decoder, "twice what the model's tensors take; they have 190,"), (holes_in_a_shape, "missing"),
+    (holes_in_texts, "twice what the model's tensors take; they have 2,4")])
+def test_large_files_of_no_such_model_are_refused_before_any_is_hashed(spoil, said, folder, tmp_path, monkeypatch):
+    spoil(folder)
+    manifest = Manifest.read(prompts=["a fox"])
+    monkeypatch.setattr(weights.hashlib, "file_digest", lambda *_: pytest.fail("it was read"))
+    assert said in refusal(lambda: prepare(manifest, open_store(tmp_path / "out"), E2E_CARD, weights=folder))
+
+
+def test_files_of_which_few_bytes_are_new_are_hashed_without_a_further_look(folder, monkeypatch):
+    files = weights.weights_files(E2E_CARD, folder)
+    weights.fingerprint(files, check=lambda: pytest.fail("it was looked at"))
+    monkeypatch.setattr(weights, "UNCHECKED_BYTES", 0)
+    weights.fingerprint(files, check=lambda: pytest.fail("all of it is known"))
 
 
 def test_a_fingerprint_that_somebody_else_may_have_planted_is_not_believed(folder, cache):

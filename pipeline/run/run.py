@@ -21,6 +21,7 @@ from dailies.model.errors import DailiesError
 from dailies.model.family import family_of, precision_in
 from dailies.model.ways import AUTO, Gpu, Way, fastest
 from dailies.model.weights import fingerprint, weights_files
+from dailies.model.weights_check import check_before_reading, check_parts
 from dailies.pipeline.manifest.manifest import Manifest
 from dailies.pipeline.manifest.validation import shown
 from dailies.pipeline.plan import Defaults, Plan
@@ -80,8 +81,7 @@ class Run:
 
     def check_weights(self) -> None:
         """Names, shapes and dtypes of every weight, from the files' headers.  Raises CheckpointError."""
-        for part in family_of(self.plan.card).parts(self.plan.card):
-            part.load(self.weights, self.plan.card.runtime("meta", self.plan.precision))
+        check_parts(self.plan.card, self.weights, self.plan.card.runtime("meta", self.plan.precision))
 
     def begin(self, job: Mapping[str, Any] | None = None) -> None:
         """The store does what a run needs, and the folder is this run's.  Raises OtherRun, StoreError.
@@ -216,7 +216,8 @@ def prepare(manifest: Manifest, store: Store, card: ModelCard, *, weights: Path 
     on = card.runtime(device, way.precision, way.attention, decode_precision=decode_precision)
     fallbacks = () if not is_here else tuple(
         note for notes in family_of(card).fallbacks(card, weights, on).values() for note in notes)
-    print_of = (fingerprint(weights_files(card, weights)) if weights else
+    print_of = (fingerprint(weights_files(card, weights), check=lambda: check_before_reading(
+                    card, weights, card.runtime("meta", way.precision))) if weights else
                 before.get("weights_fingerprint", UNKNOWN_FINGERPRINT))
     plan = Plan.make(manifest, card, defaults, weights_fingerprint=print_of, precision=way.precision,
                      attention=way.attention, decode_precision=decode_precision, variant=variant,
