@@ -120,7 +120,8 @@ class ClipWriter:
 
         mine: SHA-256 of the file at `path`.
         """
-        key, metadata, notes = self.key_of(request.clip_id), {"clip-id": request.clip_id}, ()
+        key, metadata = self.key_of(request.clip_id), {"clip-id": request.clip_id}
+        notes: tuple[str, ...] = ()
         shape, tries = request.shape, count(1)
         at_most = most_bytes(width=shape.width, height=shape.height, frames=shape.frames)
         while not self.store.create(key, path, metadata=metadata):

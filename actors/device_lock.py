@@ -46,7 +46,8 @@ class DeviceLock:
         self.queue: deque[object] = deque()             # whose turn it is, then who waits; threads of this process
         self.mine = threading.local()
         self.turnstile, self.device = lock_files(device) if device else (None, None)
-        self.kept_s, self.kept_since = 0.0, None        # by other processes
+        self.kept_s = 0.0                               # by other processes
+        self.kept_since: float | None = None
 
     @property
     def waited_s(self) -> float:

@@ -35,7 +35,7 @@ class Gate:
 
     def look(self, frames: Frames) -> Frames | Failure:
         verdict, reason, measures = judge(frames)
-        quality = {"verdict": verdict, **measures}
+        quality: dict[str, float | str] = {"verdict": verdict, **measures}
         if verdict == "ok":
             return replace(frames, quality=quality)
         return Failure(request=frames.request, stage="publish", error_type=REJECTED, error=f"{verdict}: {reason}",

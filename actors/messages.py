@@ -54,8 +54,8 @@ class Request:
         What came later is said only where it is not at its neutral value, so that clips without it keep their names.
         """
         shape = self.shape
-        later = {"image_sha256": self.image and self.image.sha256, "decode_precision": self.decode_precision,
-                 "variant": self.variant}
+        later: dict[str, Scalar | None] = {"image_sha256": self.image.sha256 if self.image else None,
+                                           "decode_precision": self.decode_precision, "variant": self.variant}
         later |= {setting.name: value for setting in FURTHER
                   if (value := self.settings.get(setting.name)) != setting.neutral}
         return {**{setting.name: getattr(self, setting.field) for setting in SETTINGS if setting.field},

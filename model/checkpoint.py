@@ -105,7 +105,7 @@ def match(stored: Mapping[str, StoredTensor], wanted: Mapping[str, Tensor], tabl
     found: dict[str, StoredTensor] = {}
     for released, tensor in stored.items():
         ours = table.ours(released)
-        if not table.drops(released) and ours in wanted:
+        if ours is not None and ours in wanted and not table.drops(released):
             found.setdefault(ours, tensor)              # a tied tensor may be stored under both its names: check_twins
     unexpected = [key for key in stored if not table.drops(key) and table.ours(key) not in wanted]
     missing = [f"{key} (there: {table.released(key)})" for key in wanted if key not in found]
@@ -143,12 +143,13 @@ def check_twins(stored: Mapping[str, StoredTensor], found: Mapping[str, StoredTe
         if twin is None or twin.name == name:
             continue
         same = (twin.dtype, twin.shape) == (tensor.dtype, tensor.shape)
-        one, other = (tensor for _, tensor in views({"one": twin, "other": tensor})) if same else (None, None)
-        # in pieces, and as bytes: NaN is not equal to itself
-        if not same or not all(torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
-                               for a, b in
-                               zip(one.reshape(-1).split(TWIN_NUMBERS), other.reshape(-1).split(TWIN_NUMBERS),
-                                    strict=True)):
+        if same:
+            one, other = (stored.reshape(-1).split(TWIN_NUMBERS)
+                          for _, stored in views({"one": twin, "other": tensor}))
+            # in pieces, and as bytes: NaN is not equal to itself
+            same = all(torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+                       for a, b in zip(one, other, strict=True))
+        if not same:
             raise CheckpointError(f"{where}: {twin.name} and {name} are two names of one tensor, and hold different "
                                   "values. "
                                   "Fetch it again, or keep the one that is right")
@@ -289,10 +290,12 @@ def place(module: nn.Module, leaf: str, tensor: Tensor) -> None:
 
 def released_state(model: nn.Module, table: KeyTable) -> dict[str, Tensor]:
     """The model's tensors under the names of the release, ready to save.  Raises CheckpointError where one has none."""
-    state = {table.released(key): tensor.detach() for key, tensor in model.state_dict().items()}
-    if None in state:
-        raise CheckpointError(f"{table.name}, keys.py below model/, does not name every tensor of "
-                              f"{type(model).__name__}")
+    state = {}
+    for key, tensor in model.state_dict().items():
+        if (name := table.released(key)) is None:
+            raise CheckpointError(f"{table.name}, keys.py below model/, does not name every tensor of "
+                                  f"{type(model).__name__}")
+        state[name] = tensor.detach()
     return state
 
 

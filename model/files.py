@@ -5,6 +5,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterable
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -67,7 +68,7 @@ def read_small(path: Path, at_most: int, inside: Path | None = None) -> bytes:
     return data
 
 
-def weights_file(path: Path) -> BinaryIO:
+def weights_file(path: Path) -> BufferedReader:
     """A file of a weights folder, open for reading; never waits.  Raises CheckpointError for all but regular files."""
     try:
         return open_regular(path)

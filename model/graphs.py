@@ -6,7 +6,7 @@ What it saves is the time in which the GPU waits for launches, so it shows in sm
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 from weakref import WeakSet
 
@@ -159,8 +159,8 @@ def with_each(value: Any, make: Callable[[Tensor], Any]) -> Any:
         return make(value)
     if isinstance(value, tuple):
         return tuple(with_each(part, make) for part in value)
-    if is_dataclass(value):
-        return type(value)(**{field.name: with_each(getattr(value, field.name), make) for field in fields(value)})
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{field.name: with_each(getattr(value, field.name), make) for field in fields(value)})
     if value is not None:
         raise TypeError("a forward is recorded with tensors, None, and tuples and dataclasses of them; "
                         f"got {type(value).__name__}")

@@ -10,8 +10,8 @@ import os
 import socket
 import stat
 import tempfile
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 
 class NotPrivate(PermissionError):
@@ -77,7 +77,7 @@ def lock_folder() -> Path:
         return private_folder(cache / f"locks-{socket.gethostname()}", below=cache)     # a home may be on many machines
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """The file, open for reading; at once, whatever lies there.  Raises NotAFile, and OSError as open does."""
     try:
         # without O_NONBLOCK opening a pipe waits for a writer, which no signal of Python's ends in a thread

@@ -32,7 +32,7 @@ class T5TextEncoder:
     """
 
     family = "T5"
-    tables = (keys.T5,)
+    tables: tuple[keys.KeyTable, ...] = (keys.T5,)
 
     def __init__(self, encoder: Path, tokenizer: Path, device: str, *, name: str, precision: str, max_tokens: int,
                  width: int, config: Mapping[str, Any] | None = None):
@@ -130,10 +130,11 @@ def described_encoder(family: str, config: Mapping[str, Any] | Path, name: str) 
     """new_encoder, of fields or of the file that has them.  Raises CheckpointError."""
     where = config if isinstance(config, Path) else "what this program says of it"
     try:
-        if isinstance(config, Path):
-            config = read_json(config, CONFIG_BYTES)
-            refuse_code(config, where)
-        return new_encoder(family, config)
+        if not isinstance(config, Path):
+            return new_encoder(family, config)
+        said = read_json(config, CONFIG_BYTES)
+        refuse_code(said, config)
+        return new_encoder(family, said)
     except Exception as error:                          # the config class checks its own values, with its own errors
         raise CheckpointError(f"{name}: {where} is not the config of a {family} encoder "
                               f"({type(error).__name__}: {first_line(error)[:400]})") from error

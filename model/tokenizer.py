@@ -62,14 +62,16 @@ class Tokenizer:
         self.where = f"{name}: {folder / FILE}"
         with quietly(self.where):
             self.made = tokenizers.Tokenizer.from_str(json.dumps(said))
-            self.end = self.made.token_to_id(END)
+            end = self.made.token_to_id(END)
+            self.end = -1 if end is None else end       # then no text ends in it
             # asked of the table: a dictionary of umT5's pieces takes the library two seconds
             vocabulary = said["model"]["vocab"]
-            added = [self.made.token_to_id(token["content"]) for token in said["added_tokens"] or ()]
+            added = [number for token in said["added_tokens"] or ()
+                     if (number := self.made.token_to_id(token["content"])) is not None]
             self.largest = max(max(vocabulary.values(), default=0) if isinstance(vocabulary, dict)
                                else len(vocabulary) - 1,
                                *added)
-        if self.end is None or self.ids("") != [self.end] or self.ids("a")[-1:] != [self.end]:
+        if self.ids("") != [self.end] or self.ids("a")[-1:] != [self.end]:
             raise CheckpointError(f"{self.where} must put {END} behind a text, as T5's and umT5's do; it makes "
                                   f"{self.ids('a')[:8]} of 'a'. Is it another model's?")
 

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -319,7 +320,7 @@ def test_every_command_in_the_documents_exists(tmp_path: Path):
     helps: dict[str, str] = {}
     for document in documents():
         for line in shell_lines(document):
-            words = line.split()
+            words = shlex.split(line)
             while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
                 words.pop(0)
             if words[0] == "make":

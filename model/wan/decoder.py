@@ -38,9 +38,9 @@ class VideoDecoder:
         """
         video = (streams["video"].to(self.device) - self.bias) / self.scale     # fp32, before the VAE rounds it
         video = video[None].to(self.vae.from_latent.weight.dtype)
-        clip = self.vae.decoder, *video.shape[2:]
-        rows = self.vae.rows_within(memory, *clip)
-        slab = self.vae.slab_within(memory, *clip, rows)
+        part, (steps, height, width) = self.vae.decoder, video.shape[2:]
+        rows = self.vae.rows_within(memory, part, steps, height, width)
+        slab = self.vae.slab_within(memory, part, steps, height, width, rows)
         notes: tuple[str, ...] = ()
         while (rgb := self.pixels(video, shape, rows, slab)) is None:
             rows, slab = -(-rows // 2), max(SLAB, slab // 4)

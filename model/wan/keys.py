@@ -76,7 +76,7 @@ WAN = KeyTable(
 # wrapper around it; some tools leave them there.
 TURBO_WAN = KeyTable(
     name="TURBO_WAN",
-    rules={"blocks.{}.self_attn.attn_op.local_attn.proj_l.": "blocks.{}.attn.proj."} | WAN.rules,
+    rules={"blocks.{}.self_attn.attn_op.local_attn.proj_l.": "blocks.{}.attn.proj.", **WAN.rules},
     flat=("patch_embedding.weight",),                   # a linear layer there, of patches in the order c, t, h, w
 )
 

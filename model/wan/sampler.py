@@ -122,9 +122,9 @@ class WanSampler:
             time = torch.full((1,), timestep, device=self.device)      # made there: a copy would wait for the GPU
             made = []
             for clip, texts, condition in zip(clips, contexts[expert], conditions, strict=True):
-                predicted = [dit(clip["video"][None], time, text, condition)[0] for text in texts]
-                made.append({"video": predicted[0] if scale is None else classifier_free(
-                    *predicted, scale * (1.0, self.card.low_noise_guidance)[expert])})
+                predicted, *without = [dit(clip["video"][None], time, text, condition)[0] for text in texts]
+                made.append({"video": predicted if scale is None else classifier_free(
+                    predicted, without[0], scale * (1.0, self.card.low_noise_guidance)[expert])})
             return made
         return velocity
 

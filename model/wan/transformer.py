@@ -84,7 +84,7 @@ class WanDiT(nn.Module):
         rows = self.text_out(F.gelu(self.text_in(rows), approximate="tanh"))
         keys, values = zip(*(block.cross.keys_values(rows) for block in self.blocks), strict=True)
         image_keys, image_values = (), ()
-        if images is not None:
+        if images is not None and self.image_embed is not None:
             rows = self.image_embed(torch.stack(images))
             image_keys, image_values = zip(*(block.cross.image_keys_values(rows) for block in self.blocks), strict=True)
         return Context(keys=keys, values=values, image_keys=image_keys, image_values=image_values)

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dailies.kernels import FLOATS, processor
+from dailies.kernels import Impl as KernelImpl
 from dailies.kernels.around_conv import add_bias, channels_adjacent, enlarge, norm_silu
 from dailies.model.wan.config import WanVAEConfig
 
@@ -47,6 +48,11 @@ class Memory:
         self.frames: dict[nn.Module, Tensor] = {}       # the last input frames of every convolution in time
         self.rooms: dict[nn.Module, Tensor] = {}        # where those of the layer at work lie, with room for a slab
 
+    @property
+    def kernel(self) -> KernelImpl:
+        """Which of kernels/around_conv, where they are asked for."""
+        return "auto" if self.impl == "eager" else self.impl
+
     def chunks(self, steps: int, size: int) -> Iterator[tuple[int, int]]:
         """Start and stop of each chunk, in latent steps; the layers are told which is the first and which the last."""
         for start in range(0, steps, size):
@@ -64,14 +70,15 @@ class Memory:
         begins = remembered is None and self.impl != "eager"
         past = keep if begins else 0 if remembered is None else remembered.shape[2]
         frames = past + x.shape[2]
-        apart = room is None or past and remembered.storage_offset() >= past * room.stride(2)
+        apart = room is None or (remembered is not None and past
+                                 and remembered.storage_offset() >= past * room.stride(2))
         if room is None or room.shape[2] < frames:
             room = self.rooms[conv] = empty_clip(x, keep + x.shape[2])
         if begins:
             room[:, :, :past].zero_()
         elif apart and past:
             room[:, :, :past] = remembered
-        else:
+        elif remembered is not None:
             for frame in range(past):                   # one by one: they move forward within the room, by less
                 room[:, :, frame] = remembered[:, :, frame]
         self.frames[conv] = room[:, :, max(0, frames - keep):frames]
@@ -92,7 +99,8 @@ class WanVAE(nn.Module):
 
     def __init__(self, config: WanVAEConfig):
         super().__init__()
-        self.config, self.impl = config, "auto"
+        self.config = config
+        self.impl: Impl = "auto"
         channels = config.latent_channels
         self.encoder = Encoder(config)
         self.to_moments = nn.Conv3d(2 * channels, 2 * channels, 1)
@@ -171,8 +179,8 @@ class WanVAE(nn.Module):
     def memory(self, x: Tensor, slab: int) -> Memory:
         if self.learns(x):
             return Memory(learns=True)
-        kernels = x.is_cuda and x.dtype in FLOATS
-        return Memory(slab=slab, impl=self.impl if self.impl != "auto" else "triton" if kernels else "eager")
+        fastest: Impl = "triton" if x.is_cuda and x.dtype in FLOATS else "eager"
+        return Memory(slab=slab, impl=fastest if self.impl == "auto" else self.impl)
 
     def pieces(self, part: "Encoder | Decoder", x: Tensor, steps: int, height: int, width: int, chunk: int | None,
                rows: int | None, slab: int | None) -> tuple[int, int, int]:
@@ -367,8 +375,8 @@ class ResBlock(nn.Module):
                                         self.conv1.bias)
             y = unbiased(self.conv2, window)
             if isinstance(self.shortcut, nn.Identity):
-                return add_bias(y, self.conv2.bias, slab, residual=slab, impl=memory.impl)
-            return add_bias(y, self.conv2.bias, y, residual=adjacent(convolve(self.shortcut, slab)), impl=memory.impl)
+                return add_bias(y, self.conv2.bias, slab, residual=slab, impl=memory.kernel)
+            return add_bias(y, self.conv2.bias, y, residual=adjacent(convolve(self.shortcut, slab)), impl=memory.kernel)
 
         pieces = map(summed, slabs(x, memory, self.conv1.out_channels))
         if not isinstance(self.shortcut, nn.Identity):
@@ -437,7 +445,8 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
         if memory.impl != "eager":
             return self.by_kernels(x, memory)
-        if self.time_conv is None:
+        in_time = self.time_conv
+        if in_time is None:
             return joined(map(self.enlarged, slabs(x, memory, 4 * x.shape[1])), x.shape[2])
         first = 1 if memory.first_chunk else 0          # it never enters the convolution in time
 
@@ -445,7 +454,7 @@ class Upsample(nn.Module):
             if first:
                 yield self.enlarged(x[:, :, :1])
             for slab in slabs(x[:, :, first:], memory, 8 * x.shape[1]):
-                yield self.enlarged(self.doubled(slab, memory))
+                yield self.enlarged(doubled(in_time(slab, memory)))
 
         return joined(pieces(), 2 * x.shape[2] - first)
 
@@ -457,9 +466,9 @@ class Upsample(nn.Module):
             y = as_clip(unbiased(self.conv, as_frames(self.larger(slab, memory, 0 if made else alone))), len(x))
             y = adjacent(y)
             if y.shape[2] == frames:
-                return add_bias(y, self.conv.bias, y, impl=memory.impl)
+                return add_bias(y, self.conv.bias, y, impl=memory.kernel)
             whole = empty_clip(y, frames) if whole is None else whole
-            add_bias(y, self.conv.bias, whole[:, :, made:made + y.shape[2]], impl=memory.impl)
+            add_bias(y, self.conv.bias, whole[:, :, made:made + y.shape[2]], impl=memory.kernel)
             made += y.shape[2]
         return whole
 
@@ -467,25 +476,26 @@ class Upsample(nn.Module):
         """What the convolution over pictures sees.  alone: 1 where x begins with the clip's first frame, else 0."""
         batch, channels, frames, height, width = x.shape
         if self.time_conv is None:
-            return enlarge(x, empty((batch, channels, frames, 2 * height, 2 * width), x), impl=memory.impl)
+            return enlarge(x, empty((batch, channels, frames, 2 * height, 2 * width), x), impl=memory.kernel)
         larger = empty((batch, channels, 2 * frames - alone, 2 * height, 2 * width), x)
         if alone:
-            enlarge(x[:, :, :1], larger[:, :, :1], impl=memory.impl)
+            enlarge(x[:, :, :1], larger[:, :, :1], impl=memory.kernel)
         if frames > alone:
             enlarge(self.time_conv.unbiased(x[:, :, alone:], memory), larger[:, :, alone:], bias=self.time_conv.bias,
-                    impl=memory.impl)
+                    impl=memory.kernel)
         return larger
-
-    def doubled(self, x: Tensor, memory: Memory) -> Tensor:
-        """[B, C, 2T, H, W]: the first half of the convolution's channels is the even frames, the second the odd."""
-        pairs = self.time_conv(x, memory).permute(0, 2, 3, 4, 1).unflatten(4, (2, -1))          # [B, T, H, W, 2, C]
-        return pairs.permute(0, 1, 4, 2, 3, 5).flatten(1, 2).permute(0, 4, 1, 2, 3)
 
     def enlarged(self, x: Tensor) -> Tensor:
         # every pixel four times; F.interpolate takes as long as the convolution, and gives another layout
         frames = as_frames(x).permute(0, 2, 3, 1)[:, :, None, :, None].expand(-1, -1, 2, -1, 2, -1)
         frames = frames.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
         return as_clip(convolve(self.conv, frames), len(x))
+
+
+def doubled(x: Tensor) -> Tensor:
+    """[B, 2C, T, H, W] to [B, C, 2T, H, W]: the first half of the channels is the even frames, the second the odd."""
+    pairs = x.permute(0, 2, 3, 4, 1).unflatten(4, (2, -1))                                      # [B, T, H, W, 2, C]
+    return pairs.permute(0, 1, 4, 2, 3, 5).flatten(1, 2).permute(0, 4, 1, 2, 3)
 
 
 class CausalConv(nn.Conv3d):
@@ -528,7 +538,7 @@ class CausalConv(nn.Conv3d):
         if norm is None:
             window[:, :, past:] = x
         else:
-            norm_silu(adjacent(x), norm.gamma.flatten(), window[:, :, past:], bias=bias, impl=memory.impl)
+            norm_silu(adjacent(x), norm.gamma.flatten(), window[:, :, past:], bias=bias, impl=memory.kernel)
         return window
 
     def starting(self, window: Tensor, past: int) -> Iterator[Tensor]:
