@@ -46,7 +46,7 @@ TO_YUV = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITE
 _LOOKED_AT = 16_384
 BT709_LUMA = np.array([0.2126, 0.7152, 0.0722], np.float32)
 WORST_PSNR_DB = 20.0
-APART_S = 0.25                                          # sound ends where the pictures do, but for a model's coarse steps
+APART_S = 0.25                                          # sound ends where pictures do, but for a model's coarse steps
 
 MOST_TRIES = 20                                         # at a name that is taken, though nothing can be read there
 
