@@ -20,6 +20,7 @@ from dailies.pipeline.store import NotFound, Store, TooLarge
 from dailies.pipeline.wording import counted
 
 VERIFY_READERS = 4
+CLIPS_AT_A_TIME = 1000                  # whose rows are turned into Python's objects
 LINE_EVERY_S = 10.0
 CLIP_ID = re.compile(r"[0-9a-f]{64}")
 
@@ -55,22 +56,23 @@ def print_findings(said: dict[str, Any]) -> None:
         say(f"  {counted(strays, 'object')} under clips/ without a ledger row; the next render records what it plans")
 
 
-def wrong_clips(store: Store, *, json: bool) -> tuple[Mapping[str, dict[str, Any]], list[dict[str, Any]]]:
-    """A ledger row of each clip that is done, by its clip_id, and of those that are wrong: clip_id, id and problem."""
-    columns = ["clip_id", "status", "id", "sha256", "bytes", "width", "height", "frames", "fps"]
-    rows = [row for row in ledger.read(store, columns, whole=True).to_pylist() if row["status"] == "done"]
-    clips = {row["clip_id"] or "": row for row in rows}
+def wrong_clips(store: Store, *, json: bool) -> tuple[set[str], list[dict[str, Any]]]:
+    """The clip_ids of what is done, and of the clips that are wrong: clip_id, id and problem."""
+    clips = ledger.done_clips(store)
     wrong: list[dict[str, Any]] = []
-    told = time.monotonic()
+    told, checked = time.monotonic(), 0
     with ThreadPoolExecutor(VERIFY_READERS) as pool:
-        problems = pool.map(lambda row: problem_of(store, row), clips.values())
-        for checked, (row, problem) in enumerate(zip(clips.values(), problems, strict=True), start=1):
-            if problem:
-                wrong.append({"clip_id": row["clip_id"] or "", "id": row["id"], "problem": problem})
-            if not json and time.monotonic() - told > LINE_EVERY_S:
-                told = time.monotonic()
-                say(f"{checked:,} of {counted(len(clips), 'clip')} read, {len(wrong):,} wrong", stream=sys.stderr)
-    return clips, wrong
+        for batch in clips.to_batches(max_chunksize=CLIPS_AT_A_TIME):
+            rows = batch.to_pylist()
+            for row, problem in zip(rows, pool.map(lambda row: problem_of(store, row), rows), strict=True):
+                checked += 1
+                if problem:
+                    wrong.append({"clip_id": row["clip_id"], "id": row["id"], "problem": problem})
+                if not json and time.monotonic() - told > LINE_EVERY_S:
+                    told = time.monotonic()
+                    say(f"{checked:,} of {counted(clips.num_rows, 'clip')} read, {len(wrong):,} wrong",
+                        stream=sys.stderr)
+    return set(clips["clip_id"].to_pylist()), wrong
 
 
 def problem_of(store: Store, row: Mapping[str, Any]) -> str | None:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import pickle
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -18,11 +19,14 @@ from dailies.pipeline.run import ledger as ledgers
 from dailies.pipeline.run.ledger import (
     COLUMNS,
     Ledger,
+    counts_of,
     digest,
+    done_clips,
     forget_retried,
     parquet_bytes,
     put_back,
     read,
+    recorded_hashes,
     retry,
     take_out,
     write_success,
@@ -478,6 +482,30 @@ def test_a_hundred_thousand_rows_in_a_hundred_parts(folder):
     wanted = pa.table({"id": np.char.add("row ", np.arange(50_000, 150_000).astype(str)),
                        "seed": np.arange(50_000, 150_000)})
     assert again.pending(wanted)["seed"].to_pylist() == list(range(100_000, 150_000))
+
+
+def test_of_a_large_ledger_few_rows_are_objects_of_python_at_a_time(folder):
+    """A forged part has 100,000 rows in a few bytes, and there may be many parts: a dictionary of each took 60 MB."""
+    same = {"status": "done", "sha256": "ab", "width": 64, "height": 64, "frames": 5, "bytes": 9, "fps": 24.0}
+    numbers = np.arange(100_000)
+    for part in range(1, 3):
+        ids = pa.array(np.char.add(f"{part} ", numbers.astype(str)))
+        given = {"id": ids, "seed": pa.array(numbers), "clip_id": ids} | {
+            name: pa.repeat(pa.scalar(value, COLUMNS.field(name).type), 100_000) for name, value in same.items()}
+        folder.put(f"ledger/{part:06}-000000.parquet", parquet_bytes(pa.table(given)))
+    problems = {f"1 {number}": "missing" for number in range(2500)}
+    tracemalloc.start()
+    try:
+        assert recorded_hashes(folder, problems) == dict.fromkeys(problems, "ab")
+        assert done_clips(folder).num_rows == 200_000
+        assert put_back(folder, problems) == 2500
+        assert tracemalloc.get_traced_memory()[1] < 20e6
+    finally:
+        tracemalloc.stop()
+    assert [name for name in part_names(folder) if "000003-" in name] == [
+        f"ledger/000003-{seq:06}.parquet" for seq in range(3)]
+    assert done_clips(folder).num_rows == 197_500
+    assert counts_of(read(folder, ["status"], put_back=True)["status"]) == {"done": 197_500, "pending": 2500}
 
 
 IDENTITY = {"model": "demo", "weights_fingerprint": "ab", "manifest_digest": "cd", "steps": 20, "resolution": None}

@@ -51,8 +51,8 @@ def change(store: Store, run: Mapping[str, Any], plan: Plan) -> Change | None:
     keys = plan.keys()
     written = ledger.read(store, ["id", "seed", "clip_id"])
     clip_of = {(name, seed): clip_id for name, seed, clip_id in
-               zip(*(written[column].to_pylist() for column in ("id", "seed", "clip_id")), strict=True) if clip_id}
-    asked = list(zip(*(keys[column].to_pylist() for column in ("id", "seed", "clip_id")), strict=True))
+               ledger.values_of(written, "id", "seed", "clip_id") if clip_id}
+    asked = list(ledger.values_of(keys, "id", "seed", "clip_id"))
     differing = {(name, clip_id): clip_of[name, seed] for name, seed, clip_id in asked
                  if clip_of.get((name, seed), clip_id) != clip_id}
     instead = {request.clip_id: made_instead(request) for request in
@@ -84,24 +84,25 @@ def grow(store: Store, plan: Plan) -> None:
 
     To be called by the driver that holds the lease. Rows that were invalid, and are not any more, leave the ledger.
     """
-    columns = ["id", "seed", "clip_id", "status", "error_type", *BUCKET_SHAPE]
+    columns = ["id", "seed", "clip_id", "error_type", *BUCKET_SHAPE]
     keys = plan.keys()
     asked, clips = set(ledger.keys_of(keys)), set(keys["clip_id"].to_pylist())
     valid = {name for name, _ in asked}
     invalid = {row.id for row in plan.invalid_rows()}
-    mended, kept = set(), []
-    for row in ledger.read(store, columns).to_pylist():
-        if row["error_type"] == "invalid" and row["id"] in valid:
-            mended.add((row["id"], row["seed"]))
-        elif (row["id"], row["seed"]) not in asked and not (row["seed"] is None and row["id"] in invalid):
-            kept.append(row)
+    mended: set[tuple[str, int | None]] = set()
+    beside: dict[str, tuple] = {}                       # clips of rows that are in the ledger alone, and their shapes
+    num_kept = num_invalid = 0                          # of such rows
+    for name, seed, clip_id, error_type, *shape in ledger.values_of(ledger.read(store, columns), *columns):
+        if error_type == "invalid" and name in valid:
+            mended.add((name, seed))
+        elif (name, seed) not in asked and not (seed is None and name in invalid):
+            num_kept, num_invalid = num_kept + 1, num_invalid + (error_type == "invalid")
+            if clip_id and clip_id not in clips:
+                beside[clip_id] = tuple(shape)
     ledger.take_out(store, mended)
     summary = plan.summary()
-    beside = {row["clip_id"]: tuple(row[name] for name in BUCKET_SHAPE) for row in kept
-              if row["clip_id"] and row["clip_id"] not in clips}
-    num_invalid = sum(row["error_type"] == "invalid" for row in kept)
     said = {name: summary[name] for name in SUMMED}
-    said |= {"planned_rows": summary["planned_rows"] + len(kept) - num_invalid,
+    said |= {"planned_rows": summary["planned_rows"] + num_kept - num_invalid,
              "invalid_rows": summary["invalid_rows"] + num_invalid, "clips": plan.num_clips + len(beside),
              **merged(plan.buckets(), Counter(beside.values())),
              "name": plan.manifest.name, "rows_digest": plan.rows_digest, **digests_of(plan),

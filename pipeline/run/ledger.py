@@ -30,6 +30,7 @@ from dailies.pipeline.store import NotFound, Store, StoreError, TooLarge
 
 REMEMBERED = ("id", "seed", "status", "error_type", "error", "attempts", "finished_at", "earlier_errors")
 PART_READERS = 8                        # parts read at a time
+ROWS_AT_A_TIME = 10_000                 # that are turned into Python's objects
 NO_COLUMNS = pa.schema([])
 
 
@@ -44,7 +45,7 @@ class Ledger:
         # clip_id -> why, of clips that are to be made again
         self.put_back = dict(zip(again["clip_id"].to_pylist(), again["error"].to_pylist(), strict=True))
         self.keys = keys.filter(pc.invert(pending)).drop_columns(["error"])
-        self.counts = Counter(self.keys["status"].to_pylist())
+        self.counts = counts_of(self.keys["status"])
         self.earlier = remembered(store)
         self.waiting: list[pa.Table] = []
         self.waiting_since = 0.0
@@ -84,7 +85,7 @@ class Ledger:
             numbered = comparable(self.keys).append_column("at", pa.array(np.arange(self.keys.num_rows)))
             ours = numbered.join(keys, ["id", "seed"], join_type="left semi")
             self.keys = self.keys.take(pa.array(np.sort(ours["at"].to_numpy())))
-            self.counts = Counter(self.keys["status"].to_pylist())
+            self.counts = counts_of(self.keys["status"])
 
     def forget(self, clip_ids: Collection[str | None]) -> None:
         """Take the rows in which these clips are done as not there; the rows that are appended for them count."""
@@ -93,7 +94,7 @@ class Ledger:
         gone = pc.and_(pc.equal(self.keys["status"], "done"),
                        pc.is_in(self.keys["clip_id"], pa.array(clip_ids, pa.string())))
         self.keys = self.keys.filter(pc.invert(gone))
-        self.counts = Counter(self.keys["status"].to_pylist())
+        self.counts = counts_of(self.keys["status"])
 
     def without_a_file(self, files: Mapping[str, int]) -> set[str | None]:
         """The clips that are done by this ledger, and whose file is not there or has another size.
@@ -213,30 +214,44 @@ def unite(fields: Sequence[pa.Field]) -> bool:
     return True
 
 
+def done_clips(store: Store) -> pa.Table:
+    """Of each clip that is done the last row that says so, with what it says of the file; "" for no clip_id. All of
+    the ledger is read and checked."""
+    said = ["clip_id", "status", "id", "sha256", "bytes", "width", "height", "frames", "fps"]
+    rows = read(store, said, whole=True)
+    rows = rows.filter(pc.equal(rows["status"], "done"))
+    rows = rows.set_column(rows.column_names.index("clip_id"), "clip_id", rows["clip_id"].fill_null(""))
+    numbered = pa.table({"clip_id": rows["clip_id"], "at": pa.array(np.arange(rows.num_rows))})
+    return rows.take(numbered.group_by("clip_id", use_threads=False).aggregate([("at", "max")])["at_max"])
+
+
 def put_back(store: Store, problems: Mapping[str, str]) -> int:
     """Make the rows of these clips pending; returns how many.  problems: clip_id -> what was found.
 
     Nothing is removed: each row gets a newer one, which says why. Call it while no run is writing.
     """
-    done = [row for row in read(store, ["id", "seed", "status", "clip_id", "sample"]).to_pylist()
-            if (row["clip_id"] or "") in problems and row["status"] == "done"]
-    if not done:
+    rows = read(store, ["id", "seed", "status", "clip_id", "sample"])
+    damaged = pc.is_in(rows["clip_id"].fill_null(""), pa.array(problems, pa.string()))
+    done = rows.filter(pc.and_(damaged, pc.equal(rows["status"], "done")))
+    if not done.num_rows:
         return 0
     store.delete(SUCCESS)                               # there is something to do again
     with Ledger(store, COLUMNS, COLUMNS.empty_table(), flush_rows=1000, flush_s=30.0) as ledger:
         again = {"status": "pending", "error_type": "ClipDamaged", "finished_at": datetime.now(UTC)}
-        ledger.append([row | again | {"error": stored_error(problems[row["clip_id"] or ""])} for row in done],
-                      statuses=("pending",))
-    return len(done)
+        for batch in done.to_batches(max_chunksize=1000):       # each a part
+            ledger.append([row | again | {"error": stored_error(problems[row["clip_id"] or ""])}
+                           for row in batch.to_pylist()], statuses=("pending",))
+    return done.num_rows
 
 
 def recorded_hashes(store: Store, clip_ids: Collection[str]) -> dict[str, str]:
     """clip_id -> SHA-256 of its file as the last row says in which it was done, put back or not."""
     found: dict[str, str] = {}
+    wanted = pa.array(clip_ids, pa.string())
     for _, table in parts(store, ["id", "seed", "status", "clip_id", "sha256"]) if clip_ids else ():
         if table is not None and {"clip_id", "sha256"} <= {*table.column_names}:
-            found |= {row["clip_id"]: row["sha256"] for row in table.to_pylist()
-                      if row["status"] == "done" and row["clip_id"] in clip_ids and row["sha256"]}
+            table = table.filter(pc.and_(pc.equal(table["status"], "done"), pc.is_in(table["clip_id"], wanted)))
+            found |= {clip_id: sha256 for clip_id, sha256 in values_of(table, "clip_id", "sha256") if sha256}
     return found
 
 
@@ -315,7 +330,7 @@ def write_success(store: Store) -> dict[str, Any]:
     ledger = read(store, ["id", "seed", "clip_id", "status", "sha256"], put_back=True)
     is_pending = pc.equal(ledger["status"], "pending")
     ledger = ledger.filter(pc.invert(is_pending))
-    counts = Counter(ledger["status"].to_pylist())
+    counts = counts_of(ledger["status"])
     said = {"rows": ledger.num_rows, "done": counts["done"], "failed": counts["failed"],
             "ledger_digest": digest(ledger), "finished_at": datetime.now(UTC).isoformat(timespec="seconds")}
     if said["done"] and not pc.any(is_pending).as_py():
@@ -328,9 +343,8 @@ def digest(ledger: pa.Table) -> str:
     columns = ["id", "seed", "clip_id", "status", "sha256"]
     ordered = ledger.select(columns).sort_by([("id", "ascending"), ("seed", "ascending")])
     hasher = hashlib.sha256()
-    for batch in ordered.to_batches(max_chunksize=10_000):
-        for row in zip(*(batch[column].to_pylist() for column in columns), strict=True):
-            hasher.update(json.dumps(row).encode() + b"\n")
+    for row in values_of(ordered, *columns):
+        hasher.update(json.dumps(row).encode() + b"\n")
     return hasher.hexdigest()
 
 
@@ -390,4 +404,16 @@ def parquet_bytes(table: pa.Table) -> bytes:
 
 
 def keys_of(table: pa.Table) -> Iterator[tuple[str, int | None]]:
-    return zip(table["id"].to_pylist(), table["seed"].to_pylist(), strict=True)
+    return values_of(table, "id", "seed")
+
+
+def values_of(table: pa.Table, *columns: str) -> Iterator[tuple[Any, ...]]:
+    """These columns of each row, in Python's types; made for some rows at a time, since there may be millions."""
+    for batch in table.select(list(columns)).to_batches(max_chunksize=ROWS_AT_A_TIME):
+        yield from zip(*(batch[column].to_pylist() for column in columns), strict=True)
+
+
+def counts_of(column: pa.ChunkedArray) -> Counter[Any]:
+    """How often each value comes."""
+    found = pc.value_counts(column)
+    return Counter(dict(zip(found.field("values").to_pylist(), found.field("counts").to_pylist(), strict=True)))
