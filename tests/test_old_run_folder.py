@@ -30,8 +30,7 @@ def prepared(folder: Path, defaults: dailies.Defaults | None = None) -> dailies.
 
 
 def stages_of(run: dailies.Run) -> list[dailies.Stage]:
-    return dailies.text_to_video(TINY, None, run.store, device="cpu", precision=run.plan.precision,
-                                 attention=run.plan.attention)
+    return dailies.text_to_video(TINY, None, run.store, TINY.runtime("cpu", run.plan.precision, run.plan.attention))
 
 
 def test_a_run_of_c717109_is_continued_and_no_clip_of_it_is_made_again(folder):
