@@ -49,7 +49,7 @@ class Defaults(Mapping[str, Scalar | None]):
     def resolved(self, card: ModelCard) -> "Defaults":
         """With the card's values for what is None.  Raises ValueError for what this model cannot do."""
         has_length = any(self[name] is not None for name in LENGTHS)
-        said = {setting.name: self[setting.name] for setting in DEFAULTED}
+        said: dict[str, Any] = {setting.name: self[setting.name] for setting in DEFAULTED}
         said |= {setting.name: setting.own_value(card) for setting in DEFAULTED
                  if said[setting.name] is None and not (has_length and setting.name in LENGTHS)}
         card.shape_for(*(said[name] for name in ("resolution", *LENGTHS)))
@@ -67,7 +67,7 @@ def default(setting: Setting, value: Scalar | None) -> Scalar | None:
         isinstance(value, bool) == (setting.type is bool))
     if is_one and isinstance(value, str):
         is_one = len(value.encode()) <= setting.max_bytes and (not setting.choices or value in setting.choices)
-    elif is_one and setting.type is not bool:
+    elif is_one and isinstance(value, int | float) and setting.type is not bool:
         is_one = setting.low <= value and math.isfinite(value)
     if not is_one:
         raise ValueError(f"{setting.name} must be {setting.allowed}; got {shown(value)}")
@@ -104,7 +104,8 @@ class ResolvedRows:
             sizes, size = sizes_for_images(resolutions, images, image, card, errors)
         height, width = np.array([found or (0, 0) for found in sizes])[size].T
 
-        lengths: list[tuple[int, str | None]] = [card.frames_for(*(defaults[name] for name in LENGTHS))]
+        own_length: dict[str, Any] = {name: defaults[name] for name in LENGTHS}
+        lengths: list[tuple[int, str | None]] = [card.frames_for(**own_length)]
         length = np.zeros(table.num_rows, np.int64)                    # 0: neither given
         for name in LENGTHS:
             def frames_of(value: Any, name: str = name) -> tuple[int, str | None]:
@@ -133,7 +134,7 @@ class ResolvedRows:
 
     def request(self, row: int, **said: Any) -> Request:
         """What this row asks for.  said: what all rows share, and clip_id, seed and both prompts."""
-        course = self.course_of(row)
+        course: dict[str, Any] = dict(self.course_of(row))
         return Request(shape=self.shape_of(row), image=self.first_frame_of(row),
                        settings={setting.name: course[setting.name] for setting in FURTHER if setting.name in course},
                        **{setting.field: course[setting.name] for setting in COURSE if setting.field}, **said)

@@ -129,9 +129,9 @@ class Worker:
         self.stage, self.threads, self.name, self.pool, self.concurrency = stage, threads, name, pool, concurrency
         self.broken = False
         self.steps = [(step.name or stage, as_actor(step.make())) for step in steps]
-        self.torch = sys.modules.get("torch")           # there if a step computes with it; slow to import for nothing
+        self.torch: Any = sys.modules.get("torch")      # there if a step computes with it; slow to import for nothing
         self.gpu = next((step.device for _, step in self.steps if step.device.startswith("cuda")), None)
-        self.device = self.torch.cuda.get_device_name(self.gpu) if self.gpu else "cpu"
+        self.device = self.torch.cuda.get_device_name(self.gpu) if self.torch and self.gpu else "cpu"
         self.mine = threading.local()                   # of each thread that calls
         device_id = self.device_id()
         self.on_gpu = self.gpu is not None or device_id is not None
@@ -139,7 +139,7 @@ class Worker:
         for _, step in self.steps:
             step.lock = self.lock
             if halted:
-                step.halted = halted
+                step.halted = halted                    # type: ignore[method-assign]  # each worker tells its own steps
 
     def device_id(self) -> str | None:
         """What all processes on this machine call the GPU of this one; None without, and for who takes no turns."""
@@ -278,7 +278,8 @@ def run_local(stages: Iterable[Stage], requests: Iterable[Request]) -> Iterator[
     workers = [(stage, Worker(stage.name, (*stage.steps, *stage.then), stage.threads)) for stage in stages]
     shared: dict[str, tuple[str, Any]] = {}             # stage -> the last key and what it made
     for request in requests:
-        value, reports = request, []
+        value: Any = request
+        reports: list[Report] = []
         for stage, worker in workers:
             key = stage.key and stage.key(request)
             if key and shared.get(stage.name, ("",))[0] == key and not isinstance(value, Failure):
@@ -302,8 +303,8 @@ def outcome(value: Clip | Failure, reports: list[Report], *, attempts: int = 1,
     longest = max(reports, key=lambda report: sum(report.seconds.values()), default=None)
     return Outcome(value=value, attempts=attempts, seconds=seconds,
                    queue_s=0.0 if waited_s is None else max(0.0, waited_s - sum(seconds.values())),
-                   worker=failed and failed.worker or longest and longest.worker,
-                   device=failed and failed.device or longest and longest.device,
+                   worker=failed and failed.worker or (longest.worker if longest else None),
+                   device=failed and failed.device or (longest.device if longest else None),
                    gpu_s=sum(report.held_s for report in reports) or None,
                    notes=tuple(text for report in reports for clip_id, text in report.notes
                                if clip_id == value.request.clip_id),

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
 from urllib.error import HTTPError, URLError
 from urllib.parse import unquote, urlsplit
 
@@ -48,7 +47,7 @@ SECRET = re.compile(r"://[^/\s]*@|[?&](X-Amz-\w+|AWSAccessKeyId|Signature|sig|to
 class ManifestFile:
     name: str                       # as a person knows it
     format: str                     # a value of _FORMATS, or "" for a suffix that is not there
-    open: Callable[[], BinaryIO]    # the bytes as they lie there; can be sought in
+    open: Callable[[], io.BufferedReader | io.BytesIO]     # the bytes as they lie there; can be sought in
     partition: dict[str, str | None] = field(default_factory=dict)     # columns that its folders are called by
 
 

@@ -15,7 +15,7 @@ from threading import Lock
 
 from dailies.actors.image_file import ALLOWED, MAX_IMAGE_BYTES, ImageSize, examine
 from dailies.actors.image_parts import ImageError
-from dailies.pipeline.store import NoAccess, NotFound, S3Store, TooLarge, open_store, plain_uri
+from dailies.pipeline.store import NoAccess, NotFound, S3Store, Store, TooLarge, open_store, plain_uri
 from dailies.pipeline.store.beneath import FileTooLong, Unfit, read_below
 
 IN_BUCKET = re.compile(r"s3://[\w.-]{3,255}/.+", re.ASCII | re.DOTALL)
@@ -24,7 +24,7 @@ READERS = 16                            # images read at a time: bounds memory, 
 ALLOWED_IMAGE = (f"{ALLOWED}, as a path under the manifest's folder, or s3:// in the manifest's bucket or below a "
                  "prefix of --allow-images; nothing hidden")
 
-stores: dict[str, S3Store] = {}         # by bucket; for as long as the process lives
+stores: dict[str, Store] = {}           # by bucket; for as long as the process lives
 opening = Lock()
 
 
@@ -152,10 +152,11 @@ def read_file(path: Path, base: Path | None) -> bytes:
         raise ImageError(f"unreadable: {error.strerror}") from error
 
 
-def store_of(bucket: str) -> S3Store:
+def store_of(bucket: str) -> Store:
     """One for all its images, whichever thread asks."""
     with opening:
         if bucket not in stores:
-            stores[bucket] = open_store(f"s3://{bucket}")
-            _ = stores[bucket].client                   # boto3 cannot make one in two threads at once
+            stores[bucket] = found = open_store(f"s3://{bucket}")
+            if isinstance(found, S3Store):
+                _ = found.client                        # boto3 cannot make one in two threads at once
         return stores[bucket]

@@ -3,7 +3,7 @@
 import io
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import pyarrow as pa
 
@@ -62,7 +62,7 @@ class ManifestReader:
             raise ValueError("an empty file")
         stream.seek(0)
         content = unfolded(stream)
-        buffered = content if isinstance(content, io.BufferedReader) else io.BufferedReader(content)
+        buffered = content if isinstance(content, io.BufferedReader) else io.BufferedReader(cast(io.RawIOBase, content))
         beginning = buffered.peek(4)[:4]
         if not beginning:
             raise ValueError("an empty file")

@@ -7,7 +7,7 @@ import bz2
 import gzip
 import io
 import lzma
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 
@@ -50,7 +50,7 @@ class Unfolding(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: memoryview) -> int:
+    def readinto(self, buffer: Any) -> int:
         try:
             data = self.source.read(len(buffer))
         except (EOFError, lzma.LZMAError, pa.ArrowException) as error:

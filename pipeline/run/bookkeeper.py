@@ -59,13 +59,19 @@ class Bookkeeper:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.lease.check()                              # another driver writes the rows of what it finds published
+        self.check_lease()                              # another driver writes the rows of what it finds published
         self.ledger.close()
 
     def tick(self) -> None:
         """To be called now and then.  Raises LeaseError."""
-        self.lease.check()
+        self.check_lease()
         self.ledger.tick()
+
+    def check_lease(self) -> None:
+        """Raises LeaseError, and RuntimeError for who was to read alone."""
+        if self.lease is None:
+            raise RuntimeError("who writes a ledger needs the run's lease; open the run with Run.open")
+        self.lease.check()
 
     def wanted(self) -> tuple[set[str], set[str]]:
         """The clips that have to be made, and those that are published but not in the ledger."""
@@ -88,11 +94,12 @@ class Bookkeeper:
         """The requests to render and how many, in order; then those for clips that were rejected and are made again
         with another seed, as their rows ask. What comes of a round is to be recorded before the next one is asked for.
         """
+        requests: Iterable[Request]
         requests, num_clips = self.todo()
         while num_clips:
             yield requests, num_clips
-            requests, self.again = self.again, []
-            num_clips = len(requests)
+            again, self.again = self.again, []
+            requests, num_clips = again, len(again)
 
     @property
     def notes(self) -> list[str]:
@@ -159,7 +166,7 @@ class Bookkeeper:
         return [row for row in self.plan.planned_rows(clip_id) if (row.id, row.seed) not in self.written]
 
     def append(self, rows: list[PlannedRow], value: Any, outcome: Outcome | None) -> None:
-        self.lease.check()
+        self.check_lease()
         told = {"chosen_because": self.chosen_because}
         self.ledger.append([row_of(row.id, value, outcome, seed=row.seed) | told | {"sample": row.sample}
                             for row in rows],

@@ -14,11 +14,11 @@ import hmac
 import json
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -126,7 +126,7 @@ class Persist(Actor):
 
     def __call__(self, batch: list) -> list[Persisted | Failure]:
         self.mine.notes = []
-        results = [value if isinstance(value, Failure) else self.find(request_of(value)) for value in batch]
+        results: list[Any] = [value if isinstance(value, Failure) else self.find(request_of(value)) for value in batch]
         missing = [place for place, found in enumerate(results) if found is None]
         self.partly = any(isinstance(found, Persisted) for found in results)
         if missing:
@@ -160,7 +160,7 @@ class Persist(Actor):
         self.mine.notes.append((request.clip_id, text))
 
     @property
-    def notes(self) -> list[tuple[str, str]]:
+    def notes(self) -> Sequence[tuple[str, str]]:  # type: ignore[override]  # each thread has its own
         """Of this thread's last batch: clip_id, and what is to be told of what was found of it."""
         return getattr(self.mine, "notes", [])
 
@@ -192,11 +192,11 @@ class Persist(Actor):
         self.step.safe = safe
 
     @property
-    def device(self) -> str:
+    def device(self) -> str:  # type: ignore[override]  # the step's own
         return self.step.device
 
     @property
-    def takes_turns(self) -> bool:
+    def takes_turns(self) -> bool:  # type: ignore[override]  # the step's own
         return self.step.takes_turns
 
 
@@ -257,7 +257,8 @@ def request_of(value: Request | Persisted | Embedding) -> Request:
 def packed(value: Embedding | Latent, key: str, seal: Seal) -> bytes:
     """A safetensors file that names the key of the store it belongs to, and is sealed."""
     if isinstance(value, Embedding):
-        parts = {"prompt": value.prompt, "negative": value.negative, "image": dict(enumerate(value.image))}
+        parts: dict[str, Mapping[Any, Tensor]] = {"prompt": value.prompt, "negative": value.negative,
+                                                  "image": dict(enumerate(value.image))}
     else:
         parts = {"stream": value.streams}
     tensors = {f"{part}.{name}": tensor.detach().cpu()
@@ -281,10 +282,12 @@ def value_in(tensors: dict[str, Tensor], metadata: dict[str, str], persisted: Pe
     parts = {name: streams_in(name, tensors) for name in names}
     if metadata.get("kind") != kind or sum(map(len, parts.values())) != len(tensors):
         raise Damaged(f"{persisted.key} holds no {kind}")
-    told = {name: texts_in(metadata.get(name, ""), persisted.key) for name in ("fallbacks", "determinism")}
+    told: dict[str, Any] = {name: texts_in(metadata.get(name, ""), persisted.key)
+                            for name in ("fallbacks", "determinism")}
     if kind == "Embedding":
-        image = tuple(tensors[f"image.{place}"] for place in range(len(parts.pop("image"))))
-        value: Embedding | Latent = Embedding(request=persisted.request, **parts, image=image, **told)
+        image = tuple(tensors[f"image.{place}"] for place in range(len(parts["image"])))
+        value: Embedding | Latent = Embedding(request=persisted.request, prompt=parts["prompt"],
+                                                  negative=parts["negative"], image=image, **told)
     else:
         value = Latent(request=persisted.request, streams=parts["stream"], **told)
     if wrong := fits(value):

@@ -54,9 +54,10 @@ class Holder:
         """What is no lease is one of nobody, which expires as any other."""
         try:
             said = json.loads(data)
-            times = {name: datetime.fromisoformat(said[name]) for name in ("renewed_at", "expires_at")}
-            texts = {name: str(said[name]) for name in ("id", "host", "machine", "process_start")}
-            return cls(**texts, pid=int(said["pid"]), released=said["released"] is True, **times)
+            return cls(id=str(said["id"]), host=str(said["host"]), machine=str(said["machine"]), pid=int(said["pid"]),
+                       process_start=str(said["process_start"]), released=said["released"] is True,
+                       renewed_at=datetime.fromisoformat(said["renewed_at"]),
+                       expires_at=datetime.fromisoformat(said["expires_at"]))
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return cls()
 

@@ -125,9 +125,9 @@ class Ledger:
                        for row in rows]
             table = pa.Table.from_pylist([dict(row) | {"earlier_errors": said} for row, said in
                                           zip(rows, earlier, strict=True)], schema=self.schema)
-            for name in further:
+            for name, column in zip(further, extra.columns if extra is not None else [], strict=True):
                 field = self.schema.field(name)
-                values = converted(extra[name], field.type)
+                values = converted(column, field.type)
                 table = table.set_column(self.schema.get_field_index(name), field, values)
         except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, UnicodeError) as error:
             raise ValueError(f"a row does not fit the ledger's columns: {error}") from error

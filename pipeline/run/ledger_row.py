@@ -112,8 +112,9 @@ def row_of(name: str, value: "Clip | Failure", outcome: "Outcome | None" = None,
     row |= {"id": name, "clip_id": request.clip_id, "seed": seed, "fps": request.fps, "finished_at": datetime.now(UTC)}
     row |= request.settings
     if hasattr(value, "error_type"):
-        row |= {"status": "failed", "error_type": value.error_type, "fallbacks": [],
-                "error": stored_error(value.error) + (f" [stack {value.stack}]" if value.stack else "")}
+        failure: Any = value                            # known by this, since its class would bring torch
+        row |= {"status": "failed", "error_type": failure.error_type, "fallbacks": [],
+                "error": stored_error(failure.error) + (f" [stack {failure.stack}]" if failure.stack else "")}
     else:
         row |= {"status": "done", "uri": value.uri, "sha256": value.sha256, "bytes": value.num_bytes,
                 "duration_s": value.duration_s, "has_audio": value.has_audio, "fallbacks": list(value.fallbacks),

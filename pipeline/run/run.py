@@ -81,6 +81,8 @@ class Run:
 
     def check_weights(self) -> None:
         """Names, shapes and dtypes of every weight, from the files' headers.  Raises CheckpointError."""
+        if self.weights is None:
+            return                                      # who fetches them finds out
         check_parts(self.plan.card, self.weights, self.plan.card.runtime("meta", self.plan.precision))
 
     def begin(self, job: Mapping[str, Any] | None = None) -> None:
@@ -212,7 +214,7 @@ def prepare(manifest: Manifest, store: Store, card: ModelCard, *, weights: Path 
         if value not in allowed and found is not None and value == before.get(name.replace("-", "_")):
             raise StoreError(f"{store.uri_of(RUN)} is damaged: its {name} is {shown(value)}. Put a copy of it back")
         if value not in allowed:
-            raise SettingError(f"--{name} must be {' or '.join(allowed)} for {card.name}; got {value}")
+            raise SettingError(f"--{name} must be {' or '.join(filter(None, allowed))} for {card.name}; got {value}")
     on = card.runtime(device, way.precision, way.attention, decode_precision=decode_precision)
     fallbacks = () if not is_here else tuple(
         note for notes in family_of(card).fallbacks(card, weights, on).values() for note in notes)
@@ -234,7 +236,7 @@ def way_of(card: ModelCard, weights: Path | None, device: str, found: Mapping[st
 
     found: its run.json.  Raises SettingError where they are to be chosen for GPUs of several kinds.
     """
-    said = {"precision": precision, "attention": attention}
+    said: dict[str, Any] = {"precision": precision, "attention": attention}
     if found:                                           # a run keeps its own, wherever it is continued
         before = found["identity"]
         said = {name: value if value not in (None, AUTO) else before.get(name) for name, value in said.items()}

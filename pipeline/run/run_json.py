@@ -46,7 +46,8 @@ class Bucket(BaseModel):
             value, kinds = said.get(setting.name), (int, float) if setting.type is float else (setting.type,)
             if value is None and not setting.field:
                 continue                                # of some models alone
-            if type(value) not in kinds or setting.type in (int, float) and not min(0, setting.low) <= value <= 10**9:
+            if value is None or type(value) not in kinds or (
+                    setting.type in (int, float) and not min(0, setting.low) <= value <= 10**9):
                 raise ValueError(f"{setting.name} must be {setting.allowed}; got {shown(value)}")
         return self
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from dailies.actors.denoiser import Denoiser
 from dailies.actors.device_lock import Halted
 from dailies.actors.messages import Embedding, Failure, Latent, Request
 from dailies.model.samplers import State, Steps, Streams
@@ -58,6 +59,8 @@ class PersistSampled(Persist):
     clip that is killed there loses at most 110 s or 44 s of sampling.
     """
 
+    step: Denoiser
+
     def __init__(self, step: MakesStep, store: ObjectStore, *, seal: Seal = Seal(), fits: Fits = anything):
         """step: makes a Denoiser."""
         super().__init__(step, store, LATENTS, seal=seal, fits=fits)
@@ -86,7 +89,8 @@ class PersistSampled(Persist):
             worked_s = time.monotonic() - began - (self.lock.waited_s - waited_s)
             step_s = worked_s / (request.num_steps - steps.begun)
             self.clip_s[request.bucket] = request.num_steps * step_s
-            made = [self.keep(continued(latent, found)) for latent, found in zip(latents, saved, strict=True)]
+            made: list[Persisted | Failure] = [self.keep(continued(latent, found))
+                                               for latent, found in zip(latents, saved, strict=True)]
         except ArithmeticError:                         # what was saved may be where it went wrong
             self.forget(steps)
             raise
@@ -158,13 +162,14 @@ class SavedSteps(Steps):
         if not self.begun:
             return 0, start
         device = next(iter(start[0][0].values())).device
-        for clip, found in zip(start[0], self.saved, strict=True):
+        found_all = [found for found in self.saved if found]            # each of them, as it stands at a step
+        for clip, found in zip(start[0], found_all, strict=True):
             for streams in found.state:                 # APG remembers averages of the video alone
                 if not streams.items() or not all(name in clip and same(stream, clip[name])
                                                   for name, stream in streams.items()):
                     raise Damaged("the steps that were saved are of other streams, or of another shape")
         return self.begun, tuple([{name: stream.to(device) for name, stream in streams.items()} for streams in slot]
-                                 for slot in zip(*(found.state for found in self.saved), strict=True))
+                                 for slot in zip(*(found.state for found in found_all), strict=True))
 
     def done(self, step: int, state: State) -> None:
         num_steps = self.requests[0].num_steps

@@ -51,9 +51,9 @@ class Budget:
     def left_s(self, now: float) -> float:
         """Until the first limit is reached, if as many GPUs are held as now."""
         by_time = math.inf if self.until is None else self.until - self.clock()
-        by_gpus = math.inf
+        by_gpus, since_s = math.inf, 0.0 if self.looked_at is None else now - self.looked_at
         if self.gpu_s is not None and (self.gpus or self.spent_gpu_s >= self.gpu_s):
-            by_gpus = (self.gpu_s - self.spent_gpu_s) / max(1, self.gpus) - (now - self.looked_at)
+            by_gpus = (self.gpu_s - self.spent_gpu_s) / max(1, self.gpus) - since_s
         return min(by_time, by_gpus)
 
     def fits(self, seconds: float, now: float) -> bool:

@@ -101,7 +101,7 @@ class Driver:
 
     def drain(self) -> None:
         """Forget the tasks that no stage has begun; those that only the last stage waits for are still served."""
-        for queue in self.queues[:-1]:
+        for queue in self.queues.all[:-1]:
             queue.waiting.clear()
             for replica in queue.replicas:
                 calls = [call for call in replica.calls if call.kind == "work"]
@@ -131,7 +131,7 @@ class Driver:
 
     def finish(self, task: Task, value: Clip | Failure) -> None:
         failed = isinstance(value, Failure)
-        if task.safe and not failed:
+        if task.safe and isinstance(value, Clip):
             value = replace(value, fallbacks=(*value.fallbacks, SAFE_NOTE.format(task.failures + 1)))
         result = outcome(value, task.reports, attempts=task.failures + (not failed),
                          waited_s=self.executor.now() - task.arrived)
@@ -198,7 +198,7 @@ class Driver:
             queue.in_flight -= len(call.tasks)
             if isinstance(answer, Done):
                 self.made(queue, replica, call, answer)
-            else:
+            elif isinstance(answer, Broken):
                 self.failures.gave_nothing(call, answer)
         if replica.state == "leaving" and not replica.calls:
             self.fleet.end(replica)

@@ -45,7 +45,7 @@ PERHAPS = {errno.ENOMEM}                                # of one value that is v
 
 # Told by words alone, by libraries that pass no number on. Only what libraries raise is read: other errors may quote a
 # row's text.
-WORDS = {
+PATTERNS = {
     MEMORY: "cannot allocate memory|can't allocate memory|not enough memory: you tried|bad_alloc",
     DISK: "no space left on device|disk quota exceeded",
     HANDLES: "too many open files",
@@ -62,7 +62,7 @@ WORDS = {
          "|(?:cudaError|cuda_error_)(?:insufficient_?driver|no_?device|devices?_?unavailable|system_?driver_?mismatch"
          "|system_?not_?ready|ecc_?uncorrectable|no_?kernel_?image_?for_?device|no_?binary_?for_?gpu|stub_?library)",
 }
-WORDS = {advice: re.compile(words, re.I) for advice, words in WORDS.items()}
+WORDS = {advice: re.compile(words, re.I) for advice, words in PATTERNS.items()}
 NUMBER = re.compile(r"\(os error (\d+)\)|Os \{ code: (\d+),")              # as Rust words it
 ASKED = re.compile(r"(?:tried to allocate|unable to allocate) (\d+(?:\.\d+)?) ?([KMGTPE]i?B|bytes)?", re.I)
 LASTING = {LIBRARY, CODEC, GPU}                         # nothing that a new process on the same machine would mend

@@ -48,12 +48,12 @@ class Intake:
     def fill(self) -> None:
         """Take requests until the first queue is long enough."""
         first = self.queues[0]
-        while self.more and self.queues.has_capacity(first):
-            if self.budget.has_limit and not self.budget.fits(self.path_s(first, self.coming), self.now()):
+        while (request := self.coming) is not None and self.more and self.queues.has_capacity(first):
+            if self.budget.has_limit and not self.budget.fits(self.path_s(first, request), self.now()):
                 self.budget.left_out += 1
                 self.advance()
                 continue
-            task = Task(request=self.coming, arrived=self.now())
+            task = Task(request=request, arrived=self.now())
             self.advance()
             self.queues.add(task)
 

@@ -47,7 +47,7 @@ class Pool:
 
     def __init__(self, stage: str, steps: Sequence[Step], processes: int, *, name: str, device: str):
         """name, device: of the worker, for the ledger.  Raises ChildFailed."""
-        self.said = dict(stage=stage, steps=tuple(steps), name=name, device=device)
+        self.said: dict[str, Any] = dict(stage=stage, steps=tuple(steps), name=name, device=device)
         self.stage, self.processes = stage, processes
         self.free: queue.SimpleQueue[Child] = queue.SimpleQueue()
         self.waited_s, self.bytes, self.changed = 0.0, 0, threading.Condition()
@@ -255,7 +255,7 @@ def serve(descriptor: int, log: int) -> None:
                 tell(portable(error))                   # no room for it; where the next begins is not known
                 return
             try:
-                answer = worker([value], safe)
+                answer: Any = worker([value], safe)
             except Exception as error:
                 answer = portable(error)
             del value                                   # its memory, before the next one comes

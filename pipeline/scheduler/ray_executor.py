@@ -139,7 +139,7 @@ class Process:
         thread = threading.get_ident()
         self.at_work[serial] = thread, self.waited_s(thread)
         try:
-            if self.is_recalled():
+            if self.worker is None or self.is_recalled():
                 raise Halted("not begun")
             made, report = self.worker(given, safe)
             told = made if last else [value if isinstance(value, Failure) else None for value in made]

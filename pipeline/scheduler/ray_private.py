@@ -22,7 +22,7 @@ KNOWN = ("2.59", "2.60")                # the first is pyproject's lower bound
 try:
     from ray._private import ray_constants, services
     from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
-    from ray._raylet import AuthenticationTokenLoader
+    from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]  # compiled
 except ImportError as error:
     raise ClusterError(f"Ray {ray.__version__} is installed, and dailies does not know it: {error}. Install one that "
                        f"it knows: pip install 'ray[default]=={KNOWN[-1]}.*'") from error
@@ -81,6 +81,8 @@ def processes() -> Iterator[Any]:
 class Job(JobConfig):
     """Workers import from where the driver does. Ray would add the folder that the driver was started in: a file
     there of the name of one of our modules, or of a library's, would be imported in its place."""
+
+    _py_driver_sys_path: list[str]
 
     def _serialize(self) -> str:
         self._py_driver_sys_path = local_ray.paths_kept(self._py_driver_sys_path)

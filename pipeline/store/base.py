@@ -14,13 +14,11 @@ import secrets
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO
 
 from dailies.model.errors import DailiesError
 
@@ -173,19 +171,20 @@ class Patience:
     """How long each thread of this process has waited for a store that was busy or away; any thread may ask."""
 
     def __init__(self) -> None:
-        self.ended_s: Counter[int] = Counter()          # by thread
+        self.ended_s: dict[int, float] = {}             # by thread
         self.since: dict[int, float] = {}
 
     def begin(self) -> None:
         self.since.setdefault(threading.get_ident(), time.monotonic())
 
     def end(self) -> None:
-        if (since := self.since.pop(threading.get_ident(), None)) is not None:
-            self.ended_s[threading.get_ident()] += time.monotonic() - since
+        thread = threading.get_ident()
+        if (since := self.since.pop(thread, None)) is not None:
+            self.ended_s[thread] = self.ended_s.get(thread, 0.0) + time.monotonic() - since
 
     def seconds(self, thread: int) -> float:
         since = self.since.get(thread)
-        return self.ended_s[thread] + (time.monotonic() - since if since is not None else 0.0)
+        return self.ended_s.get(thread, 0.0) + (time.monotonic() - since if since is not None else 0.0)
 
     def in_all_s(self) -> float:
         """Of all threads; what several waited at once counts for each."""
@@ -212,7 +211,7 @@ def sha256_of(data: bytes | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def open_data(data: bytes | Path) -> BinaryIO:
+def open_data(data: bytes | Path) -> io.BufferedReader | io.BytesIO:
     return open(data, "rb") if isinstance(data, Path) else io.BytesIO(data)
 
 

@@ -10,8 +10,8 @@ import os
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from io import BufferedRandom, BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 FILE_FLAGS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # to open a pipe without O_NONBLOCK waits for its other end
@@ -88,7 +88,7 @@ def refuse_strange(parent: int, name: str, path: str) -> None:
         raise Unfit(path, mode)
 
 
-def open_file(parent: int, name: str, path: str, flags: int = os.O_RDONLY) -> BinaryIO:
+def open_file(parent: int, name: str, path: str, flags: int = os.O_RDONLY) -> BufferedReader | BufferedRandom:
     """The regular file of this name in the open folder `parent`.
 
     path: what it is called in an error.  Raises OSError, Unfit for what is no regular file.
@@ -100,7 +100,8 @@ def open_file(parent: int, name: str, path: str, flags: int = os.O_RDONLY) -> Bi
         if error.errno == errno.ELOOP:                  # it has become a link just now
             refuse_strange(parent, name, path)
         raise
-    file = os.fdopen(descriptor, "rb" if flags == os.O_RDONLY else "r+b")
+    file: BufferedReader | BufferedRandom = (os.fdopen(descriptor, "rb") if flags == os.O_RDONLY else
+                                             os.fdopen(descriptor, "r+b"))
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
         file.close()

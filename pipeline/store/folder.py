@@ -10,8 +10,9 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import BufferedRandom, BufferedReader
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 from dailies.model.private import at_home
 from dailies.pipeline.run import layout
@@ -200,7 +201,7 @@ class FolderStore(Store):
             yield folder, name
 
     @contextmanager
-    def reading(self, key: str) -> Iterator[BinaryIO]:
+    def reading(self, key: str) -> Iterator[BufferedReader | BufferedRandom]:
         with top_folder(self.root) as top, self.place(top, key) as (at, name), open_file(at, name, key) as file:
             yield file
 

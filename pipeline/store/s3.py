@@ -165,7 +165,10 @@ class S3Store(Store):
             found, etag = self.patiently("read", key, read)
             if found != old:
                 return False
-            self.write(key, new, metadata or {}, **({"IfMatch": etag} if atomic else {}))
+            if atomic:
+                self.write(key, new, metadata or {}, IfMatch=etag)
+            else:
+                self.write(key, new, metadata or {})
         except NotFound:
             return False
         except Refused:                                 # maybe by what our own first attempt has stored
