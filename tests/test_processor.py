@@ -13,6 +13,7 @@ from dailies.kernels import cases, processor
 from dailies.kernels.int8_linear import int8_linear, quantize_rows
 from dailies.kernels.sparse_attention import sparse_attention
 from dailies.model.catalog import CATALOG, DEMO
+from dailies.model.family import family_of
 from dailies.model.refitted import decode_fallbacks
 from dailies.model.wan.vae import convolve
 
@@ -68,7 +69,9 @@ def test_a_processor_is_known_by_what_torch_and_onednn_may_use(machine, int8, bf
                                                                                       "cuda:0") == torch.bfloat16
     assert bool(processor.instead_of_bf16()) != bf16 and processor.described()
     assert bool(decode_fallbacks(DEMO.runtime(decode_precision="bf16"))) != bf16
-    assert bool(CATALOG["wan2.1-t2v-1.3b"].fallbacks(None, "cpu", "bf16")) != bf16      # before its weights are here
+    card = CATALOG["wan2.1-t2v-1.3b"]
+    notes = family_of(card).fallbacks(card, None, card.runtime("cpu", "bf16"))             # before its weights are here
+    assert bool(notes["sample"]) != bf16
     assert decode_fallbacks(DEMO.runtime("cuda", "fp32",
                                          decode_precision="bf16")) == decode_fallbacks(DEMO.runtime()) == ()
 
