@@ -107,7 +107,7 @@ class Denoiser(Actor):
                 compile_blocks(dit)
             if recorded:
                 self.graphs.append(Graphed(dit.forward, record))
-                dit.forward = self.graphs[-1]           # type: ignore[method-assign]
+                dit.forward = self.graphs[-1]           # type: ignore[method-assign]  # what records it
 
     @contextmanager
     def profile(self, bucket: str) -> Iterator[None]:
