@@ -1,5 +1,5 @@
-"""A family of models is a module of its own and a card that names it: one of two streams, video and audio, is added here
-in a package that is not ours, and its clips are rendered, with their sound, by what renders all others."""
+"""A family of models is a module of its own and a card that names it: one of two streams, video and audio, is added
+here in a package that is not ours, and its clips are rendered, with their sound, by what renders all others."""
 
 import io
 import sys
@@ -282,8 +282,8 @@ def test_sound_that_is_not_decoded_is_told_of(duet, tmp_path):
 
 def test_sound_of_another_rate_than_its_card_says_costs_the_clip_and_is_not_published(duet, tmp_path):
     rows, _ = rendered(replace(duet, audio_rate=48_000), open_store(str(tmp_path / "out")))
-    assert all(row["status"] == "failed" and "sound must be [samples, 2] and last as long as the pictures" in row["error"]
-               for row in rows)
+    told = "sound must be [samples, 2] and last as long as the pictures"
+    assert all(row["status"] == "failed" and told in row["error"] for row in rows)
 
 
 def test_its_weights_are_converted_and_checked_by_its_own_list_of_parts(duet, tmp_path):

@@ -100,15 +100,12 @@ def test_the_kits_results_become_entries_of_the_table():
     ("int8", "auto", "auto", "int8"), ("int8", None, "auto", "int8"), ("int8", "bf16", "auto", "bf16"),
     ("bf16", None, "auto", "bf16"), ("bf16", "auto", "dense", "int8")])
 def test_auto_of_one_setting_leaves_the_other_as_it_is_said(own, precision, attention, wanted, monkeypatch, tmp_path):
-    from dailies.jobs import render
-    from dailies.jobs.settings import RenderJob
-    monkeypatch.setattr(render, "gpus_of", lambda ray: (H200,))
-    monkeypatch.setattr(type(WAN_14B), "precision_in", lambda card, weights, device: own)
-    job = RenderJob(manifest="m", out="o", precision=precision, attention=attention)
-    assert render.way_of(job, WAN_14B, tmp_path, "cuda", None).precision == wanted
+    from dailies.pipeline.run.run import way_of
+    monkeypatch.setattr("dailies.pipeline.run.run.precision_in", lambda card, weights, device: own)
+    said = dict(precision=precision, attention=attention)
+    assert way_of(WAN_14B, tmp_path, "cuda", None, **said, gpus=lambda: (H200,)).precision == wanted
     # of a cluster that grows a GPU when it is asked to
-    monkeypatch.setattr(render, "gpus_of", lambda ray: ())
-    assert "CPU" not in render.way_of(job, WAN_14B, tmp_path, "cuda", None).because
+    assert "CPU" not in way_of(WAN_14B, tmp_path, "cuda", None, **said, gpus=lambda: ()).because
 
 
 def test_auto_is_a_setting_and_plan_run_and_ledger_say_what_was_chosen_and_why(tmp_path, capsys):
