@@ -47,7 +47,7 @@ def coded_size(width: int, height: int) -> tuple[int, int]:
     return width + width % 2, height + height % 2
 
 
-def most_bytes(*, width: int, height: int, frames: int) -> int:
+def most_clip_bytes(*, width: int, height: int, frames: int) -> int:
     """More than a clip's file of this shape can have: twice its raw pictures, sound, prompt and index."""
     width, height = coded_size(width, height)
     return min(MAX_CLIP_BYTES, 2**20 + frames * (3 * width * height + 100_000))
@@ -103,7 +103,7 @@ def read_clip(data: bytes | Path, *, wanted: tuple[int, int, int] | None = None)
     try:
         # from an open file, never by a name that FFmpeg could take for a protocol
         with BytesIO(data) if isinstance(data, bytes) else data.open("rb") as file, \
-                opened(file, wanted) as container:
+                opened_clip(file, wanted) as container:
             if not container.streams.video:
                 raise ValueError("a file with a video stream is needed; got one without")
             video = container.streams.video[0]
@@ -131,7 +131,7 @@ def read_clip(data: bytes | Path, *, wanted: tuple[int, int, int] | None = None)
         raise ValueError(f"the clip does not decode: {str(error) or type(error).__name__}") from error
 
 
-def opened(file: BinaryIO, wanted: tuple[int, int, int] | None) -> av.container.InputContainer:
+def opened_clip(file: BinaryIO, wanted: tuple[int, int, int] | None) -> av.container.InputContainer:
     """FFmpeg's view of a file that has passed check_boxes.  Raises ValueError, FFmpegError."""
     try:
         check_boxes(file, frames=wanted[2] if wanted else None, ours=DIGEST_HEAD[8:])

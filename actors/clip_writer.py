@@ -26,7 +26,7 @@ from dailies.actors.clip_file import (
     check_clip,
     coded_size,
     labels,
-    most_bytes,
+    most_clip_bytes,
     provenance,
 )
 from dailies.actors.messages import Clip, Frames, Request
@@ -123,7 +123,7 @@ class ClipWriter:
         key, metadata = self.key_of(request.clip_id), {"clip-id": request.clip_id}
         notes: tuple[str, ...] = ()
         shape, tries = request.shape, count(1)
-        at_most = most_bytes(width=shape.width, height=shape.height, frames=shape.frames)
+        at_most = most_clip_bytes(width=shape.width, height=shape.height, frames=shape.frames)
         while not self.store.create(key, path, metadata=metadata):
             try:
                 there = self.store.get(key, at_most=at_most)

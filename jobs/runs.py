@@ -124,7 +124,7 @@ def retry(uri: str, where: list[str], *, json: bool) -> int:
     store, _ = open_run(uri)
     try:
         with Lease.take(store, tell=lambda text: print(printable(text), file=sys.stderr)):     # no run may be writing
-            count = ledger.retry(store, conditions)
+            count = ledger.retry_rows(store, conditions)
     except ValueError as error:
         raise UsageError(f"--where: {error}") from None
     sentence = (f"{counted(count, 'failed row')} pending again; the same render command tries them" if count else

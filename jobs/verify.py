@@ -80,7 +80,7 @@ def problem_of(store: Store, row: Mapping[str, Any]) -> str | None:
 
     The row may be forged as well: what it says is compared with what a row can ask for before anything is read.
     """
-    from dailies.actors.clip_file import most_bytes
+    from dailies.actors.clip_file import most_clip_bytes
     from dailies.pipeline.run.adoption import clip_bytes
     if not CLIP_ID.fullmatch(row["clip_id"] or ""):
         return "no clip has this name: it must be 64 digits of a SHA-256"
@@ -91,7 +91,7 @@ def problem_of(store: Store, row: Mapping[str, Any]) -> str | None:
     if min(shape.values()) < 1 or shape["width"] * shape["height"] > most_pixels or shape["frames"] > most_frames:
         return (f"no model makes what its ledger row says: {shape['width']}x{shape['height']}, {shape['frames']:,} "
                 f"frames; at most {most_pixels:,} pixels and {most_frames:,} frames")
-    if not 0 < row["bytes"] <= most_bytes(**shape):
+    if not 0 < row["bytes"] <= most_clip_bytes(**shape):
         return f"no clip of its shape has {row['bytes']:,} bytes, as its ledger row says"
     try:
         with clip_bytes(store, row["clip_id"], row["bytes"]) as data:

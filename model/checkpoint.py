@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import safetensors
 import safetensors.torch
@@ -155,7 +155,7 @@ def check_twins(stored: Mapping[str, StoredTensor], found: Mapping[str, StoredTe
                                   "Fetch it again, or keep the one that is right")
 
 
-def read(path: Path, names: Iterable[str], *, name: str) -> list[Tensor]:
+def read_tensors(path: Path, names: Iterable[str], *, name: str) -> list[Tensor]:
     """Some tensors of a file by the names they have there, on the CPU.  Raises CheckpointError."""
     stored, names = stored_tensors(path), list(names)
     missing = [key for key in names if key not in stored]
@@ -199,9 +199,25 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
 
     Every size is checked against the file's own before it is believed.  Raises CheckpointError.
     """
-    def bad(why: str) -> CheckpointError:
-        return CheckpointError(f"{path} is not a whole safetensors file: {why}. Fetch it again")
+    said, num_bytes = header_of(path)
+    if not isinstance(said, dict):
+        raise not_whole(path, "its header is not a table")
+    metadata = said.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise not_whole(path, "its metadata is not text")
+    low = {name: entry["dtype"] for name, entry in said.items()
+           if isinstance(entry, dict) and isinstance(entry.get("dtype"), str) and entry["dtype"] in foreign.QUANTIZED}
+    if low:
+        raise CheckpointError(foreign.quantized(path, low))
+    return announced(path, said, num_bytes), metadata
 
+
+def not_whole(path: Path, why: str) -> CheckpointError:
+    return CheckpointError(f"{path} is not a whole safetensors file: {why}. Fetch it again")
+
+
+def header_of(path: Path) -> tuple[Any, int]:
+    """What the header says, and the bytes behind it.  Raises CheckpointError."""
     if path.is_dir() or not path.exists():
         raise CheckpointError(f"{path} is {'a folder' if path.is_dir() else 'missing'}; a .safetensors file is needed "
                               "there" + pickle_advice(path.parent))
@@ -216,32 +232,31 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
                                       f"Convert once: dailies convert {path} --model NAME --to FOLDER")
             if start[:4] == b"GGUF":
                 raise CheckpointError(f"{path} is a GGUF file, quantised for llama.cpp and ComfyUI; only safetensors "
-                                      "are "
-                                      "read. Fetch the model's .safetensors instead")
+                                      "are read. Fetch the model's .safetensors instead")
             if not fits and header_bytes <= file_bytes - 8:
-                raise bad(f"its header announces {header_bytes:,} bytes, and {MAX_HEADER_BYTES:,} are allowed")
+                raise not_whole(path, f"its header announces {header_bytes:,} bytes, and {MAX_HEADER_BYTES:,} are "
+                                      "allowed")
             if not fits:
-                raise bad(f"its {file_bytes} bytes cannot hold the header it announces")
+                raise not_whole(path, f"its {file_bytes} bytes cannot hold the header it announces")
             text = file.read(header_bytes)
             # a table costs hundreds of bytes of memory, an entry of a tensor has one
             if max(text.count(b"{"), text.count(b"[") // 2) > MAX_TENSORS:
-                raise bad(f"it announces more than {MAX_TENSORS:,} tensors")
+                raise not_whole(path, f"it announces more than {MAX_TENSORS:,} tensors")
             said = json.loads(text, object_pairs_hook=once)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     except CheckpointError:
         raise
     except (ValueError, RecursionError) as error:
-        raise bad("its header is not JSON with one entry per name") from error
-    if not isinstance(said, dict):
-        raise bad("its header is not a table")
-    metadata = said.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise bad("its metadata is not text")
-    low = {name: entry["dtype"] for name, entry in said.items()
-           if isinstance(entry, dict) and isinstance(entry.get("dtype"), str) and entry["dtype"] in foreign.QUANTIZED}
-    if low:
-        raise CheckpointError(foreign.quantized(path, low))
+        raise not_whole(path, "its header is not JSON with one entry per name") from error
+    return said, file_bytes - 8 - header_bytes
+
+
+def announced(path: Path, said: dict[str, Any], num_bytes: int) -> dict[str, StoredTensor]:
+    """The tensors that a header describes, which fill the `num_bytes` behind it without overlap or gap.
+
+    Raises CheckpointError.
+    """
     tensors, spans = {}, []
     for name, entry in said.items():
         try:
@@ -250,21 +265,21 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
             if not fits or not all(type(n) is int and 0 <= n < 2 ** 63 for n in (*shape, begin, end)):
                 raise ValueError
         except (TypeError, KeyError, ValueError):
-            raise bad(f"its header's entry for {name[:200]!r} is not understood") from None
+            raise not_whole(path, f"its header's entry for {name[:200]!r} is not understood") from None
         if not isinstance(dtype, str) or dtype not in DTYPES:
             raise CheckpointError(f"{path}: {name[:200]} has dtype {str(dtype)[:40]!r}; known are {', '.join(DTYPES)}")
         if end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
-            raise bad(f"{name[:200]} has {end - begin} bytes, not those of its shape {shape[:8]}")
+            raise not_whole(path, f"{name[:200]} has {end - begin} bytes, not those of its shape {shape[:8]}")
         spans.append((begin, end))
         tensors[name] = StoredTensor(file=path, name=name, dtype=DTYPES[dtype], shape=tuple(shape))
     at = 0
     for begin, end in sorted(spans):
         if begin != at:
-            raise bad("its tensors overlap or leave gaps")
+            raise not_whole(path, "its tensors overlap or leave gaps")
         at = end
-    if at != file_bytes - 8 - header_bytes:
-        raise bad(f"its tensors take {at} bytes and it holds {file_bytes - 8 - header_bytes}")
-    return tensors, metadata
+    if at != num_bytes:
+        raise not_whole(path, f"its tensors take {at} bytes and it holds {num_bytes}")
+    return tensors
 
 
 def views(stored: Mapping[str, StoredTensor]) -> Iterator[tuple[str, Tensor]]:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from dailies.jobs.demo.checker import follow, read_attributes
-from dailies.jobs.demo.world import ATTRIBUTE_WORDS, ATTRIBUTES, SIZE, Scene, sentence_about
+from dailies.jobs.demo.world import ATTRIBUTE_WORDS, ATTRIBUTES, SIDE, Scene, sentence_about
 from dailies.model.catalog import CATALOG
 
 
@@ -81,7 +81,7 @@ def test_a_shape_stays_inside_the_picture(frames):
         scene = Scene.draw(rng, held_out=None)
         _, coverage = scene.render(frames)
         edge = torch.cat((coverage[:, 0], coverage[:, -1], coverage[:, :, 0], coverage[:, :, -1]), dim=1)
-        assert coverage.shape == (frames, SIZE, SIZE) and edge.max() < 1e-3
+        assert coverage.shape == (frames, SIDE, SIDE) and edge.max() < 1e-3
 
 
 def test_a_part_of_a_clip_equals_the_clip():

@@ -24,7 +24,7 @@ from dailies.pipeline.run.intermediates import (
     Seal,
     clear,
     key_of_request,
-    most_bytes,
+    most_object_bytes,
     packed,
     read,
 )
@@ -175,9 +175,9 @@ def test_what_a_model_makes_at_its_largest_is_within_what_is_read(card):
     for value, folder in ((embedding, EMBEDDINGS), (latent, LATENTS)):
         key = key_of_request(folder, asked)
         assert fits(value) is None
-        assert len(packed(value, key, Seal())) < most_bytes(key, asked, fits) < 2**28
+        assert len(packed(value, key, Seal())) < most_object_bytes(key, asked, fits) < 2**28
     four = 4 * sum(4 * math.prod(shape) for shape in shapes.values())       # as UniPC carries
-    assert four + 2**20 < most_bytes(key_of_request(SAVED_STEPS, asked), asked, fits) < 2**29
+    assert four + 2**20 < most_object_bytes(key_of_request(SAVED_STEPS, asked), asked, fits) < 2**29
 
 
 @pytest.mark.parametrize("how", ["truncated", "flipped", "empty", "noise", "header"])

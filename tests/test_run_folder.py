@@ -154,7 +154,7 @@ def test_of_large_files_one_is_in_memory_at_a_time(tmp_path, monkeypatch):
 
     def read(number):
         with (adoption.clip_bytes(store, f"{number:064}", 2000) if number % 2 else
-              intermediates.read(store, clip_key(f"{number:064}"), None, intermediates.anything)) as data:
+              intermediates.read_object(store, clip_key(f"{number:064}"), None, intermediates.anything)) as data:
             held.append(len(data))
             most.append(sum(held))
             time.sleep(0.01)

@@ -52,7 +52,7 @@ def bench(what: str | None, model: str | None = None, *, random_weights: bool = 
         for case, figures in measured(part, rows, alone=what is not None):
             cases.append({"part": part, "case": case, **figures})
             if not json:
-                said = ", ".join(f"{name} {shown(value)}" for name, value in figures.items())
+                said = ", ".join(f"{name} {cell(value)}" for name, value in figures.items())
                 print(f"{part}: {case}: {said}", flush=True)
     return answer({**about, "cases": cases}, lambda: None, json=json)
 
@@ -196,7 +196,7 @@ def commit_in(git: Path) -> str | None:
         return None
 
 
-def shown(value: Any) -> str:
+def cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

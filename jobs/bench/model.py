@@ -73,7 +73,7 @@ def measured(peer: str, dtype: str, folder: str) -> dict[str, Any]:
 def measure(peer: str, dtype: str, folder: Path) -> dict[str, Any]:
     """Seconds of one run, and bytes above those of the loaded model at its worst moment; its output is saved."""
     torch.set_num_threads(THREADS)
-    latent, = checkpoint.read(folder / "latent.safetensors", ["latent"], name="bench")
+    latent, = checkpoint.read_tensors(folder / "latent.safetensors", ["latent"], name="bench")
     latent = latent.to(DTYPES[dtype])
     if peer == "dailies":
         vae = channels_last(checkpoint.build(lambda: WanVAE(WanVAEConfig()), folder / "dailies.safetensors",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dailies.jobs.demo.world import BACKGROUNDS, COLORS, RADII, SIZE, SPEEDS, distance
+from dailies.jobs.demo.world import BACKGROUNDS, COLORS, RADII, SIDE, SPEEDS, distance
 
 AREAS = {"circle": 3.1416, "square": 3.1684, "triangle": 2.3674, "cross": 3.2}     # of a shape of radius 1
 FAINTEST = 30.0                                         # of 255: less apart from the background is no shape
@@ -73,7 +73,7 @@ def follow(rgb: Tensor, shape: str) -> Track:
 
 def covered(shape: str, centres: Tensor, radius: Tensor) -> Tensor:
     """Coverage [frames, 64, 64] of a shape drawn at centres [frames, 2] with radius [frames, 1, 1], or one for all."""
-    cells = torch.arange(SIZE) + 0.5
+    cells = torch.arange(SIDE) + 0.5
     x = cells[None, None, :] - centres[:, 0, None, None]
     y = cells[None, :, None] - centres[:, 1, None, None]
     return (0.5 - distance(shape, x / radius, y / radius) * radius).clamp(0, 1)
@@ -85,7 +85,7 @@ def top_value(x: Tensor, share: float) -> Tensor:
 
 
 def centroids(coverage: Tensor) -> Tensor:
-    cells = torch.arange(SIZE) + 0.5
+    cells = torch.arange(SIDE) + 0.5
     mass = coverage.sum(dim=(1, 2)).clamp_min(1e-6)
     return torch.stack(((coverage * cells).sum(dim=(1, 2)) / mass,
                         (coverage * cells[:, None]).sum(dim=(1, 2)) / mass), dim=1)

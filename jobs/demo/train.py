@@ -30,7 +30,7 @@ from dailies.jobs.demo.phases import (
     fit,
     rng_of,
 )
-from dailies.jobs.demo.world import ATTRIBUTE_WORDS, ATTRIBUTES, SIZE, Scene, sentence_about
+from dailies.jobs.demo.world import ATTRIBUTE_WORDS, ATTRIBUTES, SIDE, Scene, sentence_about
 from dailies.model import checkpoint
 from dailies.model.catalog import CATALOG
 from dailies.model.linum import keys as linum_keys
@@ -50,7 +50,7 @@ VAE_PHASE = Phase(name="vae", steps=2700, lr=2.5e-3, ema=0.995)
 IMAGES_FIRST, SHORT_UNTIL = 500, 1400                   # steps before the first clip, and before the first long one
 # The convolutions in time reach about 18 latent steps back: after short clips alone, frames beyond their length fall
 # apart.
-REFERENCE_ELEMENTS = 4 * 3 * 9 * SIZE * SIZE            # what every summed loss is divided by, image or clip
+REFERENCE_ELEMENTS = 4 * 3 * 9 * SIDE * SIDE            # what every summed loss is divided by, image or clip
 IMAGE_WEIGHT = 1.5
 
 
@@ -70,7 +70,7 @@ def train_vae(work: Path, device: str) -> WanVAE:
                  for _ in range(clips)]
         video = torch.stack([v for v, _ in drawn]).to(device, memory_format=torch.channels_last_3d)
         coverage = torch.stack([c for _, c in drawn]).to(device)
-        noise = torch.randn(clips, VAE.latent_channels, (frames - 1) // 4 + 1, SIZE // 8, SIZE // 8,
+        noise = torch.randn(clips, VAE.latent_channels, (frames - 1) // 4 + 1, SIDE // 8, SIDE // 8,
                             generator=torch.Generator().manual_seed(rng.getrandbits(62))).to(device)
         with torch.autocast(device, torch.bfloat16):
             decoded, mean, log_variance = autoencode(vae, video, noise)

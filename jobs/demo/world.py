@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-SIZE = 64                                              # pixels a side
+SIDE = 64                                              # pixels a side
 FPS = 24
 COLORS = {"red": (220, 40, 40), "green": (40, 165, 60), "blue": (45, 75, 225), "yellow": (235, 210, 45),
           "purple": (155, 60, 190), "cyan": (60, 200, 215)}
@@ -72,7 +72,7 @@ class Scene:
         start = []
         for v, before, after, where in zip(velocity, (left, up), (right, down), self.variation[2:4], strict=True):
             travel = v * (frames - 1)
-            low, high = before - min(0.0, travel), SIZE - after - max(0.0, travel)
+            low, high = before - min(0.0, travel), SIDE - after - max(0.0, travel)
             start.append(low + where * (high - low) if high > low else (low + high) / 2)
         return tuple(start), velocity
 
@@ -89,7 +89,7 @@ class Scene:
         """
         (x0, y0), (vx, vy) = self.path(total or start + frames)
         time = torch.arange(start, start + frames, dtype=torch.float32)
-        cells = torch.arange(SIZE) + 0.5
+        cells = torch.arange(SIDE) + 0.5
         x = (cells[None, None, :] - (x0 + vx * time)[:, None, None]) / self.radius
         y = (cells[None, :, None] - (y0 + vy * time)[:, None, None]) / self.radius
         coverage = (0.5 - distance(self.shape, x, y) * self.radius).clamp(0, 1)
@@ -120,7 +120,7 @@ class Painter:
         self.directions = table(lambda kind: DIRECTIONS[kind["direction"]])                  # [kinds, 2], x and y
         self.extents = table(lambda kind: EXTENTS[kind["shape"]])                            # left, up, right, down
         self.shades = table(lambda kind: (*COLORS[kind["color"]], *BACKGROUNDS[kind["background"]])).float()
-        self.cells = torch.arange(SIZE, device=device) + 0.5
+        self.cells = torch.arange(SIDE, device=device) + 0.5
 
     def of(self, scenes: "list[Scene]") -> tuple[Tensor, Tensor]:
         """Kinds and variations of these."""
@@ -144,7 +144,7 @@ class Painter:
         velocity = (self.speeds[kinds] * (0.9 + 0.2 * wide[:, 1]))[:, None] * self.directions[kinds]
         before, after = (self.extents[kinds] * radius[:, None] + 1.5).unflatten(1, (2, 2)).unbind(1)     # [B, 2] each
         travel = velocity * ((start + frames if total is None else total) - 1)
-        low, high = before - travel.clamp_max(0), SIZE - after - travel.clamp_min(0)
+        low, high = before - travel.clamp_max(0), SIDE - after - travel.clamp_min(0)
         first = torch.where(high > low, low + wide[:, 2:4] * (high - low), (low + high) / 2)
         time = torch.arange(frames, device=radius.device) + (start[:, None] if isinstance(start, Tensor) else start)
         centres = (first[:, None] + velocity[:, None] * time[..., None]).float()                     # [B, F, 2]

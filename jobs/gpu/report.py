@@ -35,13 +35,13 @@ def markdown(known: dict[str, Any]) -> str:
 
 
 def line(row: dict[str, Any]) -> str:
-    return f"{row['what']}: " + ", ".join(f"{name} {shown(value)}" for name, value in row.items() if name != "what")
+    return f"{row['what']}: " + ", ".join(f"{name} {figure(value)}" for name, value in row.items() if name != "what")
 
 
-def shown(value: Any) -> str:
+def figure(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
-    return ", ".join(map(shown, value)) if isinstance(value, list) else str(value)
+    return ", ".join(map(figure, value)) if isinstance(value, list) else str(value)
 
 
 def table(known: Mapping[str, Any]) -> str:

@@ -61,7 +61,8 @@ class LinumFamily:
 
     def latent_statistics(self, card: LinumCard, weights: Path) -> tuple[Tensor, Tensor]:
         """scale and bias, each [C] fp32: normalised latent = latent * scale + bias.  Raises CheckpointError."""
-        scale, bias = checkpoint.read(weights / card.dit_file, ("video_data_scale", "video_data_bias"), name=card.name)
+        names = "video_data_scale", "video_data_bias"
+        scale, bias = checkpoint.read_tensors(weights / card.dit_file, names, name=card.name)
         return scale.float(), bias.float()
 
 

@@ -224,7 +224,7 @@ def concatenated(parts: Sequence[ManifestPart], notes: list[str]) -> tuple[pa.Ta
     """
     known = pa.concat_tables([part.known for part in parts]).combine_chunks()
     types = types_of(parts)
-    odd = {name for name, files in types.items() if len(files) > 1 and not unite(name, parts)}
+    odd = {name for name, files in types.items() if len(files) > 1 and not unite_columns(name, parts)}
     tables = [as_texts(part.user, odd) for part in parts]
     user = pa.concat_tables(tables, promote_options="permissive")
     num_rows, columns, taken = known.num_rows, {}, set[str]()
@@ -257,7 +257,7 @@ def types_of(parts: Sequence[ManifestPart]) -> dict[str, dict[pa.DataType, str]]
     return types
 
 
-def unite(name: str, parts: Sequence[ManifestPart]) -> bool:
+def unite_columns(name: str, parts: Sequence[ManifestPart]) -> bool:
     """Whether a type holds all that a column has in the files."""
     chunks = [part.user.select([name]) for part in parts if part.user.schema.get_field_index(name) >= 0]
     try:

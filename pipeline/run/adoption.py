@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
 
-from dailies.actors.clip_file import NotThisClip, check_clip, most_bytes
+from dailies.actors.clip_file import NotThisClip, check_clip, most_clip_bytes
 from dailies.actors.messages import Clip, Request
 from dailies.pipeline.run.large_objects import object_bytes
 from dailies.pipeline.run.layout import clip_key
@@ -50,7 +50,7 @@ def clip_bytes(store: Store, clip_id: str, at_most: int) -> AbstractContextManag
 
 def published(store: Store, request: Request, recorded: str | None = None) -> Clip | Spoilt:
     shape = request.shape
-    at_most = most_bytes(width=shape.width, height=shape.height, frames=shape.frames)
+    at_most = most_clip_bytes(width=shape.width, height=shape.height, frames=shape.frames)
     try:
         with clip_bytes(store, request.clip_id, at_most) as data:
             return judged(store, request, data, recorded)

@@ -141,7 +141,7 @@ class Persist(Actor):
         """Reads the whole object: the next stage could not make a damaged one again."""
         persisted = Persisted(request=request, key=key_of_request(self.folder, request))
         try:
-            opened(self.store, persisted, self.seal, self.fits)
+            restored(self.store, persisted, self.seal, self.fits)
         except KeyError:
             return None
         except Damaged as error:
@@ -213,7 +213,7 @@ class Restore:
         """Raises the store's KeyError for what is gone. What is damaged is removed first, so that it is made again."""
         for _ in range(3):                              # somebody may be making it again at this moment
             try:
-                return opened(self.store, persisted, self.seal, self.fits)
+                return restored(self.store, persisted, self.seal, self.fits)
             except Damaged as error:
                 damage = error
                 self.store.delete(persisted.key)
@@ -267,10 +267,10 @@ def packed(value: Embedding | Latent, key: str, seal: Seal) -> bytes:
                             "determinism": json.dumps(value.determinism)}, seal)
 
 
-def opened(store: ObjectStore, persisted: Persisted, seal: Seal, fits: Fits) -> Embedding | Latent:
+def restored(store: ObjectStore, persisted: Persisted, seal: Seal, fits: Fits) -> Embedding | Latent:
     """What `packed` was given, as an answer to the request of `persisted`.  Raises Damaged; KeyError for what is
     gone."""
-    with read(store, persisted.key, persisted.request, fits) as data:
+    with read_object(store, persisted.key, persisted.request, fits) as data:
         return value_in(*unsealed(data, persisted.key, seal), persisted, fits)
 
 
@@ -296,16 +296,16 @@ def value_in(tensors: dict[str, Tensor], metadata: dict[str, str], persisted: Pe
 
 
 @contextmanager
-def read(store: ObjectStore, key: str, request: Request, fits: Fits) -> Iterator[bytes]:
+def read_object(store: ObjectStore, key: str, request: Request, fits: Fits) -> Iterator[bytes]:
     """Held until the block ends (large_objects.py).  Raises KeyError, and Damaged for more than there can be."""
     try:
-        with object_bytes(store, key, most_bytes(key, request, fits)) as data:
+        with object_bytes(store, key, most_object_bytes(key, request, fits)) as data:
             yield data
     except TooLarge as error:
         raise Damaged(f"{key} is too large: {error}") from error
 
 
-def most_bytes(key: str, request: Request, fits: Fits) -> int:
+def most_object_bytes(key: str, request: Request, fits: Fits) -> int:
     """More than an object has that is what its request asks for."""
     if key.startswith(f"{EMBEDDINGS}/"):
         return MOST_HEADER_BYTES + fits.embedding_bytes(request)

@@ -30,7 +30,7 @@ from dailies.pipeline.store import NotFound, Store, StoreError, TooLarge
 
 REMEMBERED = ("id", "seed", "status", "error_type", "error", "attempts", "finished_at", "earlier_errors")
 PART_READERS = 8                        # parts read at a time
-ROWS_AT_A_TIME = 10_000                 # that are turned into Python's objects
+OBJECTS_AT_A_TIME = 10_000                 # that are turned into Python's objects
 NO_COLUMNS = pa.schema([])
 
 
@@ -255,7 +255,7 @@ def recorded_hashes(store: Store, clip_ids: Collection[str]) -> dict[str, str]:
     return found
 
 
-def retry(store: Store, where: Mapping[str, str] | None = None) -> int:
+def retry_rows(store: Store, where: Mapping[str, str] | None = None) -> int:
     """Put failed rows back to pending; returns how many. Invalid rows stay: another try changes nothing of them.
 
     where: column -> value as text; all must hold.  Raises ValueError for a column that the ledger does not have.
@@ -409,7 +409,7 @@ def keys_of(table: pa.Table) -> Iterator[tuple[str, int | None]]:
 
 def values_of(table: pa.Table, *columns: str) -> Iterator[tuple[Any, ...]]:
     """These columns of each row, in Python's types; made for some rows at a time, since there may be millions."""
-    for batch in table.select(list(columns)).to_batches(max_chunksize=ROWS_AT_A_TIME):
+    for batch in table.select(list(columns)).to_batches(max_chunksize=OBJECTS_AT_A_TIME):
         yield from zip(*(batch[column].to_pylist() for column in columns), strict=True)
 
 

@@ -36,7 +36,7 @@ class Column:
 
 
 STRING, STRINGS, BOOLEAN = Column(pa.string()), Column(pa.list_(pa.string())), Column(pa.bool_())
-COUNT, INTEGER, MEASURE = Column(pa.int32(), most=2**31), Column(pa.int64(), most=2**63 - 1), Column(pa.float64())
+COUNT, INTEGERS, MEASURE = Column(pa.int32(), most=2**31), Column(pa.int64(), most=2**63 - 1), Column(pa.float64())
 DURATION = Column(pa.float64(), most=1e10)
 
 
@@ -50,9 +50,9 @@ def column_of(setting: Setting) -> Column:
 
 TABLE: dict[str, Column] = {
     "id": STRING, "clip_id": STRING, "status": STRING,                       # done, failed or pending
-    "uri": STRING, "sha256": STRING, "bytes": INTEGER,
+    "uri": STRING, "sha256": STRING, "bytes": INTEGERS,
     "width": COUNT, "height": COUNT, "frames": COUNT, "fps": Column(pa.float64(), most=1e6), "duration_s": DURATION,
-    "has_audio": BOOLEAN, "seed": INTEGER, "prompt": STRING, "negative_prompt": STRING,
+    "has_audio": BOOLEAN, "seed": INTEGERS, "prompt": STRING, "negative_prompt": STRING,
     **{setting.name: column_of(setting) for setting in COURSE if setting.field},
     "model": STRING, "weights_fingerprint": STRING, "precision": STRING, "attention": STRING, "fallbacks": STRINGS,
     "attempts": COUNT, "error_type": STRING, "error": STRING, "worker": STRING, "device": STRING,

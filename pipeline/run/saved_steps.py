@@ -29,7 +29,7 @@ from dailies.pipeline.run.intermediates import (
     Seal,
     anything,
     key_of_request,
-    read,
+    read_object,
     sealed,
     unsealed,
 )
@@ -114,7 +114,7 @@ class PersistSampled(Persist):
             return None
         key = key_of_request(SAVED_STEPS, request)
         try:
-            with read(self.store, key, request, self.fits) as data:
+            with read_object(self.store, key, request, self.fits) as data:
                 found = self.opened(request, *unsealed(data, key, self.seal))
         except KeyError:
             return None

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dailies.actors.clip_file import read_clip
-from dailies.pipeline.run.intermediates import Persisted, anything, opened
+from dailies.pipeline.run.intermediates import Persisted, anything, restored
 from dailies.pipeline.run.layout import EMBEDDINGS, LATENTS
 from dailies.pipeline.run.seal import seal_of
 from dailies.pipeline.store import FolderStore, open_store
@@ -97,7 +97,7 @@ def spoilt(out: str) -> list[str]:
             elif suffix == "json":
                 json.loads(data)
             elif folder in (EMBEDDINGS, LATENTS):
-                opened(store, Persisted(request=None, key=info.key), seal_of(store, fresh=False), anything)
+                restored(store, Persisted(request=None, key=info.key), seal_of(store, fresh=False), anything)
         except (ValueError, pa.ArrowException) as error:
             wrong.append(f"{info.key} is damaged: {error}")
     return wrong
