@@ -21,13 +21,13 @@ from importlib import metadata
 from itertools import product
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+_ROOT = Path(__file__).resolve().parent.parent
 PYTHONS = ("3.11", "3.12")
 # of a C library so new, and all before: of one version a project may have a wheel for each, and pip takes the newest
 NEWEST = (41, 28)
 OLDER = ("2014", "_2_12", "2010", "_2_5", "1")
 FILES = {"base": "constraints.lock", "gpu": "constraints-gpu.lock", "dev": "constraints-dev.lock"}
-HEAD = f"""# SHA-256 of the wheels of {{what}}; at the versions of constraints.txt,
+_HEAD = f"""# SHA-256 of the wheels of {{what}}; at the versions of constraints.txt,
 # for Python {" and ".join(PYTHONS)} on Linux x86_64. Installed with --require-hashes --no-deps. Made by: make lock
 """
 HOLDS = {"base": "what dailies needs, of torch also a CPU build",
@@ -43,7 +43,7 @@ def main(what: list[str]) -> int:
     missing = []
     for kind, wanted in wanted_by_kind().items():
         hashes = hashes_of(wanted)
-        (ROOT / FILES[kind]).write_text(HEAD.format(what=HOLDS[kind]) + text(wanted, hashes))
+        (_ROOT / FILES[kind]).write_text(_HEAD.format(what=HOLDS[kind]) + _text(wanted, hashes))
         missing += [name for name in wanted if not hashes[canonical(name)]]
     if missing:
         print(f"pip found no wheel of: {', '.join(missing)}", file=sys.stderr)
@@ -52,9 +52,9 @@ def main(what: list[str]) -> int:
 
 def wanted_by_kind() -> dict[str, dict[str, str]]:
     """Name -> version of what belongs into each file; into one file alone."""
-    lines = (line.strip() for line in (ROOT / "constraints.txt").read_text().splitlines())
+    lines = (line.strip() for line in (_ROOT / "constraints.txt").read_text().splitlines())
     pins = dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    extras = tomllib.loads((_ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     needed = closure("dailies-render") - {"triton"}
     base = {name: version for name, version in pins.items() if canonical(name) in needed}
     found, taken = {"base": base}, {canonical(name) for name in base}
@@ -98,7 +98,7 @@ def ask(requirements: list[str], python: str, newest: int, *, deps: bool = False
         command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet",
                    "--disable-pip-version-check", "--only-binary", ":all:", "--report", f"{folder}/report.json",
                    "--target", f"{folder}/none", "--python-version", python, "--implementation", "cp"]
-        command += ["--constraint", str(ROOT / "constraints.txt")] if deps else ["--no-deps"]
+        command += ["--constraint", str(_ROOT / "constraints.txt")] if deps else ["--no-deps"]
         command += [part for abi in (f"cp{tag}", "abi3", "none") for part in ("--abi", abi)]
         command += [part for each in (*(f"_2_{minor}" for minor in range(newest, 16, -1)), *OLDER)
                     for part in ("--platform", f"manylinux{each}_x86_64")]
@@ -135,7 +135,7 @@ def closure(distribution: str) -> set[str]:
     return {name for name, _ in done} | {"setuptools"}
 
 
-def text(wanted: dict[str, str], hashes: dict[str, set[str]]) -> str:
+def _text(wanted: dict[str, str], hashes: dict[str, set[str]]) -> str:
     lines = [" \\\n    ".join([f"{name}=={version}",
                                *(f"--hash=sha256:{each}" for each in sorted(hashes[canonical(name)]))])
              for name, version in sorted(wanted.items(), key=lambda pin: pin[0].lower()) if hashes[canonical(name)]]

@@ -143,7 +143,7 @@ def one_part(card: ModelCard, path: Path) -> tuple[Layout, list[FoundPart]]:
         if len(named) == 1:
             return layout, named
     names = [name for name, _ in published_tensors(path)]
-    known = [part for part in options[0] if not keys.table_of(names, described(card, part.kind).tables).unknown(names)]
+    known = [part for part in options[0] if not keys.table_of(names, _described(card, part.kind).tables).unknown(names)]
     # of two experts the file's name may say which: wan2.2_t2v_high_noise_14B_fp16.safetensors
     noise = [part for part in known if part.kind == "dit"
              and re.search(rf"(?i)(?<![a-z]){EXPERTS[part.place]}(?![a-z])", stem)]
@@ -254,7 +254,7 @@ def split_clip(card: ModelCard, tensors: Mapping[str, Tensor], path: Path) -> di
 
 def quantized_part(card: ModelCard, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     """With the weights of the blocks' linear layers in INT8, a scale per row: the names are those of model/turbo.py."""
-    dit = described(card, "dit")
+    dit = _described(card, "dit")
     if dit.new is None:
         raise UsageError(f"--precision int8 is not for {card.name}; leave it out")
     with torch.device("meta"):
@@ -308,11 +308,11 @@ def tensor_bytes(tensor: Tensor) -> int:
 def check_converted(card: ModelCard, part: FoundPart, folder: Path) -> None:
     """That the model which the card describes can be loaded from what was written.  Raises CheckpointError."""
     path, config = folder / part.target, part.source.with_name("config.json")
-    described(card, part.kind).check(path if path.is_file() else folder / (part.target + INDEX),
+    _described(card, part.kind).check(path if path.is_file() else folder / (part.target + INDEX),
                                      config if config.is_file() else None)
 
 
-def described(card: ModelCard, kind: str) -> ModelPart:
+def _described(card: ModelCard, kind: str) -> ModelPart:
     """By its family; experts are all alike."""
     return next(part for part in family_of(card).parts(card) if part.kind == kind)
 

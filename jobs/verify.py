@@ -21,7 +21,7 @@ from dailies.pipeline.wording import counted
 
 VERIFY_READERS = 4
 CLIPS_AT_A_TIME = 1000                  # whose rows are turned into Python's objects
-LINE_EVERY_S = 10.0
+_LINE_EVERY_S = 10.0
 CLIP_ID = re.compile(r"[0-9a-f]{64}")
 
 
@@ -68,7 +68,7 @@ def wrong_clips(store: Store, *, json: bool) -> tuple[set[str], list[dict[str, A
                 checked += 1
                 if problem:
                     wrong.append({"clip_id": row["clip_id"], "id": row["id"], "problem": problem})
-                if not json and time.monotonic() - told > LINE_EVERY_S:
+                if not json and time.monotonic() - told > _LINE_EVERY_S:
                     told = time.monotonic()
                     say(f"{checked:,} of {counted(clips.num_rows, 'clip')} read, {len(wrong):,} wrong",
                         stream=sys.stderr)

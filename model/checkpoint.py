@@ -27,13 +27,13 @@ Model = TypeVar("Model", bound=nn.Module)
 
 MAX_HEADER_BYTES = 25_000_000                           # the format allows 100 MB; of the largest model it is under 1
 MAX_TENSORS = 200_000
-DTYPES = {
+_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }
 TWIN_NUMBERS = 2**24                                    # compared at once
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +126,7 @@ def match(stored: Mapping[str, StoredTensor], wanted: Mapping[str, Tensor], tabl
     if misshapen:
         raise CheckpointError(f"{where}: {count(misshapen)} of another shape: {listed(misshapen)}. "
                               f"Is it another model's file?{kind}")
-    for kind, dtypes in (("floating point", FLOATS), ("int8", {torch.int8})):
+    for kind, dtypes in (("floating point", _FLOATS), ("int8", {torch.int8})):
         others = [f"{found[key].name} ({found[key].dtype})" for key, tensor in wanted.items()
                   if tensor.dtype in dtypes and found[key].dtype not in dtypes]
         if others:
@@ -209,7 +209,7 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
            if isinstance(entry, dict) and isinstance(entry.get("dtype"), str) and entry["dtype"] in foreign.QUANTIZED}
     if low:
         raise CheckpointError(foreign.quantized(path, low))
-    return announced(path, said, num_bytes), metadata
+    return _announced(path, said, num_bytes), metadata
 
 
 def not_whole(path: Path, why: str) -> CheckpointError:
@@ -252,7 +252,7 @@ def header_of(path: Path) -> tuple[Any, int]:
     return said, file_bytes - 8 - header_bytes
 
 
-def announced(path: Path, said: dict[str, Any], num_bytes: int) -> dict[str, StoredTensor]:
+def _announced(path: Path, said: dict[str, Any], num_bytes: int) -> dict[str, StoredTensor]:
     """The tensors that a header describes, which fill the `num_bytes` behind it without overlap or gap.
 
     Raises CheckpointError.
@@ -266,12 +266,12 @@ def announced(path: Path, said: dict[str, Any], num_bytes: int) -> dict[str, Sto
                 raise ValueError
         except (TypeError, KeyError, ValueError):
             raise not_whole(path, f"its header's entry for {name[:200]!r} is not understood") from None
-        if not isinstance(dtype, str) or dtype not in DTYPES:
-            raise CheckpointError(f"{path}: {name[:200]} has dtype {str(dtype)[:40]!r}; known are {', '.join(DTYPES)}")
-        if end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
+        if not isinstance(dtype, str) or dtype not in _DTYPES:
+            raise CheckpointError(f"{path}: {name[:200]} has dtype {str(dtype)[:40]!r}; known are {', '.join(_DTYPES)}")
+        if end - begin != math.prod(shape) * _DTYPES[dtype].itemsize:
             raise not_whole(path, f"{name[:200]} has {end - begin} bytes, not those of its shape {shape[:8]}")
         spans.append((begin, end))
-        tensors[name] = StoredTensor(file=path, name=name, dtype=DTYPES[dtype], shape=tuple(shape))
+        tensors[name] = StoredTensor(file=path, name=name, dtype=_DTYPES[dtype], shape=tuple(shape))
     at = 0
     for begin, end in sorted(spans):
         if begin != at:

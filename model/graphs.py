@@ -13,11 +13,11 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 KEPT = 4                                                # shapes whose recordings stay
-Run = Callable[[], Tensor]
-Record = Callable[[Run], tuple[Callable[[], None], Tensor]]
+_Run = Callable[[], Tensor]
+Record = Callable[[_Run], tuple[Callable[[], None], Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ class Graphed:
             self.recordings[shape] = self.recorded(inputs)
         except RuntimeError as error:                   # out of memory too
             self.refused.add(shape)
-            log.warning("this shape of clip runs without a CUDA graph, which may be slower: %s", error)
+            _log.warning("this shape of clip runs without a CUDA graph, which may be slower: %s", error)
         return self.recordings.get(shape)
 
     def recorded(self, inputs: tuple) -> Recording:
@@ -117,7 +117,7 @@ class CudaGraphs:
         self.pool: tuple[int, int] | None = None
         self.alive: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
 
-    def __call__(self, run: Run) -> tuple[Callable[[], None], Tensor]:
+    def __call__(self, run: _Run) -> tuple[Callable[[], None], Tensor]:
         """Raises RuntimeError for what cannot be recorded, or finds no room.  run has run before, so that no kernel is
         chosen, compiled or loaded while it is recorded."""
         check_room()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 CHUNK = 1 << 30                                         # bytes: torch rounds what it pins up to a power of two
 ALIGN = 64
@@ -49,7 +49,7 @@ def host_memory(size: int, *, pinned: bool) -> Tensor:
     try:
         return torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
     except RuntimeError as error:
-        log.warning("weights that wait in host memory are not pinned, so they move more slowly: %s", error)
+        _log.warning("weights that wait in host memory are not pinned, so they move more slowly: %s", error)
         return torch.empty(size, dtype=torch.uint8)
 
 

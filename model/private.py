@@ -55,8 +55,8 @@ def private_folder(path: Path, below: Path | None = None) -> Path:
             folder.mkdir(mode=0o700)
         found = folder.lstat()
         if not stat.S_ISDIR(found.st_mode):
-            raise NotPrivate(f"{folder} must be a folder of this user's alone; it is {kind_of(found.st_mode)}. Move it "
-                             "away, or name another place with XDG_CACHE_HOME")
+            raise NotPrivate(f"{folder} must be a folder of this user's alone; it is {_kind_of(found.st_mode)}. Move "
+                             "it away, or name another place with XDG_CACHE_HOME")
         if found.st_uid != os.geteuid() or found.st_mode & stat.S_IWOTH:
             whose = "everybody may write to it" if found.st_uid == os.geteuid() else f"user {found.st_uid} has made it"
             raise NotPrivate(f"{folder} must be a folder of this user's alone; {whose}. Move it away, or name another "
@@ -91,14 +91,14 @@ def open_regular(path: Path) -> BufferedReader:
     try:
         mode = os.fstat(file).st_mode
         if not stat.S_ISREG(mode):
-            raise NotAFile(None, f"it is {kind_of(mode)}, where a file is needed", str(path))
+            raise NotAFile(None, f"it is {_kind_of(mode)}, where a file is needed", str(path))
         return os.fdopen(file, "rb")
     except BaseException:
         os.close(file)
         raise
 
 
-def kind_of(mode: int) -> str:
+def _kind_of(mode: int) -> str:
     kinds = {stat.S_ISDIR: "a folder", stat.S_ISLNK: "a link", stat.S_ISFIFO: "a pipe", stat.S_ISSOCK: "a socket",
              stat.S_ISCHR: "a device", stat.S_ISBLK: "a device", stat.S_ISREG: "a file"}
     return next((name for asked, name in kinds.items() if asked(mode)), "no file")

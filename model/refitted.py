@@ -14,16 +14,17 @@ from dailies.model.keys import KeyTable
 from dailies.model.runtime import Runtime
 from dailies.model.weights import layout_in, stored_at
 
-Model = TypeVar("Model", bound=nn.Module)
+_Model = TypeVar("_Model", bound=nn.Module)
 
 
-def dit_from(card: ModelCard, new: Callable[[], Model], tables: tuple[KeyTable, ...], path: Path, on: Runtime) -> Model:
+def dit_from(card: ModelCard, new: Callable[[], _Model], tables: tuple[KeyTable, ...], path: Path,
+             on: Runtime) -> _Model:
     """A transformer, loaded from this file (or index of shards), refitted, in eval mode.  Raises CheckpointError."""
     return turbo.build(new, path, *tables, name=card.name, device=on.device, precision=on.precision,
                        attention=on.attention, sparsity=card.sparsity)
 
 
-def check_dit(card: ModelCard, new: Callable[[], Model], tables: tuple[KeyTable, ...], path: Path) -> None:
+def check_dit(card: ModelCard, new: Callable[[], _Model], tables: tuple[KeyTable, ...], path: Path) -> None:
     """That the transformer can be loaded from this file, in the precision that it has.  Raises CheckpointError."""
     precision = "int8" if turbo.scheme_of(checkpoint.stored_tensors(path)) else "fp32"
     dit_from(card, new, tables, path, card.runtime("meta", precision))

@@ -20,7 +20,7 @@ from dailies.model.files import CheckpointError, first_line, read_json
 
 FILE = "tokenizer.json"
 FILE_BYTES = 40_000_000                                 # Gemma's has 34 MB, umT5's 17 MB
-CONFIG_BYTES = 4_000_000
+_CONFIG_BYTES = 4_000_000
 PIECES = 1_000_000                                      # umT5 has 256,300, Gemma 262,145
 PIECE_CHARS = 256
 VOCABULARY_CHARS = 8_000_000                            # every one may become a table of its own
@@ -30,7 +30,7 @@ STEPS = 16                                              # of normalising, or of 
 GROWTH = 256                                            # bytes that a table of replacements may make of one character
 GROWN = 18                                              # characters of one in Unicode's own NFKC, at most (U+FDFA)
 MODELS = ("Unigram", "BPE")                             # of T5, umT5 and Gemma
-LONGEST = 2000                                          # characters that all steps together may make of one, at most
+_LONGEST = 2000                                          # characters that all steps together may make of one, at most
 # Steps whose time and result grow with the text alone, what each may say beside its type, and how many characters it
 # makes of one at most. Replace and Split come with a pattern, see `check_pattern`.
 STEPS_KNOWN: dict[str, dict[str, tuple[set[str], int]]] = {
@@ -50,7 +50,7 @@ STEPS_KNOWN: dict[str, dict[str, tuple[set[str], int]]] = {
 SEQUENCES = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers"}     # where a Sequence has its steps
 PREPENDED = 4                                           # characters before a text, and before each of its parts
 PATTERNS = (" {2,}", r"\s+", " +", r"\s{2,}")           # regular expressions that cannot run away
-END = "</s>"
+_END = "</s>"
 
 
 class Tokenizer:
@@ -62,7 +62,7 @@ class Tokenizer:
         self.where = f"{name}: {folder / FILE}"
         with quietly(self.where):
             self.made = tokenizers.Tokenizer.from_str(json.dumps(said))
-            end = self.made.token_to_id(END)
+            end = self.made.token_to_id(_END)
             self.end = -1 if end is None else end       # then no text ends in it
             # asked of the table: a dictionary of umT5's pieces takes the library two seconds
             vocabulary = said["model"]["vocab"]
@@ -72,7 +72,7 @@ class Tokenizer:
                                else len(vocabulary) - 1,
                                *added)
         if self.ids("") != [self.end] or self.ids("a")[-1:] != [self.end]:
-            raise CheckpointError(f"{self.where} must put {END} behind a text, as T5's and umT5's do; it makes "
+            raise CheckpointError(f"{self.where} must put {_END} behind a text, as T5's and umT5's do; it makes "
                                   f"{self.ids('a')[:8]} of 'a'. Is it another model's?")
 
     def ids(self, text: str, at_most: int | None = None) -> list[int]:
@@ -121,14 +121,14 @@ def read_tokenizer(folder: Path, name: str) -> dict[str, Any]:
                               "make other pieces. Fetch tokenizer.json too, from the repository that it came from")
     try:
         if config.exists():
-            refuse_code(read_json(config, CONFIG_BYTES), config)
+            refuse_code(read_json(config, _CONFIG_BYTES), config)
         said = read_json(folder / FILE, FILE_BYTES)
         refuse_code(said, folder / FILE)
         check_model(said["model"])
         check_added(said.get("added_tokens") or [])
         longer = math.prod(check_steps(part, said.get(part)) for part in STEPS_KNOWN)
-        if longer > LONGEST:
-            raise ValueError(f"its steps could make {longer:,} characters of one, where {LONGEST:,} are allowed: a "
+        if longer > _LONGEST:
+            raise ValueError(f"its steps could make {longer:,} characters of one, where {_LONGEST:,} are allowed: a "
                              "text "
                              "becomes longer again and again")
         # which the library normalizes, each one, when it reads the file
@@ -199,7 +199,7 @@ def check_steps(part: str, said: Any) -> int:
 
     Raises ValueError for a step that is not known, or whose time or result could grow without measure.
     """
-    steps, longer = list(flat(said, SEQUENCES[part])), 1
+    steps, longer = list(_flat(said, SEQUENCES[part])), 1
     if len(steps) > STEPS:
         raise ValueError(f"its {part} has {len(steps)} steps, where {STEPS} are allowed")
     for step in steps:
@@ -226,7 +226,7 @@ def refuse_others(step: Mapping[str, Any], fields: Iterable[str]) -> None:
         raise ValueError(f"its step {step['type']} says {str(sorted(others)[0])[:40]!r}, which no such step has")
 
 
-def flat(said: Any, inner: str, depth: int = 0) -> Iterator[Mapping[str, Any]]:
+def _flat(said: Any, inner: str, depth: int = 0) -> Iterator[Mapping[str, Any]]:
     """The steps of a sequence of sequences, which has them under `inner`.  Raises ValueError."""
     if said is None:
         return
@@ -237,7 +237,7 @@ def flat(said: Any, inner: str, depth: int = 0) -> Iterator[Mapping[str, Any]]:
         return
     refuse_others(said, [inner])
     for step in said[inner]:
-        yield from flat(step, inner, depth + 1)
+        yield from _flat(step, inner, depth + 1)
 
 
 def check_pattern(pattern: Mapping[str, str], content: str) -> None:
@@ -267,7 +267,7 @@ def check_replacements(table: str) -> int:
 
 def check_post(said: Any) -> None:
     if said is None or said["type"] != "TemplateProcessing":
-        raise ValueError(f"its post_processor must be a TemplateProcessing that puts {END} behind a text")
+        raise ValueError(f"its post_processor must be a TemplateProcessing that puts {_END} behind a text")
     tables = [said["single"], said["pair"], *(token["ids"] for token in said["special_tokens"].values())]
     if len(tables) > 16 or any(len(table) > 8 for table in tables):
         raise ValueError("its post_processor puts more than 8 pieces around a text")
@@ -285,8 +285,8 @@ def new_tokenizer(sentences: list[str], *, pieces: int, folder: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()])
     tokenizer.decoder = decoders.Metaspace()
     tokenizer.train_from_iterator(sentences, trainers.BpeTrainer(
-        vocab_size=pieces, special_tokens=["<pad>", END, "<unk>"], show_progress=False,
+        vocab_size=pieces, special_tokens=["<pad>", _END, "<unk>"], show_progress=False,
         initial_alphabet=list("abcdefghijklmnopqrstuvwxyz0123456789.,:'-")))
-    tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {END}", special_tokens=[(END, 1)])
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {_END}", special_tokens=[(_END, 1)])
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / FILE))

@@ -35,7 +35,7 @@ from dailies.model.private import cache_folder, private_folder
 
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 CODE_CACHE = "TORCHINDUCTOR_CACHE_DIR"
-SHAPES = 1000                                           # of clips that one process may compile for
+_SHAPES = 1000                                           # of clips that one process may compile for
 
 
 def build(make: Callable[[], checkpoint.Model], path: Path, *tables: KeyTable, name: str, device: str, precision: str,
@@ -126,7 +126,7 @@ def compile_blocks(dit: nn.Module, backend: str = "inductor") -> None:
     for block in dit.blocks:
         block.compile(backend=backend, fullgraph=True, dynamic=False)
     # by default a ninth shape is an error
-    limits = torch._dynamo.config.patch(recompile_limit=SHAPES, accumulated_recompile_limit=SHAPES)
+    limits = torch._dynamo.config.patch(recompile_limit=_SHAPES, accumulated_recompile_limit=_SHAPES)
     dit.forward = limits(dit.forward)
 
 

@@ -53,7 +53,7 @@ def fastest(card: ModelCard, gpu: Gpu | None, *, precision: str | None = None, a
             for other in ([attention] if attention else allowed(card))]
     if gpu is None:
         return Way(precision=default[0], attention=default[1], because="the model's own: on a CPU nothing was measured")
-    found = measured(gpu.name, card)
+    found = _measured(gpu.name, card)
     if found is not None:
         known = {way: found["ms"][" ".join(way)] for way in ways if " ".join(way) in found["ms"]}
         if known:
@@ -82,7 +82,7 @@ def by_architecture(card: ModelCard, gpu: Gpu) -> tuple[str, str]:
             attention if attention in allowed(card) else default[1])
 
 
-def measured(gpu: str, card: ModelCard) -> Mapping[str, Any] | None:
+def _measured(gpu: str, card: ModelCard) -> Mapping[str, Any] | None:
     """Of this GPU, the model of the nearest width that is tuned for sparse attention where this one is; None: none."""
     def distance(entry: Mapping[str, Any]) -> float:
         return abs(math.log(entry["width"] / card.width))

@@ -18,7 +18,7 @@ bench_kernels.SECONDS = 0
 cases.CPU_TOKENS = cases.Tokens(tokens=5, width=64, heads=1)
 cases.CPU_LAYERS = cases.layers_of_block(40, 64, 96)
 cases.CPU_ATTENTION = cases.Attention(queries=130, keys=130, heads=1, head_dim=64)
-bench_clip.CLIPS = 1
+bench_clip._CLIPS = 1
 sys.exit(bench.main(sys.argv[1:]))
 """
 

@@ -19,7 +19,7 @@ from dailies.model.catalog import CATALOG, DEMO
 def test_random_weights_are_made_and_every_stage_is_timed(card, monkeypatch):
     monkeypatch.setitem(CATALOG, card.name, card)
     monkeypatch.setitem(bench_clip.T5_XXL, "num_layers", 1)
-    monkeypatch.setattr(bench_clip, "CLIPS", 1)
+    monkeypatch.setattr(bench_clip, "_CLIPS", 1)
     found = list(bench_clip.rows(card.name, random_weights=True))
     assert [name.split(", ")[3] for name, _ in found] == ["fp32", "int8"]
     for name, figures in found:
@@ -28,7 +28,7 @@ def test_random_weights_are_made_and_every_stage_is_timed(card, monkeypatch):
 
 
 def test_the_ways_and_the_clip_can_be_chosen(monkeypatch):
-    monkeypatch.setattr(bench_clip, "CLIPS", 1)
+    monkeypatch.setattr(bench_clip, "_CLIPS", 1)
     chosen = dict(ways="bf16:sparse,int8:sage", steps=2, frames=9, size="64x32")
     found = list(bench_clip.rows("demo", random_weights=False, **chosen))
     assert [name for name, _ in found] == [
@@ -41,7 +41,7 @@ def test_encoder_and_decoder_are_loaded_once_for_the_ways_of_one_precision(monke
     for actor in ("TextEncoder", "Decoder"):
         monkeypatch.setattr(bench_clip, actor, lambda *_, name=actor, real=getattr(bench_clip, actor), **options: (
             made.append((name, options["on"].precision)) or real(**options)))
-    monkeypatch.setattr(bench_clip, "CLIPS", 1)
+    monkeypatch.setattr(bench_clip, "_CLIPS", 1)
     list(bench_clip.rows("demo", random_weights=True, ways="fp32:dense,bf16:dense,int8:dense", steps=1, frames=5))
     assert made == [(actor, precision) for precision in ("fp32", "bf16") for actor in ("TextEncoder", "Decoder")]
 
@@ -50,7 +50,7 @@ def test_a_way_that_fails_costs_its_line(monkeypatch):
     def fail(self, *_, **__):
         raise RuntimeError("no room\nfor it")
 
-    monkeypatch.setattr(bench_clip, "CLIPS", 1)
+    monkeypatch.setattr(bench_clip, "_CLIPS", 1)
     monkeypatch.setattr(bench_clip.RandomParts, "load_dit", lambda self, card, weights, on: (
         fail(self) if on.precision == "bf16" else models.new_dit(card, on.device, on.precision, on.attention)))
     (_, first), (_, second) = bench_clip.rows("demo", random_weights=True, ways="bf16:dense,int8:dense", steps=1)

@@ -26,7 +26,7 @@ from dailies.pipeline.run.intermediates import (
     key_of_request,
     most_object_bytes,
     packed,
-    read,
+    read_object,
 )
 from dailies.pipeline.run.layout import EMBEDDINGS, LATENTS, SAVED_STEPS
 from dailies.pipeline.stages import Stage, Step, run_local
@@ -159,7 +159,7 @@ def test_an_object_larger_than_its_request_allows_is_not_read(folder, tmp_path):
     with path.open("wb") as file:
         file.truncate(2**28)                            # holes, that take no disk
     with pytest.raises(Damaged, match="too large"):
-        with read(store, key_of_request(folder, asked), asked, fits):
+        with read_object(store, key_of_request(folder, asked), asked, fits):
             pass
 
 

@@ -27,7 +27,7 @@ from dailies.pipeline.run.ledger import (
     put_back,
     read,
     recorded_hashes,
-    retry,
+    retry_rows,
     take_out,
     write_success,
 )
@@ -335,33 +335,33 @@ def test_retry_puts_failed_rows_back_and_touches_no_other(store):
           extra=pa.schema({"user.x": pa.int64()}))
     store.put("_SUCCESS.json", b"{}")
     before = {key: store.get(key) for key in part_names(store)}
-    assert retry(store, {"error_type": "NoSuchError"}) == 0
+    assert retry_rows(store, {"error_type": "NoSuchError"}) == 0
     assert store.head("_SUCCESS.json") and {key: store.get(key) for key in part_names(store)} == before
-    assert retry(store, {"error_type": "ValueError"}) == 2
+    assert retry_rows(store, {"error_type": "ValueError"}) == 2
     assert store.head("_SUCCESS.json") is None
     assert part_names(store) == ["ledger/000001-000000.parquet", "ledger/000001-000002.parquet"]
     assert read(store)["id"].to_pylist() == ["a", "c", "e"]
     assert "user.x" in read(store).column_names
     assert Ledger.open(store).pending(keys(*"abcde"))["id"].to_pylist() == ["b", "d"]
-    assert retry(store) == 1 and retry(store) == 0
+    assert retry_rows(store) == 1 and retry_rows(store) == 0
     assert read(store)["status"].to_pylist() == ["done", "done"]
 
 
 def test_retry_chooses_by_the_row_that_counts(store):
     write(store, [failed("a", error_type="Old"), failed("b", error_type="Old"), failed("c", error_type="Old")])
     write(store, [failed("a", error_type="New"), done("b")])
-    assert retry(store, {"error_type": "Old"}) == 1             # c; a failed otherwise since, b is done
+    assert retry_rows(store, {"error_type": "Old"}) == 1             # c; a failed otherwise since, b is done
     assert read(store)["id"].to_pylist() == ["a", "b"]
-    assert retry(store, {"error_type": "New", "id": "a"}) == 1  # and its older row does not come back
+    assert retry_rows(store, {"error_type": "New", "id": "a"}) == 1  # and its older row does not come back
     assert read(store)["id"].to_pylist() == ["b"]
 
 
 def test_retry_compares_numbers_as_text_and_names_unknown_columns(folder):
     write(folder, [failed("a", steps=20), failed("b", steps=30)])
-    assert retry(folder, {"steps": "30"}) == 1
+    assert retry_rows(folder, {"steps": "30"}) == 1
     for column in ("error_typ", "fallbacks"):
         with pytest.raises(ValueError, match=f"no column {column} to choose rows by; it has id, clip_id"):
-            retry(folder, {column: "x"})
+            retry_rows(folder, {column: "x"})
 
 
 def test_a_killed_retry_is_finished_by_the_next(folder, monkeypatch):
@@ -382,21 +382,21 @@ def test_a_killed_retry_is_finished_by_the_next(folder, monkeypatch):
             patch.setattr(folder, method, lambda *args: calls.append(args)
                           or (real(*args) if len(calls) < 2 else die()))
             with contextlib.suppress(Killed):
-                retry(folder, {"error_type": "New"})
+                retry_rows(folder, {"error_type": "New"})
         assert set(read(folder, ["id"])["id"].to_pylist()) <= {"a", "b", "c"}
     assert folder.put == put
-    retry(folder, {"error_type": "New"})
+    retry_rows(folder, {"error_type": "New"})
     assert read(folder)["id"].to_pylist() == ["b"]
 
 
 def test_what_a_row_failed_with_is_kept_in_the_row_that_comes_in_its_place(store):
     write(store, [failed("a", error="first"), invalid_row("b", None, "no prompt"), done("c")])
-    assert retry(store) == 1 and retry(store) == 0              # an invalid row is not tried again
+    assert retry_rows(store) == 1 and retry_rows(store) == 0              # an invalid row is not tried again
     assert [row["id"] for row in read(store).to_pylist()] == ["b", "c"]
     write(store, [failed("a", error="second")])
     forget_retried(store)
     assert [info.key for info in store.list("retried/")] == []
-    assert retry(store, {"id": "a"}) == 1
+    assert retry_rows(store, {"id": "a"}) == 1
     forget_retried(store)                                       # not yet: the row is pending
     write(store, [done("a")])
     said = {row["id"]: row["earlier_errors"] for row in read(store).to_pylist()}
@@ -439,7 +439,7 @@ def test_a_users_column_on_whose_type_the_parts_do_not_agree_is_read_as_text(fol
         ledger.append([done("b")], pa.table({"user.at": ["noon"], "user.score": [0.5]}))
     assert read(folder, ["id", "user.at", "user.score"]).to_pylist() == [
         {"id": "a", "user.at": "00:00:01.000000", "user.score": 3.0}, {"id": "b", "user.at": "noon", "user.score": 0.5}]
-    assert read(folder).num_rows == 2 and retry(folder, {"user.at": "noon"}) == 0
+    assert read(folder).num_rows == 2 and retry_rows(folder, {"user.at": "noon"}) == 0
 
 
 def test_where_nothing_was_made_nothing_tells_of_success(folder):

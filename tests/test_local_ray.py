@@ -81,7 +81,7 @@ def test_where_tmp_will_not_do_the_next_place_is_taken(place):
 
 
 def test_a_full_disk_is_passed_over_and_said(place, monkeypatch):
-    monkeypatch.setattr(local_ray, "LEAST_BYTES", 2**62)
+    monkeypatch.setattr(local_ray, "_LEAST_BYTES", 2**62)
     with pytest.raises(ClusterError, match="MB are free"), session_folder({}):
         pass
 

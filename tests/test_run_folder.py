@@ -147,7 +147,7 @@ def test_a_file_larger_than_any_clip_of_the_request_is_not_read(whole, tmp_path,
 
 
 def test_of_large_files_one_is_in_memory_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(large_objects, "SMALL_BYTES", 10)
+    monkeypatch.setattr(large_objects, "_SMALL_BYTES", 10)
     store, held, most = open_store(tmp_path), [], []
     for number in range(8):
         store.put(clip_key(f"{number:064}"), b"x" * 1000)

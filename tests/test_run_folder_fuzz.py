@@ -16,10 +16,10 @@ from limits import within
 from test_run_folder import NUM_CLIPS, ask, begin, clips, path_of, render, said
 
 from dailies.actors.clip_file import DIGEST_HEAD
-from dailies.jobs import render as renders
 from dailies.pipeline.run import saved_steps as steps
 from dailies.pipeline.run.intermediates import sealed, unsealed
 from dailies.pipeline.run.layout import SEAL_KEY
+from dailies.pipeline.run.run import Run
 from dailies.pipeline.run.saved_steps import PersistSampled
 from dailies.pipeline.run.seal import seal_of
 from dailies.pipeline.store import open_store
@@ -40,7 +40,7 @@ def base(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(steps, "SAVE_AFTER_S", 0.0)
         patch.setattr(PersistSampled, "forget", lambda *_: None)
-        patch.setattr(renders, "clear_intermediates", lambda *_: None)
+        patch.setattr(Run, "clear", lambda *_: None)
         assert render(folder, "--keep-latents")[0] == 0
     kinds = {path.relative_to(folder / "out").parts[0] for path in (folder / "out").rglob("*") if path.is_file()}
     assert kinds == {"run.json", "lease.json", "_SUCCESS.json", SEAL_KEY, "ledger", "clips", "latents", "steps",

@@ -31,7 +31,7 @@ from dailies.model.text import T5TextEncoder, UMT5TextEncoder
 from dailies.model.wan.card import WanCard
 from dailies.model.wan.load import TURBO, WAN, WanFamily
 
-CLIPS, LONG_S = 3, 60.0                                # timed, of which the median counts; but one of a slow model
+_CLIPS, LONG_S = 3, 60.0                                # timed, of which the median counts; but one of a slow model
 PROMPTS = ("a red square moves left on a white background", "a small blue circle moves up fast",
            "a large green triangle drifts to the right", "a tiny yellow cross falls slowly")
 NEGATIVE = "blurry, distorted, low quality"            # in place of a model's own, where its weights are made up
@@ -125,13 +125,13 @@ class Bench:
         stages = self.load(way)
         loaded_s = time.perf_counter() - began
         asked = replace(asked, precision=way.precision, attention=way.attention)
-        run(stages, replace(asked, num_steps=1), self.device)       # kernels are compiled and chosen
+        _run(stages, replace(asked, num_steps=1), self.device)       # kernels are compiled and chosen
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         taken: list[dict[str, float]] = []
-        for clip in range(CLIPS):
+        for clip in range(_CLIPS):
             prompt = PROMPTS[(clip + 1) % len(PROMPTS)]     # or the encoder would remember it
-            taken.append(run(stages, replace(asked, prompt=prompt, seed=clip), self.device))
+            taken.append(_run(stages, replace(asked, prompt=prompt, seed=clip), self.device))
             if sum(taken[0].values()) > LONG_S:
                 break
         figures: dict[str, Any] = {f"{stage} s": statistics.median(one[stage] for one in taken) for stage in stages}
@@ -145,7 +145,7 @@ class Bench:
         return figures | ({} if "mp4" in stages else {"mp4": "not timed: av is not installed"})
 
 
-def run(stages: dict[str, Callable[[list], list]], request: Request, device: str) -> dict[str, float]:
+def _run(stages: dict[str, Callable[[list], list]], request: Request, device: str) -> dict[str, float]:
     """Seconds of each stage for this clip."""
     values, taken = [request], {}
     for name, stage in stages.items():
@@ -228,7 +228,7 @@ def encoder_of(kind: type[T5TextEncoder], fields: Mapping[str, Any], card: Linum
 
 class RandomEncoder:
     def load(self, encoder: Path, name: str, dtype: torch.dtype) -> None:
-        models.fill(self.model.to(dtype), self.device)
+        models.fill_weights(self.model.to(dtype), self.device)
 
 
 class RandomT5(RandomEncoder, T5TextEncoder):

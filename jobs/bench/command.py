@@ -32,8 +32,8 @@ def bench(what: str | None, model: str | None = None, *, random_weights: bool = 
     of_clip = {name: value for name, value in of_clip.items() if value is not None}
     if of_clip and (what != "clip" or model is None):
         raise UsageError(f"--{next(iter(of_clip))} is of a clip of a model: dailies bench clip NAME")
-    if what is not None and what not in PARTS:
-        raise UsageError(f"bench has no part {what!r}. There are: {', '.join(PARTS)}; and, with files of its own, gpu")
+    if what is not None and what not in _PARTS:
+        raise UsageError(f"bench has no part {what!r}. There are: {', '.join(_PARTS)}; and, with files of its own, gpu")
     if (model is not None or random_weights) and what not in OF_A_MODEL:
         raise UsageError(f"a model is named for: {', '.join(OF_A_MODEL)}; as in: dailies bench clip NAME")
     if what == "model" and (model is None) == random_weights:
@@ -42,12 +42,12 @@ def bench(what: str | None, model: str | None = None, *, random_weights: bool = 
         raise UsageError(f"--random-weights are of a model: dailies bench {what} NAME --random-weights")
     if gpu_shapes and what != "pipeline":
         raise UsageError("--gpu-shapes are of the pipeline: dailies bench pipeline --gpu-shapes")
-    parts = PARTS | ({"pipeline": busy_gpus} if gpu_shapes else {})
+    parts = _PARTS | ({"pipeline": busy_gpus} if gpu_shapes else {})
     about = machine()
     if not json:
         print(", ".join(f"{name} {value}" for name, value in about.items()))
     cases = []
-    for part in [what] if what else PARTS:
+    for part in [what] if what else _PARTS:
         rows = partial(OF_A_MODEL[part], model, random_weights, **of_clip) if model else parts[part]
         for case, figures in measured(part, rows, alone=what is not None):
             cases.append({"part": part, "case": case, **figures})
@@ -105,7 +105,7 @@ def demo_rows(ways: tuple[tuple, ...], prompts: int = 200) -> Rows:
         yield case, figures | by_attribute
 
 
-def pipeline() -> Rows:
+def _pipeline() -> Rows:
     """The driver with stages that only sleep; the peer is the ideal, with no driver at all."""
     from dailies.jobs.bench.pipeline import rows
     yield from rows("all")
@@ -117,7 +117,7 @@ def busy_gpus() -> Rows:
     yield from rows("gpu-shapes")
 
 
-def memory() -> Rows:
+def _memory() -> Rows:
     """Resident memory of every process over 500 tiny clips."""
     from dailies.jobs.bench.memory import memory
     yield "500 tiny clips", memory()
@@ -155,7 +155,7 @@ def kernels() -> Rows:
     yield from rows()
 
 
-PARTS: dict[str, Callable[[], Rows]] = {"demo": demo, "quality": quality, "pipeline": pipeline, "memory": memory,
+_PARTS: dict[str, Callable[[], Rows]] = {"demo": demo, "quality": quality, "pipeline": _pipeline, "memory": _memory,
                                         "model": model, "kernels": kernels, "clip": clips}
 OF_A_MODEL: dict[str, Callable[..., Rows]] = {"model": transformer, "clip": clip}
 
@@ -205,7 +205,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dailies.jobs.bench",
                                      description="Time a part of dailies against a named "
                                      "peer in the same run.")
-    parser.add_argument("what", nargs="?", metavar="WHAT", help=f"one of {', '.join(PARTS)}; default: all of them")
+    parser.add_argument("what", nargs="?", metavar="WHAT", help=f"one of {', '.join(_PARTS)}; default: all of them")
     parser.add_argument("model", nargs="?", metavar="NAME",
                         help="`model`: this model's transformer; `clip`: a clip of it")
     parser.add_argument("--random-weights", action="store_true", help="with NAME: weights are made up")

@@ -35,7 +35,7 @@ from dailies.pipeline.text_to_video import text_to_video
 BOXES = (1, 2, 8)                       # GPUs
 CPUS_PER_GPU = 16
 LOAD_S = 30.0                           # of a process, in simulated time
-MEASURED = 20                           # clips by which the others are foretold
+_MEASURED = 20                           # clips by which the others are foretold
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,7 +242,7 @@ def simulate(shape: Shape, gpus: int, clips: int) -> dict[str, float]:
     outcomes = list(Driver(executor, stages, map(pretend_request, range(clips))).outcomes())
     assert len(outcomes) == clips
     # as `dailies plan` does it, from what the ledger would say of the first
-    rows = [row_of("", outcome.value, outcome) for outcome in outcomes[:MEASURED]]
+    rows = [row_of("", outcome.value, outcome) for outcome in outcomes[:_MEASURED]]
     foretold = forecast(stages, box(gpus), measured_costs(stages, rows_by_work(rows), rows[0]), clips)
     busy = busy_shares([(stage, str(gpu), *times) for stage, gpu, *times in executor.busy], gpus)
     span_s = max(end for *_, end in executor.busy) - min(start for _, _, start, _ in executor.busy)

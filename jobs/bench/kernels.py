@@ -32,14 +32,14 @@ from dailies.kernels.sparse_attention import sparse_attention
 from dailies.kernels.sparse_attention.reference import kept_blocks, pool_blocks
 from dailies.model.layers import RMSNorm, rotary_table, rotate
 
-Rows = Iterator[tuple[str, dict[str, Any]]]
+_Rows = Iterator[tuple[str, dict[str, Any]]]
 Calls = dict[str, Callable[[], Tensor | tuple]]
 
 SECONDS = 2.0                                          # for the calls of one line
 
 
 @torch.inference_mode()
-def rows() -> Rows:
+def rows() -> _Rows:
     """On a GPU Triton's kernels, on a CPU what runs instead of them."""
     on_gpu = torch.cuda.is_available()
     device = "cuda" if on_gpu else "cpu"
@@ -53,15 +53,15 @@ def rows() -> Rows:
         yield from begun(f"attention {case}", attentions(case, device))
 
 
-def begun(name: str, lines: Rows) -> Rows:
+def begun(name: str, lines: _Rows) -> _Rows:
     """The lines; a line instead of them where what they share cannot be made."""
     try:
         yield from lines
     except Exception as error:
-        yield name, {"failed": said(error)}
+        yield name, {"failed": _said(error)}
 
 
-def norms(case: cases.Tokens, device: str) -> Rows:
+def norms(case: cases.Tokens, device: str) -> _Rows:
     """The rivals are what the models do as they are written; compiled, on a GPU."""
     compiled = torch.compile if device == "cuda" else lambda function: function
     shape, broad = (case.batch, case.tokens, case.width), (case.batch, 1, case.width)
@@ -104,7 +104,7 @@ def norms(case: cases.Tokens, device: str) -> Rows:
         "dailies": lambda: rms_norm(q, norm.weight), f"{by(device)} as the model is written": model_rms})
 
 
-def layers(case: cases.Layer, device: str) -> Rows:
+def layers(case: cases.Layer, device: str) -> _Rows:
     """bf16 in, quantised here, bf16 out, or fp32 onto the residual.  The rivals: bf16 and fp32, and cuBLASLt's INT8."""
     shape = (case.batch, case.tokens, case.inputs)
     x = cases.fill("normal", shape, 0, torch.bfloat16, device)
@@ -145,7 +145,7 @@ def library_linear(x: Tensor, weight: Tensor, weight_scales: Tensor, bias: Tenso
     return reference.epilogue(y, bias, gelu, gate, residual, dtype)
 
 
-def packed_layers(square: cases.Layer, into: cases.Layer, out: cases.Layer) -> Rows:
+def packed_layers(square: cases.Layer, into: cases.Layer, out: cases.Layer) -> _Rows:
     """What a model in int8 runs on a CPU: weights packed once, x int8 already as its norm leaves it."""
     x = cases.fill("normal", (into.batch, into.tokens, into.inputs), 0)
     quantised, low = quantize_rows(x), x.bfloat16()
@@ -173,7 +173,7 @@ def packed_layers(square: cases.Layer, into: cases.Layer, out: cases.Layer) -> R
         "torch fp32": lambda: full(x, *weights[1:])}, bound=0.05)
 
 
-def attentions(case: cases.Attention, device: str) -> Rows:
+def attentions(case: cases.Attention, device: str) -> _Rows:
     """bf16.  The rivals: torch's attention to all keys (to be beaten, not equalled), FlexAttention to the same."""
     q, k, v = case.inputs("normal", 0, torch.bfloat16, device)
     work = 4 * case.batch * case.heads * case.queries * case.keys * case.head_dim
@@ -226,7 +226,7 @@ def against(name: str, device: str, work: int, kind: str, calls: Calls,
         figures |= {f"of {rival}": seconds[ours] / seconds[rival] for rival in rivals if rival in seconds}
         return name, figures | {f"roof ({kind})": work / seconds[ours] / roof(kind, device)} | wrong
     except Exception as error:
-        return name, {"failed": said(error)}
+        return name, {"failed": _said(error)}
 
 
 def wrong_with(call: Callable, want: tuple[Tensor, ...], bound: float) -> str | None:
@@ -237,11 +237,11 @@ def wrong_with(call: Callable, want: tuple[Tensor, ...], bound: float) -> str | 
             if not difference <= bound:                # nor is it a number
                 return f"differs by {difference:.2g}, more than {bound}"
     except Exception as error:
-        return f"failed: {said(error)}"
+        return f"failed: {_said(error)}"
     return None
 
 
-def said(error: Exception) -> str:
+def _said(error: Exception) -> str:
     """The first line of what it says."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from dailies.pipeline.run.layout import clip_key
 
-CLIPS = 500
+_CLIPS = 500
 
 
-def memory(clips: int = CLIPS) -> dict[str, float]:
+def memory(clips: int = _CLIPS) -> dict[str, float]:
     """Resident megabytes at the end and their growth per 100 clips over the run's second half: driver, and all workers.
 
     The clips are the demo model's smallest: 5 frames, 2 steps. Raises RuntimeError when the render fails.

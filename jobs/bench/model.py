@@ -22,7 +22,7 @@ FRAMES, HEIGHT, WIDTH = 9, 160, 256
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 EQUAL = {"fp32": 1e-4, "bf16": 0.05}                    # relative rms difference at most, to count as equal output
 THREADS = 2
-REPEATS = 3                                             # the two take turns, and the median counts
+_REPEATS = 3                                             # the two take turns, and the median counts
 
 
 def rows() -> Iterator[tuple[str, dict[str, Any]]]:
@@ -33,7 +33,8 @@ def rows() -> Iterator[tuple[str, dict[str, Any]]]:
     with tempfile.TemporaryDirectory() as folder:
         write_inputs(Path(folder))
         for dtype in DTYPES:
-            runs = [{peer: measured(peer, dtype, folder) for peer in ("diffusers", "dailies")} for _ in range(REPEATS)]
+            runs = [{peer: _measured(peer, dtype, folder) for peer in ("diffusers", "dailies")}
+                    for _ in range(_REPEATS)]
             ours, theirs = ({name: median(run[peer][name] for run in runs) for name in runs[0][peer]}
                             for peer in ("dailies", "diffusers"))
             a, b = (torch.load(Path(folder) / f"{peer}-{dtype}.pt") for peer in ("dailies", "diffusers"))
@@ -47,7 +48,7 @@ def rows() -> Iterator[tuple[str, dict[str, Any]]]:
                 "cpu_time_ratio": ours["cpu_seconds"] / theirs["cpu_seconds"],     # steadier on a shared machine
                 "peak_mb": ours["peak_bytes"] / 1e6, "diffusers_peak_mb": theirs["peak_bytes"] / 1e6,
                 "memory_ratio": ours["peak_bytes"] / theirs["peak_bytes"],
-                "relative_difference": difference, "threads": THREADS, "repeats": REPEATS}
+                "relative_difference": difference, "threads": THREADS, "repeats": _REPEATS}
 
 
 def write_inputs(folder: Path) -> None:
@@ -60,7 +61,7 @@ def write_inputs(folder: Path) -> None:
     checkpoint.save(folder / "latent.safetensors", {"latent": latent})
 
 
-def measured(peer: str, dtype: str, folder: str) -> dict[str, Any]:
+def _measured(peer: str, dtype: str, folder: str) -> dict[str, Any]:
     # -P: it imports from where this process does, and not from the working directory
     done = subprocess.run([sys.executable, "-P", "-m", "dailies.jobs.bench.model", peer, dtype, folder],
                           capture_output=True,
@@ -96,7 +97,7 @@ def measure(peer: str, dtype: str, folder: Path) -> dict[str, Any]:
     began, cpu_began = time.perf_counter(), time.process_time()
     pixels = decode(latent)
     seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
-    peak = memory("VmHWM") - before
+    peak = _memory("VmHWM") - before
     torch.save(pixels.float(), folder / f"{peer}-{dtype}.pt")
     return {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_bytes": peak}
 
@@ -104,10 +105,10 @@ def measure(peer: str, dtype: str, folder: Path) -> dict[str, Any]:
 def reset_peak() -> int:
     """Make the process's peak what it holds now, and tell that.  Linux only."""
     Path("/proc/self/clear_refs").write_text("5")
-    return memory("VmRSS")
+    return _memory("VmRSS")
 
 
-def memory(field: str) -> int:
+def _memory(field: str) -> int:
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024
 

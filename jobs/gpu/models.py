@@ -28,11 +28,11 @@ def new_dit(card: ModelCard, device: str, precision: str, attention: str) -> nn.
     with torch.device("meta"):
         new = next(part.new for part in family_of(card).parts(card) if part.new)
         dit = new().eval().requires_grad_(False)
-    fill(dit, device)
+    fill_weights(dit, device)
     with torch.device("meta"):
         if precision != "fp32" or attention != "dense" or card.sparsity.tuned:
             turbo.refit(dit, attention, card.sparsity, packed=turbo.runs_packed(precision, device))
-    fill(dit.requires_grad_(False), device)             # the projection of tuned weights
+    fill_weights(dit.requires_grad_(False), device)             # the projection of tuned weights
     compute_in(dit, processor.dtype_of(precision, device))
     for place, layer in turbo.linears_of_blocks(dit) if precision == "int8" else ():
         dit.set_submodule(place, turbo.settled(place, turbo.Int8Linear.of(layer)))
@@ -42,11 +42,11 @@ def new_dit(card: ModelCard, device: str, precision: str, attention: str) -> nn.
 def new_vae(card: ModelCard, device: str, precision: str) -> WanVAE:
     with torch.device("meta"):
         vae = WanVAE(card.vae_config).eval().requires_grad_(False)
-    fill(vae, device)
+    fill_weights(vae, device)
     return channels_last(compute_in(vae, processor.dtype_of(precision, device)))
 
 
-def new_encoder(card: WanCard, device: str) -> nn.Module:
+def made_up_encoder(card: WanCard, device: str) -> nn.Module:
     """umT5 in bf16, which takes ids."""
     from dailies.model.text import new_encoder as new
     with torch.device("meta"):
@@ -57,7 +57,7 @@ def new_encoder(card: WanCard, device: str) -> nn.Module:
     return encoder
 
 
-def fill(model: nn.Module, device: str) -> None:
+def fill_weights(model: nn.Module, device: str) -> None:
     """Give every tensor that has no memory yet some: normals that keep the size of what passes, gains 1, biases 0."""
     for place, module in list(model.named_modules()):
         for kind in (module._parameters, module._buffers):

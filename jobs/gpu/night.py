@@ -20,7 +20,7 @@ from dailies.jobs.bench.clip import Bench, Way, request_of, with_random_weights
 from dailies.jobs.gpu.part import Ground
 from dailies.model.catalog import CATALOG
 
-CLIPS, WRITERS, AHEAD = 12, 6, 8                        # clips; processes that write; clips not yet written, at most
+_CLIPS, WRITERS, AHEAD = 12, 6, 8                        # clips; processes that write; clips not yet written, at most
 FIRST = 3                                               # clips that choose kernels and record the graph: not counted
 STAGES = ("encode", "sample", "decode")
 
@@ -31,7 +31,7 @@ def night(ground: Ground) -> None:
     stages = Bench(card, ground.device).load(way)
     asked = replace(request_of(card, None, 5 if ground.tiny else None, None), precision=way.precision,
                     attention=way.attention)
-    clips = FIRST + (2 if ground.tiny else CLIPS)
+    clips = FIRST + (2 if ground.tiny else _CLIPS)
     seconds: dict[str, list[float]] = defaultdict(list)
     torch.multiprocessing.set_sharing_strategy("file_system")
     with ProcessPoolExecutor(1 if ground.tiny else WRITERS,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-SECONDS, LEAST, MOST = 0.3, 3, 100                      # of one measurement; its calls
+_SECONDS, LEAST, MOST = 0.3, 3, 100                      # of one measurement; its calls
 FLUSHED = 1 << 29                                       # bytes: several times any cache, and a head start for the host
 
 
@@ -53,7 +53,7 @@ class Ground:
         if self.on_gpu:
             torch.cuda.synchronize()
 
-    def ms(self, call: Callable[[], Any], seconds: float = SECONDS) -> float:
+    def ms(self, call: Callable[[], Any], seconds: float = _SECONDS) -> float:
         """Milliseconds of a call: the median by the device's own clock.
 
         Calls are queued, and before each the cache is written over: that hides what the host needs to launch one, and

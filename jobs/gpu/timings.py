@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dailies.jobs.gpu.checks import around_norm
-from dailies.jobs.gpu.models import inputs, new_dit, new_encoder, new_vae
+from dailies.jobs.gpu.models import inputs, made_up_encoder, new_dit, new_vae
 from dailies.jobs.gpu.night import night
 from dailies.jobs.gpu.part import Ground
 from dailies.kernels.int8_attention import int8_attention
@@ -33,10 +33,10 @@ TURBO_1_3B, TURBO_14B = "turbo-wan2.1-t2v-1.3b-480p", "turbo-wan2.1-t2v-14b-720p
 # tokens, width, feed-forward, heads of 81 frames: Wan 1.3B at 480p, Wan 14B at 720p
 SIZES = ((32760, 1536, 8960, 12), (75600, 5120, 13824, 40))
 SMALLER = VideoShape(frames=81, height=480, width=832)  # for 14B with dense attention, which at 720p takes 10 s
-TINY_SIZES = ((256, 256, 512, 2),)
+_TINY_SIZES = ((256, 256, 512, 2),)
 
 
-def machine(ground: Ground) -> None:
+def _machine(ground: Ground) -> None:
     """Versions, what is missing, and the roofs that everything else is measured against."""
     ground.tell("versions", torch=torch.__version__, cuda=str(torch.version.cuda), cudnn=torch.backends.cudnn.version(),
                 triton=version_of("triton"), transformers=version_of("transformers"), python=platform.python_version())
@@ -101,15 +101,15 @@ def version_of(package: str) -> str:
         return "none"
 
 
-def kernels(ground: Ground) -> None:
+def _kernels(ground: Ground) -> None:
     """Ours against the library at rendered shapes; `of` a rival below 1 is a win."""
-    for tokens, width, ffn, heads in TINY_SIZES if ground.tiny else SIZES:
-        norms(ground, tokens, width, heads)
-        layers(ground, tokens, width, ffn)
-        attentions(ground, tokens, width, heads)
+    for tokens, width, ffn, heads in _TINY_SIZES if ground.tiny else SIZES:
+        _norms(ground, tokens, width, heads)
+        _layers(ground, tokens, width, ffn)
+        _attentions(ground, tokens, width, heads)
 
 
-def norms(ground: Ground, tokens: int, width: int, heads: int) -> None:
+def _norms(ground: Ground, tokens: int, width: int, heads: int) -> None:
     x, update = ground.random(1, tokens, width, dtype=torch.float32), ground.random(1, tokens, width, seed=1)
     around, elements, name = around_norm(ground, update), tokens * width, f"{tokens}x{width}"
     rope = rotary_table((tokens, 1, 1), width // heads, ground.device)
@@ -128,7 +128,7 @@ def norms(ground: Ground, tokens: int, width: int, heads: int) -> None:
             ground.tell(f"{what} {name}", ms=ms, tb_s=size * elements / ms / 1e9)
 
 
-def layers(ground: Ground, tokens: int, width: int, ffn: int) -> None:
+def _layers(ground: Ground, tokens: int, width: int, ffn: int) -> None:
     for inner, outer, gelu, gated in ((width, width, False, True), (width, width, False, False),
                                       (width, ffn, True, False), (ffn, width, False, True)):
         name = f"linear {tokens}x{inner}->{outer}{', GELU' * gelu}{', gated' * gated}"
@@ -144,7 +144,7 @@ def layers(ground: Ground, tokens: int, width: int, ffn: int) -> None:
                         bf16_tflops=work / bf16 / 1e9, of_bf16=ours / bf16)
 
 
-def attentions(ground: Ground, tokens: int, width: int, heads: int) -> None:
+def _attentions(ground: Ground, tokens: int, width: int, heads: int) -> None:
     q, k, v = (ground.random(1, tokens, heads, width // heads, seed=seed) for seed in range(3))
     work, name = 4 * tokens ** 2 * width, f"{tokens} {heads} heads"
     with ground.trying(f"attention {name}"):
@@ -160,7 +160,7 @@ def attentions(ground: Ground, tokens: int, width: int, heads: int) -> None:
                 ground.tell(how, ms=ms, tflops=0.1 * work / ms / 1e9, of_dense=ms / dense)
 
 
-def clip(ground: Ground) -> None:
+def _clip(ground: Ground) -> None:
     """A step of Wan 1.3B at 480p in each way, distilled and not, and the text encoder."""
     card = CATALOG["demo-turbo" if ground.tiny else TURBO_1_3B]
     for precision, attention in (("int8", "sparse"), ("bf16", "sparse"), ("int8", "sage"), ("bf16", "sage")):
@@ -170,7 +170,7 @@ def clip(ground: Ground) -> None:
         steps(ground, card, precision, attention, ways=False)
     if not ground.tiny:
         with ground.trying("umT5"):
-            encoder = new_encoder(card, ground.device)
+            encoder = made_up_encoder(card, ground.device)
             ids = torch.randint(0, 900, (1, 120), device=ground.device)
             ground.tell("umT5, a prompt of 120 tokens", ms=ground.ms(
                 lambda: encoder(input_ids=ids).last_hidden_state), peak_gb=ground.peak_gb())
@@ -296,5 +296,5 @@ def big(ground: Ground) -> None:
     decodes(ground, linum, shape, DECODES[:1])
 
 
-PARTS: dict[str, Callable[[Ground], None]] = {"machine": machine, "kernels": kernels, "clip": clip, "night": night,
+PARTS: dict[str, Callable[[Ground], None]] = {"machine": _machine, "kernels": _kernels, "clip": _clip, "night": night,
                                               "decode": decode, "profile": profile, "big": big}

@@ -89,7 +89,7 @@ def rms_norm(x: Tensor, gain: Tensor, *, eps: float = 1e-6, dtype: torch.dtype |
     """
     if x.ndim < 1:
         raise ValueError("rms_norm needs x [..., D]; got a number")
-    check_parts("rms_norm", x, {"x": (x, tuple(x.shape)), "gain": (gain, (x.shape[-1],))})
+    check_operands("rms_norm", x, {"x": (x, tuple(x.shape)), "gain": (gain, (x.shape[-1],))})
     return torch.ops.dailies.rms_norm(x, gain, eps, dtype or x.dtype, chosen_impl(impl, x))
 
 
@@ -130,7 +130,7 @@ def check_modulated_norm(x: Tensor, affine: Affine, updates: Sequence[Update]) -
               "scale": (affine.scale, per_sample), "shift": (affine.shift, per_sample)}
     for name, update in zip(("update", "second update"), updates, strict=False):
         wanted |= {name: (update.value, whole), f"{name}'s gate": (update.gate, per_sample)}
-    check_parts("modulated_norm", x, wanted)
+    check_operands("modulated_norm", x, wanted)
 
 
 def check_rms_rope(q: Tensor, k: Tensor, q_gain: Tensor, k_gain: Tensor, rope: Rope, heads: int) -> None:
@@ -140,12 +140,12 @@ def check_rms_rope(q: Tensor, k: Tensor, q_gain: Tensor, k_gain: Tensor, rope: R
         raise ValueError(f"rms_rope needs a contiguous last axis; got strides {q.stride()}, {k.stride()}")
     batch, tokens, width = q.shape
     table = (tokens, 1, width // heads // 2)
-    check_parts("rms_rope", q, {
+    check_operands("rms_rope", q, {
         "q": (q, (batch, tokens, width)), "k": (k, (batch, tokens, width)), "q_gain": (q_gain, (width,)),
         "k_gain": (k_gain, (width,)), "cos": (rope[0], table), "sin": (rope[1], table)})
 
 
-def check_parts(name: str, x: Tensor, wanted: dict[str, tuple[Tensor | None, tuple[int, ...]]]) -> None:
+def check_operands(name: str, x: Tensor, wanted: dict[str, tuple[Tensor | None, tuple[int, ...]]]) -> None:
     """Raises ValueError for the first tensor of another shape, a dtype that is no float, or another device than x's."""
     for part, (tensor, shape) in wanted.items():
         if tensor is None:

@@ -15,7 +15,7 @@ from dailies.kernels.norm import Affine, Update
 from dailies.kernels.norm.reference import join_update
 
 NORM_ROWS = 32                                          # at a time, for a single thread
-Rows = Iterable[tuple[slice, Tensor]]                   # of one sample: which, and those in fp32, which are used up
+_Rows = Iterable[tuple[slice, Tensor]]                   # of one sample: which, and those in fp32, which are used up
 
 
 def modulated_norm(x: Tensor, updates: Sequence[Update], affine: Affine, keep: bool, eps: float,
@@ -87,7 +87,7 @@ def packed_rms_rope(x: Tensor, x_scales: Tensor | None, layer: Packed, gain: Ten
     return normed_rope(products_of_samples(x, x_scales, layer), shape, gain, cos, sin, heads, eps, dtype)
 
 
-def normed_rope(samples: Iterable[Rows], shape: tuple[int, int, int], gain: Tensor, cos: Tensor, sin: Tensor,
+def normed_rope(samples: Iterable[_Rows], shape: tuple[int, int, int], gain: Tensor, cos: Tensor, sin: Tensor,
                 heads: int, eps: float, dtype: torch.dtype) -> Tensor:
     """shape [B, N, D]: of all samples."""
     batch, tokens, width = shape
@@ -111,7 +111,7 @@ def packed_rms_norm(x: Tensor, x_scales: Tensor | None, layer: Packed, gain: Ten
     return normed_rows(products_of_samples(x, x_scales, layer), (*x.shape[:2], len(gain)), gain, eps, dtype)
 
 
-def normed_rows(samples: Iterable[Rows], shape: tuple[int, int, int], gain: Tensor, eps: float,
+def normed_rows(samples: Iterable[_Rows], shape: tuple[int, int, int], gain: Tensor, eps: float,
                 dtype: torch.dtype) -> Tensor:
     """shape [B, N, D]: of all samples."""
     y, gain = torch.empty(shape, dtype=dtype), gain.float()
@@ -133,7 +133,7 @@ def fp32_rows(x: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield rows, x[rows].to(torch.float32, copy=True)
 
 
-def products_of_samples(x: Tensor, scales: Tensor | None, layer: Packed) -> Iterator[Rows]:
+def products_of_samples(x: Tensor, scales: Tensor | None, layer: Packed) -> Iterator[_Rows]:
     for sample in range(len(x)):
         yield packed_products(x[sample], None if scales is None else scales[sample], layer)
 

@@ -167,7 +167,7 @@ class TurboCard(WanCard):
 
 
 WAN_14B = dict(width=5120, heads=40, layers=40, ffn=13824)
-WAN_SIZES = {"480p": (480, 832), "720p": (720, 1280)}
+_WAN_SIZES = {"480p": (480, 832), "720p": (720, 1280)}
 
 WAN21_T2V_1_3B = WanCard(
     name="wan2.1-t2v-1.3b",
@@ -185,7 +185,7 @@ WAN21_T2V_14B = WanCard(
     description="Wan 2.1, 14 billion parameters, text to video at 832x480 or 1280x720, up to 5 s",
     repo_id="Wan-AI/Wan2.1-T2V-14B-Diffusers",
     least_gb=40.2,
-    resolutions=WAN_SIZES,
+    resolutions=_WAN_SIZES,
     resolution="720p",
     max_pixels=720 * 1280,
     dit_fields=WAN_14B,
@@ -277,7 +277,7 @@ TURBO_WAN21_T2V_14B_720P = replace(
     description="Wan 2.1 14B by TurboDiffusion: 1 to 4 steps, sparse attention, text to video at 1280x720, up to 5 s",
     release="TurboWan2.1-T2V-14B-720P",
     sources=turbo_sources("TurboWan2.1-T2V-14B-720P", "TurboWan2.1-T2V-14B-720P.pth or -quant.pth"),
-    resolutions=WAN_SIZES,
+    resolutions=_WAN_SIZES,
     resolution="720p",
     max_pixels=720 * 1280,
 )

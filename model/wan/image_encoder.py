@@ -24,7 +24,7 @@ class ClipVision(nn.Module):
         self.class_row = nn.Parameter(torch.zeros(config.width))
         self.positions = nn.Parameter(torch.zeros(1 + (config.picture // config.patch) ** 2, config.width))
         self.norm_in = nn.LayerNorm(config.width)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
+        self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.blocks))
 
     def forward(self, pictures: Tensor) -> Tensor:
         """Rows [B, I, D] in fp32.  pictures [B, 3, H, W] in [-1, 1], of any size."""
@@ -43,7 +43,7 @@ class ClipVision(nn.Module):
         return (square * 0.5 + 0.5 - mean) / std
 
 
-class Block(nn.Module):
+class VisionBlock(nn.Module):
     def __init__(self, config: ClipVisionConfig):
         super().__init__()
         width = config.width

@@ -28,7 +28,7 @@ from dailies.kernels import Impl as KernelImpl
 from dailies.kernels.around_conv import add_bias, channels_adjacent, enlarge, norm_silu
 from dailies.model.wan.config import WanVAEConfig
 
-Impl = Literal["auto", "eager", "reference", "triton"]     # the last two: of kernels/around_conv
+_Impl = Literal["auto", "eager", "reference", "triton"]     # the last two: of kernels/around_conv
 
 SLAB = 2 ** 22                                          # elements; more at a time is no faster on a CPU
 LARGEST_SLAB = 2 ** 30                                  # cuDNN counts in 31 bits, and a window is somewhat more
@@ -42,7 +42,7 @@ class Memory:
     learns: gradients are wanted; then every layer takes the clip whole, and writes nothing in place.  slab: elements.
     """
 
-    def __init__(self, *, learns: bool = False, slab: int | None = None, impl: Impl = "eager"):
+    def __init__(self, *, learns: bool = False, slab: int | None = None, impl: _Impl = "eager"):
         self.learns, self.slab, self.impl = learns, slab or SLAB, impl
         self.first_chunk = self.last_chunk = True
         self.frames: dict[nn.Module, Tensor] = {}       # the last input frames of every convolution in time
@@ -100,12 +100,12 @@ class WanVAE(nn.Module):
     def __init__(self, config: WanVAEConfig):
         super().__init__()
         self.config = config
-        self.impl: Impl = "auto"
+        self.impl: _Impl = "auto"
         channels = config.latent_channels
         self.encoder = Encoder(config)
         self.to_moments = nn.Conv3d(2 * channels, 2 * channels, 1)
         self.from_latent = nn.Conv3d(channels, channels, 1)
-        self.decoder = Decoder(config)
+        self.decoder = VAEDecoder(config)
 
     def encode(self, video: Tensor, *, chunk: int | None = None, rows: int | None = None,
                slab: int | None = None) -> tuple[Tensor, Tensor]:
@@ -179,10 +179,10 @@ class WanVAE(nn.Module):
     def memory(self, x: Tensor, slab: int) -> Memory:
         if self.learns(x):
             return Memory(learns=True)
-        fastest: Impl = "triton" if x.is_cuda and x.dtype in FLOATS else "eager"
+        fastest: _Impl = "triton" if x.is_cuda and x.dtype in FLOATS else "eager"
         return Memory(slab=slab, impl=fastest if self.impl == "auto" else self.impl)
 
-    def pieces(self, part: "Encoder | Decoder", x: Tensor, steps: int, height: int, width: int, chunk: int | None,
+    def pieces(self, part: "Encoder | VAEDecoder", x: Tensor, steps: int, height: int, width: int, chunk: int | None,
                rows: int | None, slab: int | None) -> tuple[int, int, int]:
         """chunk, rows and slab as they are said, or else as they should be."""
         rows = height if self.learns(x) else rows or height
@@ -191,7 +191,7 @@ class WanVAE(nn.Module):
             return steps, rows, slab
         return chunk or part.needs().chunk(steps, len(x) * rows * width, slab), rows, slab
 
-    def rows_within(self, budget: int, part: "Encoder | Decoder", steps: int, height: int, width: int) -> int:
+    def rows_within(self, budget: int, part: "Encoder | VAEDecoder", steps: int, height: int, width: int) -> int:
         """Rows for encode or decode with which one clip takes at most `budget` bytes, as many as may be; at least 1.
 
         part: self.encoder or self.decoder.  steps, height, width: of the latent.  It is in slabs of SLAB elements then.
@@ -202,7 +202,7 @@ class WanVAE(nn.Module):
                 return rows
         return 1
 
-    def slab_within(self, budget: int | None, part: "Encoder | Decoder", steps: int, height: int, width: int,
+    def slab_within(self, budget: int | None, part: "Encoder | VAEDecoder", steps: int, height: int, width: int,
                     rows: int) -> int:
         """Elements of a slab with which a clip in bands of so many rows takes at most `budget` bytes; at least SLAB.
 
@@ -220,7 +220,7 @@ class WanVAE(nn.Module):
             slab //= 2
         return slab
 
-    def bytes_needed(self, part: "Encoder | Decoder", steps: int, height: int, width: int, rows: int,
+    def bytes_needed(self, part: "Encoder | VAEDecoder", steps: int, height: int, width: int, rows: int,
                      slab: int | None = None) -> int:
         """About what coding a clip takes at its worst moment, beside weights and pixels. Bands may take half of it."""
         cells = width * max(band.bottom - band.top for band in bands(height, rows, *part.reach()))
@@ -278,7 +278,7 @@ class Encoder(nn.Module):
         return Needs.of(self.down, self.config.space_stride, self.config.time_stride)
 
 
-class Decoder(nn.Module):
+class VAEDecoder(nn.Module):
     def __init__(self, config: WanVAEConfig):
         super().__init__()
         widths = [config.width * m for m in reversed(config.multipliers)]
@@ -359,7 +359,7 @@ class ResBlock(nn.Module):
 
         pieces = slabs(x, memory, self.conv1.out_channels)
         if not isinstance(self.shortcut, nn.Identity):
-            return joined((convolve(self.shortcut, slab) + branch(slab) for slab in pieces), x.shape[2])
+            return _joined((convolve(self.shortcut, slab) + branch(slab) for slab in pieces), x.shape[2])
         if memory.learns:
             return x + branch(x)
         for slab in pieces:
@@ -380,7 +380,7 @@ class ResBlock(nn.Module):
 
         pieces = map(summed, slabs(x, memory, self.conv1.out_channels))
         if not isinstance(self.shortcut, nn.Identity):
-            return joined(pieces, x.shape[2])
+            return _joined(pieces, x.shape[2])
         for _ in pieces:
             pass
         return x
@@ -399,7 +399,7 @@ class FrameAttention(nn.Module):
         made = 3 * x.shape[1]
         if memory.impl != "eager":                      # attention that keeps its weights makes as much of them
             made = max(made, x.shape[3] * x.shape[4])
-        return joined(map(self.attended, slabs(x, memory, made)), x.shape[2])
+        return _joined(map(self.attended, slabs(x, memory, made)), x.shape[2])
 
     def attended(self, x: Tensor) -> Tensor:
         frames = as_frames(x)                                                   # [B*T, C, H, W]
@@ -417,18 +417,18 @@ class Downsample(nn.Module):
         self.time_conv = nn.Conv3d(channels, channels, (3, 1, 1), stride=(2, 1, 1)) if halve_time else None
 
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
-        x = joined(map(self.reduced, slabs(x, memory)), x.shape[2])
+        x = _joined(map(self.reduced, slabs(x, memory)), x.shape[2])
         if self.time_conv is None:
             return x
         first = (x[:, :, :1],) if memory.first_chunk else ()
         if not memory.first_chunk:
-            x = joined((memory.frames.pop(self.time_conv), x), 1 + x.shape[2])
+            x = _joined((memory.frames.pop(self.time_conv), x), 1 + x.shape[2])
         if not memory.last_chunk:
             memory.frames[self.time_conv] = x[:, :, -1:].clone()
         if x.shape[2] < 3:
             return x
         # frame 0 is context of the first window
-        return joined((*first, convolve(self.time_conv, x)), len(first) + (x.shape[2] - 1) // 2)
+        return _joined((*first, convolve(self.time_conv, x)), len(first) + (x.shape[2] - 1) // 2)
 
     def reduced(self, x: Tensor) -> Tensor:
         return as_clip(convolve(self.conv, F.pad(as_frames(x), (0, 1, 0, 1))), len(x))
@@ -447,7 +447,7 @@ class Upsample(nn.Module):
             return self.by_kernels(x, memory)
         in_time = self.time_conv
         if in_time is None:
-            return joined(map(self.enlarged, slabs(x, memory, 4 * x.shape[1])), x.shape[2])
+            return _joined(map(self.enlarged, slabs(x, memory, 4 * x.shape[1])), x.shape[2])
         first = 1 if memory.first_chunk else 0          # it never enters the convolution in time
 
         def pieces() -> Iterator[Tensor]:
@@ -456,7 +456,7 @@ class Upsample(nn.Module):
             for slab in slabs(x[:, :, first:], memory, 8 * x.shape[1]):
                 yield self.enlarged(doubled(in_time(slab, memory)))
 
-        return joined(pieces(), 2 * x.shape[2] - first)
+        return _joined(pieces(), 2 * x.shape[2] - first)
 
     def by_kernels(self, x: Tensor, memory: Memory) -> Tensor:
         times = 1 if self.time_conv is None else 2
@@ -519,11 +519,11 @@ class CausalConv(nn.Conv3d):
             window[:, :, past:] = x
         if past == keep:
             return convolve(self, window)
-        return joined(self.starting(window, past), x.shape[2])
+        return _joined(self.starting(window, past), x.shape[2])
 
     def through(self, x: Tensor, memory: Memory, norm: "ChannelNorm | None" = None) -> Tensor:
         """forward() slab by slab, for a convolution that is a layer of its own."""
-        y = joined((self(slab, memory, norm) for slab in slabs(x, memory, self.out_channels)), x.shape[2])
+        y = _joined((self(slab, memory, norm) for slab in slabs(x, memory, self.out_channels)), x.shape[2])
         memory.settle()
         return y
 
@@ -662,7 +662,7 @@ def slabs(x: Tensor, memory: Memory, channels: int = 1) -> Iterator[Tensor]:
     yield from x.split(max(1, size), dim=2) if x.shape[2] else ()
 
 
-def joined(pieces: Iterable[Tensor], frames: int) -> Tensor:
+def _joined(pieces: Iterable[Tensor], frames: int) -> Tensor:
     """Pieces of a clip, in order, as one of so many frames; each is let go before the next is made."""
     whole, at = None, 0
     for piece in pieces:

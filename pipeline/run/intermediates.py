@@ -126,7 +126,7 @@ class Persist(Actor):
 
     def __call__(self, batch: list) -> list[Persisted | Failure]:
         self.mine.notes = []
-        results: list[Any] = [value if isinstance(value, Failure) else self.find(request_of(value)) for value in batch]
+        results: list[Any] = [value if isinstance(value, Failure) else self.find(_request_of(value)) for value in batch]
         missing = [place for place, found in enumerate(results) if found is None]
         self.partly = any(isinstance(found, Persisted) for found in results)
         if missing:
@@ -250,7 +250,7 @@ def key_of_request(folder: str, request: Request) -> str:
     return intermediate_key(folder, request.embedding_key if folder == EMBEDDINGS else request.clip_id)
 
 
-def request_of(value: Request | Persisted | Embedding) -> Request:
+def _request_of(value: Request | Persisted | Embedding) -> Request:
     return value if isinstance(value, Request) else value.request
 
 

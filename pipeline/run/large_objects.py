@@ -10,7 +10,7 @@ from typing import Protocol
 
 from dailies.pipeline.store import TooLarge
 
-SMALL_BYTES = 2**26                     # a larger object is in memory alone, beside smaller ones
+_SMALL_BYTES = 2**26                     # a larger object is in memory alone, beside smaller ones
 one_large = Lock()
 
 
@@ -27,9 +27,9 @@ def object_bytes(store: Readable, key: str, at_most: int) -> Iterator[bytes]:
     Raises NotFound, StoreError, TooLarge for more than `at_most` bytes.
     """
     try:
-        data = store.get(key, at_most=min(at_most, SMALL_BYTES))
+        data = store.get(key, at_most=min(at_most, _SMALL_BYTES))
     except TooLarge:
-        if at_most <= SMALL_BYTES:
+        if at_most <= _SMALL_BYTES:
             raise
         with one_large:
             yield store.get(key, at_most=at_most)

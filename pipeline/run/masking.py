@@ -12,7 +12,7 @@ WORDS = (r"(?:secret|passwords?|passwd|pwd|passphrase|token|credentials?|"
          r"bearer|authorization)")
 SECRET_NAME = re.compile(rf"(^|_){WORDS}($|_)", re.I)
 NO_SECRETS = {"PWD", "OLDPWD"}                          # of the environment: folders
-PROMPTS = {"prompt", "negative_prompt"}                 # they are data, and stay as they are
+_PROMPTS = {"prompt", "negative_prompt"}                 # they are data, and stay as they are
 # Authorization: Basic ..., Cookie: ...: to the end of the line or of the quotation
 HEADER = re.compile(r"(?i)\b((?:proxy-)?authorization|(?:set-)?cookie)([\"']?\s*[=:]\s*+[\"']?+)(?!\[removed\])[^\n\"']+")
 # password=..., "pwd": "...", TOKEN_X: ...
@@ -59,7 +59,7 @@ def without_secrets(value: Any) -> Any:
               if SECRET_NAME.search(name) and name not in NO_SECRETS and len(said) >= 8]
 
     def clean(value: Any, name: str = "") -> Any:
-        if name in PROMPTS:
+        if name in _PROMPTS:
             return value
         if isinstance(value, Mapping):
             return {key: clean(inner, name if is_secret(name) else str(key)) for key, inner in value.items()}

@@ -63,11 +63,11 @@ class Budget:
     def measured(self, stage: str, request: Request, seconds: float) -> None:
         """A clip of this request's bucket took so long in a stage."""
         buckets = self.latest.setdefault(stage, {})
-        buckets.setdefault(request.bucket, (work_of(request), deque(maxlen=LATEST)))[1].append(seconds)
+        buckets.setdefault(request.bucket, (_work_of(request), deque(maxlen=LATEST)))[1].append(seconds)
 
     def seconds(self, stage: str, request: Request) -> float:
         """What a clip will take in a stage; 0 where none was measured."""
-        buckets, wanted = self.latest.get(stage), work_of(request)
+        buckets, wanted = self.latest.get(stage), _work_of(request)
         if not buckets:
             return 0.0
         nearest = min(buckets.values(), key=lambda known: abs(math.log(known[0] / wanted)))
@@ -75,6 +75,6 @@ class Budget:
         return max(seconds) * wanted / work
 
 
-def work_of(request: Request) -> float:
+def _work_of(request: Request) -> float:
     shape = request.shape
     return float(shape.width * shape.height * shape.frames * request.num_steps)

@@ -45,7 +45,7 @@ PERHAPS = {errno.ENOMEM}                                # of one value that is v
 
 # Told by words alone, by libraries that pass no number on. Only what libraries raise is read: other errors may quote a
 # row's text.
-PATTERNS = {
+_PATTERNS = {
     MEMORY: "cannot allocate memory|can't allocate memory|not enough memory: you tried|bad_alloc",
     DISK: "no space left on device|disk quota exceeded",
     HANDLES: "too many open files",
@@ -62,7 +62,7 @@ PATTERNS = {
          "|(?:cudaError|cuda_error_)(?:insufficient_?driver|no_?device|devices?_?unavailable|system_?driver_?mismatch"
          "|system_?not_?ready|ecc_?uncorrectable|no_?kernel_?image_?for_?device|no_?binary_?for_?gpu|stub_?library)",
 }
-WORDS = {advice: re.compile(words, re.I) for advice, words in PATTERNS.items()}
+_WORDS = {advice: re.compile(words, re.I) for advice, words in _PATTERNS.items()}
 NUMBER = re.compile(r"\(os error (\d+)\)|Os \{ code: (\d+),")              # as Rust words it
 ASKED = re.compile(r"(?:tried to allocate|unable to allocate) (\d+(?:\.\d+)?) ?([KMGTPE]i?B|bytes)?", re.I)
 LASTING = {LIBRARY, CODEC, GPU}                         # nothing that a new process on the same machine would mend
@@ -142,7 +142,7 @@ def by_words(error: BaseException) -> tuple[str, bool] | None:
     if found := NUMBER.search(str(error)):
         number = int(found[1] or found[2])
         return (ADVICE[number], number not in PERHAPS) if number in ADVICE else None
-    return next(((advice, False) for advice, words in WORDS.items() if words.search(str(error))), None)
+    return next(((advice, False) for advice, words in _WORDS.items() if words.search(str(error))), None)
 
 
 def is_temporary(error: OSError) -> bool:
@@ -188,7 +188,7 @@ LOST = re.compile(r"""
 
 # The same libraries in an error after which the device goes on: no memory, no room for one kernel, arguments that are
 # refused before anything runs.
-GOES_ON = re.compile(r"""
+_GOES_ON = re.compile(r"""
     out[ ]of[ ]memory | out[ ]of[ ]resource | too[ ]many[ ]resources | _STATUS_(?:ALLOC_FAILED|NOT_SUPPORTED|BAD_PARAM)
     | _STATUS_INVALID_VALUE | invalid[ ](?:configuration[ ])?argument | OUT_OF_(?:MEMORY|RESOURCES) | MemoryAllocation
     | LaunchOutOfResources""", re.I | re.X)
@@ -201,7 +201,7 @@ def lost_context(error: BaseException | None) -> bool:
     """
     for link in causes(error):
         said = str(link)
-        if isinstance(link, RuntimeError) and not GOES_ON.search(said) and (
+        if isinstance(link, RuntimeError) and not _GOES_ON.search(said) and (
                 type(link).__name__ == "AcceleratorError" or LOST.search(said)):
             return True
     return False

@@ -27,7 +27,7 @@ PREFIX = "dailies-ray-"
 OWNER = "owner"                         # the file in a run's folder that its driver keeps locked while it lives
 SESSION = "r"                           # below it, what is Ray's: it opens all that it makes to everybody
 LONGEST = 43                            # characters of SESSION's path: Ray's sockets below it take 64, and may take 107
-LEAST_BYTES = 64 * 2**20                # free on the disk of such a folder
+_LEAST_BYTES = 64 * 2**20                # free on the disk of such a folder
 OLD_S = 3600.0                          # of a folder without OWNER: who makes one has it within a second
 REMOVING_S = 5.0                        # within which Ray's last processes have let go of what they write
 CODE_CACHES = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
@@ -120,9 +120,9 @@ def check_place(place: Path) -> None:
         if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
             raise PermissionError(errno.EPERM, f"everybody may rename what lies in {each} (no sticky bit)")
     disk = os.statvfs(place)
-    if disk.f_frsize * disk.f_bavail < LEAST_BYTES:
+    if disk.f_frsize * disk.f_bavail < _LEAST_BYTES:
         raise OSError(errno.ENOSPC, f"{disk.f_frsize * disk.f_bavail / 1e6:,.0f} MB are free, and "
-                                    f"{LEAST_BYTES / 1e6:,.0f} MB are needed")
+                                    f"{_LEAST_BYTES / 1e6:,.0f} MB are needed")
 
 
 def own(folder: Path) -> int:
@@ -278,7 +278,7 @@ def put(values: Mapping[str, str | None]) -> None:
 
 
 # What Ray, its logs and the kernel say when a start fails, and what to do about it; the first that is found counts.
-ADVICE = {
+_ADVICE = {
     r"AF_UNIX path|File ?name too long": "The path of Ray's sockets is too long: name a short folder with RAY_TMPDIR",
     r"No space left|Disk quota exceeded|over \d+% full": "The disk or quota under {folder} is full: make room, or name "
                                                          "another folder with RAY_TMPDIR=/a/short/path",
@@ -311,7 +311,7 @@ def advice(error: BaseException, folder: Path) -> str:
     logged = [line for path in sorted(folder.glob(f"{SESSION}/session_2*/logs/*"))
               if path.name.partition(".")[0] in ("gcs_server", "raylet", "dashboard_agent", "runtime_env_agent")
               for line in tail_of(path)]
-    for pattern, step in ADVICE.items():
+    for pattern, step in _ADVICE.items():
         if re.search(pattern, "\n".join(said)):
             return step.format(folder=folder.parent)
         for line in logged:

@@ -34,7 +34,7 @@ from dailies.pipeline.store.base import PATIENCE
 
 FRAMES_BYTES = 2 * 2**30                # of clips between their decoding and their answer; one clip may be larger
 NICER = 4                               # the thread that feeds the GPU goes first
-LOAD_S = 300.0                          # within which a child must have made its steps, also on a busy machine
+_LOAD_S = 300.0                          # within which a child must have made its steps, also on a busy machine
 TICK_S = 1.0                            # between two words of a child that waits for the store
 
 
@@ -162,7 +162,7 @@ class Child:
             os.close(log)
 
     def wait_until_ready(self) -> None:
-        self.connection.settimeout(LOAD_S)
+        self.connection.settimeout(_LOAD_S)
         try:
             answer = self.ask(self.pool.said)
         except (handover.Closed, TimeoutError) as error:

@@ -14,7 +14,7 @@ from dailies.pipeline.stages import Stage
 
 MOST_FAULTS = 3             # of one machine and stage, with nothing made there in between
 AGAIN_S, LATEST_S = 10.0, 3600.0        # until it is tried again: twice as long each time
-SHOWN = 3                   # machines whose faults are told
+_SHOWN = 3                   # machines whose faults are told
 
 
 @dataclass(kw_only=True)
@@ -67,5 +67,5 @@ class Quarantine:
                 hosts.setdefault(self.faults[stage, node.id].answer.reason, []).append(node.host or node.id[:12])
         if len(hosts) == 1:
             return next(iter(hosts))
-        said = [f"{', '.join(names[:SHOWN])}: {reason}" for reason, names in list(hosts.items())[:SHOWN]]
-        return "; ".join([*said, *([f"and {len(hosts) - SHOWN} more"] if len(hosts) > SHOWN else [])])
+        said = [f"{', '.join(names[:_SHOWN])}: {reason}" for reason, names in list(hosts.items())[:_SHOWN]]
+        return "; ".join([*said, *([f"and {len(hosts) - _SHOWN} more"] if len(hosts) > _SHOWN else [])])

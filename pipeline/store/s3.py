@@ -31,7 +31,7 @@ from dailies.pipeline.store.base import (
 )
 
 T = TypeVar("T")
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 CONTENT_TYPES = {".mp4": "video/mp4", ".webp": "image/webp", ".html": "text/html; charset=utf-8",
                  ".json": "application/json"}
@@ -302,7 +302,7 @@ class S3Store(Store):
                     raise StoreError(f"{self.uri}: {self.endpoint} does not answer ({why}). Check the network and "
                                      f"AWS_ENDPOINT_URL{self.style_hint}; the same command continues") from error
             PATIENCE.begin()
-            log.warning("%s: cannot %s now (%s); trying again in %.0f s", self.uri, action, why, wait_s)
+            _log.warning("%s: cannot %s now (%s); trying again in %.0f s", self.uri, action, why, wait_s)
             time.sleep(wait_s * random.uniform(0.5, 1.0))       # writers turned away together come back apart
             wait_s = min(2 * wait_s, 30.0)
 
