@@ -84,7 +84,8 @@ def complain_about_missing(card: ModelCard, folder: Path) -> None:
                   f"{card.name} "
                   "--to FOLDER for each of them gives it its place there")
     elif ggufs:
-        advice = f". There is {listed(ggufs)}, quantised for llama.cpp and ComfyUI: fetch .safetensors files instead"
+        advice = (f". There is {listed(ggufs)}, quantised for llama.cpp and ComfyUI: fetch the .safetensors files "
+                  "instead")
     raise CheckpointError(f"{card.name}: {folder} lacks {listed(missing)}{advice}")
 
 
