@@ -17,6 +17,7 @@ from wan_tiny import CARDS, WAN_TINY, write_weights
 
 from dailies.actors.clip_file import read_clip
 from dailies.model.catalog import CATALOG
+from dailies.model.refitted import decode_fallbacks
 from dailies.pipeline import stages
 from dailies.pipeline.manifest.manifest import Manifest
 from dailies.pipeline.plan import Plan
@@ -75,7 +76,8 @@ def test_wan_decodes_in_bf16_where_it_is_asked_to_and_plan_run_and_ledger_say_so
     assert render(capsys, path, tmp_path / "bf16", "wan-tiny", weights, *bf16)[0] == 0
     [own], [ours] = (rows_of(tmp_path / out).values() for out in ("own", "bf16"))
     assert (own["decode_precision"], ours["decode_precision"]) == (None, "bf16")
-    instead = CATALOG["wan-tiny"].decode_fallbacks("cpu", "fp32", "bf16")      # on a CPU without bf16 products
+    on = CATALOG["wan-tiny"].runtime("cpu", "fp32", decode_precision="bf16")
+    instead = decode_fallbacks(on)                      # on a CPU without bf16 products
     assert ours["fallbacks"] == [*own["fallbacks"], *instead]
     assert own["clip_id"] != ours["clip_id"] and own["precision"] == ours["precision"] == "fp32"
     identities = [json.loads((tmp_path / out / "run.json").read_text())["identity"] for out in ("own", "bf16")]
