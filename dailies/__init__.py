@@ -1,8 +1,7 @@
 """dailies: render tonight, look tomorrow. Large text-to-video batches, from a manifest of prompts to clips in a store.
 
-What stands in __all__ is for programs, and described in docs/api.md; the command `dailies` is built on it. It is
-imported
-when it is first asked for: `import dailies` takes no time.
+What stands in __all__ is for programs, and described in docs/api.md; the command `dailies` is built on it. A name is
+imported when it is first asked for: `import dailies` takes no time.
 """
 
 from importlib import import_module
@@ -44,14 +43,14 @@ if TYPE_CHECKING:
 # the same for who runs: where each name lies, and what it is called there if not the same
 _PLACES = {
     "CATALOG": "model.catalog", "Clip": "actors.messages", "DailiesError": "model.errors",
-    "Defaults": "pipeline.resolved",
-    "Failure": "actors.messages", "Ledger": "pipeline.run.ledger", "Manifest": "pipeline.manifest.manifest",
-    "ModelCard": "model.card", "Outcome": "pipeline.stages", "Plan": "pipeline.plan", "Request": "actors.messages",
-    "Run": "pipeline.run.run", "Stage": "pipeline.stages", "Step": "pipeline.stages", "Store": "pipeline.store",
+    "Defaults": "pipeline.resolved", "Failure": "actors.messages", "Ledger": "pipeline.run.ledger",
+    "Manifest": "pipeline.manifest.manifest", "ModelCard": "model.card", "Outcome": "pipeline.stages",
+    "Plan": "pipeline.plan", "Request": "actors.messages", "Run": "pipeline.run.run",
+    "Stage": "pipeline.stages", "Step": "pipeline.stages", "Store": "pipeline.store",
     "connect": "pipeline.scheduler.cluster", "locate_weights": "model.weights:locate",
     "open_store": "pipeline.store", "prepare": "pipeline.run.run", "read_ledger": "pipeline.run.ledger:read",
-    "register_store": "pipeline.store", "run_cluster": "pipeline.scheduler.cluster:run", "run_local": "pipeline.stages",
-    "text_to_video": "pipeline.text_to_video",
+    "register_store": "pipeline.store", "run_cluster": "pipeline.scheduler.cluster:run",
+    "run_local": "pipeline.stages", "text_to_video": "pipeline.text_to_video",
 }
 
 __all__ = [

@@ -219,5 +219,4 @@ class ModelCard:
 
 def too_narrow(card: ModelCard, resolution: str, height: int, width: int, sides: list[int]) -> ValueError:
     return ValueError(f"the clip's sides must be at least {card.min_side} for {card.name}; got {sides[1]}x{sides[0]} "
-                      "at "
-                      f"{resolution} for an image of {width}x{height}")
+                      f"at {resolution} for an image of {width}x{height}")

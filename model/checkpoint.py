@@ -151,8 +151,7 @@ def check_twins(stored: Mapping[str, StoredTensor], found: Mapping[str, StoredTe
                        for a, b in zip(one, other, strict=True))
         if not same:
             raise CheckpointError(f"{where}: {twin.name} and {name} are two names of one tensor, and hold different "
-                                  "values. "
-                                  "Fetch it again, or keep the one that is right")
+                                  f"values. Fetch it again, or keep the one that is right")
 
 
 def read_tensors(path: Path, names: Iterable[str], *, name: str) -> list[Tensor]:

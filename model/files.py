@@ -91,8 +91,7 @@ def refuse_outside(file: BinaryIO, path: Path, folder: Path) -> None:
     blobs = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else None
     if not real.is_relative_to(folder) and not (real.parent == blobs and BLOB.fullmatch(real.name)):
         raise CheckpointError(f"{path} is a link, or lies behind one, that leads out of {folder}; what it leads to is "
-                              "not "
-                              "published. Put the file itself there (cp -L)")
+                              f"not published. Put the file itself there (cp -L)")
 
 
 def write_atomically(path: Path, data: bytes) -> None:

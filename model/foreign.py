@@ -57,5 +57,4 @@ def quantized(path: Path, kinds: Mapping[str, str]) -> str:
     kind = QUANTIZED.get(kinds[names[0]], "fp8")
     return (f"{path} holds {kind} weights ({kinds[names[0]]}: {names[0][:100]}"
             f"{f' and {len(names) - 1} more' if len(names) > 1 else ''}), which dailies does not compute with. Fetch "
-            "the "
-            "bf16 or fp16 file of the same model; dailies convert --precision int8 makes a transformer as small")
+            f"the bf16 or fp16 file of the same model; dailies convert --precision int8 makes a transformer as small")

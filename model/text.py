@@ -63,8 +63,7 @@ class T5TextEncoder:
         rows = self.model.config.vocab_size
         if self.tokenizer.largest >= rows:
             raise CheckpointError(f"{name}: its tokenizer has a piece {self.tokenizer.largest}, and its text encoder "
-                                  f"{rows} "
-                                  "rows: they are not of one model. Fetch both from one repository")
+                                  f"{rows} rows: they are not of one model. Fetch both from one repository")
         return self
 
     def tokens(self, text: str) -> list[int]:

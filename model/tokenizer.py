@@ -85,8 +85,7 @@ class Tokenizer:
             # before it is cut into pieces, which is what takes long
             if steps is not None and (grown := len(steps.normalize_str(text))) > GROWN * len(text) + 4 * ADDED_CHARS:
                 raise ValueError(f"its normalizer makes {grown:,} characters of {len(text):,}; Unicode makes {GROWN} "
-                                 "of one "
-                                 "at most")
+                                 f"of one at most")
             ids = self.made.encode(text).ids
         return ids if at_most is None or len(ids) <= at_most else [*ids[:at_most - 1], self.end]
 
@@ -129,8 +128,7 @@ def read_tokenizer(folder: Path, name: str) -> dict[str, Any]:
         longer = math.prod(check_steps(part, said.get(part)) for part in STEPS_KNOWN)
         if longer > _LONGEST:
             raise ValueError(f"its steps could make {longer:,} characters of one, where {_LONGEST:,} are allowed: a "
-                             "text "
-                             "becomes longer again and again")
+                             f"text becomes longer again and again")
         # which the library normalizes, each one, when it reads the file
         if longer * sum(len(token["content"]) for token in said.get("added_tokens") or []
                         if token.get("normalized") is not False) > VOCABULARY_CHARS:
@@ -150,8 +148,7 @@ def refuse_code(said: Any, path: Path) -> None:
     """Raises CheckpointError for a table that names Python files to be run (auto_map)."""
     if isinstance(said, Mapping) and "auto_map" in said:
         raise CheckpointError(f"{path} has auto_map: it names code beside it that is to be run. dailies runs no code "
-                              "of "
-                              "a weights folder; if you trust the rest of it, remove auto_map from the file")
+                              f"of a weights folder; if you trust the rest of it, remove auto_map from the file")
 
 
 def check_model(model: Mapping[str, Any]) -> None:

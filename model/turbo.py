@@ -6,9 +6,8 @@ and what all else is compared to.
 
 Of a model in int8, the linear layers of its blocks are INT8 and the rest is bf16, as TurboDiffusion publishes it:
 patches, text, time, head and the projection of sparse attention stay. On a CPU without such products both are computed
-in fp32 (kernels/processor.py). Their names in a file are those of the -quant
-releases, NAME.int8_weight and NAME.scale; the scales are per output channel where we quantise, per 128 x 128 tile in
-the releases.
+in fp32 (kernels/processor.py). Their names in a file are those of the -quant releases, NAME.int8_weight and NAME.scale;
+the scales are per output channel where we quantise, per 128 x 128 tile in the releases.
 """
 
 import atexit

@@ -81,8 +81,7 @@ def complain_about_missing(card: ModelCard, folder: Path) -> None:
     advice = ""
     if others:
         advice = (f". There is {listed(others)}, by other names than this model's: dailies convert FILE --model "
-                  f"{card.name} "
-                  "--to FOLDER for each of them gives it its place there")
+                  f"{card.name} --to FOLDER for each of them gives it its place there")
     elif ggufs:
         advice = (f". There is {listed(ggufs)}, quantised for llama.cpp and ComfyUI: fetch the .safetensors files "
                   "instead")

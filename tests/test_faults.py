@@ -161,8 +161,7 @@ def test_the_last_line_of_another_processs_page_is_what_it_said():
             "\x1b[36mray::Process.__init__()\x1b[39m (pid=1)\n    ^^^^^\n"
             "\x1b[31mModuleNotFoundError: No module named 'dailies.model.catalog'; 'model' is not a package\x1b[0m\n\n")
     assert last_line(RuntimeError(page)) == ("ModuleNotFoundError: No module named 'dailies.model.catalog'; 'model' is "
-                                             "not a "
-                                             "package")
+                                             "not a package")
 
 
 def test_what_is_wrong_with_the_drivers_machine_ends_the_night_with_what_to_do():

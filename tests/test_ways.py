@@ -30,8 +30,7 @@ def test_the_fastest_measured_way_is_chosen_and_said(measured):
     way = fastest(WAN, H200)
     assert (way.precision, way.attention) == ("int8", "dense")
     assert way.because == ("the fastest of 3 ways measured on NVIDIA H200 on 2026-01-02 with some-model: 400 ms a "
-                           "forward, "
-                           "500 in bf16 and dense")
+                           "forward, 500 in bf16 and dense")
     assert fastest(WAN, Gpu(name="H200", capability=(9, 0))) == way         # as Ray names it
 
 

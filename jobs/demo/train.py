@@ -48,8 +48,7 @@ VAE = CARD.vae_config
 
 VAE_PHASE = Phase(name="vae", steps=2700, lr=2.5e-3, ema=0.995)
 IMAGES_FIRST, SHORT_UNTIL = 500, 1400                   # steps before the first clip, and before the first long one
-# The convolutions in time reach about 18 latent steps back: after short clips alone, frames beyond their length fall
-# apart.
+# The convolutions in time reach about 18 latent steps back: after short clips alone, later frames fall apart.
 REFERENCE_ELEMENTS = 4 * 3 * 9 * SIDE * SIDE            # what every summed loss is divided by, image or clip
 IMAGE_WEIGHT = 1.5
 
@@ -90,8 +89,7 @@ def train_vae(work: Path, device: str) -> WanVAE:
     return vae
 
 
-# The text encoder: learns to say a scene's attributes from a sentence about it. The heads that say them are thrown
-# away.
+# The text encoder: learns to say a scene's attributes from a sentence about it. The heads are thrown away.
 
 TEXT_PHASE = Phase(name="text", steps=400, lr=2e-3)
 TEXT_BATCH = 96

@@ -109,12 +109,10 @@ class WanCard(ModelCard):
 
 TURBO_ATTENTION = (
     "attention is sparse in bf16; the release's default is SageSLA, which --attention sage is here, with INT8 queries "
-    "and "
-    "keys as there, and values in bf16 where the release has FP8")
+    "and keys as there, and values in bf16 where the release has FP8")
 TURBO_SIZES = (
     "a named size is an area in the image's aspect, as with the release's --adaptive_resolution; without that option "
-    "the "
-    "release stretches every image to 16:9. WIDTHxHEIGHT is cropped to, never stretched")
+    "the release stretches every image to 16:9. WIDTHxHEIGHT is cropped to, never stretched")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,8 +217,7 @@ WAN22_T2V_A14B = replace(
     guidance=4.0,
     low_noise_guidance=0.75,                            # 3.0
     guidance_note="guidance is of the expert for high noise, and that for low noise has 0.75 of it, as in the "
-                  "release's "
-                  "own 4 and 3; its command line gives one number to both",
+                  "release's own 4 and 3; its command line gives one number to both",
     boundary=875,
     clips_per_turn=4,
 )

@@ -141,8 +141,7 @@ CLIP_VISION = KeyTable(
         "vision_model.post_layernorm.": "as that block",
         "vision_model.embeddings.position_ids": "0, 1, 2 and so on",
         "visual_projection.": "of CLIPVisionModelWithProjection: it turns the first row, behind the last block, into "
-                              "one "
-                              "that is compared with texts; Wan takes all rows before that block",
+                              "one that is compared with texts; Wan takes all rows before that block",
         "text_model.": "the text tower, which Wan does not use",
         "text_projection.": "as the text tower",
         "logit_scale": "as the text tower",

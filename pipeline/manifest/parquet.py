@@ -59,8 +59,7 @@ def refuse_wide(metadata: pq.FileMetaData) -> None:
     """
     if metadata.num_columns > MAX_COLUMNS:
         raise ValueError(f"{metadata.num_columns:,} columns, those in structs and lists counted; {MAX_COLUMNS:,} may "
-                         "be "
-                         "there")
+                         f"be there")
     if (chunks := metadata.num_columns * metadata.num_row_groups) > MAX_CHUNKS:
         raise ValueError(f"{metadata.num_row_groups:,} row groups, which cut its columns into {chunks:,} pieces; "
                          f"{MAX_CHUNKS:,} may be there. Write it with more rows in each")

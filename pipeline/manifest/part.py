@@ -97,8 +97,7 @@ class ManifestReader:
         self.num_columns += part.user.num_columns
         if self.num_columns > MAX_CHUNKS:
             raise ValueError(f"{self.num_columns:,} columns, those of each file before it added up; a manifest may "
-                             "have "
-                             f"{MAX_CHUNKS:,}. Put the rows of many files into one")
+                             f"have {MAX_CHUNKS:,}. Put the rows of many files into one")
         if len(self.columns) > MAX_COLUMNS:
             raise ValueError(f"{len(self.columns):,} columns with those of the files before; a manifest may have "
                              f"{MAX_COLUMNS:,}")

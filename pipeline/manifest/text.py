@@ -342,8 +342,7 @@ def block_of(rows: list[dict], broken: list[tuple[int, str, str]]) -> RowBlock:
         raise ValueError(f"{len(names):,} names of columns; a manifest may have {MAX_COLUMNS:,}")
     if len(names) * len(rows) > FREELY_ABSENT + MAX_SPARSE * sum(map(len, rows)):
         raise ValueError(f"{len(names):,} names of columns in {len(rows):,} rows, of which hardly one has a cell of "
-                         "its "
-                         "own; give rows the same names, or split the manifest")
+                         f"its own; give rows the same names, or split the manifest")
     if bad := {name for name in names if not is_text(name)}:
         names = {name: None for name in names if name not in bad}
         known = {at for at, _, _ in broken}

@@ -1,13 +1,11 @@
 """Intermediates: what one stage made lies in the run folder until the next has used it, and only its name travels.
 
 A finished latent then survives whatever dies, and a run that is continued finds it: `Persist` around a step looks
-before
-it works, `Restore` opens what was kept, `Discard` forgets a latent whose clip is published. Without them whole values
-travel.
+before it works, `Restore` opens what was kept, `Discard` forgets a latent whose clip is published. Without them whole
+values travel.
 
-Whoever can write the run folder can put anything there. Each object is sealed with the run's key
-(pipeline/run/seal.py),
-says which key of the store it belongs to, and must fit its request; another is removed and made again.
+Whoever can write the run folder can put anything there. Each object is sealed with the run's key (seal.py), says which
+key of the store it belongs to, and must fit its request; another is removed and made again.
 """
 
 import hmac

@@ -372,8 +372,7 @@ def parts(store: Store, columns: Sequence[str] | None, folder: str = LEDGER, *,
                 rows += found[1].num_rows if found[1] is not None else 0
                 if rows > MAX_ROWS_IN_ALL:
                     raise StoreError(f"{store.uri_of(folder)} has more than {MAX_ROWS_IN_ALL:,} rows, which no run "
-                                     "has. "
-                                     "Move away the parts that are not this run's")
+                                     f"has. Move away the parts that are not this run's")
                 yield found
 
 

@@ -25,20 +25,20 @@ GOES_ON = (r"(?!(?:a|an|and|are|as|at|be|by|can|could|file|for|from|has|have|if|
            r"or|that|the|to|token|tokens|was|were|which|will|with)\b)")
 SAID = re.compile(rf"(?i)\b((?:passwords?|passwd|pwd|passphrase|bearer)\s++){GOES_ON}(?!\[removed\])[\"']?[^\s\"',;]+")
 # token ..., Basic ...: only what looks like one, since both are words of every day
-LIKELY = re.compile(r"(?i:\b((?:token|secret|basic|(?<!unknown "
-                    r")key)\s+))[\"']?(?=\S{0,40}\d|\S{0,40}[=+/$!#%^*_]|\S{0,40}[a-z][A-Z]|\S{20})[^\s\"',;.]{6,}")
+LIKELY = re.compile(r"(?i:\b((?:token|secret|basic|(?<!unknown )key)\s+))[\"']?"
+                    r"(?=\S{0,40}\d|\S{0,40}[=+/$!#%^*_]|\S{0,40}[a-z][A-Z]|\S{20})[^\s\"',;.]{6,}")
 # of AWS, GitHub, GitLab, Google, npm, Hugging Face, Slack, OpenAI and alike; JSON web tokens; private keys
 KEYS = re.compile(r"\b((AKIA|ASIA)[A-Z0-9]{16}|gh[opsru]_\w{30,}|github_pat_\w{30,}|glpat-[\w-]{20,}|"
                   r"AIza[\w-]{35}|ya29\.[\w-]{20,}|npm_[A-Za-z0-9]{36}|hf_[A-Za-z0-9]{30,}|xox[abprs]-[\w-]{10,}"
-                  r"|sk-[\w-]{30,}|eyJ[\w-]{10,2000}\.[\w-]{10,}\.[\w-]{10,})|-----BEGIN [A-Z ]*PRIVATE "
-                  r"KEY-----[^-]*(-----END[A-Z -]*)?")
+                  r"|sk-[\w-]{30,}|eyJ[\w-]{10,2000}\.[\w-]{10,}\.[\w-]{10,})|-----BEGIN [A-Z ]*PRIVATE KEY-----"
+                  r"[^-]*(-----END[A-Z -]*)?")
 
 # of files that hold keys and credentials: what browsers, clouds, SSH and TLS call them
 KEY_FILE = re.compile(
     r"(.*[._ -])?(credentials?|secrets?|passw(or)?ds?|passphrases?|tokens?|"
     r"(access|account|api|auth|private|secret|service|signing|ssh)[._ -]?(keys?|tokens?)|rootkey|keyfile|kubeconfig|"
-    r"service[._ -]?account|client[._ "
-    r"-]?secrets?|id_(rsa|dsa|ecdsa|ed25519)(_sk)?|_?netrc|pgpass|htpasswd|npmrc|pypirc)"
+    r"service[._ -]?account|client[._ -]?secrets?|"
+    r"id_(rsa|dsa|ecdsa|ed25519)(_sk)?|_?netrc|pgpass|htpasswd|npmrc|pypirc)"
     r"([._ -]?\d+)?( \(\d+\))?(\.\w+)*"
     r"|(service[._ -]?accounts?|client[._ -]?secrets?|credentials)[._ -].*"
     r"|.*\.(pem|key|p12|pfx|jks|keystore|kdbx|ppk|asc|gpg|pgp|ovpn|env|envrc|keytab)(\.\w+)?", re.I)

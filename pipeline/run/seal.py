@@ -31,8 +31,7 @@ def own_key() -> bytes | None:
         return None
     if len(said) < LEAST_CHARACTERS:
         raise BadSealKey(f"{VARIABLE} must have at least {LEAST_CHARACTERS} characters; it has {len(said)}. One is "
-                         "made "
-                         "by: openssl rand -hex 32")
+                         f"made by: openssl rand -hex 32")
     return hmac.digest(said.encode("utf-8", "surrogateescape"), b"dailies: embeddings, latents, steps", "sha256")
 
 

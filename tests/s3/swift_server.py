@@ -48,8 +48,7 @@ class Faults:
     A rule has `method` ("*" is any), `match` (part of the path), `times`, perhaps `header` (only requests that carry
     it) and `kind` (what it is counted as), and one of
         status   answer with this status and `code`; with after = true the request is served first; with on = 412
-        besides,
-                 only where that was the answer
+                 besides, only where that was the answer
         drop     close the connection without an answer; `after` as above
         stall_s  wait this long, then serve
         cut      close the connection after so many bytes of the answer to a GET; the headers promise all of it
