@@ -372,6 +372,14 @@ def test_no_file_carries(pattern, why):
     assert not found, "\n".join([why, *found])
 
 
+def test_no_file_is_a_link():
+    """A link leads to one machine's folders, and git keeps it where a folder of that name is ignored."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("needs a git checkout: an unpacked source has no list of its files")
+    listed = subprocess.run(["git", "ls-files", "--stage"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert not [line for line in listed.splitlines() if line.startswith("120000")]
+
+
 def test_the_example_settings_are_settings():
     from dailies.jobs.settings import RenderJob
     job = RenderJob.read({}, ROOT / "examples" / "night.toml")
