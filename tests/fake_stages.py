@@ -11,10 +11,9 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from fakes import pretend_value
-
 from dailies.actors.actor import Actor
 from dailies.actors.messages import Request
+from dailies.jobs.bench.pretend import pretend_value
 from dailies.pipeline.run.saved_steps import Halted
 from dailies.pipeline.stages import Stage, Step
 from dailies.pipeline.store import NotFound, StoreError

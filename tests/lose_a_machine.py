@@ -12,9 +12,9 @@ os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)
 
 import ray  # noqa: E402
 from fake_stages import calls, fake_stages
-from fakes import pretend_request
 from ray.cluster_utils import Cluster
 
+from dailies.jobs.bench.pretend import pretend_request
 from dailies.pipeline.scheduler import cluster
 
 

@@ -16,9 +16,9 @@ from types import ModuleType
 
 import pytest
 from fake_stages import CannotBeMade, Patient, calls, fake_stages
-from fakes import pretend_request, pretend_stages
 
 from dailies.actors.messages import Clip, Failure
+from dailies.jobs.bench.pretend import pretend_request, pretend_stages
 from dailies.pipeline.scheduler import cluster, ray_executor, ray_private
 from dailies.pipeline.scheduler.cluster import ClusterError, Stop
 from dailies.pipeline.stages import Stage, Step, run_local
@@ -329,7 +329,7 @@ def test_auto_does_not_follow_what_other_users_say_about_a_cluster(monkeypatch):
 
 def test_a_killed_driver_leaves_no_process(tmp_path):
     script = ("import os, sys\nfrom pathlib import Path\nfrom fake_stages import fake_stages\n"
-              "from fakes import pretend_request\nfrom dailies.pipeline.scheduler import cluster\n"
+              "from dailies.jobs.bench.pretend import pretend_request\nfrom dailies.pipeline.scheduler import cluster\n"
               "folder = Path(sys.argv[1])\n"
               "with cluster.connect('local', cpus=2, gpus=0):\n"
               "    stages = fake_stages(folder, names=['sample'], replicas={'sample': 1})\n"

@@ -9,9 +9,9 @@ from dataclasses import replace
 from importlib import import_module
 
 import pytest
-from fakes import SHARED, SLEEPS_S, WHOLE, pretend_request, pretend_stages, pretend_value
 
 from dailies.actors.messages import Clip, Failure
+from dailies.jobs.bench.pretend import SHARED, SLEEPS_S, WHOLE, pretend_request, pretend_stages, pretend_value
 from dailies.pipeline.scheduler.budget import Budget
 from dailies.pipeline.scheduler.driver import ClusterError, Driver, Stop
 from dailies.pipeline.scheduler.executor import Alive, Answer, Broken, Call, Done, Hello, Replica

@@ -8,11 +8,11 @@ from collections import Counter
 from itertools import count
 
 import pytest
-from fakes import pretend_request, pretend_stages
 from test_driver import SHARED, SLEEPS_S, WHOLE, SimulatedExecutor, box, drive, poisoned, requests
 
 from dailies.actors.image_parts import ImageError
 from dailies.actors.messages import Clip, Failure
+from dailies.jobs.bench.pretend import pretend_request, pretend_stages
 from dailies.pipeline.scheduler.cluster import on_this_machine
 from dailies.pipeline.scheduler.driver import ClusterError, Driver
 from dailies.pipeline.scheduler.executor import Broken

@@ -6,11 +6,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from fakes import pretend_request
 
 from dailies.actors.clip_writer import BadEncoding, check_encoding, write_mp4
 from dailies.actors.gate import Gate
 from dailies.actors.messages import Failure, Frames
+from dailies.jobs.bench.pretend import pretend_request
 from dailies.model.shapes import VideoShape
 
 COUNT, HEIGHT, WIDTH = 13, 48, 64

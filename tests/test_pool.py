@@ -17,11 +17,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from fakes import pretend_request
 
 from dailies.actors import handover
 from dailies.actors.actor import Actor
 from dailies.actors.messages import Clip, Failure, Frames, Latent
+from dailies.jobs.bench.pretend import pretend_request
 from dailies.model.shapes import VideoShape
 from dailies.pipeline.scheduler import pool as pools
 from dailies.pipeline.scheduler.pool import ChildFailed, Pool

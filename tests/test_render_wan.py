@@ -8,7 +8,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from fakes import SHARED, pretend_stages
 from image_files import BROKEN, deep_grey, encoded, jpeg, palette, pixels, png, see_through
 from one_process import main
 from PIL import Image
@@ -16,6 +15,7 @@ from test_driver import SimulatedExecutor, box, drive
 from wan_tiny import CARDS, WAN_TINY, write_weights
 
 from dailies.actors.clip_file import read_clip
+from dailies.jobs.bench.pretend import SHARED, pretend_stages
 from dailies.model.catalog import CATALOG
 from dailies.model.refitted import decode_fallbacks
 from dailies.pipeline import stages

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 from fake_stages import calls, fake_stages
-from fakes import pretend_request, pretend_stages
 
 from dailies.actors.actor import Actor
 from dailies.actors.device_lock import NO_LOCK
 from dailies.actors.messages import Clip, Embedding, Failure, Latent
+from dailies.jobs.bench.pretend import pretend_request, pretend_stages
 from dailies.pipeline.stages import Stage, Step, Worker, lost_context, readdress, run_local
 from dailies.pipeline.store import StoreError
 
@@ -233,7 +233,7 @@ def test_a_share_of_several_gpus_is_refused():
 
 
 def test_run_local_needs_no_ray():
-    script = (f"import sys\nsys.path.append({str(Path(__file__).parent)!r})\nfrom fakes import *\n"
+    script = (f"import sys\nsys.path.append({str(Path(__file__).parent)!r})\nfrom dailies.jobs.bench.pretend import *\n"
               "from dailies.pipeline.stages import run_local\n"
               "assert len(list(run_local(pretend_stages(), [pretend_request(1)]))) == 1\n"
               "assert 'ray' not in sys.modules")

@@ -22,7 +22,7 @@ from typing import Any
 from dailies.actors.actor import Actor
 from dailies.actors.device_lock import NO_LOCK, DeviceLock
 from dailies.actors.messages import Frames, Request
-from dailies.jobs.bench.pipeline import Pretend, pretend_request, pretend_value
+from dailies.jobs.bench.pretend import Pretend, pretend_request, pretend_value
 from dailies.model.catalog import CATALOG
 from dailies.pipeline.run.ledger_row import row_of
 from dailies.pipeline.scheduler.driver import Driver
