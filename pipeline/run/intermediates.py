@@ -39,8 +39,7 @@ SEAL = re.compile(rb'"seal":"([0-9a-f]{64})"')          # quotes in other texts 
 
 
 class ObjectStore(Protocol):
-    """What is needed of a store; pipeline/store/base.py says what each promises. `get` of what is absent: a
-    KeyError."""
+    """What is needed of a store, as pipeline/store/base.py promises it.  `get` of what is absent raises KeyError."""
 
     def get(self, key: str, *, at_most: int | None = None) -> bytes: ...
     def put(self, key: str, data: bytes) -> None: ...
@@ -109,8 +108,7 @@ class Persisted:
 
 
 class Persist(Actor):
-    """A step whose results stay in the run folder: its values in, a Persisted for each out. Works only for what is
-    missing.
+    """A step whose results stay in the run folder: its values in, a Persisted for each out. Works for what is missing.
 
     Threads may call it side by side: while one computes, another looks for the next value or saves the last one. It
     returns when its results are saved.
@@ -266,8 +264,7 @@ def packed(value: Embedding | Latent, key: str, seal: Seal) -> bytes:
 
 
 def restored(store: ObjectStore, persisted: Persisted, seal: Seal, fits: Fits) -> Embedding | Latent:
-    """What `packed` was given, as an answer to the request of `persisted`.  Raises Damaged; KeyError for what is
-    gone."""
+    """What `packed` was given, as an answer to the request of `persisted`.  Raises Damaged; KeyError where it is gone."""
     with read_object(store, persisted.key, persisted.request, fits) as data:
         return value_in(*unsealed(data, persisted.key, seal), persisted, fits)
 

@@ -105,7 +105,7 @@ class PersistSampled(Persist):
         return made
 
     def forget(self, steps: "SavedSteps") -> None:
-        for request in steps.on_shelf:
+        for request in steps.in_store:
             self.store.delete(key_of_request(SAVED_STEPS, request))
 
     def saved(self, request: Request) -> Saved | None:
@@ -152,7 +152,7 @@ class SavedSteps(Steps):
     def __init__(self, keeper: PersistSampled, requests: list[Request], saved: list[Saved | None]):
         self.keeper, self.requests, self.saved = keeper, requests, saved
         self.begun = saved[0].step if saved[0] else 0
-        self.on_shelf = requests if self.begun else []
+        self.in_store = requests if self.begun else []
         self.since = time.monotonic()                   # of the last save
 
     def begin(self, start: State) -> tuple[int, State]:
@@ -195,7 +195,7 @@ class SavedSteps(Steps):
         wait_for_device(state)                          # what the GPU has still to do is no cost of saving
         began = time.monotonic()
         try:
-            self.on_shelf = self.requests
+            self.in_store = self.requests
             for place, request in enumerate(self.requests):
                 self.keeper.save(request, step, [clips[place] for clips in state], self.saved[place])
         finally:
