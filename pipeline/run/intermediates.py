@@ -264,7 +264,7 @@ def packed(value: Embedding | Latent, key: str, seal: Seal) -> bytes:
 
 
 def restored(store: ObjectStore, persisted: Persisted, seal: Seal, fits: Fits) -> Embedding | Latent:
-    """What `packed` was given, as an answer to the request of `persisted`.  Raises Damaged; KeyError where it is gone."""
+    """What `packed` was given, as an answer to the request of `persisted`.  Raises Damaged; KeyError if it is gone."""
     with read_object(store, persisted.key, persisted.request, fits) as data:
         return value_in(*unsealed(data, persisted.key, seal), persisted, fits)
 
