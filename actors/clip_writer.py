@@ -30,6 +30,8 @@ from dailies.actors.clip_file import (
     provenance,
 )
 from dailies.actors.messages import Clip, Frames, Request
+from dailies.actors.poster import poster, shown_frames, store_poster
+from dailies.model.files import first_line
 
 # mbtree off: for pictures under some 100 pixels, x264's macroblock tree reads memory that nobody wrote, and equal
 # frames give unequal bytes.
@@ -72,13 +74,14 @@ class ClipWriter:
     """
 
     def __init__(self, store: ClipStore, key_of: Callable[[str], str], audio_rate: int = 48_000,
-                 spoilt: Mapping[str, str] = {}):
+                 spoilt: Mapping[str, str] = {}, poster_key_of: Callable[[str], str] | None = None):
         """key_of: where a clip of this clip_id lies in the store.  spoilt: clip_id -> SHA-256 of a file under its name
-        that is known not to be what was published.
+        that is known not to be what was published.  poster_key_of: where its poster lies; None: none is made.
 
         Raises av.codec.codec.UnknownCodecError where this PyAV cannot write such a clip.
         """
         self.store, self.key_of, self.audio_rate, self.spoilt = store, key_of, audio_rate, spoilt
+        self.poster_key_of = poster_key_of
         for name in ("libx264", "aac"):
             av.codec.Codec(name, "w")
 
@@ -97,12 +100,28 @@ class ClipWriter:
             with path.open("rb") as made:
                 mine = hashlib.file_digest(made, "sha256").hexdigest()
             sha256, num_bytes, notes = self.store_once(path, mine, request)
+        notes += self.show(frames, anew=bool(notes))
         return Clip(request=request, uri=self.store.uri_of(self.key_of(request.clip_id)), sha256=sha256,
                     num_bytes=num_bytes, duration_s=request.shape.frames / request.fps,
                     has_audio=frames.audio is not None, fallbacks=frames.fallbacks + padding_note(request),
                     # where another's file is the clip, nobody knows what that was made on
                     determinism=frames.determinism if sha256 == mine else (),
                     quality={**frames.quality, "psnr_db": psnr_db}, notes=notes)
+
+    def show(self, frames: Frames, *, anew: bool) -> tuple[str, ...]:
+        """Make the clip's poster of the frames that are in memory; what is to be told of it. It never costs the clip.
+
+        anew: as of store_poster.
+        """
+        if self.poster_key_of is None:
+            return ()
+        request = frames.request
+        try:
+            pictures = [frames.rgb[index].cpu().numpy() for index in shown_frames(request.shape.frames)]
+            store_poster(self.store, self.poster_key_of(request.clip_id), poster(pictures), anew=anew)
+            return ()
+        except Exception as error:                      # `dailies report` makes it of the clip
+            return (f"without a poster: {first_line(error) or type(error).__name__}",)
 
     def check_sound(self, frames: Frames) -> None:
         """Sound of another rate would be heard at another pitch.  Raises ValueError."""

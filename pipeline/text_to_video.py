@@ -18,7 +18,7 @@ from dailies.model.runtime import Runtime
 from dailies.model.weights import locate
 from dailies.pipeline.manifest.images import read_image
 from dailies.pipeline.run.intermediates import Discard, Persist, Restore, Seal
-from dailies.pipeline.run.layout import EMBEDDINGS, clip_key
+from dailies.pipeline.run.layout import EMBEDDINGS, clip_key, poster_key
 from dailies.pipeline.run.saved_steps import PersistSampled
 from dailies.pipeline.stages import Stage, Step
 from dailies.pipeline.store import Store
@@ -65,7 +65,8 @@ def text_to_video(card: ModelCard, weights: str | None, store: Store, on: Runtim
     sample = Step(actor=PersistSampled, args=dict(step=sampler, **kept))
     decode = model(Decoder, name="decode")
     write = [Step(actor=Gate), Step(actor=ClipWriter, args=dict(store=store, key_of=clip_key, spoilt=spoilt,
-                                                                audio_rate=card.audio_rate))]
+                                                                audio_rate=card.audio_rate,
+                                                                poster_key_of=poster_key))]
     if not keep_latents:
         write.append(Step(actor=Discard, args=dict(store=store)))
     return [

@@ -46,7 +46,7 @@ def test_a_run_of_c717109_is_continued_and_no_clip_of_it_is_made_again(folder):
     assert {*before["sha256"].to_pylist()} < {*ledger["sha256"].to_pylist()}
     assert (folder / "_SUCCESS.json").is_file()
     assert sorted(path.name for path in folder.iterdir()) == ["_SUCCESS.json", "clips", "lease.json", "ledger",
-                                                              "run.json"]
+                                                              "posters", "run.json"]
 
 
 def test_the_clips_of_c717109_are_those_that_are_made_today(folder, tmp_path):

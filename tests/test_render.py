@@ -96,7 +96,7 @@ def assert_whole(out, num_rows=NUM_ROWS, num_clips=NUM_CLIPS):
         assert clips[clip_key(row["clip_id"])] == row["sha256"]
     store = open_store(out)
     assert {info.key.split("/")[0] for info in store.list()} == {"run.json", "lease.json", "_SUCCESS.json", "clips",
-                                                                 "ledger"}
+                                                                 "posters", "ledger"}
     assert json.loads(store.get("lease.json"))["released"]
     said = json.loads(store.get("_SUCCESS.json"))
     assert (said["rows"], said["done"], said["failed"]) == (num_rows, num_rows, 0)

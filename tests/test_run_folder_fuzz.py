@@ -43,8 +43,8 @@ def base(tmp_path_factory):
         patch.setattr(Run, "clear", lambda *_: None)
         assert render(folder, "--keep-latents")[0] == 0
     kinds = {path.relative_to(folder / "out").parts[0] for path in (folder / "out").rglob("*") if path.is_file()}
-    assert kinds == {"run.json", "lease.json", "_SUCCESS.json", SEAL_KEY, "ledger", "clips", "latents", "steps",
-                     "embeddings"}
+    assert kinds == {"run.json", "lease.json", "_SUCCESS.json", SEAL_KEY, "ledger", "clips", "posters", "latents",
+                     "steps", "embeddings"}
     return folder
 
 

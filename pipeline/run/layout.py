@@ -17,7 +17,7 @@ LEDGER, RETRIED, MANIFESTS = "ledger", "retried", "manifests"
 EMBEDDINGS, LATENTS, SAVED_STEPS = INTERMEDIATES = "embeddings", "latents", "steps"
 TOP = frozenset({RUN, LEASE, SEAL_KEY, SUCCESS, CLIPS, POSTERS, REPORT, PICKS, LEDGER, RETRIED, MANIFESTS,
                  *INTERMEDIATES})
-EMPTIED = (CLIPS, *INTERMEDIATES)       # folders that a driver leaves behind only where something is in them
+EMPTIED = (CLIPS, POSTERS, *INTERMEDIATES)   # folders that a driver leaves behind only where something is in them
 
 INTERMEDIATE_KEY = re.compile(rf"({'|'.join(INTERMEDIATES)})/([0-9a-f]{{2}})/(\2[0-9a-f]{{62}})\.safetensors")
 LAST_EPOCH = 999_999                    # of six digits
@@ -31,6 +31,16 @@ def clip_id_in(key: str) -> str | None:
     """The clip whose file has this key; None for whatever else lies there, such as somebody's copy."""
     clip_id = key.rpartition("/")[2].removesuffix(".mp4")
     return clip_id if key == clip_key(clip_id) else None
+
+
+def poster_key(clip_id: str) -> str:
+    return f"{POSTERS}/{clip_id[:2]}/{clip_id}.webp"
+
+
+def poster_id_in(key: str) -> str | None:
+    """The clip whose poster has this key; None for whatever else lies there."""
+    clip_id = key.rpartition("/")[2].removesuffix(".webp")
+    return clip_id if key == poster_key(clip_id) else None
 
 
 def intermediate_key(folder: str, name: str) -> str:
