@@ -7,7 +7,7 @@ import torch
 from golden import Golden, error
 
 from dailies.model import samplers
-from dailies.model.ltx2.guidance import COND, ISOLATED, NEGATIVE, NEUTRAL, PERTURBED, Guide
+from dailies.model.ltx2.guidance import COND, ISOLATED, NEUTRAL, PERTURBED, UNCONDITIONAL, StreamGuide
 from dailies.model.ltx2.samplers import ancestral, res_2s
 from dailies.model.ltx2.schedule import DISTILLED, REFINING, ltx2_sigmas
 from dailies.model.samplers import Steps, each, euler
@@ -52,9 +52,9 @@ def test_euler_steps_are_the_releases():
 @pytest.mark.parametrize("number", range(3))
 def test_guidance_is_the_releases(number):
     said = GUIDERS.config["multimodal"][number]
-    guide = Guide(text=said["cfg_scale"], perturbed=said["stg_scale"], blocks=(1,), isolated=said["modality_scale"],
+    guide = StreamGuide(text=said["cfg_scale"], perturbed=said["stg_scale"], blocks=(1,), isolated=said["modality_scale"],
                   rescale=said["rescale_scale"])
-    predicted = {COND: GUIDERS.inputs["cond"], NEGATIVE: GUIDERS.inputs["uncond_text"],
+    predicted = {COND: GUIDERS.inputs["cond"], UNCONDITIONAL: GUIDERS.inputs["uncond_text"],
                  PERTURBED: GUIDERS.inputs["uncond_perturbed"], ISOLATED: GUIDERS.inputs["uncond_modality"]}
     wanted = {name: predicted[name] for name in (COND, *guide.wants)}
     assert error(guide(wanted), GUIDERS.outputs[f"multimodal.{number}"]) < GUIDERS.tolerance["value"]
@@ -63,9 +63,9 @@ def test_guidance_is_the_releases(number):
 
 def test_guidance_that_is_neutral_wants_nothing_and_changes_nothing():
     cond = torch.randn(3, 4)
-    assert NEUTRAL.wants == Guide(rescale=0.7, blocks=(1,)).wants == frozenset()
-    assert Guide(rescale=0.7)({COND: cond}) is cond
-    assert PERTURBED not in Guide(perturbed=1.0).wants, "no block has an attention to leave out"
+    assert NEUTRAL.wants == StreamGuide(rescale=0.7, blocks=(1,)).wants == frozenset()
+    assert StreamGuide(rescale=0.7)({COND: cond}) is cond
+    assert PERTURBED not in StreamGuide(perturbed=1.0).wants, "no block has an attention to leave out"
 
 
 CLEAN = [{"video": torch.tensor([0.5, -1.0, 2.0]), "audio": torch.tensor([1.0, 3.0])}]

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 # the evaluations of one step, in the vendor's order
-COND, NEGATIVE, PERTURBED, ISOLATED = "cond", "negative", "perturbed", "isolated"
+COND, UNCONDITIONAL, PERTURBED, ISOLATED = "cond", "unconditional", "perturbed", "isolated"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Guide:
+class StreamGuide:
     """How far the prediction of one stream is moved away from those that lack something. All of it neutral: not."""
 
     text: float = 1.0                                   # from the one by the negative prompt
@@ -24,7 +24,7 @@ class Guide:
     @property
     def wants(self) -> frozenset[str]:
         """The evaluations that it takes beside the prompt's own."""
-        wanted = {NEGATIVE: self.text != 1, PERTURBED: self.perturbed != 0 and bool(self.blocks),
+        wanted = {UNCONDITIONAL: self.text != 1, PERTURBED: self.perturbed != 0 and bool(self.blocks),
                   ISOLATED: self.isolated != 1}
         return frozenset(name for name, is_wanted in wanted.items() if is_wanted)
 
@@ -35,8 +35,8 @@ class Guide:
         The statistics are of the whole tensor, as the vendor takes them.
         """
         cond, guided = predicted[COND], predicted[COND]
-        shares = {NEGATIVE: self.text - 1, PERTURBED: self.perturbed, ISOLATED: self.isolated - 1}
-        for name in (NEGATIVE, PERTURBED, ISOLATED):
+        shares = {UNCONDITIONAL: self.text - 1, PERTURBED: self.perturbed, ISOLATED: self.isolated - 1}
+        for name in (UNCONDITIONAL, PERTURBED, ISOLATED):
             if name in self.wants:
                 guided = guided + shares[name] * (cond - predicted[name])
         if self.rescale and self.wants:
@@ -44,4 +44,4 @@ class Guide:
         return guided
 
 
-NEUTRAL = Guide()
+NEUTRAL = StreamGuide()

@@ -75,17 +75,17 @@ def one_step(denoise: Denoise, clips: Clips, sigma: float, after: float, noises:
     anchor, clean = clips, each(Tensor.double, denoise(clips, sigma))
     towards = each(lambda x0, x: x0 - x, clean, anchor)
     half = each(lambda x, d: x + length * first * d, anchor, towards)
-    half = keep(noised(anchor, half, noises[0], sigma, middle, eta))
+    half = keep(with_fresh_noise(anchor, half, noises[0], sigma, middle, eta))
     if length < REFINED_BELOW and sigma > REFINED_ABOVE:
         for _ in range(REFINEMENTS):                    # until the noisy middle lies on a step from the anchor
             anchor = each(lambda x, d: x - length * first * d, half, towards)
             towards = each(lambda x0, x: x0 - x, clean, anchor)
     again = each(lambda x0, x: x0.double() - x, denoise(half, middle), anchor)
     end = each(lambda x, d, e: x + length * (first_weight * d + second_weight * e), anchor, towards, again)
-    return keep(noised(anchor, end, noises[1], sigma, after, eta))
+    return keep(with_fresh_noise(anchor, end, noises[1], sigma, after, eta))
 
 
-def noised(clips: Clips, ahead: Clips, noise: Clips, sigma: float, after: float, eta: float) -> Clips:
+def with_fresh_noise(clips: Clips, ahead: Clips, noise: Clips, sigma: float, after: float, eta: float) -> Clips:
     """`ahead`, to which a step from `clips` led without noise, with a share of its noise made fresh."""
     up = min(eta * after, 0.9999 * after)
     rest = math.sqrt(after * after - up * up)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 TOKENS = 4096                                           # that the vendor's pipelines count, whatever the clip's size
 BASE_SHIFT, MAX_SHIFT = 0.95, 2.05                      # at 1024 and at 4096 tokens
-TERMINAL = 0.1                                          # the last sigma before 0
+TERMINAL_SIGMA = 0.1                                          # the last sigma before 0
 
 DISTILLED = (1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875, 0.0)
 REFINING = (0.909375, 0.725, 0.421875, 0.0)             # of the second of two stages
@@ -27,5 +27,5 @@ def ltx2_sigmas(num_steps: int, tokens: int = TOKENS) -> Tensor:
     grid = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)[:-1]
     sigmas = shift / (shift + (1 / grid - 1))
     if num_steps > 1:                                   # one step has nothing to stretch
-        sigmas = 1 - (1 - sigmas) * (1 - TERMINAL) / (1 - sigmas[-1])
+        sigmas = 1 - (1 - sigmas) * (1 - TERMINAL_SIGMA) / (1 - sigmas[-1])
     return torch.cat((sigmas, torch.zeros(1, dtype=torch.float64)))
