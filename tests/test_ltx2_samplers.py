@@ -52,8 +52,8 @@ def test_euler_steps_are_the_releases():
 @pytest.mark.parametrize("number", range(3))
 def test_guidance_is_the_releases(number):
     said = GUIDERS.config["multimodal"][number]
-    guide = StreamGuide(text=said["cfg_scale"], perturbed=said["stg_scale"], blocks=(1,), isolated=said["modality_scale"],
-                  rescale=said["rescale_scale"])
+    guide = StreamGuide(text=said["cfg_scale"], perturbed=said["stg_scale"], blocks=(1,),
+                        isolated=said["modality_scale"], rescale=said["rescale_scale"])
     predicted = {COND: GUIDERS.inputs["cond"], UNCONDITIONAL: GUIDERS.inputs["uncond_text"],
                  PERTURBED: GUIDERS.inputs["uncond_perturbed"], ISOLATED: GUIDERS.inputs["uncond_modality"]}
     wanted = {name: predicted[name] for name in (COND, *guide.wants)}
