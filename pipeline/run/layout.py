@@ -4,6 +4,7 @@ run.json                            which run it is          manifests/<number>-
 lease.json                          who works on it          ledger/<epoch>-<seq>.parquet       what is done
 seal.key                            guards intermediates     retried/<digest>.parquet           what was tried
 _SUCCESS.json                       every row has its row    clips/ab/<clip_id>.mp4             what was made
+picks/<digest>.parquet              what people decided
 latents/ab/<clip_id>.safetensors    steps/ab/<clip_id>.safetensors    embeddings/ab/<digest>.safetensors
 
 Two characters of a name spread a listing over many prefixes. Names are hashes or numbers of ours, never a user's text.
@@ -67,6 +68,10 @@ def epoch_of(key: str) -> int | None:
 
 def retried_key(digest: str) -> str:
     return f"{RETRIED}/{digest}.parquet"
+
+
+def picks_key(digest: str) -> str:
+    return f"{PICKS}/{digest}.parquet"
 
 
 def manifest_key(number: int, digest: str) -> str:

@@ -21,16 +21,19 @@ MAX_PART_ROWS = 100_000                 # of a part: in a few bytes one can anno
 MAX_ROWS_IN_ALL = 20_000_000            # of a ledger: twice the rows of the largest manifest
 MAX_PART_COLUMNS = 2_000                # those of a manifest, twice, and ours
 _ROWS_PER_BATCH = 4096                   # where text cannot be read as it is stored
+NEEDED = ("id", "seed", "status")
 STATUSES = ("done", "failed", "pending")
 _KINDS = (lambda kind: is_.is_string(kind) or is_.is_large_string(kind) or is_.is_string_view(kind), is_.is_integer,
          lambda kind: is_.is_floating(kind) or is_.is_integer(kind), is_.is_boolean, is_.is_timestamp, is_.is_list)
 LATEST_US = 253_402_300_799_000_000     # the end of the year 9999, which is Python's
 
 
-def read_part(data: bytes, columns: Sequence[str] | None, schema: pa.Schema) -> pa.Table:
+def read_part(data: bytes, columns: Sequence[str] | None, schema: pa.Schema, *, needs: Sequence[str] = NEEDED,
+              known_alone: bool = False) -> pa.Table:
     """The columns that are asked for and there; those of `schema` in its types.
 
-    columns: None for all, as `there` takes them.  Raises ValueError, saying what is wrong with which column;
+    columns: None for all, as `there` takes them.  needs: columns without which it is no such file.  known_alone: one
+    that `schema` does not have is refused.  Raises ValueError, saying what is wrong with which column;
     ArrowException and OSError for bytes that are no Parquet file.
     """
     stream = pa.BufferReader(data)
@@ -47,8 +50,10 @@ def read_part(data: bytes, columns: Sequence[str] | None, schema: pa.Schema) -> 
     if twice := repeated(names):
         raise ValueError(f"two columns are named {twice[0]!r}")
     wanted = names if columns is None else list(there(columns, names))
-    if missing := [name for name in ("id", "seed", "status") if name not in names]:
+    if missing := [name for name in needs if name not in names]:
         raise ValueError(f"it has no column {missing[0]}")
+    if known_alone and (strange := [name for name in names if name not in schema.names]):
+        raise ValueError(f"it has a column {strange[0][:100]!r}, which no such file has")
     for name in names:                                  # also of what is not asked for: the footer is read anyway
         check_type(name, plain(stored.field(name).type), schema)
     size = announced(metadata)
