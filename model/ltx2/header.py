@@ -1,0 +1,50 @@
+"""The header of an LTX-2 file: what it says of its parts, its version, and its tensors."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dailies.model import checkpoint
+from dailies.model.checkpoint import StoredTensor
+from dailies.model.ltx2.config import (
+    DIT_PREFIX,
+    ConnectorsConfig,
+    LtxConfig,
+    connectors_config,
+    header_config,
+    ltx_version,
+    transformer_config,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LtxHeader:
+    where: str                                          # model and file, for messages
+    config: Mapping[str, Any]                           # by part; {} where it is lost
+    version: tuple[int, ...]                            # () where it is lost
+    stored: Mapping[str, StoredTensor]
+
+    def part(self, name: str) -> dict[str, Any]:
+        return self.config.get(name) or {}
+
+    def shapes(self, prefix: str = "") -> dict[str, tuple[int, ...]]:
+        """Of the tensors with this prefix, by what is behind it."""
+        return {name.removeprefix(prefix): tensor.shape for name, tensor in self.stored.items()
+                if name.startswith(prefix)}
+
+    def transformer(self) -> LtxConfig:
+        """Raises CheckpointError."""
+        return transformer_config(self.part("transformer"), self.shapes(DIT_PREFIX), self.where)
+
+    def connectors(self, hidden: int) -> ConnectorsConfig:
+        """hidden: width of the text encoder.  Raises CheckpointError."""
+        return connectors_config(self.part("transformer"), self.shapes(), hidden, self.where)
+
+
+def read_ltx_header(path: Path, name: str) -> LtxHeader:
+    """Of a single file.  name: of the model, for messages.  Raises CheckpointError."""
+    stored, metadata = checkpoint.read_header(path)
+    where = f"{name}: {path}"
+    return LtxHeader(where=where, config=header_config(metadata, where), stored=stored,
+                     version=ltx_version(metadata.get("model_version")))
