@@ -45,6 +45,9 @@ class Setting:
     of_card: str = ""                   # field of ModelCard: what a row gets that does not say; else its `settings`
     most_of_card: str = ""              # field of ModelCard: the largest value that the model takes
     neutral: Scalar | None = None       # what clips had before there was this setting: with it they keep their names
+    same_as: str = ""                   # a setting of which this is another name, with models that have both
+    absent: Scalar | None = None        # what is said of a model without the setting, and so may be asked of it
+    lacking: str = "has no such setting"    # of such a model, to who asks for more
     phrase: str = ""                    # "{} steps": how a clip's settings are told
 
     flag: str = ""                      # of the command line, and key of TOML, where it is not the name
@@ -67,7 +70,10 @@ class Setting:
     def check(self, value: Scalar, card: "ModelCard") -> None:
         """Raises ValueError, saying what is allowed, for a value that this model does not take."""
         if self.own_value(card) is None:
-            raise ValueError(f"{self.name} must be nothing: {card.name} has no such setting; got {value}")
+            if self.absent is not None and value == self.absent:
+                return
+            also = "" if self.absent is None else f" or {str(self.absent).lower()}"
+            raise ValueError(f"{self.name} must be nothing{also}: {card.name} {self.lacking}; got {value}")
         if self.most_of_card and value > (most := getattr(card, self.most_of_card)):
             raise ValueError(f"{self.name} must be at most {most:g} for {card.name}; got {value:g}")
 
@@ -108,6 +114,23 @@ SETTINGS: tuple[Setting, ...] = (
             low=0, high=1000, allowed="a number from 0 to 1000", metavar="X",
             other_words="guidance_scale cfg cfg_scale guide_scale sample_guide_scale classifier_free_guidance "
                         "true_cfg_scale unconditional_guidance_scale video_cfg_guidance_scale"),
+    Setting(name="video_guidance", type=float, low=0, high=1000, neutral=1.0, same_as="guidance", metavar="X",
+            most_of_card="max_guidance", allowed="a number from 0 to 1000",
+            help="of models with sound: the same as --guidance, which is of their pictures",
+            other_words="video_guidance_scale video_cfg video_cfg_scale"),
+    Setting(name="audio_guidance", type=float, low=0, high=1000, neutral=1.0, metavar="X", most_of_card="max_guidance",
+            allowed="a number from 0 to 1000", help="of models with sound: how closely it follows the prompt",
+            other_words="audio_guidance_scale audio_cfg audio_cfg_scale audio_cfg_guidance_scale"),
+    Setting(name="modality_guidance", type=float, low=0, high=1000, neutral=1.0, metavar="X",
+            allowed="a number from 0 to 1000",
+            help="of models with sound: how closely pictures and sound follow each other; 1: no further",
+            other_words="modality_scale video_modality_guidance_scale a2v_guidance_scale"),
+    Setting(name="stg", type=float, low=0, high=1000, neutral=0.0, metavar="X", allowed="a number from 0 to 1000",
+            help="of LTX-2: guidance away from what a block without attention makes; 0: none",
+            other_words="stg_scale video_stg_guidance_scale spatio_temporal_guidance"),
+    Setting(name="audio", type=bool, neutral=True, absent=False, lacking="makes no sound", allowed="true or false",
+            help="of models with sound: whether it is made; a model of both makes other pictures without it",
+            phrase="audio {}", other_words="with_audio generate_audio enable_audio sound with_sound has_audio"),
     Setting(name="image", type=str, by_name=True, max_bytes=1024, refuse=r"\x00",
             allowed="text of at most 1024 bytes",
             other_words="image_path first_frame first_frame_path input_image init_image start_image start_frame img "
@@ -127,6 +150,9 @@ FURTHER = tuple(setting for setting in COURSE if not setting.field)        # of 
 ROW_OPTIONS = tuple(setting for setting in SETTINGS if setting.option)
 # what a run can say for rows that do not; the negative prompt, which is long, at the end
 DEFAULTED = (*(BY_NAME[name] for name in ("resolution", *LENGTHS)), *COURSE, BY_NAME["negative_prompt"])
+
+
+ALIKE_SETTINGS = tuple((setting, BY_NAME[setting.same_as]) for setting in COURSE if setting.same_as)
 
 
 def course_of(values: Mapping[str, Scalar | None]) -> list[str]:

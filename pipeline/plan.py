@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from dailies.actors.messages import HASHED_AS, Request
 from dailies.model.card import ModelCard
-from dailies.model.settings import Scalar
+from dailies.model.settings import FURTHER, Scalar
 from dailies.pipeline.manifest.manifest import InvalidRow, Manifest
 from dailies.pipeline.manifest.validation import ManifestError, ValidationErrors, shown
 from dailies.pipeline.resolved import Defaults, ResolvedRows, folded
@@ -237,7 +237,7 @@ class Plan:
             "duplicates": self.num_planned_rows - self.num_clips,
             "prompts": self.num_prompts,
             "images": self.num_images,
-            "settings": {**self.defaults, "fps": self.card.fps, "precision": self.precision,
+            "settings": {**self.settings_of_rows, "fps": self.card.fps, "precision": self.precision,
                          "attention": self.attention, **self.said_beside},
             "buckets": buckets[:LISTED_IN_SUMMARY],
             "more_buckets": len(buckets[LISTED_IN_SUMMARY:]),
@@ -248,6 +248,12 @@ class Plan:
             "manifest_notes": [*self.manifest.notes, *self.strange_words()],
             "complaints": self.errors.as_json(),
         }
+
+    @property
+    def settings_of_rows(self) -> dict[str, Scalar | None]:
+        """What a row gets that does not say, of all that this model has."""
+        others = {setting.name for setting in FURTHER}
+        return {name: value for name, value in self.defaults.items() if value is not None or name not in others}
 
     @property
     def said_beside(self) -> dict[str, str]:

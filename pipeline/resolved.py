@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from dailies.actors.messages import FirstFrame, Request
 from dailies.model.card import ModelCard
-from dailies.model.settings import COURSE, DEFAULTED, FURTHER, LENGTHS, Scalar, Setting
+from dailies.model.settings import ALIKE_SETTINGS, COURSE, DEFAULTED, FURTHER, LENGTHS, Scalar, Setting
 from dailies.model.shapes import VideoShape
 from dailies.pipeline.manifest.images import ALLOWED_IMAGE, FoundImage, find_images, folder_of
 from dailies.pipeline.manifest.manifest import Manifest, rows_without
@@ -50,6 +50,14 @@ class Defaults(Mapping[str, Scalar | None]):
         """With the card's values for what is None.  Raises ValueError for what this model cannot do."""
         has_length = any(self[name] is not None for name in LENGTHS)
         said: dict[str, Any] = {setting.name: self[setting.name] for setting in DEFAULTED}
+        for setting, other in ALIKE_SETTINGS:
+            if setting.own_value(card) is None:
+                continue
+            both = {said[each.name] for each in (setting, other)} - {None}
+            if len(both) > 1:
+                raise ValueError(f"{setting.name} is another name for {other.name} with {card.name}: give one of them; "
+                                 f"got {said[setting.name]:g} and {said[other.name]:g}")
+            said[setting.name] = said[other.name] = next(iter(both), None)
         said |= {setting.name: setting.own_value(card) for setting in DEFAULTED
                  if said[setting.name] is None and not (has_length and setting.name in LENGTHS)}
         card.shape_for(*(said[name] for name in ("resolution", *LENGTHS)))
@@ -117,11 +125,10 @@ class ResolvedRows:
         notes = list(dict.fromkeys(["", *(note for _, note in lengths if note)]))
         note_of = {note: at for at, note in enumerate(notes)}
 
-        course = {}
+        course, asked = {}, course_asked_for(table, card, errors)
         for setting in COURSE:
-            asked_of_card(table[setting.name], setting.name, partial(setting.check, card=card), errors)
             if (own := defaults[setting.name]) is not None:            # None: this model has no such setting
-                values = table[setting.name].fill_null(own)
+                values = asked[setting.name].fill_null(own)
                 values, which = encoded(pc.add(values, 0.0) if setting.type is float else values)   # 0.0 of -0.0
                 course[setting.name] = values.to_pylist(), which
         prompts, prompt = encoded(table["prompt"])
@@ -170,6 +177,22 @@ class ResolvedRows:
     def bucket(self) -> np.ndarray:
         """One number per bucket: shape and course."""
         return folded(self.shape, *(which for _, which in self.course.values()))
+
+
+def course_asked_for(table: pa.Table, card: ModelCard, errors: ValidationErrors) -> dict[str, pa.ChunkedArray]:
+    """The columns of how clips are sampled, null where a row does not say; what this model cannot do is in `errors`."""
+    asked = {setting.name: table[setting.name] for setting in COURSE}
+    for setting in COURSE:
+        asked_of_card(asked[setting.name], setting.name, partial(setting.check, card=card), errors)
+    for setting, other in ALIKE_SETTINGS:
+        if setting.own_value(card) is None:
+            continue
+        mine, its = asked[setting.name], asked[other.name]
+        rows = np.flatnonzero(pc.fill_null(pc.not_equal(mine, its), False).to_numpy()).tolist()
+        errors.add(rows, setting.name, [shown(mine[row].as_py()) for row in rows],
+                   f"what {other.name} says, whose other name it is with {card.name}; give one of them")
+        asked[setting.name] = asked[other.name] = pc.coalesce(its, mine)
+    return asked
 
 
 def encoded(values: pa.ChunkedArray) -> tuple[pa.Array, np.ndarray]:

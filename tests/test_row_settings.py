@@ -4,11 +4,16 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from dailies.model.catalog import CATALOG
 from dailies.model.settings import BY_NAME, COURSE, FURTHER, SETTINGS
+from dailies.pipeline.manifest.manifest import Manifest
+from dailies.pipeline.manifest.validation import ManifestError
+from dailies.pipeline.plan import Defaults, Plan
 from dailies.pipeline.run.ledger_row import TABLE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -151,3 +156,50 @@ def test_a_setting_says_what_it_allows(setting):
     assert re.fullmatch(r"[a-z][a-z0-9_]*", setting.name)
     # one that some models alone take leaves the names of clips that were made before it
     assert setting.by_name or setting.field or setting.neutral is not None
+
+
+SOUNDING = replace(CATALOG["demo"], name="sounding", settings={
+    "audio": True, "video_guidance": 4.0, "audio_guidance": 7.0, "modality_guidance": 3.0, "stg": 1.0})
+
+
+def planned(folder, card, *rows, **said):
+    (folder / "m.csv").write_text("\n".join(rows) + "\n")
+    return Plan.make(Manifest.read(str(folder / "m.csv")), card, Defaults(**said), weights_fingerprint="w",
+                     precision="fp32")
+
+
+def test_guidance_of_the_picture_has_two_names_with_models_of_sound(tmp_path):
+    plan = planned(tmp_path, SOUNDING, "id,prompt,seed,guidance,video_guidance", "silent,a,1,,", "one,a,1,2,",
+                   "other,a,1,,2", "both,a,1,2,2.0")
+    found = {row.id: (request.guidance, request.settings["video_guidance"], request.clip_id)
+             for request in plan.requests() for row in plan.planned_rows(request.clip_id)}
+    assert found["silent"][:2] == (4.0, 4.0) and found["one"][:2] == (2.0, 2.0)
+    assert found["one"] == found["other"] == found["both"]
+    by_default = planned(tmp_path, SOUNDING, "id,prompt,video_guidance", "silent,a,", "own,a,2", guidance=5.0)
+    assert sorted((request.guidance, request.settings["video_guidance"]) for request in by_default.requests()) == [
+        (2.0, 2.0), (5.0, 5.0)]
+
+
+def test_two_guidances_of_one_picture_are_refused(tmp_path):
+    with pytest.raises(ManifestError, match="video_guidance: got 3.*what guidance says, whose other name it is"):
+        planned(tmp_path, SOUNDING, "prompt,guidance,video_guidance", "a,2,3")
+    with pytest.raises(ValueError, match="another name for guidance with sounding.*got 3 and 2"):
+        planned(tmp_path, SOUNDING, "prompt", "a", guidance=2.0, video_guidance=3.0)
+
+
+def test_of_a_silent_model_silence_may_be_asked_and_sound_may_not(tmp_path):
+    silent = planned(tmp_path, CATALOG["demo"], "prompt,seed,audio", "a,1,false")
+    plain = planned(tmp_path, CATALOG["demo"], "prompt,seed", "a,1")
+    assert [r.clip_id for r in silent.requests()] == [r.clip_id for r in plain.requests()]
+    with pytest.raises(ManifestError, match="audio: got True; allowed: nothing or false: demo makes no sound"):
+        planned(tmp_path, CATALOG["demo"], "prompt,audio", "a,true")
+    with pytest.raises(ManifestError, match="stg: got 1.*nothing: demo has no such setting"):
+        planned(tmp_path, CATALOG["demo"], "prompt,stg", "a,1")
+
+
+def test_sound_counts_in_the_clips_name_where_there_is_none(tmp_path):
+    plan = planned(tmp_path, SOUNDING, "prompt,seed,audio", "a,1,", "a,1,true", "a,1,false")
+    with_it, without = plan.requests()
+    assert (with_it.settings["audio"], without.settings["audio"]) == (True, False)
+    assert "audio" not in with_it.identity() and without.identity()["audio"] is False
+    assert "audio False" in without.bucket
