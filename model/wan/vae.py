@@ -17,7 +17,7 @@ kernels/around_conv: then a convolution runs without its bias, and what is behin
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ from dailies.kernels import Impl as KernelImpl
 from dailies.kernels.around_conv import add_bias, channels_adjacent, enlarge, norm_silu
 from dailies.model.wan.config import WanVAEConfig
 
+Module = TypeVar("Module", bound=nn.Module)
 _Impl = Literal["auto", "eager", "reference", "triton"]     # the last two: of kernels/around_conv
 
 SLAB = 2 ** 22                                          # elements; more at a time is no faster on a CPU
@@ -622,7 +623,7 @@ def bands(height: int, rows: int, above: int, below: int) -> list[Band]:
             for start in range(0, height, rows)]
 
 
-def channels_last(vae: WanVAE) -> WanVAE:
+def channels_last(vae: Module) -> Module:
     """Lay the convolutions' weights out so that a CPU runs them about twice as fast, in place; the last bits change."""
     for module in vae.modules():
         if isinstance(module, nn.Conv3d):
