@@ -6,6 +6,7 @@ Layout  an MP4 as write_mp4 makes it (clip_writer.py), then one box of type uuid
 
 import hashlib
 from dataclasses import dataclass, field
+from fractions import Fraction
 from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
@@ -23,6 +24,8 @@ MAX_CLIP_BYTES = 2**31                                  # of a clip's file
 # Only what we write is opened: H.264 and AAC in MP4, from bytes; no other codec, format or protocol is even tried.
 OPENED = {"protocol_whitelist": "none", "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2", "codec_whitelist": "h264,aac"}
 TITLE_CHARACTERS = 80
+SOUND_APART_S = 1e-3                                    # of its beginning and its end from those of the pictures
+SOUND_BEHIND_S = 1.0                                    # more of it than of pictures is not even decoded
 
 
 class NotThisClip(ValueError):
@@ -39,6 +42,8 @@ class ClipFile:
     fps: float
     duration_s: float
     has_audio: bool
+    audio_start_s: float = 0.0                          # of the sound, by the file's edit list
+    audio_s: float = 0.0                                # of it, as the edit list says and as far as it decodes
     metadata: dict[str, str] = field(default_factory=dict)
 
 
@@ -95,7 +100,7 @@ def holds_digest(data: bytes) -> bool | None:
 
 
 def read_clip(data: bytes | Path, *, wanted: tuple[int, int, int] | None = None) -> ClipFile:
-    """Decodes every frame.  Raises ValueError for a file that is no video or breaks on the way.
+    """Decodes every frame and all sound.  Raises ValueError for a file that is no video or breaks on the way.
 
     wanted: width, height and frames in the file; one of another size is refused before it is decoded, and one with more
     frames after the first that is too many.
@@ -117,18 +122,43 @@ def read_clip(data: bytes | Path, *, wanted: tuple[int, int, int] | None = None)
                 # a stream may change its size on the way; H.264 pads it to blocks
                 options["max_pixels"] = str((size[0] + 64) * (size[1] + 64))
             video.codec_context.options = options
-            frames = 0
-            for frame in container.decode(video=0):
+            fps = float(video.average_rate or 0)
+            sound = sound_of(container)
+            frames, audio_s = 0, 0.0
+            for frame in container.decode([video, sound] if sound else video):
+                if isinstance(frame, av.AudioFrame):
+                    audio_s += frame.samples / max(1, frame.sample_rate)
+                    if wanted and audio_s > wanted[2] / max(1.0, fps) + SOUND_BEHIND_S:
+                        raise ValueError("its sound goes on long after its pictures")
+                    continue
                 frames += 1
                 if wanted and (frames > wanted[2] or (frame.width, frame.height) != size):
                     raise ValueError(f"{wanted[2]} frames of {size[0]}x{size[1]} were wanted; frame {frames} is "
                                      f"{frame.width}x{frame.height}")
-            fps = float(video.average_rate or 0)
+            start_s, listed_s = lasting(sound)
             return ClipFile(frames=frames, width=size[0], height=size[1], fps=fps,
-                            duration_s=frames / fps if fps else 0.0, has_audio=bool(container.streams.audio),
-                            metadata=dict(container.metadata))
+                            duration_s=frames / fps if fps else 0.0, has_audio=audio_s > 0, audio_start_s=start_s,
+                            audio_s=min(audio_s, listed_s), metadata=dict(container.metadata))
     except (av.FFmpegError, OverflowError, MemoryError) as error:
         raise ValueError(f"the clip does not decode: {str(error) or type(error).__name__}") from error
+
+
+def sound_of(container: av.container.InputContainer) -> av.AudioStream | None:
+    """A file's track of sound, None where it has none.  Raises ValueError for one that nobody can decode."""
+    if not container.streams.audio:
+        return None
+    sound = container.streams.audio[0]
+    if sound.codec_context is None:
+        raise ValueError("sound in AAC is needed; got it in a codec that nobody knows")
+    sound.codec_context.options = {"err_detect": "explode"}
+    return sound
+
+
+def lasting(sound: av.AudioStream | None) -> tuple[float, float]:
+    """Where a track begins and how long it is, in seconds, as its edit list says."""
+    if sound is None or sound.time_base is None:
+        return 0.0, 0.0
+    return float((sound.start_time or 0) * sound.time_base), float((sound.duration or 0) * sound.time_base)
 
 
 def opened_clip(file: BinaryIO, wanted: tuple[int, int, int] | None) -> av.container.InputContainer:
@@ -140,8 +170,12 @@ def opened_clip(file: BinaryIO, wanted: tuple[int, int, int] | None) -> av.conta
     return av.open(file, format="mp4", options=OPENED, metadata_errors="replace")
 
 
-def check_file(data: bytes, *, width: int, height: int, frames: int, fps: float) -> ClipFile:
-    """Decodes a clip's file and compares.  width, height: as asked.  Raises NotThisClip."""
+def check_file(data: bytes, *, width: int, height: int, frames: int, fps: float | Fraction,
+               has_audio: bool | None = None) -> ClipFile:
+    """Decodes a clip's file and compares.  width, height: as asked.  has_audio: None where both will do.
+
+    Sound, where there is any, must begin with the pictures and end with them.  Raises NotThisClip.
+    """
     coded = coded_size(width, height)
     if holds_digest(data) is False:
         raise NotThisClip("its bytes are not those that its own digest was made of")
@@ -150,7 +184,15 @@ def check_file(data: bytes, *, width: int, height: int, frames: int, fps: float)
     except ValueError as error:
         raise NotThisClip(f"undecodable: {error}") from error
     if found.frames != frames or not abs(found.fps - fps) <= 0.01:      # of a forged row it may be NaN
-        raise NotThisClip(f"{found.frames} frames at {found.fps:g} fps, where {frames} at {fps:g} fps are wanted")
+        raise NotThisClip(f"{found.frames} frames at {found.fps:g} fps, where {frames} at {float(fps):g} fps are "
+                          "wanted")
+    if has_audio is not None and found.has_audio != has_audio:
+        raise NotThisClip(f"{'with' if found.has_audio else 'without'} sound, where a clip "
+                          f"{'with' if has_audio else 'without'} sound is wanted")
+    apart_s = max(abs(found.audio_start_s), abs(found.audio_start_s + found.audio_s - found.duration_s))
+    if found.has_audio and apart_s > SOUND_APART_S:
+        raise NotThisClip(f"its sound goes from {found.audio_start_s:.3f} s on for {found.audio_s:.3f} s, where its "
+                          f"pictures go from 0 for {found.duration_s:.3f} s")
     # the files of older versions have neither
     if found.metadata.get("description") and holds_digest(data) is None:
         raise NotThisClip("its end is missing")
@@ -163,7 +205,8 @@ def check_clip(data: bytes, request: Request) -> ClipFile:
     Raises NotThisClip.
     """
     shape = request.shape
-    found = check_file(data, width=shape.width, height=shape.height, frames=shape.frames, fps=request.fps)
+    found = check_file(data, width=shape.width, height=shape.height, frames=shape.frames, fps=request.fps,
+                       has_audio=request.settings.get("audio"))
     differing = [name for name, said in provenance(request).items() if found.metadata.get(name, "") != said]
     if differing:
         raise NotThisClip(f"it says that it was made from another {', '.join(differing)}")

@@ -9,6 +9,7 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from fractions import Fraction
 from itertools import count
 from pathlib import Path
@@ -31,13 +32,14 @@ from dailies.actors.clip_file import (
 )
 from dailies.actors.messages import Clip, Frames, Request
 from dailies.actors.poster import poster, shown_frames, store_poster
+from dailies.actors.soundtrack import BadSound, add_track, as_long_as_pictures, audio_frame, correlation, heard
 from dailies.model.files import first_line
+from dailies.model.shapes import frame_rate
 
 # mbtree off: for pictures under some 100 pixels, x264's macroblock tree reads memory that nobody wrote, and equal
 # frames give unequal bytes.
 VIDEO_OPTIONS = {"crf": "18", "preset": "medium", "mbtree": "0"}
 VIDEO_THREADS = 4
-AUDIO_BITS_PER_S = 192_000
 
 # Bit-exact: the same planes on every CPU, whatever vector instructions it has.
 TO_YUV = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
@@ -48,7 +50,6 @@ TO_YUV = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITE
 _LOOKED_AT = 16_384
 BT709_LUMA = np.array([0.2126, 0.7152, 0.0722], np.float32)
 WORST_PSNR_DB = 20.0
-APART_S = 0.25                                          # sound ends where pictures do, but for a model's coarse steps
 
 MOST_TRIES = 20                                         # at a name that is taken, though nothing can be read there
 
@@ -92,21 +93,24 @@ class ClipWriter:
         """Raises ValueError for frames that are not what the request asked for, BadEncoding for a file that does not
         show them, and whatever the store raises.
         """
-        request = frames.request
-        self.check_sound(frames)
+        request, padding_ms = frames.request, None
+        if frames.audio is not None:
+            audio, padding_ms = as_long_as_pictures(frames.audio, request.shape, request.fps, self.audio_rate)
+            frames = replace(frames, audio=audio)
         with nameless_file() as path:
             write_mp4(path, frames, self.audio_rate)
-            psnr_db = check_encoding(path, frames)
+            measures = {"psnr_db": check_encoding(path, frames), **check_sound(path, frames)}
             with path.open("rb") as made:
                 mine = hashlib.file_digest(made, "sha256").hexdigest()
             sha256, num_bytes, notes = self.store_once(path, mine, request)
         notes += self.show(frames, anew=bool(notes))
         return Clip(request=request, uri=self.store.uri_of(self.key_of(request.clip_id)), sha256=sha256,
-                    num_bytes=num_bytes, duration_s=request.shape.frames / request.fps,
-                    has_audio=frames.audio is not None, fallbacks=frames.fallbacks + padding_note(request),
+                    num_bytes=num_bytes, duration_s=float(request.shape.frames / frame_rate(request.fps)),
+                    has_audio=frames.audio is not None, audio_padding_ms=padding_ms,
+                    fallbacks=frames.fallbacks + padding_note(request),
                     # where another's file is the clip, nobody knows what that was made on
                     determinism=frames.determinism if sha256 == mine else (),
-                    quality={**frames.quality, "psnr_db": psnr_db}, notes=notes)
+                    quality={**frames.quality, **measures}, notes=notes)
 
     def show(self, frames: Frames, *, anew: bool) -> tuple[str, ...]:
         """Make the clip's poster of the frames that are in memory; what is to be told of it. It never costs the clip.
@@ -122,16 +126,6 @@ class ClipWriter:
             return ()
         except Exception as error:                      # `dailies report` makes it of the clip
             return (f"without a poster: {first_line(error) or type(error).__name__}",)
-
-    def check_sound(self, frames: Frames) -> None:
-        """Sound of another rate would be heard at another pitch.  Raises ValueError."""
-        if frames.audio is None:
-            return
-        lasts_s, wanted_s = len(frames.audio) / self.audio_rate, frames.request.shape.frames / frames.request.fps
-        if frames.audio.dim() != 2 or frames.audio.shape[1] != 2 or abs(lasts_s - wanted_s) > APART_S:
-            raise ValueError(f"sound must be [samples, 2] and last as long as the pictures, {wanted_s:.2f} s; got "
-                             f"{list(frames.audio.shape)}, which at {self.audio_rate} samples per second are "
-                             f"{lasts_s:.2f} s. The model's card says its audio_rate")
 
     def store_once(self, path: Path, mine: str, request: Request) -> tuple[str, int, tuple[str, ...]]:
         """SHA-256 and size of the clip's object, and what is to be told of it: this file, or the one that was there
@@ -189,10 +183,12 @@ def write_mp4(path: Path, frames: Frames, audio_rate: int) -> None:
     wanted = (request.shape.frames, request.shape.height, request.shape.width, 3)
     if tuple(frames.rgb.shape) != wanted:
         raise ValueError(f"frames must be {list(wanted)} as the request says; got {list(frames.rgb.shape)}")
-    rate = Fraction(request.fps).limit_denominator(1001)
+    rate = frame_rate(request.fps)
     width, height = coded_size(request.shape.width, request.shape.height)
     # use_metadata_tags: our own key names; bitexact: no library versions in the file.
     options = {"movflags": "+faststart+use_metadata_tags", "fflags": "+bitexact"}
+    if frames.audio is not None:
+        options["movie_timescale"] = str(audio_rate)    # the edit list says to a sample where the sound ends
     with av.open(str(path), "w", format="mp4", options=options) as container:
         container.metadata.update(labels(request) | provenance(request))
         video = container.add_stream("libx264", rate=rate, width=width, height=height, pix_fmt="yuv420p",
@@ -203,10 +199,8 @@ def write_mp4(path: Path, frames: Frames, audio_rate: int) -> None:
         video.codec_context.color_range = ColorRange.MPEG
         video.codec_context.color_primaries = ColorPrimaries.BT709
         video.codec_context.color_trc = ColorTrc.BT709
-        sound = None
         if frames.audio is not None:
-            sound = container.add_stream("aac", rate=audio_rate, layout="stereo", bit_rate=AUDIO_BITS_PER_S,
-                                         options={"flags": "+bitexact"})
+            sound = add_track(container, audio_rate)
             # Sound first: the muxer then holds a few small packets until their pictures come, not the other way round.
             container.mux(sound.encode(audio_frame(frames.audio, audio_rate)))
             container.mux(sound.encode())
@@ -246,6 +240,17 @@ def check_encoding(path: Path, frames: Frames) -> float:
     return psnr_db
 
 
+def check_sound(path: Path, frames: Frames) -> dict[str, float]:
+    """Decodes the file's sound again and compares: audio_correlation, where there is any.  Raises BadEncoding."""
+    if frames.audio is None:
+        return {}
+    try:
+        with path.open("rb") as file, av.open(file, format="mp4", options=OPENED) as container:
+            return {"audio_correlation": correlation(heard(container), frames.audio)}
+    except (av.FFmpegError, BadSound) as error:
+        raise BadEncoding(f"the sound of the encoded clip is not what was made: {error}") from error
+
+
 def yuv_frames(rgb: Tensor, rate: Fraction, width: int, height: int) -> Iterator[av.VideoFrame]:
     """rgb uint8 [frames, height, width, 3] on any device, as yuv420p frames; an odd side gets its edge once more."""
     reformat = VideoReformatter().reformat
@@ -260,14 +265,6 @@ def yuv_frames(rgb: Tensor, rate: Fraction, width: int, height: int) -> Iterator
                          dst_color_trc=ColorTrc.BT709, threads=1)
         frame.pts, frame.time_base = index, 1 / rate
         yield frame
-
-
-def audio_frame(audio: Tensor, rate: int) -> av.AudioFrame:
-    """audio [samples, 2] in [-1, 1], as the planar float frame that the AAC encoder takes."""
-    samples = np.ascontiguousarray(audio.float().clamp(-1, 1).cpu().numpy().T)
-    frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout="stereo")
-    frame.sample_rate, frame.pts, frame.time_base = rate, 0, Fraction(1, rate)
-    return frame
 
 
 def padding_note(request: Request) -> tuple[str, ...]:

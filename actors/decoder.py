@@ -37,7 +37,8 @@ class Decoder(Actor):
     def decode(self, latent: Latent) -> Frames:
         memory = memory_on(self.device) // (SAFE_SHARE if self.safe else 1)
         made = self.streams(latent.streams, latent.request.shape, memory)
-        silent = (NO_SOUND,) if "audio" in latent.streams and made.audio is None else ()
-        return Frames(request=latent.request, rgb=made.rgb, audio=made.audio,
+        asked = latent.request.settings.get("audio")    # of models with sound a row may say that it wants none
+        silent = (NO_SOUND,) if "audio" in latent.streams and made.audio is None and asked is not False else ()
+        return Frames(request=latent.request, rgb=made.rgb, audio=None if asked is False else made.audio,
                       fallbacks=latent.fallbacks + self.fallbacks + made.notes + silent,
                       determinism=(*latent.determinism, self.determinism))

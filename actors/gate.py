@@ -10,6 +10,7 @@ contrast 12 to 75, motion 1.3 to 4.8, flicker 0 to 0.5, and no two frames of any
 from dataclasses import replace
 
 import numpy as np
+from torch import Tensor
 
 from dailies.actors.messages import Failure, Frames
 
@@ -21,6 +22,7 @@ STRAY_SHARE = 1e-3
 
 QUIETEST = 1e-4                         # silent: -80 dB, below the last bit of 13
 LOUDEST, CLIPPED_SHARE = 0.999, 0.05    # clipped: a twentieth of the samples at full scale; loud music has a thousandth
+HIGHEST_DC = 0.1                        # dc: the mean of a channel is this far from 0; recordings and music have 0.01
 
 FRAMES_LOOKED_AT = 4096                 # pixels of a frame, evenly spread; a frozen clip is looked at whole
 
@@ -43,7 +45,7 @@ class Gate:
 
 
 def judge(frames: Frames) -> tuple[str, str, dict[str, float]]:
-    """ok, size, black, flat, frozen, flicker, silent, clipped or nan; why; what was measured."""
+    """ok, size, black, flat, frozen, flicker, no audio, silent, clipped, dc or nan; why; what was measured."""
     shape = frames.request.shape
     wanted, got = [shape.frames, shape.height, shape.width, 3], list(frames.rgb.shape)
     if got != wanted:
@@ -66,15 +68,35 @@ def judge(frames: Frames) -> tuple[str, str, dict[str, float]]:
     if measures["flicker"] > FLICKER:
         return "flicker", f"half of the frames differ from both neighbours by {measures['flicker']:.0f}", measures
     if frames.audio is None:
+        if frames.request.settings.get("audio") is True:
+            return "no audio", "its row asks for sound, and none was made", measures
         return "ok", "", measures
-    sound = frames.audio.float().abs().cpu().numpy()
+    verdict, reason, of_sound = judge_sound(frames.audio)
+    return verdict, reason, measures | of_sound
+
+
+def judge_sound(audio: Tensor) -> tuple[str, str, dict[str, float]]:
+    """ok, silent, clipped, dc or nan; why; what was measured.
+
+    audio [samples, 2] as it was made: the silence that makes it as long as the pictures is no part of it.
+    """
+    sound = audio.float().cpu().numpy()
     if not np.isfinite(sound).all():
-        return "nan", "NaN or infinity in its sound", measures
-    measures |= {"audio_peak": float(sound.max(initial=0.0)), "audio_clipped": float((sound >= LOUDEST).mean())}
+        return "nan", "NaN or infinity in its sound", {}
+    size = np.abs(sound)
+    means = sound.mean(0, dtype=np.float64) if len(sound) else np.zeros(2)
+    measures = {"audio_peak": float(size.max(initial=0.0)), "audio_dc": float(np.abs(means).max(initial=0.0)),
+                "audio_clipped": float((size >= LOUDEST).mean()) if size.size else 0.0,
+                "audio_rms": float(np.sqrt(np.square(sound, dtype=np.float64).mean())) if size.size else 0.0}
     if measures["audio_peak"] < QUIETEST:
         return "silent", f"no sample of its sound is above {QUIETEST:g} of 1", measures
+    if np.abs(sound - means).max() < QUIETEST:
+        return "silent", f"its sound is one level, {measures['audio_dc']:.3f} of 1, from beginning to end", measures
     if measures["audio_clipped"] > CLIPPED_SHARE:
         return "clipped", f"{100 * measures['audio_clipped']:.0f} % of its sound is at full scale", measures
+    if measures["audio_dc"] > HIGHEST_DC:
+        off = measures["audio_dc"]
+        return "dc", f"its sound is {off:.2f} of 1 off the middle, which it must swing around", measures
     return "ok", "", measures
 
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 from torch import Tensor
 
@@ -38,7 +39,7 @@ class Request:
     negative_prompt: str
     seed: int                       # 0 <= seed < 2**63
     shape: VideoShape
-    fps: float
+    fps: float | Fraction
     num_steps: int
     guidance: float
     precision: str                  # fp32, bf16, int8
@@ -118,6 +119,7 @@ class Clip:
     num_bytes: int
     duration_s: float
     has_audio: bool = False
+    audio_padding_ms: float | None = None   # silence behind the sound that was made; below 0, sound that was cut off
     fallbacks: tuple[str, ...] = ()
     determinism: tuple[str, ...] = ()
     quality: Mapping[str, float | str] = field(default_factory=dict)

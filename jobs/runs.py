@@ -149,7 +149,7 @@ def models(name: str | None, weights: str | None, *, json: bool) -> int:
 def card_as_json(card: ModelCard, weights: str | None) -> dict[str, Any]:
     """A card for JSON: what a row gets when it does not say, what it may ask for, where the weights are."""
     return {
-        "name": card.name, "description": card.description, "fps": card.fps, "takes_image": card.takes_image,
+        "name": card.name, "description": card.description, "fps": float(card.fps), "takes_image": card.takes_image,
         "defaults": {setting.name: own for setting in DEFAULTED if (own := setting.own_value(card)) is not None},
         "resolutions": {name: f"{width}x{height}" for name, (height, width) in card.resolutions.items()},
         "limits": {"min_side": card.min_side, "side_step": card.side_step, "max_pixels": card.max_pixels,

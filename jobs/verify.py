@@ -26,7 +26,7 @@ CLIP_ID = re.compile(r"[0-9a-f]{64}")
 
 
 def verify(uri: str, *, json: bool, repair: bool = False) -> int:
-    """Re-read every clip of the ledger: its hash, that it decodes, its frames, size and rate; 3 if any is wrong.
+    """Re-read every clip of the ledger: its hash, that it decodes, its frames, size, rate and sound; 3 if any is wrong.
 
     repair: the rows of clips that are wrong become pending, so that the next render makes them. No file is removed:
     render replaces one when it has the clip that belongs there.
@@ -108,7 +108,8 @@ def compared(data: bytes, row: Mapping[str, Any]) -> str | None:
     if len(data) != row["bytes"] or hashlib.sha256(data).hexdigest() != row["sha256"]:
         return f"changed: {len(data):,} bytes whose SHA-256 is not the ledger's ({row['bytes']:,} bytes)"
     try:
-        found = check_file(data, width=row["width"], height=row["height"], frames=row["frames"], fps=row["fps"])
+        found = check_file(data, has_audio=row.get("has_audio"),
+                           **{name: row[name] for name in ("width", "height", "frames", "fps")})
     except NotThisClip as error:
         return str(error) if str(error).startswith("undecodable") else f"not what the ledger says: {error}"
     said = found.metadata.get("clip_id")

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ class ModelCard:
     folder: Path | None = None                          # weights that come with dailies
 
     # what a row may ask for, and what it gets when it does not say
-    fps: float = 24.0
+    fps: float | Fraction = 24.0                        # 24000/1001, which no float is, as a Fraction
     audio_rate: int = 48_000                            # samples per second, where it has sound
     resolutions: Mapping[str, tuple[int, int]]          # name -> (height, width)
     resolution: str
@@ -214,7 +215,7 @@ class ModelCard:
         frames = int(self.fps * duration_s) // self.frame_step * self.frame_step
         if frames == self.fps * duration_s:
             return frames + 1, None
-        return frames + 1, f"{duration_s:g} s rounded down to {frames / self.fps:g} s ({frames + 1} frames)"
+        return frames + 1, f"{duration_s:g} s rounded down to {float(frames / self.fps):g} s ({frames + 1} frames)"
 
 
 def too_narrow(card: ModelCard, resolution: str, height: int, width: int, sides: list[int]) -> ValueError:

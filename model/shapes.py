@@ -1,6 +1,18 @@
 """The size of a clip, from pixels to latent cells to tokens. Strides and the 4n + 1 rule live here only."""
 
+import math
 from dataclasses import dataclass
+from fractions import Fraction
+
+NEAR_A_RATE = 5e-3                  # pictures per second by which a rate that was written out, as 23.98, may be off
+
+
+def frame_rate(fps: float | Fraction) -> Fraction:
+    """Pictures per second, exactly: 23.976 and 29.97 are 24000/1001 and 30000/1001, as television has them."""
+    if not isinstance(fps, float) or fps.is_integer():
+        return Fraction(fps)
+    of_television = Fraction(1000 * math.ceil(fps), 1001)
+    return of_television if abs(fps - of_television) < NEAR_A_RATE else Fraction(fps).limit_denominator(1001)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -237,7 +237,7 @@ class Plan:
             "duplicates": self.num_planned_rows - self.num_clips,
             "prompts": self.num_prompts,
             "images": self.num_images,
-            "settings": {**self.settings_of_rows, "fps": self.card.fps, "precision": self.precision,
+            "settings": {**self.settings_of_rows, "fps": float(self.card.fps), "precision": self.precision,
                          "attention": self.attention, **self.said_beside},
             "buckets": buckets[:LISTED_IN_SUMMARY],
             "more_buckets": len(buckets[LISTED_IN_SUMMARY:]),

@@ -11,7 +11,7 @@ from dailies.actors.denoiser import Denoiser
 from dailies.actors.fitting import Fitting
 from dailies.actors.gate import Gate
 from dailies.actors.image_encoder import ImageTextEncoder
-from dailies.actors.strict import StrictMode
+from dailies.actors.strict import StrictMode, StrictSound
 from dailies.actors.text_encoder import TextEncoder
 from dailies.model.card import ModelCard
 from dailies.model.runtime import Runtime
@@ -64,9 +64,9 @@ def text_to_video(card: ModelCard, weights: str | None, store: Store, on: Runtim
     sampler = model(Denoiser, on)
     sample = Step(actor=PersistSampled, args=dict(step=sampler, **kept))
     decode = model(Decoder, name="decode")
-    write = [Step(actor=Gate), Step(actor=ClipWriter, args=dict(store=store, key_of=clip_key, spoilt=spoilt,
-                                                                audio_rate=card.audio_rate,
-                                                                poster_key_of=poster_key))]
+    write = [*([Step(actor=StrictSound)] if strict else []), Step(actor=Gate),
+             Step(actor=ClipWriter, args=dict(store=store, key_of=clip_key, spoilt=spoilt,
+                                              audio_rate=card.audio_rate, poster_key_of=poster_key))]
     if not keep_latents:
         write.append(Step(actor=Discard, args=dict(store=store)))
     return [

@@ -14,6 +14,7 @@ from itertools import islice
 
 from dailies.actors.clip_file import NotThisClip, check_clip, most_clip_bytes
 from dailies.actors.messages import Clip, Request
+from dailies.model.shapes import frame_rate
 from dailies.pipeline.run.large_objects import object_bytes
 from dailies.pipeline.run.layout import clip_key
 from dailies.pipeline.store import NotFound, Store, TooLarge
@@ -61,7 +62,7 @@ def published(store: Store, request: Request, recorded: str | None = None) -> Cl
 
 
 def judged(store: Store, request: Request, data: bytes, recorded: str | None) -> Clip | Spoilt:
-    sha256 = hashlib.sha256(data).hexdigest()
+    sha256, shape = hashlib.sha256(data).hexdigest(), request.shape
     try:
         if recorded not in (None, sha256):
             raise NotThisClip("its bytes are not those that the ledger names")
@@ -69,5 +70,5 @@ def judged(store: Store, request: Request, data: bytes, recorded: str | None) ->
     except NotThisClip as error:
         return Spoilt(request=request, why=str(error), sha256=sha256)
     return Clip(request=request, uri=store.uri_of(clip_key(request.clip_id)), sha256=sha256, num_bytes=len(data),
-                duration_s=request.shape.frames / request.fps, has_audio=found.has_audio,
+                duration_s=float(shape.frames / frame_rate(request.fps)), has_audio=found.has_audio,
                 notes=("found published, read and decoded; nobody timed it",))

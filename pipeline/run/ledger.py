@@ -217,7 +217,7 @@ def unite(fields: Sequence[pa.Field]) -> bool:
 def done_clips(store: Store) -> pa.Table:
     """Of each clip that is done the last row that says so, with what it says of the file; "" for no clip_id. All of
     the ledger is read and checked."""
-    said = ["clip_id", "status", "id", "sha256", "bytes", "width", "height", "frames", "fps"]
+    said = ["clip_id", "status", "id", "sha256", "bytes", "width", "height", "frames", "fps", "has_audio"]
     rows = read(store, said, whole=True)
     rows = rows.filter(pc.equal(rows["status"], "done"))
     rows = rows.set_column(rows.column_names.index("clip_id"), "clip_id", rows["clip_id"].fill_null(""))

@@ -62,7 +62,8 @@ TABLE: dict[str, Column] = {
     # of the gate (gate.py), and of the clip that was decoded again; null for clips that were found published
     "quality.verdict": STRING, "quality.brightness": MEASURE, "quality.contrast": MEASURE, "quality.motion": MEASURE,
     "quality.flicker": MEASURE, "quality.psnr_db": MEASURE, "quality.audio_peak": MEASURE,
-    "quality.audio_clipped": MEASURE,
+    "quality.audio_clipped": MEASURE, "quality.audio_rms": MEASURE, "quality.audio_dc": MEASURE,
+    "quality.audio_correlation": MEASURE,              # of the clip that was decoded again with the sound that was made
     "quality.seed": Column(pa.int64()),                # what the clip was made with, if not with the row's own seed
     "decode_precision": STRING,                          # of the VAE, where it is not the model's own
     "chosen_because": STRING,                            # why this precision and attention, where they were left to us
@@ -72,6 +73,7 @@ TABLE: dict[str, Column] = {
     "sample": COUNT,                                   # of its manifest row, from 0
     "notes": STRINGS,                                    # what was found in the run folder: used, or made again
     "earlier_errors": STRINGS,                           # of a row that failed and was tried again, the oldest first
+    "audio_padding_ms": MEASURE,                         # silence behind the sound that was made; below 0, what was cut
     **{setting.name: column_of(setting) for setting in FURTHER},
 }
 COLUMNS = pa.schema({name: column.type for name, column in TABLE.items()})
@@ -109,7 +111,8 @@ def row_of(name: str, value: "Clip | Failure", outcome: "Outcome | None" = None,
     request = value.request
     seed = request.seed if seed is None else seed
     row: dict[str, Any] = {column: said for column, said in request.identity().items() if column in TABLE}
-    row |= {"id": name, "clip_id": request.clip_id, "seed": seed, "fps": request.fps, "finished_at": datetime.now(UTC)}
+    row |= {"id": name, "clip_id": request.clip_id, "seed": seed, "fps": float(request.fps),
+            "finished_at": datetime.now(UTC)}
     row |= request.settings
     if hasattr(value, "error_type"):
         failure: Any = value                            # known by this, since its class would bring torch
@@ -117,7 +120,8 @@ def row_of(name: str, value: "Clip | Failure", outcome: "Outcome | None" = None,
                 "error": stored_error(failure.error) + (f" [stack {failure.stack}]" if failure.stack else "")}
     else:
         row |= {"status": "done", "uri": value.uri, "sha256": value.sha256, "bytes": value.num_bytes,
-                "duration_s": value.duration_s, "has_audio": value.has_audio, "fallbacks": list(value.fallbacks),
+                "duration_s": value.duration_s, "has_audio": value.has_audio,
+                "audio_padding_ms": value.audio_padding_ms, "fallbacks": list(value.fallbacks),
                 "determinism": class_of(value.determinism), "path": clip_key(request.clip_id)}
     row |= {f"quality.{name}": measure for name, measure in value.quality.items()}
     if request.seed != seed:
