@@ -132,7 +132,7 @@ class Denoiser(Actor):
         """
         requests = [embedding.request for embedding in batch]
         self.check(requests)
-        shapes = self.card.stream_shapes(requests[0].shape)
+        shapes = self.card.streams_of(requests[0].shape, requests[0].settings)
         self.noise.begin(requests, shapes, self.sampler.draws(requests[0].num_steps))
 
         def draw(number: int) -> Clips:
@@ -168,7 +168,8 @@ class Denoiser(Actor):
 
     def schedule(self, request: Request) -> str:
         """What two states between steps must agree in, to belong to one way from noise to one clip."""
-        shapes = ["x".join(map(str, shape)) for shape in self.card.stream_shapes(request.shape).values()]
+        streams = self.card.streams_of(request.shape, request.settings)
+        shapes = ["x".join(map(str, shape)) for shape in streams.values()]
         return f"{self.sampler.solver}, {request.num_steps} steps, {' and '.join(shapes)}"
 
     def check(self, requests: list[Request]) -> None:

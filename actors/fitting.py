@@ -25,7 +25,7 @@ class Fitting:
 
     def __call__(self, value: Embedding | Latent) -> str | None:
         """None, or what is wrong."""
-        shapes = self.card.stream_shapes(value.request.shape)
+        shapes = self.card.streams_of(value.request.shape, value.request.settings)
         if isinstance(value, Latent):
             return self.latent(value, shapes)
         for name, streams in (("prompt", value.prompt), ("negative prompt", value.negative)):
@@ -53,7 +53,7 @@ class Fitting:
         return next((wrong for stream in value.streams.values() if (wrong := numbers(stream))), None)
 
     def image(self, value: Embedding, grid: tuple[int, ...]) -> str | None:
-        if bool(value.image) != self.card.takes_image:
+        if bool(value.image) != (self.card.takes_image and (self.card.needs_image or value.request.image is not None)):
             return f"{'with' if value.image else 'without'} an image"
         if value.image and (value.image[0].dim() != 4 or tuple(value.image[0].shape[1:]) != tuple(grid[1:])):
             return f"an image of {list(value.image[0].shape)}, where [C, {', '.join(map(str, grid[1:]))}] is wanted"

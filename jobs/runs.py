@@ -150,6 +150,7 @@ def card_as_json(card: ModelCard, weights: str | None) -> dict[str, Any]:
     """A card for JSON: what a row gets when it does not say, what it may ask for, where the weights are."""
     return {
         "name": card.name, "description": card.description, "fps": float(card.fps), "takes_image": card.takes_image,
+        "needs_image": card.takes_image and card.needs_image,
         "defaults": {setting.name: own for setting in DEFAULTED if (own := setting.own_value(card)) is not None},
         "resolutions": {name: f"{width}x{height}" for name, (height, width) in card.resolutions.items()},
         "limits": {"min_side": card.min_side, "side_step": card.side_step, "max_pixels": card.max_pixels,
@@ -198,7 +199,8 @@ def print_model(model: dict[str, Any]) -> None:
         + f"; WIDTHxHEIGHT in steps of {limits['side_step']} from {limits['min_side']}, at most "
         f"{limits['max_pixels']:,} pixels",
         "image": "every row needs one; a named size is an area in the image's aspect, to WIDTHxHEIGHT it is cropped"
-        if model["takes_image"] else "",
+        if model["needs_image"] else "a row may have one; it is cropped to the clip's size" if model["takes_image"]
+        else "",
         "length": f"1 to {limits['max_duration_s']:g} s at {model['fps']:g} frames per second",
         "precision": ", ".join(model["precisions"]),
         "attention": f"{', '.join(model['attentions'])}; sparse keeps {model['keep_ratio']:.0%} of the blocks of keys, "

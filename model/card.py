@@ -72,7 +72,8 @@ class ModelCard:
     guidance_note: str = ""                             # what a row with its own is told, where it is not plain
     differs: tuple[str, ...] = ()                       # from the release, by default, in sentences
     settings: Mapping[str, Any] = field(default_factory=dict)   # further ones that its rows take: name -> its own value
-    takes_image: bool = False                           # every row needs one, which becomes the first frame
+    takes_image: bool = False                           # which becomes the first frame
+    needs_image: bool = True                            # of a model that takes one: every row needs it
     min_side: int = 128                                 # pixels
     side_step: int = 8                                  # sides are multiples of it
     max_pixels: int                                     # height * width
@@ -122,6 +123,11 @@ class ModelCard:
     def stream_shapes(self, shape: VideoShape) -> dict[str, tuple[int, ...]]:
         """Of a clip's latent: "video" [C, T, H, W], then "audio" [C, A, M] where the model has it."""
         return {"video": self.grid.of(shape)}
+
+    def streams_of(self, shape: VideoShape, settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """stream_shapes, without the sound where a row wants none."""
+        shapes = self.stream_shapes(shape)
+        return {name: each for name, each in shapes.items() if name != "audio" or settings.get("audio") is not False}
 
     @property
     def sparsity(self) -> Sparsity:

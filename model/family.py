@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from dailies.model.card import ModelCard
 from dailies.model.keys import KeyTable
 from dailies.model.runtime import Runtime
+from dailies.model.settings import Scalar
 from dailies.model.shapes import VideoShape
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ class Asked(Protocol):
     def num_steps(self) -> int: ...
     @property
     def guidance(self) -> float: ...
+    @property
+    def settings(self) -> "Mapping[str, Scalar]": ...
 
 
 class Told(Protocol):
@@ -59,6 +62,15 @@ class TextModel(Protocol):
         """[L, E] on the CPU for each stream that is told by text, trimmed to the text's real length."""
     def cut(self, text: str) -> int:
         """How many tokens of the text do not fit."""
+
+
+class ImageModel(Protocol):
+    """What a model sees of the image that a clip begins with, loaded."""
+
+    def fitted(self, whole: "Tensor", shape: VideoShape) -> "tuple[Tensor, tuple[str, ...]]":
+        """What is seen of an image, and what is to be told of that.  whole [3, H, W] in [-1, 1], on the CPU."""
+    def __call__(self, pixels: "Tensor", shape: VideoShape) -> "tuple[Tensor, ...]":
+        """As Told.image, fp32 on the CPU, the first of them [C, T, H, W].  pixels: what was fitted."""
 
 
 class Sampler(Protocol):
@@ -115,6 +127,8 @@ class Family(Protocol[AnyCard]):
     def parts(self, card: AnyCard) -> tuple[ModelPart, ...]:
         """All files of weights but tokenizers: who checks and converts them goes by this list."""
     def load_encoder(self, card: AnyCard, weights: Path, on: Runtime) -> TextModel: ...
+    def load_image_model(self, card: AnyCard, weights: Path, on: Runtime) -> ImageModel:
+        """Asked of a card that takes an image, and of no other."""
     def load_sampler(self, card: AnyCard, weights: Path, on: Runtime) -> Sampler: ...
     def load_decoder(self, card: AnyCard, weights: Path, on: Runtime) -> StreamDecoder: ...
     def stored_precision(self, card: AnyCard, weights: Path) -> str | None:

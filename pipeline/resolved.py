@@ -240,8 +240,9 @@ def images_asked_for(manifest: Manifest, card: ModelCard, errors: ValidationErro
         refused = {code: (shown(given), rule) for code, given in enumerate(names.to_pylist())}
         report_refused(refused, name, "image", errors)
         return [], np.full(len(name), -1)
-    rows = rows_without(manifest.table["image"], "image", errors)
-    errors.add(rows, "image", ["nothing"] * len(rows), f"{ALLOWED_IMAGE}: {card.name} makes video from an image")
+    if card.needs_image:
+        rows = rows_without(manifest.table["image"], "image", errors)
+        errors.add(rows, "image", ["nothing"] * len(rows), f"{ALLOWED_IMAGE}: {card.name} makes video from an image")
 
     folders = [folder_of(file) for file, _ in manifest.files]
     number_of = {folder: number for number, folder in enumerate(folders)}
@@ -276,9 +277,13 @@ def sizes_for_images(resolutions: pa.ChunkedArray, images: list[FoundImage], ima
     refused: dict[int, tuple[str, str]] = {}
     for code, row in enumerate(np.unique(pair, return_index=True)[1].tolist()):
         sizes.append(None)
+        resolution = names[int(name[row])].as_py()
         if image[row] < 0:
+            if not card.needs_image:
+                with suppress(ValueError):
+                    sizes[-1] = card.size_for(resolution)
             continue
-        resolution, size = names[int(name[row])].as_py(), images[image[row]].size
+        size = images[image[row]].size
         with suppress(ValueError):
             card.size_for(resolution)                  # if not, that was said of the resolution
             try:

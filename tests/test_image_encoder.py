@@ -13,12 +13,13 @@ from golden import error
 from image_files import jpeg, png
 from wan_tiny import WAN_TINY_I2V, WAN_TINY_I2V_A14B, write_weights
 
-from dailies.actors.image_encoder import ImageTextEncoder, cropped
+from dailies.actors.image_encoder import ImageTextEncoder
 from dailies.actors.image_file import decode_image
 from dailies.actors.image_parts import ImageError
 from dailies.actors.messages import FirstFrame, Request
 from dailies.model.catalog import CATALOG, TURBO_WAN22_I2V_A14B
 from dailies.model.shapes import VideoShape
+from dailies.model.wan.images import cropped
 
 SHAPE = VideoShape(frames=9, height=32, width=48)
 
@@ -56,7 +57,7 @@ def test_the_condition_is_a_mask_and_the_latent_of_the_image_and_then_grey(encod
     condition, _ = encoder([request_for(WAN_TINY_I2V, files["a.png"])])[0].image
     image = F.interpolate(decode_image(files["a.png"])[None], size=(32, 48), mode="bicubic").transpose(0, 1)
     with torch.no_grad():
-        mu, _ = encoder.vae.encode(torch.cat((image, torch.zeros(3, 8, 32, 48)), dim=1)[None])
+        mu, _ = encoder.pictures.vae.encode(torch.cat((image, torch.zeros(3, 8, 32, 48)), dim=1)[None])
     mean, std = (torch.tensor(said).view(16, 1, 1, 1) for said in (WAN_TINY_I2V.latent_mean, WAN_TINY_I2V.latent_std))
     mask = torch.ones(1, 9, 4, 6)
     mask[:, 1:] = 0
@@ -73,8 +74,9 @@ def test_turbodiffusion_makes_images_smaller_as_pillow_does(folders, files, monk
     assert TURBO_WAN22_I2V_A14B.smooth_images and not WAN_TINY_I2V.smooth_images
     card = replace(WAN_TINY_I2V, smooth_images=True)
     encoder, seen = ImageTextEncoder(card, folders["wan-tiny-i2v"], read=files.__getitem__), []
-    encode = encoder.vae.encode
-    monkeypatch.setattr(encoder.vae, "encode", lambda video, **said: seen.append(video) or encode(video, **said))
+    encode = encoder.pictures.vae.encode
+    monkeypatch.setattr(encoder.pictures.vae, "encode",
+                        lambda video, **said: seen.append(video) or encode(video, **said))
     large = torch.randint(0, 256, (128, 192, 3), generator=torch.Generator().manual_seed(3), dtype=torch.uint8).numpy()
     file = BytesIO()
     Image.fromarray(large).save(file, "png")
@@ -106,7 +108,7 @@ def test_the_condition_is_that_of_diffusers(folders, files):
 def test_clip_sees_the_image_in_its_own_size(encoder, files):
     _, rows = encoder([request_for(WAN_TINY_I2V, files["a.png"])])[0].image
     with torch.no_grad():
-        want = encoder.clip(decode_image(files["a.png"])[None])[0]
+        want = encoder.pictures.clip(decode_image(files["a.png"])[None])[0]
     assert rows.shape == (5, 24) and torch.equal(rows, want)
 
 

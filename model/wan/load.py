@@ -1,6 +1,7 @@
 """The Wan family: umT5, one or two transformers, its VAE, CLIP where it attends to an image."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from dailies.model.text import UMT5TextEncoder, check_encoder
 from dailies.model.wan.card import WanCard
 from dailies.model.wan.decoder import VAE_TABLES, VideoDecoder, check_vae, load_vae
 from dailies.model.wan.image_encoder import ClipVision
+from dailies.model.wan.images import WanImages
 from dailies.model.wan.keys import CLIP_ORIGINAL, CLIP_VISION, TURBO_WAN, TURBO_WAN_WRAPPED, WAN_DIFFUSERS
 from dailies.model.wan.keys import WAN as WAN_KEYS
 from dailies.model.wan.sampler import Experts, WanSampler
@@ -64,6 +66,11 @@ class WanFamily:
 
     def load_decoder(self, card: WanCard, weights: Path, on: Runtime) -> VideoDecoder:
         return VideoDecoder(self.load_vae(card, weights, on), self.latent_statistics(card, weights), on.device)
+
+    def load_image_model(self, card: WanCard, weights: Path, on: Runtime) -> WanImages:
+        vae = self.load_vae(card, weights, replace(on, decode_precision=card.vae_precision(on.precision)))
+        clip = None if card.clip_fields is None else self.load_image_encoder(card, weights, on)
+        return WanImages(card, vae, self.latent_statistics(card, weights), clip, on.device)
 
     def stored_precision(self, card: WanCard, weights: Path) -> str | None:
         return refitted.stored_precision(card, weights)
