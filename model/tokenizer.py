@@ -51,6 +51,7 @@ SEQUENCES = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers"}     
 PREPENDED = 4                                           # characters before a text, and before each of its parts
 PATTERNS = (" {2,}", r"\s+", " +", r"\s{2,}")           # regular expressions that cannot run away
 _END = "</s>"
+_START = "<bos>"                                       # of Gemma
 
 
 class Tokenizer:
@@ -62,8 +63,6 @@ class Tokenizer:
         self.where = f"{name}: {folder / FILE}"
         with quietly(self.where):
             self.made = tokenizers.Tokenizer.from_str(json.dumps(said))
-            end = self.made.token_to_id(_END)
-            self.end = -1 if end is None else end       # then no text ends in it
             # asked of the table: a dictionary of umT5's pieces takes the library two seconds
             vocabulary = said["model"]["vocab"]
             added = [number for token in said["added_tokens"] or ()
@@ -71,6 +70,13 @@ class Tokenizer:
             self.largest = max(max(vocabulary.values(), default=0) if isinstance(vocabulary, dict)
                                else len(vocabulary) - 1,
                                *added)
+        self.check_marks()
+
+    def check_marks(self) -> None:
+        """Raises CheckpointError where the file does not put the end mark behind a text."""
+        with quietly(self.where):
+            end = self.made.token_to_id(_END)
+            self.end = -1 if end is None else end       # then no text ends in it
         if self.ids("") != [self.end] or self.ids("a")[-1:] != [self.end]:
             raise CheckpointError(f"{self.where} must put {_END} behind a text, as T5's and umT5's do; it makes "
                                   f"{self.ids('a')[:8]} of 'a'. Is it another model's?")
@@ -80,20 +86,44 @@ class Tokenizer:
 
         Raises CheckpointError where the file's tables do not bear this text.
         """
+        ids = self.pieces(text)
+        return ids if at_most is None or len(ids) <= at_most else [*ids[:at_most - 1], self.end]
+
+    def pieces(self, text: str) -> list[int]:
+        """What the file makes of a text, whatever its length.  Raises CheckpointError."""
         with quietly(self.where):
             steps = self.made.normalizer
             # before it is cut into pieces, which is what takes long
             if steps is not None and (grown := len(steps.normalize_str(text))) > GROWN * len(text) + 4 * ADDED_CHARS:
                 raise ValueError(f"its normalizer makes {grown:,} characters of {len(text):,}; Unicode makes {GROWN} "
                                  f"of one at most")
-            ids = self.made.encode(text).ids
-        return ids if at_most is None or len(ids) <= at_most else [*ids[:at_most - 1], self.end]
+            return self.made.encode(text).ids
 
     def padded(self, texts: Iterable[str], device: str, at_most: int | None = None) -> tuple[Tensor, Tensor]:
         """ids [B, L] int64, padded with 0 to the longest, and a mask [B, L] that is 1 where there is a piece."""
         rows = [torch.tensor(self.ids(text, at_most)) for text in texts]
         mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device), mask.to(device)
+
+
+class GemmaTokenizer(Tokenizer):
+    """Pieces of a text, the start mark first, and none at the end."""
+
+    def check_marks(self) -> None:
+        with quietly(self.where):
+            start = self.made.token_to_id(_START)
+        if start is None:
+            raise CheckpointError(f"{self.where} has no {_START}, which stands before a text. Is it Gemma's?")
+        self.start = start
+        if self.ids("") != [start] or len(self.ids("a")) < 2:
+            raise CheckpointError(f"{self.where} must put nothing but {_START} around a text, as Gemma's does; it "
+                                  f"makes {self.ids('')[:8]} of an empty one and {self.ids('a')[:8]} of 'a'. Is it "
+                                  "another model's?")
+
+    def ids(self, text: str, at_most: int | None = None) -> list[int]:
+        """As Tokenizer.ids; the text without blanks around it. at_most: the start mark is kept."""
+        ids = self.pieces(text.strip())
+        return (ids if ids[:1] == [self.start] else [self.start, *ids])[:at_most]
 
 
 class quietly:
@@ -264,7 +294,8 @@ def check_replacements(table: str) -> int:
 
 def check_post(said: Any) -> None:
     if said is None or said["type"] != "TemplateProcessing":
-        raise ValueError(f"its post_processor must be a TemplateProcessing that puts {_END} behind a text")
+        raise ValueError(f"its post_processor must be a TemplateProcessing that puts {_END} behind a text, or {_START} "
+                         "before it")
     tables = [said["single"], said["pair"], *(token["ids"] for token in said["special_tokens"].values())]
     if len(tables) > 16 or any(len(table) > 8 for table in tables):
         raise ValueError("its post_processor puts more than 8 pieces around a text")

@@ -86,28 +86,30 @@ class ConnectorsConfig:
 
 
 def ltx_version(text: str | None) -> tuple[int, ...]:
-    """Numbers of a version up to the first part that is none: "2.3.rc1" -> (2, 3); () for what has none."""
+    """Numbers of a version up to the first part that is none: "2.3.rc1" -> (2, 3); () for what has none.
+
+    text: as a header has it, which may be with the quotes of JSON.
+    """
     numbers = []
-    for part in (text or "").replace("-", ".").split("."):
+    for part in (text or "").strip('" ').replace("-", ".").split("."):
         if not re.fullmatch(r"[0-9]{1,9}", part):
             break
         numbers.append(int(part))
     return tuple(numbers)
 
 
-def header_config(metadata: Mapping[str, str], where: str) -> dict[str, Any]:
-    """The object under `config`; {} where the header says nothing.  Raises CheckpointError where it is none."""
-    text = metadata.get("config")
+def header_object(metadata: Mapping[str, str], name: str, where: str) -> dict[str, Any] | None:
+    """The JSON object under this name; None where there is none.  Raises CheckpointError where it is something else."""
+    text = metadata.get(name)
     if text is None:
-        return {}
+        return None
     try:
         said = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where}: the config in its header is not JSON ({first_line(error)[:200]}). Fetch it "
+        raise CheckpointError(f"{where}: {name} in its header is not JSON ({first_line(error)[:200]}). Fetch it "
                               "again") from error
-    if not isinstance(said, dict) or not all(isinstance(part, dict) for part in
-                                             (said.get("transformer", {}), said.get("vae", {}))):
-        raise CheckpointError(f"{where}: the config in its header is not a table of parts. Fetch it again")
+    if not isinstance(said, dict):
+        raise CheckpointError(f"{where}: {name} in its header is not a table. Fetch it again")
     return said
 
 

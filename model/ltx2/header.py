@@ -7,12 +7,13 @@ from typing import Any
 
 from dailies.model import checkpoint
 from dailies.model.checkpoint import StoredTensor
+from dailies.model.files import CheckpointError
 from dailies.model.ltx2.config import (
     DIT_PREFIX,
     ConnectorsConfig,
     LtxConfig,
     connectors_config,
-    header_config,
+    header_object,
     ltx_version,
     transformer_config,
 )
@@ -23,10 +24,16 @@ class LtxHeader:
     where: str                                          # model and file, for messages
     config: Mapping[str, Any]                           # by part; {} where it is lost
     version: tuple[int, ...]                            # () where it is lost
+    gemma: Mapping[str, Any] | None                     # which text encoder it was made with, where it says so
     stored: Mapping[str, StoredTensor]
 
-    def part(self, name: str) -> dict[str, Any]:
-        return self.config.get(name) or {}
+    def part(self, name: str) -> Mapping[str, Any]:
+        """What the header's config says of a part; {} where it says nothing.  Raises CheckpointError."""
+        said = self.config.get(name, {})
+        if not isinstance(said, dict):
+            raise CheckpointError(f"{self.where}: {name} in its header's config must be a table; got "
+                                  f"{str(said)[:60]!r}")
+        return said
 
     def shapes(self, prefix: str = "") -> dict[str, tuple[int, ...]]:
         """Of the tensors with this prefix, by what is behind it."""
@@ -46,5 +53,6 @@ def read_ltx_header(path: Path, name: str) -> LtxHeader:
     """Of a single file.  name: of the model, for messages.  Raises CheckpointError."""
     stored, metadata = checkpoint.read_header(path)
     where = f"{name}: {path}"
-    return LtxHeader(where=where, config=header_config(metadata, where), stored=stored,
+    return LtxHeader(where=where, config=header_object(metadata, "config", where) or {}, stored=stored,
+                     gemma=header_object(metadata, "gemma_source_checkpoint", where),
                      version=ltx_version(metadata.get("model_version")))
