@@ -5,6 +5,7 @@ Layout  an MP4 as write_mp4 makes it (clip_writer.py), then one box of type uuid
 """
 
 import hashlib
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from fractions import Fraction
 from io import BytesIO
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 import av
+import numpy as np
+from av.video.reformatter import ColorRange, Colorspace
 
 from dailies.actors.messages import Request
 from dailies.actors.mp4_boxes import BadBoxes, check_boxes
@@ -99,11 +102,12 @@ def holds_digest(data: bytes) -> bool | None:
     return hashlib.sha256(memoryview(data)[:-DIGEST_BYTES]).digest() == data[-32:]
 
 
-def read_clip(data: bytes | Path, *, wanted: tuple[int, int, int] | None = None) -> ClipFile:
+def read_clip(data: bytes | Path, *, wanted: tuple[int, int, int] | None = None,
+              look: Callable[[int, av.VideoFrame], None] = lambda index, frame: None) -> ClipFile:
     """Decodes every frame and all sound.  Raises ValueError for a file that is no video or breaks on the way.
 
     wanted: width, height and frames in the file; one of another size is refused before it is decoded, and one with more
-    frames after the first that is too many.
+    frames after the first that is too many.  look: gets each frame and its number, from 0.
     """
     try:
         # from an open file, never by a name that FFmpeg could take for a protocol
@@ -135,6 +139,7 @@ def read_clip(data: bytes | Path, *, wanted: tuple[int, int, int] | None = None)
                 if wanted and (frames > wanted[2] or (frame.width, frame.height) != size):
                     raise ValueError(f"{wanted[2]} frames of {size[0]}x{size[1]} were wanted; frame {frames} is "
                                      f"{frame.width}x{frame.height}")
+                look(frames - 1, frame)
             start_s, listed_s = lasting(sound)
             return ClipFile(frames=frames, width=size[0], height=size[1], fps=fps,
                             duration_s=frames / fps if fps else 0.0, has_audio=audio_s > 0, audio_start_s=start_s,
@@ -159,6 +164,25 @@ def lasting(sound: av.AudioStream | None) -> tuple[float, float]:
     if sound is None or sound.time_base is None:
         return 0.0, 0.0
     return float((sound.start_time or 0) * sound.time_base), float((sound.duration or 0) * sound.time_base)
+
+
+def pictures_of(data: bytes, numbers: Collection[int], *, width: int, height: int, frames: int) -> list[np.ndarray]:
+    """These frames of a clip, in the order of `numbers`, uint8 [height, width, 3]; all are decoded, a few are kept.
+
+    width, height: as asked.  Raises ValueError as read_clip.
+    """
+    kept: dict[int, np.ndarray] = {}
+
+    def look(index: int, frame: av.VideoFrame) -> None:
+        if index in numbers:
+            rgb = frame.reformat(format="rgb24", src_colorspace=Colorspace.ITU709, src_color_range=ColorRange.MPEG,
+                                 dst_color_range=ColorRange.JPEG)
+            kept[index] = rgb.to_ndarray()[:height, :width]
+
+    read_clip(data, wanted=(*coded_size(width, height), frames), look=look)
+    if absent := [number for number in numbers if number not in kept]:
+        raise ValueError(f"the clip has {len(kept)} of the frames that are wanted, and not frame {absent[0]}")
+    return [kept[number] for number in numbers]
 
 
 def opened_clip(file: BinaryIO, wanted: tuple[int, int, int] | None) -> av.container.InputContainer:

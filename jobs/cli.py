@@ -284,6 +284,33 @@ def status(uri: RunUri, json: Json = False) -> int:
 
 
 @app.command()
+def report(uri: RunUri,
+           beside: Annotated[list[str] | None, typer.Option(
+               metavar="URI2", help="Another run, whose clips stand beside those of the same prompt; may be "
+               "repeated.")] = None,
+           to: Annotated[str | None, typer.Option(
+               metavar="DIR", help="Where the report goes.  [default: report/ in the run folder]")] = None,
+           presign: Annotated[str | None, typer.Option(
+               metavar="12h", help="Clips in a bucket get links that work for so long, for whoever has the "
+               "report.")] = None,
+           price: Annotated[float | None, typer.Option(
+               metavar="USD", help="Of one GPU hour.  [default: what render was told]")] = None,
+           posters: Annotated[bool, typer.Option(
+               "--posters/--no-posters", help="Make the posters that are missing, of the clips.")] = True,
+           json: Json = False) -> int:
+    """Write the morning report: contact sheet, figures, failures and cost; from the run folder alone, at any time.
+
+    \b
+    Examples:
+      dailies report out/
+      dailies report s3://b/runs/0412 --to morning/ --presign 12h
+      dailies report out/ --beside out-old/
+    """
+    from dailies.jobs.report import report
+    return report(uri, beside=beside or (), to=to, presign=presign, price=price, posters=posters, json=json)
+
+
+@app.command()
 def verify(uri: RunUri,
            repair: Annotated[bool, typer.Option(
                "--repair",

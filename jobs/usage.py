@@ -3,6 +3,7 @@
 import difflib
 import glob
 import os
+import re
 import sys
 
 from dailies.model.card import ModelCard
@@ -46,6 +47,14 @@ def checked_place(name: str, value: str) -> str:
         raise UsageError(f"{name}: {shortened(value)} is too long for a file system, which has room for "
                          f"{MOST_NAME_BYTES} bytes between two slashes and {MOST_PATH_BYTES:,} in all")
     return value
+
+
+def seconds_meant(name: str, said: str) -> float:
+    """45s, 5m, 12h or 2d, in seconds.  name: what to call it, as --presign.  Raises UsageError."""
+    found = re.fullmatch(r"(\d{1,6})\s*([smhd])", said.strip(), re.ASCII)
+    if not found or not int(found[1]):
+        raise UsageError(f"{name} must be a time such as 5m, 12h or 2d; got {shortened(said)}")
+    return int(found[1]) * {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}[found[2]]
 
 
 def shortened(value: str) -> str:

@@ -80,8 +80,21 @@ def problem_of(store: Store, row: Mapping[str, Any]) -> str | None:
 
     The row may be forged as well: what it says is compared with what a row can ask for before anything is read.
     """
-    from dailies.actors.clip_file import most_clip_bytes
     from dailies.pipeline.run.adoption import clip_bytes
+    if refusal := unlike_any_clip(row):
+        return refusal
+    try:
+        with clip_bytes(store, row["clip_id"], row["bytes"]) as data:
+            return compared(data, row)
+    except NotFound:
+        return "missing"
+    except TooLarge as error:
+        return f"changed: {error}, where the ledger says {row['bytes']:,} bytes"
+
+
+def unlike_any_clip(row: Mapping[str, Any]) -> str | None:
+    """What a ledger row says that no clip has, so that nothing is read for it; None for what may be."""
+    from dailies.actors.clip_file import most_clip_bytes
     if not CLIP_ID.fullmatch(row["clip_id"] or ""):
         return "no clip has this name: it must be 64 digits of a SHA-256"
     if absent := [name for name in ("sha256", "bytes", "width", "height", "frames", "fps") if row.get(name) is None]:
@@ -93,13 +106,7 @@ def problem_of(store: Store, row: Mapping[str, Any]) -> str | None:
                 f"frames; at most {most_pixels:,} pixels and {most_frames:,} frames")
     if not 0 < row["bytes"] <= most_clip_bytes(**shape):
         return f"no clip of its shape has {row['bytes']:,} bytes, as its ledger row says"
-    try:
-        with clip_bytes(store, row["clip_id"], row["bytes"]) as data:
-            return compared(data, row)
-    except NotFound:
-        return "missing"
-    except TooLarge as error:
-        return f"changed: {error}, where the ledger says {row['bytes']:,} bytes"
+    return None
 
 
 def compared(data: bytes, row: Mapping[str, Any]) -> str | None:

@@ -47,7 +47,8 @@ def test_only_dailies_lies_at_the_top_of_site_packages(installed):
 
 def test_the_wheel_has_every_file_that_runs_and_no_test(installed):
     wanted = {path.relative_to(ROOT) for path in tracked() if path.relative_to(ROOT).parts[0] in FOLDERS
-              and path.suffix in (".py", ".typed", ".safetensors", ".json", ".yaml", ".model")}
+              and path.suffix in (".py", ".typed", ".safetensors", ".json", ".yaml", ".model", ".html", ".css", ".js",
+                                   ".svg")}
     wanted = {name if name.parts[0] == "dailies" else "dailies" / name for name in wanted}
     found = {path.relative_to(installed) for path in (installed / "dailies").rglob("*") if path.is_file()}
     assert found == wanted

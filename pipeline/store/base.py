@@ -125,6 +125,15 @@ class Store(ABC):
     def get(self, key: str, *, at_most: int | None = None) -> bytes:
         """The object's content.  Raises NotFound, and TooLarge before it reads more than `at_most` bytes."""
 
+    def get_range(self, key: str, start: int, num_bytes: int) -> bytes:
+        """Bytes from `start` on, at most `num_bytes`; fewer at the object's end.  Raises NotFound."""
+        return self.get(key)[start: start + num_bytes]
+
+    def presigned(self, key: str, lasts_s: float) -> str:
+        """An address at which anybody may read the object for so long.  Raises StoreError where there is none."""
+        raise StoreError(f"{self.uri}: links that are signed are of buckets. Leave --presign out: the clips of a "
+                         "folder are found by where they lie")
+
     @abstractmethod
     def download(self, key: str, path: Path) -> None:
         """Copy the object to a local file, which appears whole.  Raises NotFound."""

@@ -34,6 +34,7 @@ T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 CONTENT_TYPES = {".mp4": "video/mp4", ".webp": "image/webp", ".html": "text/html; charset=utf-8",
+                 ".css": "text/css; charset=utf-8", ".js": "text/javascript; charset=utf-8", ".svg": "image/svg+xml",
                  ".json": "application/json"}
 
 
@@ -48,7 +49,6 @@ class S3Store(Store):
     PATIENCE_S = 900.0                  # how long a busy or vanished store is waited for
     WAIT_S = 1.0                        # before our second attempt; it doubles up to 30 s
     ATTEMPTS = 4                        # of botocore, within each of ours
-
     SETTLE_S = 4.0                      # how long a conflict is waited for where nobody else writes
 
     def __init__(self, bucket: str, prefix: str, endpoint_url: str | None, region: str | None,
@@ -122,7 +122,6 @@ class S3Store(Store):
     def config(self):
         """What the user's configuration says, and ours where it says nothing.  Raises BotoCoreError, ValueError."""
         from botocore.config import Config
-
         s3, checksums = dict(self.settings["s3"]), {}
         if not self.is_amazon:
             # other stores may reject boto3's checksums, or never return them; the signature covers the body
@@ -160,7 +159,6 @@ class S3Store(Store):
         def read(place: dict[str, str]) -> tuple[bytes, str]:
             answer = self.client.get_object(**place)
             return answer["Body"].read(), answer["ETag"]
-
         try:
             found, etag = self.patiently("read", key, read)
             if found != old:
@@ -209,6 +207,14 @@ class S3Store(Store):
                 refuse_too_large(answer["ContentLength"], at_most)
                 return body.read()
         return self.patiently("read", key, read)
+
+    def get_range(self, key: str, start: int, num_bytes: int) -> bytes:
+        place = {"Range": f"bytes={start}-{start + num_bytes - 1}"}
+        return self.patiently("read", key, lambda of: self.client.get_object(**of, **place)["Body"].read())
+
+    def presigned(self, key: str, lasts_s: float) -> str:
+        place = {"Bucket": self.bucket, "Key": self.base + checked_key(key)}
+        return self.client.generate_presigned_url("get_object", place, int(lasts_s))
 
     def download(self, key: str, path: Path) -> None:
         with arriving(path) as temporary:

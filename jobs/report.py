@@ -1,0 +1,100 @@
+"""`dailies report`: the morning report, written into the run folder, now or every few minutes of a run."""
+
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any, Self
+
+from dailies.jobs.answer import answer
+from dailies.jobs.posters import make_posters
+from dailies.jobs.progress import duration_text, say
+from dailies.jobs.runs import open_run
+from dailies.jobs.usage import UsageError, checked_place, seconds_meant
+from dailies.pipeline.report.writer import Source, Unreachable, Written, write_report
+from dailies.pipeline.run.layout import REPORT
+from dailies.pipeline.run.run_json import read_run
+from dailies.pipeline.store import Store, open_store
+from dailies.pipeline.wording import counted
+
+LONGEST_LINK_S = 7 * 24 * 3600          # of a signed link, by the protocol
+
+
+def report(uri: str, *, beside: Sequence[str] = (), to: str | None = None, presign: str | None = None,
+           price: float | None = None, posters: bool = True, json: bool) -> int:
+    """Write the report of a run folder, whatever state it is in.
+
+    beside: other runs, whose clips stand beside those of the same prompt.  to: a folder for the report in place of the
+    run's own report/.  presign: how long links to the clips work, as 12h.  posters: make those that are missing.
+    Raises UsageError, StoreError.
+    """
+    presign_s = None if presign is None else seconds_meant("--presign", presign)
+    if presign_s is not None and presign_s > LONGEST_LINK_S:
+        raise UsageError(f"--presign {presign}: a signed link lasts 7 days at most")
+    sources = [Source(store=store, run=run) for store, run in map(open_run, (uri, *beside))]
+    target = open_store(checked_place("--to", to)) if to is not None else None
+    began = time.monotonic()
+    made = [make_posters(source.store, quiet=json) if posters else (0, 0) for source in sources]
+    try:
+        written = write_report(sources, to=target, price=price, presign_s=presign_s)
+    except Unreachable as error:
+        raise UsageError(str(error)) from None
+    place = target.uri_of("index.html") if target else sources[0].store.uri_of(f"{REPORT}/index.html")
+    said: dict[str, Any] = {
+        "exit_code": 0, "out": sources[0].store.uri, "report": place, "rows": written.rows,
+        **{name: written.figures[name] for name in ("done", "failed", "pending", "clips", "clips_per_hour", "cost")
+           if name in written.figures},
+        "posters_made": sum(made_now for made_now, _ in made), "without_poster": written.without_poster,
+        "unrecorded": written.unrecorded, "files": written.files, "new_files": written.new_files,
+        "bytes": written.num_bytes, "first_bytes": written.first_bytes, "seconds": round(time.monotonic() - began, 3)}
+    return answer(said, lambda: tell_report(said), json=json)
+
+
+def tell_report(said: dict[str, Any]) -> None:
+    say(f"{said['report']}: {said['done']:,} done, {said['failed']:,} failed, {said['pending']:,} pending; "
+        f"{said['bytes'] / 1e6:.1f} MB beside posters, written in {duration_text(said['seconds'])}")
+    if said["posters_made"]:
+        say(f"{counted(said['posters_made'], 'poster')} made of clips that had none")
+    if said["without_poster"]:
+        say(f"{counted(said['without_poster'], 'clip')} without a poster; dailies verify {said['out']} says what is "
+            "wrong with a clip")
+    if said["unrecorded"]:
+        say(f"{counted(said['unrecorded'], 'clip')} published and not in the ledger yet; the next render records what "
+            "it plans")
+    if "://" not in said["report"]:
+        say("Open it in a browser as it lies there")
+
+
+class Reports:
+    """The report of a run that goes on, written again and again until the block ends, and once more then.
+
+    A thread writes it. What goes wrong is told and costs the run nothing: the next one may succeed.
+    """
+
+    def __init__(self, store: Store, every_s: float | None, tell: Any):
+        """every_s: None for none at all.  tell: a sentence, for a person."""
+        self.store, self.every_s, self.tell = store, every_s, tell
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self.go_on, daemon=True)
+
+    def __enter__(self) -> Self:
+        if self.every_s is not None:
+            self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.every_s is not None:
+            self.over.set()
+            self.thread.join()
+            self.write()
+
+    def go_on(self) -> None:
+        while not self.over.wait(self.every_s):
+            self.write()
+
+    def write(self) -> Written | None:
+        try:
+            run = read_run(self.store)
+            return None if run is None else write_report([Source(store=self.store, run=run)])
+        except Exception as error:
+            self.tell(f"the report was not written this time: {error}")
+            return None

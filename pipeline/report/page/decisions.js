@@ -1,0 +1,136 @@
+"use strict";
+/* What a person decides: pick, reject, redo, a note. It is kept in this browser under the run's key, one entry for each
+   clip, and leaves as picks.json (docs/morning.md); a page that is served sends it into the run folder as well. */
+
+(() => {
+  const DECISIONS = ["pick", "reject", "redo"];
+  const own = new Map();                // key -> entry, made in this browser
+  const past = [];                      // [key, entry or undefined], the last change at the end
+  const listeners = [];
+  let unsent = new Map();               // key -> entry, of a page that is served
+  let sending = null;
+  let full = false;
+
+  const prefix = () => `dailies:${dailies.said.key}:`;
+  const keyOf = row => JSON.stringify([row.id, String(row.seed), row.clip_id]);
+  const served = document.documentElement.dataset.served === "yes";
+
+  function open() {
+    const start = prefix();
+    for (let place = 0; place < localStorage.length; place += 1) {
+      const name = localStorage.key(place);
+      if (!name.startsWith(start)) continue;
+      try {
+        const entry = JSON.parse(localStorage.getItem(name));
+        if (entry && typeof entry.note === "string") own.set(name.slice(start.length), entry);
+      } catch { /* of another program */ }
+    }
+  }
+
+  /* What holds for a row: what was decided here, or what the run folder has. */
+  function of(row) {
+    return own.get(keyOf(row)) || { decision: row.decision || null, note: row.note || "" };
+  }
+
+  /* A row that can be judged: one of this run, with a seed. */
+  const takes = row => row && !row.run && row.clip_id && row.seed !== null && row.seed !== undefined;
+
+  function store(key, entry) {
+    if (entry) own.set(key, entry); else own.delete(key);
+    try {
+      if (entry) localStorage.setItem(prefix() + key, JSON.stringify(entry));
+      else localStorage.removeItem(prefix() + key);
+      full = false;
+    } catch {
+      if (!full) dailies.tell("This browser keeps no more. Download the picks now: they are in this page alone.");
+      full = true;
+    }
+  }
+
+  function set(row, change) {
+    const key = keyOf(row);
+    past.push([key, own.get(key), row]);
+    const entry = { ...of(row), ...change, at: new Date().toISOString() };
+    store(key, entry);
+    send(key, entry, row);
+    listeners.forEach(listener => listener(row));
+  }
+
+  /* The same key again takes a decision back. */
+  function decide(row, decision) {
+    set(row, { decision: of(row).decision === decision ? null : decision });
+    return of(row).decision;
+  }
+
+  const note = (row, text) => { if (of(row).note !== text) set(row, { note: text }); };
+
+  /* Takes the last change back; the row that it was of, or null. */
+  function undo() {
+    const last = past.pop();
+    if (!last) return null;
+    const [key, before, row] = last;
+    store(key, before);
+    send(key, before || { ...of(row), at: new Date().toISOString() }, row);
+    listeners.forEach(listener => listener(row));
+    return row;
+  }
+
+  // The file.
+
+  /* A seed can be larger than JavaScript's whole numbers, and is written digit by digit. */
+  function lineOf(key, entry) {
+    const [id, seed, clip] = JSON.parse(key);
+    const rest = { clip_id: clip, decision: entry.decision, note: entry.note, decided_at: entry.at };
+    return `{"id":${JSON.stringify(id)},"seed":${BigInt(seed)},${JSON.stringify(rest).slice(1)}`;
+  }
+
+  const fileOf = entries =>
+    `{"format":1,"picks":[\n${[...entries].map(([key, entry]) => lineOf(key, entry)).join(",\n")}\n]}\n`;
+
+  function download() {
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(new Blob([fileOf(own)], { type: "application/json" }));
+    link.download = "picks.json";
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 60000);
+  }
+
+  // A page that is served.
+
+  const SEND_AFTER_MS = 800;
+
+  function send(key, entry, row) {
+    if (!served) return;
+    unsent.set(key, { ...entry, note: entry.note || "", decision: entry.decision || null });
+    if (!sending) sending = setTimeout(flush, SEND_AFTER_MS);
+    dailies.state && dailies.state("saving");
+  }
+
+  async function flush() {
+    const batch = unsent;
+    unsent = new Map();
+    sending = null;
+    try {
+      const answer = await fetch("picks", { method: "POST", body: fileOf(batch), keepalive: batch.size < 100,
+        headers: { "Content-Type": "application/json" } });
+      if (!answer.ok) throw new Error((await answer.text()).slice(0, 300) || `answer ${answer.status}`);
+      dailies.state && dailies.state(unsent.size ? "saving" : "saved");
+    } catch (error) {
+      for (const [key, entry] of batch) if (!unsent.has(key)) unsent.set(key, entry);
+      sending = setTimeout(flush, 5000);
+      dailies.state && dailies.state("not saved", error.message);
+    }
+  }
+
+  addEventListener("pagehide", () => { if (unsent.size) flush(); });
+
+  /* How many of each there are, of this browser and of the run folder together. */
+  function counts(total) {
+    const found = { pick: 0, reject: 0, redo: 0 };
+    for (const entry of own.values()) if (entry.decision) found[entry.decision] += 1;
+    return found;
+  }
+
+  dailies.decisions = { DECISIONS, open, of, takes, decide, note, undo, download, counts, served, keyOf,
+    fileOf: () => fileOf(own), size: () => own.size, onChange: listener => listeners.push(listener) };
+})();
