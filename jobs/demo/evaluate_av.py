@@ -1,0 +1,77 @@
+"""How well the demo with sound hears what it shows: prompts it never saw, rendered, seen and listened to.
+
+python -m dailies.jobs.demo.evaluate_av --model demo-av --prompts 100
+
+A clip's tone must begin within 60 ms of the moment at which its own shape, as it is shown, turns at the border; its
+pitch is that of the colour that was asked for.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dailies.jobs.demo.checker import follow, read_attributes
+from dailies.jobs.demo.ear import color_heard, onset_s, size_heard, turn_s
+from dailies.jobs.demo.evaluate import render_prompts
+from dailies.jobs.demo.world_av import Bounce, unseen_bounces
+from dailies.model.catalog import CATALOG
+
+TOLERANCE_S = 0.06
+SEEN = ("shape", "color", "background", "size")         # what pictures tell of a scene that turns
+
+
+def judged_clip(scene: Bounce, rgb: Tensor, sound: Tensor | None, rate: int) -> dict[str, Any]:
+    """What is right of a clip, and how far the onset is from the turn, in seconds; None where nothing is heard.
+
+    rgb uint8 [frames, 64, 64, 3].  sound [samples, 2]; None is silence.
+    """
+    seen = read_attributes(rgb)
+    turn = turn_s(follow(rgb, scene.shape).centres, scene.direction)
+    heard = None if sound is None else onset_s(sound, rate)
+    late = None if heard is None else heard - turn
+    return {"late_s": late, "onset": late is not None and abs(late) <= TOLERANCE_S,
+            "pitch": sound is not None and color_heard(sound, rate) == scene.color,
+            "loudness": sound is not None and size_heard(sound) == scene.size,
+            **{name: seen[name] == getattr(scene, name) for name in SEEN}}
+
+
+def shares(verdicts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of all clips: shares of what is right, and quartiles of how late the tones are."""
+    late = sorted(verdict["late_s"] for verdict in verdicts if verdict["late_s"] is not None)
+    quarters = [round(late[round(share * (len(late) - 1))], 3) for share in (0.25, 0.5, 0.75)] if late else None
+    return {"clips": len(verdicts), "silent": len(verdicts) - len(late), "late_s_quartiles": quarters,
+            **{name: round(sum(bool(verdict[name]) for verdict in verdicts) / len(verdicts), 3)
+               for name in ("onset", "pitch", "loudness", *SEEN)}}
+
+
+def evaluated(cases: Iterable[tuple[Bounce, Tensor, Tensor | None]], rate: int) -> dict[str, Any]:
+    return shares([judged_clip(scene, rgb, sound, rate) for scene, rgb, sound in cases])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo-av")
+    parser.add_argument("--weights", type=Path, help="a folder laid out as model/demo_av")
+    parser.add_argument("--prompts", type=int, default=100)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--guidance", type=float)
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    card = CATALOG[args.model]
+    scenes, began = unseen_bounces(args.prompts), time.process_time()
+    frames = render_prompts([sentence for _, sentence in scenes], card, args.weights or card.folder, args.device,
+                            num_steps=args.steps, guidance=args.guidance, precision="fp32",
+                            attention=card.attentions[0])
+    cases = ((scene, shown.rgb, shown.audio) for (scene, _), shown in zip(scenes, frames, strict=True))
+    said = evaluated(cases, card.audio_rate)
+    print(json.dumps(dict(model=card.name, **said,
+                          cpu_s_per_clip=round((time.process_time() - began) / args.prompts, 2)), indent=2))
+
+
+if __name__ == "__main__":
+    main()
