@@ -9,7 +9,6 @@ from golden import Golden
 from parts import dit_of
 from wan_tiny import WAN_TINY, WAN_TINY_A14B, write_weights
 
-from dailies.actors.image_encoder import is_of
 from dailies.model import checkpoint
 from dailies.model.catalog import CATALOG
 from dailies.model.family import family_of
@@ -18,6 +17,7 @@ from dailies.model.schedules import wan_sigmas, whole_timestep
 from dailies.model.shapes import VideoShape
 from dailies.model.wan import keys as wan_keys
 from dailies.model.wan.card import WAN_NEGATIVE_PROMPT, TurboCard, WanCard
+from dailies.model.wan.images import is_of
 from dailies.model.wan.load import WAN as WAN_FAMILY
 from dailies.model.wan.transformer import WanDiT
 from dailies.model.weights import layout_in, locate, missing_files, weights_files
