@@ -1,6 +1,7 @@
 """The sound of a clip: it begins with the pictures and ends with them to a millisecond, is heard as it was made, and is
 missed where it is not there."""
 
+import base64
 import hashlib
 import io
 from dataclasses import replace
@@ -11,6 +12,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from browser import opened
 from test_clip_writer import MemoryStore, moving_disc, request
 from test_new_family import duet, plan_of, rendered  # noqa: F401
 
@@ -235,3 +237,39 @@ def test_a_row_that_wants_no_sound_gets_none_and_misses_none(duet):  # noqa: F81
         settings = {} if asked is None else {"audio": asked}
         (frames,) = decoder([Latent(request=replace(made, settings=settings), streams=streams)])
         assert (frames.audio is not None) == has_sound and frames.fallbacks == ()
+
+
+HEARD = """(async () => {
+  const bytes = Uint8Array.from(atob("%s"), each => each.charCodeAt(0));
+  const sound = await new OfflineAudioContext(2, 1, %d).decodeAudioData(bytes.slice().buffer);
+  const video = document.createElement("video");
+  const shown = new Promise((done, failed) => {
+    video.onended = done; video.onerror = () => failed(video.error.message);
+  });
+  video.src = URL.createObjectURL(new Blob([bytes], {type: "video/mp4"}));
+  video.muted = true; video.playbackRate = 4; await video.play(); await shown;
+  const written = channel => {
+    const raw = new Uint8Array(sound.getChannelData(channel).buffer);
+    let text = "";
+    for (let at = 0; at < raw.length; at += 8192) text += String.fromCharCode(...raw.subarray(at, at + 8192));
+    return btoa(text);
+  };
+  return {rate: sound.sampleRate, ears: [written(0), written(1)], lasts_s: video.duration, ended_s: video.currentTime};
+})()"""
+
+
+def test_chromium_plays_it_and_hears_what_was_written():
+    with opened() as page:
+        for frames, fps, rate in ((49, 24.0, 24_000), (25, NTSC, 48_000)):
+            wanted = wanted_samples(request(frames).shape, fps, rate)
+            at = wanted // 3
+            audio = tone(wanted - rate // 20, rate, click=at)
+            _, data = published(request(frames, fps=fps), audio, rate)
+            found = page.run(HEARD % (base64.b64encode(data).decode(), rate))
+            heard = np.stack([np.frombuffer(base64.b64decode(ear), np.float32) for ear in found["ears"]])
+            assert found["rate"] == rate and heard.shape == (2, wanted), "to the sample: it goes by the edit list"
+            assert abs(found["lasts_s"] - wanted / rate) < 1e-3 and abs(found["ended_s"] - wanted / rate) < 2e-3
+            assert np.abs(heard[0]).argmax() == at
+            for ear, written in zip(heard, audio.T.numpy(), strict=True):
+                assert np.corrcoef(ear[:len(written)], written)[0, 1] > 0.99
+                assert np.abs(ear[len(written) + 512:]).max() < 0.02
