@@ -27,8 +27,8 @@ class Ops:
         return x, (h if scale is None else h * (1 + scale) + shift).to(before.takes)
 
     def join(self, x: Any, y: Tensor, out: Linear, gate: Tensor | None, norm: nn.LayerNorm, before: Linear,
-             scale: Tensor | None = None, shift: Tensor | None = None) -> tuple[Any, Any]:
-        """`norm` of x + gate * out(y).  gate [B, 1, D]."""
+             scale: Tensor | None = None, shift: Tensor | None = None, *, last: bool = False) -> tuple[Any, Any]:
+        """`norm` of x + gate * out(y).  gate [B, 1, D].  last: `feed_forward` is what joins the stream next."""
         update = out(y)
         return self.norm(x + (update if gate is None else gate * update), norm, before, scale, shift)
 

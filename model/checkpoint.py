@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from dailies.kernels import processor
 from dailies.model import foreign
+from dailies.model.eight_bits import FP8, FP8_SCALES, scale_name, scaled_weight
 from dailies.model.files import INDEX, PICKLES, CheckpointError, first_line, listed, weight_map, weights_file
 from dailies.model.keys import KeyTable, table_of
 from dailies.model.layers import takes_low_precision
@@ -30,10 +31,11 @@ MAX_TENSORS = 200_000
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": FP8,                                     # a weight, which has its scale beside it
 }
 TWIN_NUMBERS = 2**24                                    # compared at once
 DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+_FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16, FP8}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,11 +88,16 @@ def load(model: nn.Module, path: Path, *tables: KeyTable, name: str, device: str
     where = f"{name}: {path}"
     found = match(stored, wanted, table, where)
     check_twins(stored, found, table, where)
+    scales = fp8_scales(stored, found, wanted)
     left = Counter(key.rpartition(".")[0] for key in wanted)
     for key, tensor in views({key: found[key] for key in wanted}):
         dtype = dtypes if isinstance(dtypes, torch.dtype) else dtypes.get(key, torch.float32)
         if not wanted[key].is_floating_point():
             dtype = wanted[key].dtype
+        if wanted[key].dtype == FP8:
+            dtype = FP8
+        elif tensor.dtype == FP8:
+            tensor = tensor.to(device).float() * scales[key]
         owner, _, leaf = key.rpartition(".")
         module = model.get_submodule(owner)
         place(module, leaf, tensor.to(device, dtype, copy=True).reshape(wanted[key].shape))
@@ -107,7 +114,9 @@ def match(stored: Mapping[str, StoredTensor], wanted: Mapping[str, Tensor], tabl
         ours = table.ours(released)
         if ours is not None and ours in wanted and not table.drops(released):
             found.setdefault(ours, tensor)              # a tied tensor may be stored under both its names: check_twins
-    unexpected = [key for key in stored if not table.drops(key) and table.ours(key) not in wanted]
+    # the scale of a weight in FP8 is a part of it
+    unexpected = [key for key in stored if not table.drops(key) and table.ours(key) not in wanted
+                  and not is_fp8_scale(key, stored)]
     missing = [f"{key} (there: {table.released(key)})" for key in wanted if key not in found]
     kind = foreign.kind_of(stored, {name: tensor.shape for name, tensor in stored.items()})
     next_step = (f"Is it another model's file?{kind} If the release has changed, name them in {table.name}, keys.py "
@@ -121,17 +130,44 @@ def match(stored: Mapping[str, StoredTensor], wanted: Mapping[str, Tensor], tabl
         rows, *others = wanted[key].shape or (1,)
         return (rows, math.prod(others)) if stored.name in table.flat else tuple(wanted[key].shape)
 
+    check_fp8_scales(stored, found, where)
     misshapen = [f"{tensor.name} must be {list(shape(key, tensor))}, got {list(tensor.shape)}"
                  for key, tensor in found.items() if tensor.shape != shape(key, tensor)]
     if misshapen:
         raise CheckpointError(f"{where}: {count(misshapen)} of another shape: {listed(misshapen)}. "
                               f"Is it another model's file?{kind}")
-    for kind, dtypes in (("floating point", _FLOATS), ("int8", {torch.int8})):
+    for kind, ours, dtypes in (("floating point", _FLOATS - {FP8}, _FLOATS), ("int8", {torch.int8}, {torch.int8}),
+                               ("FP8", {FP8}, {FP8})):
         others = [f"{found[key].name} ({found[key].dtype})" for key, tensor in wanted.items()
-                  if tensor.dtype in dtypes and found[key].dtype not in dtypes]
+                  if tensor.dtype in ours and found[key].dtype not in dtypes]
         if others:
             raise CheckpointError(f"{where}: {count(others)} that must be {kind}: {listed(others)}")
     return found
+
+
+def is_fp8_scale(name: str, stored: Mapping[str, StoredTensor]) -> bool:
+    weight = stored.get(scaled_weight(name) or "")
+    return weight is not None and weight.dtype == FP8
+
+
+def check_fp8_scales(stored: Mapping[str, StoredTensor], found: Mapping[str, StoredTensor], where: str) -> None:
+    """Raises CheckpointError where a weight in FP8 that is wanted has scales of another kind."""
+    for tensor in found.values():
+        for kind in FP8_SCALES if tensor.dtype == FP8 else ():
+            scale = stored.get(scale_name(tensor.name, kind))
+            if scale is None and kind == FP8_SCALES[0] or scale is not None and (
+                    math.prod(scale.shape) != 1 or scale.dtype != torch.float32):
+                said = "missing" if scale is None else f"{list(scale.shape)} in {scale.dtype}"
+                raise CheckpointError(f"{where}: {scale_name(tensor.name, kind)} must be one number in fp32; it is "
+                                      f"{said}. dailies reads FP8 as LTX-2 is published: a scale for each weight")
+
+
+def fp8_scales(stored: Mapping[str, StoredTensor], found: Mapping[str, StoredTensor],
+               wanted: Mapping[str, Tensor]) -> dict[str, float]:
+    """By our name, what each weight that is widened as it is read is multiplied by."""
+    narrow = {key: stored[scale_name(tensor.name)] for key, tensor in found.items()
+              if tensor.dtype == FP8 and wanted[key].dtype != FP8}
+    return {key: scale.reshape(()).item() for key, scale in views(narrow)}
 
 
 def check_twins(stored: Mapping[str, StoredTensor], found: Mapping[str, StoredTensor], table: KeyTable,
@@ -205,7 +241,8 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise not_whole(path, "its metadata is not text")
     low = {name: entry["dtype"] for name, entry in said.items()
-           if isinstance(entry, dict) and isinstance(entry.get("dtype"), str) and entry["dtype"] in foreign.QUANTIZED}
+           if isinstance(entry, dict) and isinstance(entry.get("dtype"), str) and entry["dtype"] in foreign.QUANTIZED
+           and not (entry["dtype"] == "F8_E4M3" and scale_name(name) in said)}
     if low:
         raise CheckpointError(foreign.quantized(path, low))
     return _announced(path, said, num_bytes), metadata

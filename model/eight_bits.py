@@ -13,6 +13,19 @@ from dailies.kernels.int8_linear import Quantized, dequantize, quantize_rows
 
 FP8 = torch.float8_e4m3fn
 FP8_MOST = 448.0                                        # the largest number of FP8
+FP8_SCALES = ("weight_scale", "input_scale")            # their names in a file, beside `weight`
+
+
+def scale_name(weight: str, kind: str = FP8_SCALES[0]) -> str | None:
+    """The name of a weight's scale; None for what is named as no weight."""
+    owner, dot, leaf = weight.rpartition(".")
+    return owner + dot + kind if leaf == "weight" else None
+
+
+def scaled_weight(scale: str) -> str | None:
+    """The name of the weight that a scale is of; None for what is named as no scale."""
+    owner, dot, leaf = scale.rpartition(".")
+    return f"{owner}{dot}weight" if leaf in FP8_SCALES else None
 
 
 class NarrowLinear(nn.Module):

@@ -78,17 +78,20 @@ class FusedOps(Ops):
         return joined_norm(x, updates, norm, before, scale, shift)
 
     def join(self, x: Tensor | Unjoined, y: Tensor, out: Linear | Int8Linear, gate: Tensor | None, norm: nn.LayerNorm,
-             before: Linear | Int8Linear, scale: Tensor | None = None,
-             shift: Tensor | None = None) -> tuple[Tensor | Unjoined, Tensor | Quantized]:
+             before: Linear | Int8Linear, scale: Tensor | None = None, shift: Tensor | None = None, *,
+             last: bool = False) -> tuple[Tensor | Unjoined, Tensor | Quantized]:
         update = Update(out(y), gate)
         if isinstance(x, Unjoined):
             return joined_norm(x.stream, [x.update, update], norm, before, scale, shift)
-        later = x.is_cuda
+        later = x.is_cuda and not last
         stream, h = joined_norm(x, [update], norm, before, scale, shift, keep=not later)
         return Unjoined(x, update) if later else stream, h
 
     def feed_forward(self, x: Tensor, h: Tensor | Quantized, into: Linear | Int8Linear, out: Linear | Int8Linear,
                      gate: Tensor) -> Tensor | Unjoined:
+        if tokens_differ(gate):
+            x, *updates = x if isinstance(x, Unjoined) else (x,)
+            return torch.addcmul(joined_stream(x, updates), gate, out(F.gelu(into(h), approximate="tanh")).to(x.dtype))
         if isinstance(into, Int8Linear):
             h = int8_linear(h, into.quantized, into.bias, gelu=True, dtype=torch.bfloat16)
             return int8_linear(h, out.quantized, out.bias, gate=gate, residual=x)
@@ -114,8 +117,26 @@ class FusedOps(Ops):
 
 def joined_norm(x: Tensor, updates: list[Update], norm: nn.LayerNorm, before: Linear | Int8Linear,
                 scale: Tensor | None, shift: Tensor | None, *, keep: bool = True) -> tuple[Tensor, Tensor | Quantized]:
-    return modulated_norm(x, Affine(norm.weight, norm.bias, scale, shift), updates=updates, keep=keep,
-                          output=before.takes, eps=norm.eps)
+    how = dict(eps=norm.eps, centred=getattr(norm, "centred", True))
+    if not tokens_differ(scale, *(update.gate for update in updates)):
+        return modulated_norm(x, Affine(norm.weight, norm.bias, scale, shift), updates=updates, keep=keep,
+                              output=before.takes, **how)
+    stream = joined_stream(x, updates)
+    _, h = modulated_norm(stream, Affine(norm.weight, norm.bias), output=torch.float32, **how)
+    h = h if scale is None else torch.addcmul(shift, h, 1 + scale)
+    return stream, h if isinstance(before.takes, str) else h.to(before.takes)
+
+
+def tokens_differ(*rows: Tensor | None) -> bool:
+    """Whether scales or gates are [B, N, D], of tokens that are not at one time, and not [B, 1, D]; kernels take that
+    alone."""
+    return any(row is not None and row.shape[1] != 1 for row in rows)
+
+
+def joined_stream(x: Tensor, updates: list[Update]) -> Tensor:
+    for value, gate in updates:
+        x = x + value if gate is None else torch.addcmul(x, gate, value.to(x.dtype))
+    return x
 
 
 def gelu_linear(x: Tensor, linear: Linear, has_gelu_in_product: bool) -> Tensor:

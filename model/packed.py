@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from dailies.kernels import processor
 from dailies.kernels.int8_linear import Quantized, dequantize, pack, packed_feed_forward_, packed_linear, quantize_rows
-from dailies.kernels.norm import Affine, packed_modulated_norm_, packed_rms_norm, packed_rms_rope
+from dailies.kernels.norm import Affine, Update, packed_modulated_norm_, packed_rms_norm, packed_rms_rope
 from dailies.model.block import Rope, SelfAttention
-from dailies.model.fused import FusedOps, Int8Linear
+from dailies.model.fused import FusedOps, Int8Linear, joined_norm, tokens_differ
 from dailies.model.layers import RMSNorm
 
 
@@ -32,13 +32,18 @@ class PackedOps(FusedOps):
     """Of a model whose blocks have PackedInt8Linear layers. A caller's stream is used up."""
 
     def join(self, x: Tensor, y: Tensor, out: PackedInt8Linear, gate: Tensor | None, norm: nn.LayerNorm,
-             before: PackedInt8Linear, scale: Tensor | None = None,
-             shift: Tensor | None = None) -> tuple[Tensor, Quantized]:
+             before: PackedInt8Linear, scale: Tensor | None = None, shift: Tensor | None = None, *,
+             last: bool = False) -> tuple[Tensor, Quantized]:
+        if tokens_differ(gate, scale):
+            return joined_norm(x, [Update(out(y), gate)], norm, before, scale, shift)
         affine = Affine(norm.weight, norm.bias, scale, shift)
-        return x, packed_modulated_norm_(x, y, out.weight, affine, gate=gate, eps=norm.eps)
+        return x, packed_modulated_norm_(x, y, out.weight, affine, gate=gate, eps=norm.eps,
+                                         centred=getattr(norm, "centred", True))
 
     def feed_forward(self, x: Tensor, h: Quantized, into: PackedInt8Linear, out: PackedInt8Linear,
                      gate: Tensor) -> Tensor:
+        if tokens_differ(gate):
+            return super().feed_forward(x, h, into, out, gate)
         packed_feed_forward_(x, h, into.weight, out.weight, gate)
         return x
 

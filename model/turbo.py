@@ -25,9 +25,10 @@ from dailies.model import checkpoint
 from dailies.model.block import use_ops
 from dailies.model.card import Sparsity
 from dailies.model.checkpoint import StoredTensor
+from dailies.model.eight_bits import FP8, Fp8Linear
 from dailies.model.files import CheckpointError
 from dailies.model.fused import FusedOps, Int8Linear
-from dailies.model.keys import KeyTable
+from dailies.model.keys import KeyTable, table_of
 from dailies.model.layers import FullPrecisionLinear, Linear
 from dailies.model.packed import PackedInt8Linear, PackedOps
 from dailies.model.private import cache_folder, private_folder
@@ -39,9 +40,10 @@ _SHAPES = 1000                                           # of clips that one pro
 
 def build(make: Callable[[], checkpoint.Model], path: Path, *tables: KeyTable, name: str, device: str, precision: str,
           attention: str, sparsity: Sparsity) -> checkpoint.Model:
-    """checkpoint.build, refitted: precision fp32, bf16 or int8, attention dense, sage or sparse.
+    """checkpoint.build, refitted: precision fp32, bf16, int8 or fp8, attention dense, sage or sparse.
 
-    A file of INT8 layers is loaded as it is, one of others is quantised layer by layer while it is loaded.
+    A file of INT8 layers is loaded as it is, one of others is quantised layer by layer while it is loaded. In fp8 the
+    layers that the file has in FP8 stay so, and the rest is bf16.
     Raises CheckpointError, also for INT8 weights where another precision is wanted.
     """
     stored = checkpoint.stored_tensors(path)
@@ -49,6 +51,9 @@ def build(make: Callable[[], checkpoint.Model], path: Path, *tables: KeyTable, n
     if scheme and precision != "int8":
         raise CheckpointError(f"{name}: {path} holds INT8 layers, which cannot be made {precision} again. "
                               "Say --precision int8, or name a folder with the weights that are not quantised")
+
+    table = table_of(stored, tables)
+    narrow = {table.ours(key) for key, tensor in stored.items() if tensor.dtype == FP8} if precision == "fp8" else ()
 
     def refitted() -> checkpoint.Model:
         dit = make()
@@ -58,6 +63,11 @@ def build(make: Callable[[], checkpoint.Model], path: Path, *tables: KeyTable, n
             sizes, bias = (linear.in_features, linear.out_features), linear.bias is not None
             layer = Int8Linear(*sizes, scheme=scheme, bias=bias) if scheme else Unquantized(*sizes, bias=bias)
             dit.set_submodule(place, layer)
+        for place, linear in linears_of_blocks(dit):
+            if f"{place}.weight" in narrow:
+                layer = Fp8Linear(linear.in_features, linear.out_features, bias=linear.bias is not None,
+                                  wide=processor.dtype_of(precision, device))
+                dit.set_submodule(place, layer)
         return dit
 
     return checkpoint.build(refitted, path, *tables, name=name, device=device, precision=precision, settle=settled)
@@ -85,8 +95,9 @@ def fallbacks(stored: Mapping[str, StoredTensor], device: str, precision: str) -
 
 def linears_of_blocks(dit: nn.Module) -> list[tuple[str, Linear]]:
     """Those that are quantised, and their names."""
+    blocks, = (place + "." for place, module in dit.named_modules() if module is dit.blocks)
     return [(place, module) for place, module in dit.named_modules()
-            if place.startswith("blocks.") and isinstance(module, Linear) and not place.endswith(".proj")]
+            if place.startswith(blocks) and isinstance(module, Linear) and not place.endswith(".attn.proj")]
 
 
 def settled(place: str, module: nn.Module) -> nn.Module:

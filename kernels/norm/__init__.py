@@ -44,12 +44,13 @@ class Update(NamedTuple):
 
 
 def modulated_norm(x: Tensor, affine: Affine = PLAIN, *, updates: Sequence[Update] = (), keep: bool = True,
-                   output: torch.dtype | Scheme | None = None, eps: float = 1e-6,
+                   output: torch.dtype | Scheme | None = None, eps: float = 1e-6, centred: bool = True,
                    impl: Impl = "auto") -> tuple[Tensor, Tensor | Quantized]:
     """The stream x + update, in x's dtype, and its layer norm, modulated.
 
     x [B, N, D] contiguous; it, updates and affine in fp32, bf16 or fp16.  Without updates the stream is x itself.
     Arithmetic is fp32; the norm is that of the stream as it is returned.
+    centred: False leaves the mean where it is, which makes it the RMS norm.
     output: the norm's dtype, by default x's; or a scheme: then it is Quantized, by quantize_rows or quantize_blocks of
     the norm in fp32.
     keep=False: the stream is not written, and x is returned in its place. Its update is then given again with the next
@@ -62,7 +63,7 @@ def modulated_norm(x: Tensor, affine: Affine = PLAIN, *, updates: Sequence[Updat
     # tiles of a scale are many rows, and no CPU's model runs on them
     impl = chosen_impl(impl, x, on_cpu="reference" if kind == "blocks" else "cpu")
     joined = [part for update in updates for part in update]
-    results = torch.ops.dailies.modulated_norm(x, joined, affine, keep, eps, kind, impl)
+    results = torch.ops.dailies.modulated_norm(x, joined, affine, keep, eps, kind, impl, centred)
     stream, values = (results[0], results[1:]) if keep and updates else (x, results)
     return stream, Quantized(*values) if len(values) > 1 else values[0]
 
@@ -94,12 +95,12 @@ def rms_norm(x: Tensor, gain: Tensor, *, eps: float = 1e-6, dtype: torch.dtype |
 
 
 def packed_modulated_norm_(x: Tensor, y: Tensor | Quantized, layer: Packed, affine: Affine = PLAIN, *,
-                           gate: Tensor | None = None, eps: float = 1e-6) -> Quantized:
+                           gate: Tensor | None = None, eps: float = 1e-6, centred: bool = True) -> Quantized:
     """x += gate * layer(y), in place, and the norm of that in rows of INT8.
 
     x [B, N, D] fp32 or bf16, y [B, N, K] floating or of quantize_rows; the rest as modulated_norm takes it.
     """
-    return Quantized(*torch.ops.dailies.packed_modulated_norm_(x, *values_scales(y), layer, gate, affine, eps))
+    return Quantized(*torch.ops.dailies.packed_modulated_norm_(x, *values_scales(y), layer, gate, affine, eps, centred))
 
 
 def packed_rms_rope(x: Tensor | Quantized, layer: Packed, gain: Tensor, rope: Rope, *, heads: int, eps: float,
@@ -157,18 +158,18 @@ def check_operands(name: str, x: Tensor, wanted: dict[str, tuple[Tensor | None, 
 
 @torch.library.custom_op("dailies::modulated_norm", mutates_args=())
 def modulated_norm_op(x: Tensor, updates: Sequence[Tensor | None], affine: Sequence[Tensor | None], keep: bool,
-                      eps: float, output: str, impl: str) -> list[Tensor]:
+                      eps: float, output: str, impl: str, centred: bool = True) -> list[Tensor]:
     """The stream, if there are updates and it is kept, then y.
 
     updates: value and gate of each.  output: y's dtype, or the scheme, for int8 values and scales.
     """
     joined = [Update(*update) for update in zip(updates[::2], updates[1::2], strict=True)]
-    return implementation("norm", impl).modulated_norm(x, joined, Affine(*affine), keep, eps, output)
+    return implementation("norm", impl).modulated_norm(x, joined, Affine(*affine), keep, eps, output, centred)
 
 
 @modulated_norm_op.register_fake
 def _(x: Tensor, updates: Sequence[Tensor | None], affine: Sequence[Tensor | None], keep: bool, eps: float, output: str,
-      impl: str) -> list[Tensor]:
+      impl: str, centred: bool = True) -> list[Tensor]:
     stream = [torch.empty_like(x)] if keep and updates else []
     batch, tokens, width = x.shape
     if output == "rows":
@@ -204,14 +205,15 @@ def _(x: Tensor, gain: Tensor, eps: float, dtype: torch.dtype, impl: str) -> Ten
 
 @torch.library.custom_op("dailies::packed_modulated_norm_", mutates_args=("x",))
 def packed_modulated_norm_op(x: Tensor, y: Tensor, y_scales: Tensor | None, layer: Sequence[Tensor | None],
-                             gate: Tensor | None, affine: Sequence[Tensor | None], eps: float) -> tuple[Tensor, Tensor]:
+                             gate: Tensor | None, affine: Sequence[Tensor | None], eps: float,
+                             centred: bool = True) -> tuple[Tensor, Tensor]:
     norm = implementation("norm", "cpu").packed_modulated_norm_
-    return norm(x, y, y_scales, Packed(*layer), gate, Affine(*affine), eps)
+    return norm(x, y, y_scales, Packed(*layer), gate, Affine(*affine), eps, centred)
 
 
 @packed_modulated_norm_op.register_fake
 def _(x: Tensor, y: Tensor, y_scales: Tensor | None, layer: Sequence[Tensor | None], gate: Tensor | None,
-      affine: Sequence[Tensor | None], eps: float) -> tuple[Tensor, Tensor]:
+      affine: Sequence[Tensor | None], eps: float, centred: bool = True) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x, dtype=torch.int8), x.new_empty(x.shape[:2], dtype=torch.float32)
 
 

@@ -18,8 +18,8 @@ NORM_ROWS = 32                                          # at a time, for a singl
 _Rows = Iterable[tuple[slice, Tensor]]                   # of one sample: which, and those in fp32, which are used up
 
 
-def modulated_norm(x: Tensor, updates: Sequence[Update], affine: Affine, keep: bool, eps: float,
-                   output: str) -> list[Tensor]:
+def modulated_norm(x: Tensor, updates: Sequence[Update], affine: Affine, keep: bool, eps: float, output: str,
+                   centred: bool) -> list[Tensor]:
     for earlier in updates[:-1]:                       # in a pass of its own: where passes count it is not asked for
         x = join_update(x, earlier)
     step = rows_of_norm()
@@ -27,18 +27,18 @@ def modulated_norm(x: Tensor, updates: Sequence[Update], affine: Affine, keep: b
     parts = [[(rows, None if value is None else value[sample, rows]) for rows in row_slices(x.shape[1], step)]
              for sample in range(len(x))]
     stream = torch.empty_like(x) if updates else x
-    results = joined_norms(x, parts, stream, gate, affine, eps, output)
+    results = joined_norms(x, parts, stream, gate, affine, eps, output, centred)
     return [stream, *results] if keep and updates else results
 
 
 def packed_modulated_norm_(x: Tensor, y: Tensor, y_scales: Tensor | None, layer: Packed, gate: Tensor | None,
-                           affine: Affine, eps: float) -> tuple[Tensor, Tensor]:
-    values, scales = joined_norms(x, products_of_samples(y, y_scales, layer), x, gate, affine, eps, "rows")
+                           affine: Affine, eps: float, centred: bool) -> tuple[Tensor, Tensor]:
+    values, scales = joined_norms(x, products_of_samples(y, y_scales, layer), x, gate, affine, eps, "rows", centred)
     return values, scales
 
 
 def joined_norms(x: Tensor, updates: Iterable[Iterable[tuple[slice, Tensor | None]]], stream: Tensor,
-                 gate: Tensor | None, affine: Affine, eps: float, output: str) -> list[Tensor]:
+                 gate: Tensor | None, affine: Affine, eps: float, output: str, centred: bool) -> list[Tensor]:
     """The norm of x and its updates, and scales if that is int8.
 
     updates: per sample which rows, and what joins them, if any.  stream: where both go; it may be x.
@@ -53,7 +53,11 @@ def joined_norms(x: Tensor, updates: Iterable[Iterable[tuple[slice, Tensor | Non
             at = sample, rows
             if update is not None:
                 join_into(x[at], update, None if gate is None else gate[sample], out=stream[at])
-            normed = F.layer_norm(stream[at].float(), (width,), factor, offset, eps)
+            if centred:
+                normed = F.layer_norm(stream[at].float(), (width,), factor, offset, eps)
+            else:
+                normed = rms_norm_(stream[at].to(torch.float32, copy=True), factor, eps)
+                normed = normed if offset is None else normed.add_(offset)
             if scales is None:
                 y[at] = normed
             else:
@@ -121,10 +125,11 @@ def normed_rows(samples: Iterable[_Rows], shape: tuple[int, int, int], gain: Ten
     return y
 
 
-def rms_norm_(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+def rms_norm_(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
     """x / rms(x) * gain, in place."""
     mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
-    return x.mul_(mean_square.add_(eps).rsqrt_()).mul_(gain)
+    x.mul_(mean_square.add_(eps).rsqrt_())
+    return x if gain is None else x.mul_(gain)
 
 
 def fp32_rows(x: Tensor) -> Iterator[tuple[slice, Tensor]]:

@@ -48,7 +48,8 @@ def modulated_norm_kernel(x, earlier, earlier_gate, update, gate, gain, bias, sc
                           mean_rstd, N, D, eps, HAS_EARLIER: tl.constexpr, HAS_EARLIER_GATE: tl.constexpr,
                           HAS_UPDATE: tl.constexpr, HAS_GATE: tl.constexpr, KEEP: tl.constexpr, HAS_GAIN: tl.constexpr,
                           HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr,
-                          OUTPUT: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+                          OUTPUT: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+                          CENTRED: tl.constexpr = True):
     """One program does ROWS tokens of one sample, which stay in registers: read once, every result written once.
 
     Grid (B * N / ROWS rounded up).  OUTPUT "float" writes y; "rows" int8 y and each token's scale; "blocks" mean and
@@ -72,7 +73,7 @@ def modulated_norm_kernel(x, earlier, earlier_gate, update, gate, gain, bias, sc
         if KEEP:
             tl.store(stream + at, kept, mask=inside)
         z = kept.to(tl.float32)                        # what is normalised is what the next reader finds
-    mean = tl.sum(z, 1) / D
+    mean = tl.sum(z, 1) / D if CENTRED else tl.zeros((ROWS,), tl.float32)
     centred = tl.where(in_row, z - mean[:, None], 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / D + eps)
     if OUTPUT == "blocks":
@@ -158,8 +159,8 @@ def rms_norm_kernel(x, gain, y, M, D, stride, eps, ROWS: tl.constexpr, BLOCK_D: 
     tl.store(y + row * D + column, z.to(y.dtype.element_ty), mask=inside)
 
 
-def modulated_norm(x: Tensor, updates: Sequence[Update], affine: Affine, keep: bool, eps: float,
-                   output: str) -> list[Tensor]:
+def modulated_norm(x: Tensor, updates: Sequence[Update], affine: Affine, keep: bool, eps: float, output: str,
+                   centred: bool) -> list[Tensor]:
     batch, tokens, width = x.shape
     (earlier, earlier_gate), (update, gate) = [(None, None), (None, None), *updates][-2:]
     earlier, earlier_gate, update, gate, gain, bias, scale, shift = (
@@ -186,8 +187,8 @@ def modulated_norm(x: Tensor, updates: Sequence[Update], affine: Affine, keep: b
         x, earlier, earlier_gate, update, gate, gain, bias, scale, shift, stream, y, scales, mean_rstd, tokens, width,
         eps, HAS_EARLIER=earlier is not None, HAS_EARLIER_GATE=earlier_gate is not None, HAS_UPDATE=update is not None,
         HAS_GATE=gate is not None, KEEP=stream is not None, **has,
-        OUTPUT=output if output in ("rows", "blocks") else "float", ROWS=rows, BLOCK_D=block, num_warps=warps,
-        enable_fp_fusion=False)
+        OUTPUT=output if output in ("rows", "blocks") else "float", ROWS=rows, BLOCK_D=block, CENTRED=centred,
+        num_warps=warps, enable_fp_fusion=False)
     if output == "blocks":
         quantize_norm_blocks_kernel[(tiles[1], tiles[0], batch)](
             x if stream is None else stream, mean_rstd, gain, bias, scale, shift, y, scales, tokens, width, **has,

@@ -9,11 +9,11 @@ from dailies.kernels.int8_linear import reference as int8
 from dailies.kernels.norm import Affine, Update
 
 
-def modulated_norm(x: Tensor, updates: Sequence[Update], affine: Affine, keep: bool, eps: float,
-                   output: str) -> list[Tensor]:
+def modulated_norm(x: Tensor, updates: Sequence[Update], affine: Affine, keep: bool, eps: float, output: str,
+                   about_mean: bool) -> list[Tensor]:
     for update in updates:
         x = join_update(x, update)
-    centred = x.float() - x.float().mean(-1, keepdim=True)
+    centred = x.float() - x.float().mean(-1, keepdim=True) if about_mean else x.float()
     y = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
     if affine.gain is not None:
         y = y * affine.gain.float()

@@ -257,7 +257,7 @@ class LtxBlock(nn.Module):
         x, seen, x_rows = self.own_and_text(picture, x, video, skip_video)
         if sound is None:
             x, h = self.ops.join(x, seen, picture.text.out, text_gate(x_rows), self.norm, picture.ff.into, x_rows[4],
-                                 x_rows[3])
+                                 x_rows[3], last=True)
             return self.ops.feed_forward(x, h, picture.ff.into, picture.ff.out, x_rows[5]), None
         y, heard, y_rows = self.own_and_text(sound, y, audio, skip_audio)
         x_gate, y_gate, x_out, y_out = text_gate(x_rows), text_gate(y_rows), picture.text.out, sound.text.out
@@ -274,9 +274,9 @@ class LtxBlock(nn.Module):
             x_out, y_out = to_video.out, to_audio.out
             x_gate, = video.cross_gate.added(picture.cross_table[4:])
             y_gate, = audio.cross_gate.added(sound.cross_table[4:])
-        x, h = self.ops.join(x, seen, x_out, x_gate, self.norm, picture.ff.into, x_rows[4], x_rows[3])
+        x, h = self.ops.join(x, seen, x_out, x_gate, self.norm, picture.ff.into, x_rows[4], x_rows[3], last=True)
         x = self.ops.feed_forward(x, h, picture.ff.into, picture.ff.out, x_rows[5])
-        y, h = self.ops.join(y, heard, y_out, y_gate, self.norm, sound.ff.into, y_rows[4], y_rows[3])
+        y, h = self.ops.join(y, heard, y_out, y_gate, self.norm, sound.ff.into, y_rows[4], y_rows[3], last=True)
         return x, self.ops.feed_forward(y, h, sound.ff.into, sound.ff.out, y_rows[5])
 
     def own_and_text(self, side: Side, x: Any, told: Conditions, skip: bool) -> tuple[Any, Tensor, tuple[Tensor, ...]]:
