@@ -301,20 +301,24 @@ def check_post(said: Any) -> None:
         raise ValueError("its post_processor puts more than 8 pieces around a text")
 
 
-def new_tokenizer(sentences: list[str], *, pieces: int, folder: Path) -> None:
+def new_tokenizer(sentences: list[str], *, pieces: int, folder: Path, for_gemma: bool = False) -> None:
     """Train a byte-pair tokenizer with T5's special tokens: pad 0, end 1, which is appended, unknown 2.
 
-    Tokenizer can load what it leaves in `folder`.
+    Tokenizer can load what it leaves in `folder`.  for_gemma: GemmaTokenizer can: pad 0, end 1, start 2, which is put
+    in front, unknown 3.
     """
     from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+    special = ["<pad>", "<eos>", _START, "<unk>"] if for_gemma else ["<pad>", _END, "<unk>"]
     tokenizer = tokenizers.Tokenizer(models.BPE(unk_token="<unk>"))     # unigram's pruning would leave few whole words
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()])
     tokenizer.decoder = decoders.Metaspace()
     tokenizer.train_from_iterator(sentences, trainers.BpeTrainer(
-        vocab_size=pieces, special_tokens=["<pad>", _END, "<unk>"], show_progress=False,
+        vocab_size=pieces, special_tokens=special, show_progress=False,
         initial_alphabet=list("abcdefghijklmnopqrstuvwxyz0123456789.,:'-")))
-    tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {_END}", special_tokens=[(_END, 1)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{_START} $A" if for_gemma else f"$A {_END}",
+        special_tokens=[(_START, 2) if for_gemma else (_END, 1)])
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / FILE))

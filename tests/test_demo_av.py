@@ -1,14 +1,21 @@
 """The world of the demo with sound: what it shows and rings is seen and heard again, and what is wrong of it is too."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
+from dailies.jobs.demo import codecs_av, release_av, train_av
 from dailies.jobs.demo.ear import color_heard, onset_s, turn_s
 from dailies.jobs.demo.evaluate_av import TOLERANCE_S, evaluated
 from dailies.jobs.demo.world import COLORS, SPEEDS
 from dailies.jobs.demo.world_av import AUDIO_RATE, PITCHES, Bounce, tone, unseen_bounces
+from dailies.model.ltx2.audio_vae import load_audio_vae
+from dailies.model.ltx2.header import read_ltx_header
+from dailies.model.ltx2.text import LtxTextEncoder
+from dailies.model.ltx2.video_vae import load_video_vae
+from dailies.model.ltx2.vocoder import load_vocoder
 
 
 def shown(scene):
@@ -61,3 +68,43 @@ def test_a_turn_is_found_between_frames():
         centres = torch.stack((50 - 0.8 * (frames - at).abs(), torch.full((49,), 30.0)), dim=1)
         assert abs(turn_s(centres, "right") - at / 24) < 0.003
     assert SPEEDS.keys() == {"slow", "fast"}
+
+
+@pytest.fixture
+def in_a_step(monkeypatch):
+    """Every phase is one step of little."""
+    for module, name in ((codecs_av, "VIDEO_PHASE"), (codecs_av, "AUDIO_PHASE"), (codecs_av, "VOCODER_PHASE"),
+                         (train_av, "GEMMA_PHASE"), (train_av, "AV_PHASE")):
+        monkeypatch.setattr(module, name, replace(getattr(module, name), steps=1))
+    for module, name in ((codecs_av, "LATENTS_MEASURED"), (codecs_av, "AUDIO_BATCH"), (codecs_av, "VOCODER_BATCH"),
+                         (train_av, "GEMMA_BATCH"), (train_av, "AV_CLIPS"), (train_av, "AV_BATCH")):
+        monkeypatch.setattr(module, name, 2)
+    monkeypatch.setattr(codecs_av, "WINDOWS", dict.fromkeys(codecs_av.WINDOWS, 1))
+
+
+def test_what_is_trained_is_written_as_a_release_that_loads_by_its_header(in_a_step, tmp_path):
+    audio = codecs_av.train_audio_vae(tmp_path, "cpu")
+    vocoder, video = codecs_av.train_vocoder(tmp_path, "cpu", audio), codecs_av.train_video_vae(tmp_path, "cpu")
+    tokenizer = train_av.gemma_tokenizer(tmp_path / "gemma")
+    texts = train_av.train_texts(tmp_path, "cpu", tokenizer)
+    dit = train_av.train_av(tmp_path, "cpu", video, audio, texts, tokenizer)
+    release_av.write_release(tmp_path / "model", dit=dit, video=video, audio=audio, vocoder=vocoder, gemma=texts.gemma,
+                             connectors=texts.connectors, tokenizer=tmp_path / "gemma")
+    file = tmp_path / "model" / release_av.RELEASE_FILE
+    header = read_ltx_header(file, "demo-av")
+    assert header.transformer() == release_av.SMALL_TRANSFORMER and header.version == (2, 3, 0)
+    assert header.connectors(release_av.SMALL_GEMMA.width) == release_av.SMALL_CONNECTORS
+    assert sum(path.stat().st_size for path in (tmp_path / "model").rglob("*.*")) < 10e6
+    read = dict(name="demo-av", device="cpu")
+    latents = torch.randn(1, 32, 2, 2, 2), torch.randn(1, 2, 3, 16)
+    mel = load_audio_vae(file, **read).decode(latents[1])
+    for got, want in ((load_video_vae(file, **read, precision="fp32").decode(latents[0]), video.decode(latents[0])),
+                      (mel, audio.decode(latents[1])), (load_vocoder(file, **read)(mel), vocoder(mel))):
+        got, want = got.detach(), want.detach()
+        assert torch.allclose(got, want, atol=0.03 * want.abs().max().item())          # it is stored in bf16
+    reader = LtxTextEncoder(tmp_path / "model" / "gemma", file, length=release_av.CONTEXT_ROWS, precision="fp32",
+                            **read)
+    said = reader.encode("A small red circle moves left quickly on a gray background")
+    assert {name: list(rows.shape) for name, rows in said.items()} == {"video": [40, 128], "audio": [40, 64]}
+    picture, _ = texts.contexts([tokenizer.ids("A small red circle moves left quickly on a gray background")])
+    assert torch.allclose(said["video"], picture[0].detach(), atol=0.05)

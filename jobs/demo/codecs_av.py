@@ -9,7 +9,6 @@ import random
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dailies.jobs.demo.losses import KL_WEIGHT, weighted_errors
@@ -116,7 +115,7 @@ def keep_statistics(statistics: ChannelStatistics, values: Tensor) -> None:
 
 # The audio VAE: log-mel spectrograms of tones, and of silence.
 
-AUDIO_PHASE = Phase(name="audio", steps=900, lr=2e-3, ema=0.995)
+AUDIO_PHASE = Phase(name="audio", steps=400, lr=2e-3, ema=0.995)
 AUDIO_BATCH, SILENT = 12, 0.1
 AUDIO_WINDOW_S = 0.645                                  # 65 mel frames
 MEL_CENTRE, MEL_SPREAD = -6.0, 4.0                      # of the log-mels: what the loss is measured by
@@ -171,8 +170,8 @@ def fold_scale(vae: AudioVAE) -> None:
 
 # The vocoder: of spectrograms as they are, and as the audio VAE gives them back.
 
-VOCODER_PHASE = Phase(name="vocoder", steps=2000, lr=1.5e-3, ema=0.995)
-VOCODER_BATCH, VOCODER_FRAMES = 8, 49
+VOCODER_PHASE = Phase(name="vocoder", steps=1200, lr=1.5e-3, ema=0.995)
+VOCODER_BATCH, VOCODER_FRAMES = 5, 41
 SPECTRA = (256, 1024)                                   # windows, in samples, by which loudness is compared
 
 
@@ -203,11 +202,3 @@ def train_vocoder(work: Path, device: str, vae: AudioVAE) -> Vocoder:
 
     fit(VOCODER_PHASE, vocoder, loss_of, work)
     return vocoder.eval()
-
-
-def audio_latents(vae: AudioVAE, sounds: Tensor, steps: int) -> Tensor:
-    """[B, z, steps, K], normalised.  sounds [B, 2, samples] at the VAE's rate."""
-    latent = vae.encode(log_mel(sounds, AUDIO))
-    missing = max(0, steps - latent.shape[2])
-    return F.pad(latent, (0, 0, 0, missing), mode="replicate")[:, :, :steps]
-

@@ -10,7 +10,7 @@ from dailies.model.keys import KeyTable
 from dailies.model.ltx2.codec_config import CodecFields, TensorShapes
 from dailies.model.ltx2.config import DIT_PREFIX
 from dailies.model.ltx2.header import read_ltx_header
-from dailies.model.ltx2.keys import OTHER_PARTS
+from dailies.model.ltx2.keys import OTHER_PARTS, PROJECTION
 
 STATISTICS = "per_channel_statistics."
 UNREAD = {f"{STATISTICS}{name}": "statistics nobody reads" for name in (
@@ -24,7 +24,8 @@ def codec_tables(name: str, prefix: str, names: Sequence[str], dropped: dict[str
     """
     rules = {begin: begin for begin in names}
     alone = KeyTable(name=name, rules=rules, dropped=dropped)
-    others = {DIT_PREFIX: "the transformer"} | {part: why for part, why in OTHER_PARTS.items() if part != prefix}
+    others = {DIT_PREFIX: "the transformer", PROJECTION: "the connectors"} | {
+        part: why for part, why in OTHER_PARTS.items() if part != prefix}
     within = alone.prefixed(prefix)
     return KeyTable(name=name, rules=within.rules, dropped=dict(within.dropped) | others), alone
 
