@@ -29,8 +29,9 @@ render: $(VENV)/.installed              ## set up, then render examples/prompts.
 	@echo "Rendering the 24 prompts of examples/prompts.parquet into out/, clips of two seconds"
 	$(VENV)/bin/dailies render examples/prompts.parquet --out out/
 
-test: $(VENV)/.installed-dev            ## set up (the S3 test server too), then run the tests; ARGS="-k store" for some
+test: $(VENV)/.installed-dev            ## set up (the S3 test server and Chromium too), then run the tests; ARGS="-k store" for some
 	@$(VENV)/bin/python -m tests.s3.install
+	@$(VENV)/bin/python -m tests.install_chromium
 	@$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 test-gpu: $(VENV)/.installed-gpu        ## set up with Triton, then test on a CUDA device (without a network: pytest -m gpu)

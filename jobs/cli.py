@@ -152,6 +152,8 @@ def how_much(
         "start to its end; a run on CPUs holds none.")] = None,
     max_cost: Annotated[float | None, typer.Option(metavar="USD", help="The same in money; needs --price.")] = None,
     price: Annotated[float | None, typer.Option(metavar="USD", help="Of one GPU hour.")] = None,
+    report: Annotated[str | None, typer.Option(
+        metavar="5m", help="Write the morning report so often while the run goes, and when it ends.")] = None,
     limit: Annotated[int | None, typer.Option(
         metavar="N", help="Make at most N clips in this command; where more are left, exit 4, and the same command "
         "makes the next N.")] = None,
@@ -297,6 +299,11 @@ def report(uri: RunUri,
                metavar="USD", help="Of one GPU hour.  [default: what render was told]")] = None,
            posters: Annotated[bool, typer.Option(
                "--posters/--no-posters", help="Make the posters that are missing, of the clips.")] = True,
+           serve: Annotated[bool, typer.Option(
+               "--serve", help="Show the report to a browser of this machine, and take its decisions straight into the "
+               "run folder; until Ctrl-C.")] = False,
+           port: Annotated[int | None, typer.Option(
+               metavar="N", min=1, max=65535, help="Of --serve.  [default: one that is free]")] = None,
            json: Json = False) -> int:
     """Write the morning report: contact sheet, figures, failures and cost; from the run folder alone, at any time.
 
@@ -305,9 +312,11 @@ def report(uri: RunUri,
       dailies report out/
       dailies report s3://b/runs/0412 --to morning/ --presign 12h
       dailies report out/ --beside out-old/
+      dailies report s3://b/runs/0412 --serve
     """
     from dailies.jobs.report import report
-    return report(uri, beside=beside or (), to=to, presign=presign, price=price, posters=posters, json=json)
+    return report(uri, beside=beside or (), to=to, presign=presign, price=price, posters=posters, serve=serve,
+                  port=port, json=json)
 
 
 @app.command()

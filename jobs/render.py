@@ -12,9 +12,10 @@ from dailies.jobs.answer import answer
 from dailies.jobs.machines import cores_of, device_of, gpus_of, refuse_silent_gpu, variant_of
 from dailies.jobs.notes import limits_of, next_steps, notes_of, tell, what_is_made, what_was_made
 from dailies.jobs.progress import Display, printable, say
+from dailies.jobs.report import Reports
 from dailies.jobs.settings import RenderJob
 from dailies.jobs.signals import on_signals
-from dailies.jobs.usage import UsageError, card_named
+from dailies.jobs.usage import UsageError, card_named, seconds_meant
 from dailies.model.private import at_home
 from dailies.model.weights import locate, weights_here
 from dailies.pipeline.manifest.manifest import Manifest
@@ -53,8 +54,10 @@ def render(job: RenderJob, *, json: bool, engine: Engine | None = None) -> int:
     run.check_weights()
     begin(job, run)
     tell([what_is_made(run), *notes_of(run), *limits_of(job, run, deadline)])
-    with run.open(limit=job.limit, keep_latents=job.keep_latents, take_over=job.take_over,
-                  tell=lambda text: tell([text])) as bookkeeper:
+    every_s = seconds_meant("--report", job.report) if job.report else None
+    with Reports(run.store, every_s, lambda text: tell([text])), run.open(
+            limit=job.limit, keep_latents=job.keep_latents, take_over=job.take_over,
+            tell=lambda text: tell([text])) as bookkeeper:
         stop = work(job, run, bookkeeper, budget, engine)
     return report(job, run, bookkeeper, stop, budget, began, json)
 

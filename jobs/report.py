@@ -8,6 +8,7 @@ from typing import Any, Self
 from dailies.jobs.answer import answer
 from dailies.jobs.posters import make_posters
 from dailies.jobs.progress import duration_text, say
+from dailies.jobs.report_server import serve_report
 from dailies.jobs.runs import open_run
 from dailies.jobs.usage import UsageError, checked_place, seconds_meant
 from dailies.pipeline.report.writer import Source, Unreachable, Written, write_report
@@ -20,13 +21,19 @@ LONGEST_LINK_S = 7 * 24 * 3600          # of a signed link, by the protocol
 
 
 def report(uri: str, *, beside: Sequence[str] = (), to: str | None = None, presign: str | None = None,
-           price: float | None = None, posters: bool = True, json: bool) -> int:
-    """Write the report of a run folder, whatever state it is in.
+           price: float | None = None, posters: bool = True, serve: bool = False, port: int | None = None,
+           json: bool) -> int:
+    """Write the report of a run folder, whatever state it is in, or serve it until somebody ends it.
 
     beside: other runs, whose clips stand beside those of the same prompt.  to: a folder for the report in place of the
     run's own report/.  presign: how long links to the clips work, as 12h.  posters: make those that are missing.
-    Raises UsageError, StoreError.
+    port: of the page that is served; None: one that is free.  Raises UsageError, StoreError.
     """
+    if serve and (to is not None or presign is not None):
+        raise UsageError("--serve shows the report itself, and brings the clips; --to and --presign are of a report "
+                         "that lies somewhere")
+    if port is not None and not serve:
+        raise UsageError("--port is of --serve")
     presign_s = None if presign is None else seconds_meant("--presign", presign)
     if presign_s is not None and presign_s > LONGEST_LINK_S:
         raise UsageError(f"--presign {presign}: a signed link lasts 7 days at most")
@@ -34,17 +41,18 @@ def report(uri: str, *, beside: Sequence[str] = (), to: str | None = None, presi
     target = open_store(checked_place("--to", to)) if to is not None else None
     began = time.monotonic()
     made = [make_posters(source.store, quiet=json) if posters else (0, 0) for source in sources]
+    if serve:
+        return serve_report(sources, price=price, port=port, json=json)
     try:
         written = write_report(sources, to=target, price=price, presign_s=presign_s)
     except Unreachable as error:
         raise UsageError(str(error)) from None
     place = target.uri_of("index.html") if target else sources[0].store.uri_of(f"{REPORT}/index.html")
     said: dict[str, Any] = {
-        "exit_code": 0, "out": sources[0].store.uri, "report": place, "rows": written.rows,
-        **{name: written.figures[name] for name in ("done", "failed", "pending", "clips", "clips_per_hour", "cost")
-           if name in written.figures},
-        "posters_made": sum(made_now for made_now, _ in made), "without_poster": written.without_poster,
-        "unrecorded": written.unrecorded, "files": written.files, "new_files": written.new_files,
+        "exit_code": 0, "out": sources[0].store.uri, "report": place, "rows": written.made.rows,
+        **{name: written.made.figures[name] for name in ("done", "failed", "pending", "clips", "cost", "unrecorded")},
+        "posters_made": sum(made_now for made_now, _ in made), "without_poster": written.made.without_poster,
+        "files": written.files, "new_files": written.new_files,
         "bytes": written.num_bytes, "first_bytes": written.first_bytes, "seconds": round(time.monotonic() - began, 3)}
     return answer(said, lambda: tell_report(said), json=json)
 
@@ -81,11 +89,12 @@ class Reports:
             self.thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         if self.every_s is not None:
             self.over.set()
             self.thread.join()
-            self.write()
+            if kind is None:                            # else the run has met trouble, which is to be told now
+                self.write()
 
     def go_on(self) -> None:
         while not self.over.wait(self.every_s):

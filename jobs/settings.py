@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, ValidationError, create_model, field_validator
 
-from dailies.jobs.usage import UsageError, checked_place, suggestion
+from dailies.jobs.usage import UsageError, checked_place, seconds_meant, suggestion
 from dailies.model.settings import ROW_OPTIONS, Scalar, Setting
 from dailies.pipeline.manifest.columns import COLUMN_NAMES
 from dailies.pipeline.manifest.validation import shown
@@ -69,6 +69,8 @@ class RenderJob(RowDefaults):
     max_cost: Amount | None = None                      # USD
     price: Amount | None = None                         # USD per GPU hour
 
+    report: str | None = None                           # 5m: the morning report is written so often, and at the end
+
     limit: Whole | None = None                          # the most clips that this command makes
     max_attempts: Whole = 3                             # of one row whose worker died
     skip_invalid: bool = False
@@ -122,6 +124,16 @@ class RenderJob(RowDefaults):
         if not all(re.fullmatch(r"s3://[\w.-]{3,255}(/[^/]+)*/?", prefix, re.ASCII) for prefix in prefixes):
             raise ValueError("s3://BUCKET/PREFIX, once for each prefix")
         return prefixes
+
+    @field_validator("report")
+    @classmethod
+    def is_a_time(cls, said: str | None) -> str | None:
+        try:
+            if said is not None:
+                seconds_meant("report", said)
+        except UsageError:
+            raise ValueError("a time such as 5m, 12h or 2d") from None
+        return said
 
     @field_validator("until")
     @classmethod

@@ -131,8 +131,9 @@ class Browser:
         return found["result"].get("value")
 
     def open(self, address: str, *, until: str = "document.readyState === 'complete'") -> None:
+        self.run("window.before = true")                # until the next page is there, this one answers
         self.call("Page.navigate", url=address)
-        self.wait(f"location.href !== 'about:blank' && ({until})")
+        self.wait(f"!window.before && ({until})")
 
     def wait(self, script: str, *, timeout_s: float = 30.0) -> None:
         """Until an expression is true.  Raises BrowserError."""

@@ -26,6 +26,7 @@ from dailies.pipeline.report.columns import BLOCK_ROWS, PAGE_ROWS, Sheet, sheet
 from dailies.pipeline.report.figures import figures, prompt_groups
 from dailies.pipeline.run import ledger
 from dailies.pipeline.run.layout import CLIPS, POSTERS, REPORT, SUCCESS, clip_id_in, clip_key, poster_id_in, poster_key
+from dailies.pipeline.run.picks import DECIDED, read_picks
 from dailies.pipeline.run.run_json import has, known_manifest
 from dailies.pipeline.store import FolderStore, S3Store, Store
 
@@ -56,46 +57,78 @@ class Source:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Made:
+    """A report before it lies anywhere."""
+
+    data: Mapping[str, bytes]           # files of data, by name
+    head: bytes                         # of HEAD_FILE
+    figures: Mapping[str, Any]
+    rows: int
+    without_poster: int
+    first_page: str | None              # of the data
+
+
+@dataclass(frozen=True, kw_only=True)
 class Written:
     """What a report has become."""
 
-    rows: int
-    without_poster: int
-    unrecorded: int                     # clips that are published and have no row yet
+    made: Made
     files: int                          # of this report
-    new_files: int                      # of these, those that were written now
+    new_files: int                      # of its data, those that were written now
     num_bytes: int
     first_bytes: int                    # of what a browser needs before it shows clips
-    figures: Mapping[str, Any]
+
+
+def make_report(sources: Sequence[Source], bases: Sequence[str | None], *, price: float | None = None,
+                presign_s: float | None = None) -> Made:
+    """The report of the first source, with the clips of the others beside it; it is written nowhere.
+
+    bases: where each source lies, as index.html sees it; None where links are signed.  price: USD per GPU hour.
+    presign_s: clips and posters are named by links that anybody may follow for so long.  Raises StoreError.
+    """
+    first = sources[0]
+    tables = [ledger.read(source.store) for source in sources]
+    tables[0] = with_decisions(tables[0], first.store)
+    posters = [{poster_id_in(info.key) for info in source.store.list(f"{POSTERS}/")} for source in sources]
+    rows = shown_rows(tables, posters)
+    made = sheet(rows, named, presigned_pages(sources, rows, presign_s) if presign_s else None)
+    clips = {clip_id_in(info.key) for info in first.store.list(f"{CLIPS}/")} - {None}
+    unrecorded = len(clips - set(tables[0]["clip_id"].to_pylist()))
+    said = figures(tables[0], known_manifest(first.store, first.run), price_of(first.run, price))
+    said |= {"unrecorded": unrecorded}
+    return Made(data=made.files, head=head_of(sources, bases, tables, said, made), figures=said, rows=rows.num_rows,
+                without_poster=missing_posters(rows), first_page=next(iter(made.pages), None))
 
 
 def write_report(sources: Sequence[Source], *, to: Store | None = None, price: float | None = None,
                  presign_s: float | None = None) -> Written:
-    """Make the report of the first source, with the clips of the others beside it.
+    """Make a report and store it.  to: where index.html lies; None: in the first run folder's report/.
 
-    to: where index.html lies; None: in the first run folder's report/.  price: USD per GPU hour.
-    presign_s: clips and posters are named by links that anybody may follow for so long.
-    Raises Unreachable, StoreError.
+    The others as of make_report.  Raises Unreachable, StoreError.
     """
     first = sources[0]
-    target, prefix = (first.store, f"{REPORT}/") if to is None else (to, "")
     bases = [None if presign_s else base_of(source.store, first.store, to) for source in sources]
-    tables = [ledger.read(source.store) for source in sources]
-    posters = [{poster_id_in(info.key) for info in source.store.list(f"{POSTERS}/")} for source in sources]
-    said = figures(tables[0], known_manifest(first.store, first.run), price_of(first.run, price))
-    rows = shown_rows(tables, posters)
-    links = presigned_pages(sources, rows, presign_s) if presign_s else None
-    made = sheet(rows, named, links)
-    clips = {clip_id_in(info.key) for info in first.store.list(f"{CLIPS}/")} - {None}
-    unrecorded = len(clips - set(tables[0]["clip_id"].to_pylist()))
-    head = head_of(sources, bases, tables, said | {"unrecorded": unrecorded}, made)
-    assets = page_files(origins(sources[0].store, presign_s))
-    new = store_files(target, prefix, made.files, assets, head)
-    first_page = [made.files[made.pages[0]]] if made.pages else []
-    everything = [head, *assets.values(), *made.files.values()]
-    return Written(rows=rows.num_rows, without_poster=missing_posters(rows), unrecorded=unrecorded,
-                   files=len(everything), new_files=new, num_bytes=sum(map(len, everything)),
-                   first_bytes=sum(map(len, [head, *assets.values(), *first_page])), figures=said)
+    made = make_report(sources, bases, price=price, presign_s=presign_s)
+    assets = page_files(origins(sources, presign_s))
+    new = store_files(first.store if to is None else to, f"{REPORT}/" if to is None else "", made.data, assets,
+                      made.head)
+    page = [made.head, *assets.values()]
+    first_page = [made.data[made.first_page]] if made.first_page else []
+    return Written(made=made, files=len(page) + len(made.data), new_files=new,
+                   num_bytes=sum(map(len, [*page, *made.data.values()])),
+                   first_bytes=sum(map(len, [*page, *first_page])))
+
+
+def with_decisions(rows: pa.Table, store: Store) -> pa.Table:
+    """With what people decided about each row's clip, as the run folder has it.  Raises StoreError."""
+    picks = read_picks(store)
+    keys = pa.table({"id": rows["id"], "seed": rows["seed"], "clip_id": rows["clip_id"],
+                     "at": pa.array(range(rows.num_rows), pa.int64())})
+    joined = keys.join(picks, ["id", "seed", "clip_id"], join_type="left outer").sort_by("at")
+    for name in DECIDED:
+        if name not in rows.column_names:
+            rows = rows.append_column(name, joined[name])
+    return rows
 
 
 def page_files(elsewhere: str = "") -> dict[str, bytes]:
@@ -106,12 +139,12 @@ def page_files(elsewhere: str = "") -> dict[str, bytes]:
     return files
 
 
-def origins(store: Store, presign_s: float | None) -> str:
+def origins(sources: Sequence[Source], presign_s: float | None) -> str:
     """Of signed links."""
     if not presign_s:
         return ""
-    address = urlsplit(store.presigned("clips", presign_s))
-    return f"{address.scheme}://{address.netloc}"
+    addresses = [urlsplit(source.store.presigned("clips", presign_s)) for source in sources]
+    return " ".join(dict.fromkeys(f"{address.scheme}://{address.netloc}" for address in addresses))
 
 
 def named(payload: Any) -> tuple[str, bytes]:

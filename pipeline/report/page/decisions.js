@@ -22,7 +22,9 @@
       if (!name.startsWith(start)) continue;
       try {
         const entry = JSON.parse(localStorage.getItem(name));
-        if (entry && typeof entry.note === "string") own.set(name.slice(start.length), entry);
+        if (!entry || typeof entry.note !== "string") continue;
+        own.set(name.slice(start.length), entry);
+        if (served && !entry.sent) send(name.slice(start.length), entry);       // the page was closed before it could
       } catch { /* of another program */ }
     }
   }
@@ -50,9 +52,10 @@
   function set(row, change) {
     const key = keyOf(row);
     past.push([key, own.get(key), row]);
-    const entry = { ...of(row), ...change, at: new Date().toISOString() };
+    const { decision, note } = { ...of(row), ...change };
+    const entry = { decision, note, at: new Date().toISOString() };
     store(key, entry);
-    send(key, entry, row);
+    send(key, entry);
     listeners.forEach(listener => listener(row));
   }
 
@@ -70,7 +73,7 @@
     if (!last) return null;
     const [key, before, row] = last;
     store(key, before);
-    send(key, before || { ...of(row), at: new Date().toISOString() }, row);
+    send(key, { ...(before || of(row)), at: new Date().toISOString() });
     listeners.forEach(listener => listener(row));
     return row;
   }
@@ -97,9 +100,9 @@
 
   // A page that is served.
 
-  const SEND_AFTER_MS = 800;
+  const SEND_AFTER_MS = 2000;           // several decisions are one file in the run folder
 
-  function send(key, entry, row) {
+  function send(key, entry) {
     if (!served) return;
     unsent.set(key, { ...entry, note: entry.note || "", decision: entry.decision || null });
     if (!sending) sending = setTimeout(flush, SEND_AFTER_MS);
@@ -114,6 +117,7 @@
       const answer = await fetch("picks", { method: "POST", body: fileOf(batch), keepalive: batch.size < 100,
         headers: { "Content-Type": "application/json" } });
       if (!answer.ok) throw new Error((await answer.text()).slice(0, 300) || `answer ${answer.status}`);
+      for (const [key, entry] of batch) if (own.get(key) && own.get(key).at === entry.at) store(key, { ...own.get(key), sent: true });
       dailies.state && dailies.state(unsent.size ? "saving" : "saved");
     } catch (error) {
       for (const [key, entry] of batch) if (!unsent.has(key)) unsent.set(key, entry);

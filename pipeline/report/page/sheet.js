@@ -9,13 +9,13 @@
   const headings = new Map();           // line -> element
   const QUIET = matchMedia("(prefers-reduced-motion: reduce)");
   let lines = [];                       // {top, first, count, heading}
-  let columns = 1, width = 200, height = 200, cursor = 0, due = false;
+  let columns = 1, width = 200, height = 200, cursor = 0, due = false, laidOut = 0;
 
   const view = () => dailies.query.view;
 
   /* Where everything lies. */
   async function layout() {
-    const room = sheet.clientWidth;
+    const room = laidOut = sheet.clientWidth;
     const least = room < 560 ? 150 : 230;
     columns = Math.max(room < 560 ? 2 : 1, Math.floor((room + GAP) / (least + GAP)));
     width = Math.floor((room - GAP * (columns - 1)) / columns);
@@ -235,10 +235,8 @@
   });
   addEventListener("scroll", drawSoon, { passive: true });
   new ResizeObserver(entries => {
-    if (entries[0].contentRect.width && Math.abs(entries[0].contentRect.width - layout.room || 0) !== 0) {
-      layout.room = entries[0].contentRect.width;
-      layout();
-    }
+    const now = Math.round(entries[0].contentRect.width);
+    if (dailies.columns && now && now !== laidOut) layout();
   }).observe(sheet);
 
   dailies.sheet = { layout, move, line, refresh, draw: drawSoon, fill,
