@@ -43,7 +43,7 @@ GUARDS = {
                                "frame-ancestors 'none'"}
 
 
-class Asked(NamedTuple):
+class RunObject(NamedTuple):
     """A file of a run: of which store, and its key there."""
 
     store: Store
@@ -160,7 +160,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         folder, _, name = path.partition("/")
         if folder == "report":
-            self.send(self.of_report(name or "index.html"), kind_of(name or "index.html"))
+            self.send(self.of_report(name or "index.html"), media_type(name or "index.html"))
             return
         asked = self.of_run(path)
         self.send_object(asked)
@@ -175,7 +175,7 @@ class Handler(BaseHTTPRequestHandler):
             raise Refusal(HTTPStatus.NOT_FOUND, "the report has no such file, or has it no more: load the page again")
         return made.data[name]
 
-    def of_run(self, path: str) -> Asked:
+    def of_run(self, path: str) -> RunObject:
         """A clip or a poster of this run, or of one beside it.  Raises Refusal."""
         number = 0
         if beside := re.fullmatch(r"beside/(\d{1,3})/(.*)", path):
@@ -183,9 +183,9 @@ class Handler(BaseHTTPRequestHandler):
         if number >= len(self.server.sources) or not (clip_id_in(path) or poster_id_in(path)) or \
                 not re.fullmatch(r"[a-z]+/[0-9a-f]{2}/[0-9a-f]{64}\.(mp4|webp)", path):
             raise Refusal(HTTPStatus.NOT_FOUND, "there are a run's clips and posters here, and its report")
-        return Asked(self.server.sources[number].store, path)
+        return RunObject(self.server.sources[number].store, path)
 
-    def send_object(self, asked: Asked) -> None:
+    def send_object(self, asked: RunObject) -> None:
         info = next((info for info in asked.store.list(asked.key) if info.key == asked.key), None)
         if info is None:
             raise Refusal(HTTPStatus.NOT_FOUND, "it is not in the run folder")
@@ -193,7 +193,7 @@ class Handler(BaseHTTPRequestHandler):
         headers = {"Accept-Ranges": "bytes"}
         if status is HTTPStatus.PARTIAL_CONTENT:
             headers["Content-Range"] = f"bytes {start}-{end - 1}/{info.num_bytes}"
-        self.begin(status, kind_of(asked.key), end - start, headers)
+        self.begin(status, media_type(asked.key), end - start, headers)
         if self.command == "HEAD":
             return
         self.close_connection = True                    # unless all of it is sent: it may be gone in the middle
@@ -234,7 +234,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
 
-def kind_of(name: str) -> str:
+def media_type(name: str) -> str:
     return KINDS_OF_FILES.get(PurePosixPath(name).suffix, "application/octet-stream")
 
 
