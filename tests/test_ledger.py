@@ -41,7 +41,9 @@ CONTRACT = """id, clip_id, status, uri, sha256, bytes, width, height, frames, fp
 negative_prompt, steps, guidance, model, weights_fingerprint, precision, attention, fallbacks, attempts, error_type,
 error, worker, device, queue_s, encode_s, sample_s, decode_s, publish_s, peak_memory_bytes, finished_at,
 gpu_s, decode_precision, chosen_because, determinism, path, sample, notes, earlier_errors,
-audio_padding_ms, video_guidance, audio_guidance, modality_guidance, stg, audio"""
+audio_padding_ms,
+replaces, take_of, samples, keep, keep_by, image, image_sha256,
+video_guidance, audio_guidance, modality_guidance, stg, audio"""
 
 
 @pytest.fixture

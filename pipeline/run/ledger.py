@@ -2,8 +2,9 @@
 
 Part   ledger/<epoch>-<seq>.parquet. Each writer has an epoch of its own, so no writer overwrites another's part.
 Key    (id, seed). A reader takes all parts together; where a key comes twice, the row of the later part counts.
-Status done or failed; pending is the row of a clip that was found missing or damaged (`put_back`): it is to be made
-       again, and its next row counts.
+Status done or failed; pending is a row whose clip is to be made: one that was found missing or damaged (`put_back`),
+       or another take (redo.py); its next row counts. dropped is a row that a person took out.
+Take   of the takes of one manifest row the newest counts: current.py.
 
 A row is written after its clip. What a killed writer had not written yet is found by listing the clips.
 """
@@ -12,7 +13,7 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Collection, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Any
@@ -23,12 +24,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dailies.pipeline.manifest.stored_types import as_text, converted, stored_type
+from dailies.pipeline.run.current import JUDGED_BY, is_current, latest
 from dailies.pipeline.run.layout import LAST_EPOCH, LEDGER, RETRIED, SUCCESS, epoch_of, part_key, retried_key
-from dailies.pipeline.run.ledger_part import MAX_PART_BYTES, MAX_ROWS_IN_ALL, read_part
-from dailies.pipeline.run.ledger_row import COLUMNS, DURATION, OTHER_STAGES, stored_error, there
+from dailies.pipeline.run.ledger_part import MAX_PART_BYTES, MAX_ROWS_IN_ALL, STATUSES, read_part
+from dailies.pipeline.run.ledger_row import COLUMNS, DAMAGED, DURATION, OTHER_STAGES, stored_error, there
 from dailies.pipeline.store import NotFound, Store, StoreError, TooLarge
 
 REMEMBERED = ("id", "seed", "status", "error_type", "error", "attempts", "finished_at", "earlier_errors")
+ROWS_IN_PART = 1000                     # of the rows that are written in one go
 PART_READERS = 8                        # parts read at a time
 OBJECTS_AT_A_TIME = 10_000                 # that are turned into Python's objects
 NO_COLUMNS = pa.schema([])
@@ -40,10 +43,12 @@ class Ledger:
     def __init__(self, store: Store, schema: pa.Schema, keys: pa.Table, *, flush_rows: int, flush_s: float):
         self.store, self.schema = store, schema
         self.flush_rows, self.flush_s = flush_rows, flush_s
+        keys = keys.append_column("current", pa.array(is_current(keys)))
         pending = pc.equal(keys["status"], "pending")
-        again = keys.filter(pending)
+        self.to_make = keys.filter(pending)             # clips of which rows wait, by what the ledger says
         # clip_id -> why, of clips that are to be made again
-        self.put_back = dict(zip(again["clip_id"].to_pylist(), again["error"].to_pylist(), strict=True))
+        self.put_back = {clip_id: why for clip_id, why, error_type in values_of(
+            self.to_make, "clip_id", "error", "error_type") if error_type == DAMAGED}
         self.keys = keys.filter(pc.invert(pending)).drop_columns(["error"])
         self.counts = counts_of(self.keys["status"])
         self.earlier = remembered(store)
@@ -64,7 +69,7 @@ class Ledger:
             raise ValueError(f"further columns of the ledger must be named user.NAME or quality.NAME; got {strange}")
         quality_first = sorted(extra, key=lambda field: field.name.startswith("user."))
         fields = [pa.field(field.name, stored_type(field.type)) for field in quality_first]
-        keys = read(store, ["id", "seed", "status", "clip_id", "bytes", "error"], put_back=True, whole=True)
+        keys = rows_of_keys(store, ["id", "seed", "status", "clip_id", "bytes", "error"], whole=True)
         return cls(store, pa.schema([*COLUMNS, *fields]), keys, flush_rows=flush_rows, flush_s=flush_s)
 
     def pending(self, keys: pa.Table) -> pa.Table:
@@ -91,44 +96,53 @@ class Ledger:
         """Take the rows in which these clips are done as not there; the rows that are appended for them count."""
         if not clip_ids:
             return
-        gone = pc.and_(pc.equal(self.keys["status"], "done"),
-                       pc.is_in(self.keys["clip_id"], pa.array(clip_ids, pa.string())))
+        gone = pc.and_(self.is_done, pc.is_in(self.keys["clip_id"], pa.array(clip_ids, pa.string())))
         self.keys = self.keys.filter(pc.invert(gone))
         self.counts = counts_of(self.keys["status"])
+
+    @property
+    def is_done(self) -> pa.ChunkedArray:
+        """Of each of `keys`; a take that a newer one replaced needs no file."""
+        return pc.and_(pc.equal(self.keys["status"], "done"), self.keys["current"])
 
     def without_a_file(self, files: Mapping[str, int]) -> set[str | None]:
         """The clips that are done by this ledger, and whose file is not there or has another size.
 
         files: clip_id -> bytes, of all files of clips.
         """
-        done = self.keys.filter(pc.equal(self.keys["status"], "done"))
+        done = self.keys.filter(self.is_done)
         sizes = zip(done["clip_id"].to_pylist(), done["bytes"].to_pylist(), strict=True)
         return {clip_id for clip_id, num_bytes in sizes
                 if num_bytes is None or files.get(clip_id) != num_bytes}
 
-    def append(self, rows: Sequence[Mapping[str, Any]], extra: pa.Table | None = None, *,
+    def append(self, rows: Sequence[Mapping[str, Any]], extra: pa.Table | None = None, *, own: bool = False,
                statuses: Collection[str] = ("done", "failed")) -> None:
         """Take rows, by column name; a column that a row does not name is null in it.
 
-        extra: further columns, one row for each of `rows`.  Raises ValueError for rows that do not fit the columns.
+        extra: further columns, one row for each of `rows`.  own: they need not be this run's: of a row that is written
+        again they are those it had.  Raises ValueError for rows that do not fit the columns.
         """
         further = extra.column_names if extra is not None else []
         stages = sorted({name for row in rows for name in row if name.startswith(OTHER_STAGES)} - {*self.schema.names})
         self.schema = pa.schema([*self.schema, *(pa.field(name, DURATION.type) for name in stages)])
+        schema = self.schema
+        if own and extra is not None:
+            schema = pa.schema([*(field for field in schema if field.name not in further),
+                                *(pa.field(field.name, stored_type(field.type)) for field in extra.schema)])
         for row in rows:
-            unknown = sorted({*row, *further} - set(self.schema.names))
+            unknown = sorted({*row, *further} - set(schema.names))
             if unknown or not row.get("id") or row.get("status") not in statuses:
                 raise ValueError(f"a ledger row needs an id, the status {' or '.join(statuses)} and columns of this "
                                  f"ledger; got {row.get('id')!r}, {row.get('status')!r}, unknown columns {unknown}")
         try:
             earlier = [self.earlier.get((row["id"], row.get("seed"))) or self.earlier.get((row["id"], None))
-                       for row in rows]
+                       or row.get("earlier_errors") for row in rows]
             table = pa.Table.from_pylist([dict(row) | {"earlier_errors": said} for row, said in
-                                          zip(rows, earlier, strict=True)], schema=self.schema)
+                                          zip(rows, earlier, strict=True)], schema=schema)
             for name, column in zip(further, extra.columns if extra is not None else [], strict=True):
-                field = self.schema.field(name)
+                field = schema.field(name)
                 values = converted(column, field.type)
-                table = table.set_column(self.schema.get_field_index(name), field, values)
+                table = table.set_column(schema.get_field_index(name), field, values)
         except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, UnicodeError) as error:
             raise ValueError(f"a row does not fit the ledger's columns: {error}") from error
         if not self.waiting:
@@ -147,7 +161,7 @@ class Ledger:
         """Write what waits as one part.  Raises StoreError, and the rows wait on."""
         if not self.waiting:
             return
-        data = parquet_bytes(pa.concat_tables(self.waiting, promote_options="default"))
+        data = parquet_bytes(together(self.waiting))
         while not self.store.create(part_key(self.epoch, self.seq), data):
             self.epoch, self.seq = next_epoch(self.store), 0       # another writer has this epoch
         self.seq += 1
@@ -168,25 +182,33 @@ def comparable(table: pa.Table) -> pa.Table:
     return pa.table({"id": table["id"].cast(pa.string()), "seed": table["seed"].cast(pa.int64()).fill_null(-1)})
 
 
-def read(store: Store, columns: Sequence[str] | None = None, *, put_back: bool = False,
-         whole: bool = False) -> pa.Table:
-    """The ledger as it stands: one row per key, in the order of the parts.
+def read(store: Store, columns: Sequence[str] | None = None, *, put_back: bool = False, whole: bool = False,
+         every_take: bool = False) -> pa.Table:
+    """The ledger as it stands: the current row of each manifest row and sample, in the order of the parts.
 
     columns: None for all that there are; ALL_OTHER_STAGES stands for the seconds of stages without a column.
-    put_back: also the rows of clips that are to be made again (pending).
+    put_back: also the rows of clips that are to be made (pending).
+    every_take: also rows that a newer take replaced, and those that were dropped: the last row of every key.
     whole: every column is read and checked, so that who asks for others later is not refused.
     """
-    wanted = None if columns is None else list(dict.fromkeys([*columns, "id", "seed", "status"]))
-    tables = [table for _, table in parts(store, wanted, whole=whole) if table is not None]
-    empty = COLUMNS if wanted is None else pa.schema([field for field in COLUMNS if field.name in wanted])
-    try:
-        table = latest(together([empty.empty_table(), *tables]))
-    except pa.ArrowException as error:
-        raise StoreError(f"{store.uri_of(LEDGER)}/: its parts do not fit together: {error}. Move away the one that is "
-                         "not this run's") from error
+    table = rows_of_keys(store, columns, whole=whole)
+    if not every_take:
+        table = table.filter(pa.array(is_current(table)))
     if not put_back:
         table = table.filter(pc.not_equal(table["status"], "pending"))
     return table if columns is None else table.select(list(there(dict.fromkeys(columns), table.column_names)))
+
+
+def rows_of_keys(store: Store, columns: Sequence[str] | None = None, *, whole: bool = False) -> pa.Table:
+    """The last row of every key, with the columns that say which of them are current.  columns: as of `read`."""
+    wanted = None if columns is None else list(dict.fromkeys([*columns, *JUDGED_BY]))
+    tables = [table for _, table in parts(store, wanted, whole=whole) if table is not None]
+    empty = COLUMNS if wanted is None else pa.schema([field for field in COLUMNS if field.name in wanted])
+    try:
+        return latest(together([empty.empty_table(), *tables]))
+    except pa.ArrowException as error:
+        raise StoreError(f"{store.uri_of(LEDGER)}/: its parts do not fit together: {error}. Move away the one that is "
+                         "not this run's") from error
 
 
 def together(tables: Sequence[pa.Table]) -> pa.Table:
@@ -234,18 +256,36 @@ def put_back(store: Store, problems: Mapping[str, str]) -> int:
 
     Nothing is removed: each row gets a newer one, which says why. Call it while no run is writing.
     """
-    rows = read(store, ["id", "seed", "status", "clip_id", "sample"])
+    rows = read(store)
     damaged = pc.is_in(rows["clip_id"].fill_null(""), pa.array(problems, pa.string()))
     done = rows.filter(pc.and_(damaged, pc.equal(rows["status"], "done")))
     if not done.num_rows:
         return 0
     store.delete(SUCCESS)                               # there is something to do again
-    with Ledger(store, COLUMNS, COLUMNS.empty_table(), flush_rows=1000, flush_s=30.0) as ledger:
-        again = {"status": "pending", "error_type": "ClipDamaged", "finished_at": datetime.now(UTC)}
-        for batch in done.to_batches(max_chunksize=1000):       # each a part
-            ledger.append([row | again | {"error": stored_error(problems[row["clip_id"] or ""])}
-                           for row in batch.to_pylist()], statuses=("pending",))
+    now = datetime.now(UTC)
+    write_again(store, done, lambda row: {"status": "pending", "error_type": DAMAGED, "finished_at": now,
+                                          "error": stored_error(problems[row["clip_id"] or ""])})
     return done.num_rows
+
+
+def write_again(store: Store, rows: pa.Table, change: Callable[[dict[str, Any]], Mapping[str, Any]]) -> None:
+    """A further row for each of these, with all that it says but for `change`: it counts from then on.
+
+    rows: of `read`, with all columns.  change: what is different in a row.  For who holds the run's lease: killed
+    half-way, it has written some, a thousand at a time.
+    """
+    ours = [name for name in rows.column_names if name in COLUMNS.names or name.startswith(OTHER_STAGES)]
+    own = [name for name in rows.column_names if name not in ours and name.startswith(("user.", "quality."))]
+    with Ledger(store, COLUMNS, rows_of_no_key(), flush_rows=ROWS_IN_PART, flush_s=30.0) as writer:
+        for start in range(0, rows.num_rows, ROWS_IN_PART):
+            block = rows.slice(start, ROWS_IN_PART)
+            writer.append([row | change(row) for row in block.select(ours).to_pylist()],
+                          block.select(own) if own else None, own=True, statuses=STATUSES)
+
+
+def rows_of_no_key() -> pa.Table:
+    """What a writer is given who asks nothing of what is there."""
+    return COLUMNS.empty_table().select(["id", "seed", "status", "clip_id", "bytes", "error", *JUDGED_BY[3:]])
 
 
 def recorded_hashes(store: Store, clip_ids: Collection[str]) -> dict[str, str]:
@@ -378,17 +418,6 @@ def parts(store: Store, columns: Sequence[str] | None, folder: str = LEDGER, *,
                     raise StoreError(f"{store.uri_of(folder)} has more than {MAX_ROWS_IN_ALL:,} rows, which no run "
                                      f"has. Move away the parts that are not this run's")
                 yield found
-
-
-def latest(table: pa.Table) -> pa.Table:
-    """Of the rows with one key only the last, all in their order."""
-    numbered = pa.table({"id": table["id"], "seed": table["seed"], "at": np.arange(table.num_rows)})
-    last = numbered.group_by(["id", "seed"]).aggregate([("at", "max")])
-    if last.num_rows == table.num_rows:
-        return table
-    mask = np.zeros(table.num_rows, bool)
-    mask[last["at_max"].to_numpy()] = True
-    return table.filter(pa.array(mask))
 
 
 def next_epoch(store: Store) -> int:

@@ -22,7 +22,7 @@ MAX_ROWS_IN_ALL = 20_000_000            # of a ledger: twice the rows of the lar
 MAX_PART_COLUMNS = 2_000                # those of a manifest, twice, and ours
 _ROWS_PER_BATCH = 4096                   # where text cannot be read as it is stored
 NEEDED = ("id", "seed", "status")
-STATUSES = ("done", "failed", "pending")
+STATUSES = ("done", "failed", "pending", "dropped")
 _KINDS = (lambda kind: is_.is_string(kind) or is_.is_large_string(kind) or is_.is_string_view(kind), is_.is_integer,
          lambda kind: is_.is_floating(kind) or is_.is_integer(kind), is_.is_boolean, is_.is_timestamp, is_.is_list)
 LATEST_US = 253_402_300_799_000_000     # the end of the year 9999, which is Python's

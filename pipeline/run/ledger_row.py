@@ -23,6 +23,7 @@ if TYPE_CHECKING:                       # they need torch, and `dailies status` 
 MAX_ERROR_CHARACTERS = 4000
 DETERMINED = ("encode", "sample", "decode")            # the stages on which a clip's last bits depend
 OTHER_STAGES = "seconds."               # before the name of a stage that has no column of its own
+DAMAGED = "ClipDamaged"                 # error_type of a clip that was done, and is to be made again
 ALL_OTHER_STAGES = OTHER_STAGES + "*"   # to be asked for in place of names
 
 
@@ -49,7 +50,7 @@ def column_of(setting: Setting) -> Column:
 
 
 TABLE: dict[str, Column] = {
-    "id": STRING, "clip_id": STRING, "status": STRING,                       # done, failed or pending
+    "id": STRING, "clip_id": STRING, "status": STRING,                       # as of ledger_part.STATUSES
     "uri": STRING, "sha256": STRING, "bytes": INTEGERS,
     "width": COUNT, "height": COUNT, "frames": COUNT, "fps": Column(pa.float64(), most=1e6), "duration_s": DURATION,
     "has_audio": BOOLEAN, "seed": INTEGERS, "prompt": STRING, "negative_prompt": STRING,
@@ -74,6 +75,11 @@ TABLE: dict[str, Column] = {
     "notes": STRINGS,                                    # what was found in the run folder: used, or made again
     "earlier_errors": STRINGS,                           # of a row that failed and was tried again, the oldest first
     "audio_padding_ms": MEASURE,                         # silence behind the sound that was made; below 0, what was cut
+    "replaces": STRING,                                  # the clip that this row's is in place of
+    "take_of": INTEGERS,                                 # of another take: the seed of the manifest's row
+    "samples": COUNT,                                    # of its manifest row, in all
+    "keep": COUNT, "keep_by": STRING,                    # of them how many are selected, and by which column
+    "image": STRING, "image_sha256": STRING,             # the first frame that was asked for
     **{setting.name: column_of(setting) for setting in FURTHER},
 }
 COLUMNS = pa.schema({name: column.type for name, column in TABLE.items()})
@@ -114,6 +120,8 @@ def row_of(name: str, value: "Clip | Failure", outcome: "Outcome | None" = None,
     row |= {"id": name, "clip_id": request.clip_id, "seed": seed, "fps": float(request.fps),
             "finished_at": datetime.now(UTC)}
     row |= request.settings
+    if request.image is not None:
+        row["image"] = request.image.uri
     if hasattr(value, "error_type"):
         failure: Any = value                            # known by this, since its class would bring torch
         row |= {"status": "failed", "error_type": failure.error_type, "fallbacks": [],
