@@ -165,6 +165,9 @@ def how_much(
         "--strict/--no-strict", help="Refuse rows that would not be rendered as asked, instead of noting it.")] = None,
     keep_latents: Annotated[bool | None, typer.Option(
         "--keep-latents/--no-keep-latents", help="Keep latents/ after publishing.")] = None,
+    changed: Annotated[str | None, typer.Option(
+        metavar="render|keep", help="Of rows that the run folder knows and that ask for something else now: make them "
+        "again, in place of what is there, or keep that.  [default: refuse them by name]")] = None,
     take_over: Annotated[bool | None, typer.Option(
         "--take-over/--no-take-over",
         help="Where another driver has the run folder: watch it for a minute and go on in "

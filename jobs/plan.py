@@ -49,6 +49,8 @@ def show(job: RenderJob, *, json: bool, has_out: bool = True) -> int:
     num_clips = min(len(wanted), job.limit or len(wanted))
     left = {**bookkeeper.counts(), "to_make": num_clips, "left_by_limit": len(wanted) - num_clips,
             "found_published": len(published)}
+    found = run.compared()
+    left |= {"new": found.new, "changed": len(found.changed), "gone": found.gone}
     foretold, no_room = None, ""
     try:
         foretold = foretell(job, run, wanted)
@@ -83,7 +85,8 @@ def print_plan(run: Run, summary: dict[str, Any], left: dict[str, int], *, has_o
     for note in notes_of(run):
         say(printable(note))
     if run.has_begun:
-        say(f"of these {counted(left['done'], 'row')} done, {left['failed']:,} failed, {left['pending']:,} pending"
+        say(f"of these {counted(left['done'], 'row')} done, {left['failed']:,} failed, {left['pending']:,} pending; "
+            f"{left['new']:,} new, {left['changed']:,} changed, {left['gone']:,} that are there gone"
               + (f"; {counted(left['found_published'], 'clip')} already published" if left["found_published"] else ""))
 
 

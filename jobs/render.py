@@ -46,7 +46,7 @@ def render(job: RenderJob, *, json: bool, engine: Engine | None = None) -> int:
     began = time.monotonic()
     run, deadline = run_of(job), job.deadline()
     budget = Budget(until=deadline and deadline.timestamp(), gpu_hours=job.gpu_hours())
-    is_same = run.has_begun and run.change is None
+    is_same = run.has_begun and run.change is None and run.is_recorded
     if is_same and run.is_marked and not (bookkeeper := run.bookkeeper()).open_clips:
         tell(notes_of(run))                             # all is done: nothing is written, and no driver disturbed
         run.complete(pending=bookkeeper.counts()["pending"], keep_latents=job.keep_latents)
@@ -90,7 +90,8 @@ def run_of(job: RenderJob, *, weights_are_needed: bool = True) -> Run:
     return prepare_run(manifest, store, card, weights=weights, device=device, defaults=defaults,
                        precision=job.precision, attention=job.attention, decode_precision=job.decode_precision,
                        variant=variant_of(job, device), skip_invalid=job.skip_invalid, strict=job.strict,
-                       allow_images=job.allow_images, is_here=job.ray == "local", gpus=lambda: gpus_of(job.ray))
+                       allow_images=job.allow_images, is_here=job.ray == "local", changed=job.changed,
+                       gpus=lambda: gpus_of(job.ray))
 
 
 def begin(job: RenderJob, run: Run) -> None:

@@ -76,6 +76,7 @@ class RenderJob(RowDefaults):
     skip_invalid: bool = False
     strict: bool = False                                # a fallback is an error
     keep_latents: bool = False
+    changed: Literal["render", "keep"] | None = None    # rows that ask for something else than they did; None: refuse
     take_over: bool = False                             # wait whether another driver stays silent, instead of refusing
 
     @field_validator("out", "weights", mode="before")

@@ -25,7 +25,6 @@ UNSAFE_ID = r"[\p{Cc}\p{Zl}\p{Zp}\\]|^$|^/|^\p{Zs}|\p{Zs}$|(^|/)\.\.?(/|$)"
 NOTHING_SEEN = (r"^[\s\p{Z}\p{Cc}\p{Cf}\p{Co}\p{Cs}\p{M}\x{115F}\x{1160}\x{2065}\x{2800}\x{3164}\x{FFA0}"
                 r"\x{FFF0}-\x{FFF8}\x{FFFC}\x{1D159}\x{E0000}-\x{E0FFF}]*$")
 
-
 @dataclass(frozen=True, kw_only=True)
 class Setting:
     """A column of a manifest, and what becomes of its values."""
@@ -37,6 +36,7 @@ class Setting:
     high: float = 0
     max_bytes: int = 0                  # text, in UTF-8
     refuse: str | None = None           # text: a pattern (RE2) that must not occur
+    must: str | None = None             # text: a pattern (RE2) that must occur
     choices: tuple[str, ...] = ()       # text: nothing else, where there are any
     other_words: str = ""               # for it, in other programs
 
@@ -97,6 +97,10 @@ SETTINGS: tuple[Setting, ...] = (
             allowed=f"a whole number from 1 to {MAX_SAMPLES}",
             other_words="num_samples n_samples num_videos num_videos_per_prompt num_images_per_prompt "
                         "samples_per_prompt"),
+    Setting(name="keep", type=int, by_name=True, low=1, high=MAX_SAMPLES,
+            allowed=f"a whole number from 1 to {MAX_SAMPLES}"),
+    Setting(name="keep_by", type=str, by_name=True, max_bytes=128, must=r"^-?quality(\.[a-z0-9_]+)+$",
+            allowed="a column of the ledger such as quality.motion, or -quality.flicker where less is better"),
     Setting(name="resolution", type=str, by_name=True, of_card="resolution", max_bytes=32, refuse=r"\x00",
             allowed="a name such as 360p, or WIDTHxHEIGHT", flag="resolution", metavar="NAME|WIDTHxHEIGHT",
             other_words="size video_size image_size sample_size frame_size"),

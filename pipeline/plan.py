@@ -19,12 +19,11 @@ import pyarrow as pa
 from dailies.actors.messages import HASHED_AS, Request
 from dailies.model.card import ModelCard
 from dailies.model.settings import FURTHER, Scalar
-from dailies.pipeline.manifest.manifest import InvalidRow, Manifest
+from dailies.pipeline.manifest.manifest import ROWS_AT_A_TIME, InvalidRow, Manifest
 from dailies.pipeline.manifest.validation import ManifestError, ValidationErrors, shown
 from dailies.pipeline.resolved import Defaults, ResolvedRows, folded
 
 MAX_CLIPS = 10_000_000              # of one run; a plan of this size still fits a driver's memory
-ROWS_AT_A_TIME = 4096                        # rows that live as Python objects at a time
 RESEEDS = 2                         # other seeds that are tried for a rejected clip
 LISTED_IN_SUMMARY = 50                         # of a summary's buckets and roundings
 READ_FOR_WORDS = 10_000             # prompts that are read for words which the model never saw
@@ -49,6 +48,9 @@ class PlannedRow:
     seed: int
     clip_id: str
     sample: int = 0                 # which of its manifest row's samples
+    samples: int = 1                # how many there are
+    keep: int | None = None         # of them, how many are selected, by which column
+    keep_by: str | None = None
     reseed: bool = False            # where its clip is rejected, make another one
 
 
@@ -73,6 +75,7 @@ class Plan:
     digests: np.ndarray = field(repr=False)         # [C, 32] uint8, the clip ids
     first: np.ndarray = field(repr=False)           # [C] the first planned row of each clip
     order: np.ndarray = field(repr=False)           # [C] clips as they are to be rendered
+    allow_images: tuple[str, ...] = ()
 
     @classmethod
     def make(cls, manifest: Manifest, card: ModelCard, defaults: Defaults = Defaults(), *, weights_fingerprint: str,
@@ -111,10 +114,17 @@ class Plan:
         first = np.unique(clip_of, return_index=True)[1]
         return cls(
             manifest=manifest, card=card, defaults=defaults, shared=shared, errors=errors, rows=rows,
+            allow_images=tuple(allow_images),
             roundings=_roundings(rows, good, card), source=source, seeds=seeds, clip_of=clip_of,
             first=first, order=_order(rows, source, clip_of, first),
             digests=np.frombuffer(b"".join(encoded.dictionary.to_pylist()), np.uint8).reshape(-1, 32),
         )
+
+    def with_defaults(self, defaults: Defaults) -> "Plan":
+        """The plan that the same rows have with these; bad rows are set aside.  Raises ValueError, StoreError."""
+        said = {name: self.shared[name] for name in ("weights_fingerprint", "precision", "attention",
+                                                     "decode_precision", "variant")}
+        return Plan.make(self.manifest, self.card, defaults, skip_invalid=True, allow_images=self.allow_images, **said)
 
     @property
     def weights_fingerprint(self) -> str:
@@ -194,13 +204,16 @@ class Plan:
         """The ledger rows that this clip fills, in manifest order.  Raises KeyError for a clip that is not planned."""
         clip = self._clip(clip_id)
         starts, planned = self._planned_of_clip
-        ids, on_reject = self.manifest.table["id"], self.manifest.table["on_reject"]
         at = planned[starts[clip]: starts[clip + 1]]
-        samples = at - np.searchsorted(self.source, self.source[at])           # a row's samples are side by side
-        return [PlannedRow(row=row, id=ids[row].as_py(), seed=seed, clip_id=clip_id, sample=sample,
-                           reseed=on_reject[row].as_py() == "reseed")
-                for row, seed, sample in zip(self.source[at].tolist(), self.seeds[at].tolist(), samples.tolist(),
-                                             strict=True)]
+        nth_sample = at - np.searchsorted(self.source, self.source[at])        # a row's samples are side by side
+        said = self.manifest.table.select(["id", "samples", "keep", "keep_by", "on_reject"])
+        found = []
+        for row, seed, sample in zip(self.source[at].tolist(), self.seeds[at].tolist(), nth_sample.tolist(),
+                                     strict=True):
+            name, samples, keep, keep_by, on_reject = (column[row].as_py() for column in said.columns)
+            found.append(PlannedRow(row=row, id=name, seed=seed, clip_id=clip_id, sample=sample, samples=samples or 1,
+                                    keep=keep, keep_by=keep_by, reseed=on_reject == "reseed"))
+        return found
 
     def keys(self) -> pa.Table:
         """Every planned row, in manifest order: id, seed and clip_id, typed as in the ledger; row, its manifest row."""

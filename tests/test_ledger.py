@@ -530,8 +530,15 @@ def test_what_a_folder_was_rendered_for_is_known_with_all_its_counts(folder):
 def test_another_run_is_refused_and_every_difference_named(store):
     assert read_run(store) is None
     claim_run(store, IDENTITY, {})
-    with pytest.raises(OtherRun, match="another run: steps was 20, is 30; guidance was None, is 1.5. Choose another"):
-        claim_run(store, IDENTITY | {"steps": 30, "guidance": 1.5}, {})
+    with pytest.raises(OtherRun, match="another run: model was demo, is wan; precision was None, is bf16. Choose an"):
+        claim_run(store, IDENTITY | {"model": "wan", "precision": "bf16"}, {})
+
+
+
+def test_a_run_folder_of_a_newer_version_is_refused(folder):
+    folder.put("run.json", json.dumps({"identity": IDENTITY | {"format": 3}}).encode())
+    with pytest.raises(OtherRun, match="format 3, which a newer dailies wrote; this one knows 2"):
+        claim_run(folder, IDENTITY | {"format": 2}, {})
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"a": 1}', b"\xff"])

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import unicodedata
 from decimal import Decimal
 from pathlib import Path
@@ -238,11 +239,13 @@ def test_every_number_type_of_parquet_is_read(tmp_path, kind):
     assert manifest.table.schema.types == list(COLUMN_TYPES.values())
 
 
-def test_ids_default_to_the_position_and_may_be_numbers(tmp_path):
-    assert cells(Manifest.read(parquet(tmp_path / "a.parquet", prompt=["a", "b"])), "id") == ["0", "1"]
-    assert cells(Manifest.read(parquet(tmp_path / "b.parquet", prompt=["a", "b"], id=[70, None])), "id") == ["70", "1"]
+def test_ids_default_to_the_content_and_may_be_numbers(tmp_path):
+    a, b = ids = cells(Manifest.read(parquet(tmp_path / "a.parquet", prompt=["a", "b"])), "id")
+    assert all(re.fullmatch("[0-9a-f]{16}", name) for name in ids) and a != b
+    assert cells(Manifest.read(parquet(tmp_path / "b.parquet", prompt=["a", "b"], id=[70, None])), "id") == ["70", b]
     lines = '{"prompt": "a", "id": 70}\n{"prompt": "b"}'
-    assert cells(Manifest.read(text(tmp_path / "c.jsonl", lines)), "id") == ["70", "1"]
+    manifest = Manifest.read(text(tmp_path / "c.jsonl", lines))
+    assert cells(manifest, "id") == ["70", b] and cells(manifest.numbered(), "id") == ["70", "1"]
 
 
 def test_ids_may_have_slashes_spaces_and_any_script(tmp_path):
@@ -294,7 +297,7 @@ def test_a_folder_is_read_in_order_of_name_and_without_hidden_files(tmp_path):
     text(tmp_path / "README.md", "x")
     manifest = Manifest.read(str(tmp_path))
     assert cells(manifest, "prompt") == ["first", "second", "third", "fourth"]
-    assert cells(manifest, "id") == ["0", "1", "2", "3"]
+    assert cells(manifest.numbered(), "id") == ["0", "1", "2", "3"] and len({*cells(manifest, "id")}) == 4
     assert cells(manifest, "steps") == [None, None, None, 9]
     assert manifest.user.to_pydict() == {"user.tag": [1, 2, None, None]}
     assert manifest.notes == [f"not read, no format of ours: {tmp_path / 'README.md'}"]

@@ -8,6 +8,7 @@ import json
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from tiny import TINY
@@ -16,6 +17,7 @@ import dailies
 
 GOLDENS = Path(__file__).parent / "goldens"
 OLD = GOLDENS / "run_folder_c717109"
+ROWS = GOLDENS / "run_folder_c717109.csv"
 
 
 @pytest.fixture
@@ -24,9 +26,10 @@ def folder(tmp_path) -> Path:
     return tmp_path / "out"
 
 
-def prepared(folder: Path, defaults: dailies.Defaults | None = None) -> dailies.Run:
-    return dailies.prepare(dailies.Manifest.read(str(GOLDENS / "run_folder_c717109.csv")), dailies.open_store(folder),
-                           TINY, weights=dailies.locate_weights(None, TINY), defaults=defaults or dailies.Defaults())
+def prepared(folder: Path, defaults: dailies.Defaults | None = None, rows: Path = ROWS, **options) -> dailies.Run:
+    return dailies.prepare(dailies.Manifest.read(str(rows)), dailies.open_store(folder), TINY,
+                           weights=dailies.locate_weights(None, TINY), defaults=defaults or dailies.Defaults(),
+                           **options)
 
 
 def stages_of(run: dailies.Run) -> list[dailies.Stage]:
@@ -56,6 +59,37 @@ def test_the_clips_of_c717109_are_those_that_are_made_today(folder, tmp_path):
     assert latent["weights_fingerprint"] == new.plan.weights_fingerprint
 
 
-def test_other_settings_than_those_of_c717109_are_refused_by_name(folder):
-    with pytest.raises(dailies.DailiesError, match="steps was 2, is 5.*Choose another output folder, or repeat"):
-        prepared(folder, dailies.Defaults(steps=5))
+def test_another_precision_than_that_of_c717109_is_refused_by_name(folder):
+    with pytest.raises(dailies.DailiesError, match="precision was fp32, is bf16.*Choose another output folder, or "):
+        prepared(folder, precision="bf16")
+
+
+def test_other_defaults_than_those_of_c717109_are_of_what_is_not_done_yet(folder):
+    before = pq.read_table(folder / "ledger" / "000001-000000.parquet").to_pylist()
+    run = prepared(folder, dailies.Defaults(steps=5))
+    assert str(run.change) == ("for rows that do not say, steps was 2, is 5; 2 that are done keep what they were made "
+                               "with")
+    assert [outcome.value.request.num_steps for outcome in run.render(stages_of(run))] == [5, 5]
+    rows = {row["id"]: row for row in dailies.read_ledger(run.store).to_pylist()}
+    assert {name: rows[name]["steps"] for name in "abcd"} == {"a": 2, "b": 2, "c": 5, "d": 5}
+    assert all(rows[row["id"]]["clip_id"] == row["clip_id"] for row in before)
+    for steps in (2, 5):                                # whatever is said on another night
+        assert not list(prepared(folder, dailies.Defaults(steps=steps)).render(stages_of(run)))
+    assert {row["id"]: row for row in dailies.read_ledger(run.store).to_pylist()} == rows
+
+
+def test_rows_without_ids_in_a_folder_of_before_are_known_by_their_position(folder, tmp_path):
+    """As c717109 named them: the third row was "2", with a seed that followed from that."""
+    part, = (folder / "ledger").iterdir()
+    table = pq.read_table(part)
+    names = {"a": "0", "b": "1"}
+    pq.write_table(table.set_column(table.column_names.index("id"), "id", pa.array(
+        [names[name] for name in table["id"].to_pylist()])), part)
+    lines = [line.split(",", 1)[1] for line in (GOLDENS / "run_folder_c717109.csv").read_text().splitlines()]
+    (tmp_path / "rows.csv").write_text("\n".join([*lines, "a blue circle moves left,9,5\n"]))
+    run = prepared(folder, rows=tmp_path / "rows.csv")
+    assert run.plan.keys()["id"].to_pylist() == list("01234")
+    assert len(list(run.render(stages_of(run)))) == 3   # c, d, and what came behind
+    assert sorted(dailies.read_ledger(run.store)["id"].to_pylist()) == list("01234")
+    fresh = prepared(tmp_path / "new", rows=tmp_path / "rows.csv").plan
+    assert {request.clip_id for request in fresh.requests()} == {request.clip_id for request in run.plan.requests()}

@@ -44,7 +44,8 @@ def test_a_bare_prompt_gets_everything_from_the_card(tmp_path):
     assert (str(request.shape), request.fps, request.num_steps, request.guidance) == ("64x64x49", 24.0, 20, 3.0)
     assert (request.model, request.negative_prompt) == ("demo", "")
     assert (request.precision, request.attention) == ("fp32", "dense")
-    assert request.seed == int.from_bytes(hashlib.sha256(b"0").digest()[:4], "big") % 2**31
+    name = hashlib.sha256(b"prompt 12 a red circle").hexdigest()[:16]      # of a row that was given none
+    assert request.seed == int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % 2**31
 
 
 def test_the_row_decides_before_the_command_line_and_that_before_the_card(tmp_path):

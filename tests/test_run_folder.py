@@ -176,7 +176,7 @@ def test_no_empty_folder_is_left(tmp_path):
     folder = begin(tmp_path / "night")
     assert render(folder)[0] == 0
     left = {path.relative_to(folder / "out").parts[0] for path in (folder / "out").rglob("*")}
-    assert left == {"run.json", "lease.json", "_SUCCESS.json", "clips", "posters", "ledger"}
+    assert left == {"run.json", "lease.json", "_SUCCESS.json", "clips", "posters", "ledger", "manifests"}
     assert all(any(path.iterdir()) for path in (folder / "out").rglob("*") if path.is_dir())
 
 

@@ -28,9 +28,8 @@ HANG_S = 60
 STRANGE = [None, True, -1, 0, 2**63, 10**30, 0.5, float("nan"), "", "\x1b[2J", "x" * 10**5, "../../x", [], {}, [[]],
            "\ud800",
            "9999-12-31T23:59:59+00:00", {"a": {"b": []}}]
-TARGETS = ["run.json", "lease.json", "_SUCCESS.json", SEAL_KEY, "ledger", "clip", "clip without a ledger", "latent",
-           "steps",
-           "embedding"]
+TARGETS = ["run.json", "manifests", "lease.json", "_SUCCESS.json", SEAL_KEY, "ledger", "clip", "clip without a ledger",
+           "latent", "steps", "embedding"]
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +42,8 @@ def base(tmp_path_factory):
         patch.setattr(Run, "clear", lambda *_: None)
         assert render(folder, "--keep-latents")[0] == 0
     kinds = {path.relative_to(folder / "out").parts[0] for path in (folder / "out").rglob("*") if path.is_file()}
-    assert kinds == {"run.json", "lease.json", "_SUCCESS.json", SEAL_KEY, "ledger", "clips", "posters", "latents",
-                     "steps", "embeddings"}
+    assert kinds == {"run.json", "lease.json", "_SUCCESS.json", SEAL_KEY, "manifests", "ledger", "clips", "posters",
+                     "latents", "steps", "embeddings"}
     return folder
 
 
@@ -164,7 +163,9 @@ def spoil(folder, target, how):
             return None
     else:
         path = out / target
-        if target.endswith(".json") and how.random() < 0.6:
+        if target == "manifests":
+            path, = path.iterdir()
+        if path.suffix == ".json" and how.random() < 0.6:
             path.write_bytes(bent_json(path.read_bytes(), how))
             return None
     path.write_bytes(bent(path.read_bytes(), how))
@@ -207,7 +208,7 @@ def test_whatever_lies_in_the_run_folder_there_is_a_sentence_or_the_right_clips(
             if code == 0:
                 assert said("verify", folder / "out")[0] == 0 and clips(folder) == clips(base)
                 assert ask("status", folder / "out")[1]["done"] == NUM_CLIPS
-            assert code in (0, 3) or target in ("run.json", "lease.json", "ledger"), (target, answer)
+            assert code in (0, 3) or target in ("run.json", "manifests", "lease.json", "ledger"), (target, answer)
             assert code != 3 or target == "ledger", (target, answer)         # only there it may say that a row failed
         assert outside(tmp_path) == before
 

@@ -6,8 +6,9 @@ is looked at alone only when it broke one. What a particular model allows is ask
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +21,13 @@ from dailies.pipeline.manifest.files import SUFFIXES, ManifestFile, common_folde
 from dailies.pipeline.manifest.part import ManifestPart, ManifestReader, concatenated, types_of_folders
 from dailies.pipeline.manifest.raw_bytes import MAX_MANIFEST_BYTES, MAX_UNFOLDED, refuse_large
 from dailies.pipeline.manifest.validation import ManifestError, ValidationErrors, shown
+
+ID_DIGITS = 16                          # of a made-up id; of ten million rows two are alike once in 400,000 nights
+ROWS_AT_A_TIME = 4096                   # that live as Python objects
+# of a row's columns those that decide what is made; the others may change and it is the same row
+CONTENT = tuple(setting.name for setting in SETTINGS
+                if setting.name not in ("id", "samples", "keep", "keep_by", "on_reject", "priority"))
+MADE_ID = re.compile(rf"[0-9a-f]{{{ID_DIGITS}}}(-\d+)?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +51,7 @@ class Manifest:
     user: pa.Table                  # the other columns, as user.NAME
     errors: ValidationErrors = field(repr=False)
     notes: list[str] = field(default_factory=list)                     # what was not read, or not as one may think
+    unnamed: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64), repr=False)     # rows given no id
 
     @classmethod
     def read(cls, uri: str | Sequence[str] = (), *, mapping: Mapping[str, str] = {}, prompts: Sequence[str] = (),
@@ -75,11 +84,19 @@ class Manifest:
             errors.about(name, None, "no row", "at least one row")
         if any(part.num_rows for part in parts):       # what is wrong with rows is told as well
             known, user = concatenated(parts, notes)
-            table = _checked(known, errors)
+            table, unnamed = _checked(known, errors)
         if errors.whole:
             raise ManifestError(name, errors)
-        return cls(name=name, digest=digest, files=errors.files, table=table, user=user, errors=errors,
-                   notes=notes)
+        return cls(name=name, digest=digest, files=errors.files, table=table, user=user, errors=errors, notes=notes,
+                   unnamed=unnamed)
+
+    def numbered(self) -> "Manifest":
+        """With a row's position as its id where it was given none, as run folders before format 2 know their rows."""
+        errors = self.errors.copy()
+        names = pa.array(self.unnamed).cast(TEXT)
+        ids = with_unique_ids(with_ids(self.table["id"], self.unnamed, names), errors)
+        table = self.table.set_column(self.table.column_names.index("id"), "id", ids)
+        return replace(self, table=table, errors=errors)
 
     def invalid_rows(self, errors: ValidationErrors) -> Iterator[InvalidRow]:
         """The rows that `errors` names, in order, with ids that no other row has."""
@@ -138,8 +155,9 @@ def _read(files: Sequence[ManifestFile], reader: ManifestReader,
     return parts, digest.hexdigest()
 
 
-def _checked(table: pa.Table, errors: ValidationErrors) -> pa.Table:
-    """The known columns with every rule asked that no model can change, and an id in every row that was given none."""
+def _checked(table: pa.Table, errors: ValidationErrors) -> tuple[pa.Table, np.ndarray]:
+    """The known columns with every rule asked that no model can change, and an id in every row; which were given none.
+    """
     columns = {setting.name: table[setting.name] for setting in SETTINGS}
     for setting in SETTINGS:
         values = columns[setting.name]
@@ -161,8 +179,16 @@ def _checked(table: pa.Table, errors: ValidationErrors) -> pa.Table:
     errors.add(rows, "samples", [f"seeds from {seed}" for seed in columns["seed"].take(rows).to_pylist()],
                    "seeds seed, seed + 1, ... up to 2**63 - 1")
 
-    columns["id"] = _with_ids(columns["id"], errors)
-    return pa.table(columns)
+    for one, other in (("keep", "keep_by"), ("keep_by", "keep")):
+        rows = np.flatnonzero(pc.and_(columns[one].is_valid(), columns[other].is_null()))
+        errors.add(rows, one, [shown(said) for said in columns[one].take(rows).to_pylist()],
+                   f"{one} beside {other}: how many of a row's samples are selected, and by which measure")
+    rows = np.flatnonzero(pc.fill_null(pc.greater(columns["keep"], columns["samples"].fill_null(1)), False))
+    errors.add(rows, "keep", [shown(said) for said in columns["keep"].take(rows).to_pylist()], "at most samples")
+
+    unnamed = rows_without(columns["id"], "id", errors)
+    columns["id"] = with_unique_ids(with_ids(columns["id"], unnamed, ids_of_content(columns, unnamed)), errors)
+    return pa.table(columns), unnamed
 
 
 def values_allowed(setting: Setting, values: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -172,6 +198,8 @@ def values_allowed(setting: Setting, values: pa.ChunkedArray) -> pa.ChunkedArray
     fitting = pc.less_equal(pc.binary_length(values), setting.max_bytes)
     if setting.refuse:
         fitting = pc.and_(fitting, pc.invert(pc.match_substring_regex(values, setting.refuse)))
+    if setting.must:
+        fitting = pc.and_(fitting, pc.match_substring_regex(values, setting.must))
     if setting.choices:
         fitting = pc.and_(fitting, pc.is_in(values, pa.array(setting.choices, TEXT)))
     return fitting
@@ -183,14 +211,48 @@ def rows_without(values: pa.ChunkedArray, column: str, errors: ValidationErrors)
     return np.setdiff1d(np.flatnonzero(values.is_null()), np.fromiter(explained, np.int64, len(explained)))
 
 
-def _with_ids(ids: pa.ChunkedArray, errors: ValidationErrors) -> pa.ChunkedArray:
-    """The ids, a row's position where it was given none; one that an earlier row has is reported."""
+def with_ids(ids: pa.ChunkedArray, rows: np.ndarray, names: pa.Array) -> pa.ChunkedArray:
+    """The ids, with these names in these rows."""
+    if len(rows) == len(ids):
+        return pa.chunked_array([names.cast(TEXT)])
+    if not len(rows):
+        return ids
+    mask = np.zeros(len(ids), bool)
+    mask[rows] = True
+    return pa.chunked_array([pc.replace_with_mask(ids.combine_chunks(), pa.array(mask), names.cast(TEXT))])
+
+
+def ids_of_content(columns: Mapping[str, pa.ChunkedArray], rows: np.ndarray) -> pa.Array:
+    """A name for each of these rows, from what it asks for, as it says it: 16 hexadecimal digits.
+
+    What decides no pixels is no part of it, nor is a column that says nothing; so a row keeps its name wherever it
+    stands, in whatever format, and with whatever columns beside. The k-th row of equal ones has -k behind.
+    """
+    said = {name: columns[name] for name in CONTENT if columns[name].null_count < len(columns[name])}
+    names: list[str] = []
+    for start in range(0, len(rows), ROWS_AT_A_TIME):
+        block = pa.array(rows[start: start + ROWS_AT_A_TIME])
+        cells = [[None if value is None else f"{name} {len(text)} {text}" for value in column.take(block).to_pylist()
+                  for text in [value if isinstance(value, str) else repr(value + 0.0) if isinstance(value, float)
+                               else repr(value)]] for name, column in said.items()]
+        names += [hashlib.sha256("".join(filter(None, row)).encode()).hexdigest()[:ID_DIGITS]
+                  for row in zip(*cells, strict=True)] if cells else ["0" * ID_DIGITS] * len(block)
+    encoded = pa.array(names, TEXT).dictionary_encode()
+    if len(encoded.dictionary) == len(names):
+        return encoded.cast(TEXT)
+    codes = encoded.indices.to_numpy()
+    order = np.argsort(codes, kind="stable")
+    is_first = np.diff(codes[order], prepend=-1) != 0
+    nth = np.empty(len(codes), np.int64)
+    nth[order] = np.arange(len(codes)) - np.maximum.accumulate(np.where(is_first, np.arange(len(codes)), 0))
+    for at in np.flatnonzero(nth).tolist():
+        names[at] = f"{names[at]}-{nth[at]}"
+    return pa.array(names, TEXT)
+
+
+def with_unique_ids(ids: pa.ChunkedArray, errors: ValidationErrors) -> pa.ChunkedArray:
+    """The ids; one that an earlier row has is reported."""
     positions = np.arange(len(ids))
-    missing = rows_without(ids, "id", errors)
-    if len(missing) == len(ids):
-        return pa.chunked_array([pa.array(positions).cast(TEXT)])
-    if len(missing):
-        ids = pc.if_else(np.isin(positions, missing), pa.array(positions).cast(TEXT), ids)
     encoded = ids.combine_chunks().dictionary_encode()
     if len(encoded.dictionary) + encoded.null_count < len(ids):
         is_given = encoded.is_valid().to_numpy(zero_copy_only=False)

@@ -1,9 +1,11 @@
 """What of a plan is done, and the ledger that says so: what is there is passed over, what is made is recorded."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import replace
+from datetime import UTC, datetime
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dailies.actors.gate import REJECTED
 from dailies.actors.messages import Clip, Failure, Request
@@ -11,11 +13,15 @@ from dailies.pipeline.plan import RESEEDS, ROWS_AT_A_TIME, Except, Plan, Planned
 from dailies.pipeline.run.adoption import Spoilt, adopt
 from dailies.pipeline.run.layout import CLIPS, SUCCESS, clip_id_in
 from dailies.pipeline.run.lease import Lease
-from dailies.pipeline.run.ledger import Ledger, keys_of, recorded_hashes
+from dailies.pipeline.run.ledger import Ledger, is_one_of, keys_of, recorded_hashes
 from dailies.pipeline.run.ledger_row import invalid_row, row_of
+from dailies.pipeline.run.takes import Take, takes_in
 from dailies.pipeline.stages import Outcome
 from dailies.pipeline.store import Store
 from dailies.pipeline.wording import counted
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 SHOWN_FAILURES = 20
 MANY_CLIPS = 100                                        # to read and decode take longer than a person waits in silence
@@ -26,34 +32,68 @@ class Bookkeeper:
     """What of the plan is done, and the ledger that says so."""
 
     def __init__(self, store: Store, plan: Plan, *, limit: int | None = None, lease: Lease | None = None,
-                 chosen_because: str | None = None, tell: Callable[[str], None] = lambda text: None):
+                 chosen_because: str | None = None, changed: Container[tuple[str, int | None]] = (),
+                 tell: Callable[[str], None] = lambda text: None):
         """limit: the most clips to make.  lease: needed to write.  chosen_because: of precision and attention, for the
-        ledger.  tell: what a person should know.  Raises StoreError.
+        ledger.  changed: rows (id, seed) that are to be made again.  tell: what a person should know.
+        Raises StoreError.
         """
         self.store, self.plan, self.limit, self.lease, self.tell = store, plan, limit, lease, tell
         self.chosen_because = chosen_because
         self.ledger = Ledger.open(self.store, self.plan.manifest.user.schema)
         keys = self.plan.keys()
+        self.read_takes(keys, changed)
+        self.replaced = self.ledger.set_aside(changed) if changed else {}
         self.ledger.only(keys, [row.id for row in self.plan.invalid_rows()] if self.plan.num_invalid_rows else [])
         self.files = files_of_clips(self.store)         # listed after the ledger was read: a row follows its clip
         self.gone = self.ledger.without_a_file(self.files)
         self.ledger.forget(self.gone)
         self.spoilt: dict[str, Spoilt] = {}             # files under clips' names that are not those clips
-        left = self.ledger.pending(keys)
+        left = self.without_takes(self.ledger.pending(keys))
         self.num_rows = keys.num_rows + self.plan.num_invalid_rows
         known = {name for name, seed in keys_of(self.ledger.keys) if seed is None}
         self.new_invalid = [row for row in self.plan.invalid_rows() if row.id not in known]
         self.num_invalid = self.plan.num_invalid_rows - len(self.new_invalid)       # that the ledger has
         self.left_by_limit = 0                          # clips to make, beyond what this command was to make
-        self.open_clips = set(left["clip_id"].to_pylist())
+        self.planned_clips = set(left["clip_id"].to_pylist())
+        self.open_clips = self.planned_clips | self.takes.keys()
         # rows that are written although another row of their clip is not: they must not be written again
         written = keys.join(left.select(["id", "seed"]), ["id", "seed"], join_type="left anti")
         self.written = {key for key, clip_id in zip(keys_of(written), written["clip_id"].to_pylist(), strict=True)
-                        if clip_id in self.open_clips}
+                        if clip_id in self.planned_clips}
         self.remade: dict[str, tuple[list[PlannedRow], int]] = {}      # clips with other seeds: their rows, which try
         self.again: list[Request] = []                  # of them, those that nobody works on yet
         self.num_adopted = self.num_rendered = 0
         self.failures: list[dict[str, Any]] = []
+
+    def read_takes(self, keys: "pa.Table", changed: Container[tuple[str, int | None]]) -> None:
+        """What the ledger itself asks for.  keys: of the plan."""
+        self.takes: dict[str, list[Take]] = {}          # by clip; those that have no row yet
+        self.given_up: list[Take] = []                  # of rows that ask for something else by now
+        self.not_made: list[str] = []
+        # those that are to be made: rows of the plan (own), of its rows (inside), others; what came of them
+        self.take_counts: Counter[str] = Counter()
+        for take in takes_in(self.ledger, self.plan):
+            if isinstance(take, str):
+                self.not_made.append(take)
+            elif take.slot in changed:
+                self.given_up.append(take)
+            else:
+                self.takes.setdefault(take.request.clip_id, []).append(take)
+        takes = [take for takes in self.takes.values() for take in takes]
+        if takes:
+            planned = set(keys_of(keys.filter(is_one_of(keys["id"], {take.row["id"] for take in takes}))))
+            self.take_counts.update("own" if take.key in planned else "inside" if take.slot in planned else "outside"
+                                    for take in takes)
+        self.take_keys = {take.key for take in takes}
+
+    def without_takes(self, left: "pa.Table") -> "pa.Table":
+        """Of the plan's rows those that no other take stands for."""
+        if not self.take_keys:
+            return left
+        mask = is_one_of(left["id"], {name for name, _ in self.take_keys}).to_numpy(zero_copy_only=False)
+        return left.take([at for at, (key, maybe) in enumerate(zip(keys_of(left), mask, strict=True))
+                          if not (maybe and key in self.take_keys)])
 
     def __enter__(self) -> "Bookkeeper":
         return self
@@ -83,12 +123,30 @@ class Bookkeeper:
         if self.open_clips or self.new_invalid:
             self.store.delete(SUCCESS)
         self.record_invalid()
+        self.drop_given_up()
         wanted, published = self.wanted()
-        self.adopt(self.plan.requests(skip=Except(published)), published)
+        self.adopt(self.requests(published), published)
         wanted |= published & self.spoilt.keys()
         num_clips = min(len(wanted), self.limit or len(wanted))
         self.left_by_limit = len(wanted) - num_clips
-        return islice(self.plan.requests(skip=Except(wanted)), num_clips), num_clips
+        return islice(self.requests(wanted), num_clips), num_clips
+
+    def requests(self, clips: set[str]) -> Iterator[Request]:
+        """Those of these clips: other takes first, which a person waits for, then those of the plan in its order."""
+        takes = {clip_id: takes[0].request for clip_id, takes in self.takes.items() if clip_id in clips}
+        yield from takes.values()
+        yield from self.plan.requests(skip=Except((clips & self.planned_clips) - takes.keys()))
+
+    def drop_given_up(self) -> None:
+        """Rows that have changed are made as they ask now, and not once more as they did."""
+        for take in self.given_up:
+            self.check_lease()
+            self.ledger.append([dict(take.row) | {"status": "dropped", "finished_at": datetime.now(UTC)}],
+                               take.own if take.own.num_columns else None, own=True, counts=False,
+                               statuses=("dropped",))
+        if self.given_up:
+            self.ledger.flush()                         # before the rows that count
+        self.given_up = []
 
     def rounds(self) -> Iterator[tuple[Iterable[Request], int]]:
         """The requests to render and how many, in order; then those for clips that were rejected and are made again
@@ -112,6 +170,7 @@ class Bookkeeper:
         if gone := len(self.gone - self.spoilt.keys() - self.files.keys()):
             notes.append(f"{counted(gone, 'clip')} that the ledger calls done {'is' if gone == 1 else 'are'} not in "
                          "the run folder any more: made again")
+        notes += self.not_made[:SHOWN_FAILURES]
         return notes
 
     def record_invalid(self) -> None:
@@ -131,6 +190,7 @@ class Bookkeeper:
                 self.spoilt[found.request.clip_id] = found
                 continue
             self.append(self.rows_to_write(found.request.clip_id), found, None)
+            self.append_takes(found, None)
             self.num_adopted += 1
 
     def record(self, outcome: Outcome) -> None:
@@ -143,11 +203,12 @@ class Bookkeeper:
         if isinstance(value, Failure) and value.error_type in REJECTIONS:
             rows = self.make_again(value.request, rows)
         self.append(rows, value, outcome)
+        taken = self.append_takes(value, outcome)
         if isinstance(value, Clip):
             self.num_rendered += 1
         elif len(self.failures) < SHOWN_FAILURES:
             self.failures += [{"id": row.id, "seed": row.seed, "stage": value.stage, "error_type": value.error_type,
-                               "error": value.error} for row in rows]
+                               "error": value.error} for row in [*rows, *taken]]
 
     def make_again(self, rejected: Request, rows: list[PlannedRow]) -> list[PlannedRow]:
         """Rows that ask for another seed wait for that clip, at most RESEEDS times. Returns those that have failed."""
@@ -163,19 +224,38 @@ class Bookkeeper:
         """The rows of a clip that have still to be written."""
         if clip_id in self.remade:
             return self.remade[clip_id][0]
+        if clip_id not in self.planned_clips:
+            return []                                   # a take's alone
         return [row for row in self.plan.planned_rows(clip_id) if (row.id, row.seed) not in self.written]
 
     def append(self, rows: list[PlannedRow], value: Any, outcome: Outcome | None) -> None:
         self.check_lease()
-        told = {"chosen_because": self.chosen_because}
-        self.ledger.append([row_of(row.id, value, outcome, seed=row.seed) | told | {"sample": row.sample}
-                            for row in rows],
+        self.ledger.append([row_of(row.id, value, outcome, seed=row.seed) | self.said_of(row) for row in rows],
                            self.plan.user_columns([row.row for row in rows]))
 
+    def said_of(self, row: PlannedRow) -> dict[str, Any]:
+        said = {"chosen_because": self.chosen_because, "sample": row.sample, "samples": row.samples, "keep": row.keep,
+                "keep_by": row.keep_by, "replaces": self.replaced.get((row.id, row.seed))}
+        return {name: value for name, value in said.items() if value is not None}
+
+    def append_takes(self, value: Any, outcome: Outcome | None) -> list[PlannedRow]:
+        """Write the rows of other takes that this clip is; returns them."""
+        taken = self.takes.pop(value.request.clip_id, [])
+        for take in taken:
+            self.check_lease()
+            take.append(self.ledger, value, outcome)
+            self.take_counts["done" if isinstance(value, Clip) else "failed"] += 1
+        return [PlannedRow(row=-1, id=take.row["id"], seed=take.row["seed"], clip_id=value.request.clip_id)
+                for take in taken]
+
     def counts(self) -> dict[str, int]:
-        """Of this manifest's rows; a run folder may have others besides."""
-        done, failed = self.ledger.counts["done"], self.ledger.counts["failed"]
-        return {"rows": self.num_rows, "done": done, "failed": failed, "pending": self.num_rows - done - failed}
+        """Of this manifest's rows, and of those that the ledger itself asks for; a run folder may have others besides.
+        """
+        takes, dropped = self.take_counts, self.ledger.counts["dropped"]
+        done = self.ledger.counts["done"] - takes["inside"] + takes["done"]
+        failed = self.ledger.counts["failed"] + takes["failed"]
+        rows = self.num_rows + takes["outside"] - dropped
+        return {"rows": rows, "done": done, "failed": failed, "pending": rows - done - failed}
 
 
 def files_of_clips(store: Store) -> dict[str, int]:

@@ -32,14 +32,17 @@ def slots(table: pa.Table) -> pa.ChunkedArray:
     return pc.coalesce(table["take_of"].cast(pa.int64()), table["seed"])
 
 
-def is_current(table: pa.Table) -> np.ndarray:
+def is_current(table: pa.Table, *, dropped: bool = False) -> np.ndarray:
     """Of each of `latest` rows whether it counts: no newer take of its manifest row is there, and nobody dropped it.
+
+    dropped: also those that stand for a row that was.
 
     A take that failed replaces nothing; one that is to be made has replaced nothing yet. One whose file was damaged
     has: it is made again.
     """
     status = table["status"]
-    counts = pc.not_equal(status, "dropped").to_numpy(zero_copy_only=False)
+    counts = np.ones(table.num_rows, bool) if dropped else pc.not_equal(status, "dropped").to_numpy(
+        zero_copy_only=False)
     if "take_of" not in table.column_names or table["take_of"].null_count == table.num_rows:
         return counts
     error_type = table["error_type"] if "error_type" in table.column_names else pa.nulls(table.num_rows, pa.string())

@@ -24,10 +24,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dailies.pipeline.manifest.stored_types import as_text, converted, stored_type
-from dailies.pipeline.run.current import JUDGED_BY, is_current, latest
+from dailies.pipeline.run.current import JUDGED_BY, is_current, latest, slots
 from dailies.pipeline.run.layout import LAST_EPOCH, LEDGER, RETRIED, SUCCESS, epoch_of, part_key, retried_key
 from dailies.pipeline.run.ledger_part import MAX_PART_BYTES, MAX_ROWS_IN_ALL, STATUSES, read_part
 from dailies.pipeline.run.ledger_row import COLUMNS, DAMAGED, DURATION, OTHER_STAGES, stored_error, there
+from dailies.pipeline.run.where import Filter, all_of, column_is
 from dailies.pipeline.store import NotFound, Store, StoreError, TooLarge
 
 REMEMBERED = ("id", "seed", "status", "error_type", "error", "attempts", "finished_at", "earlier_errors")
@@ -92,6 +93,19 @@ class Ledger:
             self.keys = self.keys.take(pa.array(np.sort(ours["at"].to_numpy())))
             self.counts = counts_of(self.keys["status"])
 
+    def set_aside(self, keys: Container[tuple[str, int | None]]) -> dict[tuple[str, int | None], str | None]:
+        """Take these rows as not there: those that are appended count. Returns the clip that each had in its place."""
+        if not self.keys.num_rows:
+            return {}
+        done = pa.table({"id": self.keys["id"], "slot": slots(self.keys), "clip_id": self.keys["clip_id"]})
+        of_row = {(name, slot): clip_id for name, slot, clip_id in
+                  values_of(done.filter(self.is_done), "id", "slot", "clip_id") if (name, slot) in keys}
+        mask = pa.array([key in keys for key in keys_of(self.keys)], pa.bool_())
+        found = {key: of_row.get(key) for key in keys_of(self.keys.filter(mask))}
+        self.keys = self.keys.filter(pc.invert(mask))
+        self.counts = counts_of(self.keys["status"])
+        return found
+
     def forget(self, clip_ids: Collection[str | None]) -> None:
         """Take the rows in which these clips are done as not there; the rows that are appended for them count."""
         if not clip_ids:
@@ -116,11 +130,12 @@ class Ledger:
                 if num_bytes is None or files.get(clip_id) != num_bytes}
 
     def append(self, rows: Sequence[Mapping[str, Any]], extra: pa.Table | None = None, *, own: bool = False,
-               statuses: Collection[str] = ("done", "failed")) -> None:
+               counts: bool = True, statuses: Collection[str] = ("done", "failed")) -> None:
         """Take rows, by column name; a column that a row does not name is null in it.
 
         extra: further columns, one row for each of `rows`.  own: they need not be this run's: of a row that is written
-        again they are those it had.  Raises ValueError for rows that do not fit the columns.
+        again they are those it had.  counts: whether they are rows of this run's manifest.
+        Raises ValueError for rows that do not fit the columns.
         """
         further = extra.column_names if extra is not None else []
         stages = sorted({name for row in rows for name in row if name.startswith(OTHER_STAGES)} - {*self.schema.names})
@@ -148,7 +163,8 @@ class Ledger:
         if not self.waiting:
             self.waiting_since = time.monotonic()
         self.waiting.append(table)
-        self.counts.update(row["status"] for row in rows)
+        if counts:
+            self.counts.update(row["status"] for row in rows)
         self.tick()
 
     def tick(self) -> None:
@@ -175,6 +191,10 @@ class Ledger:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def is_one_of(column: pa.ChunkedArray, values: Collection[str | None]) -> pa.ChunkedArray:
+    return pc.is_in(column, pa.array(sorted(filter(None, values)), column.type))
 
 
 def comparable(table: pa.Table) -> pa.Table:
@@ -268,19 +288,44 @@ def put_back(store: Store, problems: Mapping[str, str]) -> int:
     return done.num_rows
 
 
-def write_again(store: Store, rows: pa.Table, change: Callable[[dict[str, Any]], Mapping[str, Any]]) -> None:
+def write_again(store: Store, rows: pa.Table, change: Callable[[dict[str, Any]], Mapping[str, Any]], *,
+                own: tuple[str, ...] = ("user.", "quality.")) -> None:
     """A further row for each of these, with all that it says but for `change`: it counts from then on.
 
-    rows: of `read`, with all columns.  change: what is different in a row.  For who holds the run's lease: killed
-    half-way, it has written some, a thousand at a time.
+    rows: of `read`, with all columns.  change: what is different in a row.  own: how further columns begin that go
+    along.  For who holds the run's lease: killed half-way, it has written some, a thousand at a time.
     """
     ours = [name for name in rows.column_names if name in COLUMNS.names or name.startswith(OTHER_STAGES)]
-    own = [name for name in rows.column_names if name not in ours and name.startswith(("user.", "quality."))]
+    further = [name for name in rows.column_names if name not in ours and name.startswith(own)]
     with Ledger(store, COLUMNS, rows_of_no_key(), flush_rows=ROWS_IN_PART, flush_s=30.0) as writer:
         for start in range(0, rows.num_rows, ROWS_IN_PART):
             block = rows.slice(start, ROWS_IN_PART)
             writer.append([row | change(row) for row in block.select(ours).to_pylist()],
-                          block.select(own) if own else None, own=True, statuses=STATUSES)
+                          block.select(further) if further else None, own=True, statuses=STATUSES)
+
+
+def clips_ever_named(store: Store) -> set[str]:
+    """By any row of any part, whether it counts or not."""
+    found: set[str] = set()
+    for _, table in parts(store, ["id", "seed", "status", "clip_id"]):
+        if table is not None and "clip_id" in table.column_names:
+            found.update(filter(None, table["clip_id"].unique().to_pylist()))
+    return found
+
+
+def pending_rows(store: Store, keys: pa.Table) -> Iterator[tuple[dict[str, Any], pa.Table]]:
+    """The rows of these keys that wait for their clips: what each says, and its user columns.
+
+    keys: id, seed; and `current`, without which a row no longer waits.
+    """
+    waiting = (table.filter(pc.equal(table["status"], "pending")) for _, table in parts(store, None)
+               if table is not None)
+    rows = latest(together([COLUMNS.empty_table(), *(table for table in waiting if table.num_rows)]))
+    wanted = set(keys_of(keys.filter(keys["current"])))
+    rows = rows.filter(pa.array([key in wanted for key in keys_of(rows)], pa.bool_()))
+    own = [name for name in rows.column_names if name.startswith("user.")]
+    for at, row in enumerate(rows.select([name for name in rows.column_names if name not in own]).to_pylist()):
+        yield row, rows.select(own).slice(at, 1)
 
 
 def rows_of_no_key() -> pa.Table:
@@ -299,21 +344,22 @@ def recorded_hashes(store: Store, clip_ids: Collection[str]) -> dict[str, str]:
     return found
 
 
-def retry_rows(store: Store, where: Mapping[str, str] | None = None) -> int:
+def retry_rows(store: Store, where: Mapping[str, str] | Filter | None = None) -> int:
     """Put failed rows back to pending; returns how many. Invalid rows stay: another try changes nothing of them.
 
-    where: column -> value as text; all must hold.  Raises ValueError for a column that the ledger does not have.
+    where: column -> value as text, all of which must hold, or a filter.  Raises BadFilter, which is a ValueError, for a
+    column that the ledger does not have.
     Call it while no run is writing. Killed half-way, it has put some of the rows back; the same call does the rest.
     """
-    where = dict(where or {})
-    ledger = read(store, ["id", "seed", "status", "error_type", *where])
+    if not isinstance(where, Filter):
+        where = all_of(column_is(name, value) for name, value in (where or {}).items())
+    ledger = read(store, ["id", "seed", "status", "error_type", *where.columns])
+    if not all(name in ledger.column_names and not pa.types.is_nested(ledger.schema.field(name).type)
+               for name in where.columns):
+        ledger = read(store)                            # the message names what there is
     mask = pc.and_(pc.equal(ledger["status"], "failed"),
                    pc.fill_null(pc.not_equal(ledger["error_type"], "invalid"), True))
-    for column, value in where.items():
-        if column not in ledger.column_names or pa.types.is_nested(ledger.schema.field(column).type):
-            known = [field.name for field in read(store).schema if not pa.types.is_nested(field.type)]
-            raise ValueError(f"the ledger has no column {column} to choose rows by; it has {', '.join(known)}")
-        mask = pc.and_(mask, pc.fill_null(pc.equal(ledger[column].cast(pa.string()), value), False))
+    mask = pc.and_(mask, where.mask(ledger))
     chosen = set(keys_of(ledger.filter(mask)))
     take_out(store, chosen)
     return len(chosen)

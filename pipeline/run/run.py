@@ -27,11 +27,20 @@ from dailies.pipeline.manifest.validation import shown
 from dailies.pipeline.plan import Defaults, Plan
 from dailies.pipeline.run import ledger
 from dailies.pipeline.run.bookkeeper import Bookkeeper
-from dailies.pipeline.run.growth import Change, change, grow
+from dailies.pipeline.run.growth import Change, change, compare, digests_of, grow, is_recorded
 from dailies.pipeline.run.intermediates import Seal, clear
 from dailies.pipeline.run.layout import EMBEDDINGS, EMPTIED, LATENTS, RUN, SAVED_STEPS, SUCCESS, intermediate_of
 from dailies.pipeline.run.lease import Lease
-from dailies.pipeline.run.run_json import check_counts, check_run, claim_run, has, read_run
+from dailies.pipeline.run.run_json import (
+    FORMAT,
+    check_counts,
+    check_run,
+    claim_run,
+    format_of,
+    has,
+    known_manifest,
+    read_run,
+)
 from dailies.pipeline.run.seal import drop_key, seal_of
 from dailies.pipeline.stages import Outcome, Stage, run_local
 from dailies.pipeline.store import Store, StoreError
@@ -58,6 +67,8 @@ class Run:
     fallbacks: tuple[str, ...] = ()                     # of every clip, as far as they are known before
     chosen_because: str = ""                            # of precision and attention, where they were to be chosen
     has_begun: bool = False                             # the folder holds this run already
+    changed: str | None = None                          # "render" or "keep" rows that have changed; None: no run then
+    is_recorded: bool = False                           # the folder knows that this manifest was given
     change: Change | None = None                        # of the manifest, since the folder was rendered for one
     made_at: float = field(default_factory=time.time)   # since 1970
 
@@ -69,15 +80,14 @@ class Run:
             return run
         check_counts(store, found)
         check_run(store, found, run.identity())
-        return replace(run, has_begun=True, change=change(store, found, plan))
+        return replace(run, has_begun=True, change=change(store, found, plan, changed=run.changed),
+                       is_recorded=is_recorded(found, known_manifest(store, found), plan))
 
     def identity(self) -> dict[str, Any]:
-        """What decides which clips this run has: a run folder holds one such run."""
+        """What all clips of a run share: a run folder holds one such run."""
         plan = self.plan
-        images = {"images_digest": plan.images_digest} if plan.images_digest else {}
-        return {"manifest_digest": plan.manifest.digest, **images, "model": plan.card.name,
-                "weights_fingerprint": plan.weights_fingerprint, "precision": plan.precision,
-                "attention": plan.attention, **plan.said_beside, **plan.defaults}
+        return {"format": FORMAT, "model": plan.card.name, "weights_fingerprint": plan.weights_fingerprint,
+                "precision": plan.precision, "attention": plan.attention, **plan.said_beside}
 
     def check_weights(self) -> None:
         """Names, shapes and dtypes of every weight, from the files' headers.  Raises CheckpointError."""
@@ -100,7 +110,8 @@ class Run:
             "device": self.device, "rows": summary["rows"], "invalid_rows": summary["invalid_rows"],
             "planned_rows": summary["planned_rows"], "clips": summary["clips"], "duplicates": summary["duplicates"],
             "settings": summary["settings"], "buckets": summary["buckets"], "more_buckets": summary["more_buckets"],
-            "roundings": summary["roundings"], "rows_digest": self.plan.rows_digest, "job": dict(job or {}),
+            "roundings": summary["roundings"], "rows_digest": self.plan.rows_digest, **digests_of(self.plan),
+            "defaults": dict(self.plan.defaults), "job": dict(job or {}),
             "chosen_because": self.chosen_because, "fallbacks": list(self.fallbacks),
             "versions": {"dailies": installed_version("dailies-render"),
                          **{name: installed_version(name) for name in VERSIONS_OF},
@@ -134,16 +145,29 @@ class Run:
         """
         with Lease.take(self.store, wait=take_over, tell=tell) as lease:
             run = read_run(self.store)                  # now, since the driver before may just have written
-            if run is not None and change(self.store, run, self.plan) is not None:
-                grow(self.store, self.plan)
-            with self.bookkeeper(limit=limit, lease=lease, tell=tell) as bookkeeper:
+            found = None if run is None else change(self.store, run, self.plan, changed=self.changed)
+            changed = {} if found is None else found.changed
+            if run is not None:
+                grow(self.store, run, self.plan, changed, self.changed)
+            with self.bookkeeper(limit=limit, lease=lease, tell=tell,
+                                 changed=changed if self.changed == "render" else {}) as bookkeeper:
                 yield bookkeeper
             self.complete(pending=bookkeeper.counts()["pending"], keep_latents=keep_latents)
             self.store.tidy(*EMPTIED)
 
     def bookkeeper(self, **options: Any) -> Bookkeeper:
         """What is done, to be looked at; to write it takes `open`."""
+        if self.changed == "render" and self.change is not None:
+            options.setdefault("changed", self.change.changed)
         return Bookkeeper(self.store, self.plan, chosen_because=self.chosen_because or None, **options)
+
+    def compared(self) -> Change:
+        """How its rows stand to those of the folder's ledger.  Raises StoreError."""
+        run = read_run(self.store)
+        if run is None:
+            rows = self.plan.manifest.table.num_rows
+            return Change(rows_before=0, rows=rows, new=self.plan.num_planned_rows)
+        return self.change or compare(self.store, self.plan, known_manifest(self.store, run))
 
     @property
     def is_marked(self) -> bool:
@@ -192,19 +216,22 @@ def installed_version(package: str) -> str:
 def prepare(manifest: Manifest, store: Store, card: ModelCard, *, weights: Path | None, device: str = "cpu",
             defaults: Defaults = Defaults(), precision: str | None = None, attention: str | None = None,
             decode_precision: str | None = None, variant: str | None = None, skip_invalid: bool = False,
-            strict: bool = False, allow_images: Sequence[str] = (), is_here: bool = True,
+            strict: bool = False, allow_images: Sequence[str] = (), is_here: bool = True, changed: str | None = None,
             gpus: Callable[[], Sequence[Gpu]] = lambda: ()) -> Run:
     """The run of a manifest, with all that was left open settled: as the folder's run has it, or the model.
 
     weights: their folder, as `locate` finds it; None: not here, so clips have no names yet.  precision, attention: None
     for the model's own, "auto" for the fastest on `gpus`, the kinds that will do the work.  is_here: it is done on this
-    machine, of which fallbacks are known before.  strict: no fallback and no rounding is taken.
+    machine, of which fallbacks are known before.  strict: no fallback and no rounding is taken.  changed: what is to
+    become of rows that ask for something else than they did, "render" or "keep"; None: they are refused.
     The other settings are as of `Plan.make`.
     Raises SettingError, ManifestError, OtherRun, StoreError.
     """
     found = read_run(store)
     if found is not None:
         check_counts(store, found)
+        if format_of(found) == 1:                       # as it has named its rows
+            manifest = manifest.numbered()
     before = found["identity"] if found else {}         # a run keeps its own, wherever it is continued
     way = way_of(card, weights, device, found, precision=precision, attention=attention, gpus=gpus)
     decode_precision = decode_precision or before.get("decode_precision")
@@ -227,7 +254,8 @@ def prepare(manifest: Manifest, store: Store, card: ModelCard, *, weights: Path 
     if strict and (fallbacks or plan.roundings):
         said = "; ".join([*fallbacks, *(f"{counted(rows, 'row')}: {note}" for note, rows in plan.roundings[:10])])
         raise SettingError(f"--strict, and not every row can be rendered as asked: {said}")
-    return Run.of(store, plan, device=device, weights=weights, fallbacks=fallbacks, chosen_because=way.because)
+    return Run.of(store, plan, device=device, weights=weights, fallbacks=fallbacks, chosen_because=way.because,
+                  changed=changed)
 
 
 def way_of(card: ModelCard, weights: Path | None, device: str, found: Mapping[str, Any] | None, *,

@@ -1,12 +1,14 @@
 """run.json: which run a folder holds. Written once, before anything else; another run is refused.
 
-Its `identity` decides which clips rows get (model, weights, defaults). Whatever else it tells, such as versions and how
-the run was started, may differ when the run is continued; so may the manifest (growth.py).
+Its `identity` is what all its clips share: model, weights, precision, attention. Whatever else it tells, such as
+versions and how the run was started, may differ when the run is continued; so may the manifest and the defaults for
+rows that do not say (growth.py). A run.json without a format was written before there was one: its identity had the
+defaults of its only night, and its rows without ids are known by position.
 """
 
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -17,7 +19,10 @@ from dailies.pipeline.run.layout import MANIFESTS, RUN
 from dailies.pipeline.run.masking import without_secrets
 from dailies.pipeline.store import NotFound, Store, StoreError, TooLarge
 
+FORMAT = 2
+IDENTITY = ("model", "weights_fingerprint", "precision", "attention", "decode_precision", "variant")
 GROWS = ("manifest_digest", "images_digest")            # in run.json the first manifest's; see growth.py
+MAX_DEFAULTS = 100                      # sets of them that are remembered
 MAX_RUN_JSON_BYTES = 2**22              # of it, and of what is said of a later manifest
 COUNTED = ("planned_rows", "invalid_rows", "clips", "buckets", "more_buckets")      # by which progress is counted
 SUMMED = ("rows", "duplicates", *COUNTED)               # what is said of a manifest
@@ -52,12 +57,18 @@ class Bucket(BaseModel):
         return self
 
 
+Scalars = dict[str, None | bool | int | float | str]
+
+
 class RunFile(BaseModel):
     """What of run.json is read again, where it is there; the rest is for people."""
 
     model_config = ConfigDict(extra="allow")
 
-    identity: dict[str, None | bool | int | float | str]
+    identity: Scalars
+    defaults: Scalars = {}
+    earlier_defaults: Annotated[list[Scalars], Field(max_length=MAX_DEFAULTS)] = []
+    changed: Literal["render", "keep"] | None = None
     rows: RunCount = 0
     planned_rows: RunCount = 0
     invalid_rows: RunCount = 0
@@ -124,9 +135,10 @@ def known_manifest(store: Store, run: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises StoreError for one that is damaged.
     """
-    said: dict[str, Any] = dict.fromkeys(SUMMED, 0) | {"buckets": []}
+    said: dict[str, Any] = dict.fromkeys(SUMMED, 0) | {"buckets": [], "earlier_defaults": [], "changed": None}
     said |= {name: run[name] for name in (*SUMMED, "rows_digest") if name in run}
-    said |= {name: run["identity"].get(name) for name in GROWS}
+    said |= {name: run.get(name, run["identity"].get(name)) for name in GROWS}
+    said["defaults"] = run.get("defaults") or run["identity"]
     if not (keys := sorted(info.key for info in store.list(f"{MANIFESTS}/"))):
         return said
     try:
@@ -137,15 +149,24 @@ def known_manifest(store: Store, run: Mapping[str, Any]) -> dict[str, Any]:
     except (NotFound, TooLarge, ValueError, AttributeError, RecursionError):
         raise StoreError(f"{store.uri_of(keys[-1])} is damaged, or not one that dailies wrote. Move it away, and give "
                          "the command with the manifest again") from None
-    return said | latest
+    return said | latest | {"is_recorded": True}
+
+
+def format_of(run: Mapping[str, Any]) -> int:
+    """Of a run.json as it stands.  Raises OtherRun for one of a newer version."""
+    found = run["identity"].get("format", 1)
+    if not isinstance(found, int) or found > FORMAT:
+        raise OtherRun(f"this run folder has format {shown(found)}, which a newer dailies wrote; this one knows "
+                       f"{FORMAT}. Continue it with that version")
+    return found
 
 
 def check_run(store: Store, found: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
     """Raises OtherRun, naming all that differs, unless `found` is the run of this identity."""
     before, now = without_secrets(found["identity"]), json.loads(json.dumps(without_secrets(identity)))
-    names = list(dict.fromkeys([*now, *before]))
+    format_of(found)
     differing = [f"{name} was {before.get(name)}, is {now.get(name)}"
-                 for name in names if name not in GROWS and before.get(name) != now.get(name)]
+                 for name in IDENTITY if before.get(name) != now.get(name)]
     if differing:
         raise OtherRun(f"{store.uri} holds another run: {'; '.join(differing)}. Choose another output folder, "
                        "or repeat that run's command to continue it")

@@ -154,6 +154,10 @@ class Store(ABC):
         """As `create`, of a key that this process has just created and nobody else knows."""
         return self.create(key, data)
 
+    def abandoned(self) -> "Iterator[ObjectInfo]":
+        """What a writer that was killed has left behind and `list` does not show; by keys that `delete` takes."""
+        yield from ()
+
     def tidy(self, *folders: str) -> None:  # noqa: B027  a store without folders has nothing to tidy
         """Remove what is empty of these folders and below, where there are folders; for who has the run alone."""
 

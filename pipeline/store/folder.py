@@ -166,6 +166,18 @@ class FolderStore(Store):
                 self.place(top, key) as (at, name):
             os.unlink(name, dir_fd=at)                  # of a link the link
 
+    def abandoned(self) -> Iterator[ObjectInfo]:
+        with self.explained("read"):
+            try:
+                with top_folder(self.root) as top, below(top, [TEMPORARY_FOLDER]) as temporary:
+                    found = [(name, os.stat(name, dir_fd=temporary, follow_symlinks=False))
+                             for name in sorted(os.listdir(temporary)) if TEMPORARY_NAME.fullmatch(name)]
+            except (FileNotFoundError, NotADirectoryError):
+                return
+        for name, stat in found:
+            if stat.st_mtime < time.time() - STALE_S:
+                yield ObjectInfo(key=f"{TEMPORARY_FOLDER}/{name}", num_bytes=stat.st_size, modified_s=stat.st_mtime)
+
     def tidy(self, *folders: str) -> None:
         with suppress(OSError, Unfit), top_folder(self.root) as top:
             for name in folders:

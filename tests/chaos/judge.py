@@ -35,7 +35,8 @@ def judge(night: Night, *, clips: int, rows: int, failed: int = 0, sampled_again
         "objects": len(objects), "rows": table.num_rows, "rows_written": sum(parts), "done": statuses["done"],
         "failed": statuses["failed"], "hashes_wrong": len(checked["wrong"]), "unrecorded": checked["unrecorded"],
         "published_twice": len(twice), "latents_sampled_again": len(again), "adopted": night.said().get("adopted"),
-        "left_over": sorted(folders - {"clips", "posters", "ledger", "lease.json", "run.json", "_SUCCESS.json"}),
+        "left_over": sorted(folders - {"clips", "posters", "ledger", "manifests", "lease.json", "run.json",
+                                       "_SUCCESS.json"}),
     }
     wanted = {"objects": clips, "rows": rows, "rows_written": rows, "done": rows - failed, "failed": failed,
               "hashes_wrong": 0, "unrecorded": 0, "published_twice": 0, "left_over": left_over or []}

@@ -1,0 +1,132 @@
+"""Clips that are done and are to be made once more with another seed, and rows that a person takes out.
+
+Both write a further row for each: `redo` one that is pending and says all that is to be made, so that the next render
+makes it whatever its manifest says (takes.py); `drop` a tombstone. Nothing is removed: what no row names any more is
+for `dailies gc`. For who holds the run's lease; killed half-way, the same call does the rest.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from dailies.model.card import ModelCard
+from dailies.model.settings import COURSE, SIZE
+from dailies.pipeline.plan import clip_id_for, hashed
+from dailies.pipeline.run import ledger
+from dailies.pipeline.run.current import slots
+from dailies.pipeline.run.layout import SUCCESS
+from dailies.pipeline.run.ledger_row import COLUMNS, DAMAGED
+from dailies.pipeline.run.run_json import IDENTITY
+from dailies.pipeline.run.takes import KEPT, NotMade, request_of_row
+from dailies.pipeline.run.where import BadFilter, Filter
+from dailies.pipeline.store import Store
+
+# what a row that is to be made says; the rest is of the take before
+ASKED = {"id", "model", "weights_fingerprint", "precision", "attention", "decode_precision", "prompt",
+         "negative_prompt", "fps", "image", "image_sha256", *SIZE, *KEPT, *(setting.name for setting in COURSE)}
+NAMED = 20                              # of the rows that cannot be made again
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewSeed:
+    """Which seed another take has: so many more than the one before, or one and the same for all."""
+
+    step: int | None = 1
+    seed: int | None = None
+
+    @classmethod
+    def parsed(cls, said: str) -> "NewSeed":
+        """+1, or 42.  Raises BadFilter."""
+        if not re.fullmatch(r"\+?\d{1,18}", said) or int(said) == 0 and said.startswith("+"):
+            raise BadFilter(f"--seed must be +N, so many more than the clip's own, or N; got {said[:60]!r}")
+        return cls(step=int(said), seed=None) if said.startswith("+") else cls(step=None, seed=int(said))
+
+    def after(self, seed: int, taken: set[int], first: int, samples: int) -> int | None:
+        """A seed that no take of the row has, nor one of its samples, which count up from `first`; None for none."""
+        if self.step is None:
+            return None if self.seed in taken or first <= self.seed < first + samples else self.seed
+        seed += self.step
+        while seed in taken or first <= seed < first + samples:
+            seed += self.step
+        return seed if seed < 2**63 else None
+
+
+@dataclass(kw_only=True)
+class Redone:
+    """What came of it."""
+
+    rows: int = 0                                       # to be made once more
+    waiting: int = 0                                    # that were to be already
+    refused: list[str] = field(default_factory=list)    # sentences about those that cannot
+
+
+def redo(store: Store, run: Mapping[str, Any], card: ModelCard, chosen: Filter, seed: NewSeed = NewSeed()) -> Redone:
+    """Have other takes made of the clips that are done and chosen.
+
+    run: run.json.  chosen: by columns of the ledger, decisions among them.  Raises BadFilter, StoreError.
+    """
+    table = ledger.read(store, None, put_back=True)
+    others = table.filter(pc.and_(pc.equal(table["status"], "pending"),
+                                  pc.fill_null(pc.not_equal(table["error_type"], DAMAGED), True)))
+    waiting = set(zip(others["id"].to_pylist(), slots(others).to_pylist(), strict=True))
+    rows = table.filter(pc.and_(pc.equal(table["status"], "done"), chosen.mask(table)))
+    taken: dict[str, set[int]] = {}
+    for name, used in ledger.keys_of(ledger.read(store, ["id", "seed"], put_back=True, every_take=True)):
+        taken.setdefault(name, set()).add(-1 if used is None else used)
+    shared = {name: run["identity"].get(name) for name in IDENTITY} | {"fps": card.fps}
+    found, new = Redone(), {}
+    for row in rows.select([name for name in rows.column_names if name in COLUMNS.names]).to_pylist():
+        slot = row["id"], row["seed"] if row["take_of"] is None else row["take_of"]
+        if slot in waiting:
+            found.waiting += 1
+            continue
+        try:
+            new[row["id"], row["seed"]] = another_take(row, slot[1], card, shared, seed, taken[row["id"]])
+        except NotMade as error:
+            found.refused.append(f"{row['id']}, seed {row['seed']}: {error}")
+    if new:
+        store.delete(SUCCESS)                           # there is something to do again
+        mask = pa.array([key in new for key in ledger.keys_of(rows)], pa.bool_())
+        ledger.write_again(store, rows.filter(mask), lambda row: new[row["id"], row["seed"]], own=("user.",))
+    found.rows = len(new)
+    return found
+
+
+def another_take(row: Mapping[str, Any], slot: int, card: ModelCard, shared: Mapping[str, Any], seed: NewSeed,
+                 taken: set[int]) -> dict[str, Any]:
+    """The pending row of another take: every column that is not as in this one.  Raises NotMade."""
+    request = request_of_row(row, card, shared, {row["image_sha256"]: row["image"]} if row["image_sha256"] else {})
+    if request.clip_id != row["clip_id"]:
+        raise NotMade("its clip_id is not that of what its row says, so nobody knows what it was made of")
+    first = slot - (row["sample"] or 0)
+    other = seed.after(row["seed"], taken, first, row["samples"] or (row["sample"] or 0) + 1)
+    if other is None:
+        raise NotMade("another take or sample of it has that seed")
+    taken.add(other)
+    said = {name: None for name in row if name not in ASKED}
+    again = request_of_row(dict(row) | {"seed": other, "quality.seed": None}, card, shared,
+                           {row["image_sha256"]: row["image"]} if row["image_sha256"] else {})
+    return said | {"seed": other, "clip_id": clip_id_for(**hashed(again)), "status": "pending", "take_of": slot,
+                   "replaces": row["clip_id"], "finished_at": datetime.now(UTC)}
+
+
+def drop(store: Store, chosen: Filter) -> int:
+    """Take rows out, done or failed, also those of which another take waits; returns how many.
+
+    Raises BadFilter, StoreError.
+    """
+    table = ledger.read(store)
+    rows = table.filter(chosen.mask(table))
+    if rows.num_rows:
+        was_marked = any(info.key == SUCCESS for info in store.list(SUCCESS))
+        store.delete(SUCCESS)                           # it tells of other rows
+        now = datetime.now(UTC)
+        ledger.write_again(store, rows, lambda row: {"status": "dropped", "finished_at": now})
+        if was_marked:
+            ledger.write_success(store)
+    return rows.num_rows
