@@ -5,7 +5,7 @@ from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dailies.actors.gate import REJECTED
 from dailies.actors.messages import Clip, Failure, Request
@@ -19,9 +19,6 @@ from dailies.pipeline.run.takes import Take, takes_in
 from dailies.pipeline.stages import Outcome
 from dailies.pipeline.store import Store
 from dailies.pipeline.wording import counted
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 SHOWN_FAILURES = 20
 MANY_CLIPS = 100                                        # to read and decode take longer than a person waits in silence
@@ -66,8 +63,8 @@ class Bookkeeper:
         self.num_adopted = self.num_rendered = 0
         self.failures: list[dict[str, Any]] = []
 
-    def read_takes(self, keys: "pa.Table", changed: Container[tuple[str, int | None]]) -> None:
-        """What the ledger itself asks for.  keys: of the plan."""
+    def read_takes(self, keys: Any, changed: Container[tuple[str, int | None]]) -> None:
+        """What the ledger itself asks for.  keys: of the plan, as `Plan.keys` gives them."""
         self.takes: dict[str, list[Take]] = {}          # by clip; those that have no row yet
         self.given_up: list[Take] = []                  # of rows that ask for something else by now
         self.not_made: list[str] = []
@@ -87,7 +84,7 @@ class Bookkeeper:
                                     for take in takes)
         self.take_keys = {take.key for take in takes}
 
-    def without_takes(self, left: "pa.Table") -> "pa.Table":
+    def without_takes(self, left: Any) -> Any:
         """Of the plan's rows those that no other take stands for."""
         if not self.take_keys:
             return left

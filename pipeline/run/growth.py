@@ -32,8 +32,8 @@ from dailies.pipeline.run.run_json import (
     MAX_DEFAULTS,
     SUMMED,
     OtherRun,
-    format_of,
     known_manifest,
+    run_format,
     without_secrets,
 )
 from dailies.pipeline.store import Store
@@ -115,7 +115,7 @@ def change(store: Store, run: Mapping[str, Any], plan: Plan, *, changed: str | N
         names, more = found.changed_ids, ""
         if len(names) > NAMED:
             more = f" and {len(names) - NAMED:,} more"
-        by = "by id" if format_of(run) > 1 else "by id; where a manifest has no ids, by position"
+        by = "by id" if run_format(run) > 1 else "by id; where a manifest has no ids, by position"
         raise OtherRun(
             f"{store.uri} was rendered for other content of {len(names):,} row{'s' * (len(names) != 1)}: "
             f"{', '.join(map(shown, names[:NAMED]))}{more} ({by}). Of the others {found.done:,} are done, "
@@ -221,7 +221,7 @@ def made_instead(rejected: Request) -> set[str]:
 def is_recorded(run: Mapping[str, Any], known: Mapping[str, Any], plan: Plan) -> bool:
     """Whether the last record, or a run.json from before there were any, is of this manifest as it is given now."""
     then = defaults_of(known["defaults"], plan.card)
-    return ((known.get("is_recorded", False) or format_of(run) == 1) and digests_of(plan).items() <= known.items()
+    return ((known.get("is_recorded", False) or run_format(run) == 1) and digests_of(plan).items() <= known.items()
             and then is not None and then.said == plan.defaults.said)
 
 

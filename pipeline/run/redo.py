@@ -22,14 +22,14 @@ from dailies.pipeline.run.current import slots
 from dailies.pipeline.run.layout import SUCCESS
 from dailies.pipeline.run.ledger_row import COLUMNS, DAMAGED
 from dailies.pipeline.run.run_json import IDENTITY
-from dailies.pipeline.run.takes import KEPT, NotMade, request_of_row
+from dailies.pipeline.run.takes import KEPT_BY_TAKES, NotMade, request_of_row
 from dailies.pipeline.run.where import BadFilter, Filter
 from dailies.pipeline.store import Store
 
 # what a row that is to be made says; the rest is of the take before
-ASKED = {"id", "model", "weights_fingerprint", "precision", "attention", "decode_precision", "prompt",
-         "negative_prompt", "fps", "image", "image_sha256", *SIZE, *KEPT, *(setting.name for setting in COURSE)}
-NAMED = 20                              # of the rows that cannot be made again
+ASKED_AGAIN = {"id", "model", "weights_fingerprint", "precision", "attention", "decode_precision", "prompt",
+               "negative_prompt", "fps", "image", "image_sha256", *SIZE, *KEPT_BY_TAKES,
+               *(setting.name for setting in COURSE)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +108,7 @@ def another_take(row: Mapping[str, Any], slot: int, card: ModelCard, shared: Map
     if other is None:
         raise NotMade("another take or sample of it has that seed")
     taken.add(other)
-    said = {name: None for name in row if name not in ASKED}
+    said = {name: None for name in row if name not in ASKED_AGAIN}
     again = request_of_row(dict(row) | {"seed": other, "quality.seed": None}, card, shared,
                            {row["image_sha256"]: row["image"]} if row["image_sha256"] else {})
     return said | {"seed": other, "clip_id": clip_id_for(**hashed(again)), "status": "pending", "take_of": slot,

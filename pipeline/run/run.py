@@ -32,14 +32,14 @@ from dailies.pipeline.run.intermediates import Seal, clear
 from dailies.pipeline.run.layout import EMBEDDINGS, EMPTIED, LATENTS, RUN, SAVED_STEPS, SUCCESS, intermediate_of
 from dailies.pipeline.run.lease import Lease
 from dailies.pipeline.run.run_json import (
-    FORMAT,
+    RUN_FORMAT,
     check_counts,
     check_run,
     claim_run,
-    format_of,
     has,
     known_manifest,
     read_run,
+    run_format,
 )
 from dailies.pipeline.run.seal import drop_key, seal_of
 from dailies.pipeline.stages import Outcome, Stage, run_local
@@ -86,7 +86,7 @@ class Run:
     def identity(self) -> dict[str, Any]:
         """What all clips of a run share: a run folder holds one such run."""
         plan = self.plan
-        return {"format": FORMAT, "model": plan.card.name, "weights_fingerprint": plan.weights_fingerprint,
+        return {"format": RUN_FORMAT, "model": plan.card.name, "weights_fingerprint": plan.weights_fingerprint,
                 "precision": plan.precision, "attention": plan.attention, **plan.said_beside}
 
     def check_weights(self) -> None:
@@ -230,7 +230,7 @@ def prepare(manifest: Manifest, store: Store, card: ModelCard, *, weights: Path 
     found = read_run(store)
     if found is not None:
         check_counts(store, found)
-        if format_of(found) == 1:                       # as it has named its rows
+        if run_format(found) == 1:                       # as it has named its rows
             manifest = manifest.numbered()
     before = found["identity"] if found else {}         # a run keeps its own, wherever it is continued
     way = way_of(card, weights, device, found, precision=precision, attention=attention, gpus=gpus)

@@ -19,7 +19,7 @@ from dailies.pipeline.run.layout import MANIFESTS, RUN
 from dailies.pipeline.run.masking import without_secrets
 from dailies.pipeline.store import NotFound, Store, StoreError, TooLarge
 
-FORMAT = 2
+RUN_FORMAT = 2
 IDENTITY = ("model", "weights_fingerprint", "precision", "attention", "decode_precision", "variant")
 GROWS = ("manifest_digest", "images_digest")            # in run.json the first manifest's; see growth.py
 MAX_DEFAULTS = 100                      # sets of them that are remembered
@@ -152,19 +152,19 @@ def known_manifest(store: Store, run: Mapping[str, Any]) -> dict[str, Any]:
     return said | latest | {"is_recorded": True}
 
 
-def format_of(run: Mapping[str, Any]) -> int:
+def run_format(run: Mapping[str, Any]) -> int:
     """Of a run.json as it stands.  Raises OtherRun for one of a newer version."""
     found = run["identity"].get("format", 1)
-    if not isinstance(found, int) or found > FORMAT:
+    if not isinstance(found, int) or found > RUN_FORMAT:
         raise OtherRun(f"this run folder has format {shown(found)}, which a newer dailies wrote; this one knows "
-                       f"{FORMAT}. Continue it with that version")
+                       f"{RUN_FORMAT}. Continue it with that version")
     return found
 
 
 def check_run(store: Store, found: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
     """Raises OtherRun, naming all that differs, unless `found` is the run of this identity."""
     before, now = without_secrets(found["identity"]), json.loads(json.dumps(without_secrets(identity)))
-    format_of(found)
+    run_format(found)
     differing = [f"{name} was {before.get(name)}, is {now.get(name)}"
                  for name in IDENTITY if before.get(name) != now.get(name)]
     if differing:

@@ -21,7 +21,7 @@ from dailies.pipeline.run.ledger_row import DAMAGED, row_of
 from dailies.pipeline.stages import Outcome
 
 # what a row that waits says and its next row says too
-KEPT = ("take_of", "replaces", "sample", "samples", "keep", "keep_by", "chosen_because")
+KEPT_BY_TAKES = ("take_of", "replaces", "sample", "samples", "keep", "keep_by", "chosen_because")
 
 
 class NotMade(ValueError):
@@ -48,7 +48,7 @@ class Take:
 
     def append(self, ledger: Ledger, value: Any, outcome: Outcome | None) -> None:
         """Its next row: what became of it."""
-        said = {name: self.row[name] for name in KEPT if self.row.get(name) is not None}
+        said = {name: self.row[name] for name in KEPT_BY_TAKES if self.row.get(name) is not None}
         row = row_of(self.row["id"], value, outcome, seed=self.row["seed"])
         ledger.append([said | row], self.own if self.own.num_columns else None, own=True, counts=False)
 

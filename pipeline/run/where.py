@@ -112,13 +112,13 @@ class Parser:
     def either(self, depth: int) -> Mask:
         found = self.both(depth)
         while self.took("or"):
-            found = joined(pc.or_kleene, found, self.both(depth))
+            found = both_masks(pc.or_kleene, found, self.both(depth))
         return found
 
     def both(self, depth: int) -> Mask:
         found = self.one(depth)
         while self.took("and"):
-            found = joined(pc.and_kleene, found, self.one(depth))
+            found = both_masks(pc.and_kleene, found, self.one(depth))
         return found
 
     def one(self, depth: int) -> Mask:
@@ -162,7 +162,7 @@ class Parser:
             raise self.wrong("(")
         found = compared_with(name, pc.equal, self.value())
         while self.took(","):
-            found = joined(pc.or_kleene, found, compared_with(name, pc.equal, self.value()))
+            found = both_masks(pc.or_kleene, found, compared_with(name, pc.equal, self.value()))
         if not self.took(")"):
             raise self.wrong(", or )")
         return found
@@ -188,7 +188,7 @@ def tokens(said: str) -> Iterator[tuple[str, str]]:
         yield kind, token[1:-1].replace(2 * quote, quote) if kind == "text" else token
 
 
-def joined(how: Callable[[Any, Any], Any], one: Mask, other: Mask) -> Mask:
+def both_masks(how: Callable[[Any, Any], Any], one: Mask, other: Mask) -> Mask:
     return lambda table: how(one(table), other(table))
 
 
