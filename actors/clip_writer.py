@@ -93,10 +93,8 @@ class ClipWriter:
         """Raises ValueError for frames that are not what the request asked for, BadEncoding for a file that does not
         show them, and whatever the store raises.
         """
-        request, padding_ms = frames.request, None
-        if frames.audio is not None:
-            audio, padding_ms = as_long_as_pictures(frames.audio, request.shape, request.fps, self.audio_rate)
-            frames = replace(frames, audio=audio)
+        frames, padding_ms = with_whole_sound(frames, self.audio_rate)
+        request = frames.request
         with nameless_file() as path:
             write_mp4(path, frames, self.audio_rate)
             measures = {"psnr_db": check_encoding(path, frames), **check_sound(path, frames)}
@@ -173,6 +171,17 @@ def nameless_file() -> Iterator[Path]:
             return
     with tempfile.NamedTemporaryFile(prefix="dailies-", suffix=".mp4") as file:
         yield Path(file.name)
+
+
+def with_whole_sound(frames: Frames, audio_rate: int) -> tuple[Frames, float | None]:
+    """The frames with sound as long as they are, and the milliseconds of silence behind it; as they are without sound.
+
+    Raises ValueError.
+    """
+    if frames.audio is None:
+        return frames, None
+    audio, padding_ms = as_long_as_pictures(frames.audio, frames.request.shape, frames.request.fps, audio_rate)
+    return replace(frames, audio=audio), padding_ms
 
 
 def write_mp4(path: Path, frames: Frames, audio_rate: int) -> None:

@@ -52,6 +52,9 @@ def with_mdat_of_64_bits(data):
 FORGED = {
     "any number of samples of one size": lambda data: number(data, b"stsz", 4, 80_000_000, 8),
     "any number of samples": lambda data: number(data, b"stsz", 8, 80_000_000),
+    "any number of samples of sound": lambda data: put(data, at(data, b"stsz", 1) + 16, (80_000_000).to_bytes(4)),
+    "samples of sound of one size": lambda data: put(data, at(data, b"stsz", 1) + 12, (80_000_000).to_bytes(8)),
+    "two edits of sound": lambda data: put(data, at(data, b"elst", 1) + 12, (2).to_bytes(4)),
     "all samples at one place": lambda data: number(number(data, b"stsz", 4, 10**6), b"stsz", 8, 9),
     "times for more samples": lambda data: number(data, b"stts", 8, 2**31),
     "shifts for more samples": lambda data: number(data, b"ctts", 8, 2**31),

@@ -112,7 +112,7 @@ class Bench:
             self.exact, self.stages = exact, {"encode": TextEncoder(**made), "decode": Decoder(**made)}
         self.stages["sample"] = Denoiser(**made)
         order = {name: self.stages[name] for name in ("encode", "sample", "decode")}
-        return order | ({"mp4": mp4} if (mp4 := mp4_writer()) is not None else {})
+        return order | ({"mp4": mp4} if (mp4 := mp4_writer(self.card.audio_rate)) is not None else {})
 
     def forget_sampler(self) -> None:
         self.stages.pop("sample", None)
@@ -157,18 +157,20 @@ def _run(stages: dict[str, Callable[[list], list]], request: Request, device: st
     return taken
 
 
-def mp4_writer() -> Callable[[list], list] | None:
+def mp4_writer(audio_rate: int) -> Callable[[list], list] | None:
     """What encodes frames into a file that is thrown away, and decodes it again; None where there is no PyAV."""
     try:
-        from dailies.actors.clip_writer import check_encoding, write_mp4
+        from dailies.actors.clip_writer import check_encoding, check_sound, with_whole_sound, write_mp4
     except ImportError:
         return None
 
     def write(batch: list) -> list:
         with TemporaryDirectory() as folder:
             path = Path(folder) / "clip.mp4"
-            write_mp4(path, batch[0], 48_000)
-            check_encoding(path, batch[0])
+            frames, _ = with_whole_sound(batch[0], audio_rate)
+            write_mp4(path, frames, audio_rate)
+            check_encoding(path, frames)
+            check_sound(path, frames)
         return batch
     return write
 
