@@ -103,28 +103,34 @@ def train_texts(work: Path, device: str, tokenizer: GemmaTokenizer) -> Texts:
 
 # The transformer: velocity of flow matching on both streams, at one sigma.
 
-AV_PHASE = Phase(name="dit-av", steps=6000, lr=2e-3, ema=0.998)
-AV_CLIPS, AV_BATCH, CODED_TOGETHER = 3000, 48, 10
+AV_PHASE = Phase(name="dit-av", steps=4000, lr=2e-3, ema=0.998)
+AV_CLIPS, AV_BATCH, CODED_TOGETHER = 3000, 48, 100
+
+
+def coded_clips(work: Path, device: str, video: VideoVAE, audio: AudioVAE) -> tuple[list[Bounce], Tensor, Tensor]:
+    """Scenes, and their normalised latents as tokens: [N, T * H * W, C] and [N, A, z * K]; kept in `work`, some at a
+    time.
+    """
+    rng = rng_of("clips-av", 0)
+    scenes = [Bounce.draw(rng) for _ in range(AV_CLIPS)]
+    coded = []
+    for start in range(0, AV_CLIPS, CODED_TOGETHER):
+        path = work / f"clips-av-{start:05}.pt"
+        if not path.exists():
+            some = [coded_clip(scene, device, video, audio) for scene in scenes[start:start + CODED_TOGETHER]]
+            torch.save(tuple(map(torch.cat, zip(*some, strict=True))), path)
+            print(f"\rcoded {start + len(some)} of {AV_CLIPS} clips", end="", flush=True)
+        coded.append(torch.load(path, weights_only=True))
+    print()
+    pictures, sounds = map(torch.cat, zip(*coded, strict=True))
+    return scenes, pictures, sounds
 
 
 @torch.no_grad()
-def coded_clips(work: Path, device: str, video: VideoVAE, audio: AudioVAE) -> tuple[list[Bounce], Tensor, Tensor]:
-    """Scenes, and their normalised latents as tokens: [N, T * H * W, C] and [N, A, z * K]; kept in `work`."""
-    rng = rng_of("clips-av", 0)
-    scenes = [Bounce.draw(rng) for _ in range(AV_CLIPS)]
-    path = work / "clips-av.pt"
-    if not path.exists():
-        pictures, sounds = [], []
-        for start in range(0, AV_CLIPS, CODED_TOGETHER):
-            some = scenes[start:start + CODED_TOGETHER]
-            shown = torch.stack([scene.pictures()[0] for scene in some]).to(device)
-            rung = torch.stack([scene.sound(scene.samples(AUDIO.sample_rate), AUDIO.sample_rate) for scene in some])
-            pictures.append(video.encode(shown).flatten(2).transpose(1, 2).cpu())
-            sounds.append(sound_tokens(audio, rung.to(device)).cpu())
-            print(f"\rcoded {start + len(some)} of {AV_CLIPS} clips", end="", flush=True)
-        print()
-        torch.save((torch.cat(pictures), torch.cat(sounds)), path)
-    return scenes, *torch.load(path, weights_only=True)
+def coded_clip(scene: Bounce, device: str, video: VideoVAE, audio: AudioVAE) -> tuple[Tensor, Tensor]:
+    shown = scene.pictures()[0][None].to(device)
+    rung = scene.sound(scene.samples(AUDIO.sample_rate), AUDIO.sample_rate)[None].to(device)
+    return video.encode(shown).flatten(2).transpose(1, 2).cpu(), sound_tokens(audio, rung).cpu()
 
 
 def sound_tokens(audio: AudioVAE, sounds: Tensor) -> Tensor:
