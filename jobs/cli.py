@@ -388,7 +388,7 @@ def convert(source: Annotated[str, typer.Argument(
 
 @app.command()
 def bench(what: Annotated[str | None, typer.Argument(
-              metavar="[WHAT]", help="demo, quality, pipeline, memory, model, kernels, clip, or gpu.  "
+              metavar="[WHAT]", help="demo, quality, pipeline, memory, model, kernels, clip, report, or gpu.  "
               "[default: all but gpu]")] = None,
           model: Annotated[str | None, typer.Argument(
               metavar="[NAME]", help="`bench model`: this model's transformer; `bench clip`: a clip of it.")] = None,

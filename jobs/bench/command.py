@@ -149,6 +149,12 @@ def clip(name: str, random_weights: bool = False, **of_clip: Any) -> Rows:
     yield from rows(name, random_weights=random_weights, **of_clip)
 
 
+def report() -> Rows:
+    """The morning report of 10,000 and of 100,000 clips: writing it, opening it, from clip to clip."""
+    from dailies.jobs.bench.report import rows
+    yield from rows()
+
+
 def kernels() -> Rows:
     """Each kernel against a named rival; on a CPU what runs there instead."""
     from dailies.jobs.bench.kernels import rows
@@ -156,7 +162,7 @@ def kernels() -> Rows:
 
 
 _PARTS: dict[str, Callable[[], Rows]] = {"demo": demo, "quality": quality, "pipeline": _pipeline, "memory": _memory,
-                                        "model": model, "kernels": kernels, "clip": clips}
+                                        "model": model, "kernels": kernels, "clip": clips, "report": report}
 OF_A_MODEL: dict[str, Callable[..., Rows]] = {"model": transformer, "clip": clip}
 
 
