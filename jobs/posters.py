@@ -16,9 +16,8 @@ from dailies.actors.clip_file import pictures_of
 from dailies.actors.poster import poster, shown_frames, store_poster
 from dailies.jobs.progress import say
 from dailies.jobs.verify import unlike_any_clip
-from dailies.pipeline.run import ledger
 from dailies.pipeline.run.adoption import clip_bytes
-from dailies.pipeline.run.layout import POSTERS, poster_id_in, poster_key
+from dailies.pipeline.run.layout import poster_key
 from dailies.pipeline.store import NotFound, Store, TooLarge
 from dailies.pipeline.wording import counted
 
@@ -27,13 +26,11 @@ POSTERS_AT_A_TIME = 500                 # whose rows are turned into Python's ob
 SAID_EVERY_S = 10.0
 
 
-def make_posters(store: Store, *, quiet: bool = False) -> tuple[int, int]:
-    """Make the posters that are missing; returns how many were made, and how many clips stay without one.
+def make_posters(store: Store, missing: Any, *, quiet: bool = False) -> tuple[int, int]:
+    """Make the posters of these clips; returns how many were made, and how many clips stay without one.
 
-    Raises StoreError.
+    missing: a table, of ledger.done_clips.  Raises StoreError.
     """
-    there = {poster_id_in(info.key) for info in store.list(f"{POSTERS}/")}
-    missing = ledger.done_clips(store, but=there)
     made = left = 0
     told = time.monotonic()
     with ThreadPoolExecutor(POSTER_READERS) as pool:

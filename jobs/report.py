@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Any, Self
 
 from dailies.jobs.answer import answer
-from dailies.jobs.posters import make_posters
 from dailies.jobs.progress import duration_text, say
 from dailies.jobs.report_server import serve_report
 from dailies.jobs.runs import open_run
 from dailies.jobs.usage import UsageError, checked_place, seconds_meant
 from dailies.pipeline.report.writer import Source, Unreachable, Written, write_report
-from dailies.pipeline.run.layout import REPORT
+from dailies.pipeline.run import ledger
+from dailies.pipeline.run.layout import POSTERS, REPORT, poster_id_in
 from dailies.pipeline.run.run_json import read_run
 from dailies.pipeline.store import Store, open_store
 from dailies.pipeline.wording import counted
@@ -40,7 +40,7 @@ def report(uri: str, *, beside: Sequence[str] = (), to: str | None = None, presi
     sources = [Source(store=store, run=run) for store, run in map(open_run, (uri, *beside))]
     target = open_store(checked_place("--to", to)) if to is not None else None
     began = time.monotonic()
-    made = [make_posters(source.store, quiet=json) if posters else (0, 0) for source in sources]
+    made = [complete_posters(source.store, quiet=json) if posters else (0, 0) for source in sources]
     if serve:
         return serve_report(sources, price=price, port=port, json=json)
     try:
@@ -55,6 +55,16 @@ def report(uri: str, *, beside: Sequence[str] = (), to: str | None = None, presi
         "files": written.files, "new_files": written.new_files,
         "bytes": written.num_bytes, "first_bytes": written.first_bytes, "seconds": round(time.monotonic() - began, 3)}
     return answer(said, lambda: tell_report(said), json=json)
+
+
+def complete_posters(store: Store, *, quiet: bool) -> tuple[int, int]:
+    """Make the posters that are missing: how many were made, and how many clips stay without one."""
+    there = {poster_id_in(info.key) for info in store.list(f"{POSTERS}/")}
+    missing = ledger.done_clips(store, but=there)
+    if not missing.num_rows:
+        return 0, 0
+    from dailies.jobs.posters import make_posters
+    return make_posters(store, missing, quiet=quiet)
 
 
 def tell_report(said: dict[str, Any]) -> None:

@@ -131,6 +131,20 @@ def test_what_has_not_changed_is_not_written_again(tmp_path, capsys, monkeypatch
     assert len(column(tmp_path / "out/report", "id")) == 5
 
 
+def test_an_earlier_take_is_shown_beside_the_one_that_counts_and_counted_nowhere(tmp_path, capsys):
+    store = run_folder(tmp_path / "out", clips=2, failed=0)
+    asked = request(clip_id=f"{9:064x}", prompt="a disc, number 0", seed=7)
+    clip, = ClipWriter(store, clip_key, poster_key_of=poster_key)([Frames(request=asked, rgb=moving_disc())])
+    with Ledger.open(store, USER) as ledger:
+        ledger.append([row_of("row-0", clip) | {"take_of": 2**62, "replaces": f"{1:064x}"}])
+    said = report(capsys, tmp_path / "out")
+    assert (said["done"], said["clips"], said["rows"]) == (2, 2, 3)
+    folder = tmp_path / "out" / "report"
+    shown = dict(zip(column(folder, "clip_id"), column(folder, "current"), strict=True))
+    assert shown == {f"{1:064x}": 0, f"{2:064x}": 1, f"{9:064x}": 1}
+    assert column(folder, "prompt_group") == [0, 0, 0]
+
+
 @pytest.mark.parametrize("name", ["nothing done", "ledger gone", "no price"])
 def test_a_run_in_any_state_has_a_report(tmp_path, capsys, name):
     run_folder(tmp_path / "out", clips=0 if name == "nothing done" else 2, failed=0, price=None)

@@ -20,22 +20,22 @@ def main(uri: str, folder: str) -> int:
     report(uri, json=True)
     page = f"file://{Path(uri).resolve()}/report/index.html"
     with Browser(1360, 850, scale=1.5) as browser:
-        judged(browser, page)
+        judge_some(browser, page)
         keep(browser, folder, "report")
         browser.run("dailies.show('night')")
         keep(browser, folder, "report-night")
     with Browser(1360, 850, scale=1.5, dark=True) as browser:
-        judged(browser, page)
+        judge_some(browser, page)
         browser.key("Enter")
         browser.key(" ")
         keep(browser, folder, "report-dark")
     with Browser(390, 844, scale=2, phone=True) as browser:
-        judged(browser, page)
+        judge_some(browser, page)
         keep(browser, folder, "report-phone")
     return 0
 
 
-def judged(browser: Browser, page: str) -> None:
+def judge_some(browser: Browser, page: str) -> None:
     """The page, with some clips judged."""
     browser.open(page, until=BEGUN_PAGE)
     browser.run("localStorage.clear()")

@@ -5,7 +5,6 @@ The clips are synthetic, their posters and files are real ones: a few, under man
 
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -21,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 
 from dailies.actors.clip_writer import ClipWriter
@@ -30,23 +28,29 @@ from dailies.actors.poster import poster, shown_frames
 from dailies.jobs.bench.chromium import Browser, NoBrowser
 from dailies.jobs.bench.pretend import pretend_request
 from dailies.model.shapes import VideoShape
-from dailies.pipeline.run.layout import clip_key, part_key, poster_key
-from dailies.pipeline.run.ledger import parquet_bytes
-from dailies.pipeline.run.ledger_row import COLUMNS
+from dailies.pipeline.run.layout import clip_key, poster_key
+from dailies.pipeline.run.ledger import Ledger
 from dailies.pipeline.store import FolderStore
 
-CLIPS, MANY = 10_000, 100_000
+FEW, MANY = 10_000, 100_000
 DIFFERENT = 64                          # posters
 LATENCY_S = 0.05                        # of a store, each answer
 PRESSES = 500
 PART = 1000                             # rows
-WORDS = ("a fox runs through snow at dawn, slow dolly, film grain, soft light",
+SCENES = ("a fox runs through snow at dawn, slow dolly, film grain, soft light",
          "an old harbour in fog, a red boat rocks, gulls, wide shot, muted colours",
          "close-up of hands that knead dough on a floured table, warm light, shallow focus",
          "a glass city at night after rain, neon in puddles, a tram passes, low angle",
          "two children fly a kite on a dune, wind in the grass, handheld, late afternoon")
+MEASURED_CHILD = """import json, resource, subprocess, sys, time
+began = time.perf_counter()
+done = subprocess.run(sys.argv[1:], capture_output=True, text=True, check=True)
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(json.dumps({"wall_s": time.perf_counter() - began, "cpu_s": used.ru_utime + used.ru_stime,
+                  "peak_mb": used.ru_maxrss / 1024}))
+print(done.stdout.strip())"""
 BEGUN = "document.body.classList.contains('begun')"
-SEEN = """(async () => {
+PICTURES_SEEN = """(async () => {
   const shown = [...document.querySelectorAll('.picture')].map(each => each.style.backgroundImage.slice(5, -2));
   await Promise.all(shown.map(src => { const image = new Image(); image.src = src; return image.decode(); }));
   return performance.now();
@@ -70,15 +74,15 @@ WATCH = """window.pressed = []; addEventListener('keydown', () => {
 def rows() -> Iterator[tuple[str, dict[str, Any]]]:
     with tempfile.TemporaryDirectory(prefix="dailies-bench-") as folder:
         night = Path(folder) / "night"
-        make_night(night, CLIPS)
-        yield f"write it, {CLIPS:,} clips", written(night)
-        yield f"write it again, {CLIPS:,} clips", written(night)
+        make_night(night, FEW)
+        yield f"write it, {FEW:,} clips", written(night)
+        yield f"write it again, {FEW:,} clips", written(night)
         try:
-            yield f"open it from a disk, {CLIPS:,} clips", opened(f"file://{night}/report/index.html")
+            yield f"open it from a disk, {FEW:,} clips", opened(f"file://{night}/report/index.html")
             with slow_server(night) as address:
-                yield f"open it from a store with 50 ms latency, {CLIPS:,} clips", opened(address)
+                yield f"open it from a store with 50 ms latency, {FEW:,} clips", opened(address)
             yield f"from key to next picture, {PRESSES} keys", keyed(f"file://{night}/report/index.html")
-            yield f"sort, filter and search, {CLIPS:,} clips", asked(f"file://{night}/report/index.html")
+            yield f"sort, filter and search, {FEW:,} clips", asked(f"file://{night}/report/index.html")
         except NoBrowser as error:
             yield "not measured", {"not installed": str(error)}
     with tempfile.TemporaryDirectory(prefix="dailies-bench-") as folder:
@@ -109,16 +113,19 @@ def make_night(folder: Path, clips: int) -> None:
     keep = FolderStore(made / "clip")
     ClipWriter(keep, clip_key).publish(Frames(request=type(request)(**vars(request) | {"shape": shape}),
                                               rgb=torch.from_numpy(pictures[0])))
-    clip = made / "clip" / clip_key(request.clip_id)
+    clip = (made / "clip" / clip_key(request.clip_id)).read_bytes()
+    for number in range(DIFFERENT):                     # a file has 65,000 names at most
+        (made / f"{number}.mp4").write_bytes(clip)
     names = [how.bytes(32).hex() for _ in range(clips)]
     for key_of in (clip_key, poster_key):
         for shard in range(256):
             (folder / key_of(f"{shard:02x}")).parent.mkdir(parents=True, exist_ok=True)
     for number, name in enumerate(names):
         os.link(made / f"{number % DIFFERENT}.webp", folder / poster_key(name))
-        os.link(clip, folder / clip_key(name))
-    for start in range(0, clips, PART):
-        store.create(part_key(1, start // PART), part(how, names, start, min(PART, clips - start)))
+        os.link(made / f"{number % DIFFERENT}.mp4", folder / clip_key(name))
+    with Ledger.open(store) as ledger:
+        for start in range(0, clips, PART):
+            ledger.append(rows_of_part(how, names, start, min(PART, clips - start)))
 
 
 def moving(how: np.random.Generator, *, frames: int, height: int = 270, width: int = 480) -> np.ndarray:
@@ -134,50 +141,33 @@ def moving(how: np.random.Generator, *, frames: int, height: int = 270, width: i
     return np.stack(found)
 
 
-def part(how: np.random.Generator, names: list[str], start: int, count: int) -> bytes:
+def rows_of_part(how: np.random.Generator, names: list[str], start: int, count: int) -> list[dict[str, Any]]:
     """Rows of the ledger, as a night would have written them."""
     began = datetime(2026, 11, 29, 21, tzinfo=UTC)
-    prompts = [f"{WORDS[number // 4 % len(WORDS)]}, take {number // 4}" for number in range(start, start + count)]
-    said = {
-        "id": [f"shot-{number:06d}" for number in range(start, start + count)], "clip_id": names[start: start + count],
-        "status": ["done"] * count, "prompt": prompts, "seed": how.integers(0, 2**62, count).tolist(),
-        "bytes": how.integers(4e5, 4e6, count).tolist(), "width": [480] * count, "height": [270] * count,
-        "frames": [17] * count, "fps": [24.0] * count, "duration_s": [17 / 24] * count, "has_audio": [False] * count,
-        "steps": [50] * count, "guidance": [7.5] * count, "model": ["pretend"] * count,
-        "sha256": [name[::-1] for name in names[start: start + count]], "negative_prompt": ["blurry, text"] * count,
-        "attempts": how.integers(1, 3, count).tolist(),
-        "worker": [f"publish-{number % 8}@node" for number in range(count)],
-        "device": ["NVIDIA H200"] * count, "queue_s": how.uniform(0, 60, count).tolist(),
-        **{f"{stage}_s": how.uniform(0.5, 1.5, count).tolist() for stage in ("encode", "sample", "decode", "publish")},
-        "gpu_s": how.uniform(10, 20, count).tolist(),
-        "finished_at": [began + timedelta(seconds=2.0 * number) for number in range(start, start + count)],
-        **{f"quality.{name}": how.uniform(0, 100, count).tolist()
-           for name in ("brightness", "contrast", "motion", "flicker", "psnr_db")}}
-    table = pa.table({name: pa.array(values, COLUMNS.field(name).type) for name, values in said.items()})
-    for name in ("user.mood", "user.score"):
-        values = how.choice(["calm", "loud", "odd"], count) if name == "user.mood" else how.uniform(0, 1, count)
-        table = table.append_column(name, pa.array(values.tolist()))
-    return parquet_bytes(table)
+    same = {"status": "done", "width": 480, "height": 270, "frames": 17, "fps": 24.0, "duration_s": 17 / 24,
+            "has_audio": False, "steps": 50, "guidance": 7.5, "model": "pretend", "negative_prompt": "blurry, text",
+            "device": "NVIDIA H200", "fallbacks": []}
+    measured = {f"quality.{name}": how.uniform(0, 100, count).tolist()
+                for name in ("brightness", "contrast", "motion", "flicker", "psnr_db")}
+    measured |= {f"{stage}_s": how.uniform(0.5, 1.5, count).tolist()
+                 for stage in ("encode", "sample", "decode", "publish")}
+    measured |= {"queue_s": how.uniform(0, 60, count).tolist(), "gpu_s": how.uniform(10, 20, count).tolist(),
+                 "seed": how.integers(0, 2**62, count).tolist(), "bytes": how.integers(4e5, 4e6, count).tolist(),
+                 "attempts": how.integers(1, 3, count).tolist()}
+    return [same | {name: values[place] for name, values in measured.items()} | {
+        "id": f"shot-{number:06d}", "clip_id": names[number], "sha256": names[number][::-1],
+        "prompt": f"{SCENES[number // 4 % len(SCENES)]}, take {number // 4}", "worker": f"publish-{number % 8}@node",
+        "finished_at": began + timedelta(seconds=2.0 * number)}
+        for place, number in enumerate(range(start, start + count))]
 
 
 def written(folder: Path) -> dict[str, Any]:
-    """`dailies report` in a process of its own."""
-    command = [sys.executable, "-m", "dailies", "report", str(folder), "--json"]
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    began = time.perf_counter()
+    """`dailies report` in a process of its own; its memory is asked of a small process between, which starts it."""
+    command = [sys.executable, "-c", MEASURED_CHILD, sys.executable, "-m", "dailies", "report", str(folder), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    wall = time.perf_counter() - began
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    said = json.loads(done.stdout)
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {"wall_s": wall, "cpu_s": cpu, "peak_mb": peak_mb(after.ru_maxrss), "files": said["files"],
-            "new_files": said["new_files"], "mb_beside_posters": said["bytes"] / 1e6,
-            "first_data_mb": said["first_bytes"] / 1e6}
-
-
-def peak_mb(kilobytes: int) -> float:
-    """Of the largest child so far; the browser is started in later cases."""
-    return kilobytes / 1024
+    cost, said = map(json.loads, done.stdout.splitlines())
+    return cost | {"files": said["files"], "new_files": said["new_files"], "mb_beside_posters": said["bytes"] / 1e6,
+                   "first_data_mb": said["first_bytes"] / 1e6}
 
 
 def opened(address: str) -> dict[str, Any]:
@@ -188,7 +178,8 @@ def opened(address: str) -> dict[str, Any]:
         with Browser(1440, 900) as browser:
             browser.open(address, until=BEGUN)
             begun = browser.run("dailies.begunAt")
-            found.append({"tiles_ms": begun, "pictures_ms": browser.run(SEEN), "requests": len(browser.requested())})
+            found.append({"tiles_ms": begun, "pictures_ms": browser.run(PICTURES_SEEN),
+                          "requests": len(browser.requested())})
     middle = sorted(found, key=lambda each: each["pictures_ms"])[1]
     return middle | {"slowest_ms": max(each["pictures_ms"] for each in found)}
 
@@ -211,7 +202,7 @@ def keyed(address: str) -> dict[str, Any]:
 def asked(address: str) -> dict[str, Any]:
     """Milliseconds from the question to the new contact sheet, columns fetched on the way."""
     questions = {"sort_ms": "Object.assign(dailies.query.wanted, {sort: 'quality.motion'})",
-                 "filter_ms": "dailies.query.wanted.filters = [{column: 'user.score', how: '>=', value: '0.5'}]",
+                 "filter_ms": "dailies.query.wanted.filters = [{column: 'quality.contrast', how: '>=', value: '50'}]",
                  "search_ms": "dailies.query.wanted.words = 'red boat'",
                  "group_ms": "dailies.query.wanted.grouped = true"}
     with Browser(1440, 900) as browser:

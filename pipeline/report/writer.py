@@ -25,6 +25,7 @@ import pyarrow.compute as pc
 from dailies.pipeline.report.columns import BLOCK_ROWS, PAGE_ROWS, Sheet, sheet
 from dailies.pipeline.report.figures import figures, prompt_groups
 from dailies.pipeline.run import ledger
+from dailies.pipeline.run.current import is_current
 from dailies.pipeline.run.layout import CLIPS, POSTERS, REPORT, SUCCESS, clip_id_in, clip_key, poster_id_in, poster_key
 from dailies.pipeline.run.picks import DECIDED, read_picks
 from dailies.pipeline.run.run_json import has, known_manifest
@@ -87,14 +88,15 @@ def make_report(sources: Sequence[Source], bases: Sequence[str | None], *, price
     presign_s: clips and posters are named by links that anybody may follow for so long.  Raises StoreError.
     """
     first = sources[0]
-    tables = [ledger.read(source.store) for source in sources]
+    tables = [every_take(source.store) for source in sources]
     tables[0] = with_decisions(tables[0], first.store)
     posters = [{poster_id_in(info.key) for info in source.store.list(f"{POSTERS}/")} for source in sources]
     rows = shown_rows(tables, posters)
     made = sheet(rows, named, presigned_pages(sources, rows, presign_s) if presign_s else None)
     clips = {clip_id_in(info.key) for info in first.store.list(f"{CLIPS}/")} - {None}
     unrecorded = len(clips - set(tables[0]["clip_id"].to_pylist()))
-    said = figures(tables[0], known_manifest(first.store, first.run), price_of(first.run, price))
+    current = tables[0].filter(tables[0]["current"])
+    said = figures(current, known_manifest(first.store, first.run), price_of(first.run, price))
     said |= {"unrecorded": unrecorded}
     return Made(data=made.files, head=head_of(sources, bases, tables, said, made), figures=said, rows=rows.num_rows,
                 without_poster=missing_posters(rows), first_page=next(iter(made.pages), None))
@@ -117,6 +119,13 @@ def write_report(sources: Sequence[Source], *, to: Store | None = None, price: f
     return Written(made=made, files=len(page) + len(made.data), new_files=new,
                    num_bytes=sum(map(len, [*page, *made.data.values()])),
                    first_bytes=sum(map(len, [*page, *first_page])))
+
+
+def every_take(store: Store) -> pa.Table:
+    """The rows that count, and those that a newer take has replaced, told apart by `current`.  Raises StoreError."""
+    rows = ledger.read(store, put_back=True, every_take=True)
+    rows = rows.append_column("current", pa.array(is_current(rows)))
+    return rows.filter(ledger.is_one_of(rows["status"], ["done", "failed"]))
 
 
 def with_decisions(rows: pa.Table, store: Store) -> pa.Table:
@@ -158,7 +167,7 @@ def shown_rows(tables: Sequence[pa.Table], posters: Sequence[set[str | None]]) -
     """All rows in one table, with where they come from, whether there is a poster, and which share a prompt."""
     marked = []
     for number, (table, known) in enumerate(zip(tables, posters, strict=True)):
-        there = pc.is_in(table["clip_id"].fill_null(""), ledger.values_in(known))
+        there = ledger.is_one_of(table["clip_id"].fill_null(""), known)
         marked.append(table.append_column("poster", there)
                       .append_column("run", pa.array([number] * table.num_rows, pa.int32())))
     rows = ledger.together(marked)

@@ -6,7 +6,7 @@
   const { wanted } = dailies.query;
   const SHOWN = [["all", "All"], ["undecided", "To judge"], ["pick", "Picked"], ["reject", "Rejected"], ["redo", "Redo"],
     ["failed", "Failed"]];
-  const HIDDEN = dailies.HIDDEN = new Set(["run", "prompt_group", "poster"]);
+  const HIDDEN = dailies.HIDDEN = new Set(["run", "prompt_group", "poster", "current"]);
   const HASH = /^[0-9a-f]{40,}$/;
   const UNITS = { bytes: "size", peak_memory_bytes: "size" };
 
@@ -73,7 +73,8 @@
     await dailies.sheet.layout();
     if (!keep) dailies.sheet.move(0, { focus: false });
     const found = dailies.query.view.length;
-    one("count").textContent = found === dailies.rows ? `${found.toLocaleString()} ${found === 1 ? "row" : "rows"}`
+    const whole = !wanted.words && !wanted.filters.length && wanted.shown === "all";
+    one("count").textContent = whole ? `${found.toLocaleString()} ${found === 1 ? "row" : "rows"}`
       : `${found.toLocaleString()} of ${dailies.rows.toLocaleString()} rows`;
     nothing(found);
   }

@@ -33,6 +33,8 @@ window.dailies = {};
     dailies.said = said;
     dailies.columns = new Map(said.sheet.columns.map(column => [column.name, column]));
     dailies.rows = said.sheet.rows;
+    const current = dailies.columns.get("current");
+    dailies.earlier = Boolean(current && (current.files || !current.const) && said.sheet.rows);
   }
 
   /* Packed values as a list: all of them, or distinct ones and which, or one for all. */

@@ -57,6 +57,10 @@
   async function run() {
     const mine = asked += 1;
     const tests = [];                   // index -> whether it stays
+    if (dailies.earlier) {
+      const current = await dailies.column("current");
+      tests.push(index => current[index]);              // what a newer take has replaced is seen side by side
+    }
     if (wanted.shown === "failed" || wanted.shown === "done") {
       const status = await dailies.column("status");
       tests.push(index => status[index] === wanted.shown);

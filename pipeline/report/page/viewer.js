@@ -99,7 +99,7 @@
     element.append(frame);
     const caption = document.createElement("figcaption");
     caption.textContent = `${dailies.said.runs[of.run || 0].name === dailies.said.name || !of.run ? "" :
-      `${dailies.said.runs[of.run].name} · `}${of.id} · seed ${of.seed}`;
+      `${dailies.said.runs[of.run].name} · `}${of.id} · seed ${of.seed}${of.current ? "" : " · earlier take"}`;
     element.append(caption);
     const shot = { row: of, element, frame, picture, video: null };
     element.addEventListener("click", () => choose(shots.indexOf(shot), true));
