@@ -8,7 +8,7 @@ import torch
 
 from dailies.jobs.demo import codecs_av, release_av, train_av
 from dailies.jobs.demo.ear import color_heard, onset_s, turn_s
-from dailies.jobs.demo.evaluate_av import TOLERANCE_S, evaluated
+from dailies.jobs.demo.evaluate_av import TOLERANCE_S, evaluated, through_codecs
 from dailies.jobs.demo.world import COLORS, SPEEDS
 from dailies.jobs.demo.world_av import AUDIO_RATE, PITCHES, Bounce, tone, unseen_bounces
 from dailies.model.ltx2.audio_vae import load_audio_vae
@@ -83,8 +83,12 @@ def in_a_step(monkeypatch):
 
 
 def test_what_is_trained_is_written_as_a_release_that_loads_by_its_header(in_a_step, tmp_path):
+    with pytest.raises(FileNotFoundError, match="audio.pt with all its 1 steps: python -m"):
+        next(through_codecs(tmp_path, [], "cpu"))
     audio = codecs_av.train_audio_vae(tmp_path, "cpu")
     vocoder, video = codecs_av.train_vocoder(tmp_path, "cpu", audio), codecs_av.train_video_vae(tmp_path, "cpu")
+    said = evaluated(through_codecs(tmp_path, [scene for scene, _ in unseen_bounces(1)], "cpu"), AUDIO_RATE)
+    assert said["clips"] == 1 and said.keys() >= {"onset", "pitch", "loudness", "shape"}
     tokenizer = train_av.gemma_tokenizer(tmp_path / "gemma")
     texts = train_av.train_texts(tmp_path, "cpu", tokenizer)
     dit = train_av.train_av(tmp_path, "cpu", video, audio, texts, tokenizer)

@@ -46,6 +46,7 @@ VIDEO = VideoVAEConfig(
 AUDIO = AudioVAEConfig(width=16, multipliers=(1, 2, 2), blocks=1, latent_channels=2)
 VOCODER = VocoderConfig(generator=GeneratorConfig(width=96, block_kernels=(3,), dilations=(1, 3)))
 
+SOUND_STEPS = round(CLIP_FRAMES / FPS * 25)             # latents of a clip's sound, 25 a second
 LATENT_NOISE = 0.3                                      # deviation, of latents that are about 1 across the data
 LATENTS_MEASURED = 256                                  # clips whose latents the statistics are of
 

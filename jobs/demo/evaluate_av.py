@@ -1,25 +1,31 @@
 """How well the demo with sound hears what it shows: prompts it never saw, rendered, seen and listened to.
 
 python -m dailies.jobs.demo.evaluate_av --model demo-av --prompts 100
+python -m dailies.jobs.demo.evaluate_av --codecs build/demo-av --prompts 100
 
 A clip's tone must begin within 60 ms of the moment at which its own shape, as it is shown, turns at the border; its
-pitch is that of the colour that was asked for.
+pitch is that of the colour that was asked for. With --codecs the world's own clips are coded and decoded by what is
+trained in a folder of `train_av`: no sampler can do better.
 """
 
 import argparse
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from dailies.jobs.demo import codecs_av
 from dailies.jobs.demo.checker import follow, read_attributes
 from dailies.jobs.demo.ear import color_heard, onset_s, size_heard, turn_s
 from dailies.jobs.demo.evaluate import render_prompts
-from dailies.jobs.demo.world_av import Bounce, unseen_bounces
+from dailies.jobs.demo.phases import is_trained
+from dailies.jobs.demo.world_av import AUDIO_RATE, Bounce, unseen_bounces
 from dailies.model.catalog import CATALOG
+from dailies.model.ltx2.audio_vae import log_mel
 
 TOLERANCE_S = 0.06
 SEEN = ("shape", "color", "background", "size")         # what pictures tell of a scene that turns
@@ -53,15 +59,43 @@ def evaluated(cases: Iterable[tuple[Bounce, Tensor, Tensor | None]], rate: int) 
     return shares([judged_clip(scene, rgb, sound, rate) for scene, rgb, sound in cases])
 
 
+@torch.inference_mode()
+def through_codecs(work: Path, scenes: Iterable[Bounce], device: str) -> Iterator[tuple[Bounce, Tensor, Tensor]]:
+    """Scenes, and their pictures and sound as they come back; pictures as they are drawn while the video VAE is not
+    trained.  Raises FileNotFoundError where the audio VAE and the vocoder are not.
+    """
+    for phase in (codecs_av.AUDIO_PHASE, codecs_av.VOCODER_PHASE):
+        if not is_trained(phase, work):
+            raise FileNotFoundError(f"{work} must have {phase.name}.pt with all its {phase.steps:,} steps: "
+                                    f"python -m dailies.jobs.demo.train_av --work {work} --only audio")
+    with torch.inference_mode(False):
+        audio = codecs_av.train_audio_vae(work, device)
+        vocoder = codecs_av.train_vocoder(work, device, audio)
+        video = codecs_av.train_video_vae(work, device) if is_trained(codecs_av.VIDEO_PHASE, work) else None
+    for scene in scenes:
+        pictures = scene.pictures()[0][None].to(device)
+        if video is not None:
+            pictures = video.decode(video.encode(pictures)).clamp(-1, 1)
+        rgb = ((pictures[0] + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).cpu()
+        rung = scene.sound(scene.samples(rate := codecs_av.AUDIO.sample_rate), rate)[None].to(device)
+        latent = audio.encode(log_mel(rung, codecs_av.AUDIO))
+        yield scene, rgb, vocoder(audio.decode(latent[:, :, :codecs_av.SOUND_STEPS]))[0].T.cpu()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo-av")
     parser.add_argument("--weights", type=Path, help="a folder laid out as model/demo_av")
+    parser.add_argument("--codecs", type=Path, help="a folder of train_av: no model, what is trained there")
     parser.add_argument("--prompts", type=int, default=100)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--guidance", type=float)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
+    if args.codecs:
+        scenes = [scene for scene, _ in unseen_bounces(args.prompts)]
+        print(json.dumps(evaluated(through_codecs(args.codecs, scenes, args.device), AUDIO_RATE), indent=2))
+        return
     card = CATALOG[args.model]
     scenes, began = unseen_bounces(args.prompts), time.process_time()
     frames = render_prompts([sentence for _, sentence in scenes], card, args.weights or card.folder, args.device,

@@ -140,6 +140,12 @@ def fit(phase: Phase, model: nn.Module, loss_of: Callable[[int], tuple[Tensor, d
             p.copy_(average[name])
 
 
+def is_trained(phase: Phase, work: Path) -> bool:
+    """Whether all its steps are done there."""
+    path = work / f"{phase.name}.pt"
+    return path.exists() and torch.load(path, weights_only=True, mmap=True)["step"] >= phase.steps
+
+
 @torch.no_grad()
 def encode_scenes(vae: WanVAE, work: Path, device: str, name: str, count: int, frames: int) -> tuple[list[Scene],
                                                                                                      Tensor]:

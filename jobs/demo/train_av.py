@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dailies.jobs.demo.codecs_av import AUDIO, train_audio_vae, train_video_vae, train_vocoder
+from dailies.jobs.demo.codecs_av import AUDIO, SOUND_STEPS, train_audio_vae, train_video_vae, train_vocoder
 from dailies.jobs.demo.losses import noised
 from dailies.jobs.demo.phases import CLIP_FRAMES, SEED, UNPROMPTED, Phase, fit, rng_of
 from dailies.jobs.demo.release_av import (
@@ -39,9 +39,6 @@ from dailies.model.ltx2.rope import audio_positions, video_positions
 from dailies.model.ltx2.transformer import LtxTransformer, Modality
 from dailies.model.ltx2.video_vae import VideoVAE
 from dailies.model.tokenizer import GemmaTokenizer, new_tokenizer
-
-SOUND_STEPS = round(CLIP_FRAMES / FPS * 25)             # latents of sound, 25 a second
-
 
 # The text: Gemma and connectors learn together to say a scene's attributes; the heads are thrown away.
 
