@@ -168,6 +168,9 @@ def how_much(
     changed: Annotated[str | None, typer.Option(
         metavar="render|keep", help="Of rows that the run folder knows and that ask for something else now: make them "
         "again, in place of what is there, or keep that.  [default: refuse them by name]")] = None,
+    reuse: Annotated[list[str] | None, typer.Option(
+        metavar="URI", help="Another run folder: clips that it has, by clip_id, are linked or copied, checked, and not "
+        "made; again for each.")] = None,
     take_over: Annotated[bool | None, typer.Option(
         "--take-over/--no-take-over",
         help="Where another driver has the run folder: watch it for a minute and go on in "
@@ -210,7 +213,11 @@ def with_render_options(command: Callable[..., int]) -> Callable[..., int]:
 
 @app.command()
 @with_render_options
-def render(options: dict[str, Any], context: typer.Context, json: Json = False) -> int:
+def render(options: dict[str, Any], context: typer.Context,
+           wait: Annotated[bool | None, typer.Option(
+               "--wait/--no-wait",
+               help="Where another driver works on the run folder: wait until it has ended.")] = None,
+           json: Json = False) -> int:
     """Plan, render and publish every row that is not done yet; running it again continues.
 
     \b
@@ -221,7 +228,7 @@ def render(options: dict[str, Any], context: typer.Context, json: Json = False) 
       dailies render s3://b/night.parquet --out s3://b/runs/0412 --model linum-v2-720p --ray auto
       dailies render --config night.toml --until 07:00 --max-cost 400 --price 2.5
     """
-    job = job_of(options)
+    job = job_of(options | {"wait": wait})
     from dailies.jobs.render import render
     return render(job, json=json, engine=context.obj)
 
@@ -342,7 +349,8 @@ def verify(uri: RunUri,
 @app.command()
 def retry(uri: RunUri,
           where: Annotated[list[str] | None, typer.Option(
-              metavar="COLUMN=VALUE", help="Only failed rows with this value in the ledger; may be repeated.")] = None,
+              metavar="COLUMN=VALUE", help="Only failed rows with this value in the ledger, or of which an "
+              "expression is true, as of redo; may be repeated.")] = None,
           json: Json = False) -> int:
     """Put failed rows back to pending; the next render tries them again.
 
@@ -351,6 +359,69 @@ def retry(uri: RunUri,
     """
     from dailies.jobs.runs import retry
     return retry(uri, where or [], json=json)
+
+
+Where = Annotated[list[str] | None, typer.Option(
+    metavar="EXPR", help="Rows of which this is true, by columns of the ledger, as \"quality.motion < 0.2 and "
+    "user.mood = sad\"; may be repeated, and all must hold.")]
+Waits = Annotated[bool, typer.Option("--wait", help="Where a driver works on the run folder: wait until it has ended.")]
+
+
+@app.command()
+def pick(uri: RunUri,
+         source: Annotated[str, typer.Option("--from", metavar="FILE", help="picks.json; - for stdin.")],
+         json: Json = False) -> int:
+    """Keep what a person decided about clips (pick, reject, redo, a note) as columns beside the ledger.
+
+    \b
+    Example:  dailies pick out/ --from picks.json
+    """
+    from dailies.jobs.decide import pick
+    return pick(uri, source, json=json)
+
+
+@app.command()
+def redo(uri: RunUri,
+         picks: Annotated[bool, typer.Option("--picks", help="Clips that a person wants made again.")] = False,
+         where: Where = None,
+         seed: Annotated[str, typer.Option(
+             metavar="+N|N", help="So many more than the clip's own; or this one.")] = "+1",
+         wait: Waits = False, json: Json = False) -> int:
+    """Have other takes of clips that are done made by the next render; what they replace stays until gc.
+
+    \b
+    Examples:
+      dailies redo out/ --picks
+      dailies redo out/ --where "quality.motion < 0.1 and decision is null" --seed +10
+    """
+    from dailies.jobs.decide import redo
+    return redo(uri, picks=picks, where=where or [], seed=seed, wait=wait, json=json)
+
+
+@app.command()
+def drop(uri: RunUri, where: Where = None, wait: Waits = False, json: Json = False) -> int:
+    """Take rows out of a run; they are not made again, and their clips stay until gc.
+
+    \b
+    Example:  dailies drop out/ --where "decision = reject"
+    """
+    from dailies.jobs.decide import drop
+    return drop(uri, where=where or [], wait=wait, json=json)
+
+
+@app.command()
+def gc(uri: RunUri,
+       yes: Annotated[bool, typer.Option("--yes", help="Delete it.")] = False,
+       wait: Waits = False, json: Json = False) -> int:
+    """List what no current row of a run names: old takes, clips of rows that were dropped, what was left over.
+
+    \b
+    Examples:
+      dailies gc out/
+      dailies gc out/ --yes
+    """
+    from dailies.jobs.decide import gc
+    return gc(uri, yes=yes, wait=wait, json=json)
 
 
 @app.command()

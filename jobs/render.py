@@ -56,8 +56,8 @@ def render(job: RenderJob, *, json: bool, engine: Engine | None = None) -> int:
     tell([what_is_made(run), *notes_of(run), *limits_of(job, run, deadline)])
     every_s = seconds_meant("--report", job.report) if job.report else None
     with Reports(run.store, every_s, lambda text: tell([text])), run.open(
-            limit=job.limit, keep_latents=job.keep_latents, take_over=job.take_over,
-            tell=lambda text: tell([text])) as bookkeeper:
+            limit=job.limit, keep_latents=job.keep_latents, take_over=job.take_over, wait=job.wait,
+            reuse=[open_store(uri) for uri in job.reuse], tell=lambda text: tell([text])) as bookkeeper:
         stop = work(job, run, bookkeeper, budget, engine)
     return report(job, run, bookkeeper, stop, budget, began, json)
 
@@ -181,7 +181,7 @@ def report(job: RenderJob, run: Run, bookkeeper: Bookkeeper, stop: Any, budget: 
     code = 130 if interrupted else 4 if stopped else 3 if counts["failed"] else 0
     cost = {} if job.price is None else {"cost": round(job.price * budget.gpu_hours, 2)}
     said = {"exit_code": code, "out": run.store.uri, **counts, "clips": run.plan.num_clips,
-            "rendered": bookkeeper.num_rendered, "adopted": bookkeeper.num_adopted,
+            "rendered": bookkeeper.num_rendered, "adopted": bookkeeper.num_adopted, "reused": bookkeeper.num_reused,
             "left_by_limit": bookkeeper.left_by_limit, "seconds": round(time.monotonic() - began, 3),
             "gpu_hours": round(budget.gpu_hours, 4), **cost,
             "notes": notes_of(run) + bookkeeper.notes, "failures": bookkeeper.failures}

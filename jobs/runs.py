@@ -1,6 +1,7 @@
 """What can be asked of a run folder from any machine, and of the catalogue: status, retry, models."""
 
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from dailies.pipeline.run.lease import Lease
 from dailies.pipeline.run.ledger_row import there
 from dailies.pipeline.run.pace import WAIT_AND_WORK, pace
 from dailies.pipeline.run.run_json import BUCKET_SHAPE, OtherRun, check_counts, has, known_manifest, read_run
+from dailies.pipeline.run.where import BadFilter, Filter, all_of, column_is
 from dailies.pipeline.store import Store, StoreError, open_store
 from dailies.pipeline.wording import counted
 
@@ -62,6 +64,12 @@ def print_status(said: dict[str, Any]) -> None:
         say(counts + bucket["bucket"], indent=len(counts))
     if said["more_buckets"]:
         say(f"        and {said['more_buckets']:,} more buckets")
+    if said["takes"]:
+        say(f"  {counted(said['takes'], 'other take')} to be made; what it replaces stays until then"
+            if said["takes"] == 1 else
+            f"  {said['takes']:,} other takes to be made; what they replace stays until then")
+    if said["dropped"]:
+        say(f"  {counted(said['dropped'], 'row')} dropped")
     for error_type, count in said["failed_by_type"].items():
         say(f"  {count:,} failed with {printable(error_type)}")
 
@@ -69,21 +77,22 @@ def print_status(said: dict[str, Any]) -> None:
 def progress_of(store: Store, run: dict[str, Any]) -> dict[str, Any]:
     """Rows done, failed and pending, in all and clips by bucket; clips per hour and the seconds that are left."""
     names = ["status", "error_type", "clip_id", "finished_at", "worker", *WAIT_AND_WORK]
-    table = ledger.read(store, [*names, *BUCKET_SHAPE])
+    table = ledger.read(store, [*names, *BUCKET_SHAPE], put_back=True)
+    takes, table, dropped = ledger.set_apart(store, table)
     columns = {name: table[name].to_pylist() for name in there(names, table.column_names)}
     counts = Counter(columns["status"])
-    rows = run["planned_rows"] + run["invalid_rows"]
+    rows = run["planned_rows"] + run["invalid_rows"] - dropped
+    done = counts["done"] - takes
     per_hour, last = pace(columns)
     now = datetime.now(UTC)
     clips = dict(zip(columns["clip_id"], columns["status"], strict=True))
     clips.pop(None, None)                               # of invalid rows
-    pending_clips = max(0, run["clips"] - len(clips))
+    pending_clips = max(0, run["clips"] - dropped - len(clips)) + takes
     running = per_hour and last and now - last < STALE
     return {
-        "rows": rows, "done": counts["done"], "failed": counts["failed"],
-        "pending": max(0, rows - counts["done"] - counts["failed"]), "clips": run["clips"],
-        "pending_clips": pending_clips,
-        "finished": rows == counts["done"] + counts["failed"] or has(store, SUCCESS),
+        "rows": rows, "done": done, "failed": counts["failed"], "pending": max(0, rows - done - counts["failed"]),
+        "clips": run["clips"], "pending_clips": pending_clips, "takes": takes, "dropped": dropped,
+        "finished": rows <= done + counts["failed"] or has(store, SUCCESS),
         "clips_per_hour": per_hour, "eta_s": 3600 * pending_clips / per_hour if running and pending_clips else None,
         "last_row_s_ago": (now - last).total_seconds() if last else None,
         "buckets": buckets_of(run, zip(columns["clip_id"], columns["status"],
@@ -113,14 +122,20 @@ def bucket_text(bucket: dict[str, Any]) -> str:
     return ", ".join((f"{bucket['width']}x{bucket['height']}", f"{bucket['frames']} frames", *course_of(bucket)))
 
 
+def filter_of(said: str) -> Filter:
+    """An expression, or COLUMN=VALUE whose value is any text.  Raises UsageError."""
+    try:
+        return Filter.parsed(said)
+    except BadFilter as error:
+        column, equals, value = said.partition("=")
+        if column and equals and not re.search(r"[\s<>!()'\"]", column):
+            return column_is(column, value)
+        raise UsageError(f"--where must be COLUMN=VALUE; got {said!r}. Or an expression: {error}") from None
+
+
 def retry(uri: str, where: list[str], *, json: bool) -> int:
     """Put failed rows back to pending."""
-    conditions = {}
-    for condition in where:
-        column, equals, value = condition.partition("=")
-        if not column or not equals:
-            raise UsageError(f"--where must be COLUMN=VALUE; got {condition!r}")
-        conditions[column] = value
+    conditions = all_of(map(filter_of, where)) if where else None
     store, _ = open_run(uri)
     try:
         with Lease.take(store, tell=lambda text: print(printable(text), file=sys.stderr)):     # no run may be writing

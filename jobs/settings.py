@@ -77,6 +77,8 @@ class RenderJob(RowDefaults):
     strict: bool = False                                # a fallback is an error
     keep_latents: bool = False
     changed: Literal["render", "keep"] | None = None    # rows that ask for something else than they did; None: refuse
+    wait: bool = False                                  # until another driver has ended
+    reuse: tuple[str, ...] = ()                         # other run folders, whose clips are not made again
     take_over: bool = False                             # wait whether another driver stays silent, instead of refusing
 
     @field_validator("out", "weights", mode="before")
@@ -97,6 +99,13 @@ class RenderJob(RowDefaults):
     @classmethod
     def all_of_them(cls, said: Any) -> Any:
         return (said,) if isinstance(said, str) else tuple(said) if isinstance(said, list) else said
+
+    @field_validator("reuse", mode="before")
+    @classmethod
+    def run_folders(cls, said: Any) -> Any:
+        several = (said,) if isinstance(said, str) else said
+        return tuple(map(plain_uri, several)) if isinstance(several, (list, tuple)) and all(
+            isinstance(each, str) for each in several) else said
 
     @field_validator("map", mode="before")
     @classmethod

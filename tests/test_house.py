@@ -27,7 +27,7 @@ DOORS = {
                 "pipeline/run/ledger.py",
                 "pipeline/run/ledger_part.py", "pipeline/run/ledger_row.py", "pipeline/manifest/stored_types.py",
                 "pipeline/run/picks.py", "pipeline/run/current.py", "pipeline/run/growth.py", "pipeline/run/takes.py",
-                "pipeline/run/redo.py", "pipeline/run/sweep.py", "pipeline/run/where.py",
+                "pipeline/run/judged.py", "pipeline/run/redo.py", "pipeline/run/sweep.py", "pipeline/run/where.py",
                 "pipeline/report/columns.py", "pipeline/report/figures.py", "pipeline/report/writer.py"],
     "boto3": ["pipeline/store/s3.py"],
     "botocore": ["pipeline/store/s3.py"],

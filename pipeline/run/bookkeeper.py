@@ -1,7 +1,7 @@
 """What of a plan is done, and the ledger that says so: what is there is passed over, what is made is recorded."""
 
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import islice
@@ -13,8 +13,9 @@ from dailies.pipeline.plan import RESEEDS, ROWS_AT_A_TIME, Except, Plan, Planned
 from dailies.pipeline.run.adoption import Spoilt, adopt
 from dailies.pipeline.run.layout import CLIPS, SUCCESS, clip_id_in
 from dailies.pipeline.run.lease import Lease
-from dailies.pipeline.run.ledger import Ledger, is_one_of, keys_of, recorded_hashes
+from dailies.pipeline.run.ledger import Ledger, is_one_of, keys_of, recorded_hashes, without_keys
 from dailies.pipeline.run.ledger_row import invalid_row, row_of
+from dailies.pipeline.run.reuse import Brought, bring_clips
 from dailies.pipeline.run.takes import Take, takes_in
 from dailies.pipeline.stages import Outcome
 from dailies.pipeline.store import Store
@@ -30,13 +31,13 @@ class Bookkeeper:
 
     def __init__(self, store: Store, plan: Plan, *, limit: int | None = None, lease: Lease | None = None,
                  chosen_because: str | None = None, changed: Container[tuple[str, int | None]] = (),
-                 tell: Callable[[str], None] = lambda text: None):
+                 reuse: Sequence[Store] = (), tell: Callable[[str], None] = lambda text: None):
         """limit: the most clips to make.  lease: needed to write.  chosen_because: of precision and attention, for the
-        ledger.  changed: rows (id, seed) that are to be made again.  tell: what a person should know.
-        Raises StoreError.
+        ledger.  changed: rows (id, seed) that are to be made again.  reuse: other run folders to look for
+        clips in.  tell: what a person should know.  Raises StoreError.
         """
         self.store, self.plan, self.limit, self.lease, self.tell = store, plan, limit, lease, tell
-        self.chosen_because = chosen_because
+        self.chosen_because, self.reuse = chosen_because, reuse
         self.ledger = Ledger.open(self.store, self.plan.manifest.user.schema)
         keys = self.plan.keys()
         self.read_takes(keys, changed)
@@ -60,7 +61,7 @@ class Bookkeeper:
                         if clip_id in self.planned_clips}
         self.remade: dict[str, tuple[list[PlannedRow], int]] = {}      # clips with other seeds: their rows, which try
         self.again: list[Request] = []                  # of them, those that nobody works on yet
-        self.num_adopted = self.num_rendered = 0
+        self.num_adopted = self.num_rendered = self.num_reused = 0
         self.failures: list[dict[str, Any]] = []
 
     def read_takes(self, keys: Any, changed: Container[tuple[str, int | None]]) -> None:
@@ -86,11 +87,7 @@ class Bookkeeper:
 
     def without_takes(self, left: Any) -> Any:
         """Of the plan's rows those that no other take stands for."""
-        if not self.take_keys:
-            return left
-        mask = is_one_of(left["id"], {name for name, _ in self.take_keys}).to_numpy(zero_copy_only=False)
-        return left.take([at for at, (key, maybe) in enumerate(zip(keys_of(left), mask, strict=True))
-                          if not (maybe and key in self.take_keys)])
+        return without_keys(left, self.take_keys) if self.take_keys else left
 
     def __enter__(self) -> "Bookkeeper":
         return self
@@ -121,8 +118,9 @@ class Bookkeeper:
             self.store.delete(SUCCESS)
         self.record_invalid()
         self.drop_given_up()
+        brought = self.bring()
         wanted, published = self.wanted()
-        self.adopt(self.requests(published), published)
+        self.adopt(self.requests(published), published, brought)
         wanted |= published & self.spoilt.keys()
         num_clips = min(len(wanted), self.limit or len(wanted))
         self.left_by_limit = len(wanted) - num_clips
@@ -178,14 +176,29 @@ class Bookkeeper:
         self.num_invalid += len(self.new_invalid)
         self.new_invalid = []
 
-    def adopt(self, requests: Iterable[Request], published: set[str]) -> None:
-        """Write the rows of clips that were published by a run which was killed before it could."""
+    def bring(self) -> dict[str, Brought]:
+        """Put clips of other runs under their names here, where they are still to be judged; which they are."""
+        brought: dict[str, Brought] = {}
+        for other in self.reuse:
+            wanted = self.wanted()[0]
+            for found in bring_clips(self.store, other, self.requests, wanted) if wanted else ():
+                self.check_lease()
+                brought[found.clip_id] = found
+                self.files[found.clip_id] = found.num_bytes
+        return brought
+
+    def adopt(self, requests: Iterable[Request], published: set[str], brought: Mapping[str, Brought]) -> None:
+        """Write the rows of clips that were published by a run which was killed before it could, or by another run."""
         if len(published) >= MANY_CLIPS:
             self.tell(f"reading {counted(len(published), 'clip')} that are published and have no row")
-        for found in adopt(self.store, requests, recorded_hashes(self.store, published)):
+        hashes = {clip_id: each.sha256 for clip_id, each in brought.items() if each.sha256}
+        for found in adopt(self.store, requests, hashes | recorded_hashes(self.store, published)):
             if isinstance(found, Spoilt):
                 self.spoilt[found.request.clip_id] = found
                 continue
+            if origin := brought.get(found.request.clip_id):
+                found = replace(found, notes=(f"made by another run, {origin.said}; read and decoded",))
+                self.num_reused += 1
             self.append(self.rows_to_write(found.request.clip_id), found, None)
             self.append_takes(found, None)
             self.num_adopted += 1

@@ -27,6 +27,7 @@ from dailies.pipeline.resolved import Defaults
 from dailies.pipeline.run import ledger
 from dailies.pipeline.run.current import is_current, slots
 from dailies.pipeline.run.layout import MANIFESTS, manifest_key, manifest_number
+from dailies.pipeline.run.ledger_row import DAMAGED
 from dailies.pipeline.run.run_json import (
     BUCKET_SHAPE,
     MAX_DEFAULTS,
@@ -242,9 +243,12 @@ def grow(store: Store, run: Mapping[str, Any], plan: Plan, changed: Mapping[Key,
     mended: set[tuple[str, int | None]] = set()
     there: set[Key] = set()                             # rows of the plan that have a clip, or failed
     clips: dict[str, tuple] = {}                        # of the ledger, and their shapes
-    num_kept = num_invalid = 0                          # rows of the ledger that the plan does not have
-    for name, seed, slot, clip_id, error_type, *shape in ledger.values_of(
-            rows.append_column("slot", slots(rows)), "id", "seed", "slot", "clip_id", "error_type", *BUCKET_SHAPE):
+    kept: dict[tuple[str, int | None], bool] = {}       # rows of the ledger that the plan does not have; which invalid
+    for name, seed, slot, status, clip_id, error_type, *shape in ledger.values_of(
+            rows.append_column("slot", slots(rows)), "id", "seed", "slot", "status", "clip_id", "error_type",
+            *BUCKET_SHAPE):
+        if status == "pending" and error_type != DAMAGED:
+            continue                                    # another take, which is counted beside the rows
         if error_type == "invalid" and (name in valid or name not in invalid and MADE_ID.fullmatch(name)):
             mended.add((name, seed))
             continue
@@ -253,7 +257,7 @@ def grow(store: Store, run: Mapping[str, Any], plan: Plan, changed: Mapping[Key,
         if (name, slot) in asked:
             there.add((name, slot))
         elif not (slot is None and name in invalid):
-            num_kept, num_invalid = num_kept + 1, num_invalid + (error_type == "invalid")
+            kept[name, slot] = error_type == "invalid"
         if clip_id:
             clips[clip_id] = tuple(shape)
     ledger.take_out(store, mended)
@@ -262,7 +266,8 @@ def grow(store: Store, run: Mapping[str, Any], plan: Plan, changed: Mapping[Key,
     summary = plan.summary()
     earlier = [said for said in (*known["earlier_defaults"], known["defaults"] if known["rows"] else None) if said]
     said = {name: summary[name] for name in SUMMED}
-    said |= {"planned_rows": summary["planned_rows"] + num_kept - num_invalid,
+    num_invalid = sum(kept.values())
+    said |= {"planned_rows": summary["planned_rows"] + len(kept) - num_invalid,
              "invalid_rows": summary["invalid_rows"] + num_invalid, "clips": len(to_make) + len(clips),
              **merged(plan.buckets(only=to_make), Counter(clips.values())),
              "name": plan.manifest.name, "rows_digest": plan.rows_digest, **digests_of(plan),

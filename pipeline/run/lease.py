@@ -99,17 +99,19 @@ class Lease:
         self.lock, self.over = threading.Lock(), threading.Event()
 
     @classmethod
-    def take(cls, store: Store, *, wait: bool = False, tell: Callable[[str], None] = lambda text: None) -> Self:
+    def take(cls, store: Store, *, wait: bool = False, queue: bool = False,
+             tell: Callable[[str], None] = lambda text: None) -> Self:
         """The lease of a run folder that no driver works on, or whose driver has ended or been silent for LEASE_S.
 
-        wait: where the driver was heard of lately, see whether it stays silent.  tell: what a person should know.
+        wait: where the driver was heard of lately, see whether it stays silent.  queue: where one works, wait until
+        it has ended, however long that is.  tell: what a person should know.
         Raises LeaseError where another driver works on it, StoreError.
         """
         lease = cls(store, atomic=store.can_swap())
         if not lease.atomic:
             tell(f"{store.uri}: this store has no compare-and-swap (If-Match), so two drivers that take over this run "
                  "in the same moment may both go on. No clip would be published twice; work might be done twice")
-        watched, since = None, 0.0
+        watched, since, waits_for = None, 0.0, ""
         while True:
             mine = lease.written()
             try:
@@ -123,6 +125,10 @@ class Lease:
                 tell(f"{store.uri}: the last command here, {holder}, has ended unawares, as when it is killed; this "
                      "one goes on in its place")
             elif not holder.released:
+                if found != watched and queue:
+                    if holder.id != waits_for:
+                        tell(f"{store.uri}: {holder} works on this run; waiting until it has ended")
+                    watched, since, waits_for = found, time.monotonic(), holder.id
                 if found != watched:
                     if watched is not None or not (wait or holder.is_silent):
                         raise LeaseError(held(store, holder))
@@ -210,8 +216,8 @@ def look(store: Store) -> bytes:
 def held(store: Store, holder: Holder) -> str:
     heard = "" if holder.renewed_at is None else f", last heard of at {holder.renewed_at:%H:%M:%S} UTC"
     return (f"{store.uri}: another driver works on this run: {holder}{heard}. A run folder has one driver at a time: "
-            f"wait for it, or stop it; `dailies status` shows how far it is. If its machine is gone, --take-over goes "
-            f"on in its place after {Lease.LEASE_S:.0f} s of silence")
+            f"wait for it (--wait), or stop it; `dailies status` shows how far it is. If its machine is gone, "
+            f"--take-over goes on in its place after {Lease.LEASE_S:.0f} s of silence")
 
 
 def this_machine() -> str:

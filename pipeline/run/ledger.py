@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 
 from dailies.pipeline.manifest.stored_types import as_text, converted, stored_type
 from dailies.pipeline.run.current import JUDGED_BY, is_current, latest, slots
+from dailies.pipeline.run.judged import BESIDE, NEEDS, with_judgements
 from dailies.pipeline.run.layout import LAST_EPOCH, LEDGER, RETRIED, SUCCESS, epoch_of, part_key, retried_key
 from dailies.pipeline.run.ledger_part import MAX_PART_BYTES, MAX_ROWS_IN_ALL, STATUSES, read_part
 from dailies.pipeline.run.ledger_row import COLUMNS, DAMAGED, DURATION, OTHER_STAGES, stored_error, there
@@ -197,6 +198,13 @@ def is_one_of(column: pa.ChunkedArray, values: Collection[str | None]) -> pa.Chu
     return pc.is_in(column, pa.array(sorted(filter(None, values)), column.type))
 
 
+def without_keys(table: pa.Table, keys: Collection[tuple[str, int | None]]) -> pa.Table:
+    """The other rows."""
+    near = is_one_of(table["id"], {name for name, _ in keys}).to_pylist()
+    return table.filter(pa.array([not (maybe and key in keys) for key, maybe in
+                                  zip(keys_of(table), near, strict=True)], pa.bool_()))
+
+
 def comparable(table: pa.Table) -> pa.Table:
     """id and seed, for a join: there null would not equal null, and a seed is never negative."""
     return pa.table({"id": table["id"].cast(pa.string()), "seed": table["seed"].cast(pa.int64()).fill_null(-1)})
@@ -206,16 +214,21 @@ def read(store: Store, columns: Sequence[str] | None = None, *, put_back: bool =
          every_take: bool = False) -> pa.Table:
     """The ledger as it stands: the current row of each manifest row and sample, in the order of the parts.
 
-    columns: None for all that there are; ALL_OTHER_STAGES stands for the seconds of stages without a column.
+    columns: None for all that there are; ALL_OTHER_STAGES stands for the seconds of stages without a column. What
+    people decided (`decision, decided_at, decided_by, note`) and `selected` are among them, and stand in no part.
     put_back: also the rows of clips that are to be made (pending).
     every_take: also rows that a newer take replaced, and those that were dropped: the last row of every key.
     whole: every column is read and checked, so that who asks for others later is not refused.
     """
-    table = rows_of_keys(store, columns, whole=whole)
+    beside = tuple(name for name in BESIDE if columns is None or name in columns)
+    asked = None if columns is None else [each for name in columns for each in NEEDS.get(name, ())]
+    table = rows_of_keys(store, None if columns is None else [*columns, *(asked or ())], whole=whole)
     if not every_take:
         table = table.filter(pa.array(is_current(table)))
     if not put_back:
         table = table.filter(pc.not_equal(table["status"], "pending"))
+    if beside:
+        table = with_judgements(store, table, beside)
     return table if columns is None else table.select(list(there(dict.fromkeys(columns), table.column_names)))
 
 
@@ -254,6 +267,19 @@ def unite(fields: Sequence[pa.Field]) -> bool:
     except pa.ArrowException:
         return False
     return True
+
+
+def set_apart(store: Store, table: pa.Table) -> tuple[int, pa.Table, int]:
+    """How many other takes are to be made, the rows that are done or failed, and how many rows were dropped.
+
+    table: of `read`, with those that are pending.
+    """
+    pending = pc.equal(table["status"], "pending")
+    again = pc.and_(pending, pc.fill_null(pc.equal(table["error_type"], DAMAGED), False))
+    rows = rows_of_keys(store, ["id", "seed"])
+    newest = rows.filter(pa.array(is_current(rows, dropped=True)))
+    dropped = counts_of(newest["status"])["dropped"]
+    return counts_of(pc.and_(pending, pc.invert(again)))[True], table.filter(pc.invert(pending)), dropped
 
 
 def done_clips(store: Store, *, but: Collection[str | None] = ()) -> pa.Table:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:                       # they need torch, and `dailies status` 
 MAX_ERROR_CHARACTERS = 4000
 DETERMINED = ("encode", "sample", "decode")            # the stages on which a clip's last bits depend
 OTHER_STAGES = "seconds."               # before the name of a stage that has no column of its own
+ALL_MEASURES = "quality.*"
 DAMAGED = "ClipDamaged"                 # error_type of a clip that was done, and is to be made again
 ALL_OTHER_STAGES = OTHER_STAGES + "*"   # to be asked for in place of names
 
@@ -101,8 +102,8 @@ def seconds_column(stage: str) -> str:
 def there(asked: Iterable[str], names: Sequence[str]) -> Iterator[str]:
     """Of the columns that are asked for, those that there are.  names: of a part or a table."""
     for name in asked:
-        if name == ALL_OTHER_STAGES:
-            yield from (each for each in names if each.startswith(OTHER_STAGES))
+        if name in (ALL_OTHER_STAGES, ALL_MEASURES):
+            yield from (each for each in names if each.startswith(name[:-1]))
         elif name in names:
             yield name
 

@@ -136,20 +136,22 @@ class Run:
 
     @contextmanager
     def open(self, *, limit: int | None = None, keep_latents: bool = False, take_over: bool = False,
+             wait: bool = False, reuse: Sequence[Store] = (),
              tell: Callable[[str], None] = lambda text: None) -> Iterator[Bookkeeper]:
         """This driver's hold on a folder that is this run's, until the block ends; then, if all went well, the folder
         is cleared up, and marked where no row is pending.
 
         limit: the most clips to make.  take_over: where another driver was heard of lately, see if it stays silent.
+        wait: until one that works has ended.  reuse: other runs' folders, whose clips need not be made again.
         tell: what a person should know.  Raises LeaseError where another driver works on it, OtherRun, StoreError.
         """
-        with Lease.take(self.store, wait=take_over, tell=tell) as lease:
+        with Lease.take(self.store, wait=take_over, queue=wait, tell=tell) as lease:
             run = read_run(self.store)                  # now, since the driver before may just have written
             found = None if run is None else change(self.store, run, self.plan, changed=self.changed)
             changed = {} if found is None else found.changed
             if run is not None:
                 grow(self.store, run, self.plan, changed, self.changed)
-            with self.bookkeeper(limit=limit, lease=lease, tell=tell,
+            with self.bookkeeper(limit=limit, lease=lease, tell=tell, reuse=reuse,
                                  changed=changed if self.changed == "render" else {}) as bookkeeper:
                 yield bookkeeper
             self.complete(pending=bookkeeper.counts()["pending"], keep_latents=keep_latents)

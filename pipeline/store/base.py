@@ -154,6 +154,14 @@ class Store(ABC):
         """As `create`, of a key that this process has just created and nobody else knows."""
         return self.create(key, data)
 
+    def create_from(self, other: "Store", info: ObjectInfo, key: str) -> bool | None:
+        """As `create`, with the content of another store's object, which does not pass through this process.
+
+        info: of the other's list.  None where these two stores cannot: the bytes have to be carried.
+        Raises NotFound where that object is gone, or not the one that was listed.
+        """
+        return None
+
     def abandoned(self) -> "Iterator[ObjectInfo]":
         """What a writer that was killed has left behind and `list` does not show; by keys that `delete` takes."""
         yield from ()

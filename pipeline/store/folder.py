@@ -7,6 +7,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -123,8 +124,8 @@ class FolderStore(Store):
     def head(self, key: str) -> ObjectInfo | None:
         try:
             with self.explained("read", key), self.reading(key) as file:
-                stat = os.fstat(file.fileno())
-                return ObjectInfo(key=key, num_bytes=stat.st_size, modified_s=stat.st_mtime,
+                found = os.fstat(file.fileno())
+                return ObjectInfo(key=key, num_bytes=found.st_size, modified_s=found.st_mtime,
                                   sha256=hashlib.file_digest(file, "sha256").hexdigest())
         except NotFound:
             return None
@@ -158,13 +159,36 @@ class FolderStore(Store):
                     continue
                 if not entry.is_file(follow_symlinks=False):
                     refuse_strange(at, entry.name, key)
-                stat = entry.stat(follow_symlinks=False)
-                yield ObjectInfo(key=key, num_bytes=stat.st_size, modified_s=stat.st_mtime)
+                found = entry.stat(follow_symlinks=False)
+                yield ObjectInfo(key=key, num_bytes=found.st_size, modified_s=found.st_mtime)
 
     def delete(self, key: str) -> None:
         with suppress(NotFound), self.explained("write", key), top_folder(self.root) as top, \
                 self.place(top, key) as (at, name):
             os.unlink(name, dir_fd=at)                  # of a link the link
+
+    def create_from(self, other: Store, info: ObjectInfo, key: str) -> bool | None:
+        """A second link to the file, where both lie on one file system."""
+        if not isinstance(other, FolderStore):
+            return None
+        make_folder(self.root)
+        with self.explained("write"), top_folder(self.root) as top, self.place(top, key, make=True) as (at, name), \
+                other.explained("read", info.key), top_folder(other.root) as theirs, \
+                other.place(theirs, info.key) as (from_at, from_name):
+            try:
+                os.link(from_name, name, src_dir_fd=from_at, dst_dir_fd=at, follow_symlinks=False)
+            except FileExistsError:
+                return False
+            except OSError as error:
+                if error.errno in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS):
+                    return None
+                raise
+            found = os.stat(name, dir_fd=at, follow_symlinks=False)
+            if not stat.S_ISREG(found.st_mode) or found.st_size != info.num_bytes:
+                os.unlink(name, dir_fd=at)              # a link, or another one than was listed
+                raise NotFound(f"{other.uri_of(info.key)}: not the object that was listed")
+            sync(at)
+        return True
 
     def abandoned(self) -> Iterator[ObjectInfo]:
         with self.explained("read"):
@@ -174,9 +198,9 @@ class FolderStore(Store):
                              for name in sorted(os.listdir(temporary)) if TEMPORARY_NAME.fullmatch(name)]
             except (FileNotFoundError, NotADirectoryError):
                 return
-        for name, stat in found:
-            if stat.st_mtime < time.time() - STALE_S:
-                yield ObjectInfo(key=f"{TEMPORARY_FOLDER}/{name}", num_bytes=stat.st_size, modified_s=stat.st_mtime)
+        for name, seen in found:
+            if seen.st_mtime < time.time() - STALE_S:
+                yield ObjectInfo(key=f"{TEMPORARY_FOLDER}/{name}", num_bytes=seen.st_size, modified_s=seen.st_mtime)
 
     def tidy(self, *folders: str) -> None:
         with suppress(OSError, Unfit), top_folder(self.root) as top:
@@ -191,8 +215,8 @@ class FolderStore(Store):
                 for name in os.listdir(temporary):
                     if TEMPORARY_NAME.fullmatch(name):
                         with suppress(FileNotFoundError):
-                            stat = os.stat(name, dir_fd=temporary, follow_symlinks=False)
-                            if stat.st_mtime < time.time() - STALE_S:
+                            found = os.stat(name, dir_fd=temporary, follow_symlinks=False)
+                            if found.st_mtime < time.time() - STALE_S:
                                 os.unlink(name, dir_fd=temporary)
 
     def refuse_planted(self, top: int) -> None:

@@ -229,6 +229,47 @@ class S3Store(Store):
         return ObjectInfo(key=key, num_bytes=there["ContentLength"], modified_s=there["LastModified"].timestamp(),
                           sha256=sha256 or hashlib.sha256(self.get(key)).hexdigest())
 
+    def create_from(self, other: Store, info: ObjectInfo, key: str) -> bool | None:
+        """A copy within the server, of the object that was listed, if nothing has the key."""
+        if not isinstance(other, S3Store) or not self.copies or info.etag is None or (
+                other.endpoint_url, other.region) != (self.endpoint_url, self.region):
+            return None
+        source = {"Bucket": other.bucket, "Key": other.base + info.key}
+        try:
+            self.patiently("copy", key, lambda place: self.client.copy_object(
+                **place, CopySource=source, CopySourceIfMatch=info.etag, IfNoneMatch="*"))
+            return True
+        except Refused:                                 # one of the two conditions
+            if any(found.key == key for found in self.list(key)):
+                return False
+            raise NotFound(f"{other.uri_of(info.key)}: not the object that was listed") from None
+
+    @cached_property
+    def copies(self) -> bool:
+        """Whether this server copies an object only where nothing has the key; tried out on objects of our own."""
+        names = self.client.meta.service_model.operation_model("CopyObject").input_shape.members
+        if "IfNoneMatch" not in names:
+            return False
+        one, other = (f"{PROBE}{secrets.token_hex(8)}" for _ in range(2))
+        source = {"Bucket": self.bucket, "Key": self.base + one}
+        made = False
+        try:
+            self.put(one, b"one")
+            for _ in range(2):                          # the first time there is room; some look at the source instead
+                self.again_and_again("copy", other, lambda place: self.client.copy_object(
+                    **place, CopySource=source, IfNoneMatch="*"), settled=True)
+                if made:
+                    return False
+                made = self.get(other) == b"one"
+        except Refused:
+            return made
+        except (NotFound, StoreError, InOtherWords):
+            pass
+        finally:
+            self.delete(one)
+            self.delete(other)
+        return False
+
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         page = {"Bucket": self.bucket, "Prefix": self.base + prefix}
         while True:
