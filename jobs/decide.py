@@ -5,12 +5,12 @@ from pathlib import Path
 
 from dailies.jobs.answer import answer
 from dailies.jobs.progress import printable, say
-from dailies.jobs.runs import filter_of, open_run
+from dailies.jobs.runs import open_run, rows_meant
 from dailies.jobs.usage import UsageError, card_named
 from dailies.pipeline.run import ledger
-from dailies.pipeline.run import redo as takes
 from dailies.pipeline.run.lease import Lease
 from dailies.pipeline.run.picks import MAX_PICKS_BYTES, BadPicks, Picks, write_picks
+from dailies.pipeline.run.redo import NewSeed, ask_for_takes, drop_rows
 from dailies.pipeline.run.sweep import leftovers, sweep
 from dailies.pipeline.run.where import Filter, all_of, column_is
 from dailies.pipeline.store import Store
@@ -52,11 +52,11 @@ def redo(uri: str, *, picks: bool, where: list[str], seed: str, wait: bool, json
     """Have other takes of clips made by the next render."""
     if not picks and not where:
         raise UsageError("Say which: --picks for those that a person wants made again, or --where \"EXPR\"")
-    chosen, new_seed = chosen_by(where, picks), takes.NewSeed.parsed(seed)
+    chosen, new_seed = chosen_by(where, picks), NewSeed.parsed(seed)
     store, run = open_run(uri)
     card = card_named(str(run["identity"].get("model")))
-    with held(store, wait):
-        found = takes.redo(store, run, card, chosen, new_seed)
+    with held_folder(store, wait):
+        found = ask_for_takes(store, run, card, chosen, new_seed)
 
     def tell() -> None:
         say(f"{counted(found.rows, 'other take')} to make"
@@ -77,8 +77,8 @@ def drop(uri: str, *, where: list[str], wait: bool, json: bool) -> int:
         raise UsageError("Say which rows: --where \"EXPR\"")
     chosen = chosen_by(where)
     store, _ = open_run(uri)
-    with held(store, wait):
-        count = takes.drop(store, chosen)
+    with held_folder(store, wait):
+        count = drop_rows(store, chosen)
     return answer({"exit_code": 0, "out": store.uri, "dropped": count}, lambda: say(
         f"{counted(count, 'row')} dropped" + (f"; dailies gc {uri} lists what lies there for no row now" if count else
                                               ": none is so")), json=json)
@@ -88,7 +88,7 @@ def gc(uri: str, *, yes: bool, wait: bool, json: bool) -> int:
     """List, or delete, what lies in the run folder and no current row names."""
     store, _ = open_run(uri)
     if yes:
-        with held(store, wait) as lease:
+        with held_folder(store, wait) as lease:
             found = list(sweep(store, lease))
     else:
         found = list(leftovers(store))
@@ -107,9 +107,9 @@ def gc(uri: str, *, yes: bool, wait: bool, json: bool) -> int:
 
 
 def chosen_by(where: list[str], picks: bool = False) -> Filter:
-    return all_of([*map(filter_of, where), *([column_is("decision", "redo")] if picks else [])])
+    return all_of([*map(rows_meant, where), *([column_is("decision", "redo")] if picks else [])])
 
 
-def held(store: Store, wait: bool) -> Lease:
+def held_folder(store: Store, wait: bool) -> Lease:
     """The folder, with no driver at work.  Raises LeaseError."""
     return Lease.take(store, queue=wait, tell=lambda text: print(printable(text), file=sys.stderr))

@@ -122,7 +122,7 @@ def bucket_text(bucket: dict[str, Any]) -> str:
     return ", ".join((f"{bucket['width']}x{bucket['height']}", f"{bucket['frames']} frames", *course_of(bucket)))
 
 
-def filter_of(said: str) -> Filter:
+def rows_meant(said: str) -> Filter:
     """An expression, or COLUMN=VALUE whose value is any text.  Raises UsageError."""
     try:
         return Filter.parsed(said)
@@ -135,7 +135,7 @@ def filter_of(said: str) -> Filter:
 
 def retry(uri: str, where: list[str], *, json: bool) -> int:
     """Put failed rows back to pending."""
-    conditions = all_of(map(filter_of, where)) if where else None
+    conditions = all_of(map(rows_meant, where)) if where else None
     store, _ = open_run(uri)
     try:
         with Lease.take(store, tell=lambda text: print(printable(text), file=sys.stderr)):     # no run may be writing

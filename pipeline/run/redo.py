@@ -1,8 +1,8 @@
 """Clips that are done and are to be made once more with another seed, and rows that a person takes out.
 
-Both write a further row for each: `redo` one that is pending and says all that is to be made, so that the next render
-makes it whatever its manifest says (takes.py); `drop` a tombstone. Nothing is removed: what no row names any more is
-for `dailies gc`. For who holds the run's lease; killed half-way, the same call does the rest.
+Both write a further row for each: `ask_for_takes` one that is pending and says all that is to be made, so that the
+next render makes it whatever its manifest says (takes.py); `drop_rows` a tombstone. Nothing is removed: what no row
+names any more is for `dailies gc`. For who holds the run's lease; killed half-way, the same call does the rest.
 """
 
 import re
@@ -65,7 +65,8 @@ class Redone:
     refused: list[str] = field(default_factory=list)    # sentences about those that cannot
 
 
-def redo(store: Store, run: Mapping[str, Any], card: ModelCard, chosen: Filter, seed: NewSeed = NewSeed()) -> Redone:
+def ask_for_takes(store: Store, run: Mapping[str, Any], card: ModelCard, chosen: Filter,
+                  seed: NewSeed = NewSeed()) -> Redone:
     """Have other takes made of the clips that are done and chosen.
 
     run: run.json.  chosen: by columns of the ledger, decisions among them.  Raises BadFilter, StoreError.
@@ -115,7 +116,7 @@ def another_take(row: Mapping[str, Any], slot: int, card: ModelCard, shared: Map
                    "replaces": row["clip_id"], "finished_at": datetime.now(UTC)}
 
 
-def drop(store: Store, chosen: Filter) -> int:
+def drop_rows(store: Store, chosen: Filter) -> int:
     """Take rows out, done or failed, also those of which another take waits; returns how many.
 
     Raises BadFilter, StoreError.

@@ -35,12 +35,12 @@ def bring_clips(store: Store, other: Store, requests: Callable[[set[str]], Itera
     for request in requests(set(there)):
         info, shape = there[request.clip_id], request.shape
         most = most_clip_bytes(width=shape.width, height=shape.height, frames=shape.frames)
-        if 0 < info.num_bytes <= most and place(store, other, info, most):
+        if 0 < info.num_bytes <= most and put_here(store, other, info, most):
             yield Brought(clip_id=request.clip_id, num_bytes=info.num_bytes, sha256=hashes.get(request.clip_id),
                           said=f"{shown(other.uri)}")
 
 
-def place(store: Store, other: Store, info: ObjectInfo, at_most: int) -> bool:
+def put_here(store: Store, other: Store, info: ObjectInfo, at_most: int) -> bool:
     """Whether the object lies here now by this call: linked or copied by the store where it can, else as bytes."""
     assert clip_id_in(info.key), info.key
     key = clip_key(clip_id_in(info.key) or "")

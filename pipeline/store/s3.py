@@ -231,44 +231,12 @@ class S3Store(Store):
 
     def create_from(self, other: Store, info: ObjectInfo, key: str) -> bool | None:
         """A copy within the server, of the object that was listed, if nothing has the key."""
-        if not isinstance(other, S3Store) or not self.copies or info.etag is None or (
-                other.endpoint_url, other.region) != (self.endpoint_url, self.region):
-            return None
-        source = {"Bucket": other.bucket, "Key": other.base + info.key}
-        try:
-            self.patiently("copy", key, lambda place: self.client.copy_object(
-                **place, CopySource=source, CopySourceIfMatch=info.etag, IfNoneMatch="*"))
-            return True
-        except Refused:                                 # one of the two conditions
-            if any(found.key == key for found in self.list(key)):
-                return False
-            raise NotFound(f"{other.uri_of(info.key)}: not the object that was listed") from None
+        is_here = isinstance(other, S3Store) and (other.endpoint_url, other.region) == (self.endpoint_url, self.region)
+        return copied(self, other, info, key) if is_here and info.etag and self.copies else None
 
     @cached_property
     def copies(self) -> bool:
-        """Whether this server copies an object only where nothing has the key; tried out on objects of our own."""
-        names = self.client.meta.service_model.operation_model("CopyObject").input_shape.members
-        if "IfNoneMatch" not in names:
-            return False
-        one, other = (f"{PROBE}{secrets.token_hex(8)}" for _ in range(2))
-        source = {"Bucket": self.bucket, "Key": self.base + one}
-        made = False
-        try:
-            self.put(one, b"one")
-            for _ in range(2):                          # the first time there is room; some look at the source instead
-                self.again_and_again("copy", other, lambda place: self.client.copy_object(
-                    **place, CopySource=source, IfNoneMatch="*"), settled=True)
-                if made:
-                    return False
-                made = self.get(other) == b"one"
-        except Refused:
-            return made
-        except (NotFound, StoreError, InOtherWords):
-            pass
-        finally:
-            self.delete(one)
-            self.delete(other)
-        return False
+        return can_copy(self)
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         page = {"Bucket": self.bucket, "Prefix": self.base + prefix}
@@ -364,26 +332,7 @@ class S3Store(Store):
         return "" if style == "path" or self.is_amazon else f" (and addressing_style = {style} in the AWS config)"
 
     def advice(self, action: str, status: int, code: str, said: str = "") -> str | None:
-        """What is wrong and what to do, for an answer that no waiting will change; None where nobody knows."""
-        if HOST_STYLE.search(code) or status in (400, 403) and HOST_STYLE.search(said):
-            return (f"this store wants the bucket in the host's name ({code}). Set addressing_style = virtual in the "
-                    "section s3 of your AWS config: aws configure set default.s3.addressing_style virtual (or "
-                    "profile.NAME.s3.addressing_style)")
-        if code == "NoSuchBucket":
-            return f"{self.endpoint} has no bucket {self.bucket}. Create it first, or correct the URI"
-        if code in ("InvalidAccessKeyId", "SignatureDoesNotMatch") or status == 401:
-            return (f"{self.endpoint} refuses the credentials ({code}). Check AWS_ACCESS_KEY_ID and "
-                    "AWS_SECRET_ACCESS_KEY (or AWS_PROFILE), and that AWS_ENDPOINT_URL is the store they belong to")
-        if "Expired" in code or code in ("InvalidToken", "TokenRefreshRequired"):
-            return f"the credentials have expired ({code}). Renew them; the same command continues"
-        if code == "RequestTimeTooSkewed":
-            return "this machine's clock is wrong, so the store refuses its signature. Set the clock"
-        if status == 403:
-            return (f"not allowed to {action} ({code}). The credentials need s3:ListBucket, s3:GetObject, s3:PutObject "
-                    "and s3:DeleteObject here")
-        if status == 301 or code in ("AuthorizationHeaderMalformed", "IllegalLocationConstraintException"):
-            return f"the bucket is in another region than {self.region} ({code}). Set AWS_REGION"
-        return None
+        return advice_of(self, action, status, code, said)
 
 
 # Statuses and codes of a store that asks to be left alone for a while; 409 is a write of the same key at the same time.
@@ -406,6 +355,67 @@ class InOtherWords(Exception):
 
 class Unsupported(StoreError):
     """The store says that it has no such request."""
+
+
+def advice_of(store: S3Store, action: str, status: int, code: str, said: str) -> str | None:
+    """What is wrong and what to do, for an answer that no waiting will change; None where nobody knows."""
+    if HOST_STYLE.search(code) or status in (400, 403) and HOST_STYLE.search(said):
+        return (f"this store wants the bucket in the host's name ({code}). Set addressing_style = virtual in the "
+                "section s3 of your AWS config: aws configure set default.s3.addressing_style virtual (or "
+                "profile.NAME.s3.addressing_style)")
+    if code == "NoSuchBucket":
+        return f"{store.endpoint} has no bucket {store.bucket}. Create it first, or correct the URI"
+    if code in ("InvalidAccessKeyId", "SignatureDoesNotMatch") or status == 401:
+        return (f"{store.endpoint} refuses the credentials ({code}). Check AWS_ACCESS_KEY_ID and "
+                "AWS_SECRET_ACCESS_KEY (or AWS_PROFILE), and that AWS_ENDPOINT_URL is the store they belong to")
+    if "Expired" in code or code in ("InvalidToken", "TokenRefreshRequired"):
+        return f"the credentials have expired ({code}). Renew them; the same command continues"
+    if code == "RequestTimeTooSkewed":
+        return "this machine's clock is wrong, so the store refuses its signature. Set the clock"
+    if status == 403:
+        return (f"not allowed to {action} ({code}). The credentials need s3:ListBucket, s3:GetObject, s3:PutObject "
+                "and s3:DeleteObject here")
+    if status == 301 or code in ("AuthorizationHeaderMalformed", "IllegalLocationConstraintException"):
+        return f"the bucket is in another region than {store.region} ({code}). Set AWS_REGION"
+    return None
+
+
+def copied(store: S3Store, other: S3Store, info: ObjectInfo, key: str) -> bool:
+    """As create_from, on one server.  Raises NotFound, StoreError."""
+    source = {"Bucket": other.bucket, "Key": other.base + info.key}
+    try:
+        store.patiently("copy", key, lambda place: store.client.copy_object(
+            **place, CopySource=source, CopySourceIfMatch=info.etag, IfNoneMatch="*"))
+        return True
+    except Refused:                                     # one of the two conditions
+        if any(found.key == key for found in store.list(key)):
+            return False
+        raise NotFound(f"{other.uri_of(info.key)}: not the object that was listed") from None
+
+
+def can_copy(store: S3Store) -> bool:
+    """Whether this server copies an object only where nothing has the key; tried out on objects of our own."""
+    if "IfNoneMatch" not in store.client.meta.service_model.operation_model("CopyObject").input_shape.members:
+        return False
+    one, other = (f"{PROBE}{secrets.token_hex(8)}" for _ in range(2))
+    source = {"Bucket": store.bucket, "Key": store.base + one}
+    made = False
+    try:
+        store.put(one, b"one")
+        for _ in range(2):                              # the first time there is room; some look at the source instead
+            store.again_and_again("copy", other, lambda place: store.client.copy_object(
+                **place, CopySource=source, IfNoneMatch="*"), settled=True)
+            if made:
+                return False
+            made = store.get(other) == b"one"
+    except Refused:
+        return made
+    except (NotFound, StoreError, InOtherWords):
+        pass
+    finally:
+        store.delete(one)
+        store.delete(other)
+    return False
 
 
 def aws_settings(core: Any) -> dict[str, Any]:
