@@ -17,12 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dailies.kernels import processor
 from dailies.model import checkpoint
 from dailies.model.ltx2 import codec_keys
 from dailies.model.ltx2.codec_config import VideoStage, VideoVAEConfig
+from dailies.model.ltx2.paired_conv import FEWEST_CHANNELS, convolve_in_pairs
 from dailies.model.wan.vae import channels_last, convolve
 
 NORM_EPS = 1e-8                                         # inside the root
+FEW_CELLS = 512                                         # of a convolution's result, for a CPU
 
 
 class VideoVAE(nn.Module):
@@ -152,43 +155,65 @@ class PaddedConv(nn.Module):
 
     def __init__(self, channels_in: int, channels_out: int, edges: str, *, causal: bool = False):
         super().__init__()
-        self.rim = 1 if edges == "reflect" else 0       # pixels around, which are made here; zeros the convolution adds
-        self.front = 2 if causal else 1
-        self.conv = nn.Conv3d(channels_in, channels_out, 3, padding=(0, 1 - self.rim, 1 - self.rim))
+        self.mirrors, self.front = edges == "reflect", 2 if causal else 1
+        self.conv = nn.Conv3d(channels_in, channels_out, 3, padding=(0, 0, 0) if self.mirrors else (0, 1, 1))
 
     def forward(self, x: Tensor, norm: bool = False) -> Tensor:
         """[B, C', T, H, W] of x [B, C, T, H, W].  norm: x passes the norm and SiLU on its way in."""
         if torch.is_grad_enabled() and (x.requires_grad or self.conv.weight.requires_grad):
             return self.conv(self.padded(F.silu(pixel_norm(x)) if norm else x).to(self.conv.weight.dtype))
-        return convolve(self.conv, self.window(x, norm))
+        if x.is_cpu and len(x) * x.shape[2:].numel() <= FEW_CELLS:
+            return self.multiplied(self.window(x, norm, rim=1))
+        window = self.window(x, norm, rim=1 if self.mirrors else 0)
+        if x.is_cpu and window.dtype == torch.float32 and processor.has_onednn() and (
+                min(self.conv.weight.shape[:2]) >= FEWEST_CHANNELS):
+            return convolve_in_pairs(self.conv, window, self.front)
+        return convolve(self.conv, window)
 
     def padded(self, x: Tensor) -> Tensor:
-        """For gradients: nothing is written in place."""
-        if self.rim:
+        """For gradients: nothing is written in place. In space only what is mirrored is there."""
+        if self.mirrors:
             x = F.pad(x, (1, 1, 1, 1, 0, 0), mode="reflect")
         return torch.cat((*[x[:, :, :1]] * self.front, x, *[x[:, :, -1:]] * (2 - self.front)), dim=2)
 
-    def window(self, x: Tensor, norm: bool) -> Tensor:
-        """x with what lies beyond its edges, channels adjacent, in the dtype of the weights."""
-        rim, front, (batch, channels, frames, height, width) = self.rim, self.front, x.shape
+    def window(self, x: Tensor, norm: bool, rim: int) -> Tensor:
+        """x with what lies beyond its edges, channels adjacent, in the dtype of the weights.
+
+        rim: pixels around; 0 leaves zeros to the convolution.
+        """
+        front, (batch, channels, frames, height, width) = self.front, x.shape
         window = torch.empty((batch, channels, frames + 2, height + 2 * rim, width + 2 * rim), device=x.device,
                              dtype=self.conv.weight.dtype, memory_format=torch.channels_last_3d)
-        inside = window[:, :, front:front + frames, rim:rim + height, rim:rim + width]
+        within = window[:, :, front:front + frames]
+        inside = within[:, :, :, rim:rim + height, rim:rim + width]
         if norm:
             norm_silu_into(x, inside)
         else:
             inside.copy_(x)
-        if rim:
-            within = window[:, :, front:front + frames]
-            for axis in (3, 4):
-                last = within.shape[axis] - 1
-                within.select(axis, 0).copy_(within.select(axis, 2))
-                within.select(axis, last).copy_(within.select(axis, last - 2))
+        for axis in (3, 4) if rim else ():
+            last = within.shape[axis] - 1
+            for edge, mirrored in ((0, 2), (last, last - 2)):
+                beyond = within.select(axis, edge)
+                if self.mirrors:
+                    beyond.copy_(within.select(axis, mirrored))
+                else:
+                    beyond.zero_()
         for frame in range(front):
             window[:, :, frame] = window[:, :, front]
         if front == 1:
             window[:, :, -1] = window[:, :, -2]
         return window
+
+    def multiplied(self, window: Tensor) -> Tensor:
+        """The convolution as a matrix product: of a few cells with many channels oneDNN spends most of its time on
+        laying out the weights, which lie as the product wants them (`channels_last`).
+        """
+        cells = window.permute(0, 2, 3, 4, 1).unfold(1, 3, 1).unfold(2, 3, 1).unfold(3, 3, 1)  # [B, T, H, W, C, 27]
+        batch, frames, height, width = cells.shape[:4]
+        weight = self.conv.weight.permute(0, 2, 3, 4, 1).flatten(1)
+        seen = cells.permute(0, 1, 2, 3, 5, 6, 7, 4).reshape(-1, weight.shape[1])
+        y = torch.addmm(self.conv.bias, seen, weight.t())
+        return y.view(batch, frames, height, width, -1).permute(0, 4, 1, 2, 3)
 
 
 class ResStage(nn.Module):
