@@ -139,7 +139,7 @@ def train_audio_vae(work: Path, device: str) -> AudioVAE:
         mel = log_mel(rung(rng, AUDIO_BATCH, AUDIO_WINDOW_S, AUDIO.sample_rate).to(device), AUDIO)
         mel = mel[:, :, :(mel.shape[2] - 1) // 4 * 4 + 1]                       # 4n + 1 frames, as they come back
         with torch.autocast(device, torch.bfloat16):
-            mean = vae.encoder((mel - MEL_CENTRE) / MEL_SPREAD)
+            mean = vae.encoder(mel / MEL_SPREAD)              # not centred: beyond the edges is 0
             noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(rng.getrandbits(62))).to(device)
             latent, penalty = bound(mean, noise)
             decoded = vae.decoder(latent)
@@ -160,11 +160,10 @@ def train_audio_vae(work: Path, device: str) -> AudioVAE:
 
 def fold_scale(vae: AudioVAE) -> None:
     """Put the centre and spread that it was trained with into its first and last convolutions: it takes and gives
-    log-mels as they are.
+    log-mels as they are. A centre could not be put into the first: its zeros beyond the edges would be another mel.
     """
     first, last = vae.encoder.conv_in.conv, vae.decoder.conv_out.conv
     first.weight /= MEL_SPREAD
-    first.bias -= MEL_CENTRE * first.weight.sum((1, 2, 3))
     last.weight *= MEL_SPREAD
     last.bias.mul_(MEL_SPREAD).add_(MEL_CENTRE)
 
