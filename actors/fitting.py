@@ -34,12 +34,15 @@ class Fitting:
             for stream, width in self.card.text_widths.items():
                 if wrong := text(streams[stream], width):
                     return f"a {name} that is {wrong}"
-        return self.image(value, shapes["video"])
+        return self.image(value, self.card.image_grid(value.request.shape))
 
     def embedding_bytes(self, request: Request) -> int:
         """More than one can have: two texts and what an image becomes, in fp32."""
         texts = 2 * 4 * MOST_TOKENS * sum(self.card.text_widths.values())
-        return texts + (2 * self.latent_bytes(request) + MOST_ROW_BYTES if self.card.takes_image else 0)
+        if not self.card.takes_image:
+            return texts
+        channels = self.card.stream_shapes(request.shape)["video"][0]
+        return texts + 4 * 4 * channels * math.prod(self.card.image_grid(request.shape)) + MOST_ROW_BYTES
 
     def latent_bytes(self, request: Request) -> int:
         """More than one can have: twice its numbers, in fp32."""
@@ -55,8 +58,8 @@ class Fitting:
     def image(self, value: Embedding, grid: tuple[int, ...]) -> str | None:
         if bool(value.image) != (self.card.takes_image and (self.card.needs_image or value.request.image is not None)):
             return f"{'with' if value.image else 'without'} an image"
-        if value.image and (value.image[0].dim() != 4 or tuple(value.image[0].shape[1:]) != tuple(grid[1:])):
-            return f"an image of {list(value.image[0].shape)}, where [C, {', '.join(map(str, grid[1:]))}] is wanted"
+        if value.image and (value.image[0].dim() != 4 or tuple(value.image[0].shape[1:]) != tuple(grid)):
+            return f"an image of {list(value.image[0].shape)}, where [C, {', '.join(map(str, grid))}] is wanted"
         if any(rows.dim() != 2 for rows in value.image[1:]):
             return "an image whose rows are no matrix"
         return next((wrong for part in value.image if (wrong := numbers(part))), None)

@@ -118,8 +118,9 @@ def where_from_and_to(
 
 def how(
     precision: Annotated[str | None, typer.Option(
-        metavar="fp32|bf16|int8|auto", help="int8: the transformer's linear layers, the rest bf16; auto: the fastest "
-        "on this GPU, as measured.  [default: bf16 on a GPU, fp32 on a CPU, int8 of INT8 weights]")] = None,
+        metavar="fp32|bf16|int8|fp8|auto", help="int8: the transformer's linear layers, the rest bf16; fp8: as int8, "
+        "of a file that has them so; auto: the fastest on this GPU, as measured.  "
+        "[default: bf16 on a GPU, fp32 on a CPU, int8 of INT8 weights]")] = None,
     decode_precision: Annotated[str | None, typer.Option(
         metavar="fp32|bf16", help="Of the VAE that makes pixels of latents.  "
         "[default: the model's; fp32 for Wan, as it was released]")] = None,

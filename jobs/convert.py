@@ -77,7 +77,11 @@ def convert(source: str, model: str, to: str, *, precision: str | None = None, j
     """
     if precision not in (None, "int8"):
         raise UsageError(f"--precision must be int8, or not given to leave the weights as they are; got {precision}")
-    card, store = card_named(model), open_store(to)
+    card = card_named(model)
+    if card.as_published:
+        raise UsageError(f"{card.name}: there is nothing to convert, its files are read as they are published, header "
+                         f"and all: {card.fetched_by_hand()}")
+    store = open_store(to)
     path = bring(source, cache_folder() / "weights") if "://" in source else at_home(source)
     layout, parts = found_parts(card, path)
     refuse_links_out(parts, path)

@@ -118,10 +118,8 @@ def what_is_missing(job: RenderJob, run: Run) -> dict[str, Any]:
         return {"from": None, "num_bytes": None,
                 "said": f"weights: none come with {card.name}; name their folder with --weights"}
     if weights is None and card.repo_id is None:
-        said = "; ".join(f"{', '.join(files)} of {repository}" for repository, files in card.sources.items())
         return {"from": None, "num_bytes": None,
-                "said": f"weights: not here, and not to be fetched as they are. Download {said}; then"
-                f" dailies convert SRC --model {card.name} --to WEIGHTS for each, and --weights WEIGHTS"}
+                "said": f"weights: not here, and not to be fetched as they are: {card.fetched_by_hand()}"}
     if weights is None:
         place, target, num_bytes, exact = card.repo_id, hub_folder(), hub_bytes(card), True
         if num_bytes is None and card.least_gb:

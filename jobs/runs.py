@@ -175,7 +175,7 @@ def card_as_json(card: ModelCard, weights: str | None) -> dict[str, Any]:
         "keep_ratio": card.keep_ratio, "tuned_for_sparse": card.tuned_for_sparse,
         "differs": list(card.differs), "guidance_note": card.guidance_note,
         "sources": {repository: list(files) for repository, files in card.sources.items()},
-        "memory_gb": dict(card.memory_gb), "weights": look_for_weights(card, weights),
+        "terms": card.terms, "memory_gb": dict(card.memory_gb), "weights": look_for_weights(card, weights),
     }
 
 
@@ -188,7 +188,7 @@ def look_for_weights(card: ModelCard, weights: str | None) -> dict[str, Any]:
         if near is None:                                # nothing complete in the hub's cache
             layout = card.layouts[0]
             needs = [part if part.endswith(".safetensors") else f"{part}/"
-                     for part in (*layout.parts, layout.tokenizer) if part]
+                     for part in dict.fromkeys((*layout.parts, layout.tokenizer)) if part]
             return {"complete": False, "folder": None, "missing": needs,
                     "problem": f"not in the Hugging Face cache; the first render fetches {card.repo_id}" if card.repo_id
                     else str(error).removeprefix(f"{card.name}: ")}
@@ -224,6 +224,7 @@ def print_model(model: dict[str, Any]) -> None:
         "GPU memory": ", ".join(f"{stage} {gb} GB" for stage, gb in model["memory_gb"].items()),
         "weights": weights["problem"] if not weights["complete"] else
         f"{weights['folder']} ({weights['num_bytes'] / 1e6:,.1f} MB)",
+        "terms": model["terms"],
     }
     say(f"{model['name']}: {model['description']}")
     for name, text in lines.items():

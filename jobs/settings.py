@@ -55,7 +55,7 @@ class RenderJob(RowDefaults):
     cpus: Whole | None = None                           # of a local run: cores of this machine; None: all it may use
     allow_images: list[str] = []                        # s3:// prefixes, beside the manifest's own bucket
 
-    precision: Literal["fp32", "bf16", "int8", "auto"] | None = None
+    precision: Literal["fp32", "bf16", "int8", "fp8", "auto"] | None = None
     decode_precision: Literal["fp32", "bf16"] | None = None
     attention: Literal["dense", "sage", "sparse", "auto"] | None = None
     compile: bool = False                               # the diffusion model, for each shape of clip

@@ -21,6 +21,7 @@ class Layout:
     tokenizer: str | None                               # a folder
     image_encoder: str | None = None                    # as text_encoder
     audio_vae: str | None = None
+    others: Mapping[str, str] = field(default_factory=dict)         # of further kinds; several parts may share a file
 
     def placed(self) -> Iterator[tuple[str, int, str]]:
         """kind, place among several of a kind, and file or folder of every part."""
@@ -29,10 +30,17 @@ class Layout:
         for kind in ("vae", "text_encoder", "image_encoder", "audio_vae"):
             if part := getattr(self, kind):
                 yield kind, 0, part
+        for kind, part in self.others.items():
+            yield kind, 0, part
 
     @property
     def parts(self) -> tuple[str, ...]:
-        return tuple(part for _, _, part in self.placed())
+        """Files and folders, each once."""
+        return tuple(dict.fromkeys(part for _, _, part in self.placed()))
+
+    def part_of(self, kind: str, place: int = 0) -> str:
+        """The file or folder of a part.  Raises KeyError where the layout has none."""
+        return {(kind, place): part for kind, place, part in self.placed()}[kind, place]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +64,10 @@ class ModelCard:
     # where the weights are, under a folder in one of the layouts
     repo_id: str | None = None                          # on the Hugging Face hub
     least_gb: float | None = None                       # what is fetched from there, if all of it is in 16 bits
-    sources: Mapping[str, tuple[str, ...]] = field(default_factory=dict)   # else: repositories to convert, their files
+    sources: Mapping[str, tuple[str, ...]] = field(default_factory=dict)   # else: several repositories, their files
     folder: Path | None = None                          # weights that come with dailies
+    as_published: bool = False                          # its files are read as they are: none is to be converted
+    terms: str = ""                                     # licence, and what has to be accepted before a download
 
     # what a row may ask for, and what it gets when it does not say
     fps: float | Fraction = 24.0                        # 24000/1001, which no float is, as a Fraction
@@ -79,6 +89,7 @@ class ModelCard:
     max_pixels: int                                     # height * width
     frame_step: int                                     # a duration is rounded down to this many frames, and one
     max_duration_s: float = 5.0
+    min_steps: int = 1
     max_steps: int = 1000
     max_guidance: float = 100.0
     precisions: tuple[str, ...] = ("bf16", "fp32", "int8")
@@ -106,6 +117,14 @@ class ModelCard:
         """How the weights may lie; the first is that of the hub's repository."""
         raise NotImplementedError
 
+    def fetched_by_hand(self) -> str:
+        """Where its files are, and what is to be done with them, where no one repository has them all."""
+        said = "; ".join(f"{', '.join(files)} of {repository}" for repository, files in self.sources.items())
+        if self.as_published:
+            return f"download {said} into one folder, under these names, and name it with --weights"
+        return (f"download {said}; then dailies convert SRC --model {self.name} --to WEIGHTS for each file or "
+                "repository's folder, and --weights WEIGHTS")
+
     @property
     def grid(self) -> LatentGrid:
         return LatentGrid()
@@ -123,6 +142,14 @@ class ModelCard:
     def stream_shapes(self, shape: VideoShape) -> dict[str, tuple[int, ...]]:
         """Of a clip's latent: "video" [C, T, H, W], then "audio" [C, A, M] where the model has it."""
         return {"video": self.grid.of(shape)}
+
+    def image_grid(self, shape: VideoShape) -> tuple[int, ...]:
+        """[T, H, W] of what the sampler is told of an image."""
+        return self.grid.of(shape)[1:]
+
+    def without_sound(self) -> "ModelCard":
+        """This model for a run whose rows all want none: what need not be loaded is left out."""
+        return self
 
     def streams_of(self, shape: VideoShape, settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         """stream_shapes, without the sound where a row wants none."""

@@ -43,7 +43,8 @@ class Setting:
     by_name: bool = False               # the plan knows it; others decide how a clip is sampled, and share a batch
     field: str = ""                     # of Request; of those without one, and not known by name, `settings` has it
     of_card: str = ""                   # field of ModelCard: what a row gets that does not say; else its `settings`
-    most_of_card: str = ""              # field of ModelCard: the largest value that the model takes
+    least_of_card: str = ""             # field of ModelCard: the smallest value that the model takes
+    most_of_card: str = ""              # field of ModelCard: the largest
     neutral: Scalar | None = None       # what clips had before there was this setting: with it they keep their names
     same_as: str = ""                   # a setting of which this is another name, with models that have both
     absent: Scalar | None = None        # what is said of a model without the setting, and so may be asked of it
@@ -74,6 +75,8 @@ class Setting:
                 return
             also = "" if self.absent is None else f" or {str(self.absent).lower()}"
             raise ValueError(f"{self.name} must be nothing{also}: {card.name} {self.lacking}; got {value}")
+        if self.least_of_card and value < (least := getattr(card, self.least_of_card)):
+            raise ValueError(f"{self.name} must be at least {least:g} for {card.name}; got {value:g}")
         if self.most_of_card and value > (most := getattr(card, self.most_of_card)):
             raise ValueError(f"{self.name} must be at most {most:g} for {card.name}; got {value:g}")
 
@@ -110,7 +113,8 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(name="frames", type=int, by_name=True, low=1, high=2**31 - 1, allowed="a whole number from 1",
             other_words="num_frames frame_num n_frames nb_frames frame_count video_length total_frames "
                         "number_of_frames video_frames"),
-    Setting(name="steps", type=int, field="num_steps", of_card="num_steps", most_of_card="max_steps", low=1, high=1000,
+    Setting(name="steps", type=int, field="num_steps", of_card="num_steps", least_of_card="min_steps",
+            most_of_card="max_steps", low=1, high=1000,
             allowed="a whole number from 1 to 1000", phrase="{} steps", metavar="N",
             other_words="num_inference_steps inference_steps num_steps n_steps sample_steps sampling_steps "
                         "num_sampling_steps denoising_steps ddim_steps"),

@@ -79,7 +79,10 @@ def complain_about_missing(card: ModelCard, folder: Path) -> None:
               and not any(name.startswith((f"{part}/", part.removesuffix(".safetensors") + "-")) for part in known)]
     ggufs = [name for name in there if name.endswith(".gguf")]
     advice = ""
-    if others:
+    if card.as_published:
+        there = f"; there is {listed(others)}" if others else ""
+        advice = f"{there}. To have it, {card.fetched_by_hand()}"
+    elif others:
         advice = (f". There is {listed(others)}, by other names than this model's: dailies convert FILE --model "
                   f"{card.name} --to FOLDER for each of them gives it its place there")
     elif ggufs:
@@ -216,10 +219,7 @@ def from_hub(card: ModelCard) -> Path:
     from huggingface_hub.utils import disable_progress_bars
 
     if card.sources:
-        said = " and ".join(f"{listed(files)} of {repository}" for repository, files in card.sources.items())
-        raise CheckpointError(f"{card.name}: its weights are published in pieces, as pickles: {said}. Download them, "
-                              f"say dailies convert SRC --model {card.name} --to WEIGHTS for each file or repository's "
-                              "folder, and name WEIGHTS with --weights")
+        raise CheckpointError(f"{card.name}: its weights are published in pieces: {card.fetched_by_hand()}")
     if card.repo_id is None:
         raise CheckpointError(f"{card.name}: no weights come with it; name their folder with --weights")
     if (folder := in_hub_cache(card)) is not None:

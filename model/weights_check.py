@@ -38,8 +38,6 @@ def check_before_reading(card: ModelCard, folder: Path, on: Runtime) -> None:
 def loaded_bytes(card: ModelCard, folder: Path, part: ModelPart) -> int:
     """What the tensors of a part take in its file, without those that are not loaded.  Raises CheckpointError."""
     from dailies.model.checkpoint import stored_tensors  # brings torch
-    layout = layout_in(card, folder)
-    place = layout.dits[part.place] if part.kind == "dit" else getattr(layout, part.kind)
-    stored = stored_tensors(stored_at(folder, place))
+    stored = stored_tensors(stored_at(folder, layout_in(card, folder).part_of(part.kind, part.place)))
     table = table_of(stored, part.tables)
     return sum(tensor.num_bytes for name, tensor in stored.items() if not table.drops(name))

@@ -158,7 +158,8 @@ class Plan:
 
     @property
     def num_images(self) -> int:
-        return len(np.unique(self.rows.image[self.source])) if self.card.takes_image else 0
+        images = self.rows.image[self.source]
+        return len(np.unique(images[images >= 0]))
 
     @property
     def num_planned_rows(self) -> int:
@@ -261,6 +262,12 @@ class Plan:
             "manifest_notes": [*self.manifest.notes, *self.strange_words()],
             "complaints": self.errors.as_json(),
         }
+
+    @property
+    def wants_no_sound(self) -> bool:
+        """Whether every row has said so, of a model that makes sound."""
+        values, which = self.rows.course.get("audio", ([True], np.zeros(len(self.rows.height), np.int64)))
+        return not any(values[code] for code in np.unique(which[self.source]).tolist())
 
     @property
     def settings_of_rows(self) -> dict[str, Scalar | None]:

@@ -13,7 +13,7 @@ import torch
 from dailies.actors.actor import Actor
 from dailies.actors.device_lock import DeviceLock
 from dailies.actors.fitting import Fitting
-from dailies.actors.messages import Clip, Embedding, Failure, Latent, Request
+from dailies.actors.messages import Clip, Embedding, Failure, FirstFrame, Latent, Request
 from dailies.model.catalog import CATALOG
 from dailies.model.shapes import VideoShape
 from dailies.pipeline.run.intermediates import (
@@ -166,11 +166,13 @@ def test_an_object_larger_than_its_request_allows_is_not_read(folder, tmp_path):
 @pytest.mark.parametrize("card", CATALOG.values(), ids=lambda card: card.name)
 def test_what_a_model_makes_at_its_largest_is_within_what_is_read(card):
     height, width = max(card.resolutions.values(), key=math.prod)
-    asked, fits = replace(request(1), shape=card.shape_for((width, height), card.max_duration_s)[0]), Fitting(card)
+    shown = FirstFrame(sha256="a" * 64, uri="first.png") if card.takes_image else None
+    asked = replace(request(1), shape=card.shape_for((width, height), card.max_duration_s)[0], image=shown)
+    fits = Fitting(card)
     shapes = card.stream_shapes(asked.shape)
     latent = Latent(request=asked, streams={name: torch.zeros(shape) for name, shape in shapes.items()})
-    text = {name: torch.zeros(512, width) for name, width in card.text_widths.items()}
-    image = (torch.zeros(20, *shapes["video"][1:]), torch.zeros(257, 1280)) if card.takes_image else ()
+    text = {name: torch.zeros(getattr(card, "text_rows", 512), width) for name, width in card.text_widths.items()}
+    image = (torch.zeros(20, *card.image_grid(asked.shape)), torch.zeros(257, 1280)) if card.takes_image else ()
     embedding = Embedding(request=asked, prompt=text, negative=text, image=image)
     for value, folder in ((embedding, EMBEDDINGS), (latent, LATENTS)):
         key = key_of_request(folder, asked)

@@ -1,0 +1,45 @@
+"""The program with tiny LTX-2.3 models of random weights, in the published single-file layout; a clip takes a moment.
+
+python tests/ltx2_tiny.py write ltx-tiny FOLDER                writes a model's weights; the models are in CARDS
+python tests/ltx2_tiny.py render prompts.csv --out out/ --model ltx-tiny --weights FOLDER
+"""
+
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from gemma_tiny import gemma_folder
+from golden import Golden
+
+from dailies.model.catalog import CATALOG, LTX23, LTX23_DISTILLED, LTX23_TWO_STAGE
+
+TINY = dict(channels=8, context_widths=(20, 12), text_rows=128, dit_width=20, min_side=32, duration_s=1.0,
+            memory_gb={}, sources={}, description="random weights, for tests")
+ONE_STAGE = TINY | dict(resolutions={"32p": (32, 64)}, resolution="32p", max_pixels=64 * 128)
+
+LTX_TINY = replace(LTX23, name="ltx-tiny", num_steps=3, stg_blocks=(1,), **ONE_STAGE)
+LTX_TINY_DISTILLED = replace(LTX23_DISTILLED, name="ltx-tiny-distilled", **ONE_STAGE)
+LTX_TINY_TWO_STAGE = replace(LTX23_TWO_STAGE, name="ltx-tiny-two-stage", num_steps=3, stg_blocks=(1,), **TINY,
+                             resolutions={"64p": (64, 128)}, resolution="64p", max_pixels=64 * 128)
+CARDS = (LTX_TINY, LTX_TINY_DISTILLED, LTX_TINY_TWO_STAGE)
+
+
+def write_weights(folder: Path, card=LTX_TINY) -> None:
+    """The file of a release, which has all but Gemma, and Gemma's folder; of goldens, whose weights are random."""
+    folder.mkdir(parents=True, exist_ok=True)
+    golden, two = Golden("ltx2_i2v_a"), Golden("ltx2_two_stage_a")
+    shutil.copy(golden.folder / "weights.safetensors", folder / card.files[0])
+    gemma_folder(golden, folder / card.text_folder)
+    for part, name in ((card.upsampler, "weights_upsampler"), (card.lora, "weights_distilled_lora")):
+        if part:
+            shutil.copy(two.folder / f"{name}.safetensors", folder / part)
+
+
+if __name__ == "__main__":
+    CATALOG.update({card.name: card for card in CARDS})
+    if sys.argv[1:2] == ["write"]:
+        write_weights(Path(sys.argv[3]), CATALOG[sys.argv[2]])
+        sys.exit()
+    from dailies.jobs.cli import program
+    program()
