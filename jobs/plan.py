@@ -4,10 +4,12 @@ import math
 import shutil
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from dailies.actors.messages import Request
 from dailies.jobs.answer import answer
 from dailies.jobs.machines import machines_of
 from dailies.jobs.notes import limits_of, notes_of, what_is_made
@@ -53,7 +55,7 @@ def show(job: RenderJob, *, json: bool, has_out: bool = True) -> int:
     left |= {"new": found.new, "changed": len(found.changed), "gone": found.gone}
     foretold, no_room = None, ""
     try:
-        foretold = foretell(job, run, wanted)
+        foretold = foretell(job, run, wanted, bookkeeper.requests_of_takes(wanted))
     except InsufficientCapacity as error:
         no_room = str(error)
     summary, deadline = run.plan.summary(), job.deadline()
@@ -149,10 +151,11 @@ def free_bytes(folder: Path) -> int | None:
     return None
 
 
-def foretell(job: RenderJob, run: Run, wanted: set[str]) -> dict[str, Any] | None:
+def foretell(job: RenderJob, run: Run, wanted: set[str], takes: Sequence[Request]) -> dict[str, Any] | None:
     """What these clips will take here, by those that are made; None where none is.  Raises InsufficientCapacity.
 
-    Only the first --limit of them; `fits`: those of them that are made within the deadline and budget.
+    Only the first --limit of them, other takes before the plan's; `fits`: those of them that are made within the
+    deadline and budget.
     """
     if not run.has_begun:
         return None
@@ -165,7 +168,11 @@ def foretell(job: RenderJob, run: Run, wanted: set[str]) -> dict[str, Any] | Non
     encoded = run.plan.num_prompts / max(1, run.plan.num_clips)
     left: Counter[float] = Counter()                    # clips by work: buckets of equal work cost the same
     of_work: dict[float, dict[str, Any]] = {}
-    for bucket in run.plan.buckets(only=wanted, limit=job.limit):
+    takes = takes[:job.limit]
+    of_takes = [{name: take.identity().get(name) for name in BUCKET_SHAPE} | {"clips": 1} for take in takes]
+    limit = job.limit and job.limit - len(takes)
+    of_plan = [] if limit == 0 and job.limit else run.plan.buckets(only=wanted, limit=limit)
+    for bucket in [*of_takes, *of_plan]:
         left[work_of(bucket)] += bucket["clips"]
         of_work.setdefault(work_of(bucket), bucket)
     for work, clips in left.items():

@@ -78,7 +78,8 @@ def progress_of(store: Store, run: dict[str, Any]) -> dict[str, Any]:
     """Rows done, failed and pending, in all and clips by bucket; clips per hour and the seconds that are left."""
     names = ["status", "error_type", "clip_id", "finished_at", "worker", *WAIT_AND_WORK]
     table = ledger.read(store, [*names, *BUCKET_SHAPE], put_back=True)
-    takes, table, dropped = ledger.set_apart(store, table)
+    takes, table, gone = ledger.set_apart(store, table, BUCKET_SHAPE)
+    dropped = gone.num_rows
     columns = {name: table[name].to_pylist() for name in there(names, table.column_names)}
     counts = Counter(columns["status"])
     rows = run["planned_rows"] + run["invalid_rows"] - dropped
@@ -95,9 +96,8 @@ def progress_of(store: Store, run: dict[str, Any]) -> dict[str, Any]:
         "finished": rows <= done + counts["failed"] or has(store, SUCCESS),
         "clips_per_hour": per_hour, "eta_s": 3600 * pending_clips / per_hour if running and pending_clips else None,
         "last_row_s_ago": (now - last).total_seconds() if last else None,
-        "buckets": buckets_of(run, zip(columns["clip_id"], columns["status"],
-                                       zip(*(table[name].to_pylist() for name in BUCKET_SHAPE), strict=True),
-                                       strict=True)),
+        "buckets": buckets_of(run, zip(columns["clip_id"], columns["status"], shapes_of(table), strict=True),
+                              Counter(shapes_of(gone))),
         "more_buckets": run["more_buckets"],
         "failed_by_type": dict(Counter(error_type for error_type, status in
                                        zip(columns["error_type"], columns["status"], strict=True)
@@ -105,8 +105,14 @@ def progress_of(store: Store, run: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def buckets_of(run: dict[str, Any], rows: Iterator[tuple[str | None, str, tuple]]) -> list[dict[str, Any]]:
-    """Clips by bucket, in the order of rendering; rows: clip_id, status and shape of each row."""
+def shapes_of(rows: Any) -> Iterator[tuple]:
+    """width, height, ... of each row of a table of the ledger."""
+    return zip(*(rows[name].to_pylist() for name in BUCKET_SHAPE), strict=True)
+
+
+def buckets_of(run: dict[str, Any], rows: Iterator[tuple[str | None, str, tuple]],
+               dropped: Counter[tuple]) -> list[dict[str, Any]]:
+    """Clips by bucket, in the order of rendering; rows: clip_id, status and shape of each row; dropped: by shape."""
     seen: dict[str, tuple[str, tuple]] = {clip_id: (status, shape) for clip_id, status, shape in rows if clip_id}
     counts = Counter(seen.values())
     said = []
@@ -114,7 +120,7 @@ def buckets_of(run: dict[str, Any], rows: Iterator[tuple[str | None, str, tuple]
         shape = tuple(bucket.get(name) for name in BUCKET_SHAPE)
         done, failed = counts["done", shape], counts["failed", shape]
         said.append({"bucket": bucket_text(bucket), **bucket, "done": done, "failed": failed,
-                     "pending": max(0, bucket["clips"] - done - failed)})
+                     "pending": max(0, bucket["clips"] - done - failed - dropped[shape])})
     return said
 
 

@@ -109,6 +109,15 @@ def test_what_a_person_wants_made_again_is_made_with_another_seed_and_replaces_w
     assert (last["seed"], last["take_of"], last["replaces"]) == (fox["seed"] + 6, fox["seed"], new["clip_id"])
 
 
+def test_what_is_asked_for_is_foretold_and_what_was_dropped_waits_in_no_bucket(out, night):
+    ask("redo", out, "--where", "id = row-0")
+    ask("drop", out, "--where", "id = row-1")
+    _, said, _ = ask("plan", night / "night.jsonl", "--out", out, "--model", "tiny", "--device", "cpu")
+    assert said["to_make"] == said["forecast"]["clips"] == 1
+    buckets = ask("status", out)[1]["buckets"]
+    assert all(bucket["pending"] == 0 for bucket in buckets)
+
+
 def test_a_row_that_asks_for_something_else_by_now_gets_no_take_of_what_it_was(out, tmp_path):
     assert ask("redo", out, "--where", "id = row-0")[1]["to_make"] == 1
     changed = write(tmp_path / "changed.jsonl", [ROWS[0] | {"prompt": "a cat"}])

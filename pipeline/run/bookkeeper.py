@@ -128,9 +128,13 @@ class Bookkeeper:
 
     def requests(self, clips: set[str]) -> Iterator[Request]:
         """Those of these clips: other takes first, which a person waits for, then those of the plan in its order."""
-        takes = {clip_id: takes[0].request for clip_id, takes in self.takes.items() if clip_id in clips}
-        yield from takes.values()
-        yield from self.plan.requests(skip=Except((clips & self.planned_clips) - takes.keys()))
+        takes = self.requests_of_takes(clips)
+        yield from takes
+        yield from self.plan.requests(skip=Except((clips & self.planned_clips) - {take.clip_id for take in takes}))
+
+    def requests_of_takes(self, clips: set[str]) -> list[Request]:
+        """Those of these clips that are other takes of rows, for which the ledger itself asks."""
+        return [takes[0].request for clip_id, takes in self.takes.items() if clip_id in clips]
 
     def drop_given_up(self) -> None:
         """Rows that have changed are made as they ask now, and not once more as they did."""

@@ -269,16 +269,16 @@ def unite(fields: Sequence[pa.Field]) -> bool:
     return True
 
 
-def set_apart(store: Store, table: pa.Table) -> tuple[int, pa.Table, int]:
-    """How many other takes are to be made, the rows that are done or failed, and how many rows were dropped.
+def set_apart(store: Store, table: pa.Table, columns: Sequence[str]) -> tuple[int, pa.Table, pa.Table]:
+    """How many other takes are to be made, the rows that are done or failed, and those that were dropped.
 
-    table: of `read`, with those that are pending.
+    table: of `read`, with those that are pending.  columns: of the dropped ones.
     """
     pending = pc.equal(table["status"], "pending")
     again = pc.and_(pending, pc.fill_null(pc.equal(table["error_type"], DAMAGED), False))
-    rows = rows_of_keys(store, ["id", "seed"])
+    rows = rows_of_keys(store, ["id", "seed", *columns])
     newest = rows.filter(pa.array(is_current(rows, dropped=True)))
-    dropped = counts_of(newest["status"])["dropped"]
+    dropped = newest.filter(pc.equal(newest["status"], "dropped"))
     return counts_of(pc.and_(pending, pc.invert(again)))[True], table.filter(pc.invert(pending)), dropped
 
 
