@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shutil
+import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from test_clip_writer import moving_disc, request
 from dailies.actors.clip_writer import ClipWriter
 from dailies.actors.messages import Failure, Frames
 from dailies.jobs.cli import main
+from dailies.jobs.report import Reports
+from dailies.jobs.settings import RenderJob
 from dailies.jobs.usage import UsageError, seconds_meant
 from dailies.pipeline.report import columns
 from dailies.pipeline.report.columns import MOST_CHARACTERS, cut_text, packed_values, plain_values
@@ -214,6 +217,31 @@ def test_a_time_is_seconds_minutes_hours_or_days():
     for said in ("", "5", "0m", "-1h", "1.5h", "5 minutes", "٣m"):
         with pytest.raises(UsageError, match="5m, 12h or 2d"):
             seconds_meant("--x", said)
+
+
+def test_a_report_of_a_run_that_goes_on_is_written_now_and_then_and_at_its_end(tmp_path):
+    store, told = run_folder(tmp_path / "out"), []
+    head = tmp_path / "out" / "report" / "data" / "head.js"
+    with Reports(store, 0.05, told.append):
+        until = time.monotonic() + 30
+        while not head.exists() and time.monotonic() < until:
+            time.sleep(0.01)
+        first = head.stat().st_mtime_ns
+    assert head.stat().st_mtime_ns > first and told == []
+    part, = (tmp_path / "out" / "ledger").iterdir()
+    part.write_bytes(b"damaged")
+    with Reports(store, 3600.0, told.append):
+        pass                                            # a report that cannot be made costs the run nothing
+    assert len(told) == 1 and "not written this time" in told[0]
+    with pytest.raises(KeyError), Reports(store, 3600.0, told.append):
+        raise KeyError                                  # what ended the run is told, and no report waits before it
+    assert len(told) == 1
+
+
+def test_render_is_told_how_often_to_write_a_report():
+    assert RenderJob.read({"manifest": "x.csv", "out": "out", "report": "5m"}).report == "5m"
+    with pytest.raises(UsageError, match="--report must be a time such as 5m"):
+        RenderJob.read({"manifest": "x.csv", "out": "out", "report": "often"})
 
 
 def test_any_column_of_a_user_becomes_values_that_a_page_can_read():
