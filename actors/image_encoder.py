@@ -12,6 +12,7 @@ from torch import Tensor
 from dailies.actors.image_file import decode_image
 from dailies.actors.image_parts import ImageError
 from dailies.actors.messages import Embedding, FirstFrame, Request
+from dailies.actors.recompress import recompressed
 from dailies.actors.text_encoder import TextEncoder
 from dailies.model.card import ModelCard
 from dailies.model.family import family_of
@@ -60,6 +61,8 @@ class ImageTextEncoder(TextEncoder):
             raise ImageError(f"{image.uri} has changed since this run was planned: put the old image back, or render "
                              "the new one into another output folder")
         pixels, notes = self.pictures.fitted(decode_image(data), shape)
+        if self.card.image_crf is not None:
+            pixels = recompressed(pixels, self.card.image_crf)
         with self.lock:
             return self.pictures(pixels, shape), notes
 

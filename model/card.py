@@ -84,6 +84,7 @@ class ModelCard:
     settings: Mapping[str, Any] = field(default_factory=dict)   # further ones that its rows take: name -> its own value
     takes_image: bool = False                           # which becomes the first frame
     needs_image: bool = True                            # of a model that takes one: every row needs it
+    image_crf: int | None = None                        # an image is compressed so first, as H.264; None: it is not
     min_side: int = 128                                 # pixels
     side_step: int = 8                                  # sides are multiples of it
     max_pixels: int                                     # height * width

@@ -33,7 +33,7 @@ DOORS = {
     "botocore": ["pipeline/store/s3.py"],
     "ray": ["pipeline/scheduler/cluster.py", "pipeline/scheduler/ray_executor.py", "pipeline/scheduler/ray_private.py",
             "jobs/submit.py"],
-    "av": ["actors/clip_writer.py", "actors/clip_file.py", "actors/soundtrack.py"],
+    "av": ["actors/clip_writer.py", "actors/clip_file.py", "actors/soundtrack.py", "actors/recompress.py"],
     "PIL": ["actors/image_file.py", "actors/poster.py"],
     "typer": ["jobs/"],
     "click": ["jobs/"],

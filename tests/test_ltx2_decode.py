@@ -4,6 +4,7 @@ import pytest
 import torch
 from golden import Golden, error, names
 
+from dailies.actors.recompress import recompressed
 from dailies.model.ltx2 import decoder as ltx2_decoder
 from dailies.model.ltx2.audio_vae import AudioVAE, load_audio_vae
 from dailies.model.ltx2.codec_config import AudioVAEConfig, GeneratorConfig, VideoStage, VideoVAEConfig, VocoderConfig
@@ -214,6 +215,20 @@ def test_smaller_tiles_are_told(monkeypatch):
     monkeypatch.setattr(ltx2_decoder, "decode_groups", short_of_memory)
     again, notes = decoder.pictures(latent, shape, 1 << 40)
     assert len(calls) == 2 and notes and again.shape == usual.shape
+
+
+def test_an_image_goes_once_through_h264():
+    ramp = torch.linspace(-1, 1, 96)
+    noise = torch.randn(3, 64, 96, generator=torch.Generator().manual_seed(0)) / 4
+    image = (ramp.expand(3, 64, 96) + noise).clamp(-1, 1)
+    rough, fine = recompressed(image, 33), recompressed(image, 18)
+    assert rough.shape == image.shape and rough.dtype == torch.float32 and rough.abs().max() <= 1
+    # noise is lost, the ramp is not; a lower rate factor keeps more
+    assert 0.05 < (fine - image).abs().mean() < (rough - image).abs().mean() < 0.25
+    assert (rough.mean((0, 1)) - ramp).abs().mean() < 0.1
+    assert torch.equal(rough, recompressed(image, 33))
+    with pytest.raises(ValueError, match="must be even; got 95x64"):
+        recompressed(image[:, :, :95], 33)
 
 
 @pytest.mark.parametrize("name", names("ltx2_e2e"))
