@@ -12,7 +12,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dailies.model.layers import Linear, RMSNorm, attention, rotate
+from dailies.model.layers import Linear, RMSNorm, attention, rotate, rotate_halves
 
 Rope = tuple[Tensor, Tensor]
 
@@ -39,6 +39,11 @@ class Ops:
     def query(self, h: Any, layer: Linear, norm: RMSNorm) -> Tensor:
         """[B, N, D]"""
         return norm(layer(h))
+
+    def query_halves(self, h: Any, layer: Linear, norm: RMSNorm, heads: int, rope: Rope) -> Tensor:
+        """[B, N, heads, head_dim] of queries, or of keys; normed over all heads together and turned, each channel of a
+        head's first half with that of its second.  rope: cos and sin [1 or B, N, heads, head_dim / 2]."""
+        return rotate_halves(norm(layer(h)).unflatten(-1, (heads, -1)), rope)
 
     def query_key(self, h: Any, attn: "SelfAttention", rope: Rope) -> tuple[Tensor, Tensor]:
         """[B, N, heads, head_dim] each, normed over all heads together and turned."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from dailies.kernels import processor
 from dailies.kernels.int8_attention import int8_attention
 from dailies.kernels.int8_linear import BLOCK, Quantized, dequantize, int8_linear, quantize_rows
-from dailies.kernels.norm import Affine, Update, modulated_norm, rms_norm, rms_rope
+from dailies.kernels.norm import Affine, Update, modulated_norm, rms_norm, rms_rope, rms_rope_halves
 from dailies.kernels.sparse_attention import sparse_attention
 from dailies.model.block import Ops, Rope, SelfAttention
 from dailies.model.card import Sparsity
@@ -101,6 +101,12 @@ class FusedOps(Ops):
     def query(self, h: Tensor | Quantized, layer: Linear | Int8Linear, norm: RMSNorm) -> Tensor:
         return rms_norm(layer(h), norm.weight, eps=norm.eps)
 
+    def query_halves(self, h: Tensor | Quantized, layer: Linear | Int8Linear, norm: RMSNorm, heads: int,
+                     rope: Rope) -> Tensor:
+        if len(rope[0]) > 1:                            # each clip its own positions; a kernel takes one table
+            return super().query_halves(h, layer, norm, heads, rope)
+        return rms_rope_halves(layer(h), norm.weight, (rope[0][0], rope[1][0]), heads=heads, eps=norm.eps)
+
     def query_key(self, h: Tensor | Quantized, attn: SelfAttention, rope: Rope) -> tuple[Tensor, Tensor]:
         return rms_rope(attn.q(h), attn.k(h), attn.norm_q.weight, attn.norm_k.weight, rope, heads=attn.heads,
                         eps=attn.norm_q.eps)
@@ -146,4 +152,4 @@ def gelu_linear(x: Tensor, linear: Linear, has_gelu_in_product: bool) -> Tensor:
     if x.is_cuda and linear.weight.dtype == torch.bfloat16:
         y = torch._addmm_activation(linear.bias, x.flatten(0, 1), linear.weight.mT, use_gelu=True)      # the tanh form
         return y.view(*x.shape[:-1], -1)
-    return F.gelu(linear(x), approximate="tanh")
+    return torch.ops.aten.gelu_(linear(x), approximate="tanh")         # in place: fresh pages cost as much as the sum

@@ -88,6 +88,14 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
 
 
+def rotate_halves(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn each channel of a head's first half with that of its second.  x [B, N, heads, head_dim]; cos and sin
+    [1 or B, N, heads, head_dim / 2]."""
+    cos, sin = table
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(head_dim) + bias) v in v's dtype.
 

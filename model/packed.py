@@ -7,7 +7,14 @@ from torch import Tensor, nn
 
 from dailies.kernels import processor
 from dailies.kernels.int8_linear import Quantized, dequantize, pack, packed_feed_forward_, packed_linear, quantize_rows
-from dailies.kernels.norm import Affine, Update, packed_modulated_norm_, packed_rms_norm, packed_rms_rope
+from dailies.kernels.norm import (
+    Affine,
+    Update,
+    packed_modulated_norm_,
+    packed_rms_norm,
+    packed_rms_rope,
+    packed_rms_rope_halves,
+)
 from dailies.model.block import Rope, SelfAttention
 from dailies.model.fused import FusedOps, Int8Linear, joined_norm, tokens_differ
 from dailies.model.layers import RMSNorm
@@ -49,6 +56,12 @@ class PackedOps(FusedOps):
 
     def query(self, h: Quantized, layer: PackedInt8Linear, norm: RMSNorm) -> Tensor:
         return packed_rms_norm(h, layer.weight, norm.weight, eps=norm.eps, dtype=layer.dtype)
+
+    def query_halves(self, h: Quantized, layer: PackedInt8Linear, norm: RMSNorm, heads: int, rope: Rope) -> Tensor:
+        if len(rope[0]) > 1:
+            return super().query_halves(h, layer, norm, heads, rope)
+        return packed_rms_rope_halves(h, layer.weight, norm.weight, (rope[0][0], rope[1][0]), heads=heads, eps=norm.eps,
+                                      dtype=layer.dtype)
 
     def query_key(self, h: Quantized, attn: SelfAttention, rope: Rope) -> tuple[Tensor, Tensor]:
         return tuple(packed_rms_rope(h, layer.weight, norm.weight, rope, heads=attn.heads, eps=norm.eps,

@@ -2,7 +2,7 @@
 
 A refitted model has the layers that it had, computed by the operators of fused.py, or, packed for a CPU, of packed.py;
 linum and wan never hear of it. In fp32 with dense attention nothing is refitted: that is the model as it is written,
-and what all else is compared to.
+and what all else is compared to. But LTX-2 asks for it (`always_refitted`): as it is written it takes a tenth longer.
 
 Of a model in int8, the linear layers of its blocks are INT8 and the rest is bf16, as TurboDiffusion publishes it:
 patches, text, time, head and the projection of sparse attention stay. On a CPU without such products both are computed
@@ -57,7 +57,7 @@ def build(make: Callable[[], checkpoint.Model], path: Path, *tables: KeyTable, n
 
     def refitted() -> checkpoint.Model:
         dit = make()
-        if precision != "fp32" or attention != "dense" or sparsity.tuned:
+        if precision != "fp32" or attention != "dense" or sparsity.tuned or getattr(dit, "always_refitted", False):
             refit(dit, attention, sparsity, packed=runs_packed(precision, device))
         for place, linear in linears_of_blocks(dit) if precision == "int8" else ():
             sizes, bias = (linear.in_features, linear.out_features), linear.bias is not None

@@ -9,8 +9,8 @@ from golden import error
 
 from dailies.kernels import cases
 from dailies.kernels.int8_linear import Quantized, dequantize
-from dailies.kernels.norm import Affine, Update, modulated_norm, rms_norm, rms_rope
-from dailies.model.layers import RMSNorm, rotary_table, rotate
+from dailies.kernels.norm import Affine, Update, modulated_norm, rms_norm, rms_rope, rms_rope_halves
+from dailies.model.layers import RMSNorm, rotary_table, rotate, rotate_halves
 
 PARTS = {"norm alone": (), "affine": ("gain", "bias"), "modulated": ("scale", "shift"), "residual": ("update",),
          "all": ("update", "gate", "gain", "bias", "scale", "shift")}
@@ -272,3 +272,36 @@ def test_norms_of_rendered_shapes_in_bf16(case):
         torch.testing.assert_close(got, want, rtol=1.6e-2, atol=1e-2)
     got, want = (rms_norm(q, q_gain, impl=impl) for impl in ("triton", "reference"))
     torch.testing.assert_close(got, want, rtol=1.6e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu", "triton"])
+@pytest.mark.parametrize("output", [None, "rows"])
+def test_a_norm_that_leaves_the_mean_is_the_rms_norm(output, impl, triton_device):
+    device = triton_device if impl == "triton" else "cpu"
+    for parts in PARTS.values():
+        x, given = norm_inputs(BATCH, "large mean", parts, device=device)
+        stream, y = modulated_norm(x, **around(given), output=output, centred=False, impl=impl)
+        want_stream, _ = formula(x, **given)
+        scaled = want_stream / (want_stream.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        given = {part: value.double().cpu() for part, value in given.items()}
+        want = scaled * given.get("gain", 1) + given.get("bias", 0)
+        want = want * (1 + given.get("scale", 0)) + given.get("shift", 0)
+        assert_close(stream, want_stream, 1e-7)
+        assert_close(dequantize(y) if output else y, want, 0.5 / 127 * 1.01 if output else 1e-5)
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu", "triton"])
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-6), (torch.float16, 1e-3)])
+def test_halves_of_a_head_are_turned_by_the_heads_own_angles(dtype, bound, impl, triton_device):
+    device, heads, half = triton_device if impl == "triton" else "cpu", 3, 10
+    torch.manual_seed(1)
+    x, gain, angles = torch.randn(2, 37, heads * 2 * half), torch.randn(heads * 2 * half), torch.randn(37, heads, half)
+    norm = RMSNorm(heads * 2 * half)
+    norm.weight.data = gain
+    want = rotate_halves(norm(x.to(dtype).float()).unflatten(-1, (heads, -1)), (angles.cos(), angles.sin()))
+    given = [tensor.to(device) for tensor in (x.to(dtype), gain, angles.cos(), angles.sin())]
+    got = rms_rope_halves(given[0], given[1], (given[2], given[3]), heads=heads, impl=impl)
+    assert got.dtype == dtype
+    assert_close(got, want, bound)
+    with pytest.raises(ValueError, match="rms_rope_halves needs cos"):
+        rms_rope_halves(given[0], given[1], (given[2][:5], given[3]), heads=heads, impl=impl)

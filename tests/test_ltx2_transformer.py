@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from golden import Golden, error
 
+from dailies.kernels import processor
 from dailies.model import checkpoint, turbo
 from dailies.model.card import Sparsity
 from dailies.model.checkpoint import StoredTensor
 from dailies.model.eight_bits import FP8, Fp8Linear, fp8_of, scale_name
 from dailies.model.files import CheckpointError
+from dailies.model.fused import Int8Linear
 from dailies.model.ltx2.adaln import levels_of
 from dailies.model.ltx2.config import DIT_PREFIX, ConnectorsConfig, LtxConfig, ltx_version, transformer_config
 from dailies.model.ltx2.connectors import TextConnectors
@@ -21,7 +23,8 @@ from dailies.model.ltx2.header import LtxHeader
 from dailies.model.ltx2.keys import connectors_table, transformer_table
 from dailies.model.ltx2.lora import apply_loras, read_lora
 from dailies.model.ltx2.rope import audio_positions, video_positions
-from dailies.model.ltx2.transformer import LtxTransformer, Modality
+from dailies.model.ltx2.transformer import LtxTransformer, Modality, TextKeys
+from dailies.model.packed import PackedInt8Linear
 
 GOLDENS = ["ltx2_transformer_a", "ltx2_transformer_b_gated"]          # in the layout of 2.0, and of 2.3
 NEWER = LtxConfig(gated=True, modulated_text=True, caption_width=None)
@@ -278,3 +281,38 @@ def test_a_lora_of_another_model_is_refused_before_anything_is_changed(tmp_path)
     checkpoint.save(tmp_path / "not.safetensors", {"lora_unet_attn.lora_down.weight": torch.ones(2, 2)})
     with pytest.raises(CheckpointError, match="must hold nothing but diffusion_model.LAYER.lora_A.weight"):
         read_lora(tmp_path / "not.safetensors", 1.0, "golden")
+
+
+def refitted(golden, precision, attention="dense"):
+    config = config_of(golden, golden.config["transformer"])
+    return turbo.build(lambda: LtxTransformer(config), golden.folder / "weights.safetensors", transformer_table(),
+                       name="golden", device="cpu", precision=precision, attention=attention,
+                       sparsity=Sparsity(keep_ratio=1.0, block_q=16, block_k=16))
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("precision, attention, bound", [
+    ("fp32", "dense", 1e-4), ("bf16", "dense", 0.05), ("int8", "dense", 0.1), ("fp32", "sparse", 1e-4),
+    ("int8", "sage", 0.1)])
+@pytest.mark.parametrize("name", GOLDENS)
+def test_a_model_refitted_for_speed_is_near_the_release(name, precision, attention, bound):
+    """With tokens of two times, which kernels do not take, and with tokens of one."""
+    golden = Golden(name)
+    plain, fast, (video, audio) = transformer_of(golden), refitted(golden, precision, attention), streams_of(golden)
+    assert fast.blocks[0].ops is not plain.blocks[0].ops
+    layers = [module for module in fast.modules() if isinstance(module, (Int8Linear, PackedInt8Linear))]
+    assert bool(layers) == (precision == "int8" and processor.has_int8_products())
+    even = [replace(stream, timesteps=stream.sigma[:, None]) for stream in (video, audio)]
+    for streams in ((video, audio), even):
+        for got, want in zip(fast(*streams), plain(*streams), strict=True):
+            assert ((got - want).norm() / want.norm()).item() < bound
+
+
+@pytest.mark.parametrize("name", GOLDENS)
+def test_a_text_that_is_read_once_a_clip_changes_nothing(name):
+    golden = Golden(name)
+    dit, (video, audio) = transformer_of(golden), streams_of(golden)
+    contexts = dit.read(video.context), dit.read(audio.context, audio=True)
+    assert isinstance(contexts[0], TextKeys) is not dit.config.modulated_text
+    kept = replace(video, context=contexts[0]), replace(audio, context=contexts[1])
+    assert all(map(torch.equal, dit(*kept, ropes=dit.ropes(video, audio)), dit(video, audio)))

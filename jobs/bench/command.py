@@ -132,7 +132,8 @@ def model() -> Rows:
 def transformer(name: str, random_weights: bool) -> Rows:
     """One forward of a model's transformer; the peer is diffusers', with the same weights."""
     from dailies.jobs.bench.dit import rows
-    yield from rows(name)
+    from dailies.jobs.bench.ltx2 import RELEASES, ltx2_rows
+    yield from (ltx2_rows if name in RELEASES else rows)(name)
 
 
 def clips() -> Rows:

@@ -81,6 +81,23 @@ def rms_rope(q: Tensor, k: Tensor, q_gain: Tensor, k_gain: Tensor, rope: Rope, *
     return torch.ops.dailies.rms_rope(q, k, q_gain, k_gain, *rope, heads, eps, dtype or q.dtype, chosen_impl(impl, q))
 
 
+def rms_rope_halves(x: Tensor, gain: Tensor, rope: Rope, *, heads: int, eps: float = 1e-6,
+                    dtype: torch.dtype | None = None, impl: Impl = "auto") -> Tensor:
+    """As rms_rope of one of the two, where each channel of a head's first half is turned with that of its second, and
+    every head has its own angles.
+
+    x [B, N, D].  gain [D].  rope: cos and sin, each [N, heads, D / heads / 2] in fp32.
+    Raises ValueError for any other shape or dtype.
+    """
+    if x.ndim != 3 or x.shape[-1] % (2 * heads) or x.stride(-1) != 1:
+        raise ValueError(f"rms_rope_halves needs x [B, N, D], its last axis contiguous and D a multiple of "
+                         f"{2 * heads}; got {list(x.shape)}, strides {x.stride()}")
+    table = (x.shape[1], heads, x.shape[2] // heads // 2)
+    check_operands("rms_rope_halves", x, {"x": (x, tuple(x.shape)), "gain": (gain, (x.shape[2],)),
+                                          "cos": (rope[0], table), "sin": (rope[1], table)})
+    return torch.ops.dailies.rms_rope_halves(x, gain, *rope, heads, eps, dtype or x.dtype, chosen_impl(impl, x))
+
+
 def rms_norm(x: Tensor, gain: Tensor, *, eps: float = 1e-6, dtype: torch.dtype | None = None,
              impl: Impl = "auto") -> Tensor:
     """x / rms(x) * gain over the last axis, in `dtype` (by default x's): the queries of cross-attention.
@@ -110,6 +127,12 @@ def packed_rms_rope(x: Tensor | Quantized, layer: Packed, gain: Tensor, rope: Ro
     x [B, N, K], floating or of quantize_rows.  gain [D]; rope as rms_rope takes it.
     """
     return torch.ops.dailies.packed_rms_rope(*values_scales(x), layer, gain, *rope, heads, eps, dtype)
+
+
+def packed_rms_rope_halves(x: Tensor | Quantized, layer: Packed, gain: Tensor, rope: Rope, *, heads: int, eps: float,
+                           dtype: torch.dtype) -> Tensor:
+    """As packed_rms_rope, turned as by rms_rope_halves."""
+    return torch.ops.dailies.packed_rms_rope(*values_scales(x), layer, gain, *rope, heads, eps, dtype, True)
 
 
 def packed_rms_norm(x: Tensor | Quantized, layer: Packed, gain: Tensor, *, eps: float, dtype: torch.dtype) -> Tensor:
@@ -193,6 +216,18 @@ def _(q: Tensor, k: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Te
     return q.new_empty(shape, dtype=dtype), k.new_empty(shape, dtype=dtype)
 
 
+@torch.library.custom_op("dailies::rms_rope_halves", mutates_args=())
+def rms_rope_halves_op(x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float, dtype: torch.dtype,
+                       impl: str) -> Tensor:
+    return implementation("norm", impl).rms_rope_halves(x, gain, cos, sin, heads, eps, dtype)
+
+
+@rms_rope_halves_op.register_fake
+def _(x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float, dtype: torch.dtype,
+      impl: str) -> Tensor:
+    return x.new_empty((*x.shape[:-1], heads, x.shape[-1] // heads), dtype=dtype)
+
+
 @torch.library.custom_op("dailies::rms_norm", mutates_args=())
 def rms_norm_op(x: Tensor, gain: Tensor, eps: float, dtype: torch.dtype, impl: str) -> Tensor:
     return implementation("norm", impl).rms_norm(x, gain, eps, dtype)
@@ -219,13 +254,14 @@ def _(x: Tensor, y: Tensor, y_scales: Tensor | None, layer: Sequence[Tensor | No
 
 @torch.library.custom_op("dailies::packed_rms_rope", mutates_args=())
 def packed_rms_rope_op(x: Tensor, x_scales: Tensor | None, layer: Sequence[Tensor | None], gain: Tensor, cos: Tensor,
-                       sin: Tensor, heads: int, eps: float, dtype: torch.dtype) -> Tensor:
-    return implementation("norm", "cpu").packed_rms_rope(x, x_scales, Packed(*layer), gain, cos, sin, heads, eps, dtype)
+                       sin: Tensor, heads: int, eps: float, dtype: torch.dtype, halves: bool = False) -> Tensor:
+    return implementation("norm", "cpu").packed_rms_rope(x, x_scales, Packed(*layer), gain, cos, sin, heads, eps, dtype,
+                                                         halves)
 
 
 @packed_rms_rope_op.register_fake
 def _(x: Tensor, x_scales: Tensor | None, layer: Sequence[Tensor | None], gain: Tensor, cos: Tensor, sin: Tensor,
-      heads: int, eps: float, dtype: torch.dtype) -> Tensor:
+      heads: int, eps: float, dtype: torch.dtype, halves: bool = False) -> Tensor:
     return x.new_empty((*x.shape[:2], heads, len(gain) // heads), dtype=dtype)
 
 

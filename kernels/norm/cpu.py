@@ -55,9 +55,11 @@ def joined_norms(x: Tensor, updates: Iterable[Iterable[tuple[slice, Tensor | Non
                 join_into(x[at], update, None if gate is None else gate[sample], out=stream[at])
             if centred:
                 normed = F.layer_norm(stream[at].float(), (width,), factor, offset, eps)
+            elif output == "float32":                   # at once to where it goes
+                rms_modulated(stream[at].float(), factor, offset, eps, out=y[at])
+                continue
             else:
-                normed = rms_norm_(stream[at].to(torch.float32, copy=True), factor, eps)
-                normed = normed if offset is None else normed.add_(offset)
+                normed = rms_modulated(stream[at].float(), factor, offset, eps)
             if scales is None:
                 y[at] = normed
             else:
@@ -86,9 +88,34 @@ def rms_rope(q: Tensor, k: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, 
 
 
 def packed_rms_rope(x: Tensor, x_scales: Tensor | None, layer: Packed, gain: Tensor, cos: Tensor, sin: Tensor,
-                    heads: int, eps: float, dtype: torch.dtype) -> Tensor:
-    shape = (*x.shape[:2], len(gain))
-    return normed_rope(products_of_samples(x, x_scales, layer), shape, gain, cos, sin, heads, eps, dtype)
+                    heads: int, eps: float, dtype: torch.dtype, halves: bool = False) -> Tensor:
+    shape, samples = (*x.shape[:2], len(gain)), products_of_samples(x, x_scales, layer)
+    return (normed_halves if halves else normed_rope)(samples, shape, gain, cos, sin, heads, eps, dtype)
+
+
+def rms_rope_halves(x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float,
+                    dtype: torch.dtype) -> Tensor:
+    return normed_halves([fp32_rows(sample) for sample in x], x.shape, gain, cos, sin, heads, eps, dtype)
+
+
+def normed_halves(samples: Iterable[_Rows], shape: tuple[int, int, int], gain: Tensor, cos: Tensor, sin: Tensor,
+                  heads: int, eps: float, dtype: torch.dtype) -> Tensor:
+    """As normed_rope, of halves of a head."""
+    batch, tokens, width = shape
+    gain, spare = gain.float(), None
+    y = torch.empty(batch, tokens, heads, 2, width // heads // 2, dtype=dtype, device=gain.device)
+    for into, parts in zip(y, samples, strict=True):
+        for rows, part in parts:
+            a, b = rms_norm_(part, gain, eps).view(len(part), heads, 2, -1).unbind(2)
+            if spare is None or len(spare) < len(part):
+                spare = torch.empty_like(a, memory_format=torch.contiguous_format)
+            turned, c, s = spare[:len(part)], cos[rows], sin[rows]
+            for half, with_cos, with_sin, sign in ((0, a, b, -1), (1, b, a, 1)):
+                if dtype == torch.float32:              # at once to where it goes
+                    torch.mul(with_cos, c, out=into[rows, :, half]).addcmul_(with_sin, s, value=sign)
+                else:
+                    into[rows, :, half] = torch.mul(with_cos, c, out=turned).addcmul_(with_sin, s, value=sign)
+    return y.flatten(3)
 
 
 def normed_rope(samples: Iterable[_Rows], shape: tuple[int, int, int], gain: Tensor, cos: Tensor, sin: Tensor,
@@ -130,6 +157,16 @@ def rms_norm_(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
     mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
     x.mul_(mean_square.add_(eps).rsqrt_())
     return x if gain is None else x.mul_(gain)
+
+
+def rms_modulated(x: Tensor, factor: Tensor | None, offset: Tensor | None, eps: float,
+                  out: Tensor | None = None) -> Tensor:
+    """x / rms(x) * factor + offset."""
+    mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+    y = torch.mul(x, mean_square.add_(eps).rsqrt_(), out=out)
+    if factor is None:
+        return y if offset is None else y.add_(offset)
+    return y.mul_(factor) if offset is None else torch.addcmul(offset, y, factor, out=y)
 
 
 def fp32_rows(x: Tensor) -> Iterator[tuple[slice, Tensor]]:

@@ -147,6 +147,34 @@ def rms_rope_kernel(q, k, q_gain, k_gain, cos, sin, q_out, k_out, N, q_sample, q
 
 
 @triton.jit
+def rms_rope_halves_kernel(x, gain, cos, sin, out, N, x_sample, x_row, D, HEAD, eps, ROWS: tl.constexpr,
+                           BLOCK_D: tl.constexpr):
+    """One program does ROWS tokens of one sample: norm over the full width, then each channel turned with its partner,
+    half a head away, which is read again, from the cache.  Grid (B * N / ROWS rounded up)."""
+    per_sample = tl.cdiv(N, ROWS)
+    program = tl.program_id(0).to(tl.int64)
+    sample = program // per_sample
+    token = (program % per_sample * ROWS + tl.arange(0, ROWS))[:, None]
+    column = tl.arange(0, BLOCK_D)[None, :]
+    in_row = column < D
+    inside = (token < N) & in_row
+    half = HEAD // 2
+    first = column % HEAD < half
+    partner = tl.where(first, column + half, column - half)
+    at = x + sample * x_sample + token * x_row
+    z = tl.load(at + column, mask=inside, other=0.0).to(tl.float32)
+    other = tl.load(at + partner, mask=inside, other=0.0).to(tl.float32)
+    rstd = 1.0 / tl.sqrt(tl.sum(z * z, 1) / D + eps)
+    z *= rstd[:, None] * tl.load(gain + column, mask=in_row, other=0.0).to(tl.float32)
+    other *= rstd[:, None] * tl.load(gain + partner, mask=in_row, other=0.0).to(tl.float32)
+    angle = token * (D // 2) + column // HEAD * half + column % half
+    c = tl.load(cos + angle, mask=inside, other=0.0)
+    s = tl.load(sin + angle, mask=inside, other=0.0)
+    turned = z * c + tl.where(first, -other, other) * s
+    tl.store(out + (sample * N + token) * D + column, turned.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def rms_norm_kernel(x, gain, y, M, D, stride, eps, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
     """One program does ROWS of the M rows, which stay in registers between their sums of squares and their results."""
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
@@ -209,6 +237,19 @@ def rms_rope(q: Tensor, k: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, 
             q.stride(0), q.stride(1), k.stride(0), k.stride(1), width // 2, width // heads // 2, eps, ROWS=rows,
             BLOCK_PAIRS=block, num_warps=warps)
     return q_out, k_out
+
+
+def rms_rope_halves(x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float,
+                    dtype: torch.dtype) -> Tensor:
+    batch, tokens, width = x.shape
+    out = torch.empty((batch, tokens, heads, width // heads), dtype=dtype, device=x.device)
+    if x.numel():
+        block = triton.next_power_of_2(width)
+        rows, warps = rows_and_warps(block)
+        rms_rope_halves_kernel[(batch * triton.cdiv(tokens, rows),)](
+            x, gain.contiguous(), cos.contiguous(), sin.contiguous(), out, tokens, x.stride(0), x.stride(1), width,
+            width // heads, eps, ROWS=rows, BLOCK_D=block, num_warps=warps)
+    return out
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float, dtype: torch.dtype) -> Tensor:

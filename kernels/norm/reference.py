@@ -45,6 +45,12 @@ def rms_rope(q: Tensor, k: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, 
     return turned(q, q_gain), turned(k, k_gain)
 
 
+def rms_rope_halves(x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float,
+                    dtype: torch.dtype) -> Tensor:
+    a, b = rms_norm(x, gain, eps, torch.float32).unflatten(-1, (heads, 2, -1)).unbind(-2)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(dtype)
+
+
 def rms_norm(x: Tensor, gain: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     y = x.float()
     return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * gain.float()).to(dtype)

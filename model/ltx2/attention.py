@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from dailies.model.block import TORCH_OPS
-from dailies.model.layers import Linear, RMSNorm, attention
-from dailies.model.ltx2.rope import RotaryTable, turned
+from dailies.model.layers import Linear, RMSNorm, attention, rotate
+from dailies.model.ltx2.rope import RotaryTable
 
 
 class RootMeanSquare(nn.Module):
@@ -48,24 +48,30 @@ class LtxAttention(nn.Module):
 
     def forward(self, h: Any, source: Any, query_rope: RotaryTable | None = None, key_rope: RotaryTable | None = None,
                 *, skip: bool = False) -> Tensor:
-        """[B, N, D].  h [B, N, ..], source [B, M, ..]: as the layers take them.  skip: a token gets its own value."""
-        value = self.to_v(source)
+        """[B, N, D].  h [B, N, ..], source [B, M, ..]: as the layers take them; or source is of key_value.
+        skip: a token gets its own value."""
         if skip:
-            y = value.unflatten(-1, (self.heads, -1))
+            y = self.to_v(source).unflatten(-1, (self.heads, -1))
         else:
-            query = self.headed(h, self.to_q, self.q_norm, query_rope)
-            key = self.headed(source, self.to_k, self.k_norm, key_rope)
-            value = value.unflatten(-1, (self.heads, -1))
+            key, value = source if type(source) is tuple else self.key_value(source, key_rope)
+            query = self.headed(h, self.to_q, self.q_norm, query_rope).to(value.dtype)
             y = self.ops.attend(query, key, value, None) if self.spread else attention(query, key, value)
             y = y.unflatten(-1, (self.heads, -1))
         if self.to_gate_logits is not None:
             y = y * (2 * torch.sigmoid(self.to_gate_logits(h)))[..., None].to(y.dtype)
         return y.flatten(2)
 
+    def key_value(self, source: Any, rope: RotaryTable | None = None) -> tuple[Tensor, Tensor]:
+        """[B, M, heads, head_dim] each."""
+        value = self.to_v(source).unflatten(-1, (self.heads, -1))
+        return self.headed(source, self.to_k, self.k_norm, rope).to(value.dtype), value
+
     def headed(self, h: Any, layer: Linear, norm: RMSNorm, rope: RotaryTable | None) -> Tensor:
         """[B, N, heads, head_dim], normed over all heads together and turned."""
+        if rope is not None and rope.halves:
+            return self.ops.query_halves(h, layer, norm, self.heads, (rope.cos, rope.sin))
         x = self.ops.query(h, layer, norm).unflatten(-1, (self.heads, -1))
-        return x if rope is None else turned(x, rope)
+        return x if rope is None else rotate(x, (rope.cos, rope.sin))
 
 
 class FeedForward(nn.Module):

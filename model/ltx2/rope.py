@@ -10,8 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dailies.model.layers import rotate
-
 VIDEO_STRIDES = (8, 32, 32)                             # of the VAE: frames, pixel rows, pixel columns of a latent cell
 AUDIO_SECONDS = 0.01                                    # of a row of the mel spectrogram, of which a latent covers four
 AUDIO_STRIDE = 4
@@ -69,11 +67,3 @@ def rotary(places: Tensor, most: tuple[float, ...], width: int, heads: int, *, t
     cos = torch.cat((torch.ones_like(cos[..., :still]), cos), dim=-1)
     sin = torch.cat((torch.zeros_like(sin[..., :still]), sin), dim=-1)
     return RotaryTable(cos.unflatten(-1, (heads, -1)), sin.unflatten(-1, (heads, -1)), halves)
-
-
-def turned(x: Tensor, table: RotaryTable) -> Tensor:
-    """x [B, N, heads, head_dim], turned by the table's angles, in x's dtype."""
-    if not table.halves:
-        return rotate(x, (table.cos, table.sin)).to(x.dtype)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * table.cos - b * table.sin, b * table.cos + a * table.sin), dim=-1).to(x.dtype)

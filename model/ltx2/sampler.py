@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from dailies.model.ltx2.guidance import COND, ISOLATED, NEUTRAL, PERTURBED, UNCO
 from dailies.model.ltx2.rope import audio_positions, video_positions
 from dailies.model.ltx2.samplers import ancestral, res_2s
 from dailies.model.ltx2.schedule import DISTILLED, REFINING, ltx2_sigmas
-from dailies.model.ltx2.transformer import LtxTransformer, Modality, Ropes
+from dailies.model.ltx2.transformer import LtxTransformer, Modality, Ropes, TextKeys
 from dailies.model.samplers import STRAIGHT, Clips, Steps, Streams, each, euler
 
 Guides = dict[str, StreamGuide]                         # by stream
@@ -30,6 +30,7 @@ class Place:
     ropes: tuple[Ropes, Ropes | None]
     first: Tensor | None                                # [C, 1, H, W] normalised, of the image that it begins with
     keyframes: Tensor | None                            # [1, N], 1 for tokens of the first latent step (2.5)
+    contexts: dict[tuple[int, str], Tensor | TextKeys] = field(default_factory=dict)     # by text and stream, once read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +143,7 @@ class LtxSampler:
             index = torch.arange(place.grid[0] * cells, device=self.device)[None] >= cells
             times[_VIDEO] = Levels(torch.cat((torch.zeros_like(at), at))[None], index.long())
         given = {stream: Modality(as_tokens(x).float(), times[stream], at, place.positions[stream],
-                                  text[stream].to(self.device)[None],
+                                  self.context(text, stream, place),
                                   keyframes=place.keyframes if stream == _VIDEO else None)
                  for stream, x in clip.items()}
         # by name: a clip that was saved may have its streams in another order
@@ -152,6 +153,13 @@ class LtxSampler:
         if place.first is not None:                     # at time 0 what is predicted is what is there
             made[_VIDEO] = torch.cat((clip[_VIDEO][:, :1], made[_VIDEO][:, 1:]), dim=1)
         return made
+
+    def context(self, text: Streams, stream: str, place: Place) -> Tensor | TextKeys:
+        """What a stream attends to, read once for all steps of a stage; a second stage has other weights."""
+        key = id(text), stream                          # of the prompt or the negative one, which outlive the stage
+        if key not in place.contexts:
+            place.contexts[key] = self.dit.read(text[stream].to(self.device)[None], audio=stream == _AUDIO)
+        return place.contexts[key]
 
     def place(self, clip: Streams, first: Tensor | None) -> Place:
         grid = tuple(clip[_VIDEO].shape[1:])

@@ -31,8 +31,14 @@ class Modality:
     timesteps: Tensor | Levels                          # [B, N] in [0, 1]: sigma * mask; or [B, 1], the same for all
     sigma: Tensor                                       # [B] in [0, 1], 1 is noise
     positions: Tensor                                   # [B or 1, A, N, 2], as rope.py gives them
-    context: Tensor                                     # [B, S, E] of the connectors
+    context: "Tensor | TextKeys"                        # [B, S, E] of the connectors, or of LtxTransformer.read
     keyframes: Tensor | None = None                     # [B, N], above 0 for tokens of a single frame (2.5)
+
+
+class TextKeys(NamedTuple):
+    """Keys and values of a text in every block, each [B, S, heads, head_dim]."""
+
+    pairs: tuple[tuple[Tensor, Tensor], ...]
 
 
 class Ropes(NamedTuple):
@@ -45,7 +51,7 @@ class Ropes(NamedTuple):
 class Conditions(NamedTuple):
     """What the blocks take of one stream beside its tokens."""
 
-    context: Tensor                                     # [B, S, D]
+    context: Any                                        # [B, S, D], or what attention makes of it
     ropes: Ropes
     rows: Modulation                                    # [.., 6 or 9, D]
     time: Modulation                                    # [.., 1, D] for the head
@@ -56,6 +62,7 @@ class Conditions(NamedTuple):
 
 class LtxTransformer(nn.Module):
     ops = TORCH_OPS
+    always_refitted = True                              # by turbo.py, in fp32 too
 
     def __init__(self, config: LtxConfig):
         super().__init__()
@@ -114,11 +121,22 @@ class LtxTransformer(nn.Module):
             heard = self.told_sound(audio, video, tables[1], both)
             y = self.audio_patchify_proj(audio.latent).float()
         for place, block in enumerate(self.transformer_blocks):
-            x, y = block(x, y, told, heard, skip_video=place in skip_video, skip_audio=place in skip_audio, both=both)
+            x, y = block(x, y, of_block(told, place), of_block(heard, place), skip_video=place in skip_video,
+                         skip_audio=place in skip_audio, both=both)
         velocity = self.head(x, told, self.scale_shift_table, self.norm_out, self.proj_out)
         if heard is None:
             return velocity, None
         return velocity, self.head(y, heard, self.audio_scale_shift_table, self.audio_norm_out, self.audio_proj_out)
+
+    def read(self, context: Tensor, *, audio: bool = False) -> Tensor | TextKeys:
+        """A context [B, S, E] for Modality: keys and values of every block where they depend on no time (2.0), so once
+        per clip will do; elsewhere the context itself.  audio: it is the sound's."""
+        if self.config.modulated_text:
+            return context
+        rows = (self.audio_caption_projection if audio else self.caption_projection)(
+            context) if self.config.caption_width else context
+        layers = [block.audio_attn2 if audio else block.attn2 for block in self.transformer_blocks]
+        return TextKeys(tuple(layer.key_value(rows) for layer in layers))
 
     def embedded(self, video: Modality) -> Tensor:
         """[B, N, D]"""
@@ -131,7 +149,7 @@ class LtxTransformer(nn.Module):
         levels = as_levels(video.timesteps)
         rows, time = self.adaln_single(levels)
         context, text_rows, cross = video.context, 0.0, (None, None)
-        if self.config.caption_width:
+        if self.config.caption_width and isinstance(context, Tensor):
             context = self.caption_projection(context)
         if self.config.modulated_text and self.config.prompt_adaln:
             text_rows = self.prompt_adaln_single(Levels(video.sigma[:, None]))[0].rows
@@ -144,7 +162,7 @@ class LtxTransformer(nn.Module):
         levels = as_levels(audio.timesteps)
         rows, time = self.audio_adaln_single(levels)
         context, text_rows, cross = audio.context, 0.0, (None, None)
-        if self.config.caption_width:
+        if self.config.caption_width and isinstance(context, Tensor):
             context = self.audio_caption_projection(context)
         if self.config.modulated_text and self.config.prompt_adaln:
             text_rows = self.audio_prompt_adaln_single(Levels(audio.sigma[:, None]))[0].rows
@@ -182,6 +200,13 @@ class LtxTransformer(nn.Module):
         """x: what the last block returned."""
         shift, scale = told.time.added(table)
         return out(self.ops.norm(x, norm, out, scale, shift)[1]).float()
+
+
+def of_block(told: Conditions | None, place: int) -> Conditions | None:
+    """With the block's own keys and values where they are made already."""
+    if told is None or not isinstance(told.context, TextKeys):
+        return told
+    return told._replace(context=told.context.pairs[place])
 
 
 def as_levels(timesteps: Tensor | Levels) -> Levels:
@@ -287,9 +312,15 @@ class LtxBlock(nn.Module):
         context, shift_scale = told.context, (None, None)
         if side.text_table is not None:
             shift, scale = (side.text_table + told.text_rows).unbind(-2)
-            context, shift_scale = context * (1 + scale) + shift, (rows[6], rows[7])
+            context, shift_scale = context_modulated(context, scale, shift, side.text.to_k), (rows[6], rows[7])
         x, h = self.ops.join(x, own, side.attn.out, rows[2], self.norm, side.text.to_q, shift_scale[1], shift_scale[0])
         return x, side.text(h, context), rows
+
+
+def context_modulated(context: Tensor, scale: Tensor, shift: Tensor, before: Linear) -> Tensor:
+    """In fp32, and rounded once for the two layers that take it."""
+    modulated = torch.addcmul(shift, context.float(), 1 + scale)
+    return modulated if isinstance(before.takes, str) else modulated.to(before.takes)
 
 
 def text_gate(rows: tuple[Tensor, ...]) -> Tensor | None:
