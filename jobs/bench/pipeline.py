@@ -3,6 +3,7 @@
     python -m dailies.jobs.bench.pipeline overhead        driver seconds per clip with empty stages, and its memory
     python -m dailies.jobs.bench.pipeline overlap         how busy 4 samplers are kept: 20, 500 and 100 ms a clip
     python -m dailies.jobs.bench.pipeline gpu-shapes      how busy GPUs are kept, in the shapes of gpu_shapes.py
+    python -m dailies.jobs.bench.append                   seconds to the first of 1,000 rows beside 100,000 done
 """
 
 import json

@@ -1,0 +1,61 @@
+"""What it costs to begin a night in a run folder that is full: rows appended to many that are done, of fake clips."""
+
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dailies.actors.messages import Clip
+from dailies.model.catalog import CATALOG
+from dailies.model.weights import locate
+from dailies.pipeline.manifest.manifest import Manifest
+from dailies.pipeline.run.layout import clip_key
+from dailies.pipeline.run.ledger import Ledger
+from dailies.pipeline.run.ledger_row import row_of
+from dailies.pipeline.run.run import Run, prepare
+from dailies.pipeline.store import open_store
+
+
+def append(done: int = 100_000, more: int = 1_000) -> dict[str, float]:
+    """Seconds until the first of `more` new rows could be sampled, in a folder where `done` rows are done."""
+    with tempfile.TemporaryDirectory(prefix="dailies-bench-") as folder:
+        table = pa.table({"prompt": [f"a red circle {number} moves left" for number in range(done + more)]})
+        for name, rows in (("before", done), ("after", done + more)):
+            pq.write_table(table.slice(0, rows), Path(folder) / f"{name}.parquet")
+        run = run_of(folder, "before")
+        run.begin()
+        fill(run)
+        began = time.perf_counter()
+        run = run_of(folder, "after")
+        run.begin()
+        checked_s = time.perf_counter() - began
+        with run.open() as bookkeeper:
+            requests, count = next(bookkeeper.rounds())
+            next(iter(requests))
+            first_s = time.perf_counter() - began
+        return {"rows_done": done, "rows_new": count, "checked_after_s": checked_s, "first_request_after_s": first_s}
+
+
+def run_of(folder: str, name: str) -> Run:
+    card = CATALOG["demo"]
+    return prepare(Manifest.read(str(Path(folder) / f"{name}.parquet")), open_store(f"{folder}/out"), card,
+                   weights=locate(None, card))
+
+
+def fill(run: Run) -> None:
+    """A row and a file of one byte for each clip."""
+    root = run.store.path
+    with Ledger.open(run.store) as ledger:
+        for request in run.plan.requests():
+            clip = Clip(request=request, uri="none", sha256="0" * 64, num_bytes=1, duration_s=1.0)
+            path = Path(str(root)) / clip_key(request.clip_id)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"x")
+            ledger.append([row_of(row.id, clip, seed=row.seed) for row in run.plan.planned_rows(request.clip_id)])
+
+
+if __name__ == "__main__":
+    print(json.dumps(append()))
