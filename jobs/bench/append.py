@@ -5,9 +5,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from dailies.actors.messages import Clip
 from dailies.model.catalog import CATALOG
 from dailies.model.weights import locate
@@ -22,9 +19,9 @@ from dailies.pipeline.store import open_store
 def append(done: int = 100_000, more: int = 1_000) -> dict[str, float]:
     """Seconds until the first of `more` new rows could be sampled, in a folder where `done` rows are done."""
     with tempfile.TemporaryDirectory(prefix="dailies-bench-") as folder:
-        table = pa.table({"prompt": [f"a red circle {number} moves left" for number in range(done + more)]})
         for name, rows in (("before", done), ("after", done + more)):
-            pq.write_table(table.slice(0, rows), Path(folder) / f"{name}.parquet")
+            lines = (f"a red circle {number} moves left\n" for number in range(rows))
+            Path(folder, f"{name}.txt").write_text("".join(lines))
         run = run_of(folder, "before")
         run.begin()
         fill(run)
@@ -41,7 +38,7 @@ def append(done: int = 100_000, more: int = 1_000) -> dict[str, float]:
 
 def run_of(folder: str, name: str) -> Run:
     card = CATALOG["demo"]
-    return prepare(Manifest.read(str(Path(folder) / f"{name}.parquet")), open_store(f"{folder}/out"), card,
+    return prepare(Manifest.read(str(Path(folder) / f"{name}.txt")), open_store(f"{folder}/out"), card,
                    weights=locate(None, card))
 
 
