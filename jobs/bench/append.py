@@ -16,17 +16,17 @@ from dailies.pipeline.run.run import Run, prepare
 from dailies.pipeline.store import open_store
 
 
-def append(done: int = 100_000, more: int = 1_000) -> dict[str, float]:
+def append_cost(done: int = 100_000, more: int = 1_000) -> dict[str, float]:
     """Seconds until the first of `more` new rows could be sampled, in a folder where `done` rows are done."""
     with tempfile.TemporaryDirectory(prefix="dailies-bench-") as folder:
         for name, rows in (("before", done), ("after", done + more)):
             lines = (f"a red circle {number} moves left\n" for number in range(rows))
             Path(folder, f"{name}.txt").write_text("".join(lines))
-        run = run_of(folder, "before")
+        run = run_in(folder, "before")
         run.begin()
-        fill(run)
+        fill_with_rows(run)
         began = time.perf_counter()
-        run = run_of(folder, "after")
+        run = run_in(folder, "after")
         run.begin()
         checked_s = time.perf_counter() - began
         with run.open() as bookkeeper:
@@ -36,13 +36,13 @@ def append(done: int = 100_000, more: int = 1_000) -> dict[str, float]:
         return {"rows_done": done, "rows_new": count, "checked_after_s": checked_s, "first_request_after_s": first_s}
 
 
-def run_of(folder: str, name: str) -> Run:
+def run_in(folder: str, name: str) -> Run:
     card = CATALOG["demo"]
     return prepare(Manifest.read(str(Path(folder) / f"{name}.txt")), open_store(f"{folder}/out"), card,
                    weights=locate(None, card))
 
 
-def fill(run: Run) -> None:
+def fill_with_rows(run: Run) -> None:
     """A row and a file of one byte for each clip."""
     root = run.store.path
     with Ledger.open(run.store) as ledger:
@@ -55,4 +55,4 @@ def fill(run: Run) -> None:
 
 
 if __name__ == "__main__":
-    print(json.dumps(append()))
+    print(json.dumps(append_cost()))
