@@ -8,6 +8,7 @@ import torch
 
 from dailies.jobs.demo import codecs_av, release_av, train_av
 from dailies.jobs.demo.ear import color_heard, onset_s, turn_s
+from dailies.jobs.demo.evaluate import render_prompts
 from dailies.jobs.demo.evaluate_av import TOLERANCE_S, evaluated, through_codecs
 from dailies.jobs.demo.world import COLORS, SPEEDS
 from dailies.jobs.demo.world_av import AUDIO_RATE, PITCHES, Bounce, tone, unseen_bounces
@@ -106,6 +107,9 @@ def test_what_is_trained_is_written_as_a_release_that_loads_by_its_header(in_a_s
                       (mel, audio.decode(latents[1])), (load_vocoder(file, **read)(mel), vocoder(mel))):
         got, want = got.detach(), want.detach()
         assert torch.allclose(got, want, atol=0.03 * want.abs().max().item())          # it is stored in bf16
+    (made,) = render_prompts(["a small red circle moves left"], release_av.DEMO_AV, tmp_path / "model", "cpu",
+                              num_steps=2)
+    assert list(made.rgb.shape) == [49, 64, 64, 3] and list(made.audio.shape) == [201 * 240, 2]
     reader = LtxTextEncoder(tmp_path / "model" / "gemma", file, length=release_av.CONTEXT_ROWS, precision="fp32",
                             **read)
     said = reader.encode("A small red circle moves left quickly on a gray background")

@@ -34,7 +34,7 @@ def render_prompts(prompts: list[str], card: ModelCard, weights: Path, device: s
         request = Request(clip_id=f"{i:064x}", model=card.name, weights_fingerprint="", prompt=prompt,
                           negative_prompt=card.negative_prompt, seed=1000 + i, shape=shape, fps=card.fps,
                           num_steps=num_steps or card.num_steps, precision=on.precision, attention=attention,
-                          guidance=card.guidance if guidance is None else guidance)
+                          guidance=card.guidance if guidance is None else guidance, settings=card.settings)
         yield from decode(sample(encode([request])))
 
 

@@ -1,6 +1,6 @@
 """How well the demo with sound hears what it shows: prompts it never saw, rendered, seen and listened to.
 
-python -m dailies.jobs.demo.evaluate_av --model demo-av --prompts 100
+python -m dailies.jobs.demo.evaluate_av --weights build/demo-av/model --prompts 100
 python -m dailies.jobs.demo.evaluate_av --codecs build/demo-av --prompts 100
 
 A clip's tone must begin within 60 ms of the moment at which its own shape, as it is shown, turns at the border; its
@@ -23,8 +23,8 @@ from dailies.jobs.demo.checker import follow, read_attributes
 from dailies.jobs.demo.ear import color_heard, onset_s, size_heard, turn_s
 from dailies.jobs.demo.evaluate import render_prompts
 from dailies.jobs.demo.phases import is_trained
+from dailies.jobs.demo.release_av import DEMO_AV
 from dailies.jobs.demo.world_av import AUDIO_RATE, Bounce, unseen_bounces
-from dailies.model.catalog import CATALOG
 from dailies.model.ltx2.audio_vae import log_mel
 
 TOLERANCE_S = 0.06
@@ -84,9 +84,9 @@ def through_codecs(work: Path, scenes: Iterable[Bounce], device: str) -> Iterato
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo-av")
-    parser.add_argument("--weights", type=Path, help="a folder laid out as model/demo_av")
-    parser.add_argument("--codecs", type=Path, help="a folder of train_av: no model, what is trained there")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--weights", type=Path, help="a model that train_av has written")
+    what.add_argument("--codecs", type=Path, help="a folder of train_av: no model, what is trained there")
     parser.add_argument("--prompts", type=int, default=100)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--guidance", type=float)
@@ -96,9 +96,9 @@ def main() -> None:
         scenes = [scene for scene, _ in unseen_bounces(args.prompts)]
         print(json.dumps(evaluated(through_codecs(args.codecs, scenes, args.device), AUDIO_RATE), indent=2))
         return
-    card = CATALOG[args.model]
+    card = DEMO_AV
     scenes, began = unseen_bounces(args.prompts), time.process_time()
-    frames = render_prompts([sentence for _, sentence in scenes], card, args.weights or card.folder, args.device,
+    frames = render_prompts([sentence for _, sentence in scenes], card, args.weights, args.device,
                             num_steps=args.steps, guidance=args.guidance, precision="fp32",
                             attention=card.attentions[0])
     cases = ((scene, shown.rgb, shown.audio) for (scene, _), shown in zip(scenes, frames, strict=True))

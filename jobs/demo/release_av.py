@@ -9,7 +9,10 @@ from torch import nn
 
 from dailies.jobs.demo.codecs_av import AUDIO, VIDEO, VOCODER
 from dailies.jobs.demo.losses import halved
+from dailies.jobs.demo.world_av import AUDIO_RATE
 from dailies.model import checkpoint
+from dailies.model.linum.card import DEMO_WORDS
+from dailies.model.ltx2.card import LtxCard
 from dailies.model.ltx2.codec_config import STRIDES, VideoStage
 from dailies.model.ltx2.config import DIT_PREFIX, PER_TOKEN, ConnectorsConfig, LtxConfig
 from dailies.model.ltx2.gemma import GemmaConfig
@@ -28,6 +31,17 @@ SMALL_TRANSFORMER = LtxConfig(
 SMALL_CONNECTORS = ConnectorsConfig(
     hidden=SMALL_GEMMA.width, stack=SMALL_GEMMA.layers + 1, layers=1, heads=SMALL_HEADS, width=128,
     audio_heads=SMALL_HEADS, audio_width=64, registers=CONTEXT_ROWS, per_token=True, gated=True)
+
+DEMO_AV = LtxCard(
+    name="demo-av", description="the LTX-2.3 architecture, small, trained on drawn shapes whose touch is heard",
+    files=(RELEASE_FILE,), text_folder=GEMMA_FOLDER, takes_image=False, precisions=("fp32", "bf16"),
+    resolutions={"64p": (64, 64)}, resolution="64p", min_side=64, max_pixels=64 * 64,
+    duration_s=2.0, max_duration_s=2.0, audio_rate=AUDIO_RATE, num_steps=24, guidance=3.0,
+    settings={"audio": True, "video_guidance": 3.0, "audio_guidance": 3.0, "modality_guidance": 1.0, "stg": 0.0},
+    negative_prompt="", guidance_note="", terms="", words=DEMO_WORDS, rescale=0.0,
+    stg_blocks=(SMALL_TRANSFORMER.layers - 1,), text_rows=CONTEXT_ROWS, dit_width=SMALL_TRANSFORMER.width,
+    context_widths=(SMALL_CONNECTORS.width, SMALL_CONNECTORS.audio_width), channels=VIDEO.latent_channels,
+    audio_channels=AUDIO.latent_channels, audio_bins=AUDIO.latent_bins)
 
 
 def write_release(folder: Path, *, dit: nn.Module, video: nn.Module, audio: nn.Module, vocoder: nn.Module,
