@@ -24,7 +24,7 @@ KINDS = (
     (r"\bimg_emb\.emb_pos$|\bimage_embedder\.pos_embed$",
      "Wan for first and last frames (FLF2V), a model that dailies does not have"),
     (r"\bdouble_blocks\.|\bsingle_blocks\.", "a FLUX or HunyuanVideo transformer, a model that dailies does not have"),
-    (r"\badaln_single\.|\bvocoder\.", "an LTX transformer, a model that dailies does not have yet"),
+    (r"\badaln_single\.|\bvocoder\.", "a file of LTX-2, whose models are called ltx-2-19b, ltx-2.3 and so on"),
     (r"^(model\.)?(language_model\.)?(model\.)?layers\.\d+\.self_attn\.",
      "a language model, where an encoder of texts is needed"),
     (r"^first_stage_model\.|^cond_stage_model\.|^conditioner\.",

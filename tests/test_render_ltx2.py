@@ -22,7 +22,9 @@ from dailies.actors.image_encoder import ImageTextEncoder
 from dailies.model import checkpoint
 from dailies.model.catalog import CATALOG
 from dailies.model.family import family_of
+from dailies.model.files import CheckpointError
 from dailies.model.ltx2.refine import SecondStage
+from dailies.model.ltx2.room import check_gpu_room
 from dailies.model.weights import fingerprint, weights_files
 from dailies.pipeline.manifest.manifest import Manifest
 from dailies.pipeline.plan import Plan
@@ -210,3 +212,18 @@ def test_what_cannot_be_rendered_is_one_message_and_nothing_is_written(weights, 
     assert "audio: got True; allowed: nothing or false: demo makes no sound" in said
     steps = manifest(tmp_path, [ROWS[0] | {"steps": 4}])
     assert "at least 8 for ltx-tiny-distilled" in say("ltx-tiny-distilled", weights["ltx-tiny-distilled"], at=steps)
+
+
+@pytest.mark.parametrize(("gb", "fits"), [(24, ["int8", "fp8"]), (48, ["bf16", "int8", "fp8"]),
+                                          (80, ["bf16", "fp32", "int8", "fp8"]),
+                                          (141, ["bf16", "fp32", "int8", "fp8"])])
+def test_a_gpu_that_is_too_small_is_told_of_before_anything_is_loaded_with_what_fits(gb, fits):
+    card = CATALOG["ltx-2.3-distilled"]
+    for precision in card.precisions:
+        if precision in fits:
+            check_gpu_room(card, precision, gb)
+        else:
+            with pytest.raises(CheckpointError, match=f"the GPU has {gb}; --precision {' or '.join(fits)} fits"):
+                check_gpu_room(card, precision, gb)
+    with pytest.raises(CheckpointError, match="the GPU has 12; none of its precisions fits"):
+        check_gpu_room(card, "int8", 12)

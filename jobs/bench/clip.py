@@ -67,7 +67,9 @@ def rows(name: str, *, random_weights: bool, ways: str | None = None, steps: int
     Raises UsageError for a model that needs weights or an image, and for a way or a clip that it does not make.
     """
     card, device = card_named(name), "cuda" if torch.cuda.is_available() else "cpu"
-    if card.takes_image:
+    if random_weights and card.family not in RANDOM:
+        raise UsageError(f"there are no random weights for {name} here; name its own with dailies render instead")
+    if card.takes_image and card.needs_image:
         raise UsageError(f"bench clip times models that take text alone; {name} needs an image")
     if card.folder is None and not random_weights:
         raise UsageError(f"the weights of {name} do not come with dailies; say --random-weights: they cost the same")

@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from dailies.model import checkpoint, refitted
@@ -27,6 +28,7 @@ from dailies.model.ltx2.images import LtxImages
 from dailies.model.ltx2.keys import connectors_table, transformer_table
 from dailies.model.ltx2.lora import LORA_PREFIX, Lora, read_lora
 from dailies.model.ltx2.refine import SecondStage
+from dailies.model.ltx2.room import check_gpu_room
 from dailies.model.ltx2.sampler import LtxSampler, Refiner
 from dailies.model.ltx2.text import LtxTextEncoder
 from dailies.model.ltx2.transformer import LtxTransformer
@@ -131,6 +133,8 @@ class LtxFamily:
 
     def fallbacks(self, card: LtxCard, weights: Path | None, on: Runtime) -> Mapping[str, tuple[str, ...]]:
         refuse_fp8(card, on)
+        if on.device.startswith("cuda") and card.memory_gb:
+            check_gpu_room(card, on.precision, torch.cuda.get_device_properties(on.device).total_memory / 1e9)
         return refitted.fallbacks(card, weights, on)
 
 
