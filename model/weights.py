@@ -80,8 +80,8 @@ def complain_about_missing(card: ModelCard, folder: Path) -> None:
     ggufs = [name for name in there if name.endswith(".gguf")]
     advice = ""
     if card.as_published:
-        there = f"; there is {listed(others)}" if others else ""
-        advice = f"{there}. To have it, {card.fetched_by_hand()}"
+        beside = f"; there is {listed(others)}" if others else ""
+        advice = f"{beside}. To have it, {card.fetched_by_hand()}"
     elif others:
         advice = (f". There is {listed(others)}, by other names than this model's: dailies convert FILE --model "
                   f"{card.name} --to FOLDER for each of them gives it its place there")

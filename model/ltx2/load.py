@@ -87,7 +87,8 @@ class LtxFamily:
     def load_dit(self, card: LtxCard, weights: Path, on: Runtime) -> LtxTransformer:
         path = weights / layout_in(card, weights).dits[0]
         refuse_lora(card, weights)
-        config = replace(read_ltx_header(path, card.name).transformer(), **({} if card.sound else {"audio": False}))
+        config = read_ltx_header(path, card.name).transformer()
+        config = config if card.sound else replace(config, audio=False)
         check_sizes(card, config, path)
         tables = transformer_table(audio=config.audio),
         return refitted.dit_from(card, lambda: LtxTransformer(config), tables, path, on)

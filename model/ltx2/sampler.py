@@ -82,9 +82,10 @@ class LtxSampler:
         """Of a stream alone the other is not missed."""
         if self.card.distilled:
             return {_VIDEO: NEUTRAL, _AUDIO: NEUTRAL}
-        said, shared = request.settings, dict(blocks=self.card.stg_blocks, rescale=self.card.rescale)
-        return {stream: StreamGuide(text=float(text), perturbed=float(said["stg"]),
-                                    isolated=float(said["modality_guidance"]) if with_sound else 1.0, **shared)
+        said = request.settings
+        return {stream: StreamGuide(text=float(text), perturbed=float(said["stg"]), blocks=self.card.stg_blocks,
+                                    isolated=float(said["modality_guidance"]) if with_sound else 1.0,
+                                    rescale=self.card.rescale)
                 for stream, text in ((_VIDEO, request.guidance), (_AUDIO, said["audio_guidance"]))}
 
     def walk(self, batch: Sequence[Told], start: Clips, firsts: Sequence[Tensor | None], sigmas: Sequence[float],
@@ -167,14 +168,13 @@ class LtxSampler:
         if _AUDIO in clip:
             positions[_AUDIO] = audio_positions(clip[_AUDIO].shape[1]).to(self.device)
         nothing = torch.zeros((), device=self.device)
-        streams = [Modality(nothing, nothing, nothing, positions[stream], nothing) if stream in positions else None
-                   for stream in (_VIDEO, _AUDIO)]
-        keyframes = None
+        streams = {stream: Modality(nothing, nothing, nothing, places, nothing) for stream, places in positions.items()}
+        ropes, keyframes = self.dit.ropes(streams[_VIDEO], streams.get(_AUDIO)), None
         if self.dit.config.keyframes:
             keyframes = torch.zeros(grid, device=self.device)
             keyframes[0] = 1
             keyframes = keyframes.flatten()[None]
-        return Place(grid=grid, positions=positions, ropes=self.dit.ropes(*streams), first=first, keyframes=keyframes)
+        return Place(grid=grid, positions=positions, ropes=ropes, first=first, keyframes=keyframes)
 
 
 def as_tokens(x: Tensor) -> Tensor:
