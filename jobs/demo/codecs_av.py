@@ -172,6 +172,7 @@ def fold_scale(vae: AudioVAE) -> None:
 
 VOCODER_PHASE = Phase(name="vocoder", steps=1200, lr=1.5e-3, ema=0.995)
 VOCODER_BATCH, VOCODER_FRAMES = 5, 41
+EDGE = 240                                              # samples at the beginning, where a click is a small error
 SPECTRA = (256, 1024)                                   # windows, in samples, by which loudness is compared
 
 
@@ -190,7 +191,8 @@ def train_vocoder(work: Path, device: str, vae: AudioVAE) -> Vocoder:
                 mel = vae.decode(latent + 0.1 * torch.randn_like(latent))
         made = vocoder(mel)[..., :high.shape[-1]]
         wanted = high[..., :made.shape[-1]]
-        loss, spectral = (made - wanted).abs().mean() * 10, torch.zeros((), device=device)
+        apart, spectral = (made - wanted).abs(), torch.zeros((), device=device)
+        loss = 10 * apart.mean() + 10 * apart[..., :EDGE].mean()
         for size in SPECTRA:
             window = torch.hann_window(size, device=device)
             got, want = (torch.stft(x.flatten(0, 1), size, size // 4, window=window, return_complex=True).abs()
