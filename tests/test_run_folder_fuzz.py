@@ -13,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from limits import within
-from test_run_folder import NUM_CLIPS, ask, begin, clips, path_of, render, said
+from test_run_folder import NUM_CLIPS, ask, begin, clips, path_of, render, rows, said
 
 from dailies.actors.clip_file import DIGEST_HEAD
 from dailies.pipeline.run import saved_steps as steps
@@ -28,8 +28,8 @@ HANG_S = 60
 STRANGE = [None, True, -1, 0, 2**63, 10**30, 0.5, float("nan"), "", "\x1b[2J", "x" * 10**5, "../../x", [], {}, [[]],
            "\ud800",
            "9999-12-31T23:59:59+00:00", {"a": {"b": []}}]
-TARGETS = ["run.json", "manifests", "lease.json", "_SUCCESS.json", SEAL_KEY, "ledger", "clip", "clip without a ledger",
-           "latent", "steps", "embedding"]
+TARGETS = ["run.json", "manifests", "picks", "lease.json", "_SUCCESS.json", SEAL_KEY, "ledger", "clip",
+           "clip without a ledger", "latent", "steps", "embedding"]
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +41,14 @@ def base(tmp_path_factory):
         patch.setattr(PersistSampled, "forget", lambda *_: None)
         patch.setattr(Run, "clear", lambda *_: None)
         assert render(folder, "--keep-latents")[0] == 0
+    row = next(iter(rows(folder).values()))
+    pick = {name: row[name] for name in ("id", "seed", "clip_id")} | {"decision": "pick", "decided_at":
+                                                                     "2026-11-30T08:15:00Z"}
+    (folder / "picks.json").write_text(json.dumps({"format": 1, "picks": [pick]}))
+    assert ask("pick", folder / "out", "--from", folder / "picks.json")[0] == 0
     kinds = {path.relative_to(folder / "out").parts[0] for path in (folder / "out").rglob("*") if path.is_file()}
-    assert kinds == {"run.json", "lease.json", "_SUCCESS.json", SEAL_KEY, "manifests", "ledger", "clips", "posters",
-                     "latents", "steps", "embeddings"}
+    assert kinds == {"run.json", "lease.json", "_SUCCESS.json", SEAL_KEY, "manifests", "picks", "ledger", "clips",
+                     "posters", "latents", "steps", "embeddings"}
     return folder
 
 
@@ -149,8 +154,8 @@ def spoil(folder, target, how):
                            if target == "embedding" or path.stem == clip_id])
         if how.random() < 0.6:
             return bent_tensors(path, open_store(out), how)
-    elif target == "ledger":
-        path, = (out / "ledger").iterdir()
+    elif target in ("ledger", "picks"):
+        path, = (out / target).iterdir()
         if how.random() < 0.6:
             return bent_part(path, how)
     elif target.startswith("clip"):
@@ -208,6 +213,7 @@ def test_whatever_lies_in_the_run_folder_there_is_a_sentence_or_the_right_clips(
             if code == 0:
                 assert said("verify", folder / "out")[0] == 0 and clips(folder) == clips(base)
                 assert ask("status", folder / "out")[1]["done"] == NUM_CLIPS
+            assert target != "picks" or said("redo", folder / "out", "--picks")[0] in (0, 5)
             assert code in (0, 3) or target in ("run.json", "manifests", "lease.json", "ledger"), (target, answer)
             assert code != 3 or target == "ledger", (target, answer)         # only there it may say that a row failed
         assert outside(tmp_path) == before

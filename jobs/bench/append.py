@@ -10,7 +10,7 @@ from dailies.model.catalog import CATALOG
 from dailies.model.weights import locate
 from dailies.pipeline.manifest.manifest import Manifest
 from dailies.pipeline.run.layout import clip_key
-from dailies.pipeline.run.ledger import Ledger
+from dailies.pipeline.run.ledger import ROWS_IN_PART, Ledger
 from dailies.pipeline.run.ledger_row import row_of
 from dailies.pipeline.run.run import Run, prepare
 from dailies.pipeline.store import open_store
@@ -44,14 +44,19 @@ def run_in(folder: str, name: str) -> Run:
 
 def fill_with_rows(run: Run) -> None:
     """A row and a file of one byte for each clip."""
-    root = run.store.path
+    root, keys, rows = Path(str(run.store.path)), run.plan.keys(), []
+    names = dict(zip(keys["clip_id"].to_pylist(), keys["id"].to_pylist(), strict=True))
     with Ledger.open(run.store) as ledger:
         for request in run.plan.requests():
             clip = Clip(request=request, uri="none", sha256="0" * 64, num_bytes=1, duration_s=1.0)
-            path = Path(str(root)) / clip_key(request.clip_id)
+            path = root / clip_key(request.clip_id)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(b"x")
-            ledger.append([row_of(row.id, clip, seed=row.seed) for row in run.plan.planned_rows(request.clip_id)])
+            rows.append(row_of(names[request.clip_id], clip))
+            if len(rows) == ROWS_IN_PART:
+                ledger.append(rows)
+                rows = []
+        ledger.append(rows)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ from dailies.pipeline.run.run_json import (
 from dailies.pipeline.store import Store
 
 NAMED = 20                                              # of the rows that have changed
-Key = tuple[str, int]                                   # id and seed
+Key = tuple[str, int | None]                            # id and seed; None of a row that was never a request
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,8 +58,9 @@ def selected(table: pa.Table) -> pa.Array:
         name, by = table["id"][at].as_py(), table["keep_by"][at].as_py() or ""
         column = by.removeprefix("-")
         value = table[column][at].as_py() if column in table.column_names else None
-        is_measure = isinstance(value, (int, float)) and not math.isnan(value)
-        rank = (value if by.startswith("-") else -value) if is_measure else math.inf
+        rank = math.inf
+        if isinstance(value, (int, float)) and not math.isnan(value):
+            rank = float(value if by.startswith("-") else -value)
         samples.setdefault(name, []).append((rank, table["sample"][at].as_py() or 0, at))
         most[name] = keep[at].as_py()
     found: list[bool | None] = [None] * table.num_rows

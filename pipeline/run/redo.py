@@ -36,19 +36,19 @@ ASKED_AGAIN = {"id", "model", "weights_fingerprint", "precision", "attention", "
 class NewSeed:
     """Which seed another take has: so many more than the one before, or one and the same for all."""
 
-    step: int | None = 1
-    seed: int | None = None
+    step: int = 1                       # 0: `seed` says which
+    seed: int = 0
 
     @classmethod
     def parsed(cls, said: str) -> "NewSeed":
         """+1, or 42.  Raises BadFilter."""
         if not re.fullmatch(r"\+?\d{1,18}", said) or int(said) == 0 and said.startswith("+"):
             raise BadFilter(f"--seed must be +N, so many more than the clip's own, or N; got {said[:60]!r}")
-        return cls(step=int(said), seed=None) if said.startswith("+") else cls(step=None, seed=int(said))
+        return cls(step=int(said)) if said.startswith("+") else cls(step=0, seed=int(said))
 
     def after(self, seed: int, taken: set[int], first: int, samples: int) -> int | None:
         """A seed that no take of the row has, nor one of its samples, which count up from `first`; None for none."""
-        if self.step is None:
+        if not self.step:
             return None if self.seed in taken or first <= self.seed < first + samples else self.seed
         seed += self.step
         while seed in taken or first <= seed < first + samples:

@@ -107,8 +107,8 @@ def request_of_row(row: Mapping[str, Any], card: ModelCard, shared: Mapping[str,
                 raise ValueError(f"it does not say {setting.name}")
     except ValueError as error:
         raise NotMade(str(error)) from None
-    image, sha256 = None, row.get("image_sha256")
-    if sha256 is not None or card.takes_image:
+    image, sha256 = None, str(row.get("image_sha256") or "")
+    if sha256 or card.takes_image and card.needs_image:
         if sha256 not in images:
             raise NotMade("its image is not among those of this manifest")
         image = FirstFrame(sha256=sha256, uri=images[sha256])

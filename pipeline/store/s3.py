@@ -231,8 +231,9 @@ class S3Store(Store):
 
     def create_from(self, other: Store, info: ObjectInfo, key: str) -> bool | None:
         """A copy within the server, of the object that was listed, if nothing has the key."""
-        is_here = isinstance(other, S3Store) and (other.endpoint_url, other.region) == (self.endpoint_url, self.region)
-        return copied(self, other, info, key) if is_here and info.etag and self.copies else None
+        if not isinstance(other, S3Store) or (other.endpoint_url, other.region) != (self.endpoint_url, self.region):
+            return None
+        return copied(self, other, info, key) if info.etag and self.copies else None
 
     @cached_property
     def copies(self) -> bool:
