@@ -126,7 +126,7 @@ def test_words_filters_and_sorts_choose_what_is_shown(page):
     asked(page, "Object.assign(dailies.query.wanted, {sort: '', shown: 'failed'})")
     assert shown(page) == ["row-8"]
     columns = page.run("[...document.querySelectorAll('#sort option')].map(each => each.value)")
-    assert {"quality.motion", "user.mood", "finished_at", "prompt", "id", "worker", "decision"} <= {*columns}
+    assert {"quality.motion", "user.mood", "finished_at", "prompt", "id", "worker"} <= {*columns}
 
 
 def test_a_filter_can_be_made_with_the_form(page):

@@ -29,8 +29,8 @@
   /* Columns as a select offers them: what was measured first, then the user's own, then the ledger's. */
   function offer(select, first) {
     const groups = { Measured: [], "Your columns": [], Ledger: [] };
-    for (const name of dailies.columns.keys()) {
-      if (HIDDEN.has(name)) continue;
+    for (const [name, about] of dailies.columns) {
+      if (HIDDEN.has(name) || about.const === null) continue;       // of a column that nobody filled there is no choice
       groups[name.startsWith("quality.") ? "Measured" : name.startsWith("user.") ? "Your columns" : "Ledger"].push(name);
     }
     select.replaceChildren(...first);

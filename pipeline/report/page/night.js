@@ -23,6 +23,9 @@
 
   const number = (value, digits = 0) => value.toLocaleString(undefined, { maximumFractionDigits: digits });
 
+  const money = (value, digits = 2) =>
+    `$${value.toLocaleString(undefined, { minimumFractionDigits: digits, maximumFractionDigits: digits })}`;
+
   function span(seconds) {
     if (seconds < 100) return `${number(seconds)} s`;
     const minutes = Math.round(seconds / 60);
@@ -43,7 +46,7 @@
     if (night.clips_per_hour) found.push([number(night.clips_per_hour, night.clips_per_hour < 10 ? 1 : 0), "clips per hour"]);
     if (night.worked_s) found.push([span(night.worked_s), "of work"]);
     found.push([span(said.duration_s), "to watch"], [size(said.bytes), "of clips"]);
-    if (said.cost !== null) found.push([`$${number(said.cost, 2)}`, `${number(said.gpu_hours, 1)} GPU hours`]);
+    if (said.cost !== null) found.push([money(said.cost), said.gpu_hours === 1 ? "1 GPU hour" : `${number(said.gpu_hours, 1)} GPU hours`]);
     else if (said.gpu_hours) found.push([number(said.gpu_hours, 1), "GPU hours"]);
     document.getElementById("figures").replaceChildren(...found.map(([value, name, kind]) => {
       const card = make(`div${kind ? `.${kind}` : ""}`, null, make("dd", value), make("dt", name));
@@ -152,14 +155,14 @@
     return card("Failures", list, make("p.calm", "After that the same render command makes them."));
   }
 
-  function money(said) {
+  function cost(said) {
     const lines = make("dl.lines");
     const line = (name, value) => lines.append(make("dt", name), make("dd", value));
     if (said.gpu_hours) line("GPU hours of work", number(said.gpu_hours, 2));
-    if (said.price !== null) line("Price of one", `$${number(said.price, 2)}`);
-    if (said.cost !== null) line("In all", `$${number(said.cost, 2)}`);
-    if (said.cost !== null && said.clips) line("A clip", `$${number(said.cost / said.clips, 4)}`);
-    if (said.cost !== null && said.duration_s) line("A second of video", `$${number(said.cost / said.duration_s, 4)}`);
+    if (said.price !== null) line("Price of one", money(said.price));
+    if (said.cost !== null) line("In all", money(said.cost));
+    if (said.cost !== null && said.clips) line("A clip", money(said.cost / said.clips, 4));
+    if (said.cost !== null && said.duration_s) line("A second of video", money(said.cost / said.duration_s, 4));
     if (!said.gpu_hours) return card("Cost", make("p.calm", "No GPU was used, or the ledger does not say how long."));
     const why = said.price === null ? "Say what a GPU hour costs: dailies report URI --price 2.50"
       : "Of the seconds in which a clip was worked on. What GPUs were held beyond that, render says when it ends.";
@@ -181,7 +184,7 @@
     if (night.per_hour.length) wide.append(pace(night), busy(night));
     wide.append(failures(said));
     const counted = lines => lines.map(([text, count]) => [text, number(count)]);
-    const narrow = make("div.narrow", null, money(said), ...pairs("Where it ran", counted(said.devices)),
+    const narrow = make("div.narrow", null, cost(said), ...pairs("Where it ran", counted(said.devices)),
       ...pairs("Not quite as asked", counted(said.fallbacks)), ...pairs("Noted on the way", counted(said.notes)),
       ...dailies.said.runs.slice(1).map(run => pairs(`Beside: ${run.name}`, [["run folder", run.uri], ["model", run.model],
         ["rows", number(run.rows)]])).flat(),

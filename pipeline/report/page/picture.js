@@ -26,7 +26,7 @@
 
   function show(picture, row) {
     stop(picture);
-    if (row.width && row.height) picture.style.aspectRatio = `${row.width} / ${row.height}`;
+    if (row.width && row.height) picture.style.setProperty("--ratio", row.width / row.height);
     picture.classList.toggle("none", !row.picture);
     picture.style.backgroundImage = row.picture ? `url(${JSON.stringify(row.picture)})` : "";
     poster(picture);

@@ -3,7 +3,7 @@
    counted out beforehand; scrolling makes those that come into sight and drops those that leave it. */
 
 (() => {
-  const GAP = 16, CAPTION = 64, HEADING = 44, AHEAD = 600;
+  const GAP = 16, CAPTION = { prompts: 64, ids: 48 }, HEADING = 44, AHEAD = 600;
   const sheet = document.getElementById("clips");
   const tiles = new Map();              // position in the view -> element
   const headings = new Map();           // line -> element
@@ -19,7 +19,7 @@
     const least = room < 560 ? 150 : 230;
     columns = Math.max(room < 560 ? 2 : 1, Math.floor((room + GAP) / (least + GAP)));
     width = Math.floor((room - GAP * (columns - 1)) / columns);
-    height = Math.round(width / shape()) + CAPTION;
+    height = Math.round(width / shape()) + (dailies.query.wanted.grouped ? CAPTION.ids : CAPTION.prompts);
     sheet.style.setProperty("--shape", String(shape()));
     lines = [];
     let top = 0;
