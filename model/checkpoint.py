@@ -136,12 +136,12 @@ def match(stored: Mapping[str, StoredTensor], wanted: Mapping[str, Tensor], tabl
     if misshapen:
         raise CheckpointError(f"{where}: {count(misshapen)} of another shape: {listed(misshapen)}. "
                               f"Is it another model's file?{kind}")
-    for kind, ours, dtypes in (("floating point", _FLOATS - {FP8}, _FLOATS), ("int8", {torch.int8}, {torch.int8}),
-                               ("FP8", {FP8}, {FP8})):
+    for sort, kinds, dtypes in (("floating point", _FLOATS - {FP8}, _FLOATS), ("int8", {torch.int8}, {torch.int8}),
+                                ("FP8", {FP8}, {FP8})):
         others = [f"{found[key].name} ({found[key].dtype})" for key, tensor in wanted.items()
-                  if tensor.dtype in ours and found[key].dtype not in dtypes]
+                  if tensor.dtype in kinds and found[key].dtype not in dtypes]
         if others:
-            raise CheckpointError(f"{where}: {count(others)} that must be {kind}: {listed(others)}")
+            raise CheckpointError(f"{where}: {count(others)} that must be {sort}: {listed(others)}")
     return found
 
 
@@ -154,7 +154,7 @@ def check_fp8_scales(stored: Mapping[str, StoredTensor], found: Mapping[str, Sto
     """Raises CheckpointError where a weight in FP8 that is wanted has scales of another kind."""
     for tensor in found.values():
         for kind in FP8_SCALES if tensor.dtype == FP8 else ():
-            scale = stored.get(scale_name(tensor.name, kind))
+            scale = stored.get(scale_name(tensor.name, kind) or "")
             if scale is None and kind == FP8_SCALES[0] or scale is not None and (
                     math.prod(scale.shape) != 1 or scale.dtype != torch.float32):
                 said = "missing" if scale is None else f"{list(scale.shape)} in {scale.dtype}"
@@ -165,7 +165,7 @@ def check_fp8_scales(stored: Mapping[str, StoredTensor], found: Mapping[str, Sto
 def fp8_scales(stored: Mapping[str, StoredTensor], found: Mapping[str, StoredTensor],
                wanted: Mapping[str, Tensor]) -> dict[str, float]:
     """By our name, what each weight that is widened as it is read is multiplied by."""
-    narrow = {key: stored[scale_name(tensor.name)] for key, tensor in found.items()
+    narrow = {key: stored[scale_name(tensor.name) or ""] for key, tensor in found.items()
               if tensor.dtype == FP8 and wanted[key].dtype != FP8}
     return {key: scale.reshape(()).item() for key, scale in views(narrow)}
 

@@ -1,6 +1,6 @@
 """The links of a transformer block by kernels, of layers in fp32, bf16 or INT8: one pass over memory each."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -128,7 +128,7 @@ def joined_norm(x: Tensor, updates: list[Update], norm: nn.LayerNorm, before: Li
         return modulated_norm(x, Affine(norm.weight, norm.bias, scale, shift), updates=updates, keep=keep,
                               output=before.takes, **how)
     stream = joined_stream(x, updates)
-    _, h = modulated_norm(stream, Affine(norm.weight, norm.bias), output=torch.float32, **how)
+    h: Any = modulated_norm(stream, Affine(norm.weight, norm.bias), output=torch.float32, **how)[1]
     h = h if scale is None else torch.addcmul(shift, h, 1 + scale)
     return stream, h if isinstance(before.takes, str) else h.to(before.takes)
 

@@ -19,14 +19,14 @@ class Levels(NamedTuple):
     """The time of each token: `times` [B, K] in [0, 1], and which of them each has, [B, N]; None: all have the one."""
 
     times: Tensor
-    index: Tensor | None = None
+    index: Tensor | None = None                         # type: ignore[assignment]
 
 
 class Modulation(NamedTuple):
     """Rows [B, K, R, D] by level, and which level each token has, as Levels."""
 
     rows: Tensor
-    index: Tensor | None = None
+    index: Tensor | None = None                         # type: ignore[assignment]
 
     def added(self, table: Tensor) -> tuple[Tensor, ...]:
         """The rows with a block's own table [R, D] added: each [B, 1, D], or [B, N, D] where tokens differ."""

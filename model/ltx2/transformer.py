@@ -52,12 +52,12 @@ class Conditions(NamedTuple):
     """What the blocks take of one stream beside its tokens."""
 
     context: Any                                        # [B, S, D], or what attention makes of it
-    ropes: Ropes
+    ropes: Any                                          # Ropes
     rows: Modulation                                    # [.., 6 or 9, D]
     time: Modulation                                    # [.., 1, D] for the head
     text_rows: Tensor | float                           # [B, 1, 2, D] of the context, or 0
-    cross_rows: Modulation | None                       # [.., 4, D]
-    cross_gate: Modulation | None                       # [.., 1, D]
+    cross_rows: Any                                     # Modulation [.., 4, D], or None where streams are apart
+    cross_gate: Any                                     # Modulation [.., 1, D], or None
 
 
 class LtxTransformer(nn.Module):
@@ -148,7 +148,8 @@ class LtxTransformer(nn.Module):
     def told(self, video: Modality, audio: Modality | None, ropes: Ropes, both: bool) -> Conditions:
         levels = as_levels(video.timesteps)
         rows, time = self.adaln_single(levels)
-        context, text_rows, cross = video.context, 0.0, (None, None)
+        context, text_rows = video.context, 0.0
+        cross: tuple[Any, Any] = (None, None)
         if self.config.caption_width and isinstance(context, Tensor):
             context = self.caption_projection(context)
         if self.config.modulated_text and self.config.prompt_adaln:
@@ -161,7 +162,8 @@ class LtxTransformer(nn.Module):
     def told_sound(self, audio: Modality, video: Modality, ropes: Ropes | None, both: bool) -> Conditions:
         levels = as_levels(audio.timesteps)
         rows, time = self.audio_adaln_single(levels)
-        context, text_rows, cross = audio.context, 0.0, (None, None)
+        context, text_rows = audio.context, 0.0
+        cross: tuple[Any, Any] = (None, None)
         if self.config.caption_width and isinstance(context, Tensor):
             context = self.audio_caption_projection(context)
         if self.config.modulated_text and self.config.prompt_adaln:
@@ -179,12 +181,12 @@ class LtxTransformer(nn.Module):
         return (rows(sigma if rule == "other" else own)[0],
                 gate(own if rule == "own" else sigma, self.config.gate_time_scale)[0])
 
-    def ropes(self, video: Modality, audio: Modality | None) -> tuple[Ropes, Ropes | None]:
+    def ropes(self, video: Modality | None, audio: Modality | None) -> tuple[Ropes, Ropes | None]:
         """The tables of both streams' positions."""
-        config, given = self.config, dict(theta=self.config.theta, halves=self.config.rope_halves,
-                                          exact=self.config.rope_exact)
+        config = self.config
+        given: dict[str, Any] = dict(theta=config.theta, halves=config.rope_halves, exact=config.rope_exact)
         most = (max(config.most[0], config.audio_most),)
-        tables = []
+        tables: list[Any] = []
         for stream, limits, width, heads in ((video, config.most, config.width, config.heads),
                                              (audio, (config.audio_most,), config.audio_width, config.audio_heads)):
             if stream is None:
@@ -232,7 +234,7 @@ class Side(NamedTuple):
     ff: FeedForward
     table: Tensor
     text_table: Tensor | None
-    cross_table: Tensor | None
+    cross_table: Any                                    # Tensor, or None in a model without sound
 
 
 class LtxBlock(nn.Module):
@@ -272,9 +274,10 @@ class LtxBlock(nn.Module):
             getattr(self, "audio_prompt_scale_shift_table", None), self.scale_shift_table_a2v_ca_audio,
         ) if with_sound else None
 
-    def forward(self, x: Any, y: Any, video: Conditions, audio: Conditions | None, *, skip_video: bool,
+    def forward(self, x: Any, y: Any, video: Conditions, audio: Any, *, skip_video: bool,
                 skip_audio: bool, both: bool) -> tuple[Any, Any]:
         """x, y: the streams of picture and sound [B, N, D] fp32, or what the block before returned.
+        audio: Conditions, or None.
 
         skip_video, skip_audio: see LtxTransformer.forward.  both: the streams attend to each other.
         """
