@@ -241,7 +241,7 @@ def test_a_clip_takes_the_memory_that_it_is_said_to_need(what, steps, height, wi
     """Measured in a process of its own, as its largest resident memory; what is freed is given back at once."""
     script = f"""
 import torch
-from dailies.jobs.bench.model import memory, reset_peak
+from dailies.jobs.bench.model import _memory as memory, reset_peak
 from dailies.model.wan.vae import WanVAE, WanVAEConfig, channels_last
 torch.set_num_threads(1)
 vae = channels_last(WanVAE(WanVAEConfig(width=32)).requires_grad_(False))
