@@ -122,10 +122,10 @@ def diffusers_forward(ours: WanDiT, precision: str, given: Inputs) -> Callable[[
 
 
 def in_turns(calls: dict[tuple[str, ...], Callable[[], Tensor]], device: str,
-             repeats: int = REPEATS) -> tuple[dict, dict]:
+             repeats: int | None = None) -> tuple[dict, dict]:
     """Seconds by the clock and of the processor, of each one's best; in turns, so that all meet the same machine."""
     wall, cpu = dict.fromkeys(calls, math.inf), dict.fromkeys(calls, math.inf)
-    for _ in range(repeats):
+    for _ in range(repeats or REPEATS):
         for way, call in calls.items():
             before = time.process_time()
             wall[way] = min(wall[way], seconds_of(call, device))
