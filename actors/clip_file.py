@@ -230,7 +230,7 @@ def check_clip(data: bytes, request: Request) -> ClipFile:
     """
     shape = request.shape
     found = check_file(data, width=shape.width, height=shape.height, frames=shape.frames, fps=request.fps,
-                       has_audio=request.settings.get("audio"))
+                       has_audio=None if (audio := request.settings.get("audio")) is None else bool(audio))
     differing = [name for name, said in provenance(request).items() if found.metadata.get(name, "") != said]
     if differing:
         raise NotThisClip(f"it says that it was made from another {', '.join(differing)}")

@@ -76,7 +76,7 @@ def test_help_imports_nothing_heavy():
     (["plan", "m.csv", "--out", "o", "--until", "7"], "--until must be a time of day such as 07:00"),
     (["plan", "m.csv", "--out", "o", "--max-gpu-hours", "-1"], "--max-gpu-hours must be greater than 0; got -1.0"),
     (["plan", "m.csv", "--out", "o", "--precision", "int4"],
-     "--precision must be 'fp32', 'bf16', 'int8' or 'auto'; got 'int4'"),
+     "--precision must be 'fp32', 'bf16', 'int8', 'fp8' or 'auto'; got 'int4'"),
     (["plan", "m.csv", "--out", "o", "--model", "dem"], "no model is called 'dem'. Did you mean demo?"),
     (["plan", "m.csv", "--out", "ftp://x"], "--out ftp://x: expected a local folder or s3://bucket/prefix"),
     (["submit", "m.csv", "--out", "s3://b/x"], "Missing option '--address'"),

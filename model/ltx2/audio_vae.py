@@ -130,10 +130,7 @@ class AudioResBlock(nn.Module):
         super().__init__()
         self.conv1 = CausalConv2d(channels_in, channels_out)
         self.conv2 = CausalConv2d(channels_out, channels_out)
-        if channels_in != channels_out:
-            self.nin_shortcut = CausalConv2d(channels_in, channels_out, 1)
-        else:
-            self.nin_shortcut = None
+        self.nin_shortcut = CausalConv2d(channels_in, channels_out, 1) if channels_in != channels_out else None
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv2(normed_silu(self.conv1(normed_silu(x))))

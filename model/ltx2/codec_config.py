@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dailies.model.files import CheckpointError
 from dailies.model.ltx2.config import Said
@@ -18,8 +18,9 @@ TensorShapes = Mapping[str, tuple[int, ...]]                  # by published nam
 
 MOST_BLOCKS, MOST_WIDTH = 64, 1 << 16                   # several times those of any release
 # of what the releases have always had, the value that this program computes with
-VIDEO_FIXED = dict(dims=3, in_channels=3, out_channels=3, norm_layer="pixel_norm", latent_log_var="uniform",
-                   timestep_conditioning=False, causal_decoder=False)
+VIDEO_FIXED: dict[str, bool | int | str] = dict(
+    dims=3, in_channels=3, out_channels=3, norm_layer="pixel_norm", latent_log_var="uniform",
+    timestep_conditioning=False, causal_decoder=False)
 STRIDES = {"space": (1, 2, 2), "time": (2, 1, 1), "all": (2, 2, 2)}
 MEL_FLOOR = 1e-5                                        # of a mel magnitude, before the logarithm
 
@@ -75,7 +76,9 @@ def _stages(*said: int | str) -> tuple[VideoStage, ...]:
     def stage(word: int | str) -> VideoStage:
         if isinstance(word, int):
             return VideoStage(layers=word)
-        kind, multiplier, plus = re.fullmatch(r"([a-z]+)(\d)(\+?)", word).groups()
+        found = re.fullmatch(r"([a-z]+)(\d)(\+?)", word)
+        assert found is not None, word
+        kind, multiplier, plus = found.groups()
         return VideoStage(stride=STRIDES[kind], multiplier=int(multiplier), residual=bool(plus))
     return tuple(map(stage, said))
 
@@ -387,14 +390,14 @@ class UpsamplerConfig:
     def of_shapes(cls, shapes: TensorShapes) -> "UpsamplerConfig":
         """3 x 3 places of a rational one are taken for x1.5, which has been released, and not for x0.75."""
         channels, width = _rows(shapes, "final_conv.weight"), _rows(shapes, "initial_conv.weight")
-        said = dict(channels=channels, width=width, blocks=_count(shapes, "res_blocks.{}.conv1.weight"))
+        said = cls(channels=channels, width=width, blocks=_count(shapes, "res_blocks.{}.conv1.weight"))
         if rows := shapes.get("upsampler.conv.weight", (0,))[0]:
             scale = {4: 2.0, 9: 1.5, 16: 4.0}.get(rows // width)
             if scale is not None:
-                return cls(**said, rational=True, scale=scale)
+                return replace(said, rational=True, scale=scale)
         plain = shapes.get("upsampler.0.weight", (0,))
         kind = {(4, 4): (True, False), (5, 2): (False, True), (5, 8): (True, True)}.get((len(plain), plain[0] // width))
         if kind is None:
             raise CheckpointError("upsampler.0.weight or upsampler.conv.weight must be there, with 2, 4 or 8 times the "
                                   f"{width} channels; is it another model's file?")
-        return cls(**said, spatial=kind[0], temporal=kind[1])
+        return replace(said, spatial=kind[0], temporal=kind[1])

@@ -76,8 +76,7 @@ class VideoVAE(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Of the weights."""
-        half = self.decoder or self.encoder
-        return half.conv_in.conv.weight.dtype
+        return next(self.parameters()).dtype
 
 
 class ChannelStatistics(nn.Module):
@@ -354,4 +353,5 @@ def only(config: VideoVAEConfig, halves: Sequence[str]) -> VideoVAEConfig:
         if not getattr(config, half):
             raise checkpoint.CheckpointError(f"the video VAE's {half} is wanted and the file has none; has it been cut "
                                              "to its other half?")
-    return replace(config, **{half: () for half in ("encoder", "decoder") if half not in halves})
+    return replace(config, encoder=config.encoder if "encoder" in halves else (),
+                   decoder=config.decoder if "decoder" in halves else ())

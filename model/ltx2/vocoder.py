@@ -167,11 +167,12 @@ class ExtendedVocoder(nn.Module):
 
     def __init__(self, config: VocoderConfig):
         super().__init__()
+        assert config.extension is not None, "a vocoder without extension is a Vocoder"
         self.sample_rate, self.hop = config.sample_rate, config.hop
         self.ratio = config.sample_rate // config.generator_rate
         self.vocoder = Generator(config.generator)
         self.bwe_generator = Generator(config.extension, bounded=False)
-        self.mel_stft = CausalMel(config)
+        self.mel_stft = CausalMel(config, config.extension.mel_bins)
 
     def forward(self, mel: Tensor) -> Tensor:
         """[B, C, S] in [-1, 1] at `sample_rate`.  mel [B, C, T, M]"""
@@ -185,11 +186,11 @@ class ExtendedVocoder(nn.Module):
 class CausalMel(nn.Module):
     """Log-mel frames of a waveform, each of the samples up to its own; Fourier and mel bases are stored."""
 
-    def __init__(self, config: VocoderConfig):
+    def __init__(self, config: VocoderConfig, mel_bins: int):
         super().__init__()
         frequencies = config.window // 2 + 1
         self.ahead, self.hop = config.window - config.hop, config.hop
-        self.register_buffer("mel_basis", torch.zeros(config.extension.mel_bins, frequencies))
+        self.register_buffer("mel_basis", torch.zeros(mel_bins, frequencies))
         self.stft_fn = FourierBasis(frequencies, config.window)
 
     def forward(self, sound: Tensor) -> Tensor:
