@@ -210,7 +210,7 @@ class Handler(BaseHTTPRequestHandler):
         length = self.headers.get("Content-Length", "")
         if not length.isascii() or not length.isdecimal() or self.headers.get("Transfer-Encoding"):
             raise Refusal(HTTPStatus.LENGTH_REQUIRED, "decisions come with their length")
-        if int(length[:12]) > MAX_PICKS_BYTES:
+        if len(length) > 12 or int(length) > MAX_PICKS_BYTES:
             raise Refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"at most {MAX_PICKS_BYTES:,} bytes are taken at a time")
         if self.headers.get_content_type() != "application/json":
             raise Refusal(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "decisions come as application/json")
