@@ -16,7 +16,7 @@ from dailies.model.schedules import rcm_sigmas
 SCHEDULE, GUIDERS = Golden("ltx2_schedule_a"), Golden("ltx2_guiders_a")
 
 
-@pytest.mark.parametrize("name", [name for name in SCHEDULE.outputs if name.startswith("sigmas.")])
+@pytest.mark.parametrize("name", sorted(name for name in SCHEDULE.outputs if name.startswith("sigmas.")))
 def test_the_schedule_is_the_releases(name):
     _, steps, tokens = name.split(".")
     tokens = tokens.removeprefix("tokens")
