@@ -11,6 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from test_run_folder import ask
 from tiny import TINY
 
 import dailies
@@ -93,3 +94,27 @@ def test_rows_without_ids_in_a_folder_of_before_are_known_by_their_position(fold
     assert sorted(dailies.read_ledger(run.store)["id"].to_pylist()) == list("01234")
     fresh = prepared(tmp_path / "new", rows=tmp_path / "rows.csv").plan
     assert {request.clip_id for request in fresh.requests()} == {request.clip_id for request in run.plan.requests()}
+
+
+def test_a_run_of_c717109_opens_in_every_command_of_the_morning(folder, tmp_path):
+    said = ask("status", folder)[1]
+    assert (said["done"], said["rows"]) == (2, 4)
+    assert ask("verify", folder)[1]["wrong"] == []
+    code, said, _ = ask("report", folder)
+    assert code == 0 and said["done"] == 2 and (folder / "report" / "index.html").is_file()
+    rows = {row["id"]: row for row in dailies.read_ledger(dailies.open_store(folder)).to_pylist()}
+    assert len(list(folder.glob("posters/*/*.webp"))) == 2     # of clips that were published before there were any
+    (tmp_path / "picks.json").write_text(json.dumps({"format": 1, "picks": [
+        {"id": "a", "seed": rows["a"]["seed"], "clip_id": rows["a"]["clip_id"], "decision": "redo",
+         "decided_at": "2026-11-30T08:00:00Z"}]}))
+    assert ask("pick", folder, "--from", tmp_path / "picks.json")[1]["kept"] == 1
+    assert ask("redo", folder, "--picks")[1]["to_make"] == 1
+    assert ask("drop", folder, "--where", "id = b")[1]["dropped"] == 1
+    run = prepared(folder)
+    assert len(list(run.render(stages_of(run)))) == 3           # a again, c and d
+    after = {row["id"]: row for row in dailies.read_ledger(run.store).to_pylist()}
+    assert sorted(after) == ["a", "c", "d"] and after["a"]["replaces"] == rows["a"]["clip_id"]
+    code, said, _ = ask("gc", folder, "--yes")
+    assert code == 0 and not {path.stem for path in folder.glob("clips/*/*.mp4")} & {
+        rows["a"]["clip_id"], rows["b"]["clip_id"]}
+    assert ask("verify", folder)[0] == 0
