@@ -179,7 +179,8 @@ def test_what_a_model_makes_at_its_largest_is_within_what_is_read(card):
         assert fits(value) is None
         assert len(packed(value, key, Seal())) < most_object_bytes(key, asked, fits) < 2**28
     four = 4 * sum(4 * math.prod(shape) for shape in shapes.values())       # as UniPC carries
-    assert four + 2**20 < most_object_bytes(key_of_request(SAVED_STEPS, asked), asked, fits) < 2**29
+    most = 2**30 if "audio" in shapes else 2**29        # those with sound make 20 s at 1088p
+    assert four + 2**20 < most_object_bytes(key_of_request(SAVED_STEPS, asked), asked, fits) < most
 
 
 @pytest.mark.parametrize("how", ["truncated", "flipped", "empty", "noise", "header"])

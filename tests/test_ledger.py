@@ -16,6 +16,7 @@ import pytest
 from dailies.actors.messages import Clip, Failure, Request
 from dailies.model.shapes import VideoShape
 from dailies.pipeline.run import ledger as ledgers
+from dailies.pipeline.run.judged import BESIDE
 from dailies.pipeline.run.ledger import (
     COLUMNS,
     Ledger,
@@ -174,7 +175,9 @@ def test_nothing_is_written_before_there_are_rows(store):
         ledger.tick()
         assert ledger.pending(keys("a")).num_rows == 1
     assert list(store.list()) == []
-    assert read(store).schema == COLUMNS and read(store, ["status", "id"]).column_names == ["status", "id"]
+    nothing = read(store)
+    assert nothing.select(COLUMNS.names).schema == COLUMNS and nothing.column_names == [*COLUMNS.names, *BESIDE]
+    assert read(store, ["status", "id"]).column_names == ["status", "id"]
 
 
 def test_rows_are_written_by_number_by_time_and_at_the_end(folder, monkeypatch):
@@ -302,7 +305,7 @@ def test_user_columns_are_carried_and_parts_read_as_one_dataset(folder, tmp_path
         "user.when": datetime(2026, 1, 2, 3, 4, 5, 123456), "user.bytes": b"\0\1", "user.a.b": 1}.items()
     assert last["user.a.b"] == 2 and last["user.tags"] is None
     assert table.schema.field("user.empty").type == pa.string()         # no reader stumbles over one without a type
-    assert read(folder).schema.names == table.schema.names
+    assert read(folder).schema.names == [*table.schema.names, *BESIDE]
     [first, *_] = read(folder, ["user.shot", "user.a.b"]).to_pylist()
     assert first == {"user.shot": {"lens": 35, "name": "x"}, "user.a.b": 1}
 

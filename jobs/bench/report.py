@@ -28,7 +28,7 @@ from dailies.actors.poster import poster, shown_frames
 from dailies.jobs.bench.chromium import Browser, NoBrowser
 from dailies.jobs.bench.pretend import pretend_request
 from dailies.model.shapes import VideoShape
-from dailies.pipeline.run.layout import clip_key, poster_key
+from dailies.pipeline.run.layout import RUN, clip_key, poster_key
 from dailies.pipeline.run.ledger import Ledger
 from dailies.pipeline.store import FolderStore
 
@@ -99,7 +99,7 @@ def rows() -> Iterator[tuple[str, dict[str, Any]]]:
 def make_night(folder: Path, clips: int) -> None:
     """A run folder of so many clips, with posters and files that are links to a few."""
     store = FolderStore(folder)
-    store.put("run.json", json.dumps({
+    store.put(RUN, json.dumps({
         "identity": {"model": "pretend"}, "rows": clips, "planned_rows": clips, "invalid_rows": 0, "clips": clips,
         "buckets": [], "more_buckets": 0, "job": {"price": 2.5}, "began_at": "2026-11-29T21:00:00+00:00"}).encode())
     how = np.random.default_rng(7)
