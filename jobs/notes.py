@@ -100,4 +100,4 @@ def next_steps(job: RenderJob, run: Run, bookkeeper: Bookkeeper, *, interrupted:
         following = min(bookkeeper.left_by_limit, job.limit)
         yield (f"Stopped at --limit {job.limit}; the same command makes the next {following:,}"
                + (f" of {bookkeeper.left_by_limit:,}." if bookkeeper.left_by_limit > following else "."))
-    yield f"Look at it with: dailies status {uri}; check every clip with: dailies verify {uri}"
+    yield f"See them all with: dailies report {uri}; check every clip with: dailies verify {uri}"
