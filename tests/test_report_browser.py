@@ -268,6 +268,15 @@ def test_the_night_says_what_failed_and_what_to_type(page, night):
     assert shown(page) == ["row-8"]
 
 
+@pytest.mark.parametrize("price", [None, 2.0])
+def test_gpu_hours_are_counted_as_they_are_shown(page, price):
+    said = "Object.assign(dailies.said.figures, {gpu_hours: %s, cost: %s}); dailies.night.figures(); 1"
+    for hours, shown in ((1, "1 GPU hour"), (1.04, "1 GPU hour"), (0.997, "1 GPU hour"), (0.04, "0.04 GPU hours"),
+                         (2.25, "2.3 GPU hours")):
+        page.run(said % (hours, "null" if price is None else price * hours))
+        assert page.run("document.querySelector('#figures').innerText").replace("\n", " ").strip().endswith(shown)
+
+
 def test_a_night_that_has_made_nothing_says_so(browser, tmp_path, capsys):
     run_folder(tmp_path / "out", clips=0, failed=0)
     report(capsys, tmp_path / "out")

@@ -23,6 +23,12 @@
 
   const number = (value, digits = 0) => value.toLocaleString(undefined, { maximumFractionDigits: digits });
 
+  /* A figure and what it counts: one hour where one is shown. */
+  function gpuHours(hours) {
+    const digits = hours < 1 ? 2 : 1;
+    return [number(hours, digits), Number(hours.toFixed(digits)) === 1 ? "GPU hour" : "GPU hours"];
+  }
+
   const money = (value, digits = 2) =>
     `$${value.toLocaleString(undefined, { minimumFractionDigits: digits, maximumFractionDigits: digits })}`;
 
@@ -46,8 +52,8 @@
     if (night.clips_per_hour) found.push([number(night.clips_per_hour, night.clips_per_hour < 10 ? 1 : 0), "clips per hour"]);
     if (night.worked_s) found.push([span(night.worked_s), "of work"]);
     found.push([span(said.duration_s), "to watch"], [size(said.bytes), "of clips"]);
-    if (said.cost !== null) found.push([money(said.cost), said.gpu_hours === 1 ? "1 GPU hour" : `${number(said.gpu_hours, 1)} GPU hours`]);
-    else if (said.gpu_hours) found.push([number(said.gpu_hours, 1), "GPU hours"]);
+    if (said.cost !== null) found.push([money(said.cost), gpuHours(said.gpu_hours).join(" ")]);
+    else if (said.gpu_hours) found.push(gpuHours(said.gpu_hours));
     document.getElementById("figures").replaceChildren(...found.map(([value, name, kind]) => {
       const card = make(`div${kind ? `.${kind}` : ""}`, null, make("dd", value), make("dt", name));
       return card;
