@@ -11,12 +11,9 @@
   ];
 
   /* A sentence that goes by itself. */
-  dailies.tell = (text, action) => {
+  dailies.tell = text => {
     const toast = one("toast");
-    toast.querySelector("span").textContent = text;
-    const button = toast.querySelector("button");
-    button.hidden = !action;
-    if (action) { button.textContent = action[0]; button.onclick = action[1]; }
+    toast.textContent = one("said").textContent = text;
     toast.hidden = false;
     clearTimeout(dailies.tell.timer);
     dailies.tell.timer = setTimeout(() => { toast.hidden = true; }, 4000);
