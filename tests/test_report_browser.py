@@ -129,6 +129,27 @@ def test_words_filters_and_sorts_choose_what_is_shown(page):
     assert {"quality.motion", "user.mood", "finished_at", "prompt", "id", "worker"} <= {*columns}
 
 
+def test_a_column_that_cannot_be_fetched_is_told_and_asked_for_again(page, night):
+    name = page.run("dailies.columns.get('quality.motion').files[0]")
+    file = night / "report" / name
+    content = file.read_bytes()
+    choose = ("(select => { select.value = 'quality.motion'; select.dispatchEvent(new Event('change')); })"
+              "(document.querySelector('#sort'))")
+    file.unlink()
+    try:
+        page.run(choose)
+        page.wait(f"document.querySelector('#toast').innerText.includes('{name} cannot be loaded')")
+        assert page.run("document.querySelector('#said').textContent").startswith(name)
+        assert not page.run("document.body.classList.contains('asking')")
+        assert len(page.complaints()) == 1 and "ERR_FILE_NOT_FOUND" in page.complaints()[0]
+    finally:
+        file.write_bytes(content)
+    page.events.clear()
+    page.run("document.querySelector('#direction').click()")
+    page.run(choose)
+    page.wait("dailies.here(dailies.query.view[0]).id === 'row-7'")
+
+
 def test_a_filter_can_be_made_with_the_form(page):
     page.run("document.querySelector('#add-filter').click()")
     page.run("(select => { select.value = 'user.mood'; select.dispatchEvent(new Event('change')); })"

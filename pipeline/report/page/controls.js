@@ -59,7 +59,7 @@
   }
 
   /* The question has changed: ask, and show what came. */
-  async function again({ keep = false } = {}) {
+  async function again() {
     for (const button of one("shown").children) {
       button.setAttribute("aria-checked", button.dataset.shown === wanted.shown);
     }
@@ -67,11 +67,14 @@
     document.body.classList.add("asking");
     try {
       if (!await dailies.query.run()) return;
+      await dailies.sheet.layout();
+    } catch (error) {
+      dailies.fail(error);
+      return;
     } finally {
       document.body.classList.remove("asking");
     }
-    await dailies.sheet.layout();
-    if (!keep) dailies.sheet.move(0, { focus: false });
+    dailies.sheet.move(0, { focus: false });
     const found = dailies.query.view.length;
     const whole = !wanted.words && !wanted.filters.length && wanted.shown === "all";
     one("count").textContent = whole ? `${found.toLocaleString()} ${found === 1 ? "row" : "rows"}`

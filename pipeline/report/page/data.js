@@ -98,7 +98,11 @@ window.dailies = {};
   const whole = new Map();
 
   function column(name) {
-    if (!whole.has(name)) whole.set(name, fetched(name));
+    if (!whole.has(name)) {
+      const mine = fetched(name);
+      mine.catch(() => whole.delete(name));             // whoever asks again fetches again
+      whole.set(name, mine);
+    }
     return whole.get(name);
   }
 

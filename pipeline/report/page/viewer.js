@@ -45,7 +45,7 @@
       if (mine !== at || !isOpen()) return;
       row = found;
       shownAt = asked;
-      if (side) abreast(); else alone();
+      if (side) abreast().catch(dailies.fail); else alone();
       about();
       for (let ahead = 1; ahead <= AHEAD; ahead += 1) {
         if (at + ahead < view.length) dailies.sheet.fill(view[at + ahead], dailies.picture.fetchAhead);
@@ -104,7 +104,7 @@
     const shot = { row: of, element, frame, picture, video: null };
     element.addEventListener("click", () => choose(shots.indexOf(shot), true));
     decided(shot);
-    if (of.status === "failed") told(shot);
+    if (of.status === "failed") told(shot).catch(dailies.fail);
     return shot;
   }
 
@@ -185,7 +185,7 @@
     note.disabled = !can;
     if (document.activeElement !== note) note.value = dailies.decisions.of(row).note;
     clearTimeout(about.later);
-    about.later = setTimeout(details, shownAt && performance.now() - shownAt < 400 ? 120 : 0);
+    about.later = setTimeout(() => details().catch(dailies.fail), shownAt && performance.now() - shownAt < 400 ? 120 : 0);
   }
 
   /* The columns are fetched when somebody stays, not for each clip that is passed. */
