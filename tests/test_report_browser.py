@@ -245,6 +245,10 @@ def test_decisions_of_a_served_page_go_straight_into_the_run_folder(browser, tmp
         open_page(browser, server.address)
         assert browser.run("[...document.querySelectorAll('.tile')].map(t => t.dataset.decision)") == [
             "pick", "redo", "", ""]
+        said = "document.querySelector('#judged-text').textContent"
+        browser.wait(f"{said} === '1 picked, 0 rejected, 1 to redo'")      # though this browser knows of none
+        keys(browser, "ArrowRight", "x")
+        assert browser.run(said) == "0 picked, 1 rejected, 1 to redo"
         assert browser.complaints() == []
         asked_of = {address.partition(server.token)[0] for address in browser.requested()} - {"about:blank"}
         assert asked_of == {f"http://127.0.0.1:{server.server_address[1]}/"}

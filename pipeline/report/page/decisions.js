@@ -5,6 +5,7 @@
 (() => {
   const DECISIONS = ["pick", "reject", "redo"];
   const own = new Map();                // key -> entry, made in this browser
+  const stored = new Map();             // key -> decision that the run folder has
   const past = [];                      // [key, entry or undefined], the last change at the end
   const listeners = [];
   let unsent = new Map();               // key -> entry, of a page that is served
@@ -27,6 +28,16 @@
         if (served && !entry.sent) send(name.slice(start.length), entry);       // the page was closed before it could
       } catch { /* of another program */ }
     }
+  }
+
+  /* What the run folder has is counted too; who has nothing there fetches nothing. */
+  async function openStored() {
+    const { files, const: same } = dailies.columns.get("decision") || {};
+    if (!files && !same) return;
+    for (const row of (await dailies.allPages()).flat()) {
+      if (row.decision && row.current && takes(row)) stored.set(keyOf(row), row.decision);
+    }
+    listeners.forEach(listener => listener(null));
   }
 
   /* What holds for a row: what was decided here, or what the run folder has. */
@@ -129,12 +140,13 @@
   addEventListener("pagehide", () => { if (unsent.size) flush(); });
 
   /* How many of each there are, of this browser and of the run folder together. */
-  function counts(total) {
+  function counts() {
     const found = { pick: 0, reject: 0, redo: 0 };
     for (const entry of own.values()) if (entry.decision) found[entry.decision] += 1;
+    for (const [key, decision] of stored) if (!own.has(key)) found[decision] += 1;
     return found;
   }
 
-  dailies.decisions = { DECISIONS, open, of, takes, decide, note, undo, download, counts, served, keyOf,
-    fileOf: () => fileOf(own), size: () => own.size, onChange: listener => listeners.push(listener) };
+  dailies.decisions = { DECISIONS, open, openStored, of, takes, decide, note, undo, download, counts, served,
+    size: () => own.size, onChange: listener => listeners.push(listener) };
 })();

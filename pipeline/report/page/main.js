@@ -183,7 +183,10 @@
       what.textContent = text;
       return [term, what];
     }));
-    dailies.decisions.onChange(row => { judged(); dailies.sheet.refresh(row); dailies.viewer.refresh(row); });
+    dailies.decisions.onChange(row => {
+      judged();
+      if (row) { dailies.sheet.refresh(row); dailies.viewer.refresh(row); }
+    });
   }
 
   async function begin() {
@@ -202,6 +205,7 @@
     await dailies.controls.again();
     document.body.classList.add("begun");
     dailies.begunAt = performance.now();
+    dailies.decisions.openStored().catch(dailies.fail);
   }
 
   begin().catch(error => {
