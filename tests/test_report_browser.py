@@ -65,6 +65,12 @@ def asked(browser, script):
     browser.run(f"({script}, dailies.controls.again())")
 
 
+def figures(browser):
+    """Each value above the contact sheet, and what it is of."""
+    return [tuple(pair) for pair in browser.run("[...document.querySelectorAll('#figures div')].map(each => "
+                                                "['dd', 'dt'].map(name => each.querySelector(name).textContent))")]
+
+
 def tiles(browser):
     return browser.run("document.querySelectorAll('.tile:not(.waits)').length")
 
@@ -79,7 +85,7 @@ def pixels(browser, selector):
 
 def test_it_opens_from_a_disk_and_asks_nobody(page, night):
     assert tiles(page) == 9 and page.run("document.title") == "out · dailies"
-    assert page.run("document.querySelector('#figures').innerText").split()[:3] == ["8", "clips", "done"]
+    assert figures(page)[0] == ("8", "clips done")
     time.sleep(0.2)
     seen = page.requested()
     assert len(seen) > 20 and [address for address in seen if not address.startswith(f"file://{night}/")] == []
@@ -220,6 +226,8 @@ def test_rows_of_one_prompt_stand_side_by_side_also_of_two_runs(page, night, tmp
     assert page.run("[...document.querySelectorAll('figcaption')].map(each => each.textContent)") == [
         "row-6 · seed 4611686018427387910", "row-7 · seed 4611686018427387911",
         "old · row-6 · seed 4611686018427387910", "old · row-7 · seed 4611686018427387911"]
+    current = page.run("[...document.querySelectorAll('.shot')].map(each => each.getAttribute('aria-current'))")
+    assert current == ["true", "false", "false", "false"]
     keys(page, "x", "p", "p")                           # the last is of the other run: it is judged in its own report
     decisions = page.run("[...document.querySelectorAll('.shot')].map(each => each.dataset.decision)")
     assert decisions == ["reject", "pick", "", ""]
@@ -261,9 +269,23 @@ def test_a_screen_reader_has_a_name_for_everything(page):
     nameless = [node["role"]["value"] for node in tree if not node.get("ignored") and node["role"]["value"] in (
         "button", "option", "textbox", "searchbox", "combobox", "radio", "tab", "dialog", "listbox", "tabpanel")
         and not node.get("name", {}).get("value")]
-    assert nameless == [] and {"option", "listbox", "tab", "searchbox", "radio"} <= roles
+    assert nameless == [] and {"option", "listbox", "tab", "searchbox", "group"} <= roles
     names = [node["name"]["value"] for node in tree if node["role"]["value"] == "option" and "name" in node]
     assert any(name.endswith("picked") for name in names) and any(name.endswith("Failed") for name in names)
+
+
+def test_a_screen_reader_has_options_alone_in_the_sheet_and_hears_which_buttons_are_pressed(page):
+    keys(page, "ArrowRight", "g")
+    page.wait("document.querySelector('.heading')")
+    tree = [node for node in page.call("Accessibility.getFullAXTree")["nodes"] if not node["ignored"]]
+    clips, = (node for node in tree if node["role"]["value"] == "listbox")
+    assert {said["name"]: said["value"]["value"] for said in clips["properties"]}["multiselectable"]
+    assert {node["role"]["value"] for node in tree if node["nodeId"] in clips["childIds"]} == {"option"}
+    pressed = {node["name"]["value"]: said["value"]["value"] for node in tree for said in node.get("properties", ())
+               if said["name"] == "pressed"}
+    assert (pressed["All"], pressed["Picked"], pressed["Descending"], pressed["Group by prompt"]) == (
+        "true", "false", "false", "true")
+    keys(page, "g")
 
 
 def test_a_phone_and_a_dark_room_have_their_own(page, night):
@@ -299,7 +321,7 @@ def test_gpu_hours_are_counted_as_they_are_shown(page, price):
     for hours, shown in ((1, "1 GPU hour"), (1.04, "1 GPU hour"), (0.997, "1 GPU hour"), (0.04, "0.04 GPU hours"),
                          (2.25, "2.3 GPU hours")):
         page.run(said % (hours, "null" if price is None else price * hours))
-        assert page.run("document.querySelector('#figures').innerText").replace("\n", " ").strip().endswith(shown)
+        assert " ".join(figures(page)[-1]).endswith(shown)
 
 
 def test_a_night_that_has_made_nothing_says_so(browser, tmp_path, capsys):

@@ -50,7 +50,6 @@
       .map(([name, text]) => {
         const button = document.createElement("button");
         button.textContent = text;
-        button.setAttribute("role", "radio");
         button.dataset.shown = name;
         button.onclick = () => { wanted.shown = name; again(); };
         return button;
@@ -61,7 +60,7 @@
   /* The question has changed: ask, and show what came. */
   async function again() {
     for (const button of one("shown").children) {
-      button.setAttribute("aria-checked", button.dataset.shown === wanted.shown);
+      button.setAttribute("aria-pressed", button.dataset.shown === wanted.shown);
     }
     chips();
     document.body.classList.add("asking");
@@ -143,7 +142,6 @@
     wanted.descending = !wanted.descending;
     const button = one("direction");
     button.textContent = wanted.descending ? "↓" : "↑";
-    button.setAttribute("aria-label", wanted.descending ? "Descending" : "Ascending");
     button.setAttribute("aria-pressed", wanted.descending);
     again();
   };

@@ -55,8 +55,7 @@
     if (said.cost !== null) found.push([money(said.cost), gpuHours(said.gpu_hours).join(" ")]);
     else if (said.gpu_hours) found.push(gpuHours(said.gpu_hours));
     document.getElementById("figures").replaceChildren(...found.map(([value, name, kind]) => {
-      const card = make(`div${kind ? `.${kind}` : ""}`, null, make("dd", value), make("dt", name));
-      return card;
+      return make(`div${kind ? `.${kind}` : ""}`, null, make("dt", name), make("dd", value));      // drawn upside down
     }));
   }
 

@@ -93,8 +93,9 @@
   const drawSoon = () => { if (!due) { due = true; requestAnimationFrame(draw); } };
 
   function heading(line) {
-    const element = document.createElement("h2");
+    const element = document.createElement("div");
     element.className = "heading";
+    element.setAttribute("aria-hidden", "true");        // a listbox has options alone, and each says its prompt
     element.style.transform = `translateY(${line.top}px)`;
     const many = document.createElement("span");
     many.textContent = line.count === 1 ? "1 clip" : `${line.count} clips`;

@@ -168,7 +168,7 @@
   }
 
   function mark() {
-    for (const [number, shot] of shots.entries()) shot.element.toggleAttribute("aria-current", number === chosen);
+    for (const [number, shot] of shots.entries()) shot.element.setAttribute("aria-current", number === chosen);
     if (shots[chosen]) shots[chosen].element.scrollIntoView({ block: "nearest" });
   }
 
