@@ -116,6 +116,16 @@ def test_a_report_says_what_the_ledger_says(tmp_path, capsys):
     assert "ORIGINS" not in (folder / "index.html").read_text()
 
 
+def test_what_run_json_says_is_written_whatever_characters_it_has(tmp_path, capsys):
+    store = run_folder(tmp_path / "out")
+    run = json.loads(store.get("run.json"))
+    store.delete("run.json")
+    store.put("run.json", json.dumps(run | {"job": {"until": "\ud800 07:00", "</script>": "\u2028"}}).encode())
+    report(capsys, tmp_path / "out")
+    assert head_of(tmp_path / "out/report")["about"]["How it began"][1:] == [["until", "? 07:00"],
+                                                                            ["</script>", "\u2028"]]
+
+
 def test_what_has_not_changed_is_not_written_again(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(columns, "PAGE_ROWS", 2)
     store = run_folder(tmp_path / "out")

@@ -34,7 +34,7 @@ from dailies.pipeline.store import FolderStore, S3Store, Store
 PAGE = Path(__file__).parent / "page"   # index.html, styles and scripts, as they are written
 FORMAT = 1                              # of the data, which the page's scripts read
 HEAD_FILE = "data/head.js"
-FILE_WRITERS = 8                             # files written at a time
+FILE_WRITERS = 8                        # files written at a time
 KEPT_S = 3600.0                        # after which a file that no head names any more is removed
 MOST_SAID, MOST_LENGTH = 80, 400        # settings shown of run.json, and characters of one
 
@@ -246,7 +246,7 @@ def head_of(sources: Sequence[Source], bases: Sequence[str | None], tables: Sequ
         "sheet": {"rows": made.rows, "page_rows": PAGE_ROWS, "block_rows": BLOCK_ROWS, "columns": made.columns,
                   "pages": made.pages}}
     text = json.dumps(head, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return f"dailies.head({text});\n".encode()
+    return f"dailies.head({text});\n".encode(errors="replace")      # JSON can hold half a surrogate pair
 
 
 def name_of(store: Store) -> str:
