@@ -24,7 +24,7 @@ FLAGS = ("--headless=new", "--no-first-run", "--no-default-browser-check", "--di
 BROWSER_ANSWER_S = 60.0
 # keys that are no letters: code, number
 NAMED_KEYS = {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, "Enter": 13, "Escape": 27, "Tab": 9,
-         "Home": 36, "End": 35, " ": 32}
+              "Home": 36, "End": 35, " ": 32}
 
 
 class NoBrowser(RuntimeError):
@@ -49,6 +49,7 @@ class Browser:
     def __init__(self, width: int = 1280, height: int = 800, *, scale: float = 1.0, dark: bool = False,
                  phone: bool = False):
         """Raises NoBrowser."""
+        program = chromium()
         self.folder = tempfile.mkdtemp(prefix="dailies-browser-")
         self.numbers = itertools.count(1)
         self.answers: dict[int, queue.SimpleQueue] = {}
@@ -63,7 +64,7 @@ class Browser:
 
         root = ["--no-sandbox"] if os.geteuid() == 0 else []
         self.process = subprocess.Popen(
-            [chromium(), *FLAGS, *root, f"--user-data-dir={self.folder}", "about:blank"], preexec_fn=place,
+            [program, *FLAGS, *root, f"--user-data-dir={self.folder}", "about:blank"], preexec_fn=place,
             close_fds=False, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             env={**os.environ, "HOME": self.folder})
         os.close(theirs_in)

@@ -13,7 +13,7 @@ from dailies.pipeline.run.pace import LEAST_RATE_S
 
 SLICES = (12, 72)                       # of the night, in its pictures: of few clips, and of many
 LATE_FIRST = ("publish_s", "decode_s", "sample_s", "encode_s")     # a clip's stages, the last first
-EXAMPLES, MOST_KINDS = 3, 40                 # rows named of a failure; kinds of failures told one by one
+EXAMPLES, MOST_KINDS = 3, 40            # rows named of a failure; kinds of failures told one by one
 
 
 def figures(table: pa.Table, counts: Mapping[str, Any], price: float | None) -> dict[str, Any]:

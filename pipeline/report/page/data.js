@@ -90,7 +90,7 @@ window.dailies = {};
     return here(index);
   }
 
-  /* All pages; told of each that has come. */
+  /* All pages. */
   const allPages = () => Promise.all(said.sheet.pages.map((_, number) => page(number)));
 
   // Columns: one value for each row.

@@ -198,5 +198,5 @@
       make("div.columns", null, wide, narrow));
   }
 
-  dailies.night = { figures, show, span, number, size };
+  dailies.night = { figures, show, size };
 })();

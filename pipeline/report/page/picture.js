@@ -20,16 +20,11 @@
   function element(row) {
     const picture = document.createElement("div");
     picture.className = "picture";
-    show(picture, row);
-    return picture;
-  }
-
-  function show(picture, row) {
-    stop(picture);
     if (row.width && row.height) picture.style.setProperty("--ratio", row.width / row.height);
     picture.classList.toggle("none", !row.picture);
     picture.style.backgroundImage = row.picture ? `url(${JSON.stringify(row.picture)})` : "";
     poster(picture);
+    return picture;
   }
 
   function poster(picture) {
@@ -58,5 +53,5 @@
     poster(picture);
   }
 
-  dailies.picture = { element, show, play, stop, frame, fetchAhead, FRAMES: PLACES.length };
+  dailies.picture = { element, play, stop, frame, fetchAhead, FRAMES: PLACES.length };
 })();

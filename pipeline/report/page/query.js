@@ -61,7 +61,7 @@
       const current = await dailies.column("current");
       tests.push(index => current[index]);              // what a newer take has replaced is seen side by side
     }
-    if (wanted.shown === "failed" || wanted.shown === "done") {
+    if (wanted.shown === "failed") {
       const status = await dailies.column("status");
       tests.push(index => status[index] === wanted.shown);
     } else if (wanted.shown !== "all") {

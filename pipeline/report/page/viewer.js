@@ -151,7 +151,6 @@
       if (!video) continue;
       if (playing) { if (side) video.currentTime = 0; start(video); } else video.pause();
     }
-    viewer.classList.toggle("playing", playing);
   }
 
   function choose(number, byHand) {
@@ -257,7 +256,7 @@
     step(to.clientX < from.clientX ? 1 : -1);
   }, { passive: true });
 
-  dailies.viewer = { open, close, go, step, toggle, toggleSide, toggleSound, refresh, keepNote,
+  dailies.viewer = { open, close, go, step, toggle, toggleSide, toggleSound, refresh,
     focusNote: () => one("note").focus(), get isOpen() { return isOpen(); }, get row() { return row; },
-    get position() { return at; }, get side() { return side; } };
+    get position() { return at; } };
 })();
