@@ -21,7 +21,8 @@ from dailies.model.ltx2.config import DIT_PREFIX, ConnectorsConfig, LtxConfig, l
 from dailies.model.ltx2.connectors import TextConnectors
 from dailies.model.ltx2.header import LtxHeader
 from dailies.model.ltx2.keys import connectors_table, transformer_table
-from dailies.model.ltx2.lora import apply_loras, read_lora
+from dailies.model.ltx2.lora import read_lora
+from dailies.model.ltx2.refine import SecondStage
 from dailies.model.ltx2.rope import audio_positions, video_positions
 from dailies.model.ltx2.transformer import LtxTransformer, Modality, TextKeys
 from dailies.model.packed import PackedInt8Linear
@@ -256,13 +257,14 @@ def test_a_lora_is_added_in_the_weights_own_numbers_and_a_layer_in_fp8_gets_a_ne
                       precision=precision, attention="dense", sparsity=Sparsity(keep_ratio=0.5))
     lora = read_lora(lora_file(tmp_path, dit), 0.5, "golden")
     before = {place: weight_of(dit.get_submodule(place)).clone() for place in PLACES}
-    apply_loras(dit, [lora])
-    for place in PLACES:
-        layer, (a, b) = dit.get_submodule(place), lora.pairs[place]
-        added, dtype = weight_of(layer) - before[place], layer.weight.dtype
-        assert error(added, 0.5 * b @ a) < {torch.float32: 1e-6, FP8: 0.1}.get(dtype, 0.02)
-        if dtype == FP8:
-            assert layer.weight.float().abs().max() == 448
+    with SecondStage(dit, lora, "cpu")():
+        for place in PLACES:
+            layer, (a, b) = dit.get_submodule(place), lora.pairs[place]
+            added, dtype = weight_of(layer) - before[place], layer.weight.dtype
+            assert error(added, 0.5 * b @ a) < {torch.float32: 1e-6, FP8: 0.1}.get(dtype, 0.02)
+            if dtype == FP8:
+                assert layer.weight.float().abs().max() == 448
+    assert all(torch.equal(weight_of(dit.get_submodule(place)), before[place]) for place in PLACES)
 
 
 def weight_of(layer):
@@ -276,7 +278,7 @@ def test_a_lora_of_another_model_is_refused_before_anything_is_changed(tmp_path)
     other = transformer_of(Golden(GOLDENS[0]))
     other.transformer_blocks[0].attn1.to_q = torch.nn.Linear(48, 48)
     with pytest.raises(CheckpointError, match=r"1 of its 2 layers are not .*attn1.to_q \(48 x 48, 32 x 32"):
-        apply_loras(dit, [read_lora(lora_file(tmp_path, other), 1.0, "golden")])
+        SecondStage(dit, read_lora(lora_file(tmp_path, other), 1.0, "golden"), "cpu")
     assert torch.equal(before, dit.state_dict()["transformer_blocks.0.attn1.to_q.weight"])
     checkpoint.save(tmp_path / "not.safetensors", {"lora_unet_attn.lora_down.weight": torch.ones(2, 2)})
     with pytest.raises(CheckpointError, match="must hold nothing but diffusion_model.LAYER.lora_A.weight"):

@@ -4,7 +4,7 @@ Letters  R rank, O and I outputs and inputs of a layer
 Source   LTX-2, ltx-core 1.2: W + strength * B A; without an alpha
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,28 +62,16 @@ def read_lora(path: Path, strength: float, name: str) -> Lora:
     return Lora(where=where, pairs=pairs, strength=strength)
 
 
-def with_loras(place: str, module: nn.Module, loras: Sequence[Lora]) -> nn.Module:
-    """The layer of that name, changed in place, where the LoRAs change it. Check them first.
+def add_lora(layer: nn.Module, place: str, lora: Lora) -> None:
+    """Change the layer of that name, in place. Check the LoRA first; the layer is not in INT8.
 
     In the weight's own dtype: the product is rounded to it, and so is the sum. A layer in FP8 is given a new scale.
     """
-    found = [(lora, lora.pairs[place]) for lora in loras if place in lora.pairs]
-    weight = module.weight if found else None
-    if weight is None or weight.is_meta:
-        return module
-    dtype = torch.bfloat16 if isinstance(module, Fp8Linear) else weight.dtype
-    deltas = [(b.to(weight.device, dtype) * lora.strength) @ a.to(weight.device, dtype) for lora, (a, b) in found]
-    delta = sum(deltas[1:], start=deltas[0])
-    if isinstance(module, Fp8Linear):
-        module.weight, module.weight_scale = fp8_of(module.widened() + delta)
+    a, b = lora.pairs[place]
+    narrow, weight = isinstance(layer, Fp8Linear), layer.weight
+    dtype = torch.bfloat16 if narrow else weight.dtype
+    delta = (b.to(weight.device, dtype) * lora.strength) @ a.to(weight.device, dtype)
+    if narrow:
+        layer.weight, layer.weight_scale = fp8_of(layer.widened() + delta)
     else:
-        module.weight = nn.Parameter(weight + delta, requires_grad=False)
-    return module
-
-
-def apply_loras(model: nn.Module, loras: Sequence[Lora]) -> None:
-    """To a loaded model with layers that are not INT8.  Raises CheckpointError, before anything is changed."""
-    for lora in loras:
-        lora.check(model)
-    for place, module in model.named_modules():
-        with_loras(place, module, loras)
+        layer.weight = nn.Parameter(weight + delta, requires_grad=False)

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from dailies.model.ltx2.lora import Lora, with_loras
+from dailies.model.ltx2.lora import Lora, add_lora
 from dailies.model.offload import HostCopy
 
 _CHANGED = ("weight", "weight_scale")                   # of a layer, by a LoRA
@@ -34,7 +34,7 @@ class SecondStage:
         host = {id(weight): copy for weight, copy in self.kept.pairs} if self.kept else {}
         try:
             for place, layer in self.layers.items():
-                with_loras(place, layer, [self.lora])
+                add_lora(layer, place, self.lora)
                 for weight in plain[place].values():
                     if id(weight) in host:
                         _put(weight, host[id(weight)])

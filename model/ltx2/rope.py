@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 VIDEO_STRIDES = (8, 32, 32)                             # of the VAE: frames, pixel rows, pixel columns of a latent cell
-AUDIO_SECONDS = 0.01                                    # of a row of the mel spectrogram, of which a latent covers four
-AUDIO_STRIDE = 4
+AUDIO_STRIDE = 4                                        # rows of the mel spectrogram that an audio latent covers
 
 
 class RotaryTable(NamedTuple):

@@ -141,43 +141,6 @@ def _with_context(span: Span, length: int) -> slice:
     return slice(max(0, span.start - CONTEXT), min(length, span.stop + CONTEXT))
 
 
-def encode_tiles(vae: VideoVAE, pixels: Tensor, size: TileSize) -> Tensor:
-    """vae.encode(pixels) in tiles, of which the middles are put beside each other: nothing is blended.
-
-    Tiles share two cells and more: 16 frames, 64 pixels.
-    """
-    time, rows, columns = vae.config.strides
-    cells = ((pixels.shape[2] - 1) // time + 1, pixels.shape[3] // rows, pixels.shape[4] // columns)
-    whole: Tensor | None = None
-    # a step is made of frames before it, so in time only the beginning of a tile is another's
-    for steps, top, bottom in _cut(cells[0], size.steps, before=2, behind=0):
-        for down, above, below in _cut(cells[1], size.height, before=2, behind=2):
-            for across, left, right in _cut(cells[2], size.width, before=2, behind=2):
-                seen = pixels[:, :, time * steps.start:time * (steps.stop - 1) + 1, rows * down.start:rows * down.stop,
-                              columns * across.start:columns * across.stop]
-                tile = vae.encode(seen)
-                if tile.shape[2:] == cells:
-                    return tile
-                if whole is None:
-                    whole = tile.new_empty(*tile.shape[:2], *cells)
-                whole[:, :, top:bottom, above:below, left:right] = tile[
-                    :, :, top - steps.start:bottom - steps.start, above - down.start:below - down.start,
-                    left - across.start:right - across.start]
-    assert whole is not None
-    return whole
-
-
-def _cut(length: int, size: int, before: int, behind: int) -> Iterator[tuple[slice, int, int]]:
-    """Cells that are coded together, at most `size`, and which of them, first to last, are kept."""
-    if length <= size:
-        yield slice(0, length), 0, length
-        return
-    kept = max(1, size - before - behind)
-    for first in range(0, length, kept):
-        last = min(first + kept, length)
-        yield slice(max(0, first - before), min(last + behind, length)), first, last
-
-
 def release_tile(height: int, width: int, steps: int) -> TileSize:
     """The size of a tile as the release cuts: its longer side along the picture's, the other in proportion."""
     return _tile(_LONG, _STEPS, height, width, steps)

@@ -6,7 +6,7 @@ Source   LTX-2 releases 2.0 to 2.5, VideoEncoder and ConvVideoDecoder. Module na
 The encoder sees no later frame, the decoder does. There is no attention and no learned norm: what decides the time is
 the convolutions, and how often what lies between them crosses memory. So a norm and its SiLU are written frame by frame
 straight into the window that the next convolution reads, edges included (`PaddedConv`), with a pixel's channels
-adjacent. A clip too large for the memory is coded in tiles (vae_tiles.py).
+adjacent. A clip too large for the memory is decoded in tiles (vae_tiles.py).
 """
 
 from collections.abc import Sequence
