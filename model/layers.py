@@ -89,8 +89,8 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def rotate_halves(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn each channel of a head's first half with that of its second.  x [B, N, heads, head_dim]; cos and sin
-    [1 or B, N, heads, head_dim / 2]."""
+    """Turn each channel of a head's first half with that of its second.  x [.., head_dim]; cos and sin
+    [.., head_dim / 2], of the same axes or 1."""
     cos, sin = table
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)

@@ -118,8 +118,8 @@ def test_the_vocoders_give_the_sound_of_diffusers():
 
 @pytest.mark.parametrize("change, said", [
     (dict(), dict(use_rational_resampler=False)), (dict(rational=True, scale=1.5), dict(rational_spatial_scale=1.5)),
-    (dict(rational=True), dict()), (dict(spatial=False, temporal=True), dict(spatial_upsample=False,
-                                                                           temporal_upsample=True))])
+    (dict(rational=True), dict()), (dict(temporal=True), dict(temporal_upsample=True)),
+    (dict(spatial=False, temporal=True), dict(spatial_upsample=False, temporal_upsample=True))])
 def test_the_upsampler_gives_the_latents_of_diffusers(change, said):
     ours = randomised(LatentUpsampler(UpsamplerConfig(channels=8, width=32, blocks=1, **change)), 1)
     from diffusers.pipelines.ltx2.latent_upsampler import LTX2LatentUpsamplerModel

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dailies.model.files import CheckpointError
 from dailies.model.keys import KeyTable
-from dailies.model.layers import Linear
+from dailies.model.layers import Linear, rotate_halves
 
 # Of a config: the names of its sizes, and the largest that there could be; the 12B has 48 layers and 262,208 pieces.
 LARGEST_GEMMA = dict(vocab_size=2**21, hidden_size=2**16, intermediate_size=2**18, num_hidden_layers=256,
@@ -212,13 +212,6 @@ class GemmaAttention(nn.Module):
         """h [n, D] -> [n, D]."""
         q, k, v = (layer(h).unflatten(-1, (-1, self.config.head_dim)).transpose(0, 1)
                    for layer in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = (half_turned(norm(x), rope).to(v.dtype) for x, norm in ((q, self.q_norm), (k, self.k_norm)))
+        q, k = (rotate_halves(norm(x), rope).to(v.dtype) for x, norm in ((q, self.q_norm), (k, self.k_norm)))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.config.query_scale, enable_gqa=True)
         return self.o_proj(y.transpose(0, 1).flatten(1))
-
-
-def half_turned(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """x [heads, n, head_dim]: each channel of the first half turned with that of the second."""
-    cos, sin = rope
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dailies.model import checkpoint
 from dailies.model.ltx2 import codec_keys
 from dailies.model.ltx2.codec_config import RATIOS, UpsamplerConfig
+from dailies.model.ltx2.video_vae import depth_to_space
 from dailies.model.wan.vae import as_clip, as_frames, channels_last, convolve
 
 GROUPS = 32                                             # of every norm
@@ -41,7 +42,7 @@ class LatentUpsampler(nn.Module):
         x = F.silu(_normed(self.initial_norm, convolve(self.initial_conv, latent.to(self.initial_conv.weight.dtype))))
         for block in self.res_blocks:
             x = block(x)
-        x = self.upsampler(x)[:, :, 1:] if self.config.temporal else as_clip(self.upsampler(as_frames(x)), len(x))
+        x = self.upsampler(x) if self.config.temporal else as_clip(self.upsampler(as_frames(x)), len(x))
         for block in self.post_upsample_res_blocks:
             x = block(x)
         return convolve(self.final_conv, x).float()
@@ -75,23 +76,15 @@ class RationalResampler(nn.Module):
         return F.conv2d(x, kernel, stride=self.step, padding=len(BINOMIAL) // 2, groups=x.shape[1])
 
 
-class FrameShuffle(nn.Module):
-    """Channels (c, row, column) of frames [N, 4C, H, W] to places: [N, C, 2H, 2W]."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.pixel_shuffle(x, 2)
-
-
 class ClipShuffle(nn.Module):
-    """Channels (c, t, h, w) of clips to places."""
+    """Channels (c, t, h, w) of clips to places; where it doubles time, without the first frame."""
 
     def __init__(self, factors: tuple[int, int, int]):
         super().__init__()
         self.factors = factors
 
     def forward(self, x: Tensor) -> Tensor:
-        cells = x.unflatten(1, (-1, *self.factors)).permute(0, 1, 5, 2, 6, 3, 7, 4)
-        return cells.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+        return depth_to_space(x, self.factors)
 
 
 def _enlarging(config: UpsamplerConfig) -> nn.Module:
@@ -103,7 +96,7 @@ def _enlarging(config: UpsamplerConfig) -> nn.Module:
         return nn.Sequential(nn.Conv3d(width, 2 * width, 3, padding=1), ClipShuffle((2, 1, 1)))
     if config.rational:
         return RationalResampler(width, config.scale)
-    return nn.Sequential(nn.Conv2d(width, 4 * width, 3, padding=1), FrameShuffle())
+    return nn.Sequential(nn.Conv2d(width, 4 * width, 3, padding=1), nn.PixelShuffle(2))
 
 
 def _normed(norm: nn.GroupNorm, x: Tensor) -> Tensor:
