@@ -72,7 +72,7 @@ def test_rotary_tables_and_positions_are_those_of_the_release_to_the_last_bit(na
     fps = Fraction(golden.config["fps"])
     assert torch.equal(video_positions(tuple(golden.config["video_grid"]), fps), video.positions)
     assert torch.equal(audio_positions(golden.config["audio_frames"]), audio.positions)
-    picture, sound = transformer_of(golden).ropes(video, audio)
+    picture, sound = transformer_of(golden).ropes(video.positions, audio.positions)
     for place, table in (("video", picture.own), ("cross_video", picture.cross), ("audio", sound.own)):
         assert torch.equal(table.cos.transpose(1, 2), golden.outputs[f"rope_{place}_cos"])
         assert torch.equal(table.sin.transpose(1, 2), golden.outputs[f"rope_{place}_sin"])
@@ -317,4 +317,4 @@ def test_a_text_that_is_read_once_a_clip_changes_nothing(name):
     contexts = dit.read(video.context), dit.read(audio.context, audio=True)
     assert isinstance(contexts[0], TextKeys) is not dit.config.modulated_text
     kept = replace(video, context=contexts[0]), replace(audio, context=contexts[1])
-    assert all(map(torch.equal, dit(*kept, ropes=dit.ropes(video, audio)), dit(video, audio)))
+    assert all(map(torch.equal, dit(*kept, ropes=dit.ropes(video.positions, audio.positions)), dit(video, audio)))

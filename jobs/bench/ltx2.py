@@ -81,7 +81,7 @@ def our_call(dit: LtxTransformer, given: dict[str, Tensor]) -> Callable[[], tupl
         Modality(given[stream], Levels(sigma[:, None]), sigma, places,
                  dit.read(given[f"{stream}_text"], audio=stream == "audio"))
         for stream, places in (("video", video_positions(GRID, 24.0)), ("audio", audio_positions(SOUND_TOKENS))))
-    ropes = dit.ropes(video, audio)
+    ropes = dit.ropes(video.positions, audio.positions)
     return lambda: dit(video, audio, ropes=ropes)
 
 

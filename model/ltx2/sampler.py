@@ -167,9 +167,7 @@ class LtxSampler:
         positions = {_VIDEO: video_positions(grid, self.card.fps).to(self.device)}
         if _AUDIO in clip:
             positions[_AUDIO] = audio_positions(clip[_AUDIO].shape[1]).to(self.device)
-        nothing = torch.zeros((), device=self.device)
-        streams = {stream: Modality(nothing, nothing, nothing, places, nothing) for stream, places in positions.items()}
-        ropes, keyframes = self.dit.ropes(streams[_VIDEO], streams.get(_AUDIO)), None
+        ropes, keyframes = self.dit.ropes(positions[_VIDEO], positions.get(_AUDIO)), None
         if self.dit.config.keyframes:
             keyframes = torch.zeros(grid, device=self.device)
             keyframes[0] = 1

@@ -107,18 +107,18 @@ class LtxTransformer(nn.Module):
 
         audio: None leaves the other stream out, whose picture is then another.  skip_video, skip_audio: blocks in which
         a stream's attention to itself gives each token its own value (STG).  isolated: the streams do not attend to
-        each other.  ropes: of self.ropes(video, audio), where they are kept.
+        each other.  ropes: of self.ropes, where they are kept.
         Raises ValueError for sound that this model was made without.
         """
         if audio is not None and not self.config.audio:
             raise ValueError("this transformer was made without sound: give it no audio, or set LtxConfig.audio")
         both = audio is not None and not isolated
-        tables = ropes or self.ropes(video, audio)
-        told = self.told(video, audio, tables[0], both)
+        tables = ropes or self.ropes(video.positions, None if audio is None else audio.positions)
+        told = self.told(video, audio if both else None, tables[0])
         x = self.embedded(video)
         y = heard = None
         if audio is not None:
-            heard = self.told_sound(audio, video, tables[1], both)
+            heard = self.told(audio, video if both else None, tables[1], sound=True)
             y = self.audio_patchify_proj(audio.latent).float()
         for place, block in enumerate(self.transformer_blocks):
             x, y = block(x, y, of_block(told, place), of_block(heard, place), skip_video=place in skip_video,
@@ -145,54 +145,42 @@ class LtxTransformer(nn.Module):
             x = x + (video.keyframes > 0)[..., None] * self.keyframes_abs_pos_embedding
         return x
 
-    def told(self, video: Modality, audio: Modality | None, ropes: Ropes, both: bool) -> Conditions:
-        levels = as_levels(video.timesteps)
-        rows, time = self.adaln_single(levels)
-        context, text_rows = video.context, 0.0
+    def told(self, own: Modality, other: Modality | None, ropes: Ropes | None, *, sound: bool = False) -> Conditions:
+        """Of the picture, or the sound.  other: the stream that it attends to, if any."""
+        before, stream, gate = ("audio_", "audio", "v2a") if sound else ("", "video", "a2v")
+        levels = as_levels(own.timesteps)
+        rows, time = self.get_submodule(f"{before}adaln_single")(levels)
+        context, text_rows = own.context, 0.0
         cross: tuple[Any, Any] = (None, None)
         if self.config.caption_width and isinstance(context, Tensor):
-            context = self.caption_projection(context)
+            context = self.get_submodule(f"{before}caption_projection")(context)
         if self.config.modulated_text and self.config.prompt_adaln:
-            text_rows = self.prompt_adaln_single(Levels(video.sigma[:, None]))[0].rows
-        if audio is not None and both:
-            cross = self.crossing(levels, audio.sigma, self.av_ca_video_scale_shift_adaln_single,
-                                  self.av_ca_a2v_gate_adaln_single)
+            text_rows = self.get_submodule(f"{before}prompt_adaln_single")(Levels(own.sigma[:, None]))[0].rows
+        if other is not None:
+            cross = self.crossing(levels, other.sigma,
+                                  self.get_submodule(f"av_ca_{stream}_scale_shift_adaln_single"),
+                                  self.get_submodule(f"av_ca_{gate}_gate_adaln_single"))
         return Conditions(context, ropes, rows, time, text_rows, *cross)
 
-    def told_sound(self, audio: Modality, video: Modality, ropes: Ropes | None, both: bool) -> Conditions:
-        levels = as_levels(audio.timesteps)
-        rows, time = self.audio_adaln_single(levels)
-        context, text_rows = audio.context, 0.0
-        cross: tuple[Any, Any] = (None, None)
-        if self.config.caption_width and isinstance(context, Tensor):
-            context = self.audio_caption_projection(context)
-        if self.config.modulated_text and self.config.prompt_adaln:
-            text_rows = self.audio_prompt_adaln_single(Levels(audio.sigma[:, None]))[0].rows
-        if both:
-            cross = self.crossing(levels, video.sigma, self.av_ca_audio_scale_shift_adaln_single,
-                                  self.av_ca_v2a_gate_adaln_single)
-        return Conditions(context, ropes, rows, time, text_rows, *cross)
-
-    def crossing(self, own: Levels, other: Tensor, rows: AdaLayerNormSingle,
-                 gate: AdaLayerNormSingle) -> tuple[Modulation, Modulation]:
+    def crossing(self, own: Levels, other: Tensor, rows: nn.Module, gate: nn.Module) -> tuple[Modulation, Modulation]:
         """Scale and shift, and the gate, of a stream in the attention between both; other: the other's sigma [B]."""
         sigma = Levels(other[:, None])
         rule = self.config.cross_time
         return (rows(sigma if rule == "other" else own)[0],
                 gate(own if rule == "own" else sigma, self.config.gate_time_scale)[0])
 
-    def ropes(self, video: Modality | None, audio: Modality | None) -> tuple[Ropes, Ropes | None]:
-        """The tables of both streams' positions."""
+    def ropes(self, video: Tensor, audio: Tensor | None) -> tuple[Ropes, Ropes | None]:
+        """The tables of both streams' positions, as Modality has them."""
         config = self.config
         given: dict[str, Any] = dict(theta=config.theta, halves=config.rope_halves, exact=config.rope_exact)
         most = (max(config.most[0], config.audio_most),)
         tables: list[Any] = []
-        for stream, limits, width, heads in ((video, config.most, config.width, config.heads),
-                                             (audio, (config.audio_most,), config.audio_width, config.audio_heads)):
-            if stream is None:
+        for positions, limits, width, heads in ((video, config.most, config.width, config.heads),
+                                                (audio, (config.audio_most,), config.audio_width, config.audio_heads)):
+            if positions is None:
                 tables.append(None)
                 continue
-            places = middles(stream.positions.float())
+            places = middles(positions.float())
             cross = None if audio is None else rotary(places[:, :1], most, config.audio_width, config.audio_heads,
                                                       **given)
             tables.append(Ropes(rotary(places, limits, width, heads, **given), cross))
