@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from dailies.model.files import CheckpointError
-from dailies.model.ltx2.config import Said
+from dailies.model.ltx2.config import MOST_WIDTH, Said
 
 TensorShapes = Mapping[str, tuple[int, ...]]                  # by published name, relative to the part's prefix
 
-MOST_BLOCKS, MOST_WIDTH = 64, 1 << 16                   # several times those of any release
+MOST_BLOCKS = 64                                        # several times those of any release
 # of what the releases have always had, the value that this program computes with
 VIDEO_FIXED: dict[str, bool | int | str] = dict(
     dims=3, in_channels=3, out_channels=3, norm_layer="pixel_norm", latent_log_var="uniform",
@@ -37,12 +37,6 @@ class CodecFields(Said):
                 raise said.wrong(name, "an object")
             said = CodecFields(within, f"{said.where}: {name}")
         return said
-
-    def integer(self, name: str, default: int, most: int = MOST_WIDTH) -> int:
-        value = self.fields.get(name, default)
-        if type(value) is not int or not 1 <= value <= most:
-            raise self.wrong(name, f"a whole number from 1 to {most:,}")
-        return value
 
     def integers(self, name: str, default: tuple[int, ...], most: int = MOST_WIDTH) -> tuple[int, ...]:
         value = self.fields.get(name, list(default))

@@ -27,7 +27,7 @@ FIXED: Mapping[str, Any] = dict(
 # where all four are there and so, the text is normed by tokens and has a projection for each stream (2.3)
 PER_TOKEN: Mapping[str, Any] = dict(caption_proj_before_connector=True, caption_projection_first_linear=False,
                                     caption_projection_second_linear=False, caption_proj_input_norm=False)
-_MOST = 1 << 16                                          # layers, heads, channels: a number must not keep us busy
+MOST_WIDTH = 1 << 16                                    # layers, heads, channels: a number must not keep us busy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,10 +123,10 @@ class Said:
         return CheckpointError(f"{self.where}: {name} in its header must be {wanted}; got "
                                f"{str(self.fields.get(name))[:60]!r}. Is it another model's file?")
 
-    def count(self, name: str, default: int) -> int:
+    def integer(self, name: str, default: int, most: int = MOST_WIDTH) -> int:
         number = self.fields.get(name, default)
-        if type(number) is not int or not 1 <= number <= _MOST:
-            raise self.wrong(name, f"a whole number from 1 to {_MOST:,}")
+        if type(number) is not int or not 1 <= number <= most:
+            raise self.wrong(name, f"a whole number from 1 to {most:,}")
         return number
 
     def number(self, name: str, default: float) -> float:
@@ -144,7 +144,7 @@ class Said:
     def most(self, name: str, default: tuple[float, ...]) -> tuple[float, ...]:
         numbers = self.fields.get(name, list(default))
         if not isinstance(numbers, list) or len(numbers) != len(default) or not all(
-                type(n) in (int, float) and 0 < n <= _MOST for n in numbers):
+                type(n) in (int, float) and 0 < n <= MOST_WIDTH for n in numbers):
             raise self.wrong(name, f"{len(default)} numbers above 0")
         return tuple(numbers)
 
@@ -172,11 +172,11 @@ def transformer_config(fields: Mapping[str, Any], keys: Mapping[str, tuple[int, 
     width, channels = matrix(keys, "patchify_proj.weight", where)
     audio = "audio_patchify_proj.weight" in keys
     audio_width, audio_channels = matrix(keys, "audio_patchify_proj.weight", where) if audio else (
-        said.count("audio_num_attention_heads", 32) * said.count("audio_attention_head_dim", 64), 128)
+        said.integer("audio_num_attention_heads", 32) * said.integer("audio_attention_head_dim", 64), 128)
     block = "transformer_blocks.0."
     gates = keys.get(block + "attn1.to_gate_logits.weight")
-    heads = said.count("num_attention_heads", gates[0] if gates else 32)
-    audio_heads = said.count("audio_num_attention_heads", heads)
+    heads = said.integer("num_attention_heads", gates[0] if gates else 32)
+    audio_heads = said.integer("audio_num_attention_heads", heads)
     modulated = matrix(keys, block + "scale_shift_table", where)[0] == 9
     config = LtxConfig(
         layers=count_of(keys, "transformer_blocks."),
@@ -243,11 +243,11 @@ def connectors_config(fields: Mapping[str, Any], keys: Mapping[str, tuple[int, .
     block = video + "transformer_1d_blocks.0."
     gates, audio_gates = (keys.get(f"{prefix}transformer_1d_blocks.0.attn1.to_gate_logits.weight")
                           for prefix in (video, sound))
-    heads = said.count("connector_num_attention_heads", gates[0] if gates else max(1, width // 128))
+    heads = said.integer("connector_num_attention_heads", gates[0] if gates else max(1, width // 128))
     config = ConnectorsConfig(
         hidden=hidden, stack=flat // hidden, width=width, audio_width=audio_width, registers=registers, heads=heads,
         layers=count_of(keys, video + "transformer_1d_blocks."),
-        audio_heads=said.count("audio_connector_num_attention_heads", audio_gates[0] if audio_gates else heads),
+        audio_heads=said.integer("audio_connector_num_attention_heads", audio_gates[0] if audio_gates else heads),
         per_token=per_token, gated=gates is not None, ff_bias=block + "ff.net.2.bias" in keys,
         most=said.most("connector_positional_embedding_max_pos", (1 if fields else 4096,))[0],
         theta=said.number("positional_embedding_theta", 10000.0),
@@ -262,9 +262,10 @@ def connectors_config(fields: Mapping[str, Any], keys: Mapping[str, tuple[int, .
 
 
 def count_of(keys: Mapping[str, tuple[int, ...]], blocks: str) -> int:
-    """How many blocks there are under this name; that none is missing is seen when they are loaded."""
+    """How many blocks there are under this name, at most 1,000; that none is missing is seen when they are loaded, and
+    what is named as one beyond."""
     numbers = [name.removeprefix(blocks).partition(".")[0] for name in keys if name.startswith(blocks)]
-    return 1 + max((int(number) for number in numbers if re.fullmatch(r"[0-9]{1,5}", number)), default=0)
+    return 1 + max((int(number) for number in numbers if re.fullmatch(r"[0-9]{1,3}", number)), default=0)
 
 
 def matrix(keys: Mapping[str, tuple[int, ...]], name: str, where: str) -> tuple[int, int]:
