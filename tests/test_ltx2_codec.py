@@ -1,12 +1,14 @@
 """LTX-2's video VAE, audio VAE, vocoders and upsampler against the outputs of the release (tests/goldens/README.md)."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
 from golden import Golden, error
+from transformers import audio_utils
 
-from dailies.model.ltx2.audio_vae import AudioVAE, audio_vae_config, load_audio_vae
+from dailies.model.ltx2.audio_vae import AudioVAE, audio_vae_config, load_audio_vae, log_mel
 from dailies.model.ltx2.codec_config import (
     VIDEO_VAE_2_0,
     VIDEO_VAE_2_3,
@@ -63,6 +65,30 @@ def test_the_audio_vae_decodes_as_the_release_does():
     for got, (_, latent) in zip(check(golden, vae, {"latent": ("decode", "mel")}), golden.inputs.items(), strict=True):
         assert got.shape == (1, 2, 4 * latent.shape[2] - 3, config.mel_bins)
     assert dataclasses.replace(audio_vae_config(weights, "audio"), sample_rate=16000) == config      # without a header
+
+
+def test_the_spectrogram_of_a_sound_is_that_of_another_implementation():
+    config = AudioVAEConfig()
+    sound = torch.rand(2, 2, 4000, generator=torch.Generator().manual_seed(0)) - 0.5
+    sound[1, 1] = 0                                     # the floor
+    bank = audio_utils.mel_filter_bank(513, 64, 0.0, 8000.0, 16000, norm="slaney", mel_scale="slaney")
+    got = log_mel(sound, config)
+    assert got.shape == (2, 2, 26, 64) and got.min() == pytest.approx(math.log(1e-5))
+    for ear, mel in zip(sound.flatten(0, 1), got.flatten(0, 1), strict=True):
+        want = audio_utils.spectrogram(ear.numpy(), audio_utils.window_function(1024, "hann"), 1024, 160, power=1.0,
+                                       pad_mode="reflect", mel_filters=bank, mel_floor=1e-5, log_mel="log")
+        assert (mel.T - torch.from_numpy(want)).abs().max() < 1e-4
+
+
+def test_a_tone_is_loudest_in_its_bin_of_slaneys_scale():
+    """200 / 3 Hz a mel up to 1000 Hz, from there 27 mels for a factor of 6.4; 66 corners up to 8000 Hz."""
+    config = AudioVAEConfig()
+    time = torch.arange(8000) / config.sample_rate
+    for place in (15, 20, 30, 45, 62):
+        mel = (place + 1) / 65 * (15 + 27 * math.log(8) / math.log(6.4))
+        hertz = mel * 200 / 3 if mel < 15 else 1000 * 6.4 ** ((mel - 15) / 27)
+        tone = (2 * math.pi * hertz * time).sin().expand(1, 2, -1)
+        assert (log_mel(tone, config)[0, :, 10:-10].argmax(-1) == place).all()
 
 
 @pytest.mark.parametrize("name, rate", [("ltx2_vocoder_a", 24000), ("ltx2_vocoder_b_bwe", 48000)])

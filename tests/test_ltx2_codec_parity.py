@@ -115,6 +115,27 @@ def test_the_vocoders_give_the_sound_of_diffusers():
 
 
 
+def test_the_vocoder_that_extends_the_band_gives_the_sound_of_diffusers():
+    said = dict(width=32, rates=(5, 2), kernels=(11, 4), block_kernels=(3, 7), anti_aliased=True, final_tanh=False,
+                final_bias=False)
+    config = VocoderConfig(generator=GeneratorConfig(**said),
+                           extension=GeneratorConfig(**said | dict(rates=(6, 5), kernels=(12, 11))),
+                           generator_rate=16000, sample_rate=48000, hop=10, window=32)
+    ours = randomised(make_vocoder(config), 0)
+    sizes = dict(hidden_channels=32, resnet_kernel_sizes=[3, 7], resnet_dilations=[[1, 3, 5]] * 2)
+    theirs = diffusers.pipelines.ltx2.vocoder.LTX2VocoderWithBWE(
+        **sizes, **{f"bwe_{name}": value for name, value in sizes.items()}, final_act_fn="clamp",
+        upsample_kernel_sizes=[11, 4], upsample_factors=[5, 2], bwe_upsample_kernel_sizes=[12, 11],
+        bwe_upsample_factors=[6, 5], filter_length=32, window_length=32, hop_length=10)
+    del theirs.mel_stft.stft_fn.inverse_basis           # the way back, which is not gone
+    theirs_with(theirs, ours, vocoder_name)
+    mel = torch.randn(1, 2, 9, 64)
+    with torch.inference_mode():
+        got, want = ours(mel), theirs(mel)
+    assert got.shape == want.shape == (1, 2, 270) and error(got, want) < 1e-4
+    assert (got.abs() < 1).float().mean() > 0.05, "or else the clamp is all there is"
+
+
 
 @pytest.mark.parametrize("change, said", [
     (dict(), dict(use_rational_resampler=False)), (dict(rational=True, scale=1.5), dict(rational_spatial_scale=1.5)),

@@ -12,7 +12,8 @@ from dailies.model.ltx2.sampler import as_tokens
 from dailies.model.samplers import Steps
 
 GUIDED = ["ltx2_e2e_a", "ltx2_e2e_b", "ltx2_e2e_c_25conv", "ltx2_i2v_a"]
-CASES = [*GUIDED, "ltx2_e2e_distilled_a", "ltx2_two_stage_a", "ltx2_two_stage_b_distilled"]
+TWO_STAGES = ["ltx2_two_stage_a", "ltx2_two_stage_b_distilled"]
+CASES = [*GUIDED, "ltx2_e2e_distilled_a", *TWO_STAGES]
 X = 1e-3                                                # the cases' own tolerance, of whole loops
 
 
@@ -58,6 +59,15 @@ def test_every_step_and_the_latents_of_both_streams_are_the_releases(name):
     assert error(clip["video"][None], video) < X
     assert error(clip["audio"][None], golden.outputs["audio_latent"]) < X
     assert {stream: tuple(x.shape) for stream, x in clip.items()} == card.stream_shapes(shape_of(golden))
+
+
+@pytest.mark.parametrize("name", TWO_STAGES)
+@torch.inference_mode()
+def test_the_latent_between_the_stages_is_the_releases(name):
+    golden = Golden(name)
+    refiner = sampler_of(golden, card_of(golden)).refiner
+    enlarged = refiner.enlarged(golden.outputs["stage1.video_latent"][0])
+    assert error(enlarged[None], golden.outputs["upsampled_latent"]) < X
 
 
 @pytest.mark.parametrize("name", GUIDED)
