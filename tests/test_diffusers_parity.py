@@ -6,6 +6,7 @@ import pytest
 import torch
 from golden import error
 from one_stream import solved
+from parity import randomise, with_weights_of
 
 from dailies.model import checkpoint
 from dailies.model.catalog import WAN21_T2V_1_3B
@@ -19,20 +20,9 @@ diffusers = pytest.importorskip("diffusers")
 SEEDS = range(20)
 
 
-def randomise(model, seed):
-    torch.manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        parameter.data.normal_(0, 0.15)
-        if "norm" in name and name.endswith(("weight", "gamma")):
-            parameter.data.add_(1)
-    return model.requires_grad_(False).eval()
-
-
 def ours(make, theirs, folder):
-    """Our model with the weights of theirs, through a file as diffusers saves it."""
-    checkpoint.save(folder / "theirs.safetensors", theirs.state_dict())
-    return checkpoint.build(make, folder / "theirs.safetensors", wan_keys.WAN, wan_keys.WAN_DIFFUSERS, wan_keys.WAN_VAE,
-                            wan_keys.WAN_VAE_DIFFUSERS, name="parity", device="cpu", precision="fp32")
+    return with_weights_of(theirs, make, folder, wan_keys.WAN, wan_keys.WAN_DIFFUSERS, wan_keys.WAN_VAE,
+                           wan_keys.WAN_VAE_DIFFUSERS)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

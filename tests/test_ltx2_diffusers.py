@@ -9,8 +9,8 @@ import random
 import pytest
 import torch
 from golden import error
+from parity import randomise, with_weights_of
 
-from dailies.model import checkpoint
 from dailies.model.ltx2.config import ConnectorsConfig, LtxConfig
 from dailies.model.ltx2.connectors import TextConnectors
 from dailies.model.ltx2.keys import LTX2_CONNECTORS_DIFFUSERS, LTX2_DIFFUSERS
@@ -20,20 +20,6 @@ from dailies.model.ltx2.transformer import LtxTransformer, Modality
 diffusers = pytest.importorskip("diffusers")
 from_pipelines = pytest.importorskip("diffusers.pipelines.ltx2.connectors")
 SEEDS = range(10)
-
-
-def randomise(model, seed):
-    torch.manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        parameter.data.normal_(0, 0.15)
-        if "norm" in name and name.endswith("weight"):
-            parameter.data.add_(1)
-    return model.requires_grad_(False).eval()
-
-
-def ours(make, theirs, table, folder):
-    checkpoint.save(folder / "theirs.safetensors", theirs.state_dict())
-    return checkpoint.build(make, folder / "theirs.safetensors", table, name="parity", device="cpu", precision="fp32")
 
 
 def described(pick):
@@ -62,7 +48,7 @@ def test_both_velocities_are_those_of_diffusers(seed, tmp_path):
     pick = random.Random(seed)
     config, theirs = described(pick)
     randomise(theirs, seed)
-    dit = ours(lambda: LtxTransformer(config), theirs, LTX2_DIFFUSERS, tmp_path)
+    dit = with_weights_of(theirs, lambda: LtxTransformer(config), tmp_path, LTX2_DIFFUSERS)
     batch, grid, count = pick.choice([1, 2]), (pick.choice([1, 3]), 2, 3), pick.choice([4, 5])
     tokens, fps = grid[0] * 6, pick.choice([24.0, 25.0])
     widths = (24, 24) if config.caption_width else (config.width, config.audio_width)
@@ -104,7 +90,7 @@ def test_the_contexts_of_a_text_are_those_of_diffusers(seed, tmp_path):
                                ("connector_attention_head_dim", width // heads),
                                ("connector_num_layers", config.layers),
                                ("connector_num_learnable_registers", 4))}), seed)
-    connectors = ours(lambda: TextConnectors(config), theirs, LTX2_CONNECTORS_DIFFUSERS, tmp_path)
+    connectors = with_weights_of(theirs, lambda: TextConnectors(config), tmp_path, LTX2_CONNECTORS_DIFFUSERS)
     length, count = 16, pick.randint(1, 16)
     stack, mask = torch.randn(1, length, 24, 3), (torch.arange(length) >= length - count)[None].long()
     want = theirs(stack, mask)
