@@ -121,4 +121,3 @@ def load_connectors(header: LtxHeader, release: Path, hidden: int, device: str, 
     config = header.connectors(hidden)
     return checkpoint.build(lambda: TextConnectors(config, audio=audio), release, connectors_table(audio=audio),
                             name=name, device=device, precision=precision)
-
