@@ -77,8 +77,7 @@ def print_status(said: dict[str, Any]) -> None:
 def progress_of(store: Store, run: dict[str, Any]) -> dict[str, Any]:
     """Rows done, failed and pending, in all and clips by bucket; clips per hour and the seconds that are left."""
     names = ["status", "error_type", "clip_id", "finished_at", "worker", *WAIT_AND_WORK]
-    table = ledger.read(store, [*names, *BUCKET_SHAPE], put_back=True)
-    takes, table, gone = ledger.set_apart(store, table, BUCKET_SHAPE)
+    takes, table, gone = ledger.read_apart(store, [*names, *BUCKET_SHAPE])
     dropped = gone.num_rows
     columns = {name: table[name].to_pylist() for name in there(names, table.column_names)}
     counts = Counter(columns["status"])

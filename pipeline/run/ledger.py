@@ -272,17 +272,17 @@ def unite(fields: Sequence[pa.Field]) -> bool:
     return True
 
 
-def set_apart(store: Store, table: pa.Table, columns: Sequence[str]) -> tuple[int, pa.Table, pa.Table]:
-    """How many other takes are to be made, the rows that are done or failed, and those that were dropped.
+def read_apart(store: Store, columns: Sequence[str]) -> tuple[int, pa.Table, pa.Table]:
+    """How many other takes are to be made, the current rows that are done or failed, and those that were dropped.
 
-    table: of `read`, with those that are pending.  columns: of the dropped ones.
+    columns: as of `read`, of its parts alone.
     """
-    pending = pc.equal(table["status"], "pending")
-    again = pc.and_(pending, pc.fill_null(pc.equal(table["error_type"], DAMAGED), False))
-    rows = rows_of_keys(store, ["id", "seed", *columns])
-    newest = rows.filter(pa.array(is_current(rows, dropped=True)))
-    dropped = newest.filter(pc.equal(newest["status"], "dropped"))
-    return counts_of(pc.and_(pending, pc.invert(again)))[True], table.filter(pc.invert(pending)), dropped
+    rows = rows_of_keys(store, columns)
+    rows = rows.filter(pa.array(is_current(rows, dropped=True)))
+    pending, dropped = (pc.equal(rows["status"], status) for status in ("pending", "dropped"))
+    again = pc.fill_null(pc.equal(rows["error_type"], DAMAGED), False)
+    takes = counts_of(pc.and_(pending, pc.invert(again)))[True]
+    return takes, rows.filter(pc.invert(pc.or_(pending, dropped))), rows.filter(dropped)
 
 
 def done_clips(store: Store, *, but: Collection[str | None] = ()) -> pa.Table:
