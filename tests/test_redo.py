@@ -16,6 +16,7 @@ from test_changed import write
 from test_run_folder import ask
 
 from dailies.pipeline.run import ledger
+from dailies.pipeline.run.redo import NewSeed
 from dailies.pipeline.run.where import MAX_DEPTH, BadFilter, Filter
 from dailies.pipeline.store import NotFound, open_store
 
@@ -125,6 +126,14 @@ def test_a_row_that_asks_for_something_else_by_now_gets_no_take_of_what_it_was(o
     assert code == 0 and answer["rendered"] == 1
     row, = (row for key, row in rows_of(out).items() if key[0] == "row-0")
     assert row["prompt"] == "a cat" and ask("status", out)[1]["pending"] == 0
+
+
+def test_a_new_seed_is_none_that_the_row_has_however_many_samples_a_ledger_tells_of():
+    assert [NewSeed(step=step).after(11, {11, 14, 16}, 10, 3) for step in (1, 2, 3, 5)] == [13, 13, 17, 21]
+    assert NewSeed(step=3).after(0, {0}, 0, 2**31) == 2**31 + 1
+    assert NewSeed().after(2**63 - 3, {2**63 - 3}, 2**63 - 3, 2) == 2**63 - 1
+    assert NewSeed().after(2**63 - 2, set(), 2**63 - 2, 2) is None
+    assert NewSeed(step=0, seed=12).after(10, {10}, 10, 3) is None
 
 
 @pytest.mark.parametrize("forged, said", [

@@ -52,7 +52,8 @@ class NewSeed:
             return None if self.seed in taken or first <= self.seed < first + samples else self.seed
         seed += self.step
         while seed in taken or first <= seed < first + samples:
-            seed += self.step
+            left = first + samples - seed if seed >= first else 1      # of the samples; a ledger may tell of billions
+            seed += max(1, -(-left // self.step)) * self.step
         return seed if seed < 2**63 else None
 
 
