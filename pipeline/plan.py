@@ -112,12 +112,12 @@ class Plan:
         encoded = _digests(rows, source, seeds, shared).dictionary_encode()
         clip_of = encoded.indices.to_numpy()
         first = np.unique(clip_of, return_index=True)[1]
+        digests = np.frombuffer(encoded.dictionary.buffers()[1], np.uint8, 32 * len(first)).reshape(-1, 32)
         return cls(
             manifest=manifest, card=card, defaults=defaults, shared=shared, errors=errors, rows=rows,
             allow_images=tuple(allow_images),
             roundings=_roundings(rows, good, card), source=source, seeds=seeds, clip_of=clip_of,
-            first=first, order=_order(rows, source, clip_of, first),
-            digests=np.frombuffer(b"".join(encoded.dictionary.to_pylist()), np.uint8).reshape(-1, 32),
+            first=first, order=_order(rows, source, clip_of, first), digests=digests,
         )
 
     def with_defaults(self, defaults: Defaults) -> "Plan":

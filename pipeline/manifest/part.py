@@ -221,7 +221,7 @@ def concatenated(parts: Sequence[ManifestPart], notes: list[str]) -> tuple[pa.Ta
 
     A user's column on whose type the files do not agree is carried along as text, with a note that names two of them.
     """
-    known = pa.concat_tables([part.known for part in parts]).combine_chunks()
+    known = in_one_piece(pa.concat_tables([part.known for part in parts]))
     types = types_of(parts)
     odd = {name for name, files in types.items() if len(files) > 1 and not unite_columns(name, parts)}
     tables = [as_texts(part.user, odd) for part in parts]
@@ -244,6 +244,14 @@ def concatenated(parts: Sequence[ManifestPart], notes: list[str]) -> tuple[pa.Ta
         columns[free] = column.cast(TEXT) if pa.types.is_null(column.type) else column
     # a table without columns has no rows
     return known, pa.table(columns) if columns else pa.table({"": pa.nulls(num_rows)}).drop_columns([""])
+
+
+def in_one_piece(table: pa.Table) -> pa.Table:
+    """The table with one chunk a column; columns of one type that say nothing share their memory."""
+    nothing = {kind: pa.nulls(table.num_rows, kind) for kind in
+               {column.type for column in table.columns if column.null_count == table.num_rows}}
+    return pa.table({name: nothing[column.type] if column.null_count == table.num_rows else column.combine_chunks()
+                     for name, column in zip(table.column_names, table.columns, strict=True)})
 
 
 def types_of(parts: Sequence[ManifestPart]) -> dict[str, dict[pa.DataType, str]]:
