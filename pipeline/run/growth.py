@@ -238,7 +238,8 @@ def grow(store: Store, run: Mapping[str, Any], plan: Plan, changed: Mapping[Key,
         return
     rows = ledger.rows_of_keys(store, ["id", "seed", "clip_id", "status", "error_type", *BUCKET_SHAPE])
     rows = rows.filter(pa.array(is_current(rows, dropped=True)))
-    asked = set(ledger.keys_of(plan.keys()))
+    keys = plan.keys()
+    asked = set(ledger.keys_of(keys.filter(pc.is_in(keys["id"], rows["id"].combine_chunks()))))     # and in the ledger
     valid, invalid = {name for name, _ in asked}, {row.id for row in plan.invalid_rows()}
     mended: set[tuple[str, int | None]] = set()
     there: set[Key] = set()                             # rows of the plan that have a clip, or failed
@@ -261,7 +262,7 @@ def grow(store: Store, run: Mapping[str, Any], plan: Plan, changed: Mapping[Key,
         if clip_id:
             clips[clip_id] = tuple(shape)
     ledger.take_out(store, mended)
-    to_make = {clip_id for name, seed, clip_id in ledger.values_of(plan.keys(), "id", "seed", "clip_id")
+    to_make = {clip_id for name, seed, clip_id in ledger.values_of(keys, "id", "seed", "clip_id")
                if (name, seed) not in there} - clips.keys()
     summary = plan.summary()
     earlier = [said for said in (*known["earlier_defaults"], known["defaults"] if known["rows"] else None) if said]
