@@ -16,7 +16,7 @@ from dailies.model.card import ModelCard
 from dailies.model.settings import BY_NAME, COURSE, FURTHER, MAX_PROMPT_BYTES
 from dailies.model.shapes import VideoShape
 from dailies.pipeline.plan import Plan, clip_id_for, hashed
-from dailies.pipeline.run.ledger import Ledger, pending_rows
+from dailies.pipeline.run.ledger import Ledger, is_one_of, pending_rows, values_of
 from dailies.pipeline.run.ledger_row import DAMAGED, row_of
 from dailies.pipeline.stages import Outcome
 
@@ -57,7 +57,9 @@ def takes_in(ledger: Ledger, plan: Plan) -> Iterator[Take | str]:
     """The rows that wait and are not to be made as the plan has them; a sentence for each that cannot."""
     if not ledger.to_make.num_rows:
         return
-    asked = {(name, seed): clip_id for name, seed, clip_id in plan_rows(ledger, plan)}
+    keys = plan.keys()
+    keys = keys.filter(is_one_of(keys["id"], set(ledger.to_make["id"].to_pylist())))
+    asked = {(name, seed): clip_id for name, seed, clip_id in values_of(keys, "id", "seed", "clip_id")}
     images = {image.sha256: image.uri for image in plan.rows.images}
     for row, own in pending_rows(ledger.store, ledger.to_make):
         if row["error_type"] == DAMAGED and asked.get((row["id"], row["seed"])) == row["clip_id"]:
@@ -70,14 +72,6 @@ def takes_in(ledger: Ledger, plan: Plan) -> Iterator[Take | str]:
             yield f"{row['id']}, seed {row['seed']}: to be made by the ledger, and cannot be: {error}"
             continue
         yield Take(request=request, row=row, own=own)
-
-
-def plan_rows(ledger: Ledger, plan: Plan) -> Iterator[tuple[str, int, str]]:
-    """Those rows of the plan that wait in the ledger: id, seed and the clip that the plan has for them."""
-    waiting = set(ledger.to_make["id"].to_pylist())
-    keys = plan.keys()
-    keys = keys.filter(pa.array([name in waiting for name in keys["id"].to_pylist()], pa.bool_()))
-    yield from zip(*(keys[name].to_pylist() for name in ("id", "seed", "clip_id")), strict=True)
 
 
 def request_of_row(row: Mapping[str, Any], card: ModelCard, shared: Mapping[str, Any],
