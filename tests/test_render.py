@@ -370,7 +370,7 @@ def test_invalid_rows_end_as_failed_rows_and_cost_nobody_else(capsys, tmp_path):
     assert main(["render", str(manifest), "--out", str(out), "--model", "tiny", "--skip-invalid"]) == 3
     said = capsys.readouterr().out
     assert "2 rows of the manifest could not be used" in said and "retry" not in said
-    assert f"The clips are in {out}/clips/, as {out}/clips/" in said and f"dailies status {out}" in said
+    assert f"The clips are in {out}/clips/, as {out}/clips/" in said and f"dailies report {out}" in said
 
 
 def test_a_failed_row_stays_failed_until_it_is_put_back(capsys, tmp_path, monkeypatch):
