@@ -206,6 +206,24 @@ def test_a_key_plays_the_clip_and_its_pixels_are_not_black(page):
     keys(page, "ArrowRight", "m", "Escape")
 
 
+def test_tab_stays_in_an_open_viewer_and_a_swipe_goes_on(page):
+    keys(page, "ArrowRight", "Enter")
+    stops = []
+    for _ in range(9):                                  # eight, and the first again
+        page.key("Tab")
+        stops.append(page.run("(each => each.closest('#viewer') && (each.id || each.dataset.decision))"
+                              "(document.activeElement)"))
+    assert stops == ["close", "beside", "sound", "pick", "reject", "redo", "undo", "note", "close"]
+    place = "document.querySelector('#place').textContent"
+    assert page.run(place) == "1 of 9"
+    for start, end, said in ((400, 300, "2 of 9"), (400, 380, "2 of 9"), (300, 400, "1 of 9")):    # 20 pixels are none
+        page.call("Input.dispatchTouchEvent", type="touchStart", touchPoints=[{"x": start, "y": 300}])
+        page.call("Input.dispatchTouchEvent", type="touchMove", touchPoints=[{"x": end, "y": 300}])
+        page.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+        page.wait(f"{place} === '{said}'")
+    keys(page, "Escape")
+
+
 def test_the_pointer_plays_the_strip(page):
     x, y = page.run("(box => [box.x + box.width / 2, box.y + box.height / 2])"
                     "(document.querySelector('.frame').getBoundingClientRect())")
