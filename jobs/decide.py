@@ -9,7 +9,7 @@ from dailies.jobs.runs import open_run, rows_meant
 from dailies.jobs.usage import UsageError, card_named
 from dailies.pipeline.run import ledger
 from dailies.pipeline.run.lease import Lease
-from dailies.pipeline.run.picks import MAX_PICKS_BYTES, BadPicks, Picks, write_picks
+from dailies.pipeline.run.picks import DECISIONS, MAX_PICKS_BYTES, BadPicks, Picks, write_picks
 from dailies.pipeline.run.redo import NewSeed, ask_for_takes, drop_rows
 from dailies.pipeline.run.sweep import leftovers, sweep
 from dailies.pipeline.run.where import Filter, all_of, column_is
@@ -34,10 +34,10 @@ def pick(uri: str, source: str, *, json: bool) -> int:
     rows = ledger.read(store, ["id", "seed", "clip_id"], every_take=True)
     ours = picks.only(ledger.values_of(rows, "id", "seed", "clip_id"))
     key = write_picks(store, ours)
-    strange = len(picks.picks) - len(ours.picks)
-    kinds = {kind: sum(pick.decision == kind for pick in ours.picks) for kind in ("pick", "reject", "redo")}
-    said = {"exit_code": 0, "out": store.uri, "kept": len(ours.picks), "not_here": strange, "file": key, **kinds}
-    sentence = (f"{counted(len(ours.picks), 'decision')} kept: {kinds['pick']:,} pick, {kinds['reject']:,} reject, "
+    strange, last = len(picks.picks) - len(ours.picks), ours.last()
+    kinds = {kind: sum(pick.decision == kind for pick in last) for kind in DECISIONS}
+    said = {"exit_code": 0, "out": store.uri, "kept": len(last), "not_here": strange, "file": key, **kinds}
+    sentence = (f"{counted(len(last), 'decision')} kept: {kinds['pick']:,} pick, {kinds['reject']:,} reject, "
                 f"{kinds['redo']:,} redo" + (f"; {strange:,} about clips that are not in this run" if strange else ""))
 
     def tell() -> None:

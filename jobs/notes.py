@@ -9,7 +9,7 @@ from typing import Any
 from dailies.jobs.progress import duration_text, printable, say
 from dailies.jobs.settings import RenderJob
 from dailies.pipeline.run.bookkeeper import Bookkeeper
-from dailies.pipeline.run.layout import CLIPS
+from dailies.pipeline.run.layout import CLIPS, REPORT
 from dailies.pipeline.run.run import Run
 from dailies.pipeline.wording import counted
 
@@ -100,4 +100,7 @@ def next_steps(job: RenderJob, run: Run, bookkeeper: Bookkeeper, *, interrupted:
         following = min(bookkeeper.left_by_limit, job.limit)
         yield (f"Stopped at --limit {job.limit}; the same command makes the next {following:,}"
                + (f" of {bookkeeper.left_by_limit:,}." if bookkeeper.left_by_limit > following else "."))
-    yield f"See them all with: dailies report {uri}; check every clip with: dailies verify {uri}"
+    page = f"{REPORT}/index.html"
+    is_written = job.report and any(info.key == page for info in store.list(page))
+    yield ((f"See them all in {store.uri_of(page)}" if is_written else f"See them all with: dailies report {uri}")
+           + f"; check every clip with: dailies verify {uri}")

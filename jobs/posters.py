@@ -26,22 +26,22 @@ POSTERS_AT_A_TIME = 500                 # whose rows are turned into Python's ob
 SAID_EVERY_S = 10.0
 
 
-def make_posters(store: Store, missing: Any, *, quiet: bool = False) -> tuple[int, int]:
-    """Make the posters of these clips; returns how many were made, and how many clips stay without one.
+def make_posters(store: Store, missing: Any, *, quiet: bool = False) -> int:
+    """Make the posters of these clips, of those that are what their rows say; returns how many were made.
 
     missing: a table, of ledger.done_clips.  Raises StoreError.
     """
-    made = left = 0
+    made = 0
     told = time.monotonic()
     with ThreadPoolExecutor(POSTER_READERS) as pool:
         for batch in missing.to_batches(max_chunksize=POSTERS_AT_A_TIME):
             for is_made in pool.map(lambda row: make_one(store, row), batch.to_pylist()):
-                made, left = made + is_made, left + (not is_made)
+                made += is_made
                 if not quiet and time.monotonic() - told > SAID_EVERY_S:
                     told = time.monotonic()
                     say(f"{made:,} of {counted(missing.num_rows, 'poster')} made of clips that had none",
                         stream=sys.stderr)
-    return made, left
+    return made
 
 
 def make_one(store: Store, row: Mapping[str, Any]) -> bool:

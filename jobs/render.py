@@ -46,16 +46,18 @@ def render(job: RenderJob, *, json: bool, engine: Engine | None = None) -> int:
     began = time.monotonic()
     run, deadline = run_of(job), job.deadline()
     budget = Budget(until=deadline and deadline.timestamp(), gpu_hours=job.gpu_hours())
+    every_s = seconds_meant("--report", job.report) if job.report else None
+    reports = Reports(run.store, every_s, lambda text: tell([text]), price=job.price)
     is_same = run.has_begun and run.change is None and run.is_recorded
     if is_same and run.is_marked and not (bookkeeper := run.bookkeeper()).open_clips:
-        tell(notes_of(run))                             # all is done: nothing is written, and no driver disturbed
+        tell(notes_of(run))                             # all is done: no row is written, and no driver disturbed
+        reports.last()
         run.complete(pending=bookkeeper.counts()["pending"], keep_latents=job.keep_latents)
         return report(job, run, bookkeeper, None, budget, began, json)
     run.check_weights()
     begin(job, run)
     tell([what_is_made(run), *notes_of(run), *limits_of(job, run, deadline)])
-    every_s = seconds_meant("--report", job.report) if job.report else None
-    with Reports(run.store, every_s, lambda text: tell([text])), run.open(
+    with reports, run.open(
             limit=job.limit, keep_latents=job.keep_latents, take_over=job.take_over, wait=job.wait,
             reuse=[open_store(uri) for uri in job.reuse], tell=lambda text: tell([text])) as bookkeeper:
         stop = work(job, run, bookkeeper, budget, engine)

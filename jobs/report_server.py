@@ -11,6 +11,7 @@ import hmac
 import json as jsonlib
 import re
 import secrets
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -272,11 +273,12 @@ def serve_report(sources: Sequence[Source], *, price: float | None, port: int | 
                          ) from None
     server.report()
     if json:
-        print(jsonlib.dumps({"exit_code": 0, "address": server.address, "out": sources[0].store.uri}), flush=True)
+        print(jsonlib.dumps({"exit_code": 0, "address": server.address, "out": sources[0].store.uri}))
     else:
         say(f"{server.address}")
         say("Open this address, whole, in a browser of this machine; whoever has it may look and decide. Decisions go "
             f"into {sources[0].store.uri}. Ctrl-C ends it.")
+    sys.stdout.flush()                                  # a pipe or a file has it now too
     try:
         server.serve_forever()
     except KeyboardInterrupt:

@@ -49,6 +49,15 @@ def again(night, tmp_path):
     return tmp_path / "out"
 
 
+def test_a_report_that_is_asked_for_is_there_when_the_command_ends_though_all_was_done(night, again):
+    from test_run_folder import said
+    code, printed = said("render", night / "night.parquet", "--out", again, "--model", "tiny", "--device", "cpu",
+                         "--report", "1h", "--price", "2")
+    assert code == 0 and f"See them all in {again}/report/index.html" in printed
+    head = (again / "report/data/head.js").read_text()
+    assert '"done":4' in head and '"price":2.0' in head and '"finished":true' in head
+
+
 def saved(how, folder):
     """The table, saved in another way."""
     path = folder / "again.parquet"

@@ -50,6 +50,14 @@ def test_of_two_decisions_about_one_clip_the_later_one_counts_from_whatever_file
     assert rows[1]["decided_at"] == datetime(2026, 11, 30, 9, 15, tzinfo=UTC)
 
 
+def test_of_decisions_in_one_file_the_later_ones_are_counted():
+    """An editor may have put a byte order mark before it."""
+    picks = Picks.parsed(b"\xef\xbb\xbf" + picks_json(
+        {"decision": "reject", "decided_at": "2026-11-30T09:00:00Z"}, {}, {"id": "cat"}, {"clip_id": OTHER}))
+    assert [(pick.id, pick.clip_id, pick.decision) for pick in picks.last()] == [
+        ("fox", CLIP, "reject"), ("cat", CLIP, "pick"), ("fox", OTHER, "pick")]
+
+
 def test_no_decision_is_no_file(tmp_path):
     assert write_picks(open_store(tmp_path), Picks.parsed(picks_json())) is None and not list(tmp_path.iterdir())
 

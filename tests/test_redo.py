@@ -13,6 +13,7 @@ import pytest
 import tiny  # noqa: F401  adds the model to the catalogue
 from test_append import clips_of, render
 from test_changed import write
+from test_report import column
 from test_run_folder import ask
 
 from dailies.pipeline.run import ledger
@@ -188,6 +189,8 @@ def test_of_samples_the_best_is_selected_and_all_are_published(out):
     assert [row["clip_id"] for row in samples if row["selected"]] == [best["clip_id"]]
     assert all(row["selected"] is None for key, row in rows_of(out).items() if key[0] != "three")
     assert sum(filter(None, ledger.read(open_store(out), ["selected"])["selected"].to_pylist())) == 1
+    ask("report", out)
+    assert sorted(column(out / "report", "selected"), key=str) == [0, 0, 1, None, None, None]
 
 
 @pytest.mark.parametrize("row, said", [

@@ -27,7 +27,7 @@ from dailies.pipeline.run.layout import clip_key, poster_key
 from dailies.pipeline.run.ledger import Ledger
 from dailies.pipeline.run.ledger_row import row_of
 from dailies.pipeline.stages import Outcome
-from dailies.pipeline.store import open_store
+from dailies.pipeline.store import FolderStore, StoreError, open_store
 
 USER = pa.schema([("user.mood", pa.string()), ("user.score", pa.float64()), ("user.taken", pa.timestamp("us"))])
 BEGAN = datetime(2026, 11, 29, 22, 0, tzinfo=UTC)
@@ -192,6 +192,46 @@ def test_a_report_elsewhere_names_the_clips_by_the_way_to_them(tmp_path, capsys)
     assert not (tmp_path / "a run" / "report").exists()
     assert column(tmp_path / "morning" / "today", "run") == [0, 0, 0, 0, 1, 1, 1]
     assert column(tmp_path / "morning" / "today", "prompt_group") == [0, 0, 1, 1, 0, 0, 1]
+
+
+@pytest.mark.parametrize("price", ["nan", "inf", "-3", "0", "1e300"])
+def test_a_price_is_more_than_nothing_and_finite(tmp_path, capsys, price):
+    run_folder(tmp_path / "out", clips=0)
+    assert main(["report", str(tmp_path / "out"), "--price", price]) == 2
+    assert "--price must be USD per GPU hour" in capsys.readouterr().err
+
+
+def test_a_report_is_written_over_its_own_kind_alone(tmp_path, capsys):
+    run_folder(tmp_path / "out")
+    page = tmp_path / "public" / "index.html"
+    page.parent.mkdir()
+    page.write_text("my page")
+    assert main(["report", str(tmp_path / "out"), "--to", str(page.parent)]) == 2
+    assert "no report of dailies" in capsys.readouterr().err and page.read_text() == "my page"
+    for _ in range(2):
+        report(capsys, tmp_path / "out", "--to", tmp_path / "own")
+
+
+def test_a_run_that_nobody_may_write_to_has_a_report_elsewhere(tmp_path, capsys, monkeypatch):
+    """Where posters are missing too."""
+    run_folder(tmp_path / "out", posters=False)
+    put, create = FolderStore.put, FolderStore.create
+
+    def refused(method):
+        def call(store, key, *arguments, **options):
+            if store.root == tmp_path / "out":
+                raise StoreError("read-only")
+            return method(store, key, *arguments, **options)
+        return call
+
+    monkeypatch.setattr(FolderStore, "put", refused(put))
+    monkeypatch.setattr(FolderStore, "create", refused(create))
+    assert main(["report", str(tmp_path / "out")]) == 5
+    assert "read-only. --to DIR writes the report elsewhere" in capsys.readouterr().err
+    assert main(["report", str(tmp_path / "out"), "--to", str(tmp_path / "here")]) == 0
+    said = capsys.readouterr()
+    assert "cannot be made: read-only" in said.err and "3 clips without a poster" in said.out
+    assert column(tmp_path / "here", "poster") == [0, 0, 0, 0]
 
 
 def test_a_bucket_has_its_report_and_links_that_are_signed_work(s3_bucket, capsys, tmp_path):

@@ -2,15 +2,16 @@
 
 import io
 import time
+from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import pytest
 from PIL import Image
 from test_report import report, run_folder
-from test_report_server import serving
+from test_report_server import picks_of, serving
 
 from dailies.jobs.bench.chromium import Browser, NoBrowser
-from dailies.pipeline.run.picks import Picks, read_picks
+from dailies.pipeline.run.picks import Picks, read_picks, write_picks
 
 HOSTILE = ['<img src=x onerror="window.hacked=1">', "</script><script>window.hacked=1</script>",
            "javascript:window.hacked=1", "{{constructor}} ${window.hacked=1}", "\u202eevil \u0000\u0007",
@@ -193,6 +194,22 @@ def test_keys_decide_survive_a_reload_and_leave_as_one_file(page, night, tmp_pat
     assert {(pick.seed - 2**62, pick.clip_id) for pick in picks.picks} >= {(0, f"{1:064x}"), (2, f"{3:064x}")}
 
 
+def test_what_was_decided_here_is_a_column_like_others(page):
+    """Though the run folder knows of none of it."""
+    keys(page, "ArrowRight", "p", "x", "r", "Home", "Enter", "n")
+    page.type("more snow")
+    page.run("document.querySelector('#note').value += '\\ud83e'")      # half a character
+    keys(page, "Escape", "Escape")
+    offered = page.run("[...document.querySelectorAll('#filter-column option')].map(each => each.value)")
+    assert {"decision", "note"} <= {*offered}
+    asked(page, "dailies.query.wanted.filters = [{column: 'decision', how: '!=', value: 'pick'},"
+                " {column: 'decision', how: 'has', value: 're'}]")
+    assert shown(page) == ["row-1", "row-2"]
+    asked(page, "Object.assign(dailies.query.wanted, {filters: [], sort: 'note'})")
+    assert shown(page)[0] == "row-0"
+    assert page.run("dailies.decisions.of(dailies.here(0)).note") == "more snow\ufffd"
+
+
 def test_a_key_plays_the_clip_and_its_pixels_are_not_black(page):
     keys(page, "ArrowRight", "Enter", " ")
     page.wait("document.querySelector('video.ready') && document.querySelector('video').currentTime > 0.1")
@@ -275,6 +292,14 @@ def test_decisions_of_a_served_page_go_straight_into_the_run_folder(browser, tmp
         browser.wait(f"{said} === '1 picked, 0 rejected, 1 to redo'")      # though this browser knows of none
         keys(browser, "ArrowRight", "x")
         assert browser.run(said) == "0 picked, 1 rejected, 1 to redo"
+        browser.wait("document.querySelector('#save').textContent === 'Saved'")
+        later = (datetime.now(UTC) + timedelta(seconds=60)).isoformat().encode()
+        data = picks_of((0, "redo")).replace(b"2026-11-30T08:00:00Z", later)
+        write_picks(server.sources[0].store, Picks.parsed(data))
+        server.made_at -= 1e6
+        open_page(browser, server.address)                  # what somebody else decided later counts here too
+        assert browser.run("document.querySelector('.tile').dataset.decision") == "redo"
+        browser.wait(f"{said} === '0 picked, 0 rejected, 2 to redo'")
         assert browser.complaints() == []
         asked_of = {address.partition(server.token)[0] for address in browser.requested()} - {"about:blank"}
         assert asked_of == {f"http://127.0.0.1:{server.server_address[1]}/"}

@@ -1,6 +1,7 @@
 """What `dailies report --serve` gives and takes, and from whom."""
 
 import http.client
+import io
 import json
 import threading
 from contextlib import contextmanager
@@ -8,6 +9,7 @@ from contextlib import contextmanager
 import pytest
 from test_report import run_folder
 
+from dailies.jobs.cli import main
 from dailies.jobs.report_server import ReportServer
 from dailies.jobs.runs import open_run
 from dailies.pipeline.report.writer import Source
@@ -93,6 +95,20 @@ def test_a_clip_comes_in_the_range_that_is_asked_for(served, asked, want):
         start = want[1] % len(clip)
         assert headers["Content-Range"] == f"bytes {start}-{start + len(body) - 1}/{len(clip)}"
     assert ask(served, CLIP, method="HEAD", Range=asked)[2] == b""
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]], ids=str)
+def test_a_pipe_has_the_address_at_once_and_ctrl_c_is_no_error(served, monkeypatch, options):
+    pipe, seen = io.TextIOWrapper(io.BytesIO()), []
+
+    def until_ctrl_c(server):
+        seen.append((pipe.buffer.getvalue().decode(), server.address))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sys.stdout", pipe)
+    monkeypatch.setattr(ReportServer, "serve_forever", until_ctrl_c)
+    assert main(["report", str(served.folder), "--serve", *options]) == 0
+    assert seen[0][1] in seen[0][0]
 
 
 def test_a_range_behind_the_end_is_refused(served):

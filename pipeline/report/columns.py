@@ -22,7 +22,7 @@ SAFE_INTEGER = 2**53 - 1                # the largest of JavaScript
 # what a tile shows and what is searched; a column among them is read from the pages alone
 TILE_TEXTS = ("id", "clip_id", "seed", "prompt")
 SHOWN_TOO = ("status", "width", "height", "frames", "fps", "has_audio", "sample", "poster", "prompt_group", "run",
-             "decision", "note", "current")
+             "decision", "decided_at", "note", "current", "selected")
 LEFT_OUT = {"uri", "path"}              # said by clip_id
 
 

@@ -27,9 +27,8 @@ from dailies.pipeline.report.figures import figures, prompt_groups
 from dailies.pipeline.run import ledger
 from dailies.pipeline.run.current import is_current
 from dailies.pipeline.run.layout import CLIPS, POSTERS, REPORT, SUCCESS, clip_id_in, clip_key, poster_id_in, poster_key
-from dailies.pipeline.run.picks import DECIDED, read_picks
 from dailies.pipeline.run.run_json import has, known_manifest
-from dailies.pipeline.store import FolderStore, S3Store, Store
+from dailies.pipeline.store import FolderStore, S3Store, Store, StoreError
 
 PAGE = Path(__file__).parent / "page"   # index.html, styles and scripts, as they are written
 FORMAT = 1                              # of the data, which the page's scripts read
@@ -39,8 +38,9 @@ KEPT_S = 3600.0                        # after which a file that no head names a
 MOST_SAID, MOST_LENGTH = 80, 400        # settings shown of run.json, and characters of one
 
 
-class Unreachable(ValueError):
-    """A report cannot say where the clips of a run lie; the message names what would help."""
+class NotThere(ValueError):
+    """A report cannot lie there: it could not name the clips, or would be written over another page. The message says
+    what would help."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,6 @@ def make_report(sources: Sequence[Source], bases: Sequence[str | None], *, price
     """
     first = sources[0]
     tables = [every_take(source.store) for source in sources]
-    tables[0] = with_decisions(tables[0], first.store)
     posters = [{poster_id_in(info.key) for info in source.store.list(f"{POSTERS}/")} for source in sources]
     rows = shown_rows(tables, posters)
     made = sheet(rows, named, presigned_pages(sources, rows, presign_s) if presign_s else None)
@@ -98,22 +97,27 @@ def make_report(sources: Sequence[Source], bases: Sequence[str | None], *, price
     current = tables[0].filter(tables[0]["current"])
     said = figures(current, known_manifest(first.store, first.run), price_of(first.run, price))
     said |= {"unrecorded": unrecorded}
-    return Made(data=made.files, head=head_of(sources, bases, tables, said, made), figures=said, rows=rows.num_rows,
-                without_poster=missing_posters(rows), first_page=next(iter(made.pages), None))
+    return Made(data=made.files, head=head_of(sources, bases, tables, said, made, presign_s), figures=said,
+                rows=rows.num_rows, without_poster=missing_posters(rows), first_page=next(iter(made.pages), None))
 
 
 def write_report(sources: Sequence[Source], *, to: Store | None = None, price: float | None = None,
                  presign_s: float | None = None) -> Written:
     """Make a report and store it.  to: where index.html lies; None: in the first run folder's report/.
 
-    The others as of make_report.  Raises Unreachable, StoreError.
+    The others as of make_report.  Raises NotThere, StoreError.
     """
     first = sources[0]
+    if to is not None:
+        refuse_another_page(to)
     bases = [None if presign_s else base_of(source.store, first.store, to) for source in sources]
     made = make_report(sources, bases, price=price, presign_s=presign_s)
     assets = page_files(origins(sources, presign_s))
-    new = store_files(first.store if to is None else to, f"{REPORT}/" if to is None else "", made.data, assets,
-                      made.head)
+    try:
+        new = store_files(first.store if to is None else to, f"{REPORT}/" if to is None else "", made.data, assets,
+                          made.head)
+    except StoreError as error:
+        raise StoreError(f"{error}. --to DIR writes the report elsewhere" if to is None else str(error)) from error
     page = [made.head, *assets.values()]
     first_page = [made.data[made.first_page]] if made.first_page else []
     return Written(made=made, files=len(page) + len(made.data), new_files=new,
@@ -121,23 +125,20 @@ def write_report(sources: Sequence[Source], *, to: Store | None = None, price: f
                    first_bytes=sum(map(len, [*page, *first_page])))
 
 
+def refuse_another_page(to: Store) -> None:
+    """Raises NotThere where an index.html lies that no report of ours belongs to."""
+    there = {info.key for prefix in ("index.html", HEAD_FILE) for info in to.list(prefix)}
+    if "index.html" in there and HEAD_FILE not in there:
+        raise NotThere(f"{to.uri_of('index.html')} is there, and is no report of dailies: it would be written "
+                            "over. Give --to a folder of its own")
+
+
 def every_take(store: Store) -> pa.Table:
-    """The rows that count, and those that a newer take has replaced, told apart by `current`.  Raises StoreError."""
+    """The rows that count, and those that a newer take has replaced, told apart by `current`; with what people decided
+    of each.  Raises StoreError."""
     rows = ledger.read(store, put_back=True, every_take=True)
     rows = rows.append_column("current", pa.array(is_current(rows)))
     return rows.filter(ledger.is_one_of(rows["status"], ["done", "failed"]))
-
-
-def with_decisions(rows: pa.Table, store: Store) -> pa.Table:
-    """With what people decided about each row's clip, as the run folder has it.  Raises StoreError."""
-    picks = read_picks(store)
-    keys = pa.table({"id": rows["id"], "seed": rows["seed"], "clip_id": rows["clip_id"],
-                     "at": pa.array(range(rows.num_rows), pa.int64())})
-    joined = keys.join(picks, ["id", "seed", "clip_id"], join_type="left outer").sort_by("at")
-    for name in DECIDED:
-        if name not in rows.column_names:
-            rows = rows.append_column(name, joined[name])
-    return rows
 
 
 def page_files(elsewhere: str = "") -> dict[str, bytes]:
@@ -187,7 +188,7 @@ def price_of(run: Mapping[str, Any], price: float | None) -> float | None:
 
 
 def base_of(store: Store, home: Store, to: Store | None) -> str:
-    """The address of a run folder, relative to index.html.  Raises Unreachable."""
+    """The address of a run folder, relative to index.html.  Raises NotThere."""
     if store is home and to is None:
         return "../"
     if isinstance(store, FolderStore):
@@ -198,8 +199,8 @@ def base_of(store: Store, home: Store, to: Store | None) -> str:
     if isinstance(store, S3Store) and isinstance(home, S3Store) and to is None and \
             (store.bucket, store.endpoint_url) == (home.bucket, home.endpoint_url):
         return quote(posixpath.relpath(f"/{store.prefix}", f"/{home.base}{REPORT}")) + "/"
-    raise Unreachable(f"a page that lies elsewhere cannot name the clips of {store.uri} by where they lie. Give "
-                      "--presign 12h, and they have links that work for so long")
+    raise NotThere(f"a page that lies elsewhere cannot name the clips of {store.uri} by where they lie. Give "
+                   "--presign 12h, and they have links that work for so long")
 
 
 def presigned_pages(sources: Sequence[Source], rows: pa.Table, presign_s: float) -> list[dict[str, Any]]:
@@ -234,11 +235,11 @@ def taken_apart(link: str, key: str) -> tuple[str, str]:
 
 
 def head_of(sources: Sequence[Source], bases: Sequence[str | None], tables: Sequence[pa.Table],
-            said: Mapping[str, Any], made: Sheet) -> bytes:
-    first = sources[0]
+            said: Mapping[str, Any], made: Sheet, presign_s: float | None) -> bytes:
+    first, now = sources[0], round(time.time(), 1)
     head = {
-        "format": FORMAT, "made_at": round(time.time(), 1), "key": first.key, "uri": first.store.uri,
-        "name": name_of(first.store), "finished": has(first.store, SUCCESS), "figures": said,
+        "format": FORMAT, "made_at": now, "links_end_at": now + presign_s if presign_s else None, "key": first.key,
+        "uri": first.store.uri, "name": name_of(first.store), "finished": has(first.store, SUCCESS), "figures": said,
         "runs": [{"uri": source.store.uri, "name": name_of(source.store), "key": source.key, "base": base,
                   "rows": table.num_rows, "model": str(source.run["identity"].get("model"))}
                  for source, base, table in zip(sources, bases, tables, strict=True)],

@@ -4,6 +4,7 @@ It comes as JSON (docs/morning.md) from a page, a file or a program, and may say
 against a schema, and kept as data. A file is never changed; of two decisions about one clip the later one counts.
 """
 
+import codecs
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
@@ -26,6 +27,7 @@ MAX_PICKS = 200_000                     # in one file
 MAX_NOTE_CHARACTERS = 4000
 MAX_NAME_CHARACTERS = 200
 CLOCKS_DIFFER = timedelta(days=1)       # a decision of later than this would stand above all that follow
+NO_SUCH_FIELD = "no field of decisions has this name"
 DECISIONS = ("pick", "reject", "redo")
 DECIDED = ("decision", "decided_at", "decided_by", "note")             # columns that the ledger gets of it
 STORED = pa.schema({"id": pa.string(), "seed": pa.int64(), "clip_id": pa.string(), "decision": pa.string(),
@@ -71,20 +73,27 @@ class Picks(BaseModel):
         if len(data) > MAX_PICKS_BYTES:
             raise BadPicks(f"decisions of {len(data):,} bytes; at most {MAX_PICKS_BYTES:,} are read at a time")
         try:
-            return cls.model_validate_json(data)
+            return cls.model_validate_json(data.removeprefix(codecs.BOM_UTF8))
         except ValidationError as error:
             first = error.errors(include_url=False, include_context=False)[0]
-            place = ".".join(map(str, first["loc"][:4])) or "the file"
-            message = first["msg"].removeprefix("Value error, ")
+            place = shown(".".join(map(str, first["loc"][:4]))) if first["loc"] else "the file"
+            said = NO_SUCH_FIELD if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
             given = "" if isinstance(first.get("input"), (dict, list, bytes)) else f"; got {shown(first.get('input'))}"
-            raise BadPicks(f"these are no decisions: {shown(place)}: {message[:200]}{given}. docs/morning.md says what "
-                           "a file of them has") from None
+            raise BadPicks(f"these are no decisions: {place}: {said[:200]}{given}. docs/morning.md says what a file of "
+                           "them has") from None
 
     def only(self, known: Iterable[tuple[str, int, str]]) -> Self:
         """Those about these rows.  known: id, seed and clip_id of each."""
         there = set(known)
         return self.model_copy(update={"picks": [pick for pick in self.picks
                                                  if (pick.id, pick.seed, pick.clip_id) in there]})
+
+    def last(self) -> list[Pick]:
+        """Of each clip the decision that counts: the latest."""
+        found: dict[tuple[str, int, str], Pick] = {}
+        for pick in sorted(self.picks, key=lambda pick: pick.decided_at):
+            found[pick.id, pick.seed, pick.clip_id] = pick
+        return list(found.values())
 
 
 def write_picks(store: Store, picks: Picks) -> str | None:

@@ -10,6 +10,8 @@
   const HASH = /^[0-9a-f]{40,}$/;
   const UNITS = { bytes: "size", peak_memory_bytes: "size" };
 
+  dailies.GROUPS = ["Your columns", "Measured", "Ledger"];
+  dailies.groupOf = name => dailies.GROUPS[name.startsWith("user.") ? 0 : name.startsWith("quality.") ? 1 : 2];
   dailies.label = name => name.replace(/^(quality|user|seconds)\./, "").replace(/_s$/, "").replaceAll("_", " ");
 
   /* A value as a person reads it. */
@@ -26,12 +28,13 @@
     return HASH.test(value) ? `${value.slice(0, 12)}…` : String(value);
   };
 
-  /* Columns as a select offers them: what was measured first, then the user's own, then the ledger's. */
+  /* Columns as a select offers them. */
   function offer(select, first) {
-    const groups = { Measured: [], "Your columns": [], Ledger: [] };
+    const groups = Object.fromEntries(dailies.GROUPS.map(title => [title, []]));
     for (const [name, about] of dailies.columns) {
-      if (HIDDEN.has(name) || about.const === null) continue;       // of a column that nobody filled there is no choice
-      groups[name.startsWith("quality.") ? "Measured" : name.startsWith("user.") ? "Your columns" : "Ledger"].push(name);
+      // of a column that nobody filled there is no choice; a decision or a note may be in this browser alone
+      if (HIDDEN.has(name) || about.const === null && !dailies.decisions.JUDGED.includes(name)) continue;
+      groups[dailies.groupOf(name)].push(name);
     }
     select.replaceChildren(...first);
     for (const [title, names] of Object.entries(groups)) {
@@ -89,7 +92,8 @@
     const none = dailies.rows === 0;
     title.textContent = none ? "Nothing here yet" : wanted.shown === "undecided" && !wanted.words && !wanted.filters.length
       ? "All judged" : "No clip fits";
-    text.textContent = none ? "The first clips come with the next report; with render --report 5m that is every five minutes."
+    text.textContent = none ? "The first clips come with the next report: load this page again then. With render --report 5m "
+      + "one is written every five minutes."
       : title.textContent === "All judged" ? "Every clip has its decision." : "Take a word or a filter away.";
     button.hidden = none;
     button.textContent = "Show all";
@@ -118,7 +122,8 @@
     const about = dailies.columns.get(one("filter-column").value);
     if (!about) return;
     one("filter-how").replaceChildren(...dailies.query.howsOf(about).map(([text, how]) => new Option(text, how)));
-    one("filter-values").replaceChildren(...(about.values || []).map(value => new Option(value)));
+    const values = about.name === "decision" ? dailies.decisions.DECISIONS : about.values || [];
+    one("filter-values").replaceChildren(...values.map(value => new Option(value)));
     const span = about.least !== undefined && about.kind !== "time" ? `${dailies.words(about.name, about.least)} to ${
       dailies.words(about.name, about.most)}` : about.kind === "time" ? "2026-01-31 04:00" : "";
     one("filter-value").placeholder = span || (about.const !== undefined ? String(about.const ?? "") : "");

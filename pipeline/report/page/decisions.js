@@ -3,7 +3,7 @@
    clip, and leaves as picks.json (docs/morning.md); a page that is served sends it into the run folder as well. */
 
 (() => {
-  const DECISIONS = ["pick", "reject", "redo"];
+  const DECISIONS = ["pick", "reject", "redo"], JUDGED = ["decision", "note"];
   const own = new Map();                // key -> entry, made in this browser
   const stored = new Map();             // key -> decision that the run folder has
   const past = [];                      // [key, entry or undefined], the last change at the end
@@ -32,21 +32,36 @@
 
   /* What the run folder has is counted too; who has nothing there fetches nothing. */
   async function openStored() {
-    const { files, const: same } = dailies.columns.get("decision") || {};
+    const { files, const: same } = dailies.columns.get("decided_at") || {};
     if (!files && !same) return;
     for (const row of (await dailies.allPages()).flat()) {
-      if (row.decision && row.current && takes(row)) stored.set(keyOf(row), row.decision);
+      if (!row.decided_at || !row.current || !takes(row)) continue;
+      if (!isOwn(row)) store(keyOf(row), undefined);    // it would never count again
+      if (row.decision) stored.set(keyOf(row), row.decision);
     }
     listeners.forEach(listener => listener(null));
   }
 
-  /* What holds for a row: what was decided here, or what the run folder has. */
+  /* What holds for a row: what was decided here, or what the run folder has, if that came later. */
   function of(row) {
-    return own.get(keyOf(row)) || { decision: row.decision || null, note: row.note || "" };
+    return isOwn(row) ? own.get(keyOf(row)) : { decision: row.decision || null, note: row.note || "" };
   }
 
-  /* A row that can be judged: one of this run, with a seed. */
-  const takes = row => row && !row.run && row.clip_id && row.seed !== null && row.seed !== undefined;
+  const CLOCK_S = 0.1;                  // to which the report says when something was decided
+
+  function isOwn(row) {
+    const mine = own.get(keyOf(row));
+    return Boolean(mine) && !(row.decided_at > Date.parse(mine.at) / 1000 + CLOCK_S);
+  }
+
+  /* A column as it is now: of a decision and a note, what was decided here stands above what the run folder has. */
+  async function column(name) {
+    if (!JUDGED.includes(name)) return dailies.column(name);
+    return (await dailies.allPages()).flat().map(row => of(row)[name] || null);
+  }
+
+  /* A row that can be judged: one of this run, that is done. */
+  const takes = row => row && !row.run && row.status === "done" && row.clip_id && (row.seed ?? null) !== null;
 
   function store(key, entry) {
     if (entry) own.set(key, entry); else own.delete(key);
@@ -76,7 +91,11 @@
     return of(row).decision;
   }
 
-  const note = (row, text) => { if (of(row).note !== text) set(row, { note: text }); };
+  /* Half a character, which a cut at the note's end may leave, is none that a file could hold. */
+  function note(row, text) {
+    const whole = text.toWellFormed ? text.toWellFormed() : text;
+    if (of(row).note !== whole) set(row, { note: whole });
+  }
 
   /* Takes the last change back; the row that it was of, or null. */
   function undo() {
@@ -147,6 +166,6 @@
     return found;
   }
 
-  dailies.decisions = { DECISIONS, open, openStored, of, takes, decide, note, undo, download, counts, served,
-    size: () => own.size, onChange: listener => listeners.push(listener) };
+  dailies.decisions = { DECISIONS, JUDGED, open, openStored, of, isOwn, column, takes, decide, note, undo, download,
+    counts, served, size: () => own.size, onChange: listener => listeners.push(listener) };
 })();

@@ -205,6 +205,11 @@
     await dailies.controls.again();
     document.body.classList.add("begun");
     dailies.begunAt = performance.now();
+    const { links_end_at: end } = dailies.said;
+    if (end && end * 1000 < Date.now()) {
+      one("run-state").textContent = "links have ended";
+      dailies.tell(`The links to clips ended on ${dailies.night.day(end)}. Make the report again, with --presign.`);
+    }
     dailies.decisions.openStored().catch(dailies.fail);
   }
 

@@ -39,7 +39,9 @@
   }
 
   const size = bytes => bytes < 1e6 ? `${number(bytes / 1e3)} kB` : bytes < 1e9 ? `${number(bytes / 1e6, 1)} MB` : `${number(bytes / 1e9, 1)} GB`;
-  const clock = seconds => new Date(seconds * 1000).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" });
+  /* A time of day, to the second where a night is so short that its minutes would repeat. */
+  const clock = (seconds, night) => new Date(seconds * 1000).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit",
+    ...(night.ended - night.began < 300 ? { second: "2-digit" } : {}) });
   const day = seconds => new Date(seconds * 1000).toLocaleString([], { dateStyle: "medium", timeStyle: "short" });
 
   /* Six figures, above the contact sheet. */
@@ -51,7 +53,7 @@
     if (said.pending) found.push([number(said.pending), "pending", "pending"]);
     if (night.clips_per_hour) found.push([number(night.clips_per_hour, night.clips_per_hour < 10 ? 1 : 0), "clips per hour"]);
     if (night.worked_s) found.push([span(night.worked_s), "of work"]);
-    found.push([span(said.duration_s), "to watch"], [size(said.bytes), "of clips"]);
+    if (said.clips) found.push([span(said.duration_s), "to watch"], [size(said.bytes), "of clips"]);
     if (said.cost !== null) found.push([money(said.cost), gpuHours(said.gpu_hours).join(" ")]);
     else if (said.gpu_hours) found.push(gpuHours(said.gpu_hours));
     document.getElementById("figures").replaceChildren(...found.map(([value, name, kind]) => {
@@ -72,9 +74,9 @@
       svg.append(text);
     }
     for (const share of [0, 0.25, 0.5, 0.75, 1]) {
-      const text = drawn("text", { x: share * WIDE, y: HIGH + 20, class: `tick ${share === 0 ? "left" : share === 1 ? "right"
-        : "middle"}` });
-      text.textContent = clock(night.began + share * (night.ended - night.began));
+      const text = drawn("text", { x: share * WIDE, y: HIGH + 20, class: `tick ${{ 0: "left", 0.5: "middle", 1: "right" }[share]
+        || "middle quarter"}` });
+      text.textContent = clock(night.began + share * (night.ended - night.began), night);
       svg.append(text);
     }
   }
@@ -83,7 +85,7 @@
 
   function pace(night) {
     const top = nice(Math.max(...night.per_hour, 1));
-    const svg = chart(`Clips per hour, from ${clock(night.began)} to ${clock(night.ended)}`);
+    const svg = chart(`Clips per hour, from ${clock(night.began, night)} to ${clock(night.ended, night)}`);
     axis(svg, night, top, "/h");
     const step = WIDE / night.per_hour.length;
     night.per_hour.forEach((value, place) => svg.append(drawn("rect", { x: place * step + 1, width: Math.max(1, step - 2),
@@ -194,9 +196,10 @@
       ...dailies.said.runs.slice(1).map(run => pairs(`Beside: ${run.name}`, [["run folder", run.uri], ["model", run.model],
         ["rows", number(run.rows)]])).flat(),
       ...Object.entries(about).map(([title, lines]) => pairs(title, lines)).flat());
-    view.replaceChildren(make("p.when", `${when}. This report is of ${day(dailies.said.made_at)}.`),
+    const links = dailies.said.links_end_at ? ` Its links to clips work until ${day(dailies.said.links_end_at)}.` : "";
+    view.replaceChildren(make("p.when", `${when}. This report is of ${day(dailies.said.made_at)}.${links}`),
       make("div.columns", null, wide, narrow));
   }
 
-  dailies.night = { figures, show, size };
+  dailies.night = { figures, show, size, day };
 })();

@@ -78,7 +78,7 @@
       tests.push(index => words.every(word => texts[index].includes(word)));
     }
     for (const filter of wanted.filters) {
-      const values = await dailies.column(filter.column);
+      const values = await dailies.decisions.column(filter.column);
       const fits = test(filter);
       tests.push(index => fits(values[index]));
     }
@@ -103,7 +103,7 @@
 
   async function sorted(kept) {
     if (!wanted.sort) return wanted.descending ? kept.reverse() : kept;
-    const values = await dailies.column(wanted.sort);
+    const values = await dailies.decisions.column(wanted.sort);
     const about = dailies.columns.get(wanted.sort);
     const collator = new Intl.Collator(undefined, { numeric: true });
     const ahead = wanted.descending ? -1 : 1;

@@ -137,9 +137,10 @@
     const caption = document.createElement("p");
     caption.textContent = dailies.query.wanted.grouped ? row.id : row.prompt || row.id;
     const small = document.createElement("small");
-    small.textContent = dailies.query.wanted.grouped ? `seed ${row.seed}` : row.id;
+    small.textContent = dailies.query.wanted.grouped ? `seed ${row.seed}` : row.id + (row.sample ? ` · sample ${row.sample + 1}` : "");
     if (row.status === "failed") frame.append(label("lost", "failed"));
     else if (row.has_audio) frame.append(label("sound", "♪"));
+    if (row.selected) frame.append(label("selected", "★ selected"));
     if (row.run) frame.append(label("other", dailies.said.runs[row.run].name));
     element.replaceChildren(frame, mark, caption, small);
     sortValue(row, small);
@@ -157,7 +158,7 @@
   function sortValue(row, small) {
     const name = dailies.query.wanted.sort;
     if (!name || ["id", "prompt", "clip_id"].includes(name)) return;
-    dailies.column(name).then(values => {
+    dailies.decisions.column(name).then(values => {
       small.textContent = `${dailies.words(name, values[row.index])}  ·  ${row.id}`;
     });
   }

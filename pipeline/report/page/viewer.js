@@ -8,7 +8,7 @@
   const viewer = one("viewer"), stage = one("stage"), panel = { prompt: one("prompt"), details: one("details") };
   let at = 0;                           // position in the view
   let row = null;
-  let side = false;                     // side by side
+  let side = false, justAsked = false;  // side by side, since this very key
   let shots = [];                       // {row, element, video}: what is on the stage
   let chosen = 0;                       // of them
   let playing = false, muted = false, rest = null, shownAt = 0, before = null;
@@ -81,6 +81,8 @@
     chosen = Math.max(0, found.indexOf(row.index));
     stage.classList.add("abreast");
     stage.replaceChildren(...shots.map(shot => shot.element));
+    if (shots.length === 1 && justAsked) dailies.tell("This is the only clip of its prompt.");
+    justAsked = false;
     mark();
     settle();
   }
@@ -99,7 +101,8 @@
     element.append(frame);
     const caption = document.createElement("figcaption");
     caption.textContent = `${dailies.said.runs[of.run || 0].name === dailies.said.name || !of.run ? "" :
-      `${dailies.said.runs[of.run].name} · `}${of.id} · seed ${of.seed}${of.current ? "" : " · earlier take"}`;
+      `${dailies.said.runs[of.run].name} · `}${of.id} · seed ${of.seed}${of.current ? "" : " · earlier take"}${
+      of.selected ? " · ★ selected" : ""}`;
     element.append(caption);
     const shot = { row: of, element, frame, picture, video: null };
     element.addEventListener("click", () => choose(shots.indexOf(shot), true));
@@ -190,21 +193,26 @@
   /* The columns are fetched when somebody stays, not for each clip that is passed. */
   async function details() {
     const mine = row;
-    const rank = name => name.startsWith("user.") ? 0 : name.startsWith("quality.") ? 1 : 2;
-    const names = [...dailies.columns.keys()].filter(name => !dailies.HIDDEN.has(name) && name !== "prompt")
-      .sort((name, other) => rank(name) - rank(other));
+    const above = ["prompt", ...dailies.decisions.JUDGED];
+    if (dailies.decisions.isOwn(row)) above.push("decided_at", "decided_by");       // of a decision that is none any more
+    const names = [...dailies.columns.keys()].filter(name => !dailies.HIDDEN.has(name) && !above.includes(name));
     const values = await Promise.all(names.map(name => dailies.column(name)));
     if (row !== mine || !isOpen()) return;
-    const lines = [];
+    const groups = new Map(dailies.GROUPS.map(title => [title, document.createElement("dl")]));
     names.forEach((name, place) => {
       const value = values[place][row.index];
       if (value === null || value === undefined || value === "") return;
       const term = document.createElement("dt"), text = document.createElement("dd");
       term.textContent = dailies.label(name);
       text.textContent = dailies.words(name, value);
-      lines.push(term, text);
+      if (typeof value === "string") text.title = value;                // a hash is cut
+      groups.get(dailies.groupOf(name)).append(term, text);
     });
-    panel.details.replaceChildren(...lines);
+    panel.details.replaceChildren(...[...groups].filter(([, list]) => list.children.length).flatMap(([title, list]) => {
+      const heading = document.createElement("h3");
+      heading.textContent = title;
+      return [heading, list];
+    }));
   }
 
   function keepNote() {
@@ -230,7 +238,7 @@
 
   function toggleSide() {
     if (!isOpen()) open(dailies.sheet.cursor);
-    side = !side;
+    side = justAsked = !side;
     one("beside").setAttribute("aria-pressed", side);
     go(at);
   }
