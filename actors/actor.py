@@ -15,6 +15,7 @@ class Actor:
     device: str = ""                                    # where it computes, as torch names it; "": it does not
     device_id: str | None = None                        # all processes' name for it, where torch does not know one
     takes_turns = True                                  # with other processes on its GPU
+    further_steps = 0                                   # of a sampler, after those that a request names
     partly = False                                      # some of this thread's last batch had been done before
     notes: Sequence[tuple[str, str]] = ()               # of that batch: clip_id, and what is to be told of it
 

@@ -98,6 +98,7 @@ class Denoiser(Actor):
         family = family_of(card)
         self.fallbacks = tuple(family.fallbacks(card, weights, self.on).get("sample", ()))
         self.sampler = family.load_sampler(card, weights, self.on)
+        self.further_steps = card.further_steps
         self.made: set[str] = set()                     # buckets of which a batch is made
         self.graphs: list[Graphed] = []
         asked = self.device.startswith("cuda") if self.on.graphs is None else self.on.graphs

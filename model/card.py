@@ -144,6 +144,11 @@ class ModelCard:
         """Of a clip's latent: "video" [C, T, H, W], then "audio" [C, A, M] where the model has it."""
         return {"video": self.grid.of(shape)}
 
+    @property
+    def further_steps(self) -> int:
+        """Steps of a last stage, after those that a row chooses."""
+        return 0
+
     def image_grid(self, shape: VideoShape) -> tuple[int, ...]:
         """[T, H, W] of what the sampler is told of an image."""
         return self.grid.of(shape)[1:]

@@ -20,6 +20,8 @@ class Steps:
     """Says where a sampler begins, which is here the start, and is told of every step; pipeline/run/saved_steps.py
     saves them."""
 
+    begun = 0                                           # steps that are done already
+
     def begin(self, start: State) -> tuple[int, State]:
         """How many steps are done already, and the state after them."""
         return 0, start

@@ -2,10 +2,13 @@
 
 python tests/ltx2_tiny.py write ltx-tiny FOLDER                writes a model's weights; the models are in CARDS
 python tests/ltx2_tiny.py render prompts.csv --out out/ --model ltx-tiny --weights FOLDER
+python tests/ltx2_tiny.py --four render ...                    in four processes at once, which leave FOLDER/at-work/PID
 """
 
+import os
 import shutil
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +16,7 @@ from gemma_tiny import gemma_folder
 from golden import Golden
 
 from dailies.model.catalog import CATALOG, LTX23, LTX23_DISTILLED, LTX23_TWO_STAGE
+from dailies.model.ltx2.load import LtxFamily
 
 TINY = dict(channels=8, context_widths=(20, 12), text_rows=128, dit_width=20, min_side=32, duration_s=1.0,
             memory_gb={}, sources={}, description="random weights, for tests")
@@ -36,8 +40,47 @@ def write_weights(folder: Path, card=LTX_TINY) -> None:
             shutil.copy(two.folder / f"{name}.safetensors", folder / part)
 
 
+class Meeting(LtxFamily):
+    """The family, whose samplers begin when four processes have a clip: or the first would have made them all."""
+
+    def load_sampler(self, card, weights, on):
+        sampler = super().load_sampler(card, weights, on)
+        sample, folder = sampler.sample, weights / "at-work"
+
+        def met(batch, draw, steps):
+            folder.mkdir(exist_ok=True)
+            (folder / str(os.getpid())).touch()
+            until = time.monotonic() + 200
+            while len(list(folder.iterdir())) < 4:
+                if time.monotonic() > until:
+                    raise TimeoutError(f"of 4 processes these have a clip: {list(folder.iterdir())}")
+                time.sleep(0.05)
+            return sample(batch, draw, steps)
+        sampler.sample = met
+        return sampler
+
+
+MEETING = Meeting()
+
+
+class SixCores:
+    """Ray on this machine, which is told that there are six: four samplers, the encoder, and who publishes."""
+
+    def connect(self, address, **options):
+        from dailies.pipeline.scheduler import cluster
+        return cluster.connect(address, **options | {"cpus": 6})
+
+    def run(self, stages, requests, **options):
+        from dailies.pipeline.scheduler import cluster
+        return cluster.run(stages, requests, **options)
+
+
 if __name__ == "__main__":
     CATALOG.update({card.name: card for card in CARDS})
+    if sys.argv[1:2] == ["--four"]:
+        from dailies.jobs.cli import main
+        CATALOG.update({card.name: replace(card, family="ltx2_tiny:MEETING") for card in CARDS})
+        sys.exit(main([*sys.argv[2:], "--samplers", "4"], engine=SixCores()))
     if sys.argv[1:2] == ["write"]:
         write_weights(Path(sys.argv[3]), CATALOG[sys.argv[2]])
         sys.exit()

@@ -7,6 +7,7 @@ import torch
 from golden import Golden, error
 
 from dailies.model import samplers
+from dailies.model.catalog import CATALOG
 from dailies.model.ltx2.guidance import COND, ISOLATED, NEUTRAL, PERTURBED, UNCONDITIONAL, StreamGuide
 from dailies.model.ltx2.samplers import ancestral, res_2s
 from dailies.model.ltx2.schedule import DISTILLED, REFINING, ltx2_sigmas
@@ -32,6 +33,7 @@ def test_one_step_goes_straight_from_noise_to_the_clip():
 
 def test_the_second_stage_ends_as_the_first_does():
     assert DISTILLED[-4:] == REFINING and len(DISTILLED) == 9
+    assert len(REFINING) == 1 + CATALOG["ltx-2-19b-two-stage"].further_steps
 
 
 def test_euler_steps_are_the_releases():

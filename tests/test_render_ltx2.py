@@ -1,10 +1,14 @@
 """Manifests rendered by tiny LTX-2 models in the published single-file layout: clips with sound, of text and images."""
 
+import hashlib
 import io
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import count
+from pathlib import Path
 
 import av
 import numpy as np
@@ -106,6 +110,24 @@ def test_a_run_of_silent_rows_loads_nothing_of_sound_and_makes_the_same_clip(wei
     assert not [name for name, _ in sampler.dit.named_parameters() if "audio" in name]
 
 
+def test_four_processes_make_the_bytes_that_one_makes_of_text_and_of_images_with_their_sound(weights, tmp_path, capsys):
+    """`dailies render` on Ray: no process holds more than two clips, so of eight each of the four makes two."""
+    rows = [{"id": str(n), "prompt": ("a red fox", "it moves")[n % 2], "frames": 9, "seed": n,
+             **({"image": "a.png"} if n % 2 else {})} for n in range(8)]
+    path, outs = manifest(tmp_path, rows), [tmp_path / name for name in ("one", "four")]
+    shutil.copytree(weights["ltx-tiny"], folder := tmp_path / "weights")
+    assert main(command(path, outs[0], "ltx-tiny", folder)) == 0, capsys.readouterr()
+    done = subprocess.run([sys.executable, Path(__file__).parent / "ltx2_tiny.py", "--four",
+                           *command(path, outs[1], "ltx-tiny", folder)], capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert len(list((folder / "at-work").iterdir())) == 4
+    one, four = ({row["id"]: (row["clip_id"], row["sha256"], row["has_audio"]) for row in rows_of(out).values()}
+                 for out in outs)
+    assert one == four and len(set(one.values())) == 8 and all(sound for *_, sound in one.values())
+    for row in rows_of(outs[1]).values():
+        assert (hashlib.sha256((outs[1] / clip_key(row["clip_id"])).read_bytes()).hexdigest() == row["sha256"])
+
+
 def plan_of(card, folder, rows, weights):
     return Plan.make(Manifest.read(str(manifest(folder, rows))), card, precision="fp32",
                      weights_fingerprint=fingerprint(weights_files(card, weights)))
@@ -129,11 +151,17 @@ def test_a_clip_is_the_same_to_the_last_bit_alone_and_in_a_batch_from_one_worker
     assert len({float(latent.streams["audio"].sum()) for latent in together}) == 4
 
 
-@pytest.mark.parametrize("card", [LTX_TINY, LTX_TINY_DISTILLED, LTX_TINY_TWO_STAGE,
+OF_DISTILLED = ("distilled", "num_steps", "min_steps", "max_steps", "guidance", "max_guidance", "settings")
+DISTILLED_TWO_STAGE = replace(LTX_TINY_TWO_STAGE, lora=None,
+                              **{name: getattr(LTX_TINY_DISTILLED, name) for name in OF_DISTILLED})
+
+
+@pytest.mark.parametrize("card", [LTX_TINY, LTX_TINY_DISTILLED, LTX_TINY_TWO_STAGE, DISTILLED_TWO_STAGE,
                                   replace(LTX_TINY_DISTILLED, solver="ancestral"), replace(LTX_TINY, solver="res_2s")],
-                         ids=lambda card: f"{card.name}-{card.solver}")
+                         ids=lambda card: f"{card.name}-{card.solver}{'-distilled' * card.distilled}")
 def test_a_clip_that_is_halted_after_any_step_goes_on_to_the_same_bytes_of_both_streams(card, weights, tmp_path):
-    folder, steps = weights[card.name], card.num_steps
+    """Of two stages after steps of the second too, and between them."""
+    folder, steps = weights[card.name], card.num_steps + card.further_steps
     plan = plan_of(card, tmp_path, ROWS[1:2], folder)
     first, = plan.requests()
 
@@ -145,13 +173,14 @@ def test_a_clip_that_is_halted_after_any_step_goes_on_to_the_same_bytes_of_both_
         if name == "straight":
             Worker("sample", stages(name)[1].steps, 1)(values)
     done = 0
-    for step in range(1, steps) if steps < 5 else (1, steps - 1):
+    for step in range(1, steps) if card.num_steps < 5 else sorted({1, card.num_steps - 1, steps - 2, steps - 1}):
         asked, halts_at = count(), step - done          # each is begun where the one before was saved
         with pytest.raises(Halted, match=f"stopped after step {step} of {steps}"):
             Worker("sample", stages("halted")[1].steps, 1,
                    halted=lambda asked=asked, halts_at=halts_at: next(asked) == halts_at)(values)
         (saved,), done = halted.list(f"{SAVED_STEPS}/"), step
-        assert set(checkpoint.unpack(halted.get(saved.key))[0]) == {"0.video", "0.audio"}
+        beside = {"1.audio"} if step > card.num_steps and not card.distilled else set()     # of the first stage
+        assert set(checkpoint.unpack(halted.get(saved.key))[0]) == {"0.video", "0.audio"} | beside
     made, _ = Worker("sample", stages("halted")[1].steps, 1)(values)
     assert not hasattr(made[0], "error"), made[0].error
     want, got = ({info.key: store.get(info.key) for info in store.list("latents/")} for store in (straight, halted))

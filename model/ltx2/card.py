@@ -23,6 +23,7 @@ LTX2_NEGATIVE_PROMPT = (
 
 GEMMA = "gemma-3-12b-it-qat-q4_0-unquantized"
 LATENTS_PER_SECOND = 25                                 # of sound
+REFINING_STEPS = 3                                      # of the second of two stages
 _TERMS = ("LTX-2.x Community License Agreement: free, also commercially, below 10,000,000 USD of annual revenue, and a "
           "model trained on its clips falls under it too; Gemma under Google's Gemma terms, to be accepted on its "
           "page before it can be downloaded")
@@ -99,6 +100,10 @@ class LtxCard(ModelCard):
     @property
     def two_stages(self) -> bool:
         return self.upsampler is not None
+
+    @property
+    def further_steps(self) -> int:
+        return REFINING_STEPS if self.two_stages else 0
 
     def stream_shapes(self, shape: VideoShape) -> dict[str, tuple[int, ...]]:
         """The sound has 25 latents a second, rounded half to even, as the release rounds them."""

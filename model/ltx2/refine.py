@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from dailies.model.ltx2.lora import Lora, add_lora
 from dailies.model.offload import HostCopy
+from dailies.model.samplers import State, Steps
 
 _CHANGED = ("weight", "weight_scale")                   # of a layer, by a LoRA
 
@@ -45,6 +46,30 @@ class SecondStage:
                     setattr(layer, name, weight)
                     if id(weight) in host:
                         _put(weight, host[id(weight)].to(self.device, non_blocking=True))
+
+
+class LaterSteps(Steps):
+    """A second stage's steps, counted on behind the first's: who is told of them can begin in either stage."""
+
+    def __init__(self, steps: Steps, before: int):
+        """before: steps of the first stage."""
+        self.steps, self.before = steps, before
+        self.beside: State = ()                         # of the first stage, what the clip takes beside the second's
+
+    @property
+    def is_under_way(self) -> bool:
+        """A state within the second stage is there to begin at."""
+        return self.steps.begun > self.before
+
+    def begin(self, start: State) -> tuple[int, State]:
+        if not self.is_under_way:
+            return 0, start
+        begun, (clips, *beside) = self.steps.begin(start)
+        self.beside = tuple(beside)
+        return begun - self.before, (clips,)
+
+    def done(self, step: int, state: State) -> None:
+        self.steps.done(self.before + step, (*state, *self.beside))
 
 
 @torch.inference_mode(False)                            # what a weight is made of then may not be set

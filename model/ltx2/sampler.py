@@ -11,6 +11,7 @@ from dailies.model.family import Asked, Told
 from dailies.model.ltx2.adaln import Levels
 from dailies.model.ltx2.card import LtxCard
 from dailies.model.ltx2.guidance import COND, ISOLATED, NEUTRAL, PERTURBED, UNCONDITIONAL, StreamGuide
+from dailies.model.ltx2.refine import LaterSteps
 from dailies.model.ltx2.rope import audio_positions, video_positions
 from dailies.model.ltx2.samplers import ancestral, res_2s
 from dailies.model.ltx2.schedule import DISTILLED, REFINING, ltx2_sigmas
@@ -62,15 +63,42 @@ class LtxSampler:
         return {"euler": 1, "ancestral": num_steps, "res_2s": 2 * num_steps + 1}[self.card.solver] + bool(self.refiner)
 
     def sample(self, batch: Sequence[Told], draw: Callable[[int], Clips], steps: Steps) -> Clips:
-        request, start = batch[0].request, draw(0)
-        guides, sigmas = self.guides(request, _AUDIO in start[0]), self.sigmas(request)
-        if self.refiner is None:
-            return self.walk(batch, start, self.firsts(batch), sigmas, guides, self.card.solver, draw, steps)
-        # of independent numbers a part is as independent, so the first stage starts at a corner of the clip's own noise
+        return (self.in_one_stage if self.refiner is None else self.in_two_stages)(batch, draw(0), draw, steps)
+
+    def in_one_stage(self, batch: Sequence[Told], start: Clips, draw: Callable[[int], Clips], steps: Steps) -> Clips:
+        request = batch[0].request
+        return self.walk(batch, start, self.firsts(batch), self.sigmas(request),
+                         self.guides(request, _AUDIO in start[0]), self.card.solver, draw, steps)
+
+    def in_two_stages(self, batch: Sequence[Told], start: Clips, draw: Callable[[int], Clips], steps: Steps) -> Clips:
+        """At half the size, then at the clip's own. The sound is the first stage's, but of a distilled model."""
+        assert self.refiner is not None
+        request, has_first_sound = batch[0].request, not self.card.distilled and _AUDIO in start[0]
+        fresh = draw(self.draws(request.num_steps) - 1)
+        second = LaterSteps(steps, request.num_steps)
+        if second.is_under_way:
+            start = fresh                               # of its shapes alone; what was saved takes its place
+        else:
+            clips = self.made_small(batch, start, draw, steps)
+            large = [{**clip, _VIDEO: self.refiner.enlarged(clip[_VIDEO])} for clip in clips]
+            start = each(lambda x, noise: x + REFINING[0] * (noise - x), large, fresh)
+            if has_first_sound:
+                second.beside = [{_AUDIO: clip[_AUDIO]} for clip in clips],
+        with self.refiner.refining():
+            made = self.walk(batch, start, self.firsts(batch), REFINING, {}, "euler", draw, second)
+        if not has_first_sound:
+            return made
+        sound, = second.beside
+        return [{**clip, **heard} for clip, heard in zip(made, sound, strict=True)]
+
+    def made_small(self, batch: Sequence[Told], start: Clips, draw: Callable[[int], Clips], steps: Steps) -> Clips:
+        """The first stage: of independent numbers a part is as independent, so it starts at a corner of the clip's own
+        noise."""
+        request = batch[0].request
         small = [{**clip, _VIDEO: corner_of(clip[_VIDEO])} for clip in start]
         firsts = [small_image(told, clip) for told, clip in zip(batch, small, strict=True)]
-        clips = self.walk(batch, small, firsts, sigmas, guides, self.card.solver, draw, steps)
-        return self.refined(batch, clips, draw(self.draws(request.num_steps) - 1))
+        return self.walk(batch, small, firsts, self.sigmas(request), self.guides(request, _AUDIO in start[0]),
+                         self.card.solver, draw, steps)
 
     def firsts(self, batch: Sequence[Told]) -> list[Tensor | None]:
         return [told.image[0].to(self.device) if told.image else None for told in batch]
@@ -105,20 +133,6 @@ class LtxSampler:
         if solver == "euler":
             return euler(velocity, keep(start), sigmas, steps)
         return {"ancestral": ancestral, "res_2s": res_2s}[solver](denoise, keep(start), sigmas, draw, keep, steps)
-
-    def refined(self, batch: Sequence[Told], clips: Clips, fresh: Clips) -> Clips:
-        """The second stage, at the clip's own size. The sound is the first stage's, but of a distilled model.
-
-        fresh: noise.  Its steps are not saved: they are three, and what was saved before them leads to them again.
-        """
-        assert self.refiner is not None
-        large = [{**clip, _VIDEO: self.refiner.enlarged(clip[_VIDEO])} for clip in clips]
-        start = each(lambda x, noise: x + REFINING[0] * (noise - x), large, fresh)
-        with self.refiner.refining():
-            made = self.walk(batch, start, self.firsts(batch), REFINING, {}, "euler", lambda number: fresh)
-        if self.card.distilled:
-            return made
-        return [{**before, _VIDEO: clip[_VIDEO]} for clip, before in zip(made, clips, strict=True)]
 
     def clean(self, told: Told, clip: Streams, sigma: float, place: Place, guides: Guides) -> Streams:
         """The clip without noise, guided, fp32 or as the clip is."""

@@ -87,8 +87,8 @@ class PersistSampled(Persist):
         try:
             latents = self.step(batch, steps)
             worked_s = time.monotonic() - began - (self.lock.waited_s - waited_s)
-            step_s = worked_s / (request.num_steps - steps.begun)
-            self.clip_s[request.bucket] = request.num_steps * step_s
+            step_s = worked_s / (self.steps_of(request) - steps.begun)
+            self.clip_s[request.bucket] = self.steps_of(request) * step_s
             made: list[Persisted | Failure] = [self.keep(continued(latent, found))
                                                for latent, found in zip(latents, saved, strict=True)]
         except ArithmeticError:                         # what was saved may be where it went wrong
@@ -103,6 +103,10 @@ class PersistSampled(Persist):
             return self.sample(batch, [None] * len(batch))
         self.forget(steps)
         return made
+
+    def steps_of(self, request: Request) -> int:
+        """All of them, of a second stage too."""
+        return request.num_steps + self.step.further_steps
 
     def forget(self, steps: "SavedSteps") -> None:
         for request in steps.in_store:
@@ -122,16 +126,16 @@ class PersistSampled(Persist):
             self.note(request, f"sampled from its start: {error}")
             self.store.delete(key)
             return None
-        self.note(request, f"went on after step {found.step} of {request.num_steps}")
+        self.note(request, f"went on after step {found.step} of {self.steps_of(request)}")
         return found
 
     def opened(self, request: Request, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Saved:
         """Raises Damaged for what belongs to another schedule, and for what no sampler of this one carries."""
-        step, state = metadata.get("step", ""), state_in(tensors)
+        step, num_steps, state = metadata.get("step", ""), self.steps_of(request), state_in(tensors)
         if metadata.get(SCHEDULE) != self.step.schedule(request):
             raise Damaged("the steps that were saved are of another schedule")
-        if not (step.isascii() and step.isdecimal() and len(step) < 10 and 0 < int(step) < request.num_steps):
-            raise Damaged(f"the steps that were saved end at {step[:20]!r}, of {request.num_steps}")
+        if not (step.isascii() and step.isdecimal() and len(step) < 10 and 0 < int(step) < num_steps):
+            raise Damaged(f"the steps that were saved end at {step[:20]!r}, of {num_steps}")
         if not state or not all(stream.is_floating_point() and stream.isfinite().all() for stream in tensors.values()):
             raise Damaged("the steps that were saved are no numbers")
         return Saved(step=int(step), state=state, determinism=metadata.get("determinism", "not known"))
@@ -172,7 +176,7 @@ class SavedSteps(Steps):
                                  for slot in zip(*(found.state for found in found_all), strict=True))
 
     def done(self, step: int, state: State) -> None:
-        num_steps = self.requests[0].num_steps
+        num_steps = self.keeper.steps_of(self.requests[0])
         if step == num_steps:
             return                                      # the latent itself is next
         if self.keeper.halted():
