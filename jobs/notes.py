@@ -32,7 +32,7 @@ def notes_of(run: Run) -> list[str]:
     """What will not be quite as asked, for a person."""
     plan, summary = run.plan, run.plan.summary()
     notes = [str(run.change)] if run.change else []
-    notes += run.fallbacks
+    notes += [*run.fallbacks, *run.room]
     if run.chosen_because:
         notes.append(f"{plan.precision} with {plan.attention} attention: {run.chosen_because}")
     if plan.attention == "sparse" and not plan.card.tuned_for_sparse:

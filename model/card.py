@@ -112,6 +112,7 @@ class ModelCard:
     vae_fields: Mapping[str, Any] = field(default_factory=dict)
 
     memory_gb: Mapping[str, float] = field(default_factory=dict)   # stage -> GPU peak, bf16, largest clip: estimates
+    encoder_share: float = 0.25                         # of a GPU; above it no sampler is beside the encoder
 
     @property
     def layouts(self) -> tuple[Layout, ...]:

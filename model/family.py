@@ -134,7 +134,8 @@ class Family(Protocol[AnyCard]):
     def stored_precision(self, card: AnyCard, weights: Path) -> str | None:
         """The precision that files are bound to, such as int8; None where they leave the choice."""
     def fallbacks(self, card: AnyCard, weights: Path | None, on: Runtime) -> Mapping[str, tuple[str, ...]]:
-        """By "sample" and "decode": what is done here instead of what is asked for, known before anything is loaded.
+        """By "sample" and "decode": what is done here instead of what is asked for, known before anything is loaded;
+        by "room": what is to be told of this machine and changes no clip.
 
         weights: None where they are not here yet.
         """

@@ -18,10 +18,13 @@ _Model = TypeVar("_Model", bound=nn.Module)
 
 
 def dit_from(card: ModelCard, new: Callable[[], _Model], tables: tuple[KeyTable, ...], path: Path,
-             on: Runtime) -> _Model:
-    """A transformer, loaded from this file (or index of shards), refitted, in eval mode.  Raises CheckpointError."""
+             on: Runtime, *, resident: int | None = None) -> _Model:
+    """A transformer, loaded from this file (or index of shards), refitted, in eval mode.  resident: as turbo.build.
+
+    Raises CheckpointError.
+    """
     return turbo.build(new, path, *tables, name=card.name, device=on.device, precision=on.precision,
-                       attention=on.attention, sparsity=card.sparsity)
+                       attention=on.attention, sparsity=card.sparsity, resident=resident)
 
 
 def check_dit(card: ModelCard, new: Callable[[], _Model], tables: tuple[KeyTable, ...], path: Path) -> None:

@@ -30,6 +30,7 @@ from dailies.model.files import CheckpointError
 from dailies.model.fused import FusedOps, Int8Linear
 from dailies.model.keys import KeyTable, table_of
 from dailies.model.layers import FullPrecisionLinear, Linear
+from dailies.model.offload import LayersInTurn, settled_on_host
 from dailies.model.packed import PackedInt8Linear, PackedOps
 from dailies.model.private import cache_folder, private_folder
 
@@ -39,8 +40,11 @@ _SHAPES = 1000                                           # of clips that one pro
 
 
 def build(make: Callable[[], checkpoint.Model], path: Path, *tables: KeyTable, name: str, device: str, precision: str,
-          attention: str, sparsity: Sparsity) -> checkpoint.Model:
+          attention: str, sparsity: Sparsity, resident: int | None = None) -> checkpoint.Model:
     """checkpoint.build, refitted: precision fp32, bf16, int8 or fp8, attention dense, sage or sparse.
+
+    resident: of the blocks, those whose weights stay on the device; the others' are copied there in turn, from host
+    memory, by the model's `in_turn` (offload.py). None: all stay.
 
     A file of INT8 layers is loaded as it is, one of others is quantised layer by layer while it is loaded. In fp8 the
     layers that the file has in FP8 stay so, and the rest is bf16.
@@ -70,7 +74,16 @@ def build(make: Callable[[], checkpoint.Model], path: Path, *tables: KeyTable, n
                 dit.set_submodule(place, layer)
         return dit
 
-    return checkpoint.build(refitted, path, *tables, name=name, device=device, precision=precision, settle=settled)
+    def built(settle: Callable[[str, nn.Module], nn.Module]) -> checkpoint.Model:
+        return checkpoint.build(refitted, path, *tables, name=name, device=device, precision=precision, settle=settle)
+
+    if resident is None:
+        return built(settled)
+    with torch.device("meta"):
+        blocks = name_of_blocks(make())
+    dit = built(settled_on_host(settled, blocks, resident))
+    dit.in_turn = LayersInTurn(dit.blocks[resident:], device)
+    return dit
 
 
 def scheme_of(stored: Mapping[str, StoredTensor]) -> str | None:
@@ -95,9 +108,13 @@ def fallbacks(stored: Mapping[str, StoredTensor], device: str, precision: str) -
 
 def linears_of_blocks(dit: nn.Module) -> list[tuple[str, Linear]]:
     """Those that are quantised, and their names."""
-    blocks, = (place + "." for place, module in dit.named_modules() if module is dit.blocks)
+    blocks = name_of_blocks(dit)
     return [(place, module) for place, module in dit.named_modules()
-            if place.startswith(blocks) and isinstance(module, Linear) and not place.endswith(".attn.proj")]
+            if place.startswith(f"{blocks}.") and isinstance(module, Linear) and not place.endswith(".attn.proj")]
+
+
+def name_of_blocks(dit: nn.Module) -> str:
+    return next(place for place, module in dit.named_modules() if module is dit.blocks)
 
 
 def settled(place: str, module: nn.Module) -> nn.Module:

@@ -70,7 +70,7 @@ def text_to_video(card: ModelCard, weights: str | None, store: Store, on: Runtim
     if not keep_latents:
         write.append(Step(actor=Discard, args=dict(store=store)))
     return [
-        Stage(name="encode", steps=(encode,), gpus=0.25 if on_gpu else 0.0, concurrency=overlap.calls,
+        Stage(name="encode", steps=(encode,), gpus=card.encoder_share if on_gpu else 0.0, concurrency=overlap.calls,
               key=attrgetter("embedding_key"), window=ENCODED_AHEAD),
         Stage(name="sample", steps=(*fetch, sample), gpus=0.75 if on_gpu else 0.0, concurrency=overlap.calls,
               cpus=float(on.threads), replicas=samplers, batch=max(batch, card.clips_per_turn)),

@@ -5,6 +5,7 @@ python tests/ltx2_tiny.py render prompts.csv --out out/ --model ltx-tiny --weigh
 python tests/ltx2_tiny.py --four render ...                    in four processes at once, which leave FOLDER/at-work/PID
 """
 
+import json
 import os
 import shutil
 import sys
@@ -12,11 +13,21 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from gemma_tiny import gemma_folder
+import torch
+from gemma_tiny import gemma_folder, tokenizer_json
 from golden import Golden
 
+from dailies.jobs.demo.codecs_av import AUDIO, VIDEO, VOCODER
+from dailies.jobs.demo.release_av import DEMO_AV, SMALL_CONNECTORS, SMALL_GEMMA, SMALL_TRANSFORMER, write_release
+from dailies.jobs.gpu.models import fill_weights
 from dailies.model.catalog import CATALOG, LTX23, LTX23_DISTILLED, LTX23_TWO_STAGE
+from dailies.model.ltx2.audio_vae import AudioVAE
+from dailies.model.ltx2.connectors import TextConnectors
+from dailies.model.ltx2.gemma import Gemma3
 from dailies.model.ltx2.load import LtxFamily
+from dailies.model.ltx2.transformer import LtxTransformer
+from dailies.model.ltx2.video_vae import VideoVAE
+from dailies.model.ltx2.vocoder import make_vocoder
 
 TINY = dict(channels=8, context_widths=(20, 12), text_rows=128, dit_width=20, min_side=32, duration_s=1.0,
             memory_gb={}, sources={}, description="random weights, for tests")
@@ -38,6 +49,27 @@ def write_weights(folder: Path, card=LTX_TINY) -> None:
     for part, name in ((card.upsampler, "weights_upsampler"), (card.lora, "weights_distilled_lora")):
         if part:
             shutil.copy(two.folder / f"{name}.safetensors", folder / part)
+
+
+# LTX-2.3's architecture, with heads of a size that the kernels of attention take
+LTX_SMALL = replace(DEMO_AV, name="ltx-small", precisions=("fp32", "bf16", "int8"), min_side=32, num_steps=2,
+                    resolutions={"32p": (32, 64)}, resolution="32p", words=frozenset())
+
+
+def write_small(folder: Path) -> None:
+    """A release of LTX_SMALL, of random weights."""
+    with torch.device("meta"):
+        parts = dict(dit=LtxTransformer(SMALL_TRANSFORMER), video=VideoVAE(VIDEO), audio=AudioVAE(AUDIO, ["decoder"]),
+                     vocoder=make_vocoder(VOCODER), gemma=Gemma3(SMALL_GEMMA),
+                     connectors=TextConnectors(SMALL_CONNECTORS))
+    for part in parts.values():
+        fill_weights(part, "cpu")
+        for name, values in part.named_buffers():
+            if name.endswith("std-of-means"):
+                values.fill_(1.0)
+    (folder / "text").mkdir(parents=True)
+    (folder / "text/tokenizer.json").write_text(json.dumps(tokenizer_json()))
+    write_release(folder, **parts, tokenizer=folder / "text")
 
 
 class Meeting(LtxFamily):

@@ -17,7 +17,7 @@ import torch
 from gemma_tiny import gemma_folder
 from golden import Golden
 from image_files import png
-from ltx2_tiny import CARDS, LTX_TINY, LTX_TINY_DISTILLED, LTX_TINY_TWO_STAGE, write_weights
+from ltx2_tiny import CARDS, LTX_SMALL, LTX_TINY, LTX_TINY_DISTILLED, LTX_TINY_TWO_STAGE, write_small, write_weights
 from one_process import main
 
 from dailies.actors.denoiser import Denoiser
@@ -26,9 +26,7 @@ from dailies.actors.image_encoder import ImageTextEncoder
 from dailies.model import checkpoint
 from dailies.model.catalog import CATALOG
 from dailies.model.family import family_of
-from dailies.model.files import CheckpointError
 from dailies.model.ltx2.refine import SecondStage
-from dailies.model.ltx2.room import check_gpu_room
 from dailies.model.weights import fingerprint, weights_files
 from dailies.pipeline.manifest.manifest import Manifest
 from dailies.pipeline.plan import Plan
@@ -199,12 +197,27 @@ def test_the_second_stage_leaves_the_weights_as_they_were_to_the_last_bit(weight
     assert all(torch.equal(weight, before[name]) for name, weight in sampler.dit.named_parameters())
 
 
+@pytest.mark.parametrize("precision, attention", [("int8", "sage"), ("bf16", "sparse")])
+def test_what_makes_other_models_fast_is_chosen_by_the_same_options(precision, attention, tmp_path, monkeypatch,
+                                                                    capsys):
+    monkeypatch.setitem(CATALOG, LTX_SMALL.name, LTX_SMALL)
+    write_small(tmp_path / "weights")
+    path, out = manifest(tmp_path, ROWS[:1]), tmp_path / "out"
+    options = ("--precision", precision, "--attention", attention)
+    assert main(command(path, out, LTX_SMALL.name, tmp_path / "weights", *options)) == 0, rows_of(out)
+    row, = rows_of(out).values()
+    assert (row["status"], row["precision"], row["attention"], row["has_audio"]) == ("done", precision, attention, True)
+
+
 def refused(arguments, out, capsys):
-    """What is said, of a command that ends with 2 and writes nothing."""
-    assert main(arguments) == 2
-    said = capsys.readouterr().err
-    assert not out.exists() and "Traceback" not in said
-    return said
+    """What is said, of a command that ends with 2 and writes nothing; and of the plan of it."""
+    heard = []
+    for what in ("plan", "render"):
+        assert main([what, *arguments[1:]]) == 2
+        heard.append(capsys.readouterr().err)
+        assert not out.exists() and "Traceback" not in heard[-1]
+    assert heard[0] == heard[1]
+    return heard[1]
 
 
 def test_what_cannot_be_rendered_is_one_message_and_nothing_is_written(weights, tmp_path, capsys):
@@ -241,18 +254,3 @@ def test_what_cannot_be_rendered_is_one_message_and_nothing_is_written(weights, 
     assert "audio: got True; allowed: nothing or false: demo makes no sound" in said
     steps = manifest(tmp_path, [ROWS[0] | {"steps": 4}])
     assert "at least 8 for ltx-tiny-distilled" in say("ltx-tiny-distilled", weights["ltx-tiny-distilled"], at=steps)
-
-
-@pytest.mark.parametrize(("gb", "fits"), [(24, ["int8", "fp8"]), (48, ["bf16", "int8", "fp8"]),
-                                          (80, ["bf16", "fp32", "int8", "fp8"]),
-                                          (141, ["bf16", "fp32", "int8", "fp8"])])
-def test_a_gpu_that_is_too_small_is_told_of_before_anything_is_loaded_with_what_fits(gb, fits):
-    card = CATALOG["ltx-2.3-distilled"]
-    for precision in card.precisions:
-        if precision in fits:
-            check_gpu_room(card, precision, gb)
-        else:
-            with pytest.raises(CheckpointError, match=f"the GPU has {gb}; --precision {' or '.join(fits)} fits"):
-                check_gpu_room(card, precision, gb)
-    with pytest.raises(CheckpointError, match="the GPU has 12; none of its precisions fits"):
-        check_gpu_room(card, "int8", 12)

@@ -44,6 +44,7 @@ class LtxCard(ModelCard):
     lora: str | None = None                             # that the second stage takes, where it is not distilled
     lora_strength: float = 1.0
     text_folder: str = GEMMA
+    encoder_share: float = 0.75                         # Gemma has 12 billion numbers
 
     duration_s: float = 5.0
     side_step: int = 32                                 # 64 of two stages

@@ -28,13 +28,14 @@ from dailies.model.ltx2.images import LtxImages
 from dailies.model.ltx2.keys import connectors_table, transformer_table
 from dailies.model.ltx2.lora import LORA_PREFIX, Lora, read_lora
 from dailies.model.ltx2.refine import SecondStage
-from dailies.model.ltx2.room import check_gpu_room
+from dailies.model.ltx2.room import BLOCKS, Placed, placed_on
 from dailies.model.ltx2.sampler import LtxSampler, Refiner
 from dailies.model.ltx2.text import LtxTextEncoder
 from dailies.model.ltx2.transformer import LtxTransformer
 from dailies.model.ltx2.upsampler import LatentUpsampler, load_upsampler
 from dailies.model.ltx2.video_vae import VideoVAE, load_video_vae
 from dailies.model.ltx2.vocoder import ExtendedVocoder, Vocoder, load_vocoder
+from dailies.model.memory import machine_memory
 from dailies.model.runtime import Runtime
 from dailies.model.weights import layout_in
 
@@ -50,7 +51,7 @@ class LtxFamily:
                 load(path.parent, card.runtime("meta", "fp32"))
             return ModelPart(kind=kind, tables=tables, load=load, check=check)      # type: ignore[arg-type]
 
-        halves = ("encoder", "decoder")
+        halves = ("encoder", "decoder") if card.takes_image else ("decoder",)
         found = [
             part("text_encoder", partial(self.load_encoder, card), *GEMMA_TABLES),
             part("connectors", partial(self.check_connectors, card), connectors_table(audio=card.sound)),
@@ -70,6 +71,7 @@ class LtxFamily:
         precision = "bf16" if on.precision == "fp8" else on.precision      # the files' FP8 is the transformer's alone
         return LtxTextEncoder(weights / layout.text_encoder, weights / layout.dits[0], on.device, name=card.name,
                               precision=precision, audio=card.sound, length=card.text_rows,
+                              resident=self.placed(card, on).gemma,
                               tokenizer=weights / (layout.tokenizer or layout.text_encoder))
 
     def load_image_model(self, card: LtxCard, weights: Path, on: Runtime) -> LtxImages:
@@ -91,7 +93,15 @@ class LtxFamily:
         config = config if card.sound else replace(config, audio=False)
         check_sizes(card, config, path)
         tables = transformer_table(audio=config.audio),
-        return refitted.dit_from(card, lambda: LtxTransformer(config), tables, path, on)
+        return refitted.dit_from(card, lambda: LtxTransformer(config), tables, path, on,
+                                 resident=self.placed(card, on).blocks)
+
+    def placed(self, card: LtxCard, on: Runtime) -> Placed:
+        """What stays on the device.  Raises CheckpointError where a GPU is too small."""
+        if not on.device.startswith("cuda") or not card.memory_gb:
+            return Placed()
+        return placed_on(card, on.precision, torch.cuda.get_device_properties(on.device).total_memory / 1e9,
+                         machine_memory() / 1e9)
 
     def load_refiner(self, card: LtxCard, weights: Path, on: Runtime, dit: LtxTransformer) -> Refiner:
         upsampler = self.load_upsampler(card, weights, on)
@@ -134,9 +144,12 @@ class LtxFamily:
 
     def fallbacks(self, card: LtxCard, weights: Path | None, on: Runtime) -> Mapping[str, tuple[str, ...]]:
         refuse_fp8(card, on)
-        if on.device.startswith("cuda") and card.memory_gb:
-            check_gpu_room(card, on.precision, torch.cuda.get_device_properties(on.device).total_memory / 1e9)
-        return refitted.fallbacks(card, weights, on)
+        placed = self.placed(card, on)
+        if placed.blocks is not None and on.compiled:
+            raise CheckpointError(f"{card.name}: --compile takes a GPU with room for all layers of the transformer; "
+                                  f"in {on.precision} {placed.blocks} of {BLOCKS} have it here. Leave it out, or "
+                                  "choose a precision in which they fit (docs/ltx2.md)")
+        return refitted.fallbacks(card, weights, on) | {"room": placed.notes}
 
 
 def check_sizes(card: LtxCard, config: LtxConfig, path: Path) -> None:

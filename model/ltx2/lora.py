@@ -63,7 +63,13 @@ def read_lora(path: Path, strength: float, name: str) -> Lora:
 
 
 def add_lora(layer: nn.Module, place: str, lora: Lora) -> None:
-    """Change the layer of that name, in place. Check the LoRA first; the layer is not in INT8.
+    """Change the layer of that name, in place. Check the LoRA first; the layer is not in INT8."""
+    for name, value in with_lora(layer, place, lora).items():
+        setattr(layer, name, nn.Parameter(value, requires_grad=False) if name in layer._parameters else value)
+
+
+def with_lora(layer: nn.Module, place: str, lora: Lora) -> dict[str, Tensor]:
+    """What of the layer the LoRA changes, changed.
 
     In the weight's own dtype: the product is rounded to it, and so is the sum. A layer in FP8 is given a new scale.
     """
@@ -72,6 +78,5 @@ def add_lora(layer: nn.Module, place: str, lora: Lora) -> None:
     dtype = torch.bfloat16 if narrow else weight.dtype
     delta = (b.to(weight.device, dtype) * lora.strength) @ a.to(weight.device, dtype)
     if narrow:
-        layer.weight, layer.weight_scale = fp8_of(layer.widened() + delta)
-    else:
-        layer.weight = nn.Parameter(weight + delta, requires_grad=False)
+        return dict(zip(("weight", "weight_scale"), fp8_of(layer.widened() + delta), strict=True))
+    return {"weight": weight + delta}

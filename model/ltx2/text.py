@@ -17,6 +17,7 @@ from dailies.model.ltx2.connectors import TextConnectors
 from dailies.model.ltx2.gemma import GEMMA_TABLES, Gemma3, GemmaConfig, gemma_config
 from dailies.model.ltx2.header import LtxHeader, read_ltx_header
 from dailies.model.ltx2.keys import connectors_table
+from dailies.model.offload import LayersInTurn, settled_on_host
 from dailies.model.samplers import Streams
 from dailies.model.tokenizer import GemmaTokenizer, refuse_code
 
@@ -34,9 +35,10 @@ class LtxTextEncoder:
     """
 
     def __init__(self, gemma: Path, release: Path, device: str, *, name: str, precision: str, audio: bool = True,
-                 length: int = TEXT_ROWS, tokenizer: Path | None = None):
+                 length: int = TEXT_ROWS, tokenizer: Path | None = None, resident: int | None = None):
         """gemma: a folder as published.  release: the single file, for its connectors.  tokenizer: by default gemma.
-        name: of the model, for messages.  audio: False makes nothing for sound.
+        name: of the model, for messages.  audio: False makes nothing for sound.  resident: of Gemma's layers, those
+        whose weights stay on the device, where the others' come in turn (offload.py); None: all.
 
         precision: fp32, bf16, or int8: Gemma's weights in eight bits, computed with in bf16 (12 GB for 24).
         Raises CheckpointError.
@@ -54,7 +56,7 @@ class LtxTextEncoder:
         if length % registers:
             raise CheckpointError(f"{name}: {release} has {registers} registers, of which {length} rows are no "
                                   "multiple. Is it another model's file?")
-        self.gemma = load_gemma(config, gemma, device, precision, name)
+        self.gemma = load_gemma(config, gemma, device, precision, name, resident=resident)
 
     def cut(self, text: str) -> int:
         """How many tokens of the text do not fit."""
@@ -98,8 +100,12 @@ def check_gemma_version(said: Mapping[str, Any], header: LtxHeader, where: str) 
         _log.warning("%s does not say which Gemma it was made with; from 2.4 on that should be checked", header.where)
 
 
-def load_gemma(config: GemmaConfig, folder: Path, device: str, precision: str, name: str) -> Gemma3:
-    """Its table of pieces stays in host memory: of a text only the rows of its tokens are needed on the device."""
+def load_gemma(config: GemmaConfig, folder: Path, device: str, precision: str, name: str, *,
+               resident: int | None = None) -> Gemma3:
+    """Its table of pieces stays in host memory: of a text only the rows of its tokens are needed on the device.
+
+    resident: as of LtxTextEncoder.
+    """
     with torch.device("meta"):
         model = Gemma3(config)
     lower = processor.dtype_of(precision, device)
@@ -111,7 +117,10 @@ def load_gemma(config: GemmaConfig, folder: Path, device: str, precision: str, n
             return module.cpu()
         return NarrowLinear(module) if precision == "int8" and isinstance(module, Linear) else module
 
-    checkpoint.load(model, folder, *GEMMA_TABLES, name=name, device=device, dtypes=dtypes, settle=settle)
+    settle_there = settle if resident is None else settled_on_host(settle, "layers", resident)
+    checkpoint.load(model, folder, *GEMMA_TABLES, name=name, device=device, dtypes=dtypes, settle=settle_there)
+    if resident is not None:
+        LayersInTurn(model.layers[resident:], device)
     return model.requires_grad_(False).eval()
 
 

@@ -21,6 +21,7 @@ from dailies.model.ltx2.adaln import AdaLayerNormSingle, Levels, Modulation, lev
 from dailies.model.ltx2.attention import FeedForward, LtxAttention, RootMeanSquare
 from dailies.model.ltx2.config import LtxConfig
 from dailies.model.ltx2.rope import RotaryTable, middles, rotary
+from dailies.model.offload import LayersInTurn
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Conditions(NamedTuple):
 class LtxTransformer(nn.Module):
     ops = TORCH_OPS
     always_refitted = True                              # by turbo.py, in fp32 too
+    in_turn: LayersInTurn | None = None                 # of blocks whose weights are there in their turn alone
 
     def __init__(self, config: LtxConfig):
         super().__init__()
@@ -130,8 +132,8 @@ class LtxTransformer(nn.Module):
 
     def read(self, context: Tensor, *, audio: bool = False) -> Tensor | TextKeys:
         """A context [B, S, E] for Modality: keys and values of every block where they depend on no time (2.0), so once
-        per clip will do; elsewhere the context itself.  audio: it is the sound's."""
-        if self.config.modulated_text:
+        per clip will do; elsewhere the context itself, of which each block makes them.  audio: it is the sound's."""
+        if self.config.modulated_text or self.in_turn is not None:
             return context
         rows = (self.audio_caption_projection if audio else self.caption_projection)(
             context) if self.config.caption_width else context

@@ -65,6 +65,7 @@ class Run:
     device: str = "cpu"                                 # what the work is done on
     weights: Path | None = None                         # None: they are not here
     fallbacks: tuple[str, ...] = ()                     # of every clip, as far as they are known before
+    room: tuple[str, ...] = ()                          # what the memory here makes of it, which changes no clip
     chosen_because: str = ""                            # of precision and attention, where they were to be chosen
     has_begun: bool = False                             # the folder holds this run already
     changed: str | None = None                          # "render" or "keep" rows that have changed; None: no run then
@@ -244,9 +245,10 @@ def prepare(manifest: Manifest, store: Store, card: ModelCard, *, weights: Path 
             raise StoreError(f"{store.uri_of(RUN)} is damaged: its {name} is {shown(value)}. Put a copy of it back")
         if value not in allowed:
             raise SettingError(f"--{name} must be {' or '.join(filter(None, allowed))} for {card.name}; got {value}")
-    on = card.runtime(device, way.precision, way.attention, decode_precision=decode_precision)
-    fallbacks = () if not is_here else tuple(
-        note for notes in family_of(card).fallbacks(card, weights, on).values() for note in notes)
+    on = card.runtime(device, way.precision, way.attention, decode_precision=decode_precision,
+                      compiled="compiled" in (variant or "").split(", "))
+    told = family_of(card).fallbacks(card, weights, on) if is_here else {}
+    fallbacks = tuple(note for kind, notes in told.items() if kind != "room" for note in notes)
     print_of = (fingerprint(weights_files(card, weights), check=lambda: check_before_reading(
                     card, weights, card.runtime("meta", way.precision))) if weights else
                 before.get("weights_fingerprint", UNKNOWN_FINGERPRINT))
@@ -256,7 +258,8 @@ def prepare(manifest: Manifest, store: Store, card: ModelCard, *, weights: Path 
     if strict and (fallbacks or plan.roundings):
         said = "; ".join([*fallbacks, *(f"{counted(rows, 'row')}: {note}" for note, rows in plan.roundings[:10])])
         raise SettingError(f"--strict, and not every row can be rendered as asked: {said}")
-    return Run.of(store, plan, device=device, weights=weights, fallbacks=fallbacks, chosen_because=way.because,
+    return Run.of(store, plan, device=device, weights=weights, fallbacks=fallbacks,
+                  room=tuple(told.get("room", ())), chosen_because=way.because,
                   changed=changed)
 
 
