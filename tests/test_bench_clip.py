@@ -1,15 +1,26 @@
 """dailies bench clip: each stage of one clip, of shipped models and of random weights."""
 
+import json
 from dataclasses import replace
 
 import pytest
+from golden import Golden
+from ltx2_tiny import LTX_TINY, LTX_TINY_TWO_STAGE
 from turbo_tiny import TURBO_TINY
 from wan_tiny import WAN_TINY, WAN_TINY_I2V
 
 from dailies.jobs.bench import clip as bench_clip
+from dailies.jobs.bench import clip_ltx2
 from dailies.jobs.cli import main
 from dailies.jobs.gpu import models
+from dailies.model import checkpoint
 from dailies.model.catalog import CATALOG, DEMO
+from dailies.model.ltx2.audio_vae import audio_vae_config
+from dailies.model.ltx2.gemma import gemma_config
+from dailies.model.ltx2.header import read_ltx_header
+from dailies.model.ltx2.upsampler import upsampler_config
+from dailies.model.ltx2.video_vae import video_vae_config
+from dailies.model.ltx2.vocoder import vocoder_config
 
 
 @pytest.mark.parametrize("card", [
@@ -25,6 +36,34 @@ def test_random_weights_are_made_and_every_stage_is_timed(card, monkeypatch):
     for name, figures in found:
         assert name.startswith(card.name) and figures["clips an hour"] > 0
         assert all(figures[f"{stage} s"] > 0 for stage in ("encode", "sample", "decode", "mp4"))
+
+
+@pytest.mark.parametrize("card, way", [(LTX_TINY, "int8:dense"), (LTX_TINY_TWO_STAGE, "fp32:dense")],
+                         ids=lambda each: getattr(each, "name", ""))
+def test_of_ltx2_every_part_is_made_up_and_every_stage_is_timed_with_its_sound(card, way, monkeypatch):
+    golden = Golden("ltx2_i2v_a")
+    path, said = golden.folder / "weights.safetensors", golden.folder / "weights_text_encoder.safetensors"
+    gemma = gemma_config(json.loads(checkpoint.unpack(said.read_bytes())[1]["config"]), "golden")
+    header = read_ltx_header(path, "golden")
+    upsampler = upsampler_config(Golden("ltx2_two_stage_a").folder / "weights_upsampler.safetensors", "golden")
+    sizes = clip_ltx2.LtxSizes(dit=header.transformer(), connectors=header.connectors(gemma.width), gemma=gemma,
+                            vae=video_vae_config(path, "golden"), audio_vae=audio_vae_config(path, "golden"),
+                            vocoder=vocoder_config(path, "golden"), upsampler=upsampler)
+    monkeypatch.setattr(clip_ltx2, "sizes_of", lambda card: sizes)
+    monkeypatch.setitem(CATALOG, card.name, card)
+    monkeypatch.setattr(bench_clip, "_CLIPS", 1)
+    (name, figures), = bench_clip.rows(card.name, random_weights=True, frames=9, steps=1, ways=way)
+    assert name.startswith(f"{card.name}, ") and name.endswith(f"x9, 1 steps, {way.replace(':', ', ')} attention")
+    assert all(figures.get(f"{stage} s", 0) > 0 for stage in ("encode", "sample", "decode", "mp4")), figures
+
+
+def test_a_model_that_no_cpu_here_has_memory_for_is_refused_before_anything_is_made(monkeypatch, capsys):
+    monkeypatch.setattr(clip_ltx2, "free_memory", lambda: 16e9)
+    assert main(["bench", "clip", "ltx-2-19b-distilled", "--random-weights"]) == 2
+    said = capsys.readouterr().err
+    assert "ltx-2-19b-distilled in fp32 takes about 127 GB, with its text encoder, and 16 are free" in said
+    assert clip_ltx2.sizes_of(CATALOG["ltx-2-19b"]).vocoder.sample_rate == CATALOG["ltx-2-19b"].audio_rate
+    assert clip_ltx2.sizes_of(CATALOG["ltx-2.3"]).vocoder.sample_rate == CATALOG["ltx-2.3"].audio_rate
 
 
 def test_the_ways_and_the_clip_can_be_chosen(monkeypatch):

@@ -318,3 +318,16 @@ def test_a_text_that_is_read_once_a_clip_changes_nothing(name):
     assert isinstance(contexts[0], TextKeys) is not dit.config.modulated_text
     kept = replace(video, context=contexts[0]), replace(audio, context=contexts[1])
     assert all(map(torch.equal, dit(*kept, ropes=dit.ropes(video.positions, audio.positions)), dit(video, audio)))
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("name", GOLDENS)
+def test_a_block_of_both_streams_is_one_graph_to_a_compiler(name):
+    golden = Golden(name)
+    dit, streams = refitted(golden, "fp32"), streams_of(golden)
+    want = dit(*streams)
+    turbo.compile_blocks(dit, backend="eager")
+    try:
+        assert all(map(torch.equal, dit(*streams), want))
+    finally:
+        torch._dynamo.reset()

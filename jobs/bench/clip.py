@@ -19,6 +19,7 @@ from dailies.actors.decoder import Decoder
 from dailies.actors.denoiser import Denoiser
 from dailies.actors.messages import Request
 from dailies.actors.text_encoder import TextEncoder
+from dailies.jobs.bench.clip_ltx2 import refuse_without_memory
 from dailies.jobs.gpu import models
 from dailies.jobs.usage import UsageError, card_named
 from dailies.model import refitted
@@ -26,7 +27,9 @@ from dailies.model.card import ModelCard
 from dailies.model.catalog import DEMO
 from dailies.model.linum.card import LinumCard
 from dailies.model.linum.load import LinumFamily
+from dailies.model.ltx2.card import LtxCard
 from dailies.model.runtime import Runtime
+from dailies.model.settings import FURTHER
 from dailies.model.text import T5TextEncoder, UMT5TextEncoder
 from dailies.model.wan.card import WanCard
 from dailies.model.wan.load import TURBO, WAN, WanFamily
@@ -75,6 +78,8 @@ def rows(name: str, *, random_weights: bool, ways: str | None = None, steps: int
         raise UsageError(f"the weights of {name} do not come with dailies; say --random-weights: they cost the same")
     asked = request_of(card, steps, frames, size)
     chosen = [Way.read(said, card) for said in ways.split(",")] if ways else all_ways(card, device)
+    for way in chosen if device == "cpu" and isinstance(card, LtxCard) else ():
+        refuse_without_memory(card, way.precision)
     if random_weights:
         card, asked = with_random_weights(card), replace(asked, negative_prompt=asked.negative_prompt and NEGATIVE)
     bench = Bench(card, device)
@@ -91,10 +96,12 @@ def all_ways(card: ModelCard, device: str) -> list[Way]:
     """On a CPU what runs by default and INT8; on a GPU more."""
     first = card.attentions[0]
     if device == "cpu":
-        return [Way(precision="fp32", attention=first), Way(precision="int8", attention=first)]
+        return [Way(precision=precision, attention=first) for precision in ("fp32", "int8")
+                if precision in card.precisions]
+    narrow = "int8" if "int8" in card.precisions else "fp8"
     return [*(Way(precision=precision, attention=attention)
-              for precision in ("bf16", "int8") for attention in card.attentions),
-            Way(precision="int8", attention=first, compiled=True)]
+              for precision in ("bf16", narrow) for attention in card.attentions),
+            Way(precision=narrow, attention=first, compiled=True)]
 
 
 class Bench:
@@ -127,7 +134,7 @@ class Bench:
         stages = self.load(way)
         loaded_s = time.perf_counter() - began
         asked = replace(asked, precision=way.precision, attention=way.attention)
-        _run(stages, replace(asked, num_steps=1), self.device)       # kernels are compiled and chosen
+        _run(stages, replace(asked, num_steps=self.card.min_steps), self.device)    # kernels are compiled and chosen
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         taken: list[dict[str, float]] = []
@@ -183,11 +190,13 @@ def request_of(card: ModelCard, steps: int | None, frames: int | None, size: str
         shape, _ = card.shape_for(size, frames=frames)
     except ValueError as error:
         raise UsageError(str(error)) from None
-    if steps is not None and not 1 <= steps <= card.max_steps:
-        raise UsageError(f"{card.name} makes a clip in 1 to {card.max_steps} steps; got {steps}")
+    if steps is not None and not card.min_steps <= steps <= card.max_steps:
+        raise UsageError(f"{card.name} makes a clip in {card.min_steps} to {card.max_steps} steps; got {steps}")
     return Request(clip_id=f"{0:064x}", model=card.name, weights_fingerprint="", prompt=PROMPTS[0],
                    negative_prompt=card.negative_prompt, seed=20, shape=shape, fps=card.fps,
-                   num_steps=steps or card.num_steps, guidance=card.guidance, precision="", attention="")
+                   num_steps=steps or card.num_steps, guidance=card.guidance, precision="", attention="",
+                   settings={setting.name: own for setting in FURTHER
+                             if (own := setting.own_value(card)) is not None})
 
 
 def with_random_weights(card: ModelCard) -> ModelCard:
@@ -246,3 +255,4 @@ class RandomUMT5(RandomEncoder, UMT5TextEncoder):
 RANDOM_LINUM, RANDOM_WAN, RANDOM_TURBO = RandomLinum(), RandomWan(*WAN.tables), RandomWan(*TURBO.tables)
 RANDOM = {f"dailies.model.{family}": f"{__name__}:RANDOM_{name}" for family, name in (
     ("linum.load:LINUM", "LINUM"), ("wan.load:WAN", "WAN"), ("wan.load:TURBO", "TURBO"))}
+RANDOM["dailies.model.ltx2.load:LTX2"] = "dailies.jobs.bench.clip_ltx2:RANDOM_LTX2"
