@@ -7,7 +7,7 @@ import subprocess
 import pytest
 from bare import ABSENT, ROOT, run_bare
 
-from dailies.jobs.bench.command import commit_in
+from dailies.jobs.bench.machine import commit_in
 
 # tiny sizes, one clip, and no waiting for good times
 QUICK = """

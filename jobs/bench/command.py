@@ -5,18 +5,16 @@ what can be measured with them.
 """
 
 import argparse
-import platform
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from dailies import HOME
-from dailies.actors.cores import usable_cores
 from dailies.jobs.answer import answer
+from dailies.jobs.bench.machine import machine
+from dailies.jobs.bench.memory import memory
 from dailies.jobs.usage import UsageError
+from dailies.model.catalog import CATALOG, DEMO
 
 Rows = Iterator[tuple[str, dict[str, Any]]]
 
@@ -85,7 +83,6 @@ def demo_rows(ways: tuple[tuple, ...], prompts: int = 200) -> Rows:
     """Each way a precision, an attention and the steps, if not the model's own. The first is what the others are
     compared with; then what was made of the demo model, where it is shipped."""
     from dailies.jobs.demo.evaluate import evaluate, psnr
-    from dailies.model.catalog import CATALOG, DEMO
     runs = [(DEMO, *way) for way in ways]
     if len(ways) > 1:
         made_of_it = [card for card in CATALOG.values() if card.folder == DEMO.folder and card is not DEMO]
@@ -119,7 +116,6 @@ def busy_gpus() -> Rows:
 
 def _memory() -> Rows:
     """Resident memory of every process over 500 tiny clips."""
-    from dailies.jobs.bench.memory import memory
     yield "500 tiny clips", memory()
 
 
@@ -138,7 +134,6 @@ def transformer(name: str, random_weights: bool) -> Rows:
 
 def clips() -> Rows:
     """One clip of each demo model, stage by stage."""
-    from dailies.model.catalog import CATALOG
     for card in CATALOG.values():
         if card.folder is not None:
             yield from clip(card.name)
@@ -165,42 +160,6 @@ def kernels() -> Rows:
 _PARTS: dict[str, Callable[[], Rows]] = {"demo": demo, "quality": quality, "pipeline": _pipeline, "memory": _memory,
                                         "model": model, "kernels": kernels, "clip": clips, "report": report}
 OF_A_MODEL: dict[str, Callable[..., Rows]] = {"model": transformer, "clip": clip}
-
-
-def machine() -> dict[str, str]:
-    import torch
-    torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))     # torch knows an affinity, and no quota
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{usable_cores()} CPU cores"
-    return {"device": f"{device} ({platform.machine()})", "torch": torch.__version__,
-            "python": platform.python_version(), "commit": commit()}
-
-
-def commit() -> str:
-    """As git describes it; where git is not installed, as the checkout's own files say."""
-    try:
-        done = subprocess.run(["git", "-C", str(HOME), "describe", "--always", "--dirty"], capture_output=True,
-                              text=True)
-        return done.stdout.strip() or "unknown"
-    except OSError:
-        return f"{noted[:7]} or later" if (noted := commit_in(HOME / ".git")) else "unknown"
-
-
-def commit_in(git: Path) -> str | None:
-    """The hash that HEAD names in the folder that git keeps, or in the one that a worktree's file points at."""
-    try:
-        if git.is_file():
-            git = git.parent / git.read_text().removeprefix("gitdir:").strip()
-        head = (git / "HEAD").read_text().strip()
-        if not head.startswith("ref: "):
-            return head
-        shared = git / (git / "commondir").read_text().strip() if (git / "commondir").exists() else git
-        branch = head.removeprefix("ref: ")
-        if (shared / branch).exists():
-            return (shared / branch).read_text().strip()
-        packed = (line.split() for line in (shared / "packed-refs").read_text().splitlines())
-        return next((words[0] for words in packed if words[1:] == [branch]), None)
-    except OSError:
-        return None
 
 
 def cell(value: Any) -> str:

@@ -10,11 +10,12 @@ import json
 import platform
 import resource
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from dailies.jobs.bench.command import commit
+from dailies.jobs.bench.machine import commit
 from dailies.jobs.bench.pretend import SHARED, SLEEPS_S, WHOLE, pretend_request, pretend_stages
 from dailies.pipeline.stages import Outcome
 
@@ -39,8 +40,6 @@ def overhead(clips: int = 5000) -> dict[str, float]:
 def overlap(clips: int = 200, gpus: int = 4, shares: dict[str, float] | None = None, *,
             window: int = 1000) -> dict[str, float]:
     """The span from the first sample's start to the last one's end, against clips * seconds / gpus."""
-    import tempfile
-
     from dailies.pipeline.scheduler import cluster
 
     with tempfile.NamedTemporaryFile(suffix=".jsonl") as trace, cluster.connect("local", cpus=4, gpus=gpus):

@@ -12,17 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dailies.jobs.gpu.ground import Ground, difference
 from dailies.jobs.gpu.kit import ROOT
 from dailies.jobs.gpu.models import inputs, new_dit, new_vae, with_layers
-from dailies.jobs.gpu.part import Ground, difference
 from dailies.kernels.around_conv import add_bias, enlarge, norm_silu
 from dailies.kernels.int8_attention import int8_attention
 from dailies.kernels.int8_linear import int8_linear, quantize_blocks, quantize_rows
 from dailies.kernels.norm import Affine, Update, modulated_norm, rms_norm, rms_rope
 from dailies.kernels.sparse_attention import sparse_attention
 from dailies.model.catalog import CATALOG, DEMO, DEMO_SPARSE
+from dailies.model.graphs import Graphed
 from dailies.model.layers import rotary_table
+from dailies.model.linum.load import LINUM
 from dailies.model.shapes import VideoShape
+from dailies.model.turbo import compile_blocks
 
 QUANTIZERS = {"rows": quantize_rows, "blocks": quantize_blocks}
 # tokens, width, heads of Wan 1.3B, Wan 14B and Linum; the tokens are ragged: beside a tile, below one, over two
@@ -110,9 +113,6 @@ def qkv(ground: Ground, queries: int, keys: int, head_dim: int, dtype: torch.dty
 
 def models_right(ground: Ground) -> None:
     """The shipped model in three ways against fp32, eager, as a CUDA graph, and compiled."""
-    from dailies.model.graphs import Graphed
-    from dailies.model.linum.load import LINUM
-    from dailies.model.turbo import compile_blocks
     for card, precision, attention in ((DEMO, "bf16", "dense"), (DEMO, "int8", "sage"),
                                        (DEMO_SPARSE, "bf16", "sparse")):
         name = f"{card.name} {precision} {attention}"

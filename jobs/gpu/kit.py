@@ -19,7 +19,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from dailies.jobs.bench.command import commit
+from dailies.jobs.bench.machine import commit
 from dailies.jobs.gpu.report import markdown
 
 ROOT = Path(__file__).resolve().parent.parent.parent

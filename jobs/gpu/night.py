@@ -17,7 +17,7 @@ import torch
 
 from dailies.actors.messages import Frames
 from dailies.jobs.bench.clip import Bench, Way, request_of, with_random_weights
-from dailies.jobs.gpu.part import Ground
+from dailies.jobs.gpu.ground import Ground
 from dailies.model.catalog import CATALOG
 
 _CLIPS, WRITERS, AHEAD = 12, 6, 8                        # clips; processes that write; clips not yet written, at most

@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -15,17 +16,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dailies.jobs.gpu.checks import around_norm
+from dailies.jobs.gpu.ground import Ground
 from dailies.jobs.gpu.models import inputs, made_up_encoder, new_dit, new_vae
 from dailies.jobs.gpu.night import night
-from dailies.jobs.gpu.part import Ground
 from dailies.kernels.int8_attention import int8_attention
 from dailies.kernels.int8_linear import int8_linear, quantize_rows
 from dailies.kernels.norm import modulated_norm, rms_norm, rms_rope
 from dailies.kernels.sparse_attention import sparse_attention
 from dailies.model.card import ModelCard
 from dailies.model.catalog import CATALOG
+from dailies.model.graphs import Graphed
 from dailies.model.layers import rotary_table
 from dailies.model.shapes import VideoShape
+from dailies.model.turbo import compile_blocks
+from dailies.model.wan.decoder import to_uint8
 from dailies.model.wan.vae import WanVAE
 
 WANTED = ("triton", "transformers", "ftfy", "pydantic", "av", "ray", "boto3", "diffusers", "pyarrow", "typer")
@@ -94,7 +98,6 @@ def importable(name: str) -> bool:
 
 
 def version_of(package: str) -> str:
-    from importlib.metadata import PackageNotFoundError, version
     try:
         return version(package)
     except PackageNotFoundError:
@@ -179,8 +182,6 @@ def _clip(ground: Ground) -> None:
 def steps(ground: Ground, card: ModelCard, precision: str, attention: str, *, ways: bool,
           shape: VideoShape | None = None) -> None:
     """A forward: eager, what the host takes to launch it, and with `ways` as a CUDA graph and compiled."""
-    from dailies.model.graphs import Graphed
-    from dailies.model.turbo import compile_blocks
     name = f"forward of {card.name}, {precision}, {attention}"
     with ground.trying(name):
         began = time.perf_counter()
@@ -228,7 +229,6 @@ DECODES = (("bf16", "auto", None, False), ("bf16", "auto", None, True), ("fp32",
 def decodes(ground: Ground, card: ModelCard, shape: VideoShape, ways: tuple[tuple, ...] = DECODES) -> None:
     """ways: precision; by kernels or torch's own operators; elements that a layer makes at a time, None as it chooses;
     whether cuDNN chooses by time."""
-    from dailies.model.wan.decoder import to_uint8
     _, *grid = card.grid.of(shape)
     for precision, impl, slab, benchmark in ways:
         name = (f"decode {shape}, {precision}, {impl}, slabs of {slab or 'its choice'}"

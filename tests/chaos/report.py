@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from dailies.jobs.bench.command import commit
+from dailies.jobs.bench.machine import commit
 from tests.chaos.night import ROLES, SAMPLERS
 from tests.chaos.scenarios import CPUS, MACHINES
 
