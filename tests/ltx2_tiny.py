@@ -13,6 +13,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import tiny_program
 import torch
 from gemma_tiny import gemma_folder, tokenizer_json
 from golden import Golden
@@ -108,13 +109,8 @@ class SixCores:
 
 
 if __name__ == "__main__":
-    CATALOG.update({card.name: card for card in CARDS})
     if sys.argv[1:2] == ["--four"]:
         from dailies.jobs.cli import main
         CATALOG.update({card.name: replace(card, family="ltx2_tiny:MEETING") for card in CARDS})
         sys.exit(main([*sys.argv[2:], "--samplers", "4"], engine=SixCores()))
-    if sys.argv[1:2] == ["write"]:
-        write_weights(Path(sys.argv[3]), CATALOG[sys.argv[2]])
-        sys.exit()
-    from dailies.jobs.cli import program
-    program()
+    tiny_program.run(CARDS, write_weights)

@@ -4,13 +4,13 @@ The runs are of a tiny model, in this process.
 """
 
 import json
+import shutil
 
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 import pytest
-import tiny  # noqa: F401  adds the model to the catalogue
-from test_run_folder import ask
+from run_folders import ask, clips_of, render, write
 
 from dailies.pipeline.manifest.manifest import Manifest
 from dailies.pipeline.run import ledger
@@ -20,16 +20,8 @@ PROMPTS = ["a red fox", "two cats", "a red fox", "日本の猫"]
 TABLE = pa.table({"prompt": PROMPTS, "frames": [5, 5, 5, 9], "guidance": [3.0, None, 3.0, 2.5], "mood": list("abcd")})
 
 
-def render(manifest, out, *options):
-    return ask("render", manifest, "--out", out, "--model", "tiny", "--device", "cpu", *options)
-
-
 def rows_of(out):
     return {(row["id"], row["seed"]): row["clip_id"] for row in ledger.read(open_store(out)).to_pylist()}
-
-
-def clips_of(out):
-    return {path.stem: path.stat().st_mtime_ns for path in out.glob("clips/*/*.mp4")}
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +36,7 @@ def night(tmp_path_factory):
 
 @pytest.fixture
 def again(night, tmp_path):
-    import shutil
-    shutil.copytree(night / "out", tmp_path / "out")
-    return tmp_path / "out"
+    return shutil.copytree(night / "out", tmp_path / "out")
 
 
 def test_a_report_that_is_asked_for_is_there_when_the_command_ends_though_all_was_done(night, again):
@@ -125,9 +115,7 @@ def test_a_row_more_is_the_only_one_that_is_made(again, tmp_path):
 
 def test_what_decides_no_pixels_renames_no_row_and_what_does_renames_it_alone(tmp_path):
     def ids(*rows):
-        path = tmp_path / "m.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return Manifest.read(str(path)).table["id"].to_pylist()
+        return Manifest.read(str(write(tmp_path / "m.jsonl", rows))).table["id"].to_pylist()
 
     fox, cat = {"prompt": "a fox", "steps": 4}, {"prompt": "a cat"}
     name, other = ids(fox, cat)

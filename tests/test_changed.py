@@ -1,12 +1,9 @@
 """A row that the run folder knows and that asks for something else: refused by name, made again, or kept."""
 
-import json
 import shutil
 
 import pytest
-import tiny  # noqa: F401  adds the model to the catalogue
-from test_append import clips_of, render
-from test_run_folder import ask
+from run_folders import ask, clips_of, contents, render, rendered, write
 
 from dailies.pipeline.run import ledger
 from dailies.pipeline.store import open_store
@@ -14,30 +11,18 @@ from dailies.pipeline.store import open_store
 ROWS = [{"id": f"row-{number}", "prompt": f"a fox {number}", "frames": 5} for number in range(4)]
 
 
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 def rows_of(out, **options):
     return {row["id"]: row for row in ledger.read(open_store(out), **options).to_pylist()}
 
 
-def contents(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 @pytest.fixture(scope="module")
 def night(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("night")
-    assert render(write(folder / "night.jsonl", ROWS), folder / "out")[0] == 0
-    return folder
+    return rendered(ROWS, tmp_path_factory.mktemp("night"))
 
 
 @pytest.fixture
 def out(night, tmp_path):
-    shutil.copytree(night / "out", tmp_path / "out")
-    return tmp_path / "out"
+    return shutil.copytree(night / "out", tmp_path / "out")
 
 
 @pytest.fixture

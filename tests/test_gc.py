@@ -6,11 +6,8 @@ import threading
 import time
 
 import pytest
-import tiny  # noqa: F401  adds the model to the catalogue
-from test_append import render
-from test_changed import contents, write
+from run_folders import ask, contents, render, write
 from test_redo import ROWS, rows_of
-from test_run_folder import ask
 
 from dailies.pipeline.run.layout import clip_key, poster_key
 from dailies.pipeline.run.lease import Lease, LeaseError
@@ -32,8 +29,7 @@ def night(tmp_path_factory):
 
 @pytest.fixture
 def out(night, tmp_path):
-    shutil.copytree(night / "out", tmp_path / "out")
-    return tmp_path / "out"
+    return shutil.copytree(night / "out", tmp_path / "out")
 
 
 def test_old_takes_and_what_belongs_to_them_are_listed_and_then_deleted_and_nothing_else(out, night, tmp_path):

@@ -14,12 +14,9 @@ from contextlib import redirect_stdout
 from io import StringIO
 
 import pytest
-import tiny  # noqa: F401  adds the model to the catalogue
 from one_process import main
-from test_append import render
-from test_changed import write
+from run_folders import ask, render, write
 from test_redo import decide
-from test_run_folder import ask
 
 from dailies.pipeline.run import ledger
 from dailies.pipeline.run.layout import LEASE, clip_id_in

@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_run_folder import ask
+from run_folders import ask
 from tiny import TINY
 
 import dailies

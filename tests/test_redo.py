@@ -10,11 +10,8 @@ from datetime import UTC, datetime
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import tiny  # noqa: F401  adds the model to the catalogue
-from test_append import clips_of, render
-from test_changed import write
+from run_folders import ask, clips_of, render, rendered, write
 from test_report import column
-from test_run_folder import ask
 
 from dailies.pipeline.run import ledger
 from dailies.pipeline.run.redo import NewSeed
@@ -40,15 +37,12 @@ def decide(out, *decisions, decided_by="ada"):
 
 @pytest.fixture(scope="module")
 def night(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("night")
-    assert render(write(folder / "night.jsonl", ROWS), folder / "out")[0] == 0
-    return folder
+    return rendered(ROWS, tmp_path_factory.mktemp("night"))
 
 
 @pytest.fixture
 def out(night, tmp_path):
-    shutil.copytree(night / "out", tmp_path / "out")
-    return tmp_path / "out"
+    return shutil.copytree(night / "out", tmp_path / "out")
 
 
 def test_a_decision_is_columns_of_the_ledger_until_the_row_has_another_clip(out, night):
@@ -191,6 +185,15 @@ def test_of_samples_the_best_is_selected_and_all_are_published(out):
     assert sum(filter(None, ledger.read(open_store(out), ["selected"])["selected"].to_pylist())) == 1
     ask("report", out)
     assert sorted(column(out / "report", "selected"), key=str) == [0, 0, 1, None, None, None]
+
+
+def test_an_earlier_take_is_no_sample_to_select(out, night):
+    before, = (row for row in rows_of(out).values() if row["selected"])
+    assert ask("redo", out, "--where", f"clip_id = {before['clip_id']}")[1]["to_make"] == 1
+    assert render(night / "night.jsonl", out)[1]["rendered"] == 1
+    now, = (row for row in rows_of(out).values() if row["selected"])
+    every = {row["clip_id"]: row["selected"] for row in rows_of(out, every_take=True).values()}
+    assert every.pop(before["clip_id"]) is None and [name for name in every if every[name]] == [now["clip_id"]]
 
 
 @pytest.mark.parametrize("row, said", [

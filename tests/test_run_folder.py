@@ -9,18 +9,15 @@ import os
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
-from io import StringIO
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import tiny  # noqa: F401  adds the model to the catalogue
 import torch
-from one_process import main
+from run_folders import ask, said, write
 
 from dailies.actors import clip_file
 from dailies.actors.messages import Embedding
@@ -37,31 +34,13 @@ ROWS = [{"id": "fox", "prompt": "a red fox", "frames": 5},
 NUM_CLIPS = 3
 
 
-def ask(*arguments):
-    """Exit code, JSON answer and all that was printed, of one command in this process."""
-    out, err = StringIO(), StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        code = main([*map(str, arguments), "--json"])
-    assert "Traceback" not in out.getvalue() + err.getvalue()
-    return code, json.loads(out.getvalue()), err.getvalue()
-
-
-def said(*arguments):
-    """Exit code and all that a person sees."""
-    printed = StringIO()
-    with redirect_stdout(printed), redirect_stderr(printed):
-        code = main([*map(str, arguments)])
-    assert all(char.isprintable() or char == "\n" for char in printed.getvalue()), printed.getvalue()
-    return code, printed.getvalue()
-
-
 def render(folder, *options, out="out"):
     return ask("render", folder / "night.jsonl", "--out", folder / out, "--model", "tiny", "--device", "cpu", *options)
 
 
 def begin(folder):
     folder.mkdir(exist_ok=True)
-    (folder / "night.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    write(folder / "night.jsonl", ROWS)
     return folder
 
 
@@ -280,7 +259,7 @@ def test_a_buckets_own_hash_is_not_believed(whole, s3_bucket, tmp_path):
 def test_two_whose_ledger_rows_are_put_back_share_the_clip_that_is_made_again(tmp_path):
     twins = [{"id": name, "prompt": "a twin", "seed": 7, "frames": 5} for name in ("a", "b")]
     folder = begin(tmp_path)
-    (folder / "night.jsonl").write_text("".join(json.dumps(row) + "\n" for row in twins))
+    write(folder / "night.jsonl", twins)
     assert render(folder)[1]["rendered"] == 1
     (clip_id, data), = clips(folder).items()
     path_of(folder, clip_id).unlink()

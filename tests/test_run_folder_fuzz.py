@@ -13,7 +13,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from limits import within
-from test_run_folder import NUM_CLIPS, ask, begin, clips, path_of, render, rows, said
+from run_folders import ask, said
+from test_run_folder import NUM_CLIPS, begin, clips, path_of, render, rows
 
 from dailies.actors.clip_file import DIGEST_HEAD
 from dailies.pipeline.run import saved_steps as steps

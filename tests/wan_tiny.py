@@ -6,11 +6,12 @@ python tests/wan_tiny.py render prompts.csv --out out/ --model wan-tiny-i2v --we
 
 import json
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 
-from dailies.model.catalog import CATALOG, WAN21_I2V_14B, WAN21_T2V_1_3B, WAN22_I2V_A14B, WAN22_T2V_A14B
+import tiny_program
+
+from dailies.model.catalog import WAN21_I2V_14B, WAN21_T2V_1_3B, WAN22_I2V_A14B, WAN22_T2V_A14B
 from dailies.model.wan.card import UMT5_XXL, WanCard
 
 TOKENIZER = Path(__file__).parent / "goldens/linum_e2e_a/checkpoint/t5/tokenizer"
@@ -69,9 +70,4 @@ def write_weights(folder: Path, card: WanCard = WAN_TINY, layout: str = "diffuse
 
 
 if __name__ == "__main__":
-    CATALOG.update({card.name: card for card in CARDS})
-    if sys.argv[1:2] == ["write"]:
-        write_weights(Path(sys.argv[3]), CATALOG[sys.argv[2]])
-        sys.exit()
-    from dailies.jobs.cli import program
-    program()
+    tiny_program.run(CARDS, write_weights)

@@ -1,7 +1,7 @@
 """What a night comes to, from its ledger alone: how many, how fast, who was busy when, what failed and what it cost."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -142,9 +142,7 @@ def said_lists(table: pa.Table, name: str) -> list[tuple[str, int]]:
     return counted_values(pa.table({name: pc.list_flatten(table[name])}), name)
 
 
-def prompt_groups(prompts: Sequence[pa.ChunkedArray]) -> pa.ChunkedArray:
-    """A number for each prompt, the same in all tables: rows of one prompt stand side by side."""
-    column = pa.chunked_array([chunk for prompt in prompts for chunk in prompt.chunks], type=pa.string())
-    found = column.fill_null("").combine_chunks().dictionary_encode()
-    indices = found.combine_chunks().indices if isinstance(found, pa.ChunkedArray) else found.indices
-    return pa.chunked_array([indices.cast(pa.int32())])
+def prompt_groups(prompts: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A number for each prompt: rows of one prompt stand side by side."""
+    found = prompts.fill_null("").dictionary_encode()   # the chunks have one dictionary
+    return pa.chunked_array([chunk.indices for chunk in found.chunks], pa.int32())

@@ -150,7 +150,7 @@ def page_files(elsewhere: str = "") -> dict[str, bytes]:
 
 
 def origins(sources: Sequence[Source], presign_s: float | None) -> str:
-    """Of signed links."""
+    """scheme://host of where signed links lead, which the page must be allowed to show; empty without such links."""
     if not presign_s:
         return ""
     addresses = [urlsplit(source.store.presigned("clips", presign_s)) for source in sources]
@@ -172,7 +172,7 @@ def shown_rows(tables: Sequence[pa.Table], posters: Sequence[set[str | None]]) -
         marked.append(table.append_column("poster", there)
                       .append_column("run", pa.array([number] * table.num_rows, pa.int32())))
     rows = ledger.together(marked)
-    return rows.append_column("prompt_group", prompt_groups([rows["prompt"]]))
+    return rows.append_column("prompt_group", prompt_groups(rows["prompt"]))
 
 
 def missing_posters(rows: pa.Table) -> int:

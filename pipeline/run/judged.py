@@ -17,17 +17,17 @@ BESIDE = (*DECIDED, "selected")
 NEEDS = {**dict.fromkeys(DECIDED, ("clip_id",)), "selected": ("keep", "keep_by", "sample", ALL_MEASURES)}
 
 
-def with_judgements(store: Store, table: pa.Table, wanted: tuple[str, ...] = BESIDE) -> pa.Table:
+def with_judgements(store: Store, table: pa.Table, counts: pa.Array, wanted: tuple[str, ...]) -> pa.Table:
     """The table with these columns of BESIDE.  table: id, seed, status and NEEDS of each, as far as there are.
 
-    Raises StoreError.
+    counts: of each row whether it is a current one.  Raises StoreError.
     """
     table = table.drop_columns([name for name in BESIDE if name in table.column_names])     # no part has them
     if any(name in DECIDED for name in wanted):
         picks = read_picks(store)
         for name, column in zip(DECIDED, decided(table, picks), strict=True):
             table = table.append_column(pa.field(name, STORED.field(name).type), column)
-    return table.append_column("selected", selected(table)) if "selected" in wanted else table
+    return table.append_column("selected", selected(table, counts)) if "selected" in wanted else table
 
 
 def decided(table: pa.Table, picks: pa.Table) -> list[pa.ChunkedArray | pa.Array]:
@@ -45,15 +45,16 @@ def decided(table: pa.Table, picks: pa.Table) -> list[pa.ChunkedArray | pa.Array
     return [picks[name].combine_chunks().take(places) for name in DECIDED]
 
 
-def selected(table: pa.Table) -> pa.Array:
+def selected(table: pa.Table, counts: pa.Array) -> pa.Array:
     """Of each row whether it is one of the `keep` best of its manifest row's samples by `keep_by`; null where nobody
-    asked, or where it has no clip. What lacks the measure comes last, and of equals the first sample first."""
+    asked, where it has no clip, and of what a newer take has replaced. What lacks the measure comes last, and of equals
+    the first sample first."""
     keep = table["keep"] if "keep" in table.column_names else None
     if keep is None or keep.null_count == table.num_rows:
         return pa.nulls(table.num_rows, pa.bool_())
     samples: dict[str, list[tuple[float, int, int]]] = {}
     most: dict[str, int] = {}
-    asked = pc.and_(pc.is_valid(keep), pc.equal(table["status"], "done"))
+    asked = pc.and_(pc.and_(pc.is_valid(keep), pc.equal(table["status"], "done")), counts)
     for at in pc.indices_nonzero(pc.fill_null(asked, False)).to_pylist():
         name, by = table["id"][at].as_py(), table["keep_by"][at].as_py() or ""
         column = by.removeprefix("-")

@@ -226,12 +226,13 @@ def read(store: Store, columns: Sequence[str] | None = None, *, put_back: bool =
     beside = tuple(name for name in BESIDE if columns is None or name in columns)
     asked = None if columns is None else [each for name in columns for each in NEEDS.get(name, ())]
     table = rows_of_keys(store, None if columns is None else [*columns, *(asked or ())], whole=whole)
-    if not every_take:
-        table = table.filter(pa.array(is_current(table)))
+    counts = is_current(table)
+    stays = np.ones(table.num_rows, bool) if every_take else counts
     if not put_back:
-        table = table.filter(pc.not_equal(table["status"], "pending"))
+        stays = stays & pc.not_equal(table["status"], "pending").to_numpy(zero_copy_only=False)
+    table, counts = table.filter(pa.array(stays)), counts[stays]
     if beside:
-        table = with_judgements(store, table, beside)
+        table = with_judgements(store, table, pa.array(counts), beside)
     return table if columns is None else table.select(list(there(dict.fromkeys(columns), table.column_names)))
 
 
