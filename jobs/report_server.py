@@ -90,7 +90,7 @@ class ReportServer(ThreadingHTTPServer):
                 began = time.monotonic()
                 bases = ["../", *(f"../beside/{number}/" for number in range(1, len(self.sources)))]
                 self.made = make_report(self.sources, bases, price=self.price)
-                rows = ledger.read(self.sources[0].store, ["id", "seed", "clip_id"])
+                rows = ledger.read(self.sources[0].store, ["id", "seed", "clip_id"], every_take=True)
                 self.known = set(ledger.values_of(rows, "id", "seed", "clip_id"))
                 self.made_at, self.took_s = time.monotonic(), time.monotonic() - began
             return self.made

@@ -16,12 +16,11 @@ import pyarrow.compute as pc
 
 from dailies.model.card import ModelCard
 from dailies.model.settings import COURSE, SIZE
-from dailies.pipeline.plan import clip_id_for, hashed
 from dailies.pipeline.run import ledger
 from dailies.pipeline.run.current import slots
 from dailies.pipeline.run.layout import SUCCESS
 from dailies.pipeline.run.ledger_row import COLUMNS, DAMAGED
-from dailies.pipeline.run.run_json import IDENTITY
+from dailies.pipeline.run.run_json import IDENTITY, has
 from dailies.pipeline.run.takes import KEPT_BY_TAKES, NotMade, request_of_row
 from dailies.pipeline.run.where import BadFilter, Filter
 from dailies.pipeline.store import Store
@@ -102,8 +101,8 @@ def ask_for_takes(store: Store, run: Mapping[str, Any], card: ModelCard, chosen:
 def another_take(row: Mapping[str, Any], slot: int, card: ModelCard, shared: Mapping[str, Any], seed: NewSeed,
                  taken: set[int]) -> dict[str, Any]:
     """The pending row of another take: every column that is not as in this one.  Raises NotMade."""
-    request = request_of_row(row, card, shared, {row["image_sha256"]: row["image"]} if row["image_sha256"] else {})
-    if request.clip_id != row["clip_id"]:
+    images = {row["image_sha256"]: row["image"]} if row["image_sha256"] else {}
+    if request_of_row(row, card, shared, images).clip_id != row["clip_id"]:
         raise NotMade("its clip_id is not that of what its row says, so nobody knows what it was made of")
     first = slot - (row["sample"] or 0)
     other = seed.after(row["seed"], taken, first, row["samples"] or (row["sample"] or 0) + 1)
@@ -111,9 +110,8 @@ def another_take(row: Mapping[str, Any], slot: int, card: ModelCard, shared: Map
         raise NotMade("another take or sample of it has that seed")
     taken.add(other)
     said = {name: None for name in row if name not in ASKED_AGAIN}
-    again = request_of_row(dict(row) | {"seed": other, "quality.seed": None}, card, shared,
-                           {row["image_sha256"]: row["image"]} if row["image_sha256"] else {})
-    return said | {"seed": other, "clip_id": clip_id_for(**hashed(again)), "status": "pending", "take_of": slot,
+    again = request_of_row({**row, "seed": other, "quality.seed": None}, card, shared, images)
+    return said | {"seed": other, "clip_id": again.clip_id, "status": "pending", "take_of": slot,
                    "replaces": row["clip_id"], "finished_at": datetime.now(UTC)}
 
 
@@ -125,7 +123,7 @@ def drop_rows(store: Store, chosen: Filter) -> int:
     table = ledger.read(store)
     rows = table.filter(chosen.mask(table))
     if rows.num_rows:
-        was_marked = any(info.key == SUCCESS for info in store.list(SUCCESS))
+        was_marked = has(store, SUCCESS)
         store.delete(SUCCESS)                           # it tells of other rows
         now = datetime.now(UTC)
         ledger.write_again(store, rows, lambda row: {"status": "dropped", "finished_at": now})

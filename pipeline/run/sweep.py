@@ -24,6 +24,7 @@ from dailies.pipeline.run.layout import (
     poster_id_in,
 )
 from dailies.pipeline.run.lease import Lease
+from dailies.pipeline.run.run_json import has
 from dailies.pipeline.store import ObjectInfo, Store
 from dailies.pipeline.store.base import PROBE, PROBE_KEY
 
@@ -43,7 +44,7 @@ def leftovers(store: Store) -> Iterator[Leftover]:
     wanted = set(rows["clip_id"].to_pylist())
     done = set(rows.filter(pc.equal(rows["status"], "done"))["clip_id"].to_pylist())
     old = ledger.clips_ever_named(store) - wanted
-    is_finished = any(info.key == SUCCESS for info in store.list(SUCCESS))
+    is_finished = has(store, SUCCESS)
     for folder, name_of, what in ((CLIPS, clip_id_in, "clip"), (POSTERS, poster_id_in, "poster")):
         for info in store.list(f"{folder}/"):
             name = name_of(info.key)
