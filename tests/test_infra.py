@@ -10,6 +10,7 @@ import sys
 import threading
 import tomllib
 import urllib.error
+import venv
 from pathlib import Path
 
 import jsonschema
@@ -329,6 +330,8 @@ def test_the_image_is_built_from_what_is_there():
             assert all((ROOT / source).exists() for source in rest.split()[:-1]), rest
     copied = {source for word, rest in instructions() if word == "COPY" for source in rest.split()[:-1]}
     assert copied >= {"kernels", "model", "actors", "pipeline", "jobs", "infra", "pyproject.toml", "constraints.txt"}
+    left_out = {line.strip("/").removeprefix("**/") for line in (ROOT / ".dockerignore").read_text().splitlines()}
+    assert left_out >= {line.strip("/") for line in (ROOT / ".gitignore").read_text().splitlines()}
 
 
 def test_the_image_pins_its_parts_and_runs_as_nobody_special():
@@ -342,6 +345,19 @@ def test_the_image_pins_its_parts_and_runs_as_nobody_special():
     assert json.loads(words["ENTRYPOINT"]) == ["dailies"]
     installs = [rest for word, rest in instructions() if word == "RUN" and "pip install" in rest]
     assert installs and all("--constraint constraints.txt" in each or "--no-deps" in each for each in installs)
+
+
+def test_what_a_login_shell_finds_in_the_image_is_what_lies_in_its_environment(tmp_path):
+    """PATH is forgotten there; `dailies submit` starts its job with `python`."""
+    venv.create(tmp_path / "venv", symlinks=True)
+    (tmp_path / "bin").mkdir()
+    last = [rest for word, rest in instructions() if word == "RUN"][-1].replace("/venv", f"{tmp_path}/venv")
+    _, *steps = last.replace("/usr/local/bin", f"{tmp_path}/bin").split("&&")
+    subprocess.run(["sh", "-c", "&&".join(steps)], check=True)
+    said = subprocess.run([tmp_path / "bin/python", "-c", "import sys; print(sys.prefix, *sys.argv[1:])", "a b", "c"],
+                          capture_output=True, text=True, check=True, env={"PATH": "/usr/bin:/bin"})
+    assert said.stdout == f"{tmp_path}/venv a b c\n"
+    assert {path.name for path in (tmp_path / "bin").iterdir()} == {"python", "ray", "dailies"}
 
 
 def test_the_image_holds_no_secret():
