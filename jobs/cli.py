@@ -45,7 +45,7 @@ Example:  dailies render examples/prompts.parquet --out out/
 """
 
 # typer's own base of what is wrong with a command line; the module that it lives in moved between versions
-CommandLineError = typer.BadParameter.__mro__[1]
+CommandLineError: Any = typer.BadParameter.__mro__[1]
 
 
 class Interrupted(BaseException):
@@ -55,7 +55,7 @@ class Interrupted(BaseException):
 class Commands(TyperGroup):
     """Typer ends a KeyboardInterrupt without a word; main has one to say."""
 
-    def invoke(self, ctx: typer.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
@@ -206,7 +206,7 @@ def with_render_options(command: Callable[..., int]) -> Callable[..., int]:
         return command({parameter.name: given.pop(parameter.name) for parameter in shared}, **given)
 
     parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in [*shared, *own]]
-    typed.__signature__ = inspect.Signature(parameters)
+    typed.__signature__ = inspect.Signature(parameters)     # type: ignore[attr-defined]  # what inspect asks first
     typed.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     typed.__name__, typed.__doc__ = command.__name__, command.__doc__
     return typed

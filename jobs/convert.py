@@ -43,8 +43,6 @@ from dailies.model.files import (
 )
 from dailies.model.private import at_home, cache_folder
 from dailies.model.tokenizer import Tokenizer
-from dailies.model.wan import keys as wan_keys
-from dailies.model.wan.image_encoder import from_open_clip
 from dailies.model.weights import SMALL_BYTES, SMALL_KINDS, is_file
 from dailies.pipeline.store import Store, open_store
 from dailies.pipeline.store.fetch import bring
@@ -98,8 +96,8 @@ def convert(source: str, model: str, to: str, *, precision: str | None = None, j
 
     for part in parts:
         tensors = dict(published_tensors(part.source, room_beside(store)))
-        if part.kind == "image_encoder":
-            tensors = split_clip(card, tensors, part.source)
+        if rewritten := _described(card, part.kind).rewritten:
+            tensors = rewritten(tensors, part.source)
         if part.kind == "dit" and precision == "int8":
             tensors = quantized_part(card, tensors, part.source)
         with tempfile.TemporaryDirectory(prefix=".dailies-convert-", dir=room_beside(store)) as folder:
@@ -243,17 +241,6 @@ def end_of_text(file: BinaryIO) -> str:
 @cache
 def warn_once(sentence: str) -> None:
     say(f"note: pickles are read by a process that is not shut in as it should be: {sentence}", stream=sys.stderr)
-
-
-def split_clip(card: ModelCard, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """CLIP's picture tower as transformers names it; a file that has those names already stays as it is."""
-    if not wan_keys.CLIP_VISION.unknown(tensors):
-        return dict(tensors)
-    try:
-        ours = from_open_clip(tensors, card.clip_config.blocks)
-    except KeyError as error:
-        raise CheckpointError(f"{path} is not {card.name}'s image encoder: {error.args[0]} is missing") from error
-    return {wan_keys.CLIP_VISION.released(name): tensor for name, tensor in ours.items()}
 
 
 def quantized_part(card: ModelCard, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:

@@ -44,7 +44,7 @@ def machines_of(job: RenderJob) -> list[Node]:
     """What the work will be done on."""
     if job.ray == "local":
         import torch
-        return [Node(id="here", host="this machine", cpus=cores_of(job), gpus=torch.cuda.device_count())]
+        return [Node(id="here", host="this machine", cpus=cores_of(job) or 0, gpus=torch.cuda.device_count())]
     from dailies.pipeline.scheduler import cluster
     with cluster.connect(job.ray):
         return cluster.nodes()

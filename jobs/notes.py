@@ -65,7 +65,7 @@ def limits_of(job: RenderJob, run: Run, deadline: datetime | None) -> list[str]:
         notes.append(f"No clip is begun that would not be done by {deadline:%Y-%m-%d %H:%M}")
     if hours is not None:
         notes.append(f"No clip is begun that would take more than {hours:,.2f} GPU hours in all" +
-                     ("" if job.max_cost is None else f", {job.price * hours:,.2f} USD") +
+                     ("" if job.max_cost is None or job.price is None else f", {job.price * hours:,.2f} USD") +
                      ("; but a run on CPUs holds no GPU, so this does not limit it" if run.device == "cpu" else ""))
     return notes
 
@@ -96,7 +96,7 @@ def next_steps(job: RenderJob, run: Run, bookkeeper: Bookkeeper, *, interrupted:
         later = ", with a later --until" if job.until_is_one_moment else ""
         yield ("Stopped: no further clip would be done within the deadline or budget. The same command "
                f"continues{later}.")
-    elif bookkeeper.left_by_limit:
+    elif bookkeeper.left_by_limit and job.limit:
         following = min(bookkeeper.left_by_limit, job.limit)
         yield (f"Stopped at --limit {job.limit}; the same command makes the next {following:,}"
                + (f" of {bookkeeper.left_by_limit:,}." if bookkeeper.left_by_limit > following else "."))

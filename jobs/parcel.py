@@ -16,7 +16,7 @@ from functools import partial
 from importlib import import_module
 from itertools import pairwise, takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from dailies import HOME
 from dailies.actors.image_parts import ImageError
@@ -128,7 +128,7 @@ def one_manifest(job: RenderJob) -> Iterator[str]:
         else:
             with from_stdin().open() as stream:
                 data = stream.read()
-            content = io.BufferedReader(unfolded(io.BytesIO(data)))
+            content: io.BufferedReader = io.BufferedReader(cast(Any, unfolded(io.BytesIO(data))))
             path = Path(folder, f"stdin.{'parquet' if content.peek(4)[:4] == b'PAR1' else sniffed(content)}")
         path.write_bytes(data)
         yield str(path)

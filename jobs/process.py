@@ -9,7 +9,7 @@ import errno
 import io
 import os
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 NOBODY_READS = {errno.EPIPE, errno.EIO}                 # `| head` has ended; the terminal is gone
 
@@ -20,7 +20,7 @@ class Speaker(io.FileIO):
 
     lost: OSError | None = None                         # what could not be written although somebody may want to read
 
-    def write(self, data: bytes) -> int:
+    def write(self, data: Any) -> int:
         try:
             return super().write(data)
         except OSError as error:

@@ -7,7 +7,7 @@ import textwrap
 import threading
 import time
 from collections import defaultdict, deque
-from typing import TYPE_CHECKING, Literal, Self, TextIO
+from typing import TYPE_CHECKING, Any, Literal, Self, TextIO
 
 from dailies.model.errors import printable
 
@@ -112,7 +112,7 @@ class Display:
             rate.add(time.monotonic(), 0)
         self.lock, self.over = threading.Lock(), threading.Event()
         self.began = time.monotonic()
-        self.live = None
+        self.live: Any = None                           # rich's Live
 
     @classmethod
     def view_for(cls, stream: TextIO | None = None) -> View:

@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 
 from dailies.actors.messages import Clip
 from dailies.jobs.answer import answer
@@ -45,7 +45,7 @@ def render(job: RenderJob, *, json: bool, engine: Engine | None = None) -> int:
     """
     began = time.monotonic()
     run, deadline = run_of(job), job.deadline()
-    budget = Budget(until=deadline and deadline.timestamp(), gpu_hours=job.gpu_hours())
+    budget = Budget(until=deadline.timestamp() if deadline else None, gpu_hours=job.gpu_hours())
     every_s = seconds_meant("--report", job.report) if job.report else None
     reports = Reports(run.store, every_s, lambda text: tell([text]), price=job.price)
     is_same = run.has_begun and run.change is None and run.is_recorded
@@ -115,20 +115,22 @@ def work(job: RenderJob, run: Run, bookkeeper: Bookkeeper, budget: Budget, engin
     if first is None:
         return None
     if engine is None:                                  # Ray is wanted only where there is something to do
-        from dailies.pipeline.scheduler import cluster as engine
+        from dailies.pipeline.scheduler import cluster
+        engine = cast(Engine, cluster)
     requests, num_clips = first
-    stop = Stop()
-    bookkeeper.lease.on_lost = stop.now
+    stop, cores = Stop(), cores_of(job)
+    if bookkeeper.lease is not None:
+        bookkeeper.lease.on_lost = stop.now
     stages = stages_for(job, run, run.seal(), {clip_id: found.sha256 for clip_id, found in bookkeeper.spoilt.items()})
     with Display(total=num_clips, view=Display.view_for()) as display:
         def on_progress(progress: Progress) -> None:
             display.update(progress)
             bookkeeper.tick()
 
-        if job.ray == "local":
-            display.note(f"starting Ray on this machine, for {counted(cores_of(job), 'core')}; it takes some seconds")
+        if cores is not None:
+            display.note(f"starting Ray on this machine, for {counted(cores, 'core')}; it takes some seconds")
         # in this order: Ray takes SIGTERM for itself when it connects
-        with engine.connect(job.ray, cpus=cores_of(job), note=display.note), interruptible(stop, display):
+        with engine.connect(job.ray, cpus=cores, note=display.note), interruptible(stop, display):
             while num_clips and not (stop.draining or budget.is_over):
                 for outcome in engine.run(stages, requests, max_attempts=job.max_attempts, on_progress=on_progress,
                                           stop=stop, budget=budget):

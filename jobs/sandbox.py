@@ -182,11 +182,11 @@ def filter_of(architecture: int, column: int) -> Iterator[bytes]:
     yield from (step(at_least, 0x40000000, 0, 1), step(answer, deny))          # x32: the same calls by other numbers
     for calls, said in ((DENIED, deny), (UNKNOWN_CALLS, absent)):
         for numbers in calls.values():
-            if numbers[column] is not None:
-                yield from (step(equal, numbers[column], 0, 1), step(answer, said))
+            if (number := numbers[column]) is not None:
+                yield from (step(equal, number, 0, 1), step(answer, said))
     for numbers, flags in OPENS.values():
-        if numbers[column] is not None:
-            yield from (step(equal, numbers[column], 0, 4), argument(flags), step(any_bit, WRITING, 0, 1),
+        if (number := numbers[column]) is not None:
+            yield from (step(equal, number, 0, 4), argument(flags), step(any_bit, WRITING, 0, 1),
                         step(answer, deny), step(answer, allow))
     for calls, process in ((OWN, os.getpid()), (SELF, 0)):
         for numbers in calls.values():

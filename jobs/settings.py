@@ -37,7 +37,7 @@ def key_of(setting: Setting) -> Any:
 RowDefaults = create_model("RowDefaults", **{setting.option: key_of(setting) for setting in ROW_OPTIONS})
 
 
-class RenderJob(RowDefaults):
+class RenderJob(RowDefaults):                           # type: ignore[valid-type, misc]  # made of a table
     """One `dailies render`: for rows that do not say (RowDefaults), and for all. None is: let the model, the machine or
     the cluster decide.
     """
@@ -163,7 +163,7 @@ class RenderJob(RowDefaults):
 
     def gpu_hours(self) -> float | None:
         """The smaller of what may be held and what can be paid."""
-        paid = None if self.max_cost is None else self.max_cost / self.price
+        paid = None if self.max_cost is None or self.price is None else self.max_cost / self.price
         return min((hours for hours in (self.max_gpu_hours, paid) if hours is not None), default=None)
 
     def flags(self) -> list[str]:
@@ -174,7 +174,7 @@ class RenderJob(RowDefaults):
         for name in sorted(self.model_fields_set - {"manifest", "prompt", "out", "ray", "cpus"}):
             flag, value = name.replace("_", "-"), getattr(self, name)
             if name == "until":                         # 07:00 here, whatever another clock shows
-                value = self.deadline() and self.deadline().isoformat(timespec="seconds")
+                value = (moment := self.deadline()) and moment.isoformat(timespec="seconds")
             if isinstance(value, bool):
                 said.append(f"--{flag}" if value else f"--no-{flag}")
             elif value is not None:

@@ -119,6 +119,8 @@ class ModelPart:
     new: "Callable[[], nn.Module] | None" = None        # as it is described, where it can be made INT8 (turbo.py)
     load: "Callable[[Path, Runtime], object]"           # from a folder of weights; on "meta" it is checked and no more
     check: "Callable[[Path, Path | None], None]"        # a file alone; a config beside it.  Raises CheckpointError
+    # where `load` wants other tensors than were published, and not other names alone: these of a file of those
+    rewritten: "Callable[[Mapping[str, Tensor], Path], dict[str, Tensor]] | None" = None
 
 
 class Family(Protocol[AnyCard]):

@@ -15,7 +15,7 @@ from dailies.model.runtime import Runtime
 from dailies.model.text import UMT5TextEncoder, check_encoder
 from dailies.model.wan.card import WanCard
 from dailies.model.wan.decoder import VAE_TABLES, VideoDecoder, check_vae, load_vae
-from dailies.model.wan.image_encoder import ClipVision
+from dailies.model.wan.image_encoder import ClipVision, from_open_clip
 from dailies.model.wan.images import WanImages
 from dailies.model.wan.keys import CLIP_ORIGINAL, CLIP_VISION, TURBO_WAN, TURBO_WAN_WRAPPED, WAN_DIFFUSERS
 from dailies.model.wan.keys import WAN as WAN_KEYS
@@ -41,6 +41,7 @@ class WanFamily:
             refitted.check_dit(card, lambda: self.new_dit(card), self.tables, path)
 
         clip = ModelPart(kind="image_encoder", tables=(CLIP_VISION, CLIP_ORIGINAL), check=check_clip,
+                         rewritten=partial(split_clip, card),
                          load=lambda weights, on: self.load_image_encoder(card, weights, on))
         return (
             ModelPart(kind="text_encoder", tables=TEXT_TABLES,
@@ -100,6 +101,21 @@ class WanFamily:
         """scale and bias, each [C] fp32: normalised latent = latent * scale + bias; constants of the family."""
         std = torch.tensor(card.latent_std, dtype=torch.float64)
         return (1 / std).float(), (-torch.tensor(card.latent_mean, dtype=torch.float64) / std).float()
+
+
+def split_clip(card: WanCard, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """CLIP's picture tower as transformers names it; a file that has those names already stays as it is.
+
+    path: the file, for messages.  Raises CheckpointError.
+    """
+    if not CLIP_VISION.unknown(tensors):
+        return dict(tensors)
+    try:
+        ours = from_open_clip(tensors, card.clip_config.blocks)
+    except KeyError as error:
+        raise checkpoint.CheckpointError(f"{path} is not {card.name}'s image encoder: {error.args[0]} is missing"
+                                         ) from error
+    return {released: tensor for name, tensor in ours.items() if (released := CLIP_VISION.released(name))}
 
 
 WAN = WanFamily(WAN_KEYS, WAN_DIFFUSERS)
