@@ -13,7 +13,7 @@ from dailies.actors.actor import Actor
 from dailies.actors.determinism import class_on
 from dailies.actors.messages import Embedding, Latent, Request
 from dailies.model.card import ModelCard
-from dailies.model.family import family_of
+from dailies.model.family import NonFiniteLatent, family_of
 from dailies.model.graphs import CudaGraphs, Graphed
 from dailies.model.runtime import Runtime
 from dailies.model.samplers import STRAIGHT, Clips, Steps, Streams
@@ -21,10 +21,6 @@ from dailies.model.turbo import compile_blocks
 
 Shapes = Mapping[str, tuple[int, ...]]                  # of a clip's streams
 DRAWN_AT_ONCE = 2**16                                   # numbers; numpy lets no other thread run meanwhile
-
-
-class NonFiniteLatent(ArithmeticError):
-    """Sampling ended in NaN or infinity."""
 
 
 def noise(request: Request, shapes: Shapes, draw: int = 0) -> Streams:

@@ -25,6 +25,18 @@ OneCard = TypeVar("OneCard", bound=ModelCard)
 AnyCard = TypeVar("AnyCard", bound=ModelCard, contravariant=True)
 
 
+class NonFiniteLatent(ArithmeticError):
+    """Sampling ended in NaN or infinity; with another seed it may not."""
+
+
+class NonFiniteFrames(ArithmeticError):
+    """Decoding gave NaN or infinity in the pictures; likewise."""
+
+
+class NonFiniteSound(ArithmeticError):
+    """Decoding gave NaN or infinity in the sound; likewise."""
+
+
 class Asked(Protocol):
     """What a model reads of a request (dailies.actors.messages.Request)."""
 
@@ -106,7 +118,7 @@ class StreamDecoder(Protocol):
     """What turns streams into pictures and sound, loaded."""
 
     def __call__(self, streams: "Streams", shape: VideoShape, memory: int) -> Decoded:
-        """memory: bytes that it may fill.  Raises ArithmeticError where the result has NaN or infinity."""
+        """memory: bytes that it may fill.  Raises NonFiniteFrames, NonFiniteSound."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,14 +13,15 @@ from golden import E2E, E2E_CARD, Golden, e2e_request, error
 from graph_recorder import Recorder
 
 from dailies.actors.decoder import Decoder
-from dailies.actors.denoiser import Denoiser, NonFiniteLatent, noise
+from dailies.actors.denoiser import Denoiser, noise
 from dailies.actors.messages import Embedding, Latent
 from dailies.actors.text_encoder import TextEncoder
 from dailies.kernels import processor
 from dailies.model import checkpoint
+from dailies.model.family import NonFiniteFrames, NonFiniteLatent
 from dailies.model.memory import free_memory, machine_memory, memory_on
 from dailies.model.shapes import LatentGrid, VideoShape
-from dailies.model.wan.decoder import NonFiniteFrames, to_uint8
+from dailies.model.wan.decoder import to_uint8
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,11 @@ import torch
 from golden import error
 
 from dailies.actors.recompress import recompressed
+from dailies.model.family import NonFiniteFrames, NonFiniteSound
 from dailies.model.ltx2 import decoder as ltx2_decoder
 from dailies.model.ltx2.audio_vae import AudioVAE
 from dailies.model.ltx2.codec_config import AudioVAEConfig, GeneratorConfig, VideoStage, VideoVAEConfig, VocoderConfig
-from dailies.model.ltx2.decoder import LtxDecoder, NonFiniteSound
+from dailies.model.ltx2.decoder import LtxDecoder
 from dailies.model.ltx2.paired_conv import convolve_in_pairs
 from dailies.model.ltx2.vae_tiles import (
     Span,
@@ -25,7 +26,6 @@ from dailies.model.ltx2.vae_tiles import (
 from dailies.model.ltx2.video_vae import DepthToSpace, PaddedConv, VideoVAE
 from dailies.model.ltx2.vocoder import make_vocoder
 from dailies.model.shapes import VideoShape
-from dailies.model.wan.decoder import NonFiniteFrames
 from dailies.model.wan.vae import channels_last
 
 

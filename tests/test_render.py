@@ -27,6 +27,7 @@ from dailies.actors import clip_writer
 from dailies.actors.clip_file import read_clip
 from dailies.actors.decoder import Decoder
 from dailies.jobs import cli
+from dailies.model.family import NonFiniteSound
 from dailies.pipeline.run import ledger
 from dailies.pipeline.run.bookkeeper import Bookkeeper
 from dailies.pipeline.run.intermediates import unsealed
@@ -452,6 +453,19 @@ def test_a_row_may_ask_for_another_seed_where_its_clip_is_refused(capsys, tmp_pa
     told = write_manifest(tmp_path / "told.jsonl", [asked | {"seed": again["quality.seed"]}])
     assert render(capsys, told, tmp_path / "told")[0] == 0
     assert clips_of(tmp_path / "told").items() <= clips_of(tmp_path / "out").items()
+
+
+def test_sound_that_is_no_number_is_made_with_another_seed_as_pictures_are(capsys, tmp_path, monkeypatch):
+    whole = Decoder.__call__
+
+    def decode(self, batch):
+        if batch[0].request.seed == 7:
+            raise NonFiniteSound("NaN")
+        return whole(self, batch)
+    monkeypatch.setattr(Decoder, "__call__", decode)
+    rows = [{"id": "a", "prompt": "a fox", "frames": 5, "seed": 7, "on_reject": "reseed"}]
+    assert render(capsys, write_manifest(tmp_path / "night.jsonl", rows), tmp_path / "out")[0] == 0
+    assert rows_of(tmp_path / "out")["a", 7]["quality.seed"] not in (7, None)
 
 
 def test_a_run_that_ends_before_the_other_seeds_clip_chooses_it_again(capsys, tmp_path, monkeypatch):

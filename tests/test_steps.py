@@ -13,9 +13,10 @@ from turbo_tiny import TURBO_TINY, TURBO_TINY_I2V, new_tensors
 from wan_tiny import WAN_TINY, WAN_TINY_A14B, WAN_TINY_I2V_A14B, write_weights
 
 from dailies.actors.actor import Actor
-from dailies.actors.denoiser import Denoiser, NonFiniteLatent
+from dailies.actors.denoiser import Denoiser
 from dailies.actors.messages import Embedding, Latent, Request
 from dailies.model import checkpoint
+from dailies.model.family import NonFiniteLatent
 from dailies.model.samplers import euler, unipc
 from dailies.model.shapes import VideoShape
 from dailies.pipeline.run import saved_steps as steps

@@ -3,18 +3,13 @@
 import torch
 from torch import Tensor
 
-from dailies.model.family import Decoded
+from dailies.model.family import Decoded, NonFiniteFrames, NonFiniteSound
 from dailies.model.ltx2.audio_vae import AudioVAE
 from dailies.model.ltx2.vae_tiles import TileSize, decode_groups, release_tile, tile_within
 from dailies.model.ltx2.video_vae import VideoVAE
 from dailies.model.ltx2.vocoder import ExtendedVocoder, Vocoder
 from dailies.model.samplers import Streams
 from dailies.model.shapes import VideoShape
-from dailies.model.wan.decoder import NonFiniteFrames
-
-
-class NonFiniteSound(ArithmeticError):
-    """Decoding gave NaN or infinity."""
 
 
 class LtxDecoder:

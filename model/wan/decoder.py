@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dailies.model import checkpoint
 from dailies.model.card import ModelCard
-from dailies.model.family import Decoded
+from dailies.model.family import Decoded, NonFiniteFrames
 from dailies.model.samplers import Streams
 from dailies.model.shapes import VideoShape
 from dailies.model.wan import keys
@@ -16,10 +16,6 @@ from dailies.model.wan.vae import SLAB, WanVAE, channels_last
 from dailies.model.weights import layout_in, stored_at
 
 VAE_TABLES = (keys.WAN_VAE, keys.WAN_VAE_DIFFUSERS)
-
-
-class NonFiniteFrames(ArithmeticError):
-    """Decoding gave NaN or infinity."""
 
 
 class VideoDecoder:

@@ -9,6 +9,7 @@ from typing import Any
 
 from dailies.actors.gate import REJECTED
 from dailies.actors.messages import Clip, Failure, Request
+from dailies.model.family import NonFiniteFrames, NonFiniteLatent, NonFiniteSound
 from dailies.pipeline.plan import RESEEDS, ROWS_AT_A_TIME, Except, Plan, PlannedRow, with_another_seed
 from dailies.pipeline.run.adoption import Spoilt, adopt
 from dailies.pipeline.run.layout import CLIPS, SUCCESS, clip_id_in
@@ -23,7 +24,7 @@ from dailies.pipeline.wording import counted
 
 SHOWN_FAILURES = 20
 MANY_CLIPS = 100                                        # to read and decode take longer than a person waits in silence
-REJECTIONS = {REJECTED, "NonFiniteLatent", "NonFiniteFrames"}
+REJECTIONS = {REJECTED, *(error.__name__ for error in (NonFiniteLatent, NonFiniteFrames, NonFiniteSound))}
 
 
 class Bookkeeper:
