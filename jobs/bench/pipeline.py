@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from operator import itemgetter
 from pathlib import Path
 
 from dailies.jobs.bench.machine import commit
@@ -39,7 +40,11 @@ def overhead(clips: int = 5000) -> dict[str, float]:
 
 def overlap(clips: int = 200, gpus: int = 4, shares: dict[str, float] | None = None, *,
             window: int = 1000) -> dict[str, float]:
-    """The span from the first sample's start to the last one's end, against clips * seconds / gpus."""
+    """The span from the first sample's start to the last one's end, against clips * seconds / gpus.
+
+    Of that span on all GPUs also what samplers had not begun yet, what passed between two of their clips, and what was
+    left when they had no more: shares, as samplers_busy is.
+    """
     from dailies.pipeline.scheduler import cluster
 
     with tempfile.NamedTemporaryFile(suffix=".jsonl") as trace, cluster.connect("local", cpus=4, gpus=gpus):
@@ -47,12 +52,20 @@ def overlap(clips: int = 200, gpus: int = 4, shares: dict[str, float] | None = N
         began = time.time()
         outcomes: list[Outcome] = list(cluster.run(stages, map(pretend_request, range(clips))))
         calls = [json.loads(line) for line in Path(trace.name).read_text().splitlines()]
-    samples = [(start, end) for made, start, end in calls if made == "latent"]
-    first, last = min(start for start, _ in samples), max(end for _, end in samples)
-    busy = sum(end - start for start, end in samples)
+    samples: dict[int, list[tuple[float, float]]] = {}                 # by process
+    for made, start, end, process in sorted(calls, key=itemgetter(1)):
+        if made == "latent":
+            samples.setdefault(process, []).append((start, end))
+    first, last = min(each[0][0] for each in samples.values()), max(each[-1][1] for each in samples.values())
+    whole = gpus * (last - first)
+    busy = sum(end - start for each in samples.values() for start, end in each)
     return {"clips": len(outcomes), "ideal_s": clips * SLEEPS_S["sample"] / gpus, "span_s": last - first,
-            "samplers_busy": busy / (gpus * (last - first)), "first_sample_after_s": first - began,
-            "first_encode_after_s": min(start for made, start, _ in calls if made == "embedding") - began}
+            "samplers_busy": busy / whole,
+            "before_their_first": sum(each[0][0] - first for each in samples.values()) / whole,
+            "between_two": sum(each[-1][1] - each[0][0] for each in samples.values()) / whole - busy / whole,
+            "after_their_last": sum(last - each[-1][1] for each in samples.values()) / whole,
+            "first_sample_after_s": first - began,
+            "first_encode_after_s": min(start for made, start, *_ in calls if made == "embedding") - began}
 
 
 def rss_bytes() -> int:

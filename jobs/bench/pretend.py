@@ -1,6 +1,7 @@
 """Requests, values and stages that cost nothing, to measure or test what is around them; workers can import them."""
 
 import json
+import os
 import time
 from dataclasses import dataclass
 from operator import attrgetter
@@ -19,7 +20,10 @@ WHOLE = {"encode": 1.0, "sample": 1.0, "publish": 0.0}             # the encoder
 
 @dataclass(kw_only=True)
 class Pretend:
-    """An actor that sleeps, then makes the next value, empty.  trace: a file that gets each call's start and end."""
+    """An actor that sleeps, then makes the next value, empty.
+
+    trace: a file that gets of each call what it makes, its start and end, in seconds since 1970, and its process.
+    """
 
     makes: str
     sleep_s: float = 0.0
@@ -31,7 +35,7 @@ class Pretend:
             time.sleep(self.sleep_s * len(batch))
         if self.trace:
             with open(self.trace, "a") as file:
-                file.write(json.dumps([self.makes, began, time.time()]) + "\n")
+                file.write(json.dumps([self.makes, began, time.time(), os.getpid()]) + "\n")
         return [pretend_value(self.makes, value if isinstance(value, Request) else value.request) for value in batch]
 
 
