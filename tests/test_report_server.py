@@ -15,6 +15,7 @@ from dailies.jobs.runs import open_run
 from dailies.pipeline.report.writer import Source
 from dailies.pipeline.run import ledger
 from dailies.pipeline.run.layout import clip_key, poster_key
+from dailies.pipeline.run.ledger_row import COLUMNS
 from dailies.pipeline.run.picks import read_picks
 
 CLIP, POSTER = clip_key(f"{1:064x}"), poster_key(f"{1:064x}")
@@ -154,7 +155,7 @@ def test_decisions_go_into_the_run_folder_and_come_back_with_the_page(served):
 
 def test_a_decision_about_an_earlier_take_is_kept_as_well(tmp_path):
     store = run_folder(tmp_path / "out", clips=1)
-    row = next(row for row in ledger.read(store).to_pylist() if row["id"] == "row-0")
+    row = next(row for row in ledger.read(store, COLUMNS.names).to_pylist() if row["id"] == "row-0")
     with ledger.Ledger.open(store) as now:
         now.append([row | {"seed": 5, "take_of": row["seed"], "replaces": row["clip_id"], "clip_id": "e" * 64}])
     with serving(tmp_path / "out") as server:
