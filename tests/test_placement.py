@@ -25,9 +25,9 @@ def stages(encode=0.0, sample=0.0, publish=0.0, *, cpus=(1.0, 1.0, 1.0), replica
             Stage(name="publish", steps=(), gpus=publish, cpus=cpus[2])]
 
 
-def scaled(pipeline, nodes, placements=(), *, closed=(), limits=None, seconds=None) -> Counter:
+def scaled(pipeline, nodes, placements=(), *, closed=(), limits=None, seconds=None, held=None) -> Counter:
     limits = {stage.name: 0 if stage.name in closed else MANY for stage in pipeline} | (limits or {})
-    new = scale_up(pipeline, nodes, placements, limits=limits, seconds=seconds or {})
+    new = scale_up(pipeline, nodes, placements, limits=limits, seconds=seconds or {}, held=held)
     return Counter(placement.stage for placement in new)
 
 
@@ -104,6 +104,15 @@ def test_the_next_replica_goes_to_the_stage_that_holds_the_others_back():
     slow_publisher = {"encode": 0.01, "sample": 1.0, "publish": 0.6}
     found = scaled(pipeline, [Node(id="a", cpus=32, gpus=4)], seconds=slow_publisher)
     assert found == {"encode": 1, "sample": 4, "publish": 3}
+
+
+def test_who_takes_a_gpus_time_is_beside_every_sampler_and_who_lies_in_its_memory_alone_is_not():
+    pipeline, paces = stages(0.25, 0.75, 0.25), {"sample": 0.5, "publish": 0.1}
+    running = placements(FOUR_GPUS, pipeline, {"sample": 4, "publish": 1})
+    assert scaled(pipeline, FOUR_GPUS, running, closed=["encode"], seconds=paces) == {"publish": 3}
+    assert not scaled(pipeline, FOUR_GPUS, running, closed=["encode"], seconds=paces, held=["sample"])
+    slow = paces | {"publish": 0.2}                     # too slow for the samplers: then it is needed itself
+    assert scaled(pipeline, FOUR_GPUS, running, closed=["encode"], seconds=slow, held=["sample"]) == {"publish": 1}
 
 
 def test_a_fixed_number_of_replicas_is_kept():

@@ -46,7 +46,8 @@ class Autoscaler:
         """What could be started beside these."""
         pace_s = {queue.stage.name: queue.pace_s for queue in self.queues if queue.pace_s is not None}
         return scale_up([queue.stage for queue in self.queues], self.usable(), placements, limits=limits,
-                        seconds=pace_s, barred=self.quarantine.barred(self.now()))
+                        seconds=pace_s, held={queue.stage.name for queue in self.queues if queue.holds_gpus},
+                        barred=self.quarantine.barred(self.now()))
 
     def limits(self) -> dict[str, int]:
         """The most replicas of each stage that would have work."""

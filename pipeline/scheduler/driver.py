@@ -231,6 +231,7 @@ class Driver:
         report, request = answer.report, call.tasks[0].request
         if report.partly:
             return
+        queue.holds_gpus = queue.holds_gpus or report.held_s > 0
         spent = sum(report.seconds.values())
         pace_s = spent if report.pace_s is None else report.pace_s
         queue.seconds = spent if queue.seconds is None else 0.9 * queue.seconds + 0.1 * spent

@@ -133,17 +133,19 @@ def check(stages: Sequence[Stage], nodes: Sequence[Node]) -> None:
 
 
 def scale_up(stages: Sequence[Stage], nodes: Sequence[Node], placements: Sequence[Placement], *,
-             limits: Mapping[str, int], seconds: Mapping[str, float],
+             limits: Mapping[str, int], seconds: Mapping[str, float], held: Collection[str] | None = None,
              barred: Collection[tuple[str, str]] = ()) -> list[Placement]:
     """The replicas to start now, in order.
 
     barred: as Capacity takes it.
     limits: the most replicas of a stage that have work; 0 for a stage that gave its resources back.
     seconds: after which a replica takes the next value, for the stages that have been measured.
+    held: of these the stages that were seen to take a GPU's time; None: all.
     First one replica of each stage (`Stage.replicas` of them where that is set), those that give back before all
     others, and nobody else until they have their place. Then each next replica goes to the stage that holds the others
-    back, until it fits nowhere. At last, of the stages that share GPUs and have been measured, one beside every replica
-    of another: a GPU whose sampler has a decoder beside it is never idle.
+    back, until it fits nowhere. At last, of the stages that share GPUs and take their time, one beside every replica
+    of another: a GPU whose sampler has a decoder beside it is never idle. One that only lies in a GPU's memory keeps
+    nobody from it, and a process is dear to start.
     """
     capacity = Capacity(nodes, placements, barred)
     count = {stage.name: sum(placement.stage == stage.name for placement in placements) for stage in stages}
@@ -172,8 +174,9 @@ def scale_up(stages: Sequence[Stage], nodes: Sequence[Node], placements: Sequenc
         slowest = min(open_stages, key=lambda stage: count[stage.name] / cost[stage.name])
         if count[slowest.name] >= wanted(slowest) or not add(slowest):
             break
+    held = seconds.keys() if held is None else held
     for stage in stages:
-        while (stage.shares_gpus and stage.window is None and stage.name in seconds
+        while (stage.shares_gpus and stage.window is None and stage.name in held
                and count[stage.name] < wanted(stage) and add(stage)):
             pass
     return new

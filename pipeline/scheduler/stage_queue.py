@@ -38,6 +38,7 @@ class StageQueue:
         self.not_before = 0.0
         self.seconds: float | None = None   # of work on a value
         self.pace_s: float | None = None    # after which a replica takes the next
+        self.holds_gpus = False             # seen to take a GPU's time, not its memory alone
         self.first_s = 0.0                  # the longest that a replica took for its first value of a bucket
         self.streak: set[str] = set()       # clips that failed here since it last made one, on any replica
         self.withheld: list[Outcome] = []   # failures of the streak: are they the tasks' own?
