@@ -78,6 +78,6 @@ def test_a_stored_file_that_cannot_be_is_named(bend, said, tmp_path):
         read_picks(store)
 
 
-def test_a_decision_of_tomorrow_waits_for_no_clock(tmp_path):
+def test_a_decision_of_a_clock_that_is_an_hour_ahead_is_taken(tmp_path):
     soon = (datetime.now(UTC) + timedelta(hours=1)).isoformat()
     assert Picks.parsed(picks_json({"decided_at": soon})).picks[0].decision == "pick"
