@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -232,10 +233,8 @@ def ids_of_content(columns: Mapping[str, pa.ChunkedArray], rows: np.ndarray) -> 
     names: list[str] = []
     for start in range(0, len(rows), ROWS_AT_A_TIME):
         block = pa.array(rows[start: start + ROWS_AT_A_TIME])
-        cells = [[None if value is None else f"{name} {len(text)} {text}" for value in column.take(block).to_pylist()
-                  for text in [value if isinstance(value, str) else repr(value + 0.0) if isinstance(value, float)
-                               else repr(value)]] for name, column in said.items()]
-        names += [hashlib.sha256("".join(filter(None, row)).encode()).hexdigest()[:ID_DIGITS]
+        cells = [cells_of(name, column.take(block).to_pylist()) for name, column in said.items()]
+        names += [hashlib.sha256("".join(row).encode()).hexdigest()[:ID_DIGITS]
                   for row in zip(*cells, strict=True)] if cells else ["0" * ID_DIGITS] * len(block)
     encoded = pa.array(names, TEXT).dictionary_encode()
     if len(encoded.dictionary) == len(names):
@@ -248,6 +247,17 @@ def ids_of_content(columns: Mapping[str, pa.ChunkedArray], rows: np.ndarray) -> 
     for at in np.flatnonzero(nth).tolist():
         names[at] = f"{names[at]}-{nth[at]}"
     return pa.array(names, TEXT)
+
+
+def cells_of(name: str, values: Sequence[Any]) -> list[str]:
+    """What each value of a column adds to the name of its row: nothing where it says nothing.  values: all of one type.
+    """
+    kind = next((type(value) for value in values if value is not None), str)
+    if kind is float:
+        values = [None if value is None else repr(value + 0.0) for value in values]     # -0.0 is 0.0
+    elif kind is not str:
+        values = [None if value is None else repr(value) for value in values]
+    return ["" if text is None else f"{name} {len(text)} {text}" for text in values]
 
 
 def with_unique_ids(ids: pa.ChunkedArray, errors: ValidationErrors) -> pa.ChunkedArray:
