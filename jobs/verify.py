@@ -16,6 +16,7 @@ from dailies.model.catalog import CATALOG
 from dailies.pipeline.run import ledger
 from dailies.pipeline.run.layout import CLIPS, clip_id_in
 from dailies.pipeline.run.lease import Lease
+from dailies.pipeline.run.sweep import current_rows, old_clips
 from dailies.pipeline.store import NotFound, Store, TooLarge
 from dailies.pipeline.wording import counted
 
@@ -38,9 +39,12 @@ def verify(uri: str, *, json: bool, repair: bool = False) -> int:
         clips, wrong = wrong_clips(store, json=json)
         problems = {found["clip_id"]: found["problem"] for found in wrong}
         put_back = ledger.put_back(store, problems) if repair and wrong else 0
-    strays = sum(1 for info in store.list(f"{CLIPS}/") if clip_id_in(info.key) not in clips)
+    strays = [info.key for info in store.list(f"{CLIPS}/") if clip_id_in(info.key) not in clips]
+    old = old_clips(store, current_rows(store)) if strays else set()
+    replaced = sum(clip_id_in(key) in old for key in strays)
     said = {"exit_code": 3 if wrong else 0, "out": store.uri, "clips": len(clips), "wrong": wrong,
-            "unrecorded": strays, **({"pending_again": put_back} if repair else {})}
+            "unrecorded": len(strays) - replaced, "replaced": replaced,
+            **({"pending_again": put_back} if repair else {})}
     return answer(said, lambda: print_findings(said), json=json)
 
 
@@ -54,6 +58,8 @@ def print_findings(said: dict[str, Any]) -> None:
         say(f"dailies verify {said['out']} --repair, then the same render command, makes them again")
     if strays := said["unrecorded"]:
         say(f"  {counted(strays, 'object')} under clips/ without a ledger row; the next render records what it plans")
+    if old := said["replaced"]:
+        say(f"  {counted(old, 'clip')} that no row names any more; dailies gc {said['out']} lists them")
 
 
 def wrong_clips(store: Store, *, json: bool) -> tuple[set[str], list[dict[str, Any]]]:

@@ -62,6 +62,22 @@ def test_old_takes_and_what_belongs_to_them_are_listed_and_then_deleted_and_noth
     assert ask("status", out)[1]["finished"]
 
 
+def test_what_was_replaced_or_dropped_is_owed_to_nobody_and_what_gc_deleted_is_shown_no_more(out):
+    names = ["done", "pending", "unrecorded", "without_poster", "rows"]
+
+    def said(command, names):
+        answer = ask(command, out)[1]
+        return [answer[name] for name in names]
+
+    assert said("report", names) == [5, 0, 0, 0, 6]         # with the take that row-0 had
+    assert said("verify", ["unrecorded", "replaced"]) == [0, 3]
+    assert ask("gc", out, "--yes")[0] == 0
+    assert said("report", names) == [5, 0, 0, 0, 5]
+    assert said("verify", ["unrecorded", "replaced"]) == [0, 0]
+    assert ask("redo", out, "--where", "id = row-1")[1]["to_make"] == 1
+    assert said("report", names) == [5, 1, 0, 0, 5]
+
+
 def test_a_clip_that_was_published_before_its_row_is_left_for_the_next_render(tmp_path):
     manifest = write(tmp_path / "m.jsonl", ROWS[:2])
     assert render(manifest, tmp_path / "out", "--limit", 1)[0] == 4

@@ -20,6 +20,7 @@ from test_redo import decide
 
 from dailies.pipeline.run import ledger
 from dailies.pipeline.run.layout import LEASE, clip_id_in
+from dailies.pipeline.run.lease import Lease
 from dailies.pipeline.store import FolderStore, S3Store, open_store
 
 ROWS = [{"id": f"row-{number}", "prompt": f"a fox {number}", "frames": 5} for number in range(3)]
@@ -158,5 +159,6 @@ def test_whatever_is_killed_the_same_command_does_the_rest(action, moments, base
 
 @pytest.mark.slow
 @pytest.mark.parametrize("action", ["append", "redo", "pick", "gc"])
-def test_whatever_is_killed_on_a_bucket_the_same_command_does_the_rest(action, base, s3_bucket):
+def test_whatever_is_killed_on_a_bucket_the_same_command_does_the_rest(action, base, s3_bucket, monkeypatch):
+    monkeypatch.setattr(Lease, "SETTLE_S", 0.1)         # there is no other driver to be waited for
     kills(action, base, lambda number: f"{s3_bucket}/{number}", random.Random(action), 50)

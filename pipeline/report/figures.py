@@ -16,19 +16,23 @@ LATE_FIRST = ("publish_s", "decode_s", "sample_s", "encode_s")     # a clip's st
 EXAMPLES, MOST_KINDS = 3, 40            # rows named of a failure; kinds of failures told one by one
 
 
-def figures(table: pa.Table, counts: Mapping[str, Any], price: float | None) -> dict[str, Any]:
-    """table: the ledger with all its columns.  counts: what the run's manifests ask for: planned_rows, invalid_rows.
+def figures(table: pa.Table, counts: Mapping[str, Any], price: float | None, *, waiting: int = 0,
+            dropped: int = 0) -> dict[str, Any]:
+    """table: the rows of the ledger that count, all columns.  counts: what the run's manifests ask for: planned_rows,
+    invalid_rows.
 
-    price: USD per GPU hour, None where nobody said one.
+    price: USD per GPU hour, None where nobody said one.  waiting: other takes that are to be made.  dropped: rows that
+    a person took out.
     """
     status = table["status"]
     done, failed = (int(pc.sum(pc.equal(status, said)).as_py() or 0) for said in ("done", "failed"))
-    rows = counts["planned_rows"] + counts["invalid_rows"]
+    rows = counts["planned_rows"] + counts["invalid_rows"] - dropped
     clips = one_row_per_clip(table.filter(pc.equal(status, "done")))
     gpu_s = seconds(clips, "gpu_s")
     gpu_hours = float(gpu_s.sum()) / 3600
     return {
-        "rows": max(rows, done + failed), "done": done, "failed": failed, "pending": max(0, rows - done - failed),
+        "rows": max(rows, done + failed), "done": done, "failed": failed,
+        "pending": max(0, rows - done - failed) + waiting, "takes": waiting, "dropped": dropped,
         "clips": clips.num_rows, "bytes": int(total(clips, "bytes")),
         "duration_s": round(total(clips, "duration_s"), 1),
         "with_audio": int(pc.sum(clips["has_audio"].cast(pa.int8())).as_py() or 0),

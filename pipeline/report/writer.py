@@ -20,13 +20,11 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from dailies.pipeline.report.columns import BLOCK_ROWS, PAGE_ROWS, Sheet, sheet
-from dailies.pipeline.report.figures import figures, prompt_groups
-from dailies.pipeline.run import ledger
-from dailies.pipeline.run.current import is_current
-from dailies.pipeline.run.layout import CLIPS, POSTERS, REPORT, SUCCESS, clip_id_in, clip_key, poster_id_in, poster_key
+from dailies.pipeline.report.figures import figures
+from dailies.pipeline.report.rows import RunRows, missing_posters, one_table
+from dailies.pipeline.run.layout import REPORT, SUCCESS, clip_key, poster_key
 from dailies.pipeline.run.run_json import has, known_manifest
 from dailies.pipeline.store import FolderStore, S3Store, Store, StoreError
 
@@ -88,16 +86,13 @@ def make_report(sources: Sequence[Source], bases: Sequence[str | None], *, price
     presign_s: clips and posters are named by links that anybody may follow for so long.  Raises StoreError.
     """
     first = sources[0]
-    tables = [every_take(source.store) for source in sources]
-    posters = [{poster_id_in(info.key) for info in source.store.list(f"{POSTERS}/")} for source in sources]
-    rows = shown_rows(tables, posters)
+    runs = [RunRows.read(source.store) for source in sources]
+    rows = one_table(runs)
     made = sheet(rows, named, presigned_pages(sources, rows, presign_s) if presign_s else None)
-    clips = {clip_id_in(info.key) for info in first.store.list(f"{CLIPS}/")} - {None}
-    unrecorded = len(clips - set(tables[0]["clip_id"].to_pylist()))
-    current = tables[0].filter(tables[0]["current"])
-    said = figures(current, known_manifest(first.store, first.run), price_of(first.run, price))
-    said |= {"unrecorded": unrecorded}
-    return Made(data=made.files, head=head_of(sources, bases, tables, said, made, presign_s), figures=said,
+    table = runs[0].table
+    said = figures(table.filter(table["current"]), known_manifest(first.store, first.run), price_of(first.run, price),
+                   waiting=runs[0].waiting, dropped=runs[0].dropped) | {"unrecorded": runs[0].unrecorded}
+    return Made(data=made.files, head=head_of(sources, bases, runs, said, made, presign_s), figures=said,
                 rows=rows.num_rows, without_poster=missing_posters(rows), first_page=next(iter(made.pages), None))
 
 
@@ -133,14 +128,6 @@ def refuse_another_page(to: Store) -> None:
                             "over. Give --to a folder of its own")
 
 
-def every_take(store: Store) -> pa.Table:
-    """The rows that count, and those that a newer take has replaced, told apart by `current`; with what people decided
-    of each.  Raises StoreError."""
-    rows = ledger.read(store, put_back=True, every_take=True)
-    rows = rows.append_column("current", pa.array(is_current(rows)))
-    return rows.filter(ledger.is_one_of(rows["status"], ["done", "failed"]))
-
-
 def page_files(elsewhere: str = "") -> dict[str, bytes]:
     """The page itself, by name.  elsewhere: origins of which it may show pictures and clips, beside its own."""
     files = {path.name: path.read_bytes() for path in sorted(PAGE.iterdir())
@@ -162,22 +149,6 @@ def named(payload: Any) -> tuple[str, bytes]:
     text = json.dumps(payload, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     return f"data/{digest}.js", f'dailies.put("data/{digest}.js",{text});\n'.encode()
-
-
-def shown_rows(tables: Sequence[pa.Table], posters: Sequence[set[str | None]]) -> pa.Table:
-    """All rows in one table, with where they come from, whether there is a poster, and which share a prompt."""
-    marked = []
-    for number, (table, known) in enumerate(zip(tables, posters, strict=True)):
-        there = ledger.is_one_of(table["clip_id"].fill_null(""), known)
-        marked.append(table.append_column("poster", there)
-                      .append_column("run", pa.array([number] * table.num_rows, pa.int32())))
-    rows = ledger.together(marked)
-    return rows.append_column("prompt_group", prompt_groups(rows["prompt"]))
-
-
-def missing_posters(rows: pa.Table) -> int:
-    done = pc.and_(pc.equal(rows["status"], "done"), pc.invert(rows["poster"]))
-    return int(pc.sum(done).as_py() or 0)
 
 
 def price_of(run: Mapping[str, Any], price: float | None) -> float | None:
@@ -234,15 +205,15 @@ def taken_apart(link: str, key: str) -> tuple[str, str]:
             signature)
 
 
-def head_of(sources: Sequence[Source], bases: Sequence[str | None], tables: Sequence[pa.Table],
+def head_of(sources: Sequence[Source], bases: Sequence[str | None], runs: Sequence[RunRows],
             said: Mapping[str, Any], made: Sheet, presign_s: float | None) -> bytes:
     first, now = sources[0], round(time.time(), 1)
     head = {
         "format": FORMAT, "made_at": now, "links_end_at": now + presign_s if presign_s else None, "key": first.key,
         "uri": first.store.uri, "name": name_of(first.store), "finished": has(first.store, SUCCESS), "figures": said,
         "runs": [{"uri": source.store.uri, "name": name_of(source.store), "key": source.key, "base": base,
-                  "rows": table.num_rows, "model": str(source.run["identity"].get("model"))}
-                 for source, base, table in zip(sources, bases, tables, strict=True)],
+                  "rows": run.table.num_rows, "model": str(source.run["identity"].get("model"))}
+                 for source, base, run in zip(sources, bases, runs, strict=True)],
         "about": about(first.run),
         "sheet": {"rows": made.rows, "page_rows": PAGE_ROWS, "block_rows": BLOCK_ROWS, "columns": made.columns,
                   "pages": made.pages}}

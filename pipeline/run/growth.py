@@ -70,7 +70,7 @@ class Change:
         said = []
         if self.is_other_file or not self.defaults:
             said.append(f"the manifest has changed: {self.rows_before:,} row{'s' * (self.rows_before != 1)} then, "
-                        f"{self.rows:,} now. What is done stays, rows that are gone too; {self.new:,} to make")
+                        f"{self.rows:,} now. What is done stays, rows that are gone too; {self.new:,} new")
         if self.defaults:
             said.append(f"for rows that do not say, {', '.join(self.defaults)}"
                         + f"; {self.kept:,} that are done keep what they were made with" * bool(self.kept))

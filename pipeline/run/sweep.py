@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from dailies.pipeline.run import ledger
@@ -37,13 +38,21 @@ class Leftover:
     what: str                           # in words, for a person
 
 
+def current_rows(store: Store) -> pa.Table:
+    rows = ledger.rows_of_keys(store, ["id", "seed", "clip_id", "status"])
+    return rows.filter(is_current(rows))
+
+
+def old_clips(store: Store, current: pa.Table) -> set[str]:
+    """Those that some row has named, and none of the current ones does.  Raises StoreError."""
+    return ledger.clips_ever_named(store) - set(current["clip_id"].to_pylist())
+
+
 def leftovers(store: Store) -> Iterator[Leftover]:
     """What may be deleted, in the order of its keys.  Raises StoreError."""
-    rows = ledger.rows_of_keys(store, ["id", "seed", "clip_id", "status"])
-    rows = rows.filter(is_current(rows))
-    wanted = set(rows["clip_id"].to_pylist())
+    rows = current_rows(store)
+    wanted, old = set(rows["clip_id"].to_pylist()), old_clips(store, rows)
     done = set(rows.filter(pc.equal(rows["status"], "done"))["clip_id"].to_pylist())
-    old = ledger.clips_ever_named(store) - wanted
     is_finished = has(store, SUCCESS)
     for folder, name_of, what in ((CLIPS, clip_id_in, "clip"), (POSTERS, poster_id_in, "poster")):
         for info in store.list(f"{folder}/"):

@@ -1,0 +1,61 @@
+"""What a report shows of a ledger: the rows that count, and earlier takes whose clips still lie there."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from dailies.pipeline.report.figures import prompt_groups
+from dailies.pipeline.run import ledger
+from dailies.pipeline.run.current import is_current
+from dailies.pipeline.run.layout import CLIPS, POSTERS, clip_id_in, poster_id_in
+from dailies.pipeline.run.ledger_row import DAMAGED
+from dailies.pipeline.store import Store
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRows:
+    """Of one run folder."""
+
+    table: pa.Table                     # the rows that count, and those that a newer take replaced: `current` tells
+    waiting: int                        # other takes that are to be made
+    dropped: int                        # rows that a person took out
+    unrecorded: int                     # clips that no row has ever named
+
+    @classmethod
+    def read(cls, store: Store) -> "RunRows":
+        """With what people decided of each row.  Raises StoreError."""
+        rows = ledger.read(store, put_back=True, every_take=True)
+        clips = {clip_id for info in store.list(f"{CLIPS}/") if (clip_id := clip_id_in(info.key))}
+        posters = {poster_id_in(info.key) for info in store.list(f"{POSTERS}/")}
+        strays = clips - set(rows["clip_id"].to_pylist())
+        if strays:                                      # a row that was changed has another one now
+            strays -= ledger.clips_ever_named(store)
+        status, counts = rows["status"], pa.array(is_current(rows))
+        again = pc.fill_null(pc.equal(rows["error_type"], DAMAGED), False)
+        waiting = pc.and_(pc.and_(counts, pc.equal(status, "pending")), pc.invert(again))
+        dropped = pc.and_(pa.array(is_current(rows, dropped=True)), pc.equal(status, "dropped"))
+        names = rows["clip_id"].fill_null("")
+        rows = rows.append_column("current", counts).append_column("poster", ledger.is_one_of(names, posters))
+        # of an earlier take that gc has deleted there is nothing to see
+        shown = pc.and_(ledger.is_one_of(status, ["done", "failed"]), pc.or_(counts, ledger.is_one_of(names, clips)))
+        return cls(table=rows.filter(shown), waiting=num_true(waiting), dropped=num_true(dropped),
+                   unrecorded=len(strays))
+
+
+def num_true(mask: pa.ChunkedArray) -> int:
+    return int(pc.sum(mask).as_py() or 0)
+
+
+def one_table(runs: Sequence[RunRows]) -> pa.Table:
+    """All rows in one table, with the run that each is of, and which of them share a prompt."""
+    marked = [run.table.append_column("run", pa.array(np.full(run.table.num_rows, number, np.int32)))
+              for number, run in enumerate(runs)]
+    rows = ledger.together(marked)
+    return rows.append_column("prompt_group", prompt_groups(rows["prompt"]))
+
+
+def missing_posters(rows: pa.Table) -> int:
+    return num_true(pc.and_(pc.equal(rows["status"], "done"), pc.invert(rows["poster"])))
