@@ -77,8 +77,9 @@ def convert(source: str, model: str, to: str, *, precision: str | None = None, j
         raise UsageError(f"--precision must be int8, or not given to leave the weights as they are; got {precision}")
     card = card_named(model)
     if card.as_published:
+        where = card.fetched_by_hand() if card.sources else "they come with dailies"
         raise UsageError(f"{card.name}: there is nothing to convert, its files are read as they are published, header "
-                         f"and all: {card.fetched_by_hand()}")
+                         f"and all: {where}")
     store = open_store(to)
     path = bring(source, cache_folder() / "weights") if "://" in source else at_home(source)
     layout, parts = found_parts(card, path)

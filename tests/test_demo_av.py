@@ -9,10 +9,11 @@ import torch
 from dailies.jobs.demo import codecs_av, release_av, train_av
 from dailies.jobs.demo.ear import color_heard, onset_s, turn_s
 from dailies.jobs.demo.evaluate import render_prompts
-from dailies.jobs.demo.evaluate_av import TOLERANCE_S, evaluated, through_codecs
+from dailies.jobs.demo.evaluate_av import TOLERANCE_S, evaluate_sound, evaluated, through_codecs
 from dailies.jobs.demo.world import COLORS, SPEEDS
 from dailies.jobs.demo.world_av import AUDIO_RATE, PITCHES, Bounce, tone, unseen_bounces
 from dailies.model.ltx2.audio_vae import load_audio_vae
+from dailies.model.ltx2.card import DEMO_AV
 from dailies.model.ltx2.header import read_ltx_header
 from dailies.model.ltx2.text import LtxTextEncoder
 from dailies.model.ltx2.video_vae import load_video_vae
@@ -107,7 +108,7 @@ def test_what_is_trained_is_written_as_a_release_that_loads_by_its_header(in_a_s
                       (mel, audio.decode(latents[1])), (load_vocoder(file, **read)(mel), vocoder(mel))):
         got, want = got.detach(), want.detach()
         assert torch.allclose(got, want, atol=0.03 * want.abs().max().item())          # it is stored in bf16
-    (made,) = render_prompts(["a small red circle moves left"], release_av.DEMO_AV, tmp_path / "model", "cpu",
+    (made,) = render_prompts(["a small red circle moves left"], DEMO_AV, tmp_path / "model", "cpu",
                               num_steps=2)
     assert list(made.rgb.shape) == [49, 64, 64, 3] and list(made.audio.shape) == [201 * 240, 2]
     reader = LtxTextEncoder(tmp_path / "model" / "gemma", file, length=release_av.CONTEXT_ROWS, precision="fp32",
@@ -116,3 +117,23 @@ def test_what_is_trained_is_written_as_a_release_that_loads_by_its_header(in_a_s
     assert {name: list(rows.shape) for name, rows in said.items()} == {"video": [40, 128], "audio": [40, 64]}
     picture, _ = texts.contexts([tokenizer.ids("A small red circle moves left quickly on a gray background")])
     assert torch.allclose(said["video"], picture[0].detach(), atol=0.05)
+
+
+# The model that is shipped.
+
+def test_the_shipped_weights_are_small_and_safetensors_only():
+    files = [path for path in DEMO_AV.folder.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 16e6
+    assert {path.suffix for path in files} == {".safetensors", ".json"}
+
+
+def test_of_a_few_unseen_prompts_the_touch_is_heard_in_its_pitch():
+    """evaluate_av asks 100; a few here keep a broken model or sampler from passing: by chance a pitch is 1 of 6."""
+    said = evaluate_sound(6)
+    assert said["silent"] == 0 and said["pitch"] >= 0.5 and said["onset"] >= 0.3, said
+
+
+@pytest.mark.slow
+def test_of_a_hundred_unseen_prompts_as_many_are_right_as_docs_say():
+    said = evaluate_sound(100)
+    assert said["onset"] >= 0.55 and said["pitch"] >= 0.7 and said["loudness"] >= 0.95, said

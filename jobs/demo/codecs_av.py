@@ -170,9 +170,9 @@ def fold_scale(vae: AudioVAE) -> None:
 
 # The vocoder: of spectrograms as they are, and as the audio VAE gives them back.
 
-VOCODER_PHASE = Phase(name="vocoder", steps=1200, lr=1.5e-3, ema=0.995)
+VOCODER_PHASE = Phase(name="vocoder", steps=2400, lr=1.5e-3, ema=0.995)
 VOCODER_BATCH, VOCODER_FRAMES = 5, 41
-EDGE = 240                                              # samples at the beginning, where a click is a small error
+EDGE = 8                                                # samples at either end, where zeros beyond it make a click
 SPECTRA = (256, 1024)                                   # windows, in samples, by which loudness is compared
 
 
@@ -192,7 +192,8 @@ def train_vocoder(work: Path, device: str, vae: AudioVAE) -> Vocoder:
         made = vocoder(mel)[..., :high.shape[-1]]
         wanted = high[..., :made.shape[-1]]
         apart, spectral = (made - wanted).abs(), torch.zeros((), device=device)
-        loss = 10 * apart.mean() + 10 * apart[..., :EDGE].mean()
+        edges = torch.cat((apart[..., :EDGE], apart[..., -EDGE:]), dim=-1)
+        loss = 10 * apart.mean() + 40 * edges.mean()
         for size in SPECTRA:
             window = torch.hann_window(size, device=device)
             got, want = (torch.stft(x.flatten(0, 1), size, size // 4, window=window, return_complex=True).abs()

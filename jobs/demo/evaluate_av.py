@@ -1,6 +1,6 @@
 """How well the demo with sound hears what it shows: prompts it never saw, rendered, seen and listened to.
 
-python -m dailies.jobs.demo.evaluate_av --weights build/demo-av/model --prompts 100
+python -m dailies.jobs.demo.evaluate_av --prompts 100
 python -m dailies.jobs.demo.evaluate_av --codecs build/demo-av --prompts 100
 
 A clip's tone must begin within 60 ms of the moment at which its own shape, as it is shown, turns at the border; its
@@ -23,9 +23,10 @@ from dailies.jobs.demo.checker import follow, read_attributes
 from dailies.jobs.demo.ear import color_heard, onset_s, size_heard, turn_s
 from dailies.jobs.demo.evaluate import render_prompts
 from dailies.jobs.demo.phases import is_trained
-from dailies.jobs.demo.release_av import DEMO_AV
 from dailies.jobs.demo.world_av import AUDIO_RATE, Bounce, unseen_bounces
+from dailies.model.card import ModelCard
 from dailies.model.ltx2.audio_vae import log_mel
+from dailies.model.ltx2.card import DEMO_AV
 
 TOLERANCE_S = 0.06
 SEEN = ("shape", "color", "background", "size")         # what pictures tell of a scene that turns
@@ -82,29 +83,34 @@ def through_codecs(work: Path, scenes: Iterable[Bounce], device: str) -> Iterato
         yield scene, rgb, vocoder(audio.decode(latent[:, :, :codecs_av.SOUND_STEPS]))[0].T.cpu()
 
 
+def evaluate_sound(count: int = 100, *, weights: Path | None = None, device: str = "cpu", num_steps: int | None = None,
+                   guidance: float | None = None, precision: str = "fp32", card: ModelCard = DEMO_AV) -> dict[str, Any]:
+    """What `shares` says of so many unseen prompts, rendered as a night renders them, and CPU seconds a clip."""
+    scenes, began = unseen_bounces(count), time.process_time()
+    frames = render_prompts([sentence for _, sentence in scenes], card, weights or card.folder, device,
+                            num_steps=num_steps, guidance=guidance, precision=precision, attention=card.attentions[0])
+    cases = ((scene, shown.rgb, shown.audio) for (scene, _), shown in zip(scenes, frames, strict=True))
+    said = evaluated(cases, card.audio_rate)
+    return said | {"cpu_s_per_clip": round((time.process_time() - began) / count, 2)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--weights", type=Path, help="a model that train_av has written")
-    what.add_argument("--codecs", type=Path, help="a folder of train_av: no model, what is trained there")
+    parser.add_argument("--weights", type=Path, help="a model that train_av has written; by default what is shipped")
+    parser.add_argument("--codecs", type=Path, help="a folder of train_av: no model, what is trained there")
     parser.add_argument("--prompts", type=int, default=100)
     parser.add_argument("--steps", type=int)
-    parser.add_argument("--guidance", type=float)
+    parser.add_argument("--guidance", type=float, help="of the picture")
+    parser.add_argument("--precision", default="fp32", choices=DEMO_AV.precisions)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     if args.codecs:
         scenes = [scene for scene, _ in unseen_bounces(args.prompts)]
-        print(json.dumps(evaluated(through_codecs(args.codecs, scenes, args.device), AUDIO_RATE), indent=2))
-        return
-    card = DEMO_AV
-    scenes, began = unseen_bounces(args.prompts), time.process_time()
-    frames = render_prompts([sentence for _, sentence in scenes], card, args.weights, args.device,
-                            num_steps=args.steps, guidance=args.guidance, precision="fp32",
-                            attention=card.attentions[0])
-    cases = ((scene, shown.rgb, shown.audio) for (scene, _), shown in zip(scenes, frames, strict=True))
-    said = evaluated(cases, card.audio_rate)
-    print(json.dumps(dict(model=card.name, **said,
-                          cpu_s_per_clip=round((time.process_time() - began) / args.prompts, 2)), indent=2))
+        said = evaluated(through_codecs(args.codecs, scenes, args.device), AUDIO_RATE)
+    else:
+        said = evaluate_sound(args.prompts, weights=args.weights, device=args.device, num_steps=args.steps,
+                              guidance=args.guidance, precision=args.precision)
+    print(json.dumps(dict(model=DEMO_AV.name) | said, indent=2))
 
 
 if __name__ == "__main__":

@@ -9,39 +9,28 @@ from torch import nn
 
 from dailies.jobs.demo.codecs_av import AUDIO, VIDEO, VOCODER
 from dailies.jobs.demo.losses import halved
-from dailies.jobs.demo.world_av import AUDIO_RATE
 from dailies.model import checkpoint
-from dailies.model.linum.card import DEMO_WORDS
-from dailies.model.ltx2.card import LtxCard
+from dailies.model.ltx2.card import DEMO_AV
 from dailies.model.ltx2.codec_config import STRIDES, VideoStage
 from dailies.model.ltx2.config import DIT_PREFIX, PER_TOKEN, ConnectorsConfig, LtxConfig
 from dailies.model.ltx2.gemma import GemmaConfig
 from dailies.model.ltx2.keys import PROJECTION
 
-RELEASE_FILE, GEMMA_FOLDER = "demo-av.safetensors", "gemma"
-CONTEXT_ROWS = 40                                       # tokens of a sentence, registers, rows of a context
+RELEASE_FILE, GEMMA_FOLDER = DEMO_AV.files[0], DEMO_AV.text_folder
+CONTEXT_ROWS = DEMO_AV.text_rows                        # tokens of a sentence, registers, rows of a context
+SMALL_WIDTH, SMALL_SOUND_WIDTH = DEMO_AV.context_widths
 SMALL_HEADS = 4
 
 SMALL_GEMMA = GemmaConfig(
     vocabulary=320, width=64, hidden=128, layers=2, heads=4, key_heads=2, head_dim=16, query_scale=16 ** -0.5,
     window=64, everywhere=(False, True), thetas=(1e4, 1e6), stretch=(1.0, 1.0))
 SMALL_TRANSFORMER = LtxConfig(
-    layers=4, channels=VIDEO.latent_channels, heads=SMALL_HEADS, width=128, audio_heads=SMALL_HEADS, audio_width=64,
-    audio_channels=AUDIO.latent_channels * AUDIO.latent_bins, caption_width=None, gated=True, modulated_text=True)
+    layers=4, channels=VIDEO.latent_channels, heads=SMALL_HEADS, width=SMALL_WIDTH, audio_heads=SMALL_HEADS,
+    audio_width=SMALL_SOUND_WIDTH, audio_channels=AUDIO.latent_channels * AUDIO.latent_bins, caption_width=None,
+    gated=True, modulated_text=True)
 SMALL_CONNECTORS = ConnectorsConfig(
-    hidden=SMALL_GEMMA.width, stack=SMALL_GEMMA.layers + 1, layers=1, heads=SMALL_HEADS, width=128,
-    audio_heads=SMALL_HEADS, audio_width=64, registers=CONTEXT_ROWS, per_token=True, gated=True)
-
-DEMO_AV = LtxCard(
-    name="demo-av", description="the LTX-2.3 architecture, small, trained on drawn shapes whose touch is heard",
-    files=(RELEASE_FILE,), text_folder=GEMMA_FOLDER, takes_image=False, precisions=("fp32", "bf16"),
-    resolutions={"64p": (64, 64)}, resolution="64p", min_side=64, max_pixels=64 * 64,
-    duration_s=2.0, max_duration_s=2.0, audio_rate=AUDIO_RATE, num_steps=24, guidance=3.0,
-    settings={"audio": True, "video_guidance": 3.0, "audio_guidance": 3.0, "modality_guidance": 1.0, "stg": 0.0},
-    negative_prompt="", guidance_note="", terms="", words=DEMO_WORDS, rescale=0.0,
-    stg_blocks=(SMALL_TRANSFORMER.layers - 1,), text_rows=CONTEXT_ROWS, dit_width=SMALL_TRANSFORMER.width,
-    context_widths=(SMALL_CONNECTORS.width, SMALL_CONNECTORS.audio_width), channels=VIDEO.latent_channels,
-    audio_channels=AUDIO.latent_channels, audio_bins=AUDIO.latent_bins)
+    hidden=SMALL_GEMMA.width, stack=SMALL_GEMMA.layers + 1, layers=1, heads=SMALL_HEADS, width=SMALL_WIDTH,
+    audio_heads=SMALL_HEADS, audio_width=SMALL_SOUND_WIDTH, registers=CONTEXT_ROWS, per_token=True, gated=True)
 
 
 def write_release(folder: Path, *, dit: nn.Module, video: nn.Module, audio: nn.Module, vocoder: nn.Module,

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dailies.model.card import Layout, ModelCard
+from dailies.model.demo_words import DEMO_WORDS
 from dailies.model.linum.config import LinumConfig
 from dailies.model.wan.config import WanVAEConfig
 
@@ -88,12 +89,6 @@ LINUM_V2_720P = LinumCard(
     max_pixels=720 * 1280,
     memory_gb={"encode": 11, "sample": 24, "publish": 20},
 )
-
-DEMO_WORDS = frozenset("""
-    a and at background big black blue bottom box brown circle cross cyan disc down downwards drifts fast front glides
-    goes gray green grey high huge image in is it large left leftwards little moves of on over pace photo picture
-    plus purple quickly rapidly red right rightwards sign slides slow slowly small speed square still that the tiny to
-    top travels triangle turquoise unhurriedly up upwards video violet wall white yellow""".split())
 
 DEMO = LinumCard(
     name="demo",

@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from dailies.model.card import Layout, ModelCard
+from dailies.model.demo_words import DEMO_WORDS
 from dailies.model.shapes import LatentGrid, VideoShape
 
 # as diffusers has it (Apache-2.0), behind the five tags that the vendor's pipelines put in front from 1.2.0 on
@@ -239,4 +241,37 @@ LTX23_DISTILLED_TWO_STAGE = replace(
     description="LTX-2.3 distilled to 8 steps at half size and 3 at full size, with sound, at 1536x1024",
     sources=_sources(_LTX23, _DISTILLED_23, _UPSAMPLER_23),
     memory_gb={"encode": 34, "sample": 50, "publish": 16},
+)
+
+# LTX-2.3's architecture small, with weights of our own: jobs/demo/train_av.py trains it
+DEMO_AV = LtxCard(
+    name="demo-av",
+    description="the LTX-2.3 architecture, small, trained on drawn shapes whose touch is heard; runs on a CPU",
+    folder=Path(__file__).parents[1] / "demo_av",
+    files=("demo-av.safetensors",),
+    text_folder="gemma",
+    terms="",
+    takes_image=False,
+    precisions=("fp32", "bf16", "int8"),
+    resolutions={"64p": (64, 64)},
+    resolution="64p",
+    min_side=64,
+    max_pixels=64 * 64,
+    duration_s=2.0,
+    max_duration_s=2.0,
+    audio_rate=24_000,
+    num_steps=24,
+    guidance=3.0,
+    negative_prompt="",
+    settings={"audio": True, "video_guidance": 3.0, "audio_guidance": 3.0, "modality_guidance": 1.0, "stg": 0.0},
+    stg_blocks=(3,),
+    rescale=0.0,
+    text_rows=40,
+    context_widths=(128, 64),
+    channels=32,
+    audio_channels=2,
+    dit_width=128,
+    memory_gb={"encode": 1, "sample": 1, "publish": 1},
+    words=DEMO_WORDS,
+    taught="drawn shapes that move to the border of a plain background and back, and ring as they touch it",
 )
