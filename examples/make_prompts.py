@@ -33,8 +33,11 @@ def rows(rng: random.Random, first_seed: int, *by: str) -> list[dict]:
              "seed": first_seed + at, "unseen_in_training": scene.held_out} for at, scene in enumerate(scenes)]
 
 
+def manifests() -> dict[str, list[dict]]:
+    return {"prompts": rows(random.Random(24), 1000, "shape", "color"),
+            "sound": rows(random.Random(12), 2000, "color", "size")}
+
+
 if __name__ == "__main__":
-    manifests = {"prompts": rows(random.Random(24), 1000, "shape", "color"),
-                 "sound": rows(random.Random(12), 2000, "color", "size")}
-    for name, described in manifests.items():
+    for name, described in manifests().items():
         pq.write_table(pa.Table.from_pylist(described), Path(__file__).with_name(f"{name}.parquet"))

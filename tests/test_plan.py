@@ -390,8 +390,9 @@ def test_the_example_is_24_clips_of_the_demo_models_world():
     example = ROOT / "examples" / "prompts.parquet"
     plan = Plan.make(Manifest.read(str(example)), DEMO, weights_fingerprint="w" * 64, precision="fp32")
     assert (plan.num_clips, plan.num_invalid_rows, plan.roundings) == (24, 0, [])
-    made = runpy.run_path(str(example.with_name("make_prompts.py")))["rows"]()
-    assert pq.read_table(example).to_pylist() == made
+    made = runpy.run_path(str(example.with_name("make_prompts.py")))["manifests"]()
+    for name in ("prompts", "sound"):
+        assert pq.read_table(example.with_stem(name)).to_pylist() == made[name]
 
 
 MILLION = """

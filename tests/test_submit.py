@@ -185,7 +185,8 @@ def test_images_are_rendered_on_the_cluster_from_where_the_job_has_them(head: He
 
     def with_tests(folder: Path, *arguments):
         named = pack(folder, *arguments)
-        shutil.copyfile(ROOT / "tests/wan_tiny.py", folder / "wan_tiny.py")
+        for name in ("wan_tiny.py", "tiny_program.py"):
+            shutil.copyfile(ROOT / "tests" / name, folder / name)
         return named
 
     start = job.start_job
