@@ -130,10 +130,10 @@ def test_the_shipped_weights_are_small_and_safetensors_only():
 def test_of_a_few_unseen_prompts_the_touch_is_heard_in_its_pitch():
     """evaluate_av asks 100; a few here keep a broken model or sampler from passing: by chance a pitch is 1 of 6."""
     said = evaluate_sound(6)
-    assert said["silent"] == 0 and said["pitch"] >= 0.5 and said["onset"] >= 0.3, said
+    assert said["silent"] == 0 and said["pitch"] >= 0.6 and said["onset"] >= 0.6, said
 
 
 @pytest.mark.slow
 def test_of_a_hundred_unseen_prompts_as_many_are_right_as_docs_say():
     said = evaluate_sound(100)
-    assert said["onset"] >= 0.55 and said["pitch"] >= 0.7 and said["loudness"] >= 0.95, said
+    assert said["onset"] >= 0.75 and said["pitch"] >= 0.88 and said["loudness"] >= 0.95, said

@@ -170,9 +170,9 @@ def fold_scale(vae: AudioVAE) -> None:
 
 # The vocoder: of spectrograms as they are, and as the audio VAE gives them back.
 
-VOCODER_PHASE = Phase(name="vocoder", steps=3200, lr=1.5e-3, ema=0.995)
+VOCODER_PHASE = Phase(name="vocoder", steps=4000, lr=1.5e-3, ema=0.995)
 VOCODER_BATCH, VOCODER_FRAMES = 5, 41
-EDGE = 8                                                # samples at either end: zeros beyond it click in silence
+EDGE = 64                                               # samples at either end: zeros beyond it click in silence
 SPECTRA = (256, 1024)                                   # windows, in samples, by which loudness is compared
 
 
@@ -193,7 +193,7 @@ def train_vocoder(work: Path, device: str, vae: AudioVAE) -> Vocoder:
         wanted = high[..., :made.shape[-1]]
         apart, spectral = (made - wanted).abs(), torch.zeros((), device=device)
         clicks = apart * (wanted == 0)
-        loss = 10 * apart.mean() + 200 * (clicks[..., :EDGE].mean() + clicks[..., -EDGE:].mean())
+        loss = 10 * apart.mean() + 400 * (clicks[..., :EDGE].mean() + clicks[..., -EDGE:].mean())
         for size in SPECTRA:
             window = torch.hann_window(size, device=device)
             got, want = (torch.stft(x.flatten(0, 1), size, size // 4, window=window, return_complex=True).abs()
