@@ -97,6 +97,7 @@ def test_a_way_that_fails_costs_its_line(monkeypatch):
 
 
 @pytest.mark.parametrize("arguments, said", [
+    (["clip", "demo-av", "--random-weights"], "weights of its own: leave --random-weights out"),
     (["clip", "demo", "--ways", "int8"], "PRECISION:ATTENTION or PRECISION:ATTENTION:compiled"),
     (["clip", "demo", "--ways", "fp8:dense"], "of bf16, fp32, int8 and dense, sage, sparse; got 'fp8:dense'"),
     (["clip", "demo", "--frames", "1000"], "frames must be 1 to"),

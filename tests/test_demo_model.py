@@ -11,8 +11,9 @@ ACCELERATED = {("demo", "int8", "dense"): 0.01, ("demo-sparse", "fp32", "sparse"
                ("demo-turbo", "fp32", "dense"): 0.05}
 
 
-def test_weights_are_small_and_safetensors_only():
-    files = [path for path in CARD.folder.rglob("*") if path.is_file()]
+@pytest.mark.parametrize("name", ["demo", "demo-av"])
+def test_weights_are_small_and_safetensors_only(name):
+    files = [path for path in CATALOG[name].folder.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 16e6
     assert {path.suffix for path in files} == {".safetensors", ".json"}
 

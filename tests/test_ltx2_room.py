@@ -17,6 +17,7 @@ from dailies.model import turbo
 from dailies.model.card import Sparsity
 from dailies.model.catalog import CATALOG
 from dailies.model.files import CheckpointError
+from dailies.model.ltx2.card import DEMO_AV
 from dailies.model.ltx2.codec_config import VIDEO_VAE_2_3
 from dailies.model.ltx2.keys import transformer_table
 from dailies.model.ltx2.load import LtxFamily
@@ -102,6 +103,13 @@ def test_what_stays_on_a_gpu_is_reckoned_from_its_memory_and_said_in_docs_as_it_
 def test_a_machine_that_is_too_small_is_told_of_before_anything_is_loaded(gpu_gb, host_gb, said):
     with pytest.raises(CheckpointError, match=said):
         placed_on(CATALOG["ltx-2.3-distilled"], "bf16", gpu_gb, host_gb)
+
+
+@pytest.mark.parametrize("precision", DEMO_AV.precisions)
+def test_the_small_model_that_comes_along_stays_on_any_gpu_whole(precision):
+    """It is of no release's size, which the plan of memory goes by."""
+    assert LtxFamily().placed(DEMO_AV, DEMO_AV.runtime("cuda", precision)) == Placed()
+    assert DEMO_AV.encoder_share + 0.75 <= 1                # sampler and encoder beside each other
 
 
 def test_the_text_encoder_has_the_gpu_before_the_sampler_comes(tmp_path):

@@ -72,6 +72,8 @@ def rows(name: str, *, random_weights: bool, ways: str | None = None, steps: int
     card, device = card_named(name), "cuda" if torch.cuda.is_available() else "cpu"
     if random_weights and card.family not in RANDOM:
         raise UsageError(f"there are no random weights for {name} here; name its own with dailies render instead")
+    if random_weights and card.folder and isinstance(card, LtxCard):    # random ones are of a release's sizes
+        raise UsageError(f"{name} comes with weights of its own: leave --random-weights out")
     if card.takes_image and card.needs_image:
         raise UsageError(f"bench clip times models that take text alone; {name} needs an image")
     if card.folder is None and not random_weights:

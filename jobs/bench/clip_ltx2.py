@@ -68,9 +68,9 @@ class LtxSizes:
 
 SIZES_OF_2_0 = LtxSizes(dit=LtxConfig(), connectors=ConnectorsConfig(), vae=VIDEO_VAE_2_0, vocoder=VOCODER_2_0)
 SIZES_OF_2_3 = LtxSizes(dit=LtxConfig(gated=True, modulated_text=True, caption_width=None),
-              connectors=ConnectorsConfig(layers=8, heads=32, width=4096, audio_heads=32, audio_width=2048,
-                                          per_token=True, gated=True),
-              vae=VIDEO_VAE_2_3, vocoder=VOCODER_2_3)
+                        connectors=ConnectorsConfig(layers=8, heads=32, width=4096, audio_heads=32, audio_width=2048,
+                                                    per_token=True, gated=True),
+                        vae=VIDEO_VAE_2_3, vocoder=VOCODER_2_3)
 
 
 def sizes_of(card: LtxCard) -> LtxSizes:

@@ -65,14 +65,14 @@ def sampler_part(card: "LtxCard", precision: str) -> LayeredPart:
                     for kind in (precision, "bf16" if precision == "fp8" else precision))    # a few of its blocks are
     beside = share * outside + GB_PER_TOKEN * math.prod(card.grid.of(shape)[1:])
     return LayeredPart(name="transformer", layers=BLOCKS, each=each, largest=widest,
-                beside=beside + (FURTHER_GB if card.two_stages else 0.0))
+                       beside=beside + (FURTHER_GB if card.two_stages else 0.0))
 
 
 def encoder_part(card: "LtxCard", precision: str) -> LayeredPart:
     """Gemma; beside it the connectors, and what a text becomes."""
     each = GEMMA_GB[precision] / GEMMA_LAYERS
     return LayeredPart(name="text encoder", layers=GEMMA_LAYERS, each=each, largest=each,
-                beside=card.memory_gb["encode"] - GEMMA_WHOLE_GB)
+                       beside=card.memory_gb["encode"] - GEMMA_WHOLE_GB)
 
 
 def placed_on(card: "LtxCard", precision: str, gpu_gb: float, host_gb: float = math.inf) -> Placed:
