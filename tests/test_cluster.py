@@ -19,6 +19,7 @@ from fake_stages import CannotBeMade, Patient, calls, fake_stages
 
 from dailies.actors.messages import Clip, Failure
 from dailies.jobs.bench.pretend import pretend_request, pretend_stages
+from dailies.pipeline.run.lease import process_start
 from dailies.pipeline.scheduler import cluster, ray_executor, ray_private
 from dailies.pipeline.scheduler.cluster import ClusterError, Stop
 from dailies.pipeline.stages import Stage, Step, run_local
@@ -191,10 +192,7 @@ def test_a_sampler_that_is_told_to_end_saves_and_charges_nobody(who, four_gpus, 
 
 
 def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+    return bool(process_start(pid))                     # "" of a zombie, None of one that is gone
 
 
 def test_the_drivers_memory_does_not_grow_with_the_night(four_gpus):

@@ -23,6 +23,7 @@ from dailies.actors.actor import Actor
 from dailies.actors.messages import Clip, Failure, Frames, Latent
 from dailies.jobs.bench.pretend import pretend_request
 from dailies.model.shapes import VideoShape
+from dailies.pipeline.run.lease import process_start
 from dailies.pipeline.scheduler import pool as pools
 from dailies.pipeline.scheduler.pool import ChildFailed, Pool
 from dailies.pipeline.stages import Stage, Step, Worker, WorkerUnfit, request_of, run_local
@@ -296,6 +297,6 @@ def test_a_killed_worker_leaves_no_process_and_no_frames(tmp_path):
     parent.kill()
     parent.wait()
     deadline = time.monotonic() + 30
-    while Path(f"/proc/{child}").exists() and "Z" not in Path(f"/proc/{child}/stat").read_text().rpartition(")")[2]:
+    while process_start(child):                         # "" of a zombie, None of one that is gone
         assert time.monotonic() < deadline, "a child outlived its worker"
         time.sleep(0.05)
