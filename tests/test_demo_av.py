@@ -130,4 +130,4 @@ def test_of_a_few_unseen_prompts_the_touch_is_heard_in_its_pitch():
 @pytest.mark.slow
 def test_of_a_hundred_unseen_prompts_as_many_are_right_as_docs_say():
     said = evaluate_sound(100)
-    assert said["onset"] >= 0.75 and said["pitch"] >= 0.88 and said["loudness"] >= 0.95, said
+    assert said["onset"] >= 0.8 and said["pitch"] >= 0.9 and said["loudness"] >= 0.95, said
