@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, cast
 
 from dailies.actors.messages import Clip
@@ -19,7 +20,9 @@ from dailies.jobs.usage import UsageError, card_named, seconds_meant
 from dailies.model.private import at_home
 from dailies.model.weights import locate, weights_here
 from dailies.pipeline.manifest.manifest import Manifest
+from dailies.pipeline.manifest.validation import ManifestError
 from dailies.pipeline.plan import Defaults
+from dailies.pipeline.resolved import refuse_rows
 from dailies.pipeline.run.bookkeeper import Bookkeeper
 from dailies.pipeline.run.intermediates import Seal
 from dailies.pipeline.run.run import Run
@@ -77,15 +80,19 @@ def run_of(job: RenderJob, *, weights_are_needed: bool = True) -> Run:
         store = open_store(job.out)
     except StoreError as error:
         raise UsageError(f"--out {error}") from None
-    manifest = Manifest.read(job.sources, mapping=job.map, prompts=job.prompt)
-    weights = weights_here(job.weights, card)
-    if weights is None and weights_are_needed:
-        tell([f"fetching the weights of {card.name}, which are not here (dailies plan says how large they are)"])
-        weights = locate(job.weights, card, fetch=bring)
     try:
         defaults = Defaults(**job.row_defaults()).resolved(card)
     except ValueError as error:
         raise UsageError(f"{error}. This is the default for rows that do not say") from None
+    refuse = partial(refuse_rows, card=card, defaults=defaults)
+    manifest = Manifest.read(job.sources, mapping=job.map, prompts=job.prompt, also=refuse)
+    weights = weights_here(job.weights, card)
+    if weights is None and weights_are_needed:
+        refuse(manifest, errors := manifest.errors.copy())
+        if len(errors) and not job.skip_invalid:        # before anything is fetched
+            raise ManifestError(manifest.name, errors)
+        tell([f"fetching the weights of {card.name}, which are not here (dailies plan says how large they are)"])
+        weights = locate(job.weights, card, fetch=bring)
     if card.takes_image and manifest.table.num_rows >= MANY_IMAGES:
         say(f"reading the images of {counted(manifest.table.num_rows, 'row')}", stream=sys.stderr)
     device = job.device or device_of(job.ray)

@@ -112,16 +112,7 @@ class ResolvedRows:
             sizes, size = sizes_for_images(resolutions, images, image, card, errors)
         height, width = np.array([found or (0, 0) for found in sizes])[size].T
 
-        own_length: dict[str, Any] = {name: defaults[name] for name in LENGTHS}
-        lengths: list[tuple[int, str | None]] = [card.frames_for(**own_length)]
-        length = np.zeros(table.num_rows, np.int64)                    # 0: neither given
-        for name in LENGTHS:
-            def frames_of(value: Any, name: str = name) -> tuple[int, str | None]:
-                return card.frames_for(**{name: value})
-
-            found, at = asked_of_card(table[name], name, frames_of, errors)
-            length = np.where(at >= 0, at + len(lengths), length)
-            lengths += [answer or (0, None) for answer in found]
+        lengths, length = lengths_asked_for(table, card, defaults, errors)
         notes = list(dict.fromkeys(["", *(note for _, note in lengths if note)]))
         note_of = {note: at for at, note in enumerate(notes)}
 
@@ -177,6 +168,31 @@ class ResolvedRows:
     def bucket(self) -> np.ndarray:
         """One number per bucket: shape and course."""
         return folded(self.shape, *(which for _, which in self.course.values()))
+
+
+def refuse_rows(manifest: Manifest, errors: ValidationErrors, card: ModelCard, defaults: Defaults) -> None:
+    """Add to `errors` what this model cannot make of single rows, their images not looked at.  defaults: resolved."""
+    asked_of_card(manifest.table["resolution"], "resolution", card.size_for, errors)
+    lengths_asked_for(manifest.table, card, defaults, errors)
+    course_asked_for(manifest.table, card, errors)
+    if not card.takes_image:
+        images_asked_for(manifest, card, errors, ())
+
+
+def lengths_asked_for(table: pa.Table, card: ModelCard, defaults: Defaults,
+                      errors: ValidationErrors) -> tuple[list[tuple[int, str | None]], np.ndarray]:
+    """Lengths in frames, each with how it was rounded, and which of them each row has; 0 is that of the defaults."""
+    own_length: dict[str, Any] = {name: defaults[name] for name in LENGTHS}
+    lengths: list[tuple[int, str | None]] = [card.frames_for(**own_length)]
+    length = np.zeros(table.num_rows, np.int64)
+    for name in LENGTHS:
+        def frames_of(value: Any, name: str = name) -> tuple[int, str | None]:
+            return card.frames_for(**{name: value})
+
+        found, at = asked_of_card(table[name], name, frames_of, errors)
+        length = np.where(at >= 0, at + len(lengths), length)
+        lengths += [answer or (0, None) for answer in found]
+    return lengths, length
 
 
 def course_asked_for(table: pa.Table, card: ModelCard, errors: ValidationErrors) -> dict[str, pa.ChunkedArray]:

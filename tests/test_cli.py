@@ -352,6 +352,26 @@ def test_plan_needs_neither_weights_nor_a_run_folder_and_says_what_is_missing(ma
     assert not (tmp_path / "hub").exists()
 
 
+def test_a_column_that_is_asked_about_hides_nothing_that_is_wrong_with_rows(manifest, capsys, tmp_path):
+    """Neither what no model could take nor what this one does not."""
+    columns = {"prompt": ["", "b", "c"], "Guidance": [1, 2, 3], "steps": [3, -1, 3],
+               "resolution": [None, None, "9000x10"], "image": [None, "a.png", None]}
+    code, _, err = said(capsys, "plan", manifest(columns), "--out", tmp_path / "out", "--model", "tiny")
+    assert code == 2 and ": 5 complaints;" in err
+    for line in ("got the column 'Guidance'. Did you mean guidance?", "row 0, prompt: got", "row 1, steps: got -1",
+                 "row 1, image: got 'a.png'", "row 2, resolution: got '9000x10'"):
+        assert line in err
+
+
+def test_rows_are_checked_before_weights_are_fetched(manifest, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("dailies.model.weights.hub_folder", lambda: tmp_path / "hub")
+    monkeypatch.setattr("dailies.jobs.render.locate", lambda *_, **__: pytest.fail("they were asked for"))
+    rows = manifest({"prompt": ["a fox"], "resolution": ["13x7"]})
+    code, _, err = said(capsys, "render", rows, "--out", tmp_path / "out", "--model", "wan2.1-t2v-14b", "--device",
+                        "cpu")
+    assert code == 2 and "row 0, resolution: got '13x7'" in err and not (tmp_path / "out").exists()
+
+
 def test_the_example_of_the_readme_has_a_run_folder_of_its_own():
     root = Path(__file__).resolve().parent.parent
     job = RenderJob.read({}, root / "examples/night.toml")

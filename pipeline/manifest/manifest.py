@@ -7,7 +7,7 @@ is looked at alone only when it broke one. What a particular model allows is ask
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -56,11 +56,13 @@ class Manifest:
 
     @classmethod
     def read(cls, uri: str | Sequence[str] = (), *, mapping: Mapping[str, str] = {}, prompts: Sequence[str] = (),
-             files: Sequence[ManifestFile] | None = None) -> "Manifest":
+             files: Sequence[ManifestFile] | None = None,
+             also: Callable[["Manifest", ValidationErrors], None] | None = None) -> "Manifest":
         """Read and check Parquet, CSV, JSON or text: files, folders or globs; local, s3://, https://, - for stdin.
 
         mapping: name in a file -> column of ours, or "" to carry it along.  prompts: a row for each, without any file.
         files: what `uri` was found to be, which then is not looked for again.
+        also: of a manifest that is refused as a whole, adds what else is wrong with its rows.
         Errors about single rows wait in `errors`, for the plan to add the model's own.
         Raises ManifestError when no row can be relied on: a file that is missing or cannot be read, a column that is
         missing, of a wrong type, or nearly one of ours.  Raises StoreError for a bucket that does not answer.
@@ -85,11 +87,15 @@ class Manifest:
             errors.about(name, None, "no row", "at least one row")
         if any(part.num_rows for part in parts):       # what is wrong with rows is told as well
             known, user = concatenated(parts, notes)
-            table, unnamed = _checked(known, errors)
+            has_prompts = np.repeat([part.has_prompts for part in parts], [part.num_rows for part in parts])
+            table, unnamed = _checked(known, has_prompts, errors)
+            manifest = cls(name=name, digest=digest, files=errors.files, table=table, user=user, errors=errors,
+                           notes=notes, unnamed=unnamed)
+            if also and errors.whole:
+                also(manifest, errors)
         if errors.whole:
             raise ManifestError(name, errors)
-        return cls(name=name, digest=digest, files=errors.files, table=table, user=user, errors=errors, notes=notes,
-                   unnamed=unnamed)
+        return manifest
 
     def numbered(self) -> "Manifest":
         """With a row's position as its id where it was given none, as run folders before format 2 know their rows."""
@@ -156,8 +162,10 @@ def _read(files: Sequence[ManifestFile], reader: ManifestReader,
     return parts, digest.hexdigest()
 
 
-def _checked(table: pa.Table, errors: ValidationErrors) -> tuple[pa.Table, np.ndarray]:
+def _checked(table: pa.Table, has_prompts: np.ndarray, errors: ValidationErrors) -> tuple[pa.Table, np.ndarray]:
     """The known columns with every rule asked that no model can change, and an id in every row; which were given none.
+
+    has_prompts: of each row whether its file has that column; where it has not, one error is enough.
     """
     columns = {setting.name: table[setting.name] for setting in SETTINGS}
     for setting in SETTINGS:
@@ -165,9 +173,9 @@ def _checked(table: pa.Table, errors: ValidationErrors) -> tuple[pa.Table, np.nd
         if values.null_count < len(values) and setting.type is not bool:
             columns[setting.name] = kept(setting.name, values, values_allowed(setting, values), 0, errors)
 
-    if not errors.whole:                           # where the column is missing, one error is enough
-        rows = rows_without(columns["prompt"], "prompt", errors)
-        errors.add(rows, "prompt", ["nothing"] * len(rows), BY_NAME["prompt"].allowed)
+    rows = rows_without(columns["prompt"], "prompt", errors)
+    rows = rows[has_prompts[rows]]
+    errors.add(rows, "prompt", ["nothing"] * len(rows), BY_NAME["prompt"].allowed)
 
     both = np.flatnonzero(pc.and_(columns["duration_s"].is_valid(), columns["frames"].is_valid()))
     given = [f"{duration:g} s and {frames} frames" for duration, frames in

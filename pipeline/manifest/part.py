@@ -26,6 +26,7 @@ class ManifestPart:
 
     file: str
     num_rows: int
+    has_prompts: bool               # the column is there and can be read
     known: pa.Table
     user: pa.Table                  # as user.NAME
 
@@ -40,7 +41,8 @@ class ManifestPart:
                 for name, kind in COLUMN_TYPES.items()}
         # with no column at all a table would forget how many rows it has
         user = {name: cells for name, cells in columns.items() if name not in COLUMN_TYPES} or {"": pa.nulls(num_rows)}
-        return cls(file=file, num_rows=num_rows, known=pa.table(full), user=pa.table(user))
+        return cls(file=file, num_rows=num_rows, has_prompts="prompt" in columns, known=pa.table(full),
+                   user=pa.table(user))
 
 
 class ManifestReader:
