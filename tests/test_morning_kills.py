@@ -158,7 +158,8 @@ def test_whatever_is_killed_the_same_command_does_the_rest(action, moments, base
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("part", range(1, 6))           # of ten moments each, which take ten seconds and more
 @pytest.mark.parametrize("action", ["append", "redo", "pick", "gc"])
-def test_whatever_is_killed_on_a_bucket_the_same_command_does_the_rest(action, base, s3_bucket, monkeypatch):
+def test_whatever_is_killed_on_a_bucket_the_same_command_does_the_rest(action, part, base, s3_bucket, monkeypatch):
     monkeypatch.setattr(Lease, "SETTLE_S", 0.1)         # there is no other driver to be waited for
-    kills(action, base, lambda number: f"{s3_bucket}/{number}", random.Random(action), 50)
+    kills(action, base, lambda number: f"{s3_bucket}/{number}", random.Random(f"{action} {part}"), 10)
