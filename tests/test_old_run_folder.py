@@ -11,7 +11,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from run_folders import ask
+from run_folders import ask, render
+from test_report_server import serving
 from tiny import TINY
 
 import dailies
@@ -118,3 +119,12 @@ def test_a_run_of_c717109_opens_in_every_command_of_the_morning(folder, tmp_path
     assert code == 0 and not {path.stem for path in folder.glob("clips/*/*.mp4")} & {
         rows["a"]["clip_id"], rows["b"]["clip_id"]}
     assert ask("verify", folder)[0] == 0
+    (tmp_path / "more.csv").write_text(f"{ROWS.read_text()}e,a blue circle moves left,5,5\n")
+    said = ask("plan", tmp_path / "more.csv", "--out", folder, "--model", "tiny", "--device", "cpu")[1]
+    assert (said["new"], said["changed"], said["gone"], said["to_make"]) == (1, 0, 0, 1)
+    assert render(tmp_path / "more.csv", folder)[1]["rendered"] == 1
+    assert ask("retry", folder)[0] == 0 and ask("gc", folder)[1]["objects"] == 0
+    with serving(folder) as server:
+        assert server.report().figures["done"] == 4
+    code, said, _ = render(tmp_path / "more.csv", tmp_path / "new", "--reuse", folder)
+    assert code == 0 and said["rendered"] == 2                  # a and b, as they were asked for; c, d and e are there
