@@ -1,5 +1,6 @@
 """The morning report: what it says is what the ledger says, made of the run folder alone and written once."""
 
+import hashlib
 import io
 import json
 import re
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from PIL import Image
 from test_clip_writer import moving_disc, request
@@ -24,7 +26,7 @@ from dailies.pipeline.report import columns
 from dailies.pipeline.report.columns import MOST_CHARACTERS, cut_text, packed_values, plain_values
 from dailies.pipeline.report.figures import seconds_before, worked_seconds
 from dailies.pipeline.run.layout import clip_key, poster_key
-from dailies.pipeline.run.ledger import Ledger
+from dailies.pipeline.run.ledger import Ledger, read, write_again
 from dailies.pipeline.run.ledger_row import row_of
 from dailies.pipeline.stages import Outcome
 from dailies.pipeline.store import FolderStore, StoreError, open_store
@@ -97,7 +99,8 @@ def test_a_report_says_what_the_ledger_says(tmp_path, capsys):
     folder = tmp_path / "out" / "report"
     head = head_of(folder)
     figures = head["figures"]
-    assert figures["gpu_hours"] == 3.0 and figures["cost"] == 6.0 and figures["clips"] == 3
+    assert figures["gpu_hours"] == 4.0 and figures["cost"] == 8.0 and figures["clips"] == 3
+    assert figures["clips_gpu_hours"] == 3.0            # what failed took the fourth
     assert [(kind["error_type"], kind["count"], kind["examples"][0]["id"]) for kind in figures["failures"]] == [
         ("WorkerDied", 1, "row-3")]
     shares = {stage["stage"]: stage["share"] for stage in figures["night"]["stages"]}
@@ -156,6 +159,20 @@ def test_an_earlier_take_is_shown_beside_the_one_that_counts_and_counted_nowhere
     shown = dict(zip(column(folder, "clip_id"), column(folder, "current"), strict=True))
     assert shown == {f"{1:064x}": 0, f"{2:064x}": 1, f"{9:064x}": 1}
     assert column(folder, "prompt_group") == [0, 0, 0]
+
+
+def test_what_a_run_cost_is_all_that_was_ever_made_for_it(tmp_path, capsys):
+    """Also takes that another replaced, rows that were dropped, and what was made of a row before it was changed."""
+    store = run_folder(tmp_path / "out", clips=3, failed=0)
+    for name, change in (("row-0", {"seed": 7, "take_of": 2**62, "replaces": f"{1:064x}", "gpu_s": 1800.0}),
+                         ("row-1", {"gpu_s": 900.0}), ("row-2", {"status": "dropped"})):
+        rows = read(store)
+        if "gpu_s" in change:                           # another clip
+            change |= {"clip_id": hashlib.sha256(name.encode()).hexdigest()}
+        write_again(store, rows.filter(pc.equal(rows["id"], name)), lambda row, change=change: change)
+    assert report(capsys, tmp_path / "out")["cost"] == 7.5
+    figures = head_of(tmp_path / "out/report")["figures"]
+    assert (figures["gpu_hours"], figures["clips_gpu_hours"]) == (3.75, 0.75)
 
 
 @pytest.mark.parametrize("name", ["nothing done", "ledger gone", "no price"])

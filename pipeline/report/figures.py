@@ -16,27 +16,27 @@ LATE_FIRST = ("publish_s", "decode_s", "sample_s", "encode_s")     # a clip's st
 EXAMPLES, MOST_KINDS = 3, 40            # rows named of a failure; kinds of failures told one by one
 
 
-def figures(table: pa.Table, counts: Mapping[str, Any], price: float | None, *, waiting: int = 0,
-            dropped: int = 0) -> dict[str, Any]:
+def figures(table: pa.Table, counts: Mapping[str, Any], price: float | None, *, spent_gpu_s: float,
+            waiting: int = 0, dropped: int = 0) -> dict[str, Any]:
     """table: the rows of the ledger that count, all columns.  counts: what the run's manifests ask for: planned_rows,
     invalid_rows.
 
-    price: USD per GPU hour, None where nobody said one.  waiting: other takes that are to be made.  dropped: rows that
-    a person took out.
+    price: USD per GPU hour, None where nobody said one.  spent_gpu_s: of all that was ever made, also of rows that
+    count no more.  waiting: other takes that are to be made.  dropped: rows that a person took out.
     """
     status = table["status"]
     done, failed = (int(pc.sum(pc.equal(status, said)).as_py() or 0) for said in ("done", "failed"))
     rows = counts["planned_rows"] + counts["invalid_rows"] - dropped
     clips = one_row_per_clip(table.filter(pc.equal(status, "done")))
-    gpu_s = seconds(clips, "gpu_s")
-    gpu_hours = float(gpu_s.sum()) / 3600
+    of_clips = float(seconds(clips, "gpu_s").sum()) / 3600
+    gpu_hours = spent_gpu_s / 3600
     return {
         "rows": max(rows, done + failed), "done": done, "failed": failed,
         "pending": max(0, rows - done - failed) + waiting, "takes": waiting, "dropped": dropped,
         "clips": clips.num_rows, "bytes": int(total(clips, "bytes")),
         "duration_s": round(total(clips, "duration_s"), 1),
         "with_audio": int(pc.sum(clips["has_audio"].cast(pa.int8())).as_py() or 0),
-        "gpu_hours": round(gpu_hours, 4), "price": price,
+        "gpu_hours": round(gpu_hours, 4), "clips_gpu_hours": round(of_clips, 4), "price": price,
         "cost": None if price is None or not gpu_hours else round(price * gpu_hours, 2),
         "night": when_made(clips), "failures": failures(table.filter(pc.equal(status, "failed"))),
         "devices": counted_values(clips, "device"), "fallbacks": said_lists(clips, "fallbacks"),

@@ -23,6 +23,7 @@ class RunRows:
     waiting: int                        # other takes that are to be made
     dropped: int                        # rows that a person took out
     unrecorded: int                     # clips that no row has ever named
+    spent_gpu_s: float                  # of all that was ever made, also of what counts no more
 
     @classmethod
     def read(cls, store: Store) -> "RunRows":
@@ -30,9 +31,8 @@ class RunRows:
         rows = ledger.read(store, put_back=True, every_take=True)
         clips = {clip_id for info in store.list(f"{CLIPS}/") if (clip_id := clip_id_in(info.key))}
         posters = {poster_id_in(info.key) for info in store.list(f"{POSTERS}/")}
-        strays = clips - set(rows["clip_id"].to_pylist())
-        if strays:                                      # a row that was changed has another one now
-            strays -= ledger.clips_ever_named(store)
+        ever = ledger.rows_ever_written(store, ["clip_id", "gpu_s"])
+        strays = clips - set(ever["clip_id"].unique().to_pylist())
         status, counts = rows["status"], pa.array(is_current(rows))
         again = pc.fill_null(pc.equal(rows["error_type"], DAMAGED), False)
         waiting = pc.and_(pc.and_(counts, pc.equal(status, "pending")), pc.invert(again))
@@ -42,7 +42,14 @@ class RunRows:
         # of an earlier take that gc has deleted there is nothing to see
         shown = pc.and_(ledger.is_one_of(status, ["done", "failed"]), pc.or_(counts, ledger.is_one_of(names, clips)))
         return cls(table=rows.filter(shown), waiting=num_true(waiting), dropped=num_true(dropped),
-                   unrecorded=len(strays))
+                   unrecorded=len(strays), spent_gpu_s=spent(ever))
+
+
+def spent(ever: pa.Table) -> float:
+    """GPU seconds of all rows that were ever written; those of rows that share a clip, and of a row that was only
+    written again, once."""
+    made = ever.filter(pc.is_finite(ever["gpu_s"].fill_null(0.0))).group_by(["clip_id", "gpu_s"]).aggregate([])
+    return float(pc.sum(made["gpu_s"]).as_py() or 0)
 
 
 def num_true(mask: pa.ChunkedArray) -> int:

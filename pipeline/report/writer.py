@@ -91,7 +91,8 @@ def make_report(sources: Sequence[Source], bases: Sequence[str | None], *, price
     made = sheet(rows, named, presigned_pages(sources, rows, presign_s) if presign_s else None)
     table = runs[0].table
     said = figures(table.filter(table["current"]), known_manifest(first.store, first.run), price_of(first.run, price),
-                   waiting=runs[0].waiting, dropped=runs[0].dropped) | {"unrecorded": runs[0].unrecorded}
+                   spent_gpu_s=runs[0].spent_gpu_s, waiting=runs[0].waiting, dropped=runs[0].dropped)
+    said |= {"unrecorded": runs[0].unrecorded}
     return Made(data=made.files, head=head_of(sources, bases, runs, said, made, presign_s), figures=said,
                 rows=rows.num_rows, without_poster=missing_posters(rows), first_page=next(iter(made.pages), None))
 

@@ -336,11 +336,13 @@ def write_again(store: Store, rows: pa.Table, change: Callable[[dict[str, Any]],
 
 def clips_ever_named(store: Store) -> set[str]:
     """By any row of any part, whether it counts or not."""
-    found: set[str] = set()
-    for _, table in parts(store, ["id", "seed", "status", "clip_id"]):
-        if table is not None and "clip_id" in table.column_names:
-            found.update(filter(None, table["clip_id"].unique().to_pylist()))
-    return found
+    return set(filter(None, rows_ever_written(store, ["clip_id"])["clip_id"].unique().to_pylist()))
+
+
+def rows_ever_written(store: Store, columns: Sequence[str]) -> pa.Table:
+    """These columns of every row of every part, whether it counts or not.  columns: of COLUMNS.  Raises StoreError."""
+    tables = [table for _, table in parts(store, columns) if table is not None]
+    return together([pa.schema([COLUMNS.field(name) for name in columns]).empty_table(), *tables])
 
 
 def pending_rows(store: Store, keys: pa.Table) -> Iterator[tuple[dict[str, Any], pa.Table]]:

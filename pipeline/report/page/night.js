@@ -165,14 +165,19 @@
   function cost(said) {
     const lines = make("dl.lines");
     const line = (name, value) => lines.append(make("dt", name), make("dd", value));
-    if (said.gpu_hours) line("GPU hours of work", number(said.gpu_hours, 2));
-    if (said.price !== null) line("Price of one", money(said.price));
-    if (said.cost !== null) line("In all", money(said.cost));
-    if (said.cost !== null && said.clips) line("A clip", money(said.cost / said.clips, 4));
-    if (said.cost !== null && said.duration_s) line("A second of video", money(said.cost / said.duration_s, 4));
+    const hours = value => number(value, value < 1 ? 4 : 2), kept = said.clips_gpu_hours, priced = said.cost !== null;
+    const both = value => priced ? `${money(said.price * value)} · ${hours(value)} h` : `${hours(value)} h`;
     if (!said.gpu_hours) return card("Cost", make("p.calm", "No GPU was used, or the ledger does not say how long."));
-    const why = said.price === null ? "Say what a GPU hour costs: dailies report URI --price 2.50"
-      : "Of the seconds in which a clip was worked on. What GPUs were held beyond that, render says when it ends.";
+    line("In all", both(said.gpu_hours));
+    if (said.gpu_hours > kept) {
+      line("Clips that are shown", both(kept));
+      line("Older takes, failures", both(said.gpu_hours - kept));
+    }
+    if (priced) line("A GPU hour", money(said.price));
+    if (priced && said.clips) line("A clip", money(said.price * kept / said.clips, 4));
+    if (priced && said.duration_s) line("A second of video", money(said.price * kept / said.duration_s, 4));
+    const why = priced ? "GPU time in which a clip was worked on, whether it counts now or not. What GPUs were held beyond "
+      + "that, render says when it ends." : "Say what a GPU hour costs: dailies report URI --price 2.50";
     return card("Cost", lines, make("p.calm", why));
   }
 
