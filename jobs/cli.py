@@ -387,6 +387,8 @@ def redo(uri: RunUri,
          where: Where = None,
          seed: Annotated[str, typer.Option(
              metavar="+N|N", help="So many more than the clip's own; or this one.")] = "+1",
+         revert: Annotated[bool, typer.Option("--revert", help="Earlier takes that a person picked count again, in "
+                                              "place of the newer ones.")] = False,
          wait: Waits = False, json: Json = False) -> int:
     """Have other takes of clips that are done made by the next render; what they replace stays until gc.
 
@@ -394,9 +396,10 @@ def redo(uri: RunUri,
     Examples:
       dailies redo out/ --picks
       dailies redo out/ --where "quality.motion < 0.1 and decision is null" --seed +10
+      dailies redo out/ --revert
     """
     from dailies.jobs.decide import redo
-    return redo(uri, picks=picks, where=where or [], seed=seed, wait=wait, json=json)
+    return redo(uri, picks=picks, where=where or [], seed=seed, revert=revert, wait=wait, json=json)
 
 
 @app.command()

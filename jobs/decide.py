@@ -10,7 +10,7 @@ from dailies.jobs.usage import UsageError, card_named
 from dailies.pipeline.run import ledger
 from dailies.pipeline.run.lease import Lease
 from dailies.pipeline.run.picks import DECISIONS, MAX_PICKS_BYTES, BadPicks, Picks, write_picks
-from dailies.pipeline.run.redo import NewSeed, ask_for_takes, drop_rows
+from dailies.pipeline.run.redo import NewSeed, ask_for_takes, bring_back, drop_rows
 from dailies.pipeline.run.sweep import leftovers, sweep
 from dailies.pipeline.run.where import Filter, all_of, column_is
 from dailies.pipeline.store import Store
@@ -48,8 +48,10 @@ def pick(uri: str, source: str, *, json: bool) -> int:
     return answer(said, tell, json=json)
 
 
-def redo(uri: str, *, picks: bool, where: list[str], seed: str, wait: bool, json: bool) -> int:
-    """Have other takes of clips made by the next render."""
+def redo(uri: str, *, picks: bool, where: list[str], seed: str, revert: bool, wait: bool, json: bool) -> int:
+    """Have other takes of clips made by the next render.  revert: have earlier ones count again instead."""
+    if revert:
+        return bring_earlier_back(uri, picks=picks, where=where, wait=wait, json=json)
     if not picks and not where:
         raise UsageError("Say which: --picks for those that a person wants made again, or --where \"EXPR\"")
     chosen, new_seed = chosen_by(where, picks), NewSeed.parsed(seed)
@@ -69,6 +71,26 @@ def redo(uri: str, *, picks: bool, where: list[str], seed: str, wait: bool, json
 
     return answer({"exit_code": 0, "out": store.uri, "to_make": found.rows, "waiting": found.waiting,
                    "refused": found.refused}, tell, json=json)
+
+
+def bring_earlier_back(uri: str, *, picks: bool, where: list[str], wait: bool, json: bool) -> int:
+    """Have earlier takes that a person picked count again."""
+    if picks:
+        raise UsageError("--revert is of earlier takes that a person picked, --picks of clips to be made again")
+    store, _ = open_run(uri)
+    with held_folder(store, wait):
+        found = bring_back(store, chosen_by(where))
+
+    def tell() -> None:
+        say(f"{counted(found.rows, 'earlier take')} {'counts' if found.rows == 1 else 'count'} again"
+            + ("; what was in place of them stays until dailies gc" if found.rows else
+               ": none is picked whose newer take is not"))
+        for sentence in found.refused[:SHOWN_LEFTOVERS]:
+            say(printable(f"  not: {sentence}"))
+        if more := len(found.refused[SHOWN_LEFTOVERS:]):
+            say(f"  and {more:,} more")
+
+    return answer({"exit_code": 0, "out": store.uri, "reverted": found.rows, "refused": found.refused}, tell, json=json)
 
 
 def drop(uri: str, *, where: list[str], wait: bool, json: bool) -> int:

@@ -105,6 +105,35 @@ def test_what_a_person_wants_made_again_is_made_with_another_seed_and_replaces_w
     assert (last["seed"], last["take_of"], last["replaces"]) == (fox["seed"] + 6, fox["seed"], new["clip_id"])
 
 
+def test_an_earlier_take_that_a_person_picked_counts_again(out, night, tmp_path):
+    """Where the newer one is picked too, both are wanted, and what counts stays."""
+    before = rows_of(out)
+    fox, hare = (row for (name, _), row in before.items() if name in ("row-0", "row-1"))
+    ask("redo", out, "--where", "id in (row-0, row-1)")
+    assert render(night / "night.jsonl", out)[1]["rendered"] == 2
+    new = {row["id"]: row for row in rows_of(out).values() if row["replaces"]}
+    decide(out, (fox, "pick"), (new["row-0"], "reject"), (hare, "pick"), (new["row-1"], "pick"))
+    assert ask("redo", out, "--revert", "--where", "user.mood = glad")[1]["reverted"] == 0
+    code, answer, _ = ask("redo", out, "--revert")
+    assert code == 0 and (answer["reverted"], answer["refused"]) == (1, [])
+    after = rows_of(out)
+    assert after["row-0", fox["seed"]] == fox | {"replaces": new["row-0"]["clip_id"]} | {
+        name: after["row-0", fox["seed"]][name] for name in ("decision", "decided_at", "decided_by", "note")}
+    assert len(after) == 6 and ("row-0", new["row-0"]["seed"]) not in after and ("row-1", hare["seed"]) not in after
+    assert ask("redo", out, "--revert")[1]["reverted"] == 0             # once is enough
+    assert (out / "_SUCCESS.json").exists() and ask("verify", out)[0] == 0
+    assert render(night / "night.jsonl", out)[1]["rendered"] == 0
+    said = ask("plan", night / "night.jsonl", "--out", out, "--model", "tiny", "--device", "cpu")[1]
+    assert (said["done"], said["changed"], said["gone"], said["to_make"]) == (6, 0, 0, 0)
+    # and made again once more: with a seed that neither had
+    assert ask("redo", out, "--where", "id = row-0")[1]["to_make"] == 1
+    assert render(night / "night.jsonl", out)[1]["rendered"] == 1
+    assert ("row-0", fox["seed"] + 2) in rows_of(out)
+    assert ask("gc", out, "--yes")[1]["objects"] == 6   # clip and poster of two takes of row-0 and of one of row-1
+    code, answer, _ = ask("redo", out, "--revert")      # it was picked, and is gone
+    assert answer["reverted"] == 0 and "row-0" in answer["refused"][0] and "not there any more" in answer["refused"][0]
+
+
 def test_what_is_asked_for_is_foretold_and_what_was_dropped_waits_in_no_bucket(out, night):
     ask("redo", out, "--where", "id = row-0")
     ask("drop", out, "--where", "id = row-1")

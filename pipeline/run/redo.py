@@ -1,7 +1,9 @@
-"""Clips that are done and are to be made once more with another seed, and rows that a person takes out.
+"""Clips that are done and are to be made once more with another seed, takes that a person wants back after all, and
+rows that a person takes out.
 
-Both write a further row for each: `ask_for_takes` one that is pending and says all that is to be made, so that the
-next render makes it whatever its manifest says (takes.py); `drop_rows` a tombstone. Nothing is removed: what no row
+All write a further row for each: `ask_for_takes` one that is pending and says all that is to be made, so that the
+next render makes it whatever its manifest says (takes.py); `bring_back` the earlier take's own, which is the newest
+then; `drop_rows` a tombstone. Nothing is removed: what no row
 names any more is for `dailies gc`. For who holds the run's lease; killed half-way, the same call does the rest.
 """
 
@@ -11,14 +13,15 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from dailies.model.card import ModelCard
 from dailies.model.settings import COURSE, SIZE
 from dailies.pipeline.run import ledger
-from dailies.pipeline.run.current import slots
-from dailies.pipeline.run.layout import SUCCESS
+from dailies.pipeline.run.current import is_current, rows_of_manifest, slots
+from dailies.pipeline.run.layout import CLIPS, SUCCESS, clip_id_in
 from dailies.pipeline.run.ledger_row import COLUMNS, DAMAGED
 from dailies.pipeline.run.run_json import IDENTITY, has
 from dailies.pipeline.run.takes import KEPT_BY_TAKES, NotMade, request_of_row
@@ -113,6 +116,41 @@ def another_take(row: Mapping[str, Any], slot: int, card: ModelCard, shared: Map
     again = request_of_row({**row, "seed": other, "quality.seed": None}, card, shared, images)
     return said | {"seed": other, "clip_id": again.clip_id, "status": "pending", "take_of": slot,
                    "replaces": row["clip_id"], "finished_at": datetime.now(UTC)}
+
+
+def bring_back(store: Store, chosen: Filter) -> Redone:
+    """Have earlier takes count again that a person picked, where the take in their place is not picked as well.
+
+    chosen: of these.  Of several takes of one row the newest.  A further row says it, so that it is the newest that
+    counts; what it replaces stays until gc.  Raises BadFilter, StoreError.
+    """
+    table = ledger.read(store, None, put_back=True, every_take=True)
+    row_of, done = rows_of_manifest(table), pc.equal(table["status"], "done").to_numpy(zero_copy_only=False)
+    counts = is_current(table) & done
+    picked = pc.fill_null(pc.equal(table["decision"], "pick"), False).to_numpy(zero_copy_only=False)
+    wanted = done & ~counts & picked & chosen.mask(table).to_numpy(zero_copy_only=False)
+    in_place = {row_of[at]: at for at in np.flatnonzero(counts).tolist()}
+    newest = {row_of[at]: at for at in np.flatnonzero(wanted).tolist()}
+    clips = {clip_id_in(info.key) for info in store.list(f"{CLIPS}/")} if newest else set()
+    found, replaces = Redone(), {}
+    mask = np.zeros(table.num_rows, bool)
+    for row, at in newest.items():
+        if row not in in_place or picked[in_place[row]]:         # dropped, or waiting; or wanted as it is
+            continue
+        name, seed, clip_id = (table[column][at].as_py() for column in ("id", "seed", "clip_id"))
+        if clip_id not in clips:
+            found.refused.append(f"{name}, seed {seed}: its clip is not there any more")
+            continue
+        mask[at], replaces[name, seed] = True, table["clip_id"][in_place[row]].as_py()
+    if replaces:
+        was_marked = has(store, SUCCESS)
+        store.delete(SUCCESS)                           # it tells of other rows
+        ledger.write_again(store, table.filter(pa.array(mask)),
+                           lambda row: {"replaces": replaces[row["id"], row["seed"]]})
+        if was_marked:
+            ledger.write_success(store)
+    found.rows = len(replaces)
+    return found
 
 
 def drop_rows(store: Store, chosen: Filter) -> int:

@@ -54,6 +54,9 @@
     const now = dailies.decisions.decide(row, decision);
     one("said").textContent = now ? WORDS[now] : "No decision";
     if (!now) return;
+    if (now === "pick" && !row.current) {
+      dailies.tell(`This is an earlier take. After dailies pick, it counts again with: dailies redo ${dailies.said.uri} --revert`);
+    }
     if (dailies.viewer.isOpen) dailies.viewer.step(1);
     else dailies.sheet.move(dailies.sheet.cursor + 1);
   }
