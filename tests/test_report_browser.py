@@ -1,16 +1,22 @@
 """The morning report in a real browser: Chromium without a window, with keys and a pointer as a person has them."""
 
 import io
+import threading
 import time
 from datetime import UTC, datetime, timedelta
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
+import pyarrow.compute as pc
 import pytest
 from PIL import Image
 from test_report import report, run_folder
 from test_report_server import picks_of, serving
 
 from dailies.jobs.bench.chromium import Browser, NoBrowser
+from dailies.jobs.bench.report import PICTURES_SEEN
+from dailies.pipeline.run.ledger import read, write_again
 from dailies.pipeline.run.picks import Picks, read_picks, write_picks
 
 HOSTILE = ['<img src=x onerror="window.hacked=1">', "</script><script>window.hacked=1</script>",
@@ -194,6 +200,41 @@ def test_keys_decide_survive_a_reload_and_leave_as_one_file(page, night, tmp_pat
     assert {(pick.seed - 2**62, pick.clip_id) for pick in picks.picks} >= {(0, f"{1:064x}"), (2, f"{3:064x}")}
 
 
+def test_a_browser_that_keeps_nothing_shows_the_page_and_says_so(page, night):
+    """As one whose owner lets no page keep data."""
+    refused = ("Object.defineProperty(window, 'localStorage', {get() { throw new DOMException('no', 'SecurityError'); "
+               "}})")
+    script = page.call("Page.addScriptToEvaluateOnNewDocument", source=refused)["identifier"]
+    try:
+        open_page(page, f"file://{night}/report/index.html")
+        assert tiles(page) == 9
+        assert "keeps nothing of a page: download the picks" in page.run("document.querySelector('#toast').innerText")
+        keys(page, "ArrowRight", "p")
+        assert page.run("document.querySelector('#judged-text').textContent") == "1 picked, 0 rejected, 0 to redo"
+        assert not page.run("document.querySelector('#save').disabled")
+    finally:
+        page.call("Page.removeScriptToEvaluateOnNewDocument", identifier=script)
+
+
+def test_what_was_decided_of_a_clip_that_another_take_replaced_is_counted_no_more(browser, tmp_path, capsys):
+    store = run_folder(tmp_path / "out", clips=2, failed=0)
+    said, address = "document.querySelector('#judged-text').textContent", f"file://{tmp_path}/out/report/index.html"
+    report(capsys, tmp_path / "out")
+    browser.events.clear()
+    open_page(browser, address)
+    browser.run("localStorage.clear()")
+    open_page(browser, address)
+    keys(browser, "ArrowRight", "r", "p")
+    assert browser.run(said) == "1 picked, 0 rejected, 1 to redo"
+    rows = read(store)
+    write_again(store, rows.filter(pc.equal(rows["id"], "row-0")), lambda row: {
+        "seed": 7, "take_of": row["seed"], "clip_id": "7" * 64, "replaces": row["clip_id"]})
+    report(capsys, tmp_path / "out")
+    open_page(browser, address)
+    browser.wait(f"{said} === '1 picked, 0 rejected, 0 to redo'")
+    assert browser.complaints() == []
+
+
 def test_what_was_decided_here_is_a_column_like_others(page):
     """Though the run folder knows of none of it."""
     keys(page, "ArrowRight", "p", "x", "r", "Home", "Enter", "n")
@@ -211,16 +252,71 @@ def test_what_was_decided_here_is_a_column_like_others(page):
 
 
 def test_a_key_plays_the_clip_and_its_pixels_are_not_black(page):
-    keys(page, "ArrowRight", "Enter", " ")
-    page.wait("document.querySelector('video.ready') && document.querySelector('video').currentTime > 0.1")
-    assert page.run("(v => !v.paused && !v.muted && v.videoWidth === 64)(document.querySelector('video'))")
-    page.run("document.querySelector('.stage .picture').style.visibility = 'hidden'")       # the clip, not its poster
-    time.sleep(0.2)
-    picture = pixels(page, "video")
-    assert picture.mean() > 40 and picture.std() > 20
+    keys(page, "ArrowRight")
+    plays(page)
     keys(page, "m", " ")
     assert page.run("(v => v.paused && v.muted)(document.querySelector('video'))")
     keys(page, "ArrowRight", "m", "Escape")
+
+
+def test_it_opens_and_plays_wherever_a_plain_web_server_has_it(browser, tmp_path, capsys):
+    """One that knows no ranges, as `python -m http.server`."""
+    run_folder(tmp_path / "out", clips=2, failed=0)
+    report(capsys, tmp_path / "out")
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        place = f"http://127.0.0.1:{server.server_address[1]}/out/"
+        try:
+            opens_and_plays(browser, place + "report/", (place,))
+        finally:
+            server.shutdown()
+
+
+@pytest.mark.parametrize("lies", ["in a bucket that everybody reads", "in a bucket, its links signed",
+                                  "on a disk, its links signed"])
+def test_a_report_of_a_bucket_opens_and_plays(browser, s3_server, s3_bucket, tmp_path, capsys, lies):
+    store = run_folder(f"{s3_bucket}/my runs/31", clips=2, failed=0)
+    bucket = s3_bucket.removeprefix("s3://")
+    place, clips = s3_server.open_to_all(bucket) + "/my%20runs/31/", f"{s3_server.url}/{bucket}/my%20runs/31/"
+    if "everybody" in lies:
+        report(capsys, store.uri)
+        opens_and_plays(browser, place + "report/index.html", (place,))
+    elif "disk" in lies:
+        report(capsys, store.uri, "--to", tmp_path / "here", "--presign", "12h")
+        opens_and_plays(browser, f"file://{tmp_path}/here/index.html", (f"file://{tmp_path}/here/", clips))
+    else:
+        report(capsys, store.uri, "--presign", "12h")
+        opens_and_plays(browser, place + "report/index.html", (place + "report/", clips))
+
+
+def opens_and_plays(browser, address, places):
+    """places: of all that it asks for."""
+    browser.events.clear()
+    open_page(browser, address)
+    browser.wait("document.querySelectorAll('.tile:not(.waits)').length === 2")
+    browser.run(PICTURES_SEEN)
+    time.sleep(0.2)
+    shown = pixels(browser, ".picture")
+    assert shown.std() > 20 and shown.mean() > 40
+    keys(browser, "ArrowRight")
+    plays(browser)
+    keys(browser, "Escape")
+    assert browser.complaints() == []
+    asked = [url for url in browser.requested() if url != "about:blank"]
+    assert {place for place in places if any(url.startswith(place) for url in asked)} == {*places}
+    assert [url for url in asked if not url.startswith(places)] == []
+    assert any("/clips/" in url for url in asked) and any("/posters/" in url for url in asked)
+
+
+def plays(browser):
+    keys(browser, "Enter", " ")
+    browser.wait("document.querySelector('video.ready') && document.querySelector('video').currentTime > 0.1")
+    assert browser.run("(v => !v.paused && !v.muted && v.videoWidth === 64)(document.querySelector('video'))")
+    browser.run("document.querySelector('.stage .picture').style.visibility = 'hidden'")    # the clip, not its poster
+    time.sleep(0.2)
+    picture = pixels(browser, "video")
+    assert picture.mean() > 40 and picture.std() > 20
 
 
 def test_tab_stays_in_an_open_viewer_and_a_swipe_goes_on(page):
@@ -351,7 +447,8 @@ def test_a_phone_and_a_dark_room_have_their_own(page, night):
 def test_the_night_says_what_failed_and_what_to_type(page, night):
     page.run("document.querySelector('#tab-night').click()")
     text = page.run("document.querySelector('#view-night').innerText")
-    for said in ("WorkerDied", f"dailies retry {night} --where error_type=WorkerDied", "of the work", "$16"):
+    for said in ("WorkerDied", f"dailies retry {night} --where error_type=WorkerDied", "of the work", "$18.00",
+                 "$16.00"):
         assert said in text
     page.run("[...document.querySelectorAll('.failures button')].at(-1).click()")
     page.wait("dailies.query.view.length === 1")

@@ -70,6 +70,11 @@ class S3Server:
     def make_bucket(self, name: str) -> None:
         self.client.create_bucket(Bucket=name)
 
+    def open_to_all(self, bucket: str) -> str:
+        """Let everybody read a bucket; returns its address, at which nobody is asked for a key."""
+        self.client.put_bucket_acl(Bucket=bucket, ACL="public-read")
+        return f"{self.url}/v1/AUTH_test/{bucket}"      # Swift's own door: its S3 door serves nobody without a key
+
     @cached_property
     def client(self):
         """An S3 client of the tests' own, to look at objects without the code under test."""

@@ -6,6 +6,7 @@
   const DECISIONS = ["pick", "reject", "redo"], JUDGED = ["decision", "note"];
   const own = new Map();                // key -> entry, made in this browser
   const stored = new Map();             // key -> decision that the run folder has
+  let known = null;                     // keys of the rows that count and can be judged, when all are here
   const past = [];                      // [key, entry or undefined], the last change at the end
   const listeners = [];
   let unsent = new Map();               // key -> entry, of a page that is served
@@ -18,6 +19,10 @@
 
   function open() {
     const start = prefix();
+    try { localStorage.length; } catch {
+      if (!served) dailies.tell("This browser keeps nothing of a page: download the picks before you close it.");
+      return;
+    }
     for (let place = 0; place < localStorage.length; place += 1) {
       const name = localStorage.key(place);
       if (!name.startsWith(start)) continue;
@@ -30,12 +35,15 @@
     }
   }
 
-  /* What the run folder has is counted too; who has nothing there fetches nothing. */
+  /* What the run folder has is counted too, and what was decided here about a clip that another take replaced is not;
+     who has nothing here or there fetches nothing. */
   async function openStored() {
     const { files, const: same } = dailies.columns.get("decided_at") || {};
-    if (!files && !same) return;
-    for (const row of (await dailies.allPages()).flat()) {
-      if (!row.decided_at || !row.current || !takes(row)) continue;
+    if (!files && !same && !own.size) return;
+    const rows = (await dailies.allPages()).flat().filter(row => row.current && takes(row));
+    known = new Set(rows.map(keyOf));
+    for (const row of rows) {
+      if (!row.decided_at) continue;
       if (!isOwn(row)) store(keyOf(row), undefined);    // it would never count again
       if (row.decision) stored.set(keyOf(row), row.decision);
     }
@@ -161,7 +169,7 @@
   /* How many of each there are, of this browser and of the run folder together. */
   function counts() {
     const found = { pick: 0, reject: 0, redo: 0 };
-    for (const entry of own.values()) if (entry.decision) found[entry.decision] += 1;
+    for (const [key, entry] of own) if (entry.decision && (!known || known.has(key))) found[entry.decision] += 1;
     for (const [key, decision] of stored) if (!own.has(key)) found[decision] += 1;
     return found;
   }
