@@ -47,7 +47,8 @@ def show(job: RenderJob, *, json: bool, has_out: bool = True) -> int:
     wanted, published = bookkeeper.wanted()
     # what was put back, or has another size than its row says, is most likely not what it should be: render reads it
     doubtful = published & (bookkeeper.gone | bookkeeper.ledger.put_back.keys())
-    wanted, published = wanted | doubtful, published - doubtful
+    wanted |= doubtful
+    published -= doubtful
     num_clips = min(len(wanted), job.limit or len(wanted))
     left = {**bookkeeper.counts(), "to_make": num_clips, "left_by_limit": len(wanted) - num_clips,
             "found_published": len(published)}

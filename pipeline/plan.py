@@ -19,9 +19,10 @@ import pyarrow as pa
 from dailies.actors.messages import HASHED_AS, Request
 from dailies.model.card import ModelCard
 from dailies.model.settings import FURTHER, Scalar
+from dailies.pipeline.manifest.cells import in_hex
 from dailies.pipeline.manifest.manifest import ROWS_AT_A_TIME, InvalidRow, Manifest
 from dailies.pipeline.manifest.validation import ManifestError, ValidationErrors, shown
-from dailies.pipeline.resolved import Defaults, ResolvedRows, folded
+from dailies.pipeline.resolved import Defaults, ResolvedRows, first_uses, folded, num_distinct
 
 MAX_CLIPS = 10_000_000              # of one run; a plan of this size still fits a driver's memory
 RESEEDS = 2                         # other seeds that are tried for a rejected clip
@@ -111,7 +112,7 @@ class Plan:
                       attention=attention, decode_precision=decode_precision or None, variant=variant or None)
         encoded = _digests(rows, source, seeds, shared).dictionary_encode()
         clip_of = encoded.indices.to_numpy()
-        first = np.unique(clip_of, return_index=True)[1]
+        first = first_uses(clip_of)
         digests = np.frombuffer(encoded.dictionary.buffers()[1], np.uint8, 32 * len(first)).reshape(-1, 32)
         return cls(
             manifest=manifest, card=card, defaults=defaults, shared=shared, errors=errors, rows=rows,
@@ -154,12 +155,12 @@ class Plan:
     @property
     def num_prompts(self) -> int:
         """Distinct pairs of prompt and negative prompt."""
-        return len(np.unique(self.rows.prompt_pair[self.source]))
+        return num_distinct(self.rows.prompt_pair[self.source])
 
     @property
     def num_images(self) -> int:
         images = self.rows.image[self.source]
-        return len(np.unique(images[images >= 0]))
+        return num_distinct(images[images >= 0])
 
     @property
     def num_planned_rows(self) -> int:
@@ -218,11 +219,13 @@ class Plan:
 
     def keys(self) -> pa.Table:
         """Every planned row, in manifest order: id, seed and clip_id, typed as in the ledger; row, its manifest row."""
-        names = self.digests.tobytes().hex().encode()
-        offsets = np.arange(0, len(names) + 1, 64, dtype=np.int32)
-        clip_ids = pa.StringArray.from_buffers(self.num_clips, pa.py_buffer(offsets), pa.py_buffer(names))
-        return pa.table({"id": self.manifest.table["id"].take(self.source).cast(pa.string()), "seed": self.seeds,
-                         "clip_id": clip_ids.take(pa.array(self.clip_of)), "row": self.source})
+        ids, clip_ids = self.manifest.table["id"], in_hex(self.digests.tobytes(), self.digests.shape[1])
+        if self.num_planned_rows != len(ids) or self.num_invalid_rows:
+            ids = ids.take(self.source)
+        if self.num_planned_rows != self.num_clips:    # else the n-th row has the n-th clip
+            clip_ids = clip_ids.take(pa.array(self.clip_of))
+        return pa.table({"id": ids.cast(pa.string()), "seed": self.seeds, "clip_id": clip_ids.cast(pa.string()),
+                         "row": self.source})
 
     def user_columns(self, rows: Sequence[int]) -> pa.Table:
         """The user's own columns (user.NAME) of these manifest rows, in their types."""
@@ -358,10 +361,9 @@ def _order(rows: ResolvedRows, source: np.ndarray, clip_of: np.ndarray, first: n
     priority = np.full(len(first), np.iinfo(np.int64).min)
     np.maximum.at(priority, clip_of, rows.priority[source])            # as urgent as the most urgent of its rows
     by_first_use = []
-    for code in (rows.prompt_pair, rows.image, rows.bucket, rows.shape):
+    for code in (rows.prompt_pair, rows.image + 1, rows.bucket, rows.shape):
         code = code[source[first]]
-        _, at, number = np.unique(code, return_index=True, return_inverse=True)
-        by_first_use.append(at[number])
+        by_first_use.append(first_uses(code)[code])
     return np.lexsort((np.arange(len(first)), *by_first_use, -priority))
 
 
@@ -371,8 +373,9 @@ def _seeds(table: pa.Table, good: np.ndarray) -> np.ndarray:
     missing = good[table["seed"].is_null().to_numpy()[good]]
     for start in range(0, len(missing), ROWS_AT_A_TIME):
         rows = missing[start: start + ROWS_AT_A_TIME]
-        seeds[rows] = [int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % 2**31
-                       for name in table["id"].take(rows).to_pylist()]
+        names = table["id"].take(rows).cast(pa.large_binary()).to_pylist()
+        heads = b"".join([hashlib.sha256(name).digest()[:4] for name in names])
+        seeds[rows] = np.frombuffer(heads, ">u4") % 2**31
     return seeds
 
 
@@ -420,7 +423,7 @@ def _json_around(said: dict[str, Scalar]) -> tuple[str, str, str]:
 def _digests(rows: ResolvedRows, source: np.ndarray, seeds: np.ndarray, shared: dict[str, Any]) -> pa.Array:
     """The clip id of every planned row, 32 bytes each."""
     combination = folded(rows.bucket, rows.negative, rows.image)
-    any_row = np.unique(combination, return_index=True)[1]
+    any_row = first_uses(combination)
 
     @lru_cache(maxsize=4096)
     def around(number: int) -> tuple[str, str, str]:
@@ -429,10 +432,10 @@ def _digests(rows: ResolvedRows, source: np.ndarray, seeds: np.ndarray, shared: 
         request = rows.request(row, clip_id="", prompt="", negative_prompt=negative, seed=0, **shared)
         return _json_around(hashed(request))
 
-    digests = bytearray()
+    blocks = []
     for start in range(0, len(source), ROWS_AT_A_TIME):
         at, block_seeds = source[start: start + ROWS_AT_A_TIME], seeds[start: start + ROWS_AT_A_TIME].tolist()
-        for number, prompt, seed in zip(combination[at].tolist(), rows.prompts_of(at), block_seeds, strict=True):
-            head, middle, tail = around(number)
-            digests += hashlib.sha256(f"{head}{quoted(prompt)}{middle}{seed}{tail}".encode()).digest()
-    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(32), len(source), [None, pa.py_buffer(bytes(digests))])
+        texts = (f"{head}{quoted(prompt)}{middle}{seed}{tail}" for (head, middle, tail), prompt, seed in
+                 zip(map(around, combination[at].tolist()), rows.prompts_of(at), block_seeds, strict=True))
+        blocks.append(b"".join([hashlib.sha256(text.encode()).digest() for text in texts]))
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(32), len(source), [None, pa.py_buffer(b"".join(blocks))])

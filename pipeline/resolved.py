@@ -21,6 +21,8 @@ from dailies.pipeline.manifest.images import ALLOWED_IMAGE, FoundImage, find_ima
 from dailies.pipeline.manifest.manifest import Manifest, rows_without
 from dailies.pipeline.manifest.validation import ValidationErrors, shown
 
+SPREAD = 4                              # places that are marked for each number, rather than that they are sorted
+
 
 class Defaults(Mapping[str, Scalar | None]):
     """What a command line says for rows that do not, by the settings' names; None leaves it to the model card."""
@@ -213,8 +215,11 @@ def course_asked_for(table: pa.Table, card: ModelCard, errors: ValidationErrors)
 
 def encoded(values: pa.ChunkedArray) -> tuple[pa.Array, np.ndarray]:
     """The distinct values, and which of them each row has, -1 for null."""
-    encoded = values.combine_chunks().dictionary_encode()
-    return encoded.dictionary, encoded.indices.fill_null(-1).to_numpy()
+    values = values.chunk(0) if values.num_chunks == 1 else values.combine_chunks()    # which would copy one, too
+    encoded = values.dictionary_encode()
+    distinct = encoded.dictionary
+    # where no two are equal they are told once, not twice: prompts are most of what a plan holds
+    return values if len(distinct) == len(values) else distinct, encoded.indices.fill_null(-1).to_numpy()
 
 
 def asked_of_card(values: pa.ChunkedArray, column: str, ask: Callable[[Any], Any],
@@ -311,10 +316,32 @@ def sizes_for_images(resolutions: pa.ChunkedArray, images: list[FoundImage], ima
 
 
 def folded(*columns: np.ndarray) -> np.ndarray:
-    """One number per distinct combination of integers, from 0."""
+    """One number per distinct combination of integers, from 0, in the combinations' order."""
     numbers = np.zeros(len(columns[0]), np.int64)
     for column in columns:
         if len(column) and column.min() != column.max():
-            code = np.unique(column, return_inverse=True)[1]
-            numbers = np.unique(numbers * (code.max() + 1) + code, return_inverse=True)[1]
+            code = ranked(column)
+            numbers = ranked(numbers * (code.max() + 1) + code)
     return numbers
+
+
+def ranked(values: np.ndarray) -> np.ndarray:
+    """Of each integer its place among the distinct ones, from 0 for the least."""
+    low = values.min()
+    if values.max() - low >= SPREAD * len(values):
+        return np.unique(values, return_inverse=True)[1]
+    there = np.zeros(values.max() - low + 1, bool)     # far faster than to sort them
+    there[values - low] = True
+    return (np.cumsum(there) - 1)[values - low]
+
+
+def first_uses(codes: np.ndarray) -> np.ndarray:
+    """Where each number from 0 to the largest stands first, len(codes) for one that does not.  codes: from 0."""
+    found = np.full(codes.max(initial=-1) + 1, len(codes))
+    found[codes[::-1]] = np.arange(len(codes) - 1, -1, -1)             # the last to be written is the first
+    return found
+
+
+def num_distinct(codes: np.ndarray) -> int:
+    """How many numbers there are.  codes: from 0."""
+    return int(np.count_nonzero(np.bincount(codes)))

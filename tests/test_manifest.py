@@ -1,6 +1,7 @@
 """Manifests as people send them: every format, every mistake, and what is said about it."""
 
 import csv
+import hashlib
 import io
 import json
 import re
@@ -246,6 +247,18 @@ def test_ids_default_to_the_content_and_may_be_numbers(tmp_path):
     lines = '{"prompt": "a", "id": 70}\n{"prompt": "b"}'
     manifest = Manifest.read(text(tmp_path / "c.jsonl", lines))
     assert cells(manifest, "id") == ["70", b] and cells(manifest.numbered(), "id") == ["70", "1"]
+
+
+def test_a_made_id_is_the_hash_of_what_each_cell_says_and_counts_equal_rows(tmp_path):
+    said = {"prompt": ["夜 \U0001f600", "a", "a", "a", "a"], "seed": [None, -0, 0, None, None],
+            "guidance": [None, -0.0, 0.0, 1e-7, None], "audio": [True, None, None, False, None], "samples": [3] * 5}
+    texts = ["prompt 3 夜 \U0001f600audio 4 True", "prompt 1 aseed 1 0guidance 3 0.0",
+             "prompt 1 aguidance 5 1e-07audio 5 False", "prompt 1 a"]
+    first, second, third, last = [hashlib.sha256(text.encode()).hexdigest()[:16] for text in texts]
+    manifest = Manifest.read(parquet(tmp_path / "m.parquet", **said))
+    assert cells(manifest, "id") == [first, second, f"{second}-1", third, last]
+    nothing = Manifest.read(parquet(tmp_path / "n.parquet", prompt=pa.nulls(2, pa.string())))
+    assert cells(nothing, "id") == ["0" * 16, "0" * 16 + "-1"]
 
 
 def test_ids_may_have_slashes_spaces_and_any_script(tmp_path):

@@ -26,6 +26,7 @@ from dailies.pipeline.manifest.images import ALLOWED_IMAGE
 from dailies.pipeline.manifest.manifest import Manifest
 from dailies.pipeline.manifest.validation import ManifestError
 from dailies.pipeline.plan import Defaults, Plan, clip_id_for, with_another_seed
+from dailies.pipeline.resolved import first_uses, num_distinct, ranked
 
 DEMO = replace(CATALOG["demo"], num_steps=20, guidance=3.0)     # whatever its tuning is: the clip_id below is for these
 I2V = CATALOG["wan2.1-i2v-14b"]
@@ -409,6 +410,13 @@ peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM
 print(plan.manifest.table.num_rows, clips, int(peak.split()[1]) * 1024, f"{planned_s:.1f}",
       f"{time.perf_counter() - start:.1f}")
 """
+
+
+@given(st.lists(st.integers(-3, 40) | st.integers(-2**40, 2**40), min_size=1, max_size=60))
+def test_numbers_are_ranked_and_found_first_as_sorting_finds_them(numbers):
+    distinct, first, rank = np.unique(np.array(numbers), return_index=True, return_inverse=True)
+    assert np.array_equal(ranked(np.array(numbers)), rank) and np.array_equal(first_uses(rank), first)
+    assert num_distinct(rank) == len(distinct)
 
 
 def test_a_million_rows_are_planned_in_two_gigabytes(tmp_path, capsys):

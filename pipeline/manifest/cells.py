@@ -6,6 +6,7 @@ null and reported.
 
 import json
 import re
+from binascii import hexlify
 from decimal import Decimal
 from typing import Any
 
@@ -179,3 +180,10 @@ def kept(name: str, values: pa.ChunkedArray, fits: pa.ChunkedArray, first: int,
         given = [shown(number) for number in given.to_pylist()]
     errors.add(first + np.flatnonzero(refused), name, given, BY_NAME[name].allowed)
     return pc.if_else(refused, pa.scalar(None, values.type), values)
+
+
+def in_hex(values: bytes, size: int) -> pa.Array:
+    """Each `size` bytes as text of twice as many digits."""
+    text = hexlify(values)
+    offsets = np.arange(0, len(text) + 1, 2 * size)
+    return pa.LargeStringArray.from_buffers(len(offsets) - 1, pa.py_buffer(offsets), pa.py_buffer(text))

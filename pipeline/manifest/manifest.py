@@ -9,26 +9,25 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from dailies.model.settings import BY_NAME, SETTINGS, Setting
-from dailies.pipeline.manifest.cells import TEXT, kept
+from dailies.pipeline.manifest.cells import REAL, TEXT, YES_OR_NO, in_hex, kept
 from dailies.pipeline.manifest.columns import COLUMN_NAMES, Names, map_flag, repeated
 from dailies.pipeline.manifest.files import SUFFIXES, ManifestFile, common_folder, find_files, from_prompts
 from dailies.pipeline.manifest.part import ManifestPart, ManifestReader, concatenated, types_of_folders
 from dailies.pipeline.manifest.raw_bytes import MAX_MANIFEST_BYTES, MAX_UNFOLDED, refuse_large
 from dailies.pipeline.manifest.validation import ManifestError, ValidationErrors, shown
 
-ID_DIGITS = 16                          # of a made-up id; of ten million rows two are alike once in 400,000 nights
+ID_BYTES = 8                            # of a made-up id; of ten million rows two are alike once in 400,000 nights
 ROWS_AT_A_TIME = 4096                   # that live as Python objects
 # of a row's columns those that decide what is made; the others may change and it is the same row
 CONTENT = tuple(setting.name for setting in SETTINGS
                 if setting.name not in ("id", "samples", "keep", "keep_by", "on_reject", "priority"))
-MADE_ID = re.compile(rf"[0-9a-f]{{{ID_DIGITS}}}(-\d+)?")
+MADE_ID = re.compile(rf"[0-9a-f]{{{2 * ID_BYTES}}}(-\d+)?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,7 +195,9 @@ def _checked(table: pa.Table, has_prompts: np.ndarray, errors: ValidationErrors)
     errors.add(rows, "keep", [shown(said) for said in columns["keep"].take(rows).to_pylist()], "at most samples")
 
     unnamed = rows_without(columns["id"], "id", errors)
-    columns["id"] = with_unique_ids(with_ids(columns["id"], unnamed, ids_of_content(columns, unnamed)), errors)
+    columns["id"] = with_ids(columns["id"], unnamed, ids_of_content(columns, unnamed))
+    if len(unnamed) < len(columns["id"]):               # names that were made up differ from each other
+        columns["id"] = with_unique_ids(columns["id"], errors)
     return pa.table(columns), unnamed
 
 
@@ -238,34 +239,39 @@ def ids_of_content(columns: Mapping[str, pa.ChunkedArray], rows: np.ndarray) -> 
     stands, in whatever format, and with whatever columns beside. The k-th row of equal ones has -k behind.
     """
     said = {name: columns[name] for name in CONTENT if columns[name].null_count < len(columns[name])}
-    names: list[str] = []
-    for start in range(0, len(rows), ROWS_AT_A_TIME):
-        block = pa.array(rows[start: start + ROWS_AT_A_TIME])
-        cells = [cells_of(name, column.take(block).to_pylist()) for name, column in said.items()]
-        names += [hashlib.sha256("".join(row).encode()).hexdigest()[:ID_DIGITS]
-                  for row in zip(*cells, strict=True)] if cells else ["0" * ID_DIGITS] * len(block)
-    encoded = pa.array(names, TEXT).dictionary_encode()
-    if len(encoded.dictionary) == len(names):
-        return encoded.cast(TEXT)
+    if not said:
+        heads = bytes(ID_BYTES * len(rows))
+    else:
+        blocks = []
+        for start in range(0, len(rows), ROWS_AT_A_TIME):
+            block = pa.array(rows[start: start + ROWS_AT_A_TIME])
+            cells = [cells_of(name, column.take(block).combine_chunks()) for name, column in said.items()]
+            texts = pc.binary_join_element_wise(*cells, pa.scalar("", TEXT)).cast(pa.large_binary()).to_pylist()
+            blocks.append(b"".join([hashlib.sha256(text).digest()[:ID_BYTES] for text in texts]))
+        heads = b"".join(blocks)
+    names = in_hex(heads, ID_BYTES)
+    encoded = pa.array(np.frombuffer(heads, np.int64)).dictionary_encode()
+    if len(encoded.dictionary) == len(rows):
+        return names
     codes = encoded.indices.to_numpy()
     order = np.argsort(codes, kind="stable")
     is_first = np.diff(codes[order], prepend=-1) != 0
     nth = np.empty(len(codes), np.int64)
     nth[order] = np.arange(len(codes)) - np.maximum.accumulate(np.where(is_first, np.arange(len(codes)), 0))
-    for at in np.flatnonzero(nth).tolist():
-        names[at] = f"{names[at]}-{nth[at]}"
-    return pa.array(names, TEXT)
+    again = pa.array(nth > 0)
+    more = pc.binary_join_element_wise(names.filter(again), pa.array(nth[nth > 0]).cast(TEXT), pa.scalar("-", TEXT))
+    return pc.replace_with_mask(names, again, more)
 
 
-def cells_of(name: str, values: Sequence[Any]) -> list[str]:
-    """What each value of a column adds to the name of its row: nothing where it says nothing.  values: all of one type.
-    """
-    kind = next((type(value) for value in values if value is not None), str)
-    if kind is float:
-        values = [None if value is None else repr(value + 0.0) for value in values]     # -0.0 is 0.0
-    elif kind is not str:
-        values = [None if value is None else repr(value) for value in values]
-    return ["" if text is None else f"{name} {len(text)} {text}" for text in values]
+def cells_of(name: str, values: pa.Array) -> pa.Array:
+    """What each value of a column adds to the name of its row, as text: nothing where it says nothing."""
+    if values.type in (REAL, YES_OR_NO):               # as Python writes them; -0.0 is 0.0
+        encoded = values.dictionary_encode()
+        texts = [repr(value + 0.0 if values.type == REAL else value) for value in encoded.dictionary.to_pylist()]
+        values = pa.array(texts, TEXT).take(encoded.indices)
+    values = values.cast(TEXT)
+    sizes = pc.utf8_length(values).cast(TEXT)
+    return pc.binary_join_element_wise(pa.scalar(name, TEXT), sizes, values, pa.scalar(" ", TEXT)).fill_null("")
 
 
 def with_unique_ids(ids: pa.ChunkedArray, errors: ValidationErrors) -> pa.ChunkedArray:

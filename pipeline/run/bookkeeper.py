@@ -55,11 +55,13 @@ class Bookkeeper:
         self.num_invalid = self.plan.num_invalid_rows - len(self.new_invalid)       # that the ledger has
         self.left_by_limit = 0                          # clips to make, beyond what this command was to make
         self.planned_clips = set(left["clip_id"].to_pylist())
-        self.open_clips = self.planned_clips | self.takes.keys()
-        # rows that are written although another row of their clip is not: they must not be written again
-        written = keys.join(left.select(["id", "seed"]), ["id", "seed"], join_type="left anti")
-        self.written = {key for key, clip_id in zip(keys_of(written), written["clip_id"].to_pylist(), strict=True)
-                        if clip_id in self.planned_clips}
+        self.open_clips = self.planned_clips | self.takes.keys() if self.takes else self.planned_clips
+        self.written: set[tuple[str, int | None]] = set()
+        if left.num_rows < keys.num_rows:
+            # rows that are written although another row of their clip is not: they must not be written again
+            written = keys.join(left.select(["id", "seed"]), ["id", "seed"], join_type="left anti")
+            self.written.update(key for key, clip_id in zip(keys_of(written), written["clip_id"].to_pylist(),
+                                                            strict=True) if clip_id in self.planned_clips)
         self.remade: dict[str, tuple[list[PlannedRow], int]] = {}      # clips with other seeds: their rows, which try
         self.again: list[Request] = []                  # of them, those that nobody works on yet
         self.num_adopted = self.num_rendered = self.num_reused = 0
