@@ -13,7 +13,9 @@ import torch
 from parts import dit_of, text_encoder_of, vae_of
 from torch import nn
 
-from dailies.jobs.demo.phases import Optimizers
+from dailies.jobs.demo.learning import convolutions_for_learning
+from dailies.jobs.demo.phases import Optimizers, rng_of
+from dailies.jobs.demo.train import CROP, around_shape, coded_errors
 from dailies.jobs.demo.train_gpu import FULL_SIZES, Clock, FrameConv, Sentences, convolve_frames, encode_whole
 from dailies.jobs.demo.training import LOWEST, Learner, TimedTraining, orthogonal, rate_at
 from dailies.jobs.demo.vae_quality import vae_quality
@@ -176,3 +178,30 @@ def test_the_vae_is_computed_as_it_was_when_it_has_learnt():
         assert torch.equal(vae.decode(latent), before)
         convolve_frames(vae, False)
         assert torch.equal(vae.decode(latent), before)
+
+
+def test_a_convolution_that_learns_with_what_is_before_it_compiled_learns_the_same():
+    torch.manual_seed(0)
+    vae = vae_of(DEMO, DEMO.folder, "cpu", "fp32").requires_grad_(True)
+    rng, results = rng_of("a test", 0), []
+    drawn = [around_shape(*Scene.draw(rng).render(9), rng) for _ in range(2)]
+    assert {video.shape for video, _ in drawn} == {(3, 9, CROP, CROP)} and all(cover.sum() > 9 for _, cover in drawn)
+    for backend in (None, "eager"):
+        with convolutions_for_learning(vae, backend):
+            errors, _, _ = coded_errors(vae, drawn, rng_of("a test", 1), "cpu", squares=1)
+            errors.mean().backward()
+        results.append((errors.detach(), torch.cat([p.grad.flatten() for p in vae.parameters()])))
+        vae.zero_grad()
+    (errors, gradient), (again, other) = results
+    assert (errors - again).abs().mean() < 0.05 * errors.mean()         # rounded to bf16 once, where it was four times
+    assert torch.cosine_similarity(gradient, other, dim=0) > 0.99
+    assert {type(module) for module in vae.modules() if isinstance(module, CausalConv)} == {CausalConv}
+
+
+def test_a_crop_holds_the_shape_in_the_frame_it_was_chosen_by():
+    rng = rng_of("crops", 0)
+    for _ in range(20):
+        scene = Scene.draw(rng)
+        _, whole = scene.render(1)
+        _, part = around_shape(*scene.render(1), rng)
+        assert part.sum() > 0.6 * whole.sum()

@@ -15,7 +15,7 @@ from dailies.model.wan.vae import WanVAE
 
 SEED = 20
 CLIP_FRAMES = 49                                             # of a training clip: 2 s, the demo's longest
-DIT_CLIPS, DIT_IMAGES, UNPROMPTED = 2000, 8000, 0.1
+DIT_CLIPS, DIT_IMAGES, UNPROMPTED = 4000, 8000, 0.1
 # What a step trains on: latent steps per sample -> samples, about as many tokens each.  A thing's shape is learnt from
 # images, a thirteenth of a clip's tokens; its motion from clips.
 BATCHES = {1: 192, 5: 40, 7: 28, 13: 16}
@@ -149,18 +149,19 @@ def is_trained(phase: Phase, work: Path) -> bool:
 @torch.no_grad()
 def encode_scenes(vae: WanVAE, work: Path, device: str, name: str, count: int, frames: int) -> tuple[list[Scene],
                                                                                                      Tensor]:
-    """`count` scenes and the latents [N, C, T, H, W] of their first `frames` frames, not normalised; kept in `work`."""
+    """`count` scenes and the latents [N, C, T, H, W] of their first `frames` frames, not normalised; kept in `work` in
+    parts, so that an interruption costs no more than one."""
     rng = rng_of(name, 0)
     scenes = [Scene.draw(rng) for _ in range(count)]
-    path, batch = work / f"{name}.pt", 8 * CLIP_FRAMES // frames
-    if not path.exists():
-        latents = []
-        for start in range(0, count, batch):
+    batch, parts = 8 * CLIP_FRAMES // frames, []
+    for start in range(0, count, batch):
+        path = work / f"{name}-{start:05}.pt"
+        if not path.exists():
             video = torch.stack([scene.render(frames, total=CLIP_FRAMES)[0]
                                  for scene in scenes[start:start + batch]]).to(device)
             with torch.autocast(device, torch.bfloat16):
-                latents.append(vae.encode(video)[0].float().cpu())
+                torch.save(vae.encode(video)[0].float().cpu(), path.with_suffix(".tmp"))
+            path.with_suffix(".tmp").replace(path)
             print(f"\rencoded {min(start + batch, count)} of {count} {name}", end="", flush=True)
-        print()
-        torch.save(torch.cat(latents), path)
-    return scenes, torch.load(path, weights_only=True)
+        parts.append(torch.load(path, weights_only=True))
+    return scenes, torch.cat(parts)

@@ -9,6 +9,7 @@ interruption.
 import argparse
 import json
 import math
+import random
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dailies.jobs.demo.distill import distill, tune_sparse
+from dailies.jobs.demo.learning import convolutions_for_learning, learn_compiled, plain_attention
 from dailies.jobs.demo.losses import KL_WEIGHT, autoencode, divergence, halved, noised, save_released, weighted_errors
 from dailies.jobs.demo.phases import (
     BATCHES,
@@ -44,13 +46,18 @@ CARD = CATALOG["demo"]
 VAE = CARD.vae_config
 
 
-# The VAE: images first, then images and clips.
+# The VAE: images first, then images and clips, then clips as long as the demo's longest.
 
 VAE_PHASE = Phase(name="vae", steps=2700, lr=2.5e-3, ema=0.995)
-IMAGES_FIRST, SHORT_UNTIL = 500, 1400                   # steps before the first clip, and before the first long one
+IMAGES_FIRST, SHORT_UNTIL = 500, 1400                   # steps before the first clip, and before the first longer one
 # The convolutions in time reach about 18 latent steps back: after short clips alone, later frames fall apart.
 REFERENCE_ELEMENTS = 4 * 3 * 9 * SIDE * SIDE            # what every summed loss is divided by, image or clip
 IMAGE_WEIGHT = 1.5
+
+WHOLE_CLIPS_PHASE = Phase(name="vae-whole-clips", steps=4000, lr=2e-3, ema=0.998)
+CROP = 32                                               # pixels a side: a quarter of the work, most of the shape
+CROPS_AT_ONCE, IMAGES_AT_ONCE = 4, 32                   # about the work of one clip that is seen whole
+SQUARES = 4                                             # what a squared error counts beside the absolute one
 
 
 def train_vae(work: Path, device: str) -> WanVAE:
@@ -67,26 +74,70 @@ def train_vae(work: Path, device: str) -> WanVAE:
         clips, frames = (16, 1) if still else (5, 9) if step < SHORT_UNTIL else (1, 49) if step % 4 == 2 else (2, 25)
         drawn = [Scene.draw(rng).render(frames, start=rng.randint(0, CLIP_FRAMES - frames), total=CLIP_FRAMES)
                  for _ in range(clips)]
-        video = torch.stack([v for v, _ in drawn]).to(device, memory_format=torch.channels_last_3d)
-        coverage = torch.stack([c for _, c in drawn]).to(device)
-        noise = torch.randn(clips, VAE.latent_channels, (frames - 1) // 4 + 1, SIDE // 8, SIDE // 8,
-                            generator=torch.Generator().manual_seed(rng.getrandbits(62))).to(device)
-        with torch.autocast(device, torch.bfloat16):
-            decoded, mean, log_variance = autoencode(vae, video, noise)
-        error = decoded.float() - video
-        reconstruction = weighted_errors(error, coverage, squares=1).sum() / REFERENCE_ELEMENTS
-        kl = divergence(mean, log_variance)
-        with torch.no_grad():
-            inside = (coverage > 0.5)[:, None].expand_as(error)
-            psnr = 10 * torch.log10(4 / error.square().mean()).item()
-            shape_psnr = 10 * torch.log10(4 / error[inside].square().mean()).item()
+        errors, kl, seen = coded_errors(vae, drawn, rng, device, squares=1)
         # from the start it would erase the latent
         kl_weight = KL_WEIGHT * min(1.0, max(0.0, step / IMAGES_FIRST - 0.5))
-        loss = reconstruction * (IMAGE_WEIGHT if still else 1) + kl_weight * kl
-        return loss, dict(frames=frames, psnr=psnr, shape_psnr=shape_psnr, kl=kl.item(), std=mean.std().item())
+        return errors.sum() / REFERENCE_ELEMENTS * (IMAGE_WEIGHT if still else 1) + kl_weight * kl, seen
 
     fit(VAE_PHASE, vae, loss_of, work)
+    return train_vae_on_whole_clips(work, vae, device)
+
+
+def train_vae_on_whole_clips(work: Path, vae: WanVAE, device: str) -> WanVAE:
+    """Every frame of a clip, so that the last are learnt like the first; of most clips the part where the shape is."""
+
+    def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
+        rng = rng_of(WHOLE_CLIPS_PHASE.name, step)
+        if step % 16 == 0:
+            drawn = [Scene.draw(rng).render(1, start=rng.randrange(CLIP_FRAMES), total=CLIP_FRAMES)
+                     for _ in range(IMAGES_AT_ONCE)]
+        elif step % 4 == 0:
+            drawn = [Scene.draw(rng).render(CLIP_FRAMES)]
+        else:
+            drawn = [around_shape(*Scene.draw(rng).render(CLIP_FRAMES), rng) for _ in range(CROPS_AT_ONCE)]
+        errors, kl, seen = coded_errors(vae, drawn, rng, device, squares=SQUARES)
+        return errors.mean() + KL_WEIGHT * kl, seen
+
+    with convolutions_for_learning(vae, "inductor" if device == "cpu" else None):
+        fit(WHOLE_CLIPS_PHASE, vae, loss_of, work)
     return vae
+
+
+def around_shape(video: Tensor, coverage: Tensor, rng: random.Random) -> tuple[Tensor, Tensor]:
+    """CROP pixels a side of a clip and its coverage, with the middle about where the shape is in one of its frames."""
+    shown = coverage[rng.randrange(len(coverage))]
+    corner = [round((shown.sum(dim=1 - side) @ torch.arange(SIDE).float() / shown.sum()).item()) - CROP // 2
+              + rng.randint(-6, 6) for side in (0, 1)]
+    top, left = (min(max(0, at), SIDE - CROP) for at in corner)
+    return (video[..., top:top + CROP, left:left + CROP], coverage[..., top:top + CROP, left:left + CROP])
+
+
+def coded_errors(vae: WanVAE, drawn: list[tuple[Tensor, Tensor]], rng: random.Random, device: str,
+                 squares: float) -> tuple[Tensor, Tensor, dict[str, float]]:
+    """Weighted errors of the pixels of clips that are coded and decoded, the divergence of their latents, and figures
+    to watch."""
+    video = torch.stack([v for v, _ in drawn]).to(device, memory_format=torch.channels_last_3d)
+    coverage = torch.stack([c for _, c in drawn]).to(device)
+    clips, _, frames, height, width = video.shape
+    noise = torch.randn(clips, VAE.latent_channels, (frames - 1) // 4 + 1, height // 8, width // 8,
+                        generator=torch.Generator().manual_seed(rng.getrandbits(62))).to(device)
+    with torch.autocast(device, torch.bfloat16):
+        decoded, mean, log_variance = autoencode(vae, video, noise)
+    error = decoded.float() - video
+    kl = divergence(mean, log_variance)
+    with torch.no_grad():
+        inside, late = coverage > 0.5, -max(1, frames // 4)
+        squared = error.square()
+        seen = dict(frames=frames, side=width, psnr=mean_psnr(squared),
+                    shape_psnr=mean_psnr(squared.mean(dim=1)[inside]),
+                    late_psnr=mean_psnr(squared.mean(dim=1)[:, late:][inside[:, late:]]), kl=kl.item(),
+                    std=mean.std().item())
+    return weighted_errors(error, coverage, squares=squares), kl, seen
+
+
+def mean_psnr(squared: Tensor) -> float:
+    """Of squared errors of pixels in [-1, 1]; NaN of none."""
+    return 10 * torch.log10(4 / squared.mean()).item()
 
 
 # The text encoder: learns to say a scene's attributes from a sentence about it. The heads are thrown away.
@@ -158,7 +209,7 @@ def is_said(name: str, scene: Scene, sentence: str, still: bool) -> bool:
 # The DiT: velocity of flow matching on the VAE's latents; the latent of a clip's start is the latent of a shorter clip,
 # and its first step that of a single image, so images and clips train together.
 
-DIT_PHASE = Phase(name="dit", steps=4400, lr=2e-3, ema=0.995)
+DIT_PHASE = Phase(name="dit", steps=9000, lr=2e-3, ema=0.998)
 IMAGES_MOSTLY = (1, 1, 13, 1, 1, 7, 1, 5)
 CLIPS_FROM = 1950                                       # the step at which clips become most of the work
 
@@ -197,11 +248,12 @@ def train_dit(work: Path, device: str, vae: WanVAE, encoder: nn.Module, tokenize
                      for i in picked]
         data = coded[picked, :, :length].to(device)
         noisy, sigma, noise = noised(data, torch.Generator().manual_seed(rng.getrandbits(62)))
-        with torch.autocast(device, torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16), plain_attention(device):
             velocity = dit(noisy, 1000 * sigma, dit.embed_text(embed(sentences)))
         loss = F.mse_loss(velocity.float(), noise - data)
         return loss, dict(length=length)
 
+    learn_compiled(dit, device)
     fit(DIT_PHASE, dit, loss_of, work)
     return dit
 

@@ -10,15 +10,14 @@ import argparse
 import json
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dailies.jobs.demo.codecs_av import AUDIO, SOUND_STEPS, train_audio_vae, train_video_vae, train_vocoder
+from dailies.jobs.demo.learning import plain_attention
 from dailies.jobs.demo.losses import noised
 from dailies.jobs.demo.phases import CLIP_FRAMES, SEED, UNPROMPTED, Phase, fit, rng_of
 from dailies.jobs.demo.release_av import (
@@ -199,11 +198,6 @@ def train_av(work: Path, device: str, video: VideoVAE, audio: AudioVAE, texts: T
 
     fit(AV_PHASE, dit, loss_of, work)
     return dit
-
-
-def plain_attention(device: str) -> AbstractContextManager[None]:
-    """On a CPU torch's fused attention learns slowly: 44 % of a step was its backward pass, over 79 tokens."""
-    return sdpa_kernel(SDPBackend.MATH) if device == "cpu" else nullcontext()
 
 
 AV_PARTS = ("audio", "video", "text", "dit")
