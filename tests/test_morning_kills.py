@@ -1,4 +1,4 @@
-"""Append, redo, pick and gc are killed at random moments, and the same command does the rest: one object and one
+"""Append, redo, revert, pick and gc are killed at random moments, and the same command does the rest: one object and one
 current row each, nothing lost, nothing made twice.
 
 Each command runs in a child of this process, which kills itself at one of its writes, before it or behind it.
@@ -85,9 +85,11 @@ def base(tmp_path_factory):
     assert render(folder / "night.jsonl", folder / "out")[0] == 0
     assert ask("redo", folder / "out", "--where", "id = row-2")[1]["to_make"] == 1
     assert render(folder / "night.jsonl", folder / "out")[1]["rendered"] == 1
-    row = next(row for row in ledger.read(open_store(folder / "out")).to_pylist() if row["id"] == "row-0")
+    rows = ledger.read(open_store(folder / "out"), every_take=True).to_pylist()
     shutil.copytree(folder / "out", folder / "spare")   # picks.json is written beside
-    decide(folder / "spare", (row, "reject"))
+    decide(folder / "spare", (next(row for row in rows if row["id"] == "row-2" and not row["replaces"]), "pick"))
+    (folder / "picks.json").rename(folder / "earlier.json")
+    decide(folder / "spare", (next(row for row in rows if row["id"] == "row-0"), "reject"))
     return folder
 
 
@@ -96,6 +98,7 @@ def steps_of(action, base, out):
     again = ["render", base / "night.jsonl", "--out", out, "--model", "tiny", "--device", "cpu"]
     return {"append": [["render", base / "more.jsonl", *again[2:]]],
             "redo": [["redo", out, "--where", "id = row-1"], again],
+            "revert": [["pick", out, "--from", base / "earlier.json"], ["redo", out, "--revert"]],
             "pick": [["pick", out, "--from", base / "picks.json"]], "gc": [["gc", out, "--yes"]]}[action]
 
 
@@ -111,16 +114,17 @@ def judge(action, store, before, made):
     assert max(Counter(row["id"] for row in rows).values()) == 1
     assert len(rows) == (6 if action == "append" else 3)
     assert all(clips[clip_id] == object_ for clip_id, object_ in made.items() if clip_id in clips)
-    assert len(clips) == {"append": 7, "redo": 5, "pick": 4, "gc": 3}[action]
+    assert len(clips) == {"append": 7, "redo": 5, "revert": 4, "pick": 4, "gc": 3}[action]
     if action == "gc":
         assert clips.keys() == current
     else:
         assert before.items() <= clips.items()
     taken = {row["id"] for row in rows if row["replaces"]}
     assert taken == ({"row-1", "row-2"} if action == "redo" else {"row-2"})
+    assert {row["id"] for row in rows if row["take_of"]} == taken - ({"row-2"} if action == "revert" else set())
     decided = [row["id"] for row in rows if row["decision"]]
-    assert decided == (["row-0"] if action == "pick" else [])
-    assert len(list(store.list("picks/"))) == (action == "pick")
+    assert decided == {"pick": ["row-0"], "revert": ["row-2"]}.get(action, [])
+    assert len(list(store.list("picks/"))) == (action in ("pick", "revert"))
     assert ask("verify", store.uri)[0] == 0
 
 
@@ -152,14 +156,14 @@ def kills(action, base, place, rng, moments):
 
 
 @pytest.mark.parametrize("moments", [2, pytest.param(50, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("action", ["append", "redo", "pick", "gc"])
+@pytest.mark.parametrize("action", ["append", "redo", "revert", "pick", "gc"])
 def test_whatever_is_killed_the_same_command_does_the_rest(action, moments, base, tmp_path):
     kills(action, base, lambda number: tmp_path / f"out-{number}", random.Random(f"{action} {moments}"), moments)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(1, 6))           # of ten moments each, which take ten seconds and more
-@pytest.mark.parametrize("action", ["append", "redo", "pick", "gc"])
+@pytest.mark.parametrize("action", ["append", "redo", "revert", "pick", "gc"])
 def test_whatever_is_killed_on_a_bucket_the_same_command_does_the_rest(action, part, base, s3_bucket, monkeypatch):
     monkeypatch.setattr(Lease, "SETTLE_S", 0.1)         # there is no other driver to be waited for
     kills(action, base, lambda number: f"{s3_bucket}/{number}", random.Random(f"{action} {part}"), 10)
