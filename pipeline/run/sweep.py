@@ -58,7 +58,7 @@ def leftovers(store: Store) -> Iterator[Leftover]:
         for info in store.list(f"{folder}/"):
             name = name_of(info.key)
             if name in old:
-                yield Leftover(info=info, what=f"{what} of an old take")
+                yield Leftover(info=info, what=f"{what} that no row names any more")
             elif name and name not in wanted and is_finished:
                 yield Leftover(info=info, what=f"{what} of no row")
     for folder, names in ((LATENTS, old), (SAVED_STEPS, old | done)):

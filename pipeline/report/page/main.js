@@ -21,7 +21,8 @@
 
   dailies.fail = error => {
     const text = String(error && error.message || error);
-    dailies.tell(`${text}. Make the report again: dailies report ${dailies.said ? dailies.said.uri : "URI"}`);
+    const uri = dailies.said ? dailies.night.quoted(dailies.said.uri) : "URI";
+    dailies.tell(`${text}. Make the report again: dailies report ${uri}`);
   };
 
   dailies.show = name => {
@@ -55,7 +56,8 @@
     one("said").textContent = now ? WORDS[now] : "No decision";
     if (!now) return;
     if (now === "pick" && !row.current) {
-      dailies.tell(`This is an earlier take. After dailies pick, it counts again with: dailies redo ${dailies.said.uri} --revert`);
+      dailies.tell("This is an earlier take. When the run folder has the picks, it counts again with: "
+        + `dailies redo ${dailies.night.quoted(dailies.said.uri)} --revert`);
     }
     if (dailies.viewer.isOpen) dailies.viewer.step(1);
     else dailies.sheet.move(dailies.sheet.cursor + 1);

@@ -109,8 +109,11 @@
     let base = Array(count).fill(0);
     night.stages.forEach((stage, kind) => {
       const upper = base.map((each, place) => each + stage.busy[place]);
-      const point = (value, place) => `${(place + 0.5) / count * WIDE},${HIGH - value / top * HIGH}`;
-      const edge = [...upper.map(point), ...base.map(point).reverse()];
+      // a slice's value stands in its middle, the first and the last reach to the edges
+      const ends = values => [values[0], ...values, values[count - 1]];
+      const point = (value, place) =>
+        `${Math.min(count, Math.max(0, place - 0.5)) / count * WIDE},${HIGH - value / top * HIGH}`;
+      const edge = [...ends(upper).map(point), ...ends(base).map(point).reverse()];
       svg.append(drawn("polygon", { points: edge.join(" "), class: `stage stage-${kind % 6}` }));
       base = upper;
     });
@@ -206,5 +209,5 @@
       make("div.columns", null, wide, narrow));
   }
 
-  dailies.night = { figures, show, size, day };
+  dailies.night = { figures, show, size, day, quoted };
 })();
