@@ -25,15 +25,16 @@ def append_cost(done: int = 100_000, more: int = 1_000) -> dict[str, float]:
         run = run_in(folder, "before")
         run.begin()
         fill_with_rows(run)
-        began = time.perf_counter()
+        began, cpu_before = time.perf_counter(), time.process_time()
         run = run_in(folder, "after")
         run.begin()
         checked_s = time.perf_counter() - began
         with run.open() as bookkeeper:
             requests, count = next(bookkeeper.rounds())
             next(iter(requests))
-            first_s = time.perf_counter() - began
-        return {"rows_done": done, "rows_new": count, "checked_after_s": checked_s, "first_request_after_s": first_s}
+            first_s, cpu_s = time.perf_counter() - began, time.process_time() - cpu_before
+        return {"rows_done": done, "rows_new": count, "checked_after_s": checked_s, "first_request_after_s": first_s,
+                "cpu_s": cpu_s}
 
 
 def run_in(folder: str, name: str) -> Run:
