@@ -1,5 +1,5 @@
-"""Append, redo, revert, pick and gc are killed at random moments, and the same command does the rest: one object and one
-current row each, nothing lost, nothing made twice.
+"""Append, redo, revert, pick and gc are killed at random moments, and the same command does the rest: one object and
+one current row each, nothing lost, nothing made twice.
 
 Each command runs in a child of this process, which kills itself at one of its writes, before it or behind it.
 """
