@@ -38,6 +38,12 @@ def has_bf16_products() -> bool:
 
 
 @cache
+def has_bf16_tiles() -> bool:
+    """Whether they are made by AMX, which is so fast that it mostly waits for what it multiplies."""
+    return has_bf16_products() and instruction("amx_tile") and not onednn_limit()
+
+
+@cache
 def has_int8_products() -> bool:
     """Whether products of INT8 numbers are instructions (VNNI), and so exact and faster than fp32's."""
     return is_x86() and has_onednn() and onednn_limit() not in WITHOUT_INT8 and has_avx512() and (

@@ -10,11 +10,12 @@ from parity import randomise, with_weights_of
 
 from dailies.model import checkpoint
 from dailies.model.catalog import WAN21_T2V_1_3B
+from dailies.model.convolution import channels_last
 from dailies.model.samplers import dpm_solver, unipc
 from dailies.model.schedules import wan_sigmas, whole_timestep
 from dailies.model.wan import keys as wan_keys
 from dailies.model.wan.transformer import WanConfig, WanDiT
-from dailies.model.wan.vae import WanVAE, WanVAEConfig, channels_last
+from dailies.model.wan.vae import WanVAE, WanVAEConfig
 
 diffusers = pytest.importorskip("diffusers")
 SEEDS = range(20)

@@ -5,6 +5,8 @@ import torch
 from golden import error
 
 from dailies.actors.recompress import recompressed
+from dailies.kernels import processor
+from dailies.model.convolution import channels_last
 from dailies.model.family import NonFiniteFrames, NonFiniteSound
 from dailies.model.ltx2 import decoder as ltx2_decoder
 from dailies.model.ltx2.audio_vae import AudioVAE
@@ -26,7 +28,6 @@ from dailies.model.ltx2.vae_tiles import (
 from dailies.model.ltx2.video_vae import DepthToSpace, PaddedConv, VideoVAE
 from dailies.model.ltx2.vocoder import make_vocoder
 from dailies.model.shapes import VideoShape
-from dailies.model.wan.vae import channels_last
 
 
 def layout(*changes, **said):
@@ -140,6 +141,23 @@ def test_frames_in_pairs_give_what_the_convolution_gives(edges, front):
         assert error(convolve_in_pairs(conv.conv, conv.window(x, False, rim), front), want) < 1e-5
         assert error(conv.multiplied(conv.window(x, False, 1)), want) < 1e-5
         assert error(conv(x), want) < 1e-5
+
+
+@pytest.mark.skipif(not processor.has_bf16_products(), reason="needs a processor with products of bf16 numbers")
+def test_a_convolution_in_bf16_by_channels_gives_what_the_whole_gives(monkeypatch):
+    torch.manual_seed(0)
+    conv = channels_last(PaddedConv(512, 8, "zeros").requires_grad_(False).to(torch.bfloat16))
+    x = torch.randn(1, 512, 2, 16, 17, dtype=torch.bfloat16)
+    parts = []
+    product = torch.mkldnn_convolution
+    monkeypatch.setattr(torch, "mkldnn_convolution", lambda x, *given: parts.append(x) or product(x, *given))
+    results = []
+    for tiles in (False, True):
+        monkeypatch.setattr(processor, "has_bf16_tiles", lambda tiles=tiles: tiles)
+        results.append(conv(x).float())
+    assert [part.shape[1] for part in parts] == [512, 256, 256]
+    want = conv.float()(x.float())
+    assert all(error(result, want) < 0.004 for result in results)      # bf16 rounds to 1 in 256
 
 
 AUDIO = AudioVAEConfig(width=8, multipliers=(1, 2, 2), blocks=1)

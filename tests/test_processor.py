@@ -13,14 +13,14 @@ from dailies.kernels import cases, processor
 from dailies.kernels.int8_linear import int8_linear, quantize_rows
 from dailies.kernels.sparse_attention import sparse_attention
 from dailies.model.catalog import CATALOG, DEMO
+from dailies.model.convolution import convolve
 from dailies.model.family import family_of
 from dailies.model.refitted import decode_fallbacks
-from dailies.model.wan.vae import convolve
 
 ROOT = Path(__file__).parent.parent
 # torch's own variable and oneDNN's: what they choose from is what x86-64 with AVX2 alone has
 LEAST = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
-ASKED = ("has_onednn", "has_bf16_products", "has_int8_products", "has_gelu_in_product", "described")
+ASKED = ("has_onednn", "has_bf16_products", "has_bf16_tiles", "has_int8_products", "has_gelu_in_product", "described")
 
 
 @pytest.fixture

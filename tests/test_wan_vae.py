@@ -19,10 +19,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dailies.kernels import processor
 from dailies.model import checkpoint
+from dailies.model.convolution import channels_last
 from dailies.model.layers import compute_in
 from dailies.model.wan import keys as wan_keys
 from dailies.model.wan import vae as wan_vae
-from dailies.model.wan.vae import Band, Memory, WanVAE, WanVAEConfig, channels_last
+from dailies.model.wan.vae import Band, Memory, WanVAE, WanVAEConfig
 
 CASES = [("wan_vae_a", "weights"), ("wan_vae_b_diffusers", "weights"), ("wan_vae_b_diffusers", "weights_diffusers")]
 
@@ -242,7 +243,8 @@ def test_a_clip_takes_the_memory_that_it_is_said_to_need(what, steps, height, wi
     script = f"""
 import torch
 from dailies.jobs.bench.model import _memory as memory, reset_peak
-from dailies.model.wan.vae import WanVAE, WanVAEConfig, channels_last
+from dailies.model.convolution import channels_last
+from dailies.model.wan.vae import WanVAE, WanVAEConfig
 torch.set_num_threads(1)
 vae = channels_last(WanVAE(WanVAEConfig(width=32)).requires_grad_(False))
 x = torch.randn(1, 16, {steps}, {height}, {width})

@@ -14,6 +14,7 @@ from dailies.jobs.gpu import models
 from dailies.jobs.usage import UsageError
 from dailies.kernels import processor
 from dailies.model import turbo
+from dailies.model.convolution import channels_last
 from dailies.model.eight_bits import Fp8Linear, NarrowLinear, fp8_of
 from dailies.model.files import CheckpointError
 from dailies.model.layers import Linear, compute_in
@@ -44,7 +45,6 @@ from dailies.model.ltx2.video_vae import VideoVAE, only
 from dailies.model.ltx2.vocoder import ExtendedVocoder, Vocoder, make_vocoder
 from dailies.model.memory import free_memory
 from dailies.model.runtime import Runtime
-from dailies.model.wan.vae import channels_last
 
 LORA_RANK = 384                                         # of the published ones
 GEMMA_12B = gemma_config(dict(

@@ -16,10 +16,11 @@ import torch
 
 from dailies.jobs.usage import UsageError
 from dailies.model import checkpoint
+from dailies.model.convolution import channels_last
 from dailies.model.ltx2.codec_config import VIDEO_VAE_2_0, VIDEO_VAE_2_3
 from dailies.model.ltx2.video_vae import VideoVAE, load_video_vae, only
 from dailies.model.wan import keys as wan_keys
-from dailies.model.wan.vae import WanVAE, WanVAEConfig, channels_last
+from dailies.model.wan.vae import WanVAE, WanVAEConfig
 
 FRAMES, HEIGHT, WIDTH = 9, 160, 256
 WAN = "Wan VAE"

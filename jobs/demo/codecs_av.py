@@ -15,6 +15,7 @@ from dailies.jobs.demo.losses import KL_WEIGHT, weighted_errors
 from dailies.jobs.demo.phases import CLIP_FRAMES, SEED, Phase, fit, rng_of
 from dailies.jobs.demo.world import FPS
 from dailies.jobs.demo.world_av import AUDIO_RATE, PITCHES, Bounce, tone
+from dailies.model.convolution import channels_last
 from dailies.model.ltx2.audio_vae import AudioVAE, log_mel
 from dailies.model.ltx2.codec_config import (
     STRIDES,
@@ -26,7 +27,6 @@ from dailies.model.ltx2.codec_config import (
 )
 from dailies.model.ltx2.video_vae import ChannelStatistics, VideoVAE
 from dailies.model.ltx2.vocoder import Vocoder
-from dailies.model.wan.vae import channels_last
 
 
 def one_block() -> VideoStage:

@@ -35,12 +35,13 @@ from dailies.jobs.demo.phases import (
 from dailies.jobs.demo.world import ATTRIBUTE_WORDS, ATTRIBUTES, SIDE, Scene, sentence_about
 from dailies.model import checkpoint
 from dailies.model.catalog import CATALOG
+from dailies.model.convolution import channels_last
 from dailies.model.linum import keys as linum_keys
 from dailies.model.linum.transformer import LinumDiT
 from dailies.model.text import new_t5
 from dailies.model.tokenizer import Tokenizer, new_tokenizer
 from dailies.model.wan import keys as wan_keys
-from dailies.model.wan.vae import WanVAE, channels_last
+from dailies.model.wan.vae import WanVAE
 
 CARD = CATALOG["demo"]
 VAE = CARD.vae_config

@@ -45,12 +45,13 @@ from dailies.jobs.demo.training import Loss, TimedTraining
 from dailies.jobs.demo.vae_quality import vae_quality
 from dailies.jobs.demo.world import SCENE_KINDS, SEEN_KINDS, Painter, Scene, sentence_about
 from dailies.model.catalog import DEMO, DEMO_SPARSE, DEMO_TURBO
+from dailies.model.convolution import as_clip, as_frames, convolve
 from dailies.model.linum.load import LINUM
 from dailies.model.linum.transformer import LinumDiT
 from dailies.model.schedules import rcm_sigmas
 from dailies.model.text import T5TextEncoder
 from dailies.model.wan import keys as wan_keys
-from dailies.model.wan.vae import CausalConv, ChannelNorm, Memory, WanVAE, as_clip, as_frames, convolve
+from dailies.model.wan.vae import CausalConv, ChannelNorm, Memory, WanVAE
 
 # Shares of the time that is left once all is loaded: the VAE bounds what any sampler can show, and learns slowest.
 SHARES = {"vae": 0.42, "latents": 0.05, "dit": 0.29, "turbo": 0.13, "sparse": 0.06, "sparse-data": 0.05}

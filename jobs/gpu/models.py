@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from dailies.kernels import processor
 from dailies.model import turbo
 from dailies.model.card import ModelCard
+from dailies.model.convolution import channels_last
 from dailies.model.family import family_of
 from dailies.model.layers import compute_in
 from dailies.model.linum.card import LinumCard
 from dailies.model.shapes import VideoShape
 from dailies.model.wan.card import WanCard
 from dailies.model.wan.transformer import WanDiT
-from dailies.model.wan.vae import WanVAE, channels_last
+from dailies.model.wan.vae import WanVAE
 
 
 def new_dit(card: ModelCard, device: str, precision: str, attention: str) -> nn.Module:

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dailies.model import checkpoint
+from dailies.model.convolution import channels_last
 from dailies.model.ltx2 import codec_keys
 from dailies.model.ltx2.codec_config import MEL_FLOOR, AudioVAEConfig
 from dailies.model.ltx2.video_vae import ChannelStatistics
-from dailies.model.wan.vae import channels_last
 
 AUDIO_NORM_EPS = 1e-6                                         # inside the root; the video VAE has another
 

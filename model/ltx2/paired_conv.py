@@ -16,7 +16,7 @@ products want the full precision of fp32; with products in bf16, which are fast,
 import torch
 from torch import Tensor, nn
 
-from dailies.model.wan.vae import convolve, empty_clip
+from dailies.model.convolution import convolve, empty_clip
 
 FEWEST_CHANNELS = 96                                    # below, the sums take as long as what they save
 

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dailies.model import checkpoint
+from dailies.model.convolution import as_clip, as_frames, channels_last, convolve
 from dailies.model.ltx2 import codec_keys
 from dailies.model.ltx2.codec_config import RATIOS, UpsamplerConfig
 from dailies.model.ltx2.video_vae import depth_to_space
-from dailies.model.wan.vae import as_clip, as_frames, channels_last, convolve
 
 GROUPS = 32                                             # of every norm
 BINOMIAL = (1, 4, 6, 4, 1)                              # what blurs before a stride, along rows and columns

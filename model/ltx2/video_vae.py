@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from dailies.kernels import processor
 from dailies.model import checkpoint
+from dailies.model.convolution import channels_last, convolve
 from dailies.model.ltx2 import codec_keys
 from dailies.model.ltx2.codec_config import VideoStage, VideoVAEConfig
 from dailies.model.ltx2.paired_conv import FEWEST_CHANNELS, convolve_in_pairs
-from dailies.model.wan.vae import channels_last, convolve
 
 NORM_EPS = 1e-8                                         # inside the root
 FEW_CELLS = 512                                         # of a convolution's result, for a CPU

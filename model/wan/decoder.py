@@ -7,12 +7,13 @@ from torch import Tensor
 
 from dailies.model import checkpoint
 from dailies.model.card import ModelCard
+from dailies.model.convolution import channels_last
 from dailies.model.family import Decoded, NonFiniteFrames
 from dailies.model.samplers import Streams
 from dailies.model.shapes import VideoShape
 from dailies.model.wan import keys
 from dailies.model.wan.config import WanVAEConfig
-from dailies.model.wan.vae import SLAB, WanVAE, channels_last
+from dailies.model.wan.vae import SLAB, WanVAE
 from dailies.model.weights import layout_in, stored_at
 
 VAE_TABLES = (keys.WAN_VAE, keys.WAN_VAE_DIFFUSERS)

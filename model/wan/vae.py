@@ -17,18 +17,18 @@ kernels/around_conv: then a convolution runs without its bias, and what is behin
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dailies.kernels import FLOATS, processor
+from dailies.kernels import FLOATS
 from dailies.kernels import Impl as KernelImpl
-from dailies.kernels.around_conv import add_bias, channels_adjacent, enlarge, norm_silu
+from dailies.kernels.around_conv import add_bias, enlarge, norm_silu
+from dailies.model.convolution import adjacent, as_clip, as_frames, convolve, empty, empty_clip, unbiased
 from dailies.model.wan.config import WanVAEConfig
 
-Module = TypeVar("Module", bound=nn.Module)
 _Impl = Literal["auto", "eager", "reference", "triton"]     # the last two: of kernels/around_conv
 
 SLAB = 2 ** 22                                          # elements; more at a time is no faster on a CPU
@@ -623,39 +623,6 @@ def bands(height: int, rows: int, above: int, below: int) -> list[Band]:
             for start in range(0, height, rows)]
 
 
-def channels_last(vae: Module) -> Module:
-    """Lay the convolutions' weights out so that a CPU runs them about twice as fast, in place; the last bits change."""
-    for module in vae.modules():
-        if isinstance(module, nn.Conv3d):
-            module.to(memory_format=torch.channels_last_3d)
-        elif isinstance(module, nn.Conv2d):
-            module.to(memory_format=torch.channels_last)
-    return vae
-
-
-def convolve(conv: nn.Conv2d | nn.Conv3d, x: Tensor, weight: Tensor | None = None) -> Tensor:
-    """conv(x), or with `weight` in place of its own.
-
-    On a CPU by oneDNN whatever the shape: torch gives small fp32 inputs, such as one frame, to a loop that is five
-    times slower.
-    """
-    weight = conv.weight if weight is None else weight
-    if x.is_cpu and x.dtype == weight.dtype and processor.convolves(x.dtype) and not torch.is_autocast_enabled("cpu"):
-        return torch.mkldnn_convolution(x, weight, conv.bias, conv.padding, conv.stride, conv.dilation, conv.groups)
-    return conv._conv_forward(x, weight, conv.bias)
-
-
-def unbiased(conv: nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
-    """conv(x) without its bias, which torch would add in a pass of its own."""
-    y = conv._conv_forward(x, conv.weight, None)
-    return adjacent(y) if y.ndim == 5 else y
-
-
-def adjacent(x: Tensor) -> Tensor:
-    """x [B, C, T, H, W] as kernels/around_conv takes it: as it is where cuDNN made it, or else a copy."""
-    return x if channels_adjacent(x) else x.contiguous(memory_format=torch.channels_last_3d)
-
-
 def slabs(x: Tensor, memory: Memory, channels: int = 1) -> Iterator[Tensor]:
     """x in time, as few frames at a time as make about a slab.  channels: made on the way, if more than x's."""
     made = len(x) * max(channels, x.shape[1]) * x.shape[3] * x.shape[4]
@@ -674,19 +641,3 @@ def _joined(pieces: Iterable[Tensor], frames: int) -> Tensor:
         whole[:, :, at:at + piece.shape[2]] = piece
         at += piece.shape[2]
     return whole
-
-
-def empty_clip(x: Tensor, frames: int, height: int | None = None) -> Tensor:
-    return empty((*x.shape[:2], frames, height or x.shape[3], x.shape[4]), x)
-
-
-def empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last_3d)
-
-
-def as_frames(x: Tensor) -> Tensor:
-    return x.transpose(1, 2).flatten(0, 1)
-
-
-def as_clip(frames: Tensor, clips: int) -> Tensor:
-    return frames.unflatten(0, (clips, -1)).transpose(1, 2)
