@@ -11,9 +11,12 @@ the scales are per output channel where we quantise, per 128 x 128 tile in the r
 """
 
 import atexit
+import contextlib
 import os
 import shutil
+import struct
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -36,6 +39,7 @@ from dailies.model.private import cache_folder, private_folder
 
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 CODE_CACHE = "TORCHINDUCTOR_CACHE_DIR"
+STILL_WRITTEN_S = 60                                     # of a library that is linked; it takes a second
 _SHAPES = 1000                                           # of clips that one process may compile for
 
 
@@ -164,11 +168,33 @@ def keep_code_private() -> None:
     that name into the environment itself, as soon as its compiler is imported: then nobody has chosen it.
     """
     said = os.environ.get(CODE_CACHE, "")
-    if said and not said.startswith(os.path.join(tempfile.gettempdir(), "torchinductor_")):
-        return
-    try:
-        place = private_folder(cache_folder() / "inductor", below=cache_folder())
-    except OSError:
-        place = Path(tempfile.mkdtemp(prefix="dailies-code-"))
-        atexit.register(shutil.rmtree, place, ignore_errors=True)
-    os.environ[CODE_CACHE] = str(place)
+    if not said or said.startswith(os.path.join(tempfile.gettempdir(), "torchinductor_")):
+        try:
+            place = private_folder(cache_folder() / "inductor", below=cache_folder())
+        except OSError:
+            place = Path(tempfile.mkdtemp(prefix="dailies-code-"))
+            atexit.register(shutil.rmtree, place, ignore_errors=True)
+        os.environ[CODE_CACHE] = str(place)
+    remove_torn_code(Path(os.environ[CODE_CACHE]))
+
+
+def remove_torn_code(place: Path) -> None:
+    """Compiled code whose writing was cut off: a compiler that is killed leaves it, and torch would load it for ever
+    after ("file too short"). What was written just now may be under way and stays.
+    """
+    for path in place.rglob("*.so"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > STILL_WRITTEN_S and is_torn(path):
+                path.unlink()
+
+
+def is_torn(library: Path) -> bool:
+    """Whether it is empty, or an ELF file that ends before its table of sections does.  Raises OSError."""
+    with library.open("rb") as file:
+        header = file.read(64)
+    if header[:4] != b"\x7fELF":
+        return not header
+    if len(header) < 64:
+        return True
+    (table,), (size, count) = struct.unpack_from("<Q", header, 0x28), struct.unpack_from("<HH", header, 0x3A)
+    return library.stat().st_size < table + size * count

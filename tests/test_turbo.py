@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -256,6 +257,19 @@ def test_compiled_code_is_never_kept_where_others_could_put_theirs(tmp_path, mon
     monkeypatch.setenv(turbo.CODE_CACHE, "/of/the/users/choice")
     turbo.keep_code_private()
     assert os.environ[turbo.CODE_CACHE] == "/of/the/users/choice"
+
+
+def test_code_that_a_killed_compiler_left_is_not_loaded(tmp_path, monkeypatch):
+    monkeypatch.setenv(turbo.CODE_CACHE, str(tmp_path))
+    (below := tmp_path / "ui").mkdir()
+    whole = Path(torch._C.__file__).read_bytes()
+    kept = {"whole": whole, "of another system": b"no ELF", "under way": b""}
+    for name, content in {**kept, "empty": b"", "header": whole[:40], "half": whole[:len(whole) // 2]}.items():
+        (path := below / f"{name}.so").write_bytes(content)
+        if name != "under way":
+            os.utime(path, (0, time.time() - 90))
+    turbo.keep_code_private()
+    assert {path.stem for path in below.iterdir()} == set(kept)
 
 
 @pytest.mark.parametrize("precision, attention", [("fp32", "dense"), ("bf16", "sparse"), ("int8", "dense")])

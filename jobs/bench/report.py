@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -219,7 +219,8 @@ class Slowly(SimpleHTTPRequestHandler):
 
     def do_GET(self) -> None:
         time.sleep(LATENCY_S)
-        super().do_GET()
+        with suppress(ConnectionError):                 # a browser that closes waits for nothing
+            super().do_GET()
 
     def log_message(self, *_: Any) -> None:
         pass

@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dailies.jobs.demo.learning import learn_compiled, plain_attention
 from dailies.jobs.demo.losses import noised, per_clip, save_released
 from dailies.jobs.demo.phases import (
     BATCHES,
@@ -82,7 +83,7 @@ def distill(work: Path, out: Path, device: str) -> None:
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = rng_of(STUDENT_PHASE.name, step)
         data, rows = teaching.batch(step, rng)
-        with torch.autocast(device, torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16), plain_attention(device):
             told = student.embed_text(rows)
             with torch.no_grad():
                 guided = teaching.teacher.embed_text(rows + [nothing] * len(rows))
@@ -90,6 +91,8 @@ def distill(work: Path, out: Path, device: str) -> None:
                                     lambda x, sigma: student_velocity(student, x, sigma, told))
         return loss, dict(length=data.shape[2])
 
+    learn_compiled(teaching.teacher, device)
+    learn_compiled(student, device)
     fit(STUDENT_PHASE, student.train().requires_grad_(True), loss_of, work)
     save_dit(student, DEMO_TURBO, out)
 
@@ -104,7 +107,7 @@ def tune_sparse(work: Path, out: Path, device: str) -> None:
         rng = rng_of(SPARSE_PHASE.name, step)
         data, rows = teaching.batch(step, rng, SPARSE_LENGTHS, SPARSE_UNPROMPTED)
         noisy, sigma, _ = noised(data, torch.Generator().manual_seed(rng.getrandbits(62)))
-        with torch.autocast(device, torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16), plain_attention(device):
             with torch.no_grad():
                 want = teaching.teacher(noisy, 1000 * sigma, teaching.teacher.embed_text(rows))
             got = student(noisy, 1000 * sigma, student.embed_text(rows))
@@ -114,10 +117,11 @@ def tune_sparse(work: Path, out: Path, device: str) -> None:
         rng = rng_of(SPARSE_DATA_PHASE.name, step)
         data, rows = teaching.batch(step, rng, unprompted=UNPROMPTED)
         noisy, sigma, noise = noised(data, torch.Generator().manual_seed(rng.getrandbits(62)))
-        with torch.autocast(device, torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16), plain_attention(device):
             got = student(noisy, 1000 * sigma, student.embed_text(rows))
         return F.mse_loss(got.float(), noise - data), dict(length=data.shape[2])
 
+    learn_compiled(teaching.teacher, device)
     student.train().requires_grad_(True)
     fit(SPARSE_PHASE, student, velocity_loss, work)
     fit(SPARSE_DATA_PHASE, student, data_loss, work)
