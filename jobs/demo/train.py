@@ -1,7 +1,7 @@
 """Trains the demo model from nothing, on clips that `dailies.jobs.demo.world` draws: tokenizer, text encoder, VAE, DiT,
 in this order.
 
-`python -m dailies.jobs.demo.train --work build/demo` takes about two hours on 2 CPU cores, minutes on a GPU. Every
+`python -m dailies.jobs.demo.train --work build/demo` takes some hours on 2 CPU cores, minutes on a GPU. Every
 batch is a function of (seed, phase, step), progress is saved once a minute, and the same command continues after an
 interruption.
 """
