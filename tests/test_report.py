@@ -25,6 +25,7 @@ from dailies.jobs.usage import UsageError, seconds_meant
 from dailies.pipeline.report import columns
 from dailies.pipeline.report.columns import MOST_CHARACTERS, cut_text, packed_values, plain_values
 from dailies.pipeline.report.figures import seconds_before, worked_seconds
+from dailies.pipeline.report.rows import RunRows
 from dailies.pipeline.run.layout import clip_key, poster_key
 from dailies.pipeline.run.ledger import Ledger, read, write_again
 from dailies.pipeline.run.ledger_row import row_of
@@ -173,6 +174,16 @@ def test_what_a_run_cost_is_all_that_was_ever_made_for_it(tmp_path, capsys):
     assert report(capsys, tmp_path / "out")["cost"] == 7.5
     figures = head_of(tmp_path / "out/report")["figures"]
     assert (figures["gpu_hours"], figures["clips_gpu_hours"]) == (3.75, 0.75)
+
+
+def test_the_rows_of_a_report_are_fetched_once(tmp_path, monkeypatch):
+    """Those that count, those that do not any more, and what all of them cost."""
+    store = run_folder(tmp_path / "out", clips=3, failed=1)
+    asked, get = [], FolderStore.get
+    monkeypatch.setattr(FolderStore, "get", lambda self, key, **given: asked.append(key) or get(self, key, **given))
+    found = RunRows.read(store)
+    assert found.table.num_rows == 4 and found.spent_gpu_s > 0
+    assert sorted(asked) == [f"ledger/{path.name}" for path in sorted((tmp_path / "out/ledger").iterdir())]
 
 
 @pytest.mark.parametrize("name", ["nothing done", "ledger gone", "no price"])

@@ -28,10 +28,11 @@ class RunRows:
     @classmethod
     def read(cls, store: Store) -> "RunRows":
         """With what people decided of each row.  Raises StoreError."""
-        rows = ledger.read(store, put_back=True, every_take=True)
+        # in the order opposite to a clip's own, so that none of what comes meanwhile seems to lack its row or poster
         clips = {clip_id for info in store.list(f"{CLIPS}/") if (clip_id := clip_id_in(info.key))}
+        ever = ledger.rows_ever_written(store)
+        rows = ledger.read(store, put_back=True, every_take=True, written=ever)
         posters = {poster_id_in(info.key) for info in store.list(f"{POSTERS}/")}
-        ever = ledger.rows_ever_written(store, ["clip_id", "gpu_s"])
         strays = clips - set(ever["clip_id"].unique().to_pylist())
         status, counts = rows["status"], pa.array(is_current(rows))
         again = pc.fill_null(pc.equal(rows["error_type"], DAMAGED), False)

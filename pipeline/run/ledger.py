@@ -214,7 +214,7 @@ def comparable(table: pa.Table) -> pa.Table:
 
 
 def read(store: Store, columns: Sequence[str] | None = None, *, put_back: bool = False, whole: bool = False,
-         every_take: bool = False) -> pa.Table:
+         every_take: bool = False, written: pa.Table | None = None) -> pa.Table:
     """The ledger as it stands: the current row of each manifest row and sample, in the order of the parts.
 
     columns: None for all that there are; ALL_OTHER_STAGES stands for the seconds of stages without a column. What
@@ -222,10 +222,14 @@ def read(store: Store, columns: Sequence[str] | None = None, *, put_back: bool =
     put_back: also the rows of clips that are to be made (pending).
     every_take: also rows that a newer take replaced, and those that were dropped: the last row of every key.
     whole: every column is read and checked, so that who asks for others later is not refused.
+    written: rows_ever_written(), for who has all columns of it already: then no part is read again.
     """
     beside = tuple(name for name in BESIDE if columns is None or name in columns)
     asked = None if columns is None else [each for name in columns for each in NEEDS.get(name, ())]
-    table = rows_of_keys(store, None if columns is None else [*columns, *(asked or ())], whole=whole)
+    if written is not None:
+        table = latest(written)
+    else:
+        table = rows_of_keys(store, None if columns is None else [*columns, *(asked or ())], whole=whole)
     counts = is_current(table)
     stays = np.ones(table.num_rows, bool) if every_take else counts
     if not put_back:
@@ -239,10 +243,17 @@ def read(store: Store, columns: Sequence[str] | None = None, *, put_back: bool =
 def rows_of_keys(store: Store, columns: Sequence[str] | None = None, *, whole: bool = False) -> pa.Table:
     """The last row of every key, with the columns that say which of them are current.  columns: as of `read`."""
     wanted = None if columns is None else list(dict.fromkeys([*columns, *JUDGED_BY]))
-    tables = [table for _, table in parts(store, wanted, whole=whole) if table is not None]
-    empty = COLUMNS if wanted is None else pa.schema([field for field in COLUMNS if field.name in wanted])
+    return latest(rows_ever_written(store, wanted, whole=whole))
+
+
+def rows_ever_written(store: Store, columns: Sequence[str] | None = None, *, whole: bool = False) -> pa.Table:
+    """Every row of every part, in the order of the parts, whether it counts or not.  columns, whole: as of `read`.
+    Raises StoreError.
+    """
+    tables = [table for _, table in parts(store, columns, whole=whole) if table is not None]
+    empty = COLUMNS if columns is None else pa.schema([field for field in COLUMNS if field.name in columns])
     try:
-        return latest(together([empty.empty_table(), *tables]))
+        return together([empty.empty_table(), *tables])
     except pa.ArrowException as error:
         raise StoreError(f"{store.uri_of(LEDGER)}/: its parts do not fit together: {error}. Move away the one that is "
                          "not this run's") from error
@@ -337,12 +348,6 @@ def write_again(store: Store, rows: pa.Table, change: Callable[[dict[str, Any]],
 def clips_ever_named(store: Store) -> set[str]:
     """By any row of any part, whether it counts or not."""
     return set(filter(None, rows_ever_written(store, ["clip_id"])["clip_id"].unique().to_pylist()))
-
-
-def rows_ever_written(store: Store, columns: Sequence[str]) -> pa.Table:
-    """These columns of every row of every part, whether it counts or not.  columns: of COLUMNS.  Raises StoreError."""
-    tables = [table for _, table in parts(store, columns) if table is not None]
-    return together([pa.schema([COLUMNS.field(name) for name in columns]).empty_table(), *tables])
 
 
 def pending_rows(store: Store, keys: pa.Table) -> Iterator[tuple[dict[str, Any], pa.Table]]:
