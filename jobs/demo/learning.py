@@ -17,7 +17,7 @@ from dailies.model.linum.transformer import LinumDiT
 from dailies.model.turbo import compile_blocks, keep_code_private
 from dailies.model.wan.vae import CausalConv, ChannelNorm, Memory, WanVAE
 
-MOST_COMPILED = 64                                             # widths times sizes that are compiled, at most
+MOST_COMPILED = 64                                      # widths times sizes that are compiled, at most
 
 
 def entering(x: Tensor, gamma: Tensor) -> Tensor:
