@@ -19,6 +19,7 @@ from dailies.model.files import CheckpointError
 from dailies.model.linum import keys as linum_keys
 from dailies.model.schedules import rcm_sigmas
 from dailies.model.shapes import VideoShape
+from dailies.model.turbo import compile_blocks
 
 
 def test_a_student_of_straight_courses_has_nothing_to_learn():
@@ -53,7 +54,9 @@ def test_the_student_is_asked_at_the_places_of_its_sampler_and_the_teacher_betwe
 
 
 def few_clips(tmp_path, monkeypatch):
-    """A copy of the demo model, a folder to work in, and phases of two steps on two short clips and images."""
+    """A copy of the demo model, a folder to work in, and phases of two steps on two short clips and images, whose
+    blocks are traced as for the compiler, and not compiled."""
+    monkeypatch.setattr(distill_demo, "learn_compiled", lambda dit, device: compile_blocks(dit, backend="aot_eager"))
     for name in ("STUDENT_PHASE", "SPARSE_PHASE", "SPARSE_DATA_PHASE"):
         monkeypatch.setattr(distill_demo, name, replace(getattr(distill_demo, name), steps=2))
     for name, value in dict(DIT_CLIPS=2, DIT_IMAGES=2, CLIP_FRAMES=5, BATCHES={1: 2, 5: 2, 7: 2, 13: 2}).items():

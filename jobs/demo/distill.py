@@ -44,6 +44,7 @@ from dailies.jobs.demo.phases import (
     fit,
     rng_of,
 )
+from dailies.jobs.demo.together import noise_for, process_number, share_of
 from dailies.jobs.demo.world import Scene, sentence_about
 from dailies.kernels.sparse_attention import reference
 from dailies.model.block import SelfAttention
@@ -58,9 +59,9 @@ from dailies.model.schedules import rcm_sigmas
 from dailies.model.text import T5TextEncoder
 from dailies.model.turbo import Sparsity
 
-STUDENT_PHASE = Phase(name="student", steps=1600, lr=5e-4, ema=0.99, cycles=2)
-SPARSE_PHASE = Phase(name="sparse", steps=1600, lr=3e-4, ema=0.99, cycles=2)
-SPARSE_DATA_PHASE = Phase(name="sparse-data", steps=1500, lr=6e-4, ema=0.99)
+STUDENT_PHASE = Phase(name="student", steps=1600, lr=5e-4, ema=0.99, cycles=2, shared=True)
+SPARSE_PHASE = Phase(name="sparse", steps=1600, lr=3e-4, ema=0.99, cycles=2, shared=True)
+SPARSE_DATA_PHASE = Phase(name="sparse-data", steps=1500, lr=6e-4, ema=0.99, shared=True)
 SUBSTEPS = 3                                            # of the teacher, from one place to the next
 # Of a clip's 13 latent steps each chooses three; in shorter ones it has one, whose loss would drown that of the others.
 # Guidance asks at every step what the model says to no prompt, so a third of the teaching have none.
@@ -106,7 +107,7 @@ def tune_sparse(work: Path, out: Path, device: str) -> None:
     def velocity_loss(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = rng_of(SPARSE_PHASE.name, step)
         data, rows = teaching.batch(step, rng, SPARSE_LENGTHS, SPARSE_UNPROMPTED)
-        noisy, sigma, _ = noised(data, torch.Generator().manual_seed(rng.getrandbits(62)))
+        noisy, sigma, _ = noised(data, noise_for(rng.getrandbits(62)))
         with torch.autocast(device, torch.bfloat16), plain_attention(device):
             with torch.no_grad():
                 want = teaching.teacher(noisy, 1000 * sigma, teaching.teacher.embed_text(rows))
@@ -116,12 +117,13 @@ def tune_sparse(work: Path, out: Path, device: str) -> None:
     def data_loss(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = rng_of(SPARSE_DATA_PHASE.name, step)
         data, rows = teaching.batch(step, rng, unprompted=UNPROMPTED)
-        noisy, sigma, noise = noised(data, torch.Generator().manual_seed(rng.getrandbits(62)))
+        noisy, sigma, noise = noised(data, noise_for(rng.getrandbits(62)))
         with torch.autocast(device, torch.bfloat16), plain_attention(device):
             got = student(noisy, 1000 * sigma, student.embed_text(rows))
         return F.mse_loss(got.float(), noise - data), dict(length=data.shape[2])
 
     learn_compiled(teaching.teacher, device)
+    learn_compiled(student, device)
     student.train().requires_grad_(True)
     fit(SPARSE_PHASE, student, velocity_loss, work)
     fit(SPARSE_DATA_PHASE, student, data_loss, work)
@@ -151,14 +153,15 @@ class TeacherSet:
 
     def batch(self, step: int, rng: random.Random, lengths: Sequence[int] = CLIPS_MOSTLY,
               unprompted: float = 0.0) -> tuple[Tensor, list[Tensor]]:
-        """Latents [B, C, T, H, W] on the teacher's device, and the encoder's rows of what is said of each.
+        """This process's share: latents [B, C, T, H, W] on the teacher's device, and the encoder's rows of what is
+        said of each.
 
         lengths: in latent steps, taken in turn. unprompted: the share of which nothing is said.
         """
         length = lengths[step % len(lengths)]
         still, device = length == 1, self.teacher.latent_scale.device
         scenes, latents = self.images if still else self.clips
-        picked = [rng.randrange(len(scenes)) for _ in range(BATCHES[length])]
+        picked = share_of([rng.randrange(len(scenes)) for _ in range(BATCHES[length])])
         sentences = [sentence_about(scenes[i], rng, still=still, complete=False) for i in picked]
         if unprompted:
             sentences = ["" if rng.random() < unprompted else sentence for sentence in sentences]
@@ -189,6 +192,8 @@ class TrainedSparseAttention(SelfAttention):
 
 
 def save_dit(student: LinumDiT, card: ModelCard, out: Path) -> None:
+    if process_number() > 0:
+        return
     save_released(student, linum_keys.LINUM, out / card.dit_file)
     print(json.dumps({"written": str(out / card.dit_file), "bytes": (out / card.dit_file).stat().st_size}))
 
@@ -199,7 +204,7 @@ def consistency_loss(data: Tensor, rng: random.Random, teacher: Predict, student
     In units of velocity, as the teacher was trained: the difference of clean latents over sigma.
     """
     places = rcm_sigmas(DEMO_TURBO.max_steps, DEMO_TURBO.sigma_max).float()
-    generator = torch.Generator().manual_seed(rng.getrandbits(62))
+    generator = noise_for(rng.getrandbits(62))
     noise = torch.randn(data.shape, generator=generator).to(data.device)
     place = torch.randint(len(places) - 1, (len(data),), generator=generator)
     return loss_at(places[place].to(data.device), places[place + 1].to(data.device), data, noise, teacher, student)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dailies.jobs.demo.together import alone, average_gradients, num_processes, process_number, wait_for_all
 from dailies.jobs.demo.world import Scene
 from dailies.model.wan.vae import WanVAE
 
@@ -32,6 +33,7 @@ class Phase:
     warmup: int = 50
     ema: float = 0.998                                  # share of the running average of the weights kept each step
     cycles: int = 1                                     # how often the learning rate goes from the top to the bottom
+    shared: bool = False                                # a loss is of this process's share of a batch alone
 
     def lr_at(self, step: int) -> float:
         """In each cycle a linear warm-up, then a cosine down to 2 %."""
@@ -93,7 +95,15 @@ def rng_of(phase: str, step: int) -> random.Random:
 
 def fit(phase: Phase, model: nn.Module, loss_of: Callable[[int], tuple[Tensor, dict[str, float]]], work: Path) -> None:
     """Train `model` in place to the running average of its weights; continues from `work` when an earlier run stopped
-    there."""
+    there. Of several processes all train, or the first alone."""
+    if phase.shared:
+        return take_steps(phase, model, loss_of, work)
+    with alone():                                       # where the others come in, all steps are in `work`
+        take_steps(phase, model, loss_of, work)
+
+
+def take_steps(phase: Phase, model: nn.Module, loss_of: Callable[[int], tuple[Tensor, dict[str, float]]],
+               work: Path) -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     path = work / f"{phase.name}.pt"
@@ -111,15 +121,18 @@ def fit(phase: Phase, model: nn.Module, loss_of: Callable[[int], tuple[Tensor, d
         torch.save(state, path.with_suffix(".tmp"))
         path.with_suffix(".tmp").replace(path)
 
+    first = process_number() == 0
     log, saved_at = (work / f"{phase.name}.log").open("a"), time.monotonic()
     bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-                   TextColumn("{task.fields[said]}"))
+                   TextColumn("{task.fields[said]}"), disable=not first)
     with bar, log:
         task = bar.add_task(phase.name, total=phase.steps, completed=step, said="")
         while step < phase.steps:
             loss, seen = loss_of(step)
             model.zero_grad(set_to_none=True)
             loss.backward()
+            if phase.shared:
+                average_gradients(model)
             norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             if torch.isfinite(norm):                    # one bad batch must not end the night
                 optimizer.step(phase.lr_at(step))
@@ -128,11 +141,11 @@ def fit(phase: Phase, model: nn.Module, loss_of: Callable[[int], tuple[Tensor, d
                 for name, p in model.named_parameters():
                     average[name].lerp_(p, 1 - keep)
             step += 1
-            if step % 25 == 0:
+            if step % 25 == 0 and first:
                 said = " ".join(f"{name} {value:.4g}" for name, value in {"loss": loss.item(), **seen}.items())
                 bar.update(task, completed=step, said=said)
                 print(time.strftime("%H:%M:%S"), step, said, file=log, flush=True)
-            if time.monotonic() - saved_at > 60 or step == phase.steps:
+            if first and (time.monotonic() - saved_at > 60 or step == phase.steps):
                 save()
                 saved_at = time.monotonic()
     with torch.no_grad():
@@ -150,12 +163,12 @@ def is_trained(phase: Phase, work: Path) -> bool:
 def encode_scenes(vae: WanVAE, work: Path, device: str, name: str, count: int, frames: int) -> tuple[list[Scene],
                                                                                                      Tensor]:
     """`count` scenes and the latents [N, C, T, H, W] of their first `frames` frames, not normalised; kept in `work` in
-    parts, so that an interruption costs no more than one."""
+    parts, so that an interruption costs no more than one, and several processes share the work."""
     rng = rng_of(name, 0)
     scenes = [Scene.draw(rng) for _ in range(count)]
-    batch, parts = 8 * CLIP_FRAMES // frames, []
-    for start in range(0, count, batch):
-        path = work / f"{name}-{start:05}.pt"
+    batch = 8 * CLIP_FRAMES // frames
+    paths = {start: work / f"{name}-{start:05}.pt" for start in range(0, count, batch)}
+    for start, path in list(paths.items())[process_number()::num_processes()]:
         if not path.exists():
             video = torch.stack([scene.render(frames, total=CLIP_FRAMES)[0]
                                  for scene in scenes[start:start + batch]]).to(device)
@@ -163,5 +176,5 @@ def encode_scenes(vae: WanVAE, work: Path, device: str, name: str, count: int, f
                 torch.save(vae.encode(video)[0].float().cpu(), path.with_suffix(".tmp"))
             path.with_suffix(".tmp").replace(path)
             print(f"\rencoded {min(start + batch, count)} of {count} {name}", end="", flush=True)
-        parts.append(torch.load(path, weights_only=True))
-    return scenes, torch.cat(parts)
+    wait_for_all()
+    return scenes, torch.cat([torch.load(path, weights_only=True) for path in paths.values()])

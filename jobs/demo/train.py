@@ -1,9 +1,9 @@
 """Trains the demo model from nothing, on clips that `dailies.jobs.demo.world` draws: tokenizer, text encoder, VAE, DiT,
 in this order.
 
-`python -m dailies.jobs.demo.train --work build/demo` takes some hours on 2 CPU cores, minutes on a GPU. Every
-batch is a function of (seed, phase, step), progress is saved once a minute, and the same command continues after an
-interruption.
+`torchrun --nproc-per-node 2 -m dailies.jobs.demo.train --work build/demo` takes some hours on 2 CPU cores, a process
+for each; `python -m` does in one process. Every batch is a function of (seed, phase, step) and of how many processes
+share it, progress is saved once a minute, and the same command continues after an interruption.
 """
 
 import argparse
@@ -32,6 +32,7 @@ from dailies.jobs.demo.phases import (
     fit,
     rng_of,
 )
+from dailies.jobs.demo.together import alone, noise_for, process_number, share_of, training_together
 from dailies.jobs.demo.world import ATTRIBUTE_WORDS, ATTRIBUTES, SIDE, Scene, sentence_about
 from dailies.model import checkpoint
 from dailies.model.catalog import CATALOG
@@ -210,7 +211,7 @@ def is_said(name: str, scene: Scene, sentence: str, still: bool) -> bool:
 # The DiT: velocity of flow matching on the VAE's latents; the latent of a clip's start is the latent of a shorter clip,
 # and its first step that of a single image, so images and clips train together.
 
-DIT_PHASE = Phase(name="dit", steps=9000, lr=2e-3, ema=0.998)
+DIT_PHASE = Phase(name="dit", steps=9000, lr=2e-3, ema=0.998, shared=True)
 IMAGES_MOSTLY = (1, 1, 13, 1, 1, 7, 1, 5)
 CLIPS_FROM = 1950                                       # the step at which clips become most of the work
 
@@ -244,11 +245,11 @@ def train_dit(work: Path, device: str, vae: WanVAE, encoder: nn.Module, tokenize
         length = (IMAGES_MOSTLY if step < CLIPS_FROM else CLIPS_MOSTLY)[step % 8]
         clips, still = BATCHES[length], length == 1
         known, coded = (pictured, images) if still else (scenes, latents)
-        picked = [rng.randrange(len(known)) for _ in range(clips)]
+        picked = share_of([rng.randrange(len(known)) for _ in range(clips)])
         sentences = ["" if rng.random() < UNPROMPTED else sentence_about(known[i], rng, still=still, complete=False)
                      for i in picked]
         data = coded[picked, :, :length].to(device)
-        noisy, sigma, noise = noised(data, torch.Generator().manual_seed(rng.getrandbits(62)))
+        noisy, sigma, noise = noised(data, noise_for(rng.getrandbits(62)))
         with torch.autocast(device, torch.bfloat16), plain_attention(device):
             velocity = dit(noisy, 1000 * sigma, dit.embed_text(embed(sentences)))
         loss = F.mse_loss(velocity.float(), noise - data)
@@ -280,20 +281,31 @@ def main() -> None:
     parser.add_argument("--only", choices=("text", "vae", "dit"), help="train this one, and export nothing")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    if args.distill or args.tune_sparse:
-        return (distill if args.distill else tune_sparse)(args.work, args.out, args.device)
-    tokenizer_folder = args.out / CARD.tokenizer_folder
-    if not (tokenizer_folder / "tokenizer.json").exists():
-        train_tokenizer(tokenizer_folder)
+    torch.set_flush_denormal(True)                      # a CPU is slow at what is nearly 0
+    with training_together():
+        if args.distill:
+            distill(args.work, args.out, args.device)
+        elif args.tune_sparse:
+            tune_sparse(args.work, args.out, args.device)
+        else:
+            train_from_nothing(args.work, args.out, args.device, args.only)
+
+
+def train_from_nothing(work: Path, out: Path, device: str, only: str | None) -> None:
+    """only: one of text, vae and dit; nothing is exported then."""
+    tokenizer_folder = out / CARD.tokenizer_folder
+    with alone() as first:
+        if first and not (tokenizer_folder / "tokenizer.json").exists():
+            train_tokenizer(tokenizer_folder)
     tokenizer = Tokenizer(tokenizer_folder, CARD.name)
-    vae = train_vae(args.work, args.device) if args.only != "text" else None
-    encoder = train_text(args.work, args.device, tokenizer) if args.only != "vae" else None
+    vae = train_vae(work, device) if only != "text" else None
+    encoder = train_text(work, device, tokenizer) if only != "vae" else None
     if vae is not None and encoder is not None:
-        dit = train_dit(args.work, args.device, vae.eval(), encoder, tokenizer)
-        if args.only is None:
-            export(args.out, dit, vae, encoder)
-            sizes = {str(p.relative_to(args.out)): p.stat().st_size for p in sorted(args.out.rglob("*")) if p.is_file()}
-            print(json.dumps(dict(written=str(args.out), bytes=sizes, total=sum(sizes.values())), indent=2))
+        dit = train_dit(work, device, vae.eval(), encoder, tokenizer)
+        if only is None and process_number() == 0:
+            export(out, dit, vae, encoder)
+            sizes = {str(p.relative_to(out)): p.stat().st_size for p in sorted(out.rglob("*")) if p.is_file()}
+            print(json.dumps(dict(written=str(out), bytes=sizes, total=sum(sizes.values())), indent=2))
 
 
 if __name__ == "__main__":
