@@ -36,7 +36,7 @@ DOORS = {
             "jobs/submit.py"],
     "av": ["actors/clip_writer.py", "actors/clip_file.py", "actors/soundtrack.py", "actors/recompress.py",
            "jobs/demo/pictures.py"],
-    "PIL": ["actors/image_file.py", "actors/poster.py", "jobs/demo/pictures.py"],
+    "PIL": ["actors/image_file.py", "actors/poster.py", "jobs/demo/curves.py", "jobs/demo/pictures.py"],
     "typer": ["jobs/"],
     "click": ["jobs/"],
     "rich": ["jobs/"],
