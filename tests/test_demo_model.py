@@ -7,8 +7,8 @@ from dailies.model.catalog import CATALOG
 
 CARD = CATALOG["demo"]
 # model, precision, attention -> how much less of the attributes it may show than the demo model in fp32
-ACCELERATED = {("demo", "int8", "dense"): 0.01, ("demo-sparse", "fp32", "sparse"): 0.03,
-               ("demo-turbo", "fp32", "dense"): 0.05}
+ACCELERATED = {("demo", "int8", "dense"): 0.005, ("demo-sparse", "fp32", "sparse"): 0.01,
+               ("demo-turbo", "fp32", "dense"): 0.03}
 
 
 @pytest.mark.parametrize("name", ["demo", "demo-av"])
@@ -44,10 +44,12 @@ def test_equal_requests_give_equal_frames():
 
 
 @pytest.mark.slow
-def test_two_hundred_unseen_prompts_show_nine_tenths_of_what_they_say():
+def test_two_hundred_unseen_prompts_show_what_they_say():
     figures = evaluate(200)
-    assert figures["attributes_right"] >= 0.9, figures["by_attribute"]
-    assert figures["held_out_combinations"] >= 0.85
+    assert figures["attributes_right"] >= 0.96, figures
+    assert min(figures["by_attribute"].values()) >= 0.92, figures
+    assert figures["held_out_combinations"] >= 0.92 and figures["frames_of_right_color"] >= 0.97
+    assert figures["iou_last_by_first"] >= 0.9 and figures["iou_median"] >= 0.8
 
 
 @pytest.mark.slow
