@@ -53,7 +53,11 @@ def trained(work, processes):
                     GLOO_SOCKET_IFNAME="lo")
     running = [subprocess.Popen([sys.executable, "-c", TRAINING, str(work)], env=env | dict(RANK=str(rank)))
                for rank in range(processes)]
-    assert [each.wait(120) for each in running] == [0] * processes
+    try:
+        assert [each.wait(120) for each in running] == [0] * processes
+    finally:
+        for each in running:                            # one that waits for another waits for days
+            each.kill()
     return [torch.load(work / f"weights-{rank}.pt", weights_only=True) for rank in range(processes)]
 
 
