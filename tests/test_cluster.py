@@ -83,7 +83,7 @@ def test_the_encoder_encodes_each_prompt_once_and_its_gpu_goes_to_a_sampler(four
 
 
 def test_every_kind_of_poison_costs_its_own_row_after_three_attempts(four_gpus, tmp_path, monkeypatch):
-    monkeypatch.setattr("dailies.pipeline.scheduler.watchdog.LEAST_LIMIT_S", 4.0)
+    monkeypatch.setattr("dailies.pipeline.scheduler.watchdog.LEAST_LIMIT_S", 6.0)
     faults = {"sample": {5: "raise", 9: "segfault", 14: "hang"}, "publish": {20: "raise once"}}
     stages = fake_stages(tmp_path, faults=faults, sleeps_s={"sample": 0.02},
                          replicas={"encode": 1, "sample": 2, "publish": 2})

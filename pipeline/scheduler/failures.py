@@ -24,7 +24,8 @@ from dailies.pipeline.scheduler.placement import can_hold
 from dailies.pipeline.scheduler.stage_queue import StageQueue
 from dailies.pipeline.store import StoreError
 
-ANSWER_S = 1.0              # within which the answer to a call that is done has arrived
+ANSWER_S = 1.0              # within which the answer to a call that is done has arrived, from a process that lives;
+DYING_S = 10.0              # from one that dies, which may first write where each of its threads was, on a busy machine
 MOST_LOSSES = 10            # of machines under one task, before the task is suspected after all; so many times, too,
                             # the memory of machines that made other tasks before
 MOST_FAILED = 3             # different tasks of one replica, in succession or blamed on it: then it is replaced
@@ -125,7 +126,8 @@ class FailurePolicy:
         at_work_s = now - calls[0].began if calls else 0.0
         self.fleet.end(replica)
         self.reporter.note(f"{replica.name}: {what_became_of(answer)}: {answer.reason}")
-        certain = len(calls) == 1 or queue.stage.concurrency == 1 and at_work_s > ANSWER_S
+        answered_s = DYING_S if answer.how == "died" else ANSWER_S
+        certain = len(calls) == 1 or queue.stage.concurrency == 1 and at_work_s > answered_s
         for position, each in reversed(list(enumerate(calls))):
             for task in reversed(each.tasks):
                 queue.in_flight -= 1
