@@ -76,3 +76,10 @@ def test_a_batch_that_cannot_be_shared_evenly_is_refused(monkeypatch):
     monkeypatch.setattr(together, "num_processes", lambda: 3)
     with pytest.raises(ValueError, match="batch of 16 cannot be shared by 3 processes"):
         together.share_of(list(range(16)))
+
+
+def test_several_processes_on_one_gpu_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes .* Start one, without torchrun"):
+        with together.training_together("cuda"):
+            pass

@@ -1,6 +1,6 @@
 """How much of what a prompt says the demo model shows: prompts it never saw, rendered, and read back by the checker.
 
-python -m dailies.jobs.demo.evaluate --model demo --weights model/demo --prompts 200
+python -m dailies.jobs.demo.evaluate --model demo --precision int8 --prompts 200
 """
 
 import argparse
@@ -98,14 +98,15 @@ def main() -> None:
     parser.add_argument("--model", default=DEMO.name,
                         choices=[card.name for card in CATALOG.values() if card.folder == DEMO.folder])
     parser.add_argument("--weights", type=Path, default=DEMO.folder, help="a folder laid out as model/demo, whole")
+    parser.add_argument("--precision", default="fp32", choices=DEMO.precisions, help="of the DiT's products")
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--guidance", type=float)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     card = CATALOG[args.model]
     figures = evaluate(args.prompts, weights=args.weights, device=args.device, card=card, guidance=args.guidance,
-                       precision="fp32", attention=card.attentions[0])
-    print(json.dumps(dict(model=card.name) | figures, indent=2))
+                       precision=args.precision, attention=card.attentions[0])
+    print(json.dumps(dict(model=card.name, precision=args.precision) | figures, indent=2))
 
 
 if __name__ == "__main__":

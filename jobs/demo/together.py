@@ -21,11 +21,15 @@ LONGEST_WAIT = datetime.timedelta(days=2)               # while one process trai
 
 
 @contextmanager
-def training_together() -> Iterator[None]:
-    """Inside, the processes that torchrun started know of each other."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+def training_together(device: str = "cpu") -> Iterator[None]:
+    """Inside, the processes that torchrun started know of each other. Raises ValueError for several on a GPU."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if processes == 1:
         yield
         return
+    if device != "cpu":
+        raise ValueError(f"{processes} processes can share the cores of a CPU, and all would have the same GPU on "
+                         f"{device}. Start one, without torchrun; or give --device cpu")
     dist.init_process_group("gloo", timeout=LONGEST_WAIT)
     try:
         yield

@@ -282,7 +282,7 @@ def main() -> None:
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     torch.set_flush_denormal(True)                      # a CPU is slow at what is nearly 0
-    with training_together():
+    with training_together(args.device):
         if args.distill:
             distill(args.work, args.out, args.device)
         elif args.tune_sparse:
