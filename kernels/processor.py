@@ -51,9 +51,25 @@ def has_int8_products() -> bool:
 
 
 @cache
+def has_signed_int8_products() -> bool:
+    """Whether both of their operands may be signed, as AMX has it: VNNI multiplies unsigned by signed, and oneDNN has a
+    loop for the other that takes 7,000 times as long."""
+    return has_int8_products() and instruction("amx_tile") and not onednn_limit()
+
+
+@cache
 def has_gelu_in_product() -> bool:
     """Whether oneDNN's bf16 product takes the tanh form of GELU with it, as it was tried."""
     return is_x86() and has_bf16_products()
+
+
+@cache
+def has_faster_fp32_products() -> bool:
+    """Whether oneDNN's are the faster: MKL, which torch takes, has its best instructions on Intel's processors alone.
+
+    Of MKL's time, one core, products of LTX-2's sizes: Zen 5 0.42, with AVX2 alone 0.83; a Xeon 0.98 to 1.07.
+    """
+    return is_x86() and has_onednn() and cpuinfo("vendor_id") in ("AuthenticAMD", "HygonGenuine")
 
 
 def convolves(dtype: torch.dtype) -> bool:
@@ -123,10 +139,13 @@ def described() -> str:
 
 
 def model_name() -> str:
-    """As Linux has it; elsewhere, and where it has none, the architecture."""
+    return " ".join(cpuinfo("model name").split()) or platform.machine()
+
+
+def cpuinfo(field: str) -> str:
+    """As Linux has it of the first processor; empty elsewhere, and where it has none."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         lines = []
-    name = next((line.partition(":")[2] for line in lines if line.startswith("model name")), "")
-    return " ".join(name.split()) or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == field), "")

@@ -6,10 +6,10 @@ multiplied by. A GPU that multiplies FP8 does so, as the release; elsewhere the 
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dailies.kernels.int8_linear import Quantized, dequantize, quantize_rows
+from dailies.model.layers import linear
 
 FP8 = torch.float8_e4m3fn
 FP8_MOST = 448.0                                        # the largest number of FP8
@@ -41,7 +41,7 @@ class NarrowLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = dequantize(Quantized(self.int8_weight, self.scale), self.takes)
-        return F.linear(x.to(self.takes), weight, self.bias)
+        return linear(x.to(self.takes), weight, self.bias)
 
 
 class Fp8Linear(nn.Module):
@@ -73,7 +73,7 @@ class Fp8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(self.takes)
         if not multiplies_fp8(x.device) or self.in_features % 16 or self.out_features % 16:
-            return F.linear(x.to(self.takes), self.widened(self.takes), bias)
+            return linear(x.to(self.takes), self.widened(self.takes), bias)
         rows = x.reshape(-1, self.in_features).float()
         scale = self.input_scale if self.input_scale is not None else rows.abs().amax().clamp_min(1e-8) / FP8_MOST
         # beyond the largest number a cast makes NaN, and the clip is black

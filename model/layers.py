@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dailies.kernels import processor
+
 
 class Linear(nn.Linear):
     """A linear layer that computes in the dtype of its own weight."""
@@ -18,7 +20,21 @@ class Linear(nn.Linear):
         return self.weight.dtype
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.to(self.weight.dtype))
+        return linear(x.to(self.weight.dtype), self.weight, self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x weight^T + bias, in fp32 on a CPU by what is the fastest there. x [.., K], weight [N, K], bias [N]."""
+    if (x.is_cpu and x.dtype == weight.dtype == torch.float32 and not torch.compiler.is_compiling()
+            and processor.has_faster_fp32_products() and not is_learning(x, weight)):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+def is_learning(x: Tensor, weight: Tensor) -> bool:
+    """Whether a product is to have gradients, or to be made in what training chose."""
+    return (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+            or torch.is_autocast_enabled("cpu"))
 
 
 class FullPrecisionLinear(Linear):

@@ -15,12 +15,14 @@ from dailies.kernels.sparse_attention import sparse_attention
 from dailies.model.catalog import CATALOG, DEMO
 from dailies.model.convolution import convolve
 from dailies.model.family import family_of
+from dailies.model.layers import Linear
 from dailies.model.refitted import decode_fallbacks
 
 ROOT = Path(__file__).parent.parent
 # torch's own variable and oneDNN's: what they choose from is what x86-64 with AVX2 alone has
 LEAST = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
-ASKED = ("has_onednn", "has_bf16_products", "has_bf16_tiles", "has_int8_products", "has_gelu_in_product", "described")
+ASKED = ("has_onednn", "has_bf16_products", "has_bf16_tiles", "has_int8_products", "has_gelu_in_product",
+         "has_signed_int8_products", "has_faster_fp32_products", "described")
 
 
 @pytest.fixture
@@ -95,6 +97,26 @@ def test_products_of_integers_are_exact(channels):
     assert torch.equal(processor.int8_product(a.to(torch.int8), operand).long(), a @ b)
 
 
+PACKED = """
+import torch
+from dailies.kernels.int8_linear import Quantized, pack, packed_linear, quantize_rows
+x, weight, bias = torch.randn(2, 300, 256), quantize_rows(torch.randn(48, 256)), torch.randn(48)
+got, (values, scales) = packed_linear(x, pack(weight, bias), torch.float32), quantize_rows(x)
+sums = values.double() @ weight.values.double().T
+torch.testing.assert_close(got, (sums * scales.double()[..., None] * weight.scales.double() + bias).float())
+"""
+
+
+@pytest.mark.skipif(not processor.has_int8_products(), reason="this processor has no INT8 products")
+@pytest.mark.parametrize("limit", ["", "AVX512_CORE_VNNI"])
+def test_packed_int8_layers_are_right_and_by_no_loop_of_onednns_reference(limit):
+    """With VNNI and without AMX it has nothing else for two signed operands."""
+    done = subprocess.run([sys.executable, "-c", PACKED], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | {"ONEDNN_VERBOSE": "1", "ONEDNN_MAX_CPU_ISA": limit})
+    assert done.returncode == 0, done.stderr
+    assert "matmul" in done.stdout and "ref_int8" not in done.stdout, done.stdout
+
+
 @pytest.mark.cpu
 def test_int8_layers_and_attention_are_their_references():
     torch.manual_seed(0)
@@ -116,6 +138,32 @@ def test_a_convolution_of_any_dtype_is_made(conv, shape, dtype):
     x = torch.randn(shape).to(dtype)
     got, want = convolve(conv.to(dtype), x), conv.double()(x.double())
     assert got.dtype == dtype and (got - want).norm() < (1e-5 if dtype == torch.float32 else 0.02) * want.norm()
+
+
+@pytest.mark.parametrize("machine, vendor, faster", [
+    ("x86_64", "AuthenticAMD", True), ("x86_64", "GenuineIntel", False), ("x86_64", "", False), ("aarch64", "", False)])
+def test_onednn_makes_fp32_products_where_mkl_holds_back(machine, vendor, faster, pretend, monkeypatch):
+    monkeypatch.setattr(processor, "cpuinfo", lambda field: vendor if field == "vendor_id" else "")
+    pretend(machine, "AVX2")
+    assert processor.has_faster_fp32_products() == faster
+    pretend(machine, "AVX2", onednn=False)
+    assert not processor.has_faster_fp32_products()
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("by_onednn", [True, False])
+@pytest.mark.parametrize("shape", [(48,), (0, 48), (1, 48), (2, 70, 48), (2, 3, 5, 48)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_linear_layer_is_right_whoever_multiplies(by_onednn, shape, bias, monkeypatch):
+    if by_onednn and not processor.has_onednn():
+        pytest.skip("this torch has no oneDNN")
+    monkeypatch.setattr(processor, "has_faster_fp32_products", lambda: by_onednn)
+    layer, x = Linear(48, 20, bias=bias), torch.randn(*shape[:-1], 2 * shape[-1])[..., ::2]
+    with torch.inference_mode():
+        torch.testing.assert_close(layer(x), layer.double()(x.double()).float(), rtol=1e-5, atol=1e-5)
+    assert layer.float()(x).sum().requires_grad         # to be learnt, and to be compiled, is torch's own affair
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
 
 
 @pytest.mark.skipif(not processor.is_x86() or not processor.has_avx512(),

@@ -155,8 +155,10 @@ def packed_products(x: Tensor, scales: Tensor | None, weight: Packed) -> Iterato
     """
     for tile in row_slices(len(x), PACKED_TILE):
         values, token_scales = quantize_rows(x[tile]) if scales is None else (x[tile], scales[tile])
+        zero = 0 if processor.has_signed_int8_products() else 128
+        values = values.view(torch.uint8).bitwise_xor(zero) if zero else values         # values + 128: zero is there
         product = torch.ops.onednn.qlinear_pointwise(
-            values, 1.0, 0, weight.values, weight.scales, weight.zeros, None, 1.0, 0, torch.float32, "none", [], "")
+            values, 1.0, zero, weight.values, weight.scales, weight.zeros, None, 1.0, 0, torch.float32, "none", [], "")
         for piece in row_slices(len(product), packed_piece_rows(len(weight.scales))):
             z, z_scales = product[piece], token_scales[piece, None]
             z = z.mul_(z_scales) if weight.bias is None else torch.addcmul(weight.bias, z, z_scales, out=z)

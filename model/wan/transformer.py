@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dailies.model.block import Block, CrossAttention, Head, SelfAttention
-from dailies.model.layers import FullPrecisionLinear, Linear, RMSNorm, rotary_table, timestep_features
+from dailies.model.layers import FullPrecisionLinear, Linear, RMSNorm, linear, rotary_table, timestep_features
 from dailies.model.wan.config import WanConfig
 
 
@@ -100,7 +100,7 @@ class WanDiT(nn.Module):
         patches = cells.reshape(*cells.shape[:2], t, pt, h, ph, w, pw).permute(0, 2, 4, 6, 1, 3, 5, 7)
         patches = patches.flatten(4).flatten(1, 3)
         weight, bias = self.patch_embed.weight, self.patch_embed.bias
-        tokens = F.linear(patches.to(weight.dtype), weight.flatten(1), bias).float()
+        tokens = linear(patches.to(weight.dtype), weight.flatten(1), bias).float()
         return tokens, rotary_table(grid, self.config.width // self.config.heads, cells.device)
 
     def unpatchify(self, tokens: Tensor, shape: torch.Size) -> Tensor:
