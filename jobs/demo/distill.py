@@ -61,7 +61,7 @@ from dailies.model.turbo import Sparsity
 
 STUDENT_PHASE = Phase(name="student", steps=1200, lr=5e-4, ema=0.99, cycles=2, shared=True)
 SPARSE_PHASE = Phase(name="sparse", steps=1000, lr=3e-4, ema=0.99, cycles=2, shared=True)
-SPARSE_DATA_PHASE = Phase(name="sparse-data", steps=800, lr=6e-4, ema=0.99, shared=True)
+SPARSE_DATA_PHASE = Phase(name="sparse-data", steps=6000, lr=6e-4, ema=0.99, cycles=2, shared=True)
 SUBSTEPS = 3                                            # of the teacher, from one place to the next
 # Of a clip's 13 latent steps each chooses three; in shorter ones it has one, whose loss would drown that of the others.
 # Guidance asks at every step what the model says to no prompt, so a third of the teaching have none.
