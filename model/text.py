@@ -3,6 +3,7 @@
 import html
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Self
 
@@ -45,8 +46,7 @@ class T5TextEncoder:
         transformers.logging.disable_progress_bar()
         self.device, self.max_tokens = device, max_tokens
         self.tokenizer = Tokenizer(tokenizer, name)
-        with torch.device("meta"):
-            self.model = described_encoder(self.family, config or encoder / "config.json", name)
+        self.model = described_encoder(self.family, config or encoder / "config.json", name)
         self.model.encoder.embed_tokens = self.model.shared             # one tensor, whatever the config says of tying
         if self.model.config.d_model != width:
             raise CheckpointError(f"{name}: {encoder} gives rows of {self.model.config.d_model} numbers; "
@@ -126,14 +126,14 @@ def mended(text: str) -> str:
 
 
 def described_encoder(family: str, config: Mapping[str, Any] | Path, name: str) -> "transformers.PreTrainedModel":
-    """new_encoder, of fields or of the file that has them.  Raises CheckpointError."""
+    """new_encoder without weights, of fields or of the file that has them.  Raises CheckpointError."""
     where = config if isinstance(config, Path) else "what this program says of it"
     try:
         if not isinstance(config, Path):
-            return new_encoder(family, config)
+            return new_encoder(family, config, "meta")
         said = read_json(config, CONFIG_BYTES)
         refuse_code(said, config)
-        return new_encoder(family, said)
+        return new_encoder(family, said, "meta")
     except Exception as error:                          # the config class checks its own values, with its own errors
         raise CheckpointError(f"{name}: {where} is not the config of a {family} encoder "
                               f"({type(error).__name__}: {first_line(error)[:400]})") from error
@@ -142,16 +142,15 @@ def described_encoder(family: str, config: Mapping[str, Any] | Path, name: str) 
 def check_encoder(family: str, name: str, path: Path, config: Mapping[str, Any] | Path | None,
                   tables: tuple[keys.KeyTable, ...]) -> None:
     """That the encoder which the config describes can be loaded from this file.  Raises CheckpointError."""
-    with torch.device("meta"):
-        model = described_encoder(family, path.with_name("config.json") if config is None else config, name)
+    model = described_encoder(family, path.with_name("config.json") if config is None else config, name)
     model.encoder.embed_tokens = model.shared
     checkpoint.load(model, path, *tables, name=name, device="meta")
 
 
-def new_encoder(family: str, said: Mapping[str, Any]) -> "transformers.PreTrainedModel":
+def new_encoder(family: str, said: Mapping[str, Any], device: str | None = None) -> "transformers.PreTrainedModel":
     """A T5 or umT5 encoder of these fields of transformers' config; all that does not decide one is passed over.
 
-    Raises ValueError and KeyError.
+    device: None for torch's default.  Raises ValueError and KeyError.
     """
     if said["model_type"] != family.lower():
         raise ValueError(f"model_type is {str(said['model_type'])[:40]!r}")
@@ -159,7 +158,9 @@ def new_encoder(family: str, said: Mapping[str, Any]) -> "transformers.PreTraine
                                "umT5": (transformers.UMT5Config, transformers.UMT5EncoderModel)}[family]
     config = make_config(**fields_of(said))
     config._attn_implementation = "eager"               # softmax in fp32, as the releases run it
-    return make_model(config)
+    # not before: on meta torch 2.8 cannot load its compiler, as transformers does
+    with torch.device(device) if device else nullcontext():
+        return make_model(config)
 
 
 def fields_of(said: Mapping[str, Any]) -> dict[str, Any]:
