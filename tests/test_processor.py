@@ -99,7 +99,7 @@ def test_products_of_integers_are_exact(channels):
 
 PACKED = """
 import torch
-from dailies.kernels.int8_linear import Quantized, pack, packed_linear, quantize_rows
+from dailies.kernels.int8_linear import pack, packed_linear, quantize_rows
 x, weight, bias = torch.randn(2, 300, 256), quantize_rows(torch.randn(48, 256)), torch.randn(48)
 got, (values, scales) = packed_linear(x, pack(weight, bias), torch.float32), quantize_rows(x)
 sums = values.double() @ weight.values.double().T
