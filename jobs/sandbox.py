@@ -9,6 +9,7 @@ standard output, a line for each. docs/security.md says what that leaves.
 """
 
 import ctypes
+import ctypes.util
 import os
 import platform
 import resource
@@ -230,5 +231,7 @@ if __name__ == "__main__":
     for unshut in enter_sandbox(Path(given_source).resolve(), [home / name for name in names]):
         print(unshut)
     sys.stdout.flush()
+    if sys.platform == "linux":             # it asks programs, and writes for them; without an answer CUDA's libraries,
+        ctypes.util.find_library = lambda name: None                        # which torch loads, take the usual name
     sys.argv = [module, given_source, target]
     runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -111,6 +111,12 @@ def test_code_out_of_a_pickle_reads_writes_and_reaches_nothing(tmp_path, replace
     assert [path.name for path in outside.iterdir()] == ["credentials"]
 
 
+def test_a_library_is_looked_for_without_programs_and_files(replaced):
+    """As torch for CUDA does when it is imported; what the answer would take is shut."""
+    program = "import ctypes.util, sys; print(ctypes.util.find_library('dl'), file=sys.stderr); sys.exit(2)"
+    assert replaced(program).endswith("None")
+
+
 def test_what_the_kernel_cannot_shut_is_said_once(replaced, capfd):
     converting.warn_once.cache_clear()
     replaced(f"import sys; print({sandbox.NO_LANDLOCK!r}); print({sandbox.NO_LANDLOCK!r}); sys.exit(2)")
