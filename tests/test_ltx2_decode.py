@@ -12,7 +12,6 @@ from dailies.model.ltx2 import decoder as ltx2_decoder
 from dailies.model.ltx2.audio_vae import AudioVAE
 from dailies.model.ltx2.codec_config import AudioVAEConfig, GeneratorConfig, VideoStage, VideoVAEConfig, VocoderConfig
 from dailies.model.ltx2.decoder import LtxDecoder
-from dailies.model.ltx2.paired_conv import convolve_in_pairs
 from dailies.model.ltx2.vae_tiles import (
     Span,
     TileSize,
@@ -27,6 +26,7 @@ from dailies.model.ltx2.vae_tiles import (
 )
 from dailies.model.ltx2.video_vae import DepthToSpace, PaddedConv, VideoVAE
 from dailies.model.ltx2.vocoder import make_vocoder
+from dailies.model.ltx2.winograd import convolve_in_groups
 from dailies.model.shapes import VideoShape
 
 
@@ -131,14 +131,14 @@ def test_tiles_get_smaller_with_the_memory():
 
 @pytest.mark.parametrize("front", [1, 2])
 @pytest.mark.parametrize("edges", ["zeros", "reflect"])
-def test_frames_in_pairs_give_what_the_convolution_gives(edges, front):
+def test_frames_in_groups_give_what_the_convolution_gives(edges, front):
     torch.manual_seed(0)
     conv = channels_last(PaddedConv(6, 5, edges, causal=front == 2).requires_grad_(False))
-    for frames in (1, 2, 3, 4, 5, 9):
+    for frames in (1, 2, 3, 4, 5, 6, 7, 9, 13):
         x = torch.randn(2, 6, frames, 5, 7)
         want = conv.conv(conv.padded(x))
         rim = 1 if edges == "reflect" else 0
-        assert error(convolve_in_pairs(conv.conv, conv.window(x, False, rim), front), want) < 1e-5
+        assert error(convolve_in_groups(conv.conv, conv.window(x, False, rim), front), want) < 1e-5
         assert error(conv.multiplied(conv.window(x, False, 1)), want) < 1e-5
         assert error(conv(x), want) < 1e-5
 

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from dailies.kernels import processor
 from dailies.model import checkpoint
 from dailies.model.convolution import channels_last, convolve
+from dailies.model.layers import linear
 from dailies.model.ltx2 import codec_keys
 from dailies.model.ltx2.codec_config import VideoStage, VideoVAEConfig
-from dailies.model.ltx2.paired_conv import FEWEST_CHANNELS, convolve_in_pairs
+from dailies.model.ltx2.winograd import FEWEST_CHANNELS, convolve_in_groups
 
 NORM_EPS = 1e-8                                         # inside the root
 FEW_CELLS = 512                                         # of a convolution's result, for a CPU
@@ -166,7 +167,7 @@ class PaddedConv(nn.Module):
         window = self.window(x, norm, rim=1 if self.mirrors else 0)
         if x.is_cpu and window.dtype == torch.float32 and processor.has_onednn() and (
                 min(self.conv.weight.shape[:2]) >= FEWEST_CHANNELS):
-            return convolve_in_pairs(self.conv, window, self.front)
+            return convolve_in_groups(self.conv, window, self.front)
         return convolve(self.conv, window)
 
     def padded(self, x: Tensor) -> Tensor:
@@ -211,8 +212,7 @@ class PaddedConv(nn.Module):
         batch, frames, height, width = cells.shape[:4]
         weight = self.conv.weight.permute(0, 2, 3, 4, 1).flatten(1)
         seen = cells.permute(0, 1, 2, 3, 5, 6, 7, 4).reshape(-1, weight.shape[1])
-        y = torch.addmm(self.conv.bias, seen, weight.t())
-        return y.view(batch, frames, height, width, -1).permute(0, 4, 1, 2, 3)
+        return linear(seen, weight, self.conv.bias).view(batch, frames, height, width, -1).permute(0, 4, 1, 2, 3)
 
 
 class ResStage(nn.Module):
