@@ -95,8 +95,9 @@ def attention_kernels(arch):
 
     quantiser = dict(x="*bf16", mean="*bf16", x_int8="*i8", scale="*fp32", rows="i32", heads="i32", factor="fp32",
                      eps="fp32", **strides(""))
-    yield "quantise for attention", (int8._quantize, quantiser, dict(HEAD_DIM=128, BLOCK=64, WITH_MEAN=True), 4, 3, {})
-    yield "pool", (sparse._pool, dict(x="*bf16", means="*fp32", rows="i32", heads="i32", **strides("")),
+    yield "quantise for attention", (
+        int8.quantize_kernel, quantiser, dict(HEAD_DIM=128, BLOCK=64, WITH_MEAN=True), 4, 3, {})
+    yield "pool", (sparse.pool_kernel, dict(x="*bf16", means="*fp32", rows="i32", heads="i32", **strides("")),
                    dict(HEAD_DIM=128, BLOCK=128), 4, 3, {})
     roomy = arch in (80, 90, 100)
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
@@ -104,11 +105,11 @@ def attention_kernels(arch):
         given = dict.fromkeys(("v", "out"), f"*{name}") | dict.fromkeys(("queries", "keys", "heads"), "i32")
         scales = dict(q_scale="*fp32", k_scale="*fp32")
         yield f"int8 attention, {name}", (
-            int8._attend, given | scales | dict(q="*i8", k="*i8", **strides("")),
+            int8.int8_attention_kernel, given | scales | dict(q="*i8", k="*i8", **strides("")),
             dict(KEY_BLOCKS=512, HEAD_DIM=128, BLOCK_Q=int8.BLOCK_Q, BLOCK_K=int8.BLOCK_K), 8, stages, {})
+        given_to_summary = dict(k=f"*{name}", v=f"*{name}", mixed="*fp32", total="*fp32", keys="i32", heads="i32")
         yield f"summarise, {name}", (
-            sparse._summarise, dict(k=f"*{name}", v=f"*{name}", mixed="*fp32", total="*fp32", keys="i32", heads="i32",
-                                    **strides("k_", "v_")),
+            sparse.summary_kernel, given_to_summary | strides("k_", "v_"),
             dict(HEAD_DIM=128, STRETCH=sparse.STRETCH, TILE=sparse.TILE, TILES=sparse.STRETCH // sparse.TILE), 8,
             stages,
             {})
@@ -119,7 +120,7 @@ def attention_kernels(arch):
                 q_scale="*i32", k_scale="*i32", near_q=f"*{name}", near_k=f"*{name}")
             rows, columns, warps = sparse.attend_tile(dtype, block_q, block_k)
             yield f"sparse attention, {'int8, ' * is_int8}{name}, {block_q}x{block_k}", (
-                sparse._attend, given | near | linear | dict(
+                sparse.sparse_attention_kernel, given | near | linear | dict(
                     q=f"*{name}", kept="*i32", to_base_2="fp32", linear_eps="fp32",
                     **strides("q_", "k_", "v_", "phi_")),
                 dict(KEEP=51, HEAD_DIM=128, BLOCK_Q=block_q, BLOCK_K=block_k, ROWS=rows, COLUMNS=columns, INT8=is_int8,

@@ -26,76 +26,8 @@ from dailies.kernels.sparse_attention.reference import INT8_EPS, LINEAR_EPS, kep
 STRETCH, TILE = 1024, 64                               # tokens of one program of summarise, and of one product in it
 
 
-def sparse_attention(q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None, bias: Tensor | None, keep_ratio: float,
-                     int8: bool, block_q: int, block_k: int) -> Tensor:
-    kept = kept_blocks(pool_blocks(q, block_q), pool_blocks(k, block_k), keep_ratio)
-    linear = None if weight is None else (*projected_summary(k, v, weight), bias)
-    return attend_kept_blocks(q, k, v, kept, linear, int8, block_q, block_k)
-
-
-def pool_blocks(x: Tensor, block: int) -> Tensor:
-    """reference.pool_blocks"""
-    batch, rows, heads, head_dim = x.shape
-    means = x.new_empty((batch, heads, triton.cdiv(rows, block), head_dim), dtype=torch.float32)
-    with torch.cuda.device_of(x):
-        _pool[(means.shape[2], batch * heads)](x, means, rows, heads, *x.stride()[:3], HEAD_DIM=head_dim, BLOCK=block)
-    return means
-
-
-def projected_summary(k: Tensor, v: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """proj(mean of phi(k)^T v) [B, heads, d, d] in v's dtype, and the mean of phi(k) [B, heads, d] in fp32.
-
-    Means, not sums: the quotient is the same, and fp16 holds them however many keys there are.
-    """
-    batch, keys, heads, head_dim = k.shape
-    stretches = triton.cdiv(keys, STRETCH)
-    mixed = k.new_empty((batch, heads, stretches, head_dim, head_dim), dtype=torch.float32)
-    total = k.new_empty((batch, heads, stretches, head_dim), dtype=torch.float32)
-    with torch.cuda.device_of(k):
-        _summarise[(stretches, batch * heads)](
-            k, v, mixed, total, keys, heads, *k.stride()[:3], *v.stride()[:3],
-            HEAD_DIM=head_dim, STRETCH=STRETCH, TILE=TILE, TILES=triton.cdiv(min(STRETCH, keys), TILE), num_warps=8,
-            num_stages=num_stages_on(v))
-    return (mixed.sum(2) / keys @ weight.float().T).to(v.dtype), total.sum(2) / keys
-
-
-def attend_kept_blocks(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, linear: tuple[Tensor, Tensor, Tensor] | None,
-                       int8: bool, block_q: int, block_k: int) -> Tensor:
-    """Softmax attention over kept [B, heads, q blocks, kept], plus the linear branch: two summaries and the bias."""
-    batch, queries, heads, head_dim = q.shape
-    out = v.new_empty(q.shape)
-    if int8:
-        near_q, q_scale = quantize_row_blocks(q, block_q, INT8_EPS)
-        near_k, k_scale = quantize_row_blocks(k, block_k, INT8_EPS, mean=key_mean(k))
-        near_q, near_k = near_q.transpose(1, 2), near_k.transpose(1, 2)
-    else:
-        near_q, near_k = q, k
-        q_scale = k_scale = kept                       # a pointer that is not followed
-    mixed, total, bias = linear or (kept, kept, kept)
-    rows, columns, warps = attend_tile(v.dtype, block_q, block_k)
-    with torch.cuda.device_of(q):
-        _attend[(triton.cdiv(queries, rows), batch * heads)](
-            near_q, near_k, v, q, q_scale, k_scale, kept, mixed, total, bias, out, queries, k.shape[1], heads,
-            *near_q.stride()[:3], *near_k.stride()[:3], *v.stride()[:3], *q.stride()[:3],
-            head_dim ** -0.5 * LOG2_E, LINEAR_EPS / k.shape[1], KEEP=kept.shape[-1], HEAD_DIM=head_dim,
-            BLOCK_Q=block_q, BLOCK_K=block_k, ROWS=rows, COLUMNS=columns, INT8=int8, LINEAR=linear is not None,
-            num_warps=warps, num_stages=num_stages_on(v))
-    return out
-
-
-def attend_tile(dtype: torch.dtype, block_q: int, block_k: int) -> tuple[int, int, int]:
-    """Queries and keys that a program holds at once, and its warps: the whole blocks, but for fp32 parts of them.
-
-    Whole blocks of 128 channels in fp32 need 128 to 192 KB of shared memory, of which most GPUs have 99, and more
-    registers than there are.
-    """
-    if dtype == torch.float32:
-        return min(block_q, 32), min(block_k, 32), 8
-    return block_q, block_k, 8 if block_q > 64 else 4
-
-
 @triton.jit
-def _pool(x, means, rows, heads, stride_b, stride_n, stride_h, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr):
+def pool_kernel(x, means, rows, heads, stride_b, stride_n, stride_h, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr):
     """The mean row of one block of one head, of the rows it has."""
     block, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     row = (block * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)[:, None]
@@ -107,8 +39,8 @@ def _pool(x, means, rows, heads, stride_b, stride_n, stride_h, HEAD_DIM: tl.cons
 
 
 @triton.jit
-def _summarise(k, v, mixed, total, keys, heads, k_stride_b, k_stride_n, k_stride_h, v_stride_b, v_stride_n, v_stride_h,
-               HEAD_DIM: tl.constexpr, STRETCH: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr):
+def summary_kernel(k, v, mixed, total, keys, heads, k_stride_b, k_stride_n, k_stride_h, v_stride_b, v_stride_n,
+                   v_stride_h, HEAD_DIM: tl.constexpr, STRETCH: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr):
     """phi(k)^T v and the sum of phi(k) over one stretch of tokens of one head; of the last, some tiles may be empty."""
     stretch, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     channel = tl.arange(0, HEAD_DIM)
@@ -129,11 +61,12 @@ def _summarise(k, v, mixed, total, keys, heads, k_stride_b, k_stride_n, k_stride
 
 
 @triton.jit
-def _attend(near_q, near_k, v, q, q_scale, k_scale, kept, mixed, total, bias, out, queries, keys, heads,
-            q_stride_b, q_stride_n, q_stride_h, k_stride_b, k_stride_n, k_stride_h, v_stride_b, v_stride_n, v_stride_h,
-            phi_stride_b, phi_stride_n, phi_stride_h, to_base_2, linear_eps,
-            KEEP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-            ROWS: tl.constexpr, COLUMNS: tl.constexpr, INT8: tl.constexpr, LINEAR: tl.constexpr):
+def sparse_attention_kernel(near_q, near_k, v, q, q_scale, k_scale, kept, mixed, total, bias, out, queries, keys, heads,
+                            q_stride_b, q_stride_n, q_stride_h, k_stride_b, k_stride_n, k_stride_h,
+                            v_stride_b, v_stride_n, v_stride_h, phi_stride_b, phi_stride_n, phi_stride_h,
+                            to_base_2, linear_eps, KEEP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr,
+                            BLOCK_K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INT8: tl.constexpr,
+                            LINEAR: tl.constexpr):
     """ROWS queries of one head over the kept blocks of the block that they are of, COLUMNS keys at once.
 
     near_q, near_k: q and k or their int8; phi strides: q's.
@@ -185,3 +118,72 @@ def channel_softmax(x):
     x = x.to(tl.float32)
     x = tl.exp(x - tl.max(x, 1)[:, None])
     return x / tl.sum(x, 1)[:, None]
+
+
+def sparse_attention(q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None, bias: Tensor | None, keep_ratio: float,
+                     int8: bool, block_q: int, block_k: int) -> Tensor:
+    kept = kept_blocks(pool_blocks(q, block_q), pool_blocks(k, block_k), keep_ratio)
+    linear = None if weight is None else (*projected_summary(k, v, weight), bias)
+    return attend_kept_blocks(q, k, v, kept, linear, int8, block_q, block_k)
+
+
+def pool_blocks(x: Tensor, block: int) -> Tensor:
+    """reference.pool_blocks"""
+    batch, rows, heads, head_dim = x.shape
+    means = x.new_empty((batch, heads, triton.cdiv(rows, block), head_dim), dtype=torch.float32)
+    with torch.cuda.device_of(x):
+        pool_kernel[(means.shape[2], batch * heads)](
+            x, means, rows, heads, *x.stride()[:3], HEAD_DIM=head_dim, BLOCK=block)
+    return means
+
+
+def projected_summary(k: Tensor, v: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """proj(mean of phi(k)^T v) [B, heads, d, d] in v's dtype, and the mean of phi(k) [B, heads, d] in fp32.
+
+    Means, not sums: the quotient is the same, and fp16 holds them however many keys there are.
+    """
+    batch, keys, heads, head_dim = k.shape
+    stretches = triton.cdiv(keys, STRETCH)
+    mixed = k.new_empty((batch, heads, stretches, head_dim, head_dim), dtype=torch.float32)
+    total = k.new_empty((batch, heads, stretches, head_dim), dtype=torch.float32)
+    with torch.cuda.device_of(k):
+        summary_kernel[(stretches, batch * heads)](
+            k, v, mixed, total, keys, heads, *k.stride()[:3], *v.stride()[:3],
+            HEAD_DIM=head_dim, STRETCH=STRETCH, TILE=TILE, TILES=triton.cdiv(min(STRETCH, keys), TILE), num_warps=8,
+            num_stages=num_stages_on(v))
+    return (mixed.sum(2) / keys @ weight.float().T).to(v.dtype), total.sum(2) / keys
+
+
+def attend_kept_blocks(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, linear: tuple[Tensor, Tensor, Tensor] | None,
+                       int8: bool, block_q: int, block_k: int) -> Tensor:
+    """Softmax attention over kept [B, heads, q blocks, kept], plus the linear branch: two summaries and the bias."""
+    batch, queries, heads, head_dim = q.shape
+    out = v.new_empty(q.shape)
+    if int8:
+        near_q, q_scale = quantize_row_blocks(q, block_q, INT8_EPS)
+        near_k, k_scale = quantize_row_blocks(k, block_k, INT8_EPS, mean=key_mean(k))
+        near_q, near_k = near_q.transpose(1, 2), near_k.transpose(1, 2)
+    else:
+        near_q, near_k = q, k
+        q_scale = k_scale = kept                       # a pointer that is not followed
+    mixed, total, bias = linear or (kept, kept, kept)
+    rows, columns, warps = attend_tile(v.dtype, block_q, block_k)
+    with torch.cuda.device_of(q):
+        sparse_attention_kernel[(triton.cdiv(queries, rows), batch * heads)](
+            near_q, near_k, v, q, q_scale, k_scale, kept, mixed, total, bias, out, queries, k.shape[1], heads,
+            *near_q.stride()[:3], *near_k.stride()[:3], *v.stride()[:3], *q.stride()[:3],
+            head_dim ** -0.5 * LOG2_E, LINEAR_EPS / k.shape[1], KEEP=kept.shape[-1], HEAD_DIM=head_dim,
+            BLOCK_Q=block_q, BLOCK_K=block_k, ROWS=rows, COLUMNS=columns, INT8=int8, LINEAR=linear is not None,
+            num_warps=warps, num_stages=num_stages_on(v))
+    return out
+
+
+def attend_tile(dtype: torch.dtype, block_q: int, block_k: int) -> tuple[int, int, int]:
+    """Queries and keys that a program holds at once, and its warps: the whole blocks, but for fp32 parts of them.
+
+    Whole blocks of 128 channels in fp32 need 128 to 192 KB of shared memory, of which most GPUs have 99, and more
+    registers than there are.
+    """
+    if dtype == torch.float32:
+        return min(block_q, 32), min(block_k, 32), 8
+    return block_q, block_k, 8 if block_q > 64 else 4

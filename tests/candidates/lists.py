@@ -112,7 +112,7 @@ def summaries(size: Attention, tiny: bool) -> list[Candidate]:
         stretches = -(-keys // stretch)
         mixed = k.new_empty((batch, heads, stretches, head_dim, head_dim), dtype=torch.float32)
         total = k.new_empty((batch, heads, stretches, head_dim), dtype=torch.float32)
-        sparse_attention._summarise[(stretches, batch * heads)](
+        sparse_attention.summary_kernel[(stretches, batch * heads)](
             k, v, mixed, total, keys, heads, *k.stride()[:3], *v.stride()[:3], HEAD_DIM=head_dim, STRETCH=stretch,
             TILE=tile, TILES=-(-min(stretch, keys) // tile), num_warps=warps, num_stages=stages)
         return mixed.sum(2)
