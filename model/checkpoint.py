@@ -80,7 +80,7 @@ def load(model: nn.Module, path: Path, *tables: KeyTable, name: str, device: str
     dtypes: one for all floating ones, or by name, fp32 where none is named.
     settle: given a module's name and the module as soon as its own tensors are all there, returns what takes its place:
     so that a model can become smaller while it is loaded.
-    Raises CheckpointError for tensors missing, unexpected, or of another shape or kind.
+    Raises CheckpointError for tensors missing, unexpected, or of another shape or kind, and for NaN and infinity.
     """
     stored = stored_tensors(path)
     table = table_of(stored, tables)
@@ -88,6 +88,7 @@ def load(model: nn.Module, path: Path, *tables: KeyTable, name: str, device: str
     where = f"{name}: {path}"
     found = match(stored, wanted, table, where)
     check_twins(stored, found, table, where)
+    check_fp8_values(stored, found, where)
     scales = fp8_scales(stored, found, wanted)
     left = Counter(key.rpartition(".")[0] for key in wanted)
     for key, tensor in views({key: found[key] for key in wanted}):
@@ -100,7 +101,10 @@ def load(model: nn.Module, path: Path, *tables: KeyTable, name: str, device: str
             tensor = tensor.to(device).float() * scales[key]
         owner, _, leaf = key.rpartition(".")
         module = model.get_submodule(owner)
-        place(module, leaf, tensor.to(device, dtype, copy=True).reshape(wanted[key].shape))
+        tensor = tensor.to(device, dtype, copy=True).reshape(wanted[key].shape)
+        if not is_finite(tensor):
+            raise not_finite(found[key].name, where)
+        place(module, leaf, tensor)
         left[owner] -= 1
         if settle is not None and not left[owner] and (settled := settle(owner, module)) is not module:
             model.set_submodule(owner, settled)
@@ -160,6 +164,31 @@ def check_fp8_scales(stored: Mapping[str, StoredTensor], found: Mapping[str, Sto
                 said = "missing" if scale is None else f"{list(scale.shape)} in {scale.dtype}"
                 raise CheckpointError(f"{where}: {scale_name(tensor.name, kind)} must be one number in fp32; it is "
                                       f"{said}. dailies reads FP8 as LTX-2 is published: a scale for each weight")
+
+
+def check_fp8_values(stored: Mapping[str, StoredTensor], found: Mapping[str, StoredTensor], where: str) -> None:
+    """Raises CheckpointError where a scale of a weight in FP8 is no number above 0."""
+    scales = {scale: stored[scale] for tensor in found.values() if tensor.dtype == FP8 for kind in FP8_SCALES
+              if (scale := scale_name(tensor.name, kind) or "") in stored}
+    for name, scale in views(scales):
+        value = scale.reshape(()).item()
+        if not (math.isfinite(value) and value > 0):
+            raise CheckpointError(f"{where}: {name} must be a number above 0, got {value:g}. Fetch it again")
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no number of it is NaN or infinite; what is on the meta device has none."""
+    if tensor.is_meta or not tensor.is_floating_point() or not tensor.numel():
+        return True
+    if tensor.dtype == FP8:                             # which has NaN alone, of either sign, and no minimum of its own
+        return not any((part.view(torch.uint8) & 0x7F == 0x7F).any().item()
+                       for part in tensor.reshape(-1).split(TWIN_NUMBERS))
+    # NaN is the least and the largest of those it is among; no copy is made
+    return all(map(math.isfinite, torch.stack(torch.aminmax(tensor)).tolist()))
+
+
+def not_finite(name: str, where: str) -> CheckpointError:
+    return CheckpointError(f"{where}: {name} holds NaN or infinity, so no clip could be right. Fetch it again")
 
 
 def fp8_scales(stored: Mapping[str, StoredTensor], found: Mapping[str, StoredTensor],
@@ -243,6 +272,10 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     low = {name: entry["dtype"] for name, entry in said.items()
            if isinstance(entry, dict) and isinstance(entry.get("dtype"), str) and entry["dtype"] in foreign.QUANTIZED
            and not (entry["dtype"] == "F8_E4M3" and scale_name(name) in said)}
+    lost = next((scale_name(name) for name, kind in low.items() if kind == "F8_E4M3" and len(low) < sum(
+        isinstance(entry, dict) and entry.get("dtype") == kind for entry in said.values())), None)
+    if lost:
+        raise CheckpointError(f"{path}: {lost} is missing, and other weights in FP8 have theirs. Fetch it again")
     if low:
         raise CheckpointError(foreign.quantized(path, low))
     return _announced(path, said, num_bytes), metadata

@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import math
 import os
 import random
+import re
 import shutil
 import struct
 import subprocess
@@ -120,6 +122,27 @@ def test_weights_of_another_size_are_refused_from_the_header_alone(folder, monke
     monkeypatch.setattr(checkpoint, "views", lambda stored: pytest.fail("weights were read"))
     wider = dataclasses.replace(E2E_CARD, vae_fields=dict(width=4))
     assert "of another shape: " in refusal(lambda: vae_of(wider, folder, "cpu"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, checkpoint.FP8])
+@pytest.mark.parametrize("value", [math.nan, -math.nan, math.inf, -math.inf])
+def test_a_number_that_is_none_is_found_wherever_it_stands(value, dtype):
+    for at in (0, 500, 999):
+        tensor = torch.linspace(-400, 400, 1000).to(dtype)
+        assert checkpoint.is_finite(tensor)
+        tensor[at] = value                              # FP8 has no infinity: NaN, or its largest number
+        assert checkpoint.is_finite(tensor) == (dtype == checkpoint.FP8 and not tensor.float().isnan().any())
+    assert checkpoint.is_finite(torch.empty(0)) and checkpoint.is_finite(torch.arange(3))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_no_numbers_are_refused_by_name(value, folder):
+    tensors, metadata = checkpoint.unpack((folder / DIT).read_bytes())
+    name = sorted(tensors)[7]
+    tensors[name].view(-1)[-1] = value
+    checkpoint.save(folder / DIT, tensors, metadata)
+    with pytest.raises(CheckpointError, match=f"{re.escape(name)} holds NaN or infinity.*Fetch it again"):
+        dit_of(E2E_CARD, folder)
 
 
 @pytest.mark.parametrize("part", ["dit/360p.safetensors", "vae/vae.safetensors"])

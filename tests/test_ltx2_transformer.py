@@ -1,5 +1,6 @@
 """LTX-2's transformer against the release's own output and against diffusers; its configuration, keys and sizes."""
 
+import math
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -13,7 +14,7 @@ from dailies.kernels import processor
 from dailies.model import checkpoint, turbo
 from dailies.model.card import Sparsity
 from dailies.model.checkpoint import StoredTensor
-from dailies.model.eight_bits import FP8, Fp8Linear, fp8_of, scale_name
+from dailies.model.eight_bits import FP8, FP8_SCALES, Fp8Linear, fp8_of, scale_name
 from dailies.model.files import CheckpointError
 from dailies.model.fused import Int8Linear
 from dailies.model.ltx2.adaln import levels_of
@@ -219,8 +220,13 @@ def test_a_file_in_fp8_is_widened_as_it_is_read_or_as_it_is_computed_with_to_the
 
 
 @pytest.mark.parametrize("change, said", [
-    (lambda tensors, name: tensors.pop(scale_name(name)), "holds fp8 weights"),
+    (lambda tensors, name: tensors.pop(scale_name(name)), "to_q.weight_scale is missing"),
+    (lambda tensors, name: [tensors.pop(key) for key in list(tensors) if key.endswith("weight_scale")],
+     "holds fp8 weights"),
     (lambda tensors, name: tensors.update({scale_name(name): torch.ones(3)}), "must be one number in fp32"),
+    *((lambda tensors, name, kind=kind, value=value: tensors.update({scale_name(name, kind): torch.tensor(value)}),
+       f"{kind} must be a number above 0, got") for kind in FP8_SCALES for value in (0.0, -1.0, math.nan, math.inf)),
+    (lambda tensors, name: tensors[name].view(torch.uint8)[3].fill_(0xFF), "to_q.weight holds NaN or infinity"),
 ])
 def test_fp8_of_another_kind_is_refused(change, said, tmp_path):
     golden = Golden(GOLDENS[1])
@@ -232,6 +238,9 @@ def test_fp8_of_another_kind_is_refused(change, said, tmp_path):
     with pytest.raises(CheckpointError, match=said):
         checkpoint.build(lambda: LtxTransformer(config), path, transformer_table(), name="golden", device="cpu",
                          precision="fp32")
+    with pytest.raises(CheckpointError, match=said):
+        turbo.build(lambda: LtxTransformer(config), path, transformer_table(), name="golden", device="cpu",
+                    precision="fp8", attention="dense", sparsity=Sparsity(keep_ratio=0.5))
 
 
 PLACES = ("transformer_blocks.0.attn1.to_q", "transformer_blocks.1.audio_ff.net.0.proj")

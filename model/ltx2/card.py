@@ -143,9 +143,11 @@ _UNGUIDED: dict[str, Any] = dict(
     guidance_note="")
 
 
-def _sources(repository: str, *files: str) -> dict[str, tuple[str, ...]]:
+def _sources(repository: str, *files: str, or_fp8: str = "") -> dict[str, tuple[str, ...]]:
+    """or_fp8: a file of the repository of 2.3's fp8 files that takes the place of the first."""
     gemma = f"all of it (24 GB) as {GEMMA}/, once its terms are accepted there"
-    return {repository: files, f"google/{GEMMA}": (gemma,)}
+    in_fp8 = {f"{repository}-fp8": (f"{or_fp8} (29 GB) in place of the first",)} if or_fp8 else {}
+    return {repository: files, **in_fp8, f"google/{GEMMA}": (gemma,)}
 
 
 _LTX2, _LTX23 = "Lightricks/LTX-2", "Lightricks/LTX-2.3"
@@ -155,8 +157,10 @@ _LORA = "ltx-2-19b-distilled-lora-384.safetensors"
 _LORA_23 = "ltx-2.3-22b-distilled-lora-384-1.1.safetensors"
 _DEV = "ltx-2-19b-dev.safetensors (43 GB) or ltx-2-19b-dev-fp8.safetensors (27 GB)"
 _DISTILLED = "ltx-2-19b-distilled.safetensors (43 GB) or ltx-2-19b-distilled-fp8.safetensors (27 GB)"
-_DEV_23 = "ltx-2.3-22b-dev.safetensors (46 GB) or ltx-2.3-22b-dev-fp8.safetensors"
-_DISTILLED_23 = "ltx-2.3-22b-distilled-1.1.safetensors (46 GB) or ltx-2.3-22b-distilled-fp8.safetensors"
+_DEV_23, _DEV_FP8_23 = "ltx-2.3-22b-dev.safetensors", "ltx-2.3-22b-dev-fp8.safetensors"
+_DISTILLED_23, _DISTILLED_FP8_23 = "ltx-2.3-22b-distilled-1.1.safetensors", "ltx-2.3-22b-distilled-fp8.safetensors"
+_FIRST_DISTILLED_23 = "ltx-2.3-22b-distilled.safetensors"
+_FETCHED_DISTILLED_23 = f"{_DISTILLED_23} (46 GB) or the earlier {_FIRST_DISTILLED_23} (46 GB)"
 
 LTX2_19B = LtxCard(
     name="ltx-2-19b",
@@ -191,7 +195,7 @@ LTX2_19B_TWO_STAGE = replace(
     description="LTX-2 at half size, then enlarged and refined in 3 more steps, with sound, at 1536x1024",
     lora=_LORA,
     precisions=("bf16", "fp32", "fp8"),                 # a LoRA is not added to INT8
-    sources=_sources(_LTX2, _DEV, _UPSAMPLER, _LORA),
+    sources=_sources(_LTX2, _DEV, f"{_UPSAMPLER} (1 GB)", f"{_LORA} (8 GB)"),
     memory_gb={"encode": 31, "sample": 58, "publish": 16},
 )
 
@@ -199,7 +203,7 @@ LTX2_19B_DISTILLED_TWO_STAGE = replace(
     LTX2_19B_DISTILLED, **_TWO_STAGES,
     name="ltx-2-19b-distilled-two-stage",
     description="LTX-2 distilled to 8 steps at half size and 3 at full size, with sound, at 1536x1024",
-    sources=_sources(_LTX2, _DISTILLED, _UPSAMPLER),
+    sources=_sources(_LTX2, _DISTILLED, f"{_UPSAMPLER} (1 GB)"),
     memory_gb={"encode": 31, "sample": 50, "publish": 16},
 )
 
@@ -209,8 +213,8 @@ LTX23 = replace(
     LTX2_19B, **_OF_23,
     name="ltx-2.3",
     description="LTX-2.3, 22 billion parameters, text or an image to video with sound, up to 1920x1088 and 20 s",
-    files=("ltx-2.3-22b-dev.safetensors", "ltx-2.3-22b-dev-fp8.safetensors"),
-    sources=_sources(_LTX23, _DEV_23),
+    files=(_DEV_23, _DEV_FP8_23),
+    sources=_sources(_LTX23, f"{_DEV_23} (46 GB)", or_fp8=_DEV_FP8_23),
     num_steps=30,
     memory_gb={"encode": 34, "sample": 46, "publish": 16},
 )
@@ -219,9 +223,8 @@ LTX23_DISTILLED = replace(
     LTX2_19B_DISTILLED, **_OF_23,
     name="ltx-2.3-distilled",
     description="LTX-2.3 distilled to 8 steps, text or an image to video with sound, up to 1920x1088 and 20 s",
-    files=("ltx-2.3-22b-distilled-1.1.safetensors", "ltx-2.3-22b-distilled.safetensors",
-           "ltx-2.3-22b-distilled-fp8.safetensors"),
-    sources=_sources(_LTX23, _DISTILLED_23),
+    files=(_DISTILLED_23, _FIRST_DISTILLED_23, _DISTILLED_FP8_23),
+    sources=_sources(_LTX23, _FETCHED_DISTILLED_23, or_fp8=_DISTILLED_FP8_23),
     memory_gb=LTX23.memory_gb,
 )
 
@@ -231,7 +234,8 @@ LTX23_TWO_STAGE = replace(
     description="LTX-2.3 at half size, then enlarged and refined in 3 more steps, with sound, at 1536x1024",
     lora=_LORA_23,
     precisions=("bf16", "fp32", "fp8"),
-    sources=_sources(_LTX23, _DEV_23, _UPSAMPLER_23, _LORA_23),
+    sources=_sources(_LTX23, f"{_DEV_23} (46 GB)", f"{_UPSAMPLER_23} (1 GB)", f"{_LORA_23} (8 GB)",
+                     or_fp8=_DEV_FP8_23),
     memory_gb={"encode": 34, "sample": 58, "publish": 16},
 )
 
@@ -239,7 +243,7 @@ LTX23_DISTILLED_TWO_STAGE = replace(
     LTX23_DISTILLED, **{**_TWO_STAGES, "upsampler": _UPSAMPLER_23},
     name="ltx-2.3-distilled-two-stage",
     description="LTX-2.3 distilled to 8 steps at half size and 3 at full size, with sound, at 1536x1024",
-    sources=_sources(_LTX23, _DISTILLED_23, _UPSAMPLER_23),
+    sources=_sources(_LTX23, _FETCHED_DISTILLED_23, f"{_UPSAMPLER_23} (1 GB)", or_fp8=_DISTILLED_FP8_23),
     memory_gb={"encode": 34, "sample": 50, "publish": 16},
 )
 

@@ -51,6 +51,9 @@ def read_lora(path: Path, strength: float, name: str) -> Lora:
         raise CheckpointError(f"{where} must hold nothing but {LORA_PREFIX}LAYER.lora_A.weight and .lora_B.weight; "
                               f"it has {listed(odd) or 'nothing'}. Is it a LoRA of LTX-2?")
     tensors = {key: tensor.clone() for key, tensor in checkpoint.views(stored)}
+    for key, tensor in tensors.items():
+        if not checkpoint.is_finite(tensor):
+            raise checkpoint.not_finite(key, where)
     pairs = {}
     for key in sorted(tensors):
         place = key.removeprefix(LORA_PREFIX).removesuffix(_ENDS[0]).removesuffix(_ENDS[1])
