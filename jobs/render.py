@@ -161,9 +161,8 @@ def stages_for(job: RenderJob, run: Run, seal: Seal = Seal(), spoilt: Mapping[st
     if weights and "://" not in weights:                # the processes that read it may run in another folder
         weights = str(at_home(weights).absolute())
     on = plan.card.runtime(run.device, plan.precision, plan.attention, decode_precision=plan.decode_precision,
-                           compiled=job.compile, threads=job.threads_per_sampler or 1)
-    card = plan.card.without_sound() if plan.wants_no_sound else plan.card
-    return text_to_video(card, weights, run.store, on, strict=job.strict, batch=job.batch, samplers=job.samplers,
+                           compiled=job.compile, threads=job.threads_per_sampler or 1, largest=plan.largest)
+    return text_to_video(plan.made_by, weights, run.store, on, strict=job.strict, batch=job.batch, samplers=job.samplers,
                          keep_latents=job.keep_latents, seal=seal, spoilt=spoilt)
 
 

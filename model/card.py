@@ -170,12 +170,12 @@ class ModelCard:
 
     def runtime(self, device: str = "cpu", precision: str | None = None, attention: str | None = None, *,
                 decode_precision: str | None = None, threads: int = 1, compiled: bool = False,
-                graphs: bool | None = None) -> Runtime:
+                graphs: bool | None = None, largest: VideoShape | None = None) -> Runtime:
         """What is said, and the model's own for the rest."""
         precision = precision or self.precision_on(device)
         return Runtime(device=device, precision=precision, attention=attention or self.attentions[0], threads=threads,
                        decode_precision=decode_precision or self.vae_precision(precision), compiled=compiled,
-                       graphs=graphs)
+                       graphs=graphs, largest=largest)
 
     def vae_precision(self, precision: str) -> str:
         """What the VAE runs when nobody says: fp32 or bf16, by the precision of the rest."""
@@ -195,6 +195,11 @@ class ModelCard:
         height, width = self.size_for(resolution if resolution is not None else self.resolution)
         frames, note = self.frames_for(duration_s, frames)
         return VideoShape(frames=frames, height=height, width=width), note
+
+    @property
+    def smallest(self) -> VideoShape:
+        side = self.checked_size(*[math.ceil(self.min_side / self.side_step) * self.side_step] * 2)[0]
+        return VideoShape(frames=1, height=side, width=side)
 
     def size_for(self, resolution: str | tuple[int, int]) -> tuple[int, int]:
         """(height, width) in pixels.  Raises ValueError, saying what is allowed."""

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from dailies.model.shapes import VideoShape
+
 
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
@@ -14,3 +16,4 @@ class Runtime:
     threads: int = 1                                    # torch's, for the whole process; they count in the last bits
     compiled: bool = False                              # the transformer, at the first clip of each shape
     graphs: bool | None = None                          # its forward is recorded (graphs.py); None: where it can be
+    largest: VideoShape | None = None                   # of the clips to come; None: as large as who says nothing gets

@@ -19,6 +19,7 @@ import pyarrow as pa
 from dailies.actors.messages import HASHED_AS, Request
 from dailies.model.card import ModelCard
 from dailies.model.settings import FURTHER, Scalar
+from dailies.model.shapes import VideoShape
 from dailies.pipeline.manifest.cells import in_hex
 from dailies.pipeline.manifest.manifest import ROWS_AT_A_TIME, InvalidRow, Manifest
 from dailies.pipeline.manifest.validation import ManifestError, ValidationErrors, shown
@@ -271,6 +272,20 @@ class Plan:
         """Whether every row has said so, of a model that makes sound."""
         values, which = self.rows.course.get("audio", ([True], np.zeros(len(self.rows.height), np.int64)))
         return not any(values[code] for code in np.unique(which[self.source]).tolist())
+
+    @property
+    def made_by(self) -> ModelCard:
+        """The model that its rows need: without sound where none wants it."""
+        return self.card.without_sound() if self.wants_no_sound else self.card
+
+    @property
+    def largest(self) -> VideoShape | None:
+        """Of its clips, the one of most pixels; None where there is none."""
+        if not self.num_clips:
+            return None
+        rows, of = self.rows, self.source
+        pixels = rows.height[of].astype(np.int64) * rows.width[of] * rows.frames[of]
+        return rows.shape_of(int(of[pixels.argmax()]))
 
     @property
     def settings_of_rows(self) -> dict[str, Scalar | None]:

@@ -21,10 +21,14 @@ from dailies.model.ltx2.card import DEMO_AV
 from dailies.model.ltx2.codec_config import VIDEO_VAE_2_3
 from dailies.model.ltx2.keys import transformer_table
 from dailies.model.ltx2.load import LtxFamily
-from dailies.model.ltx2.room import Placed, placed_on
+from dailies.model.ltx2.room import BLOCKS, Placed, placed_on
 from dailies.model.ltx2.transformer import LtxTransformer
 from dailies.model.ltx2.vae_tiles import release_tile, tile_within
 from dailies.model.ltx2.video_vae import VideoVAE
+from dailies.model.shapes import VideoShape
+from dailies.pipeline.manifest.manifest import Manifest
+from dailies.pipeline.plan import Plan
+from dailies.pipeline.run.run import prepare
 from dailies.pipeline.scheduler.placement import Node, scale_up
 from dailies.pipeline.store import open_store
 from dailies.pipeline.text_to_video import text_to_video
@@ -138,3 +142,28 @@ def test_plan_says_what_stays_which_is_no_fallback_and_refuses_what_takes_all_of
     assert main([*plan, "--compile"]) == 2
     assert "--compile takes a GPU with room for all layers" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_what_stays_goes_by_the_largest_clip_of_the_manifest_and_by_whether_any_wants_sound(tmp_path, monkeypatch):
+    card = CATALOG["ltx-2.3-distilled"]
+    long = VideoShape(frames=481, height=1088, width=1920)
+    assert placed_on(card, "bf16", 80) == placed_on(card, "bf16", 80, largest=card.shape_for()[0]) == Placed()
+    assert placed_on(card, "bf16", 80, largest=long).blocks < BLOCKS
+    with pytest.raises(CheckpointError, match="for a clip of 1920x1088x481, and the GPU has 24.*or shorter clips"):
+        placed_on(card, "bf16", 24, largest=long)
+
+    seen = []
+
+    class Family(LtxFamily):
+        def placed(self, card, on):
+            seen.append((on.largest, card.sound))
+            return Placed()
+
+    rows = [{"prompt": "a", "resolution": "768x512", "frames": 9, "audio": False},
+            {"prompt": "b", "resolution": "512x512", "frames": 121, "audio": False}]
+    path = manifest(tmp_path, rows)
+    plan = Plan.make(Manifest.read(str(path)), card, weights_fingerprint="", precision="bf16")
+    assert plan.largest == VideoShape(frames=121, height=512, width=512)
+    monkeypatch.setattr("dailies.pipeline.run.run.family_of", lambda card: Family())
+    prepare(Manifest.read(str(path)), open_store(str(tmp_path / "out")), card, weights=None)
+    assert seen == [(card.smallest, True), (plan.largest, False)]

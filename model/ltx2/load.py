@@ -101,7 +101,7 @@ class LtxFamily:
         if not on.device.startswith("cuda") or not card.memory_gb:
             return Placed()
         return placed_on(card, on.precision, torch.cuda.get_device_properties(on.device).total_memory / 1e9,
-                         machine_memory() / 1e9)
+                         machine_memory() / 1e9, on.largest)
 
     def load_refiner(self, card: LtxCard, weights: Path, on: Runtime, dit: LtxTransformer) -> Refiner:
         upsampler = self.load_upsampler(card, weights, on)

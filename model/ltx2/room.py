@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dailies.model.files import CheckpointError
+from dailies.model.shapes import VideoShape
 
 if TYPE_CHECKING:
     from dailies.model.ltx2.card import LtxCard
@@ -57,9 +58,9 @@ class LayeredPart:
         return 0.0 if resident is None else (self.layers - resident) * self.each
 
 
-def sampler_part(card: "LtxCard", precision: str) -> LayeredPart:
-    """For a clip of the model's own size and length."""
-    shape, _ = card.shape_for()
+def sampler_part(card: "LtxCard", precision: str, largest: VideoShape | None = None) -> LayeredPart:
+    """largest: of the clips to come; None: of the model's own size and length."""
+    shape = largest or card.shape_for()[0]
     share, outside = 1.0 if card.sound else SILENT_SHARE, OUTSIDE_GB[precision]
     each, widest = (share * (WEIGHTS_GB[kind] - OUTSIDE_GB[kind]) / BLOCKS
                     for kind in (precision, "bf16" if precision == "fp8" else precision))    # a few of its blocks are
@@ -75,24 +76,25 @@ def encoder_part(card: "LtxCard", precision: str) -> LayeredPart:
                        beside=card.memory_gb["encode"] - GEMMA_WHOLE_GB)
 
 
-def placed_on(card: "LtxCard", precision: str, gpu_gb: float, host_gb: float = math.inf) -> Placed:
-    """gpu_gb, host_gb: of all there is on the GPU, and in the machine.
+def placed_on(card: "LtxCard", precision: str, gpu_gb: float, host_gb: float = math.inf,
+              largest: VideoShape | None = None) -> Placed:
+    """gpu_gb, host_gb: of all there is on the GPU, and in the machine.  largest: of the clips to come.
 
     Raises CheckpointError where the GPU is too small, or the machine.
     """
-    parts = sampler_part(card, precision), encoder_part(card, precision)
+    parts = sampler_part(card, precision, largest), encoder_part(card, precision)
     blocks, gemma = (part.resident(GPU_SHARE * gpu_gb) for part in parts)
     for part, resident in zip(parts, (blocks, gemma), strict=True):
         if resident is not None and resident < 0:
-            raise CheckpointError(too_small(card, precision, part, gpu_gb))
+            raise CheckpointError(too_small(card, precision, part, gpu_gb, largest))
     waiting = [part.waiting(resident) for part, resident in zip(parts, (blocks, gemma), strict=True)]
     if max(waiting) > WAITING_SHARE * host_gb:
         raise CheckpointError(f"{card.name} in {precision} keeps {max(waiting):.0f} GB of weights in host memory, "
                               f"since the GPU has {gpu_gb:.0f} GB, and this machine has {host_gb:.0f}; "
-                              + (fitting(card, gpu_gb) or "take a larger GPU, or more memory"))
+                              + (fitting(card, gpu_gb, largest) or "take a larger GPU, or more memory"))
     notes = tuple(note_of(part, resident, gpu_gb) for part, resident in zip(parts, (blocks, gemma), strict=True)
                   if resident is not None)
-    if blocks is not None and (advice := fitting(card, gpu_gb)):
+    if blocks is not None and (advice := fitting(card, gpu_gb, largest)):
         notes += (advice,)
     return Placed(blocks=blocks, gemma=gemma, notes=notes)
 
@@ -103,13 +105,16 @@ def note_of(part: LayeredPart, resident: int, gpu_gb: float) -> str:
             "the same clips, later")
 
 
-def fitting(card: "LtxCard", gpu_gb: float) -> str:
+def fitting(card: "LtxCard", gpu_gb: float, largest: VideoShape | None) -> str:
     """Advice: precisions in which all of the transformer's layers have room; empty where none is."""
-    found = [precision for precision in card.precisions if sampler_part(card, precision).whole <= GPU_SHARE * gpu_gb]
+    found = [precision for precision in card.precisions
+             if sampler_part(card, precision, largest).whole <= GPU_SHARE * gpu_gb]
     return f"--precision {' or '.join(found)} has room for all of the transformer's layers there" if found else ""
 
 
-def too_small(card: "LtxCard", precision: str, part: LayeredPart, gpu_gb: float) -> str:
+def too_small(card: "LtxCard", precision: str, part: LayeredPart, gpu_gb: float, largest: VideoShape | None) -> str:
+    sampled = largest is not None and part.name == "transformer"
     return (f"{card.name} in {precision}: its {part.name} takes about {part.beside + IN_TURN * part.largest:.0f} GB "
-            f"with all layers but two in host memory, and the GPU has {gpu_gb:.0f}, of which {GPU_SHARE:.0%} can be "
-            "its own; take a larger GPU")
+            f"with all layers but two in host memory{f', for a clip of {largest}' * sampled}, and the GPU has "
+            f"{gpu_gb:.0f}, of which {GPU_SHARE:.0%} can be its own; take a larger GPU"
+            + ", or ask for smaller or shorter clips" * sampled)

@@ -247,14 +247,16 @@ def prepare(manifest: Manifest, store: Store, card: ModelCard, *, weights: Path 
             raise SettingError(f"--{name} must be {' or '.join(filter(None, allowed))} for {card.name}; got {value}")
     on = card.runtime(device, way.precision, way.attention, decode_precision=decode_precision,
                       compiled="compiled" in (variant or "").split(", "))
-    told = family_of(card).fallbacks(card, weights, on) if is_here else {}
-    fallbacks = tuple(note for kind, notes in told.items() if kind != "room" for note in notes)
+    if is_here:                                         # what is refused whatever the rows are, before files are read
+        family_of(card).fallbacks(card, weights, replace(on, largest=card.smallest))
     print_of = (fingerprint(weights_files(card, weights), check=lambda: check_before_reading(
                     card, weights, card.runtime("meta", way.precision))) if weights else
                 before.get("weights_fingerprint", UNKNOWN_FINGERPRINT))
     plan = Plan.make(manifest, card, defaults, weights_fingerprint=print_of, precision=way.precision,
                      attention=way.attention, decode_precision=decode_precision, variant=variant,
                      skip_invalid=skip_invalid, allow_images=allow_images)
+    told = family_of(card).fallbacks(plan.made_by, weights, replace(on, largest=plan.largest)) if is_here else {}
+    fallbacks = tuple(note for kind, notes in told.items() if kind != "room" for note in notes)
     if strict and (fallbacks or plan.roundings):
         said = "; ".join([*fallbacks, *(f"{counted(rows, 'row')}: {note}" for note, rows in plan.roundings[:10])])
         raise SettingError(f"--strict, and not every row can be rendered as asked: {said}")
