@@ -20,6 +20,9 @@ PACKET = 1024                           # samples
 # what is too high to be told apart, and more at lower rates; tones and speech have 0.99.
 LEAST_RMS_RATIO = 0.25                  # -12 dB; and no more than its inverse
 AUDIBLE = 1e-3                          # of full scale: what is fainter is not compared
+# Of one packet, over the loudest of the three around it that were written: noise, tones, sweeps, clicks and what begins
+# and ends at once had 1.04 at most, at 16, 24 and 48 kHz.
+MOST_BURST, BURST_OVER = 2.0, 0.01
 
 
 class BadSound(ValueError):
@@ -85,4 +88,17 @@ def correlation(decoded: np.ndarray, audio: Tensor) -> float:
     if not LEAST_RMS_RATIO <= again / max(loud, 1e-9) <= 1 / LEAST_RMS_RATIO:
         raise BadSound(f"the encoded sound must be as loud as what was encoded, {loud:.4f} of full scale; decoded "
                        f"again it is {again:.4f}")
+    if (found := burst(decoded, written)) is not None:
+        raise BadSound(f"the encoded sound must be as loud as what was encoded everywhere; decoded again, samples "
+                       f"{found * PACKET} to {(found + 1) * PACKET} are a burst that nobody wrote")
     return float(max(0.0, (written * decoded).mean(dtype=np.float64) / (loud * again)))
+
+
+def burst(decoded: np.ndarray, written: np.ndarray) -> int | None:
+    """The packet that is far louder than what was written there and beside it; both [samples, 2]."""
+    once, again = (np.sqrt(np.add.reduceat(np.square(sound, dtype=np.float64).mean(1),
+                                           np.arange(0, len(sound), PACKET)) / PACKET) for sound in (written, decoded))
+    beside = np.pad(once, 1)
+    allowed = MOST_BURST * np.maximum.reduce([beside[:-2], once, beside[2:]]) + BURST_OVER
+    found = np.flatnonzero(again > allowed)
+    return int(found[0]) if len(found) else None

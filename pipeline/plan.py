@@ -268,24 +268,16 @@ class Plan:
         }
 
     @property
-    def wants_no_sound(self) -> bool:
-        """Whether every row has said so, of a model that makes sound."""
-        values, which = self.rows.course.get("audio", ([True], np.zeros(len(self.rows.height), np.int64)))
-        return not any(values[code] for code in np.unique(which[self.source]).tolist())
-
-    @property
     def made_by(self) -> ModelCard:
-        """The model that its rows need: without sound where none wants it."""
-        return self.card.without_sound() if self.wants_no_sound else self.card
+        """The model that its rows need: of one that makes sound, without it where every row has said so."""
+        values, which = self.rows.course.get("audio", ([True], np.zeros(len(self.rows.height), np.int64)))
+        is_heard = any(values[code] for code in np.unique(which[self.source]).tolist())
+        return self.card if is_heard else self.card.without_sound()
 
     @property
     def largest(self) -> VideoShape | None:
         """Of its clips, the one of most pixels; None where there is none."""
-        if not self.num_clips:
-            return None
-        rows, of = self.rows, self.source
-        pixels = rows.height[of].astype(np.int64) * rows.width[of] * rows.frames[of]
-        return rows.shape_of(int(of[pixels.argmax()]))
+        return self.rows.largest(self.source) if self.num_clips else None
 
     @property
     def settings_of_rows(self) -> dict[str, Scalar | None]:

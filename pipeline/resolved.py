@@ -146,6 +146,11 @@ class ResolvedRows:
     def shape_of(self, row: int) -> VideoShape:
         return VideoShape(frames=int(self.frames[row]), height=int(self.height[row]), width=int(self.width[row]))
 
+    def largest(self, rows: np.ndarray) -> VideoShape:
+        """Of these rows, of which there must be some, the shape of most pixels."""
+        pixels = self.height[rows].astype(np.int64) * self.width[rows] * self.frames[rows]
+        return self.shape_of(int(rows[pixels.argmax()]))
+
     def first_frame_of(self, row: int) -> FirstFrame | None:
         found = self.images[self.image[row]] if self.image[row] >= 0 else None
         return FirstFrame(sha256=found.sha256, uri=found.uri) if found else None

@@ -12,7 +12,7 @@ from dailies.kernels import processor
 from dailies.model import checkpoint
 from dailies.model.eight_bits import NarrowLinear
 from dailies.model.files import CheckpointError
-from dailies.model.ltx2.config import connectors_config
+from dailies.model.ltx2.config import PER_TOKEN, connectors_config
 from dailies.model.ltx2.connectors import TextConnectors
 from dailies.model.ltx2.gemma import gemma_config
 from dailies.model.ltx2.keys import connectors_table
@@ -41,6 +41,25 @@ def test_contexts_equal_the_release_without_what_is_padding(name):
         for stream, feature, context in zip(("video", "audio"), features, contexts, strict=True):
             assert error(feature, golden.outputs[f"{stream}_features"][sample, mask]) < golden.tolerance["value"]
             assert error(context, golden.outputs[f"{stream}_encoding"][sample]) < golden.tolerance["value"]
+
+
+@pytest.mark.parametrize("name, change, why", [
+    *(("ltx2_connectors_b_v2", change, f"{next(iter(change))} in its header must be {wanted}") for change, wanted in (
+        (dict(connector_num_layers=9), "2, as its tensors are"), (dict(caption_channels=3840), ".*, the width of the text"),
+        (dict(connector_attention_head_dim=3), ".*, as its tensors are"),
+        (dict(audio_connector_attention_head_dim=3), ".*, as its tensors are"),
+        (dict(connector_apply_gated_attention=False), "True, as its tensors are"),
+        (dict(connector_norm_output=False), "true, as in every release"),
+        (dict(text_encoder_norm_type="per_layer"), "per_token_rms, as its tensors are"))),
+    ("ltx2_connectors_a_v1", dict(text_encoder_norm_type="per_token_rms"), "must be another than per_token_rms"),
+    ("ltx2_connectors_a_v1", PER_TOKEN, "must be left out: its tensors have one text projection"),
+    *((name, dict(caption_proj_before_connector=True, caption_proj_input_norm=True), "its header must have all, or none")
+      for name in ("ltx2_connectors_a_v1", "ltx2_connectors_b_v2"))])
+def test_a_header_of_other_connectors_than_its_tensors_is_refused(name, change, why):
+    golden = Golden(name)
+    with pytest.raises(CheckpointError, match=why):
+        connectors_of(golden.folder / "weights.safetensors", golden.config["transformer"] | change,
+                      golden.config["gemma_hidden"])
 
 
 def encoder_of(golden, folder, *, precision="fp32", audio=True, **changes):
@@ -95,7 +114,7 @@ def test_gemma_in_eight_bits_is_near_and_half_as_large(tmp_path):
 
 
 @pytest.mark.parametrize("change, said", [
-    (dict(hidden_size=24), "tensors? .*of another shape"),
+    (dict(hidden_size=24), "must be 24, the width of the text encoder that is there; got '16'"),
     (dict(model_type="gemma4_text", num_hidden_layers=0), "num_hidden_layers must be a whole number"),
     (dict(rope_parameters=dict(sliding_attention=dict(rope_type="yarn", rope_theta=1e4), full_attention={})), "'yarn'"),
     (dict(vocab_size=20), "tokenizer has a piece 39, and its text encoder 20 rows"),

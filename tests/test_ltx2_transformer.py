@@ -164,6 +164,8 @@ def test_the_three_rules_of_cross_modal_time_agree_where_all_tokens_have_one():
     (dict(attention_bias=False), "attention_bias in its header must be True"),
     (dict(num_layers=3), "num_layers in its header must be 2, as its tensors are"),
     (dict(apply_gated_attention=False), "apply_gated_attention in its header must be True"),
+    (dict(audio_out_channels=64), "audio_out_channels in its header must be 10, as its tensors are"),
+    (dict(frequencies_precision=64), "frequencies_precision in its header must be text"),
     (dict(rope_type="spiral"), "rope_type in its header must be split or interleaved"),
     (dict(positional_embedding_max_pos=[20, "x", 2048]), "embedding_max_pos in its header must be 3 numbers"),
     (dict(num_attention_heads=10**9), "num_attention_heads in its header must be a whole number from 1"),

@@ -105,6 +105,18 @@ def test_what_a_person_wants_made_again_is_made_with_another_seed_and_replaces_w
     assert (last["seed"], last["take_of"], last["replaces"]) == (fox["seed"] + 6, fox["seed"], new["clip_id"])
 
 
+def test_rows_that_say_the_same_and_count_their_seeds_get_clips_that_none_of_them_has(tmp_path):
+    rows = [{"id": name, "prompt": "a fox", "frames": 5, "seed": seed} for seed, name in enumerate("abc")]
+    night = rendered(rows, tmp_path)
+    out = night / "out"
+    code, answer, _ = ask("redo", out, "--where", "id = a", "--seed", "2")
+    assert answer["to_make"] == 0 and answer["refused"] == ["a, seed 0: another row has the clip of that seed"]
+    assert ask("redo", out, "--where", "id in (a, b)")[1]["to_make"] == 2
+    assert render(next(night.glob("*.jsonl")), out)[1]["rendered"] == 2
+    assert sorted((name, seed) for name, seed in rows_of(out)) == [("a", 3), ("b", 4), ("c", 2)]
+    assert len({row["clip_id"] for row in rows_of(out, every_take=True).values()}) == 5
+
+
 def test_an_earlier_take_that_a_person_picked_counts_again(out, night, tmp_path):
     """Where the newer one is picked too, both are wanted, and what counts stays."""
     before = rows_of(out)

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -117,7 +118,8 @@ def test_four_processes_make_the_bytes_that_one_makes_of_text_and_of_images_with
     one, four = (command(path, out, "ltx-tiny", folder, "--steps", "1") for out in outs)
     assert main(one) == 0, capsys.readouterr()
     done = subprocess.run([sys.executable, Path(__file__).parent / "ltx2_tiny.py", "--four", *four],
-                          capture_output=True, text=True, timeout=400)
+                          capture_output=True, text=True, timeout=400,
+                          env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])})     # this dailies
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert len(list((folder / "at-work").iterdir())) == 4
     one, four = ({row["id"]: (row["clip_id"], row["sha256"], row["has_audio"]) for row in rows_of(out).values()}
@@ -219,6 +221,14 @@ def refused(arguments, out, capsys):
         assert not out.exists() and "Traceback" not in heard[-1]
     assert heard[0] == heard[1]
     return heard[1]
+
+
+def test_a_vocoder_of_another_rate_than_is_planned_is_told_of_before_anything_is_sampled(weights, tmp_path, monkeypatch,
+                                                                                         capsys):
+    monkeypatch.setitem(CATALOG, LTX_TINY.name, replace(LTX_TINY, audio_rate=24_000))
+    path, out = manifest(tmp_path, ROWS[:1]), tmp_path / "out"
+    assert ("makes sound of 48,000 samples per second, where 24,000 are planned"
+            in refused(command(path, out, LTX_TINY.name, weights[LTX_TINY.name]), out, capsys))
 
 
 def test_what_cannot_be_rendered_is_one_message_and_nothing_is_written(weights, tmp_path, capsys):

@@ -15,6 +15,7 @@ import torch
 from test_clip_writer import MemoryStore, moving_disc, request
 from test_new_family import duet, plan_of, rendered  # noqa: F401
 
+from dailies.actors import soundtrack
 from dailies.actors.clip_file import DIGEST_BYTES, DIGEST_HEAD, NotThisClip, check_clip, check_file
 from dailies.actors.clip_writer import BadEncoding, ClipWriter, check_sound, write_mp4
 from dailies.actors.decoder import NO_SOUND
@@ -161,6 +162,26 @@ def test_what_was_encoded_is_decoded_again_and_compared(tmp_path):
     for other, why in ((tone(7_000, 24_000), "must have 7000 samples"), (torch.zeros(9_000, 2), "as loud as")):
         with pytest.raises(BadEncoding, match=why):
             check_sound(path, replace(frames, audio=other))
+
+
+@pytest.mark.parametrize("rate", [16_000, 24_000, 48_000])
+def test_a_burst_in_one_packet_is_heard_although_the_whole_is_as_it_was(rate):
+    """The sound begins and ends at once, which an encoder smears: that is none."""
+    audio = 0.5 * tone(2 * rate, rate)
+    audio[rate // 2:rate] = 0
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        track = soundtrack.add_track(container, rate)
+        container.mux([*track.encode(soundtrack.audio_frame(audio, rate)), *track.encode(None)])
+    file.seek(0)
+    with av.open(file) as container:
+        decoded = soundtrack.heard(container)
+    assert soundtrack.correlation(decoded, audio) > 0.99
+    for start in (rate // 2 + 5000, 2 * rate - 600):
+        spoilt = decoded.copy()
+        spoilt[start:start + 500] = np.sign(np.sin(np.arange(500)))[:, None][:len(spoilt) - start]
+        with pytest.raises(soundtrack.BadSound, match="are a burst that nobody wrote"):
+            soundtrack.correlation(spoilt, audio)
 
 
 def without_sound(made):

@@ -210,8 +210,7 @@ def mel_bank(bins: int, window: int, sample_rate: int) -> Tensor:
 
 def audio_vae_config(path: Path, name: str) -> AudioVAEConfig:
     """Of the VAE in a file: a release's single one, or one of its own.  Raises CheckpointError."""
-    shapes, said = codec_keys.part_of(path, "audio_vae.", name)
-    return AudioVAEConfig.of_shapes(shapes) if said is None else AudioVAEConfig.of_header(said)
+    return codec_keys.config_in(AudioVAEConfig, path, "audio_vae.", name)
 
 
 def load_audio_vae(path: Path, *, name: str, device: str, precision: str = "fp32",

@@ -230,6 +230,7 @@ class AudioVAEConfig:
         said = config.part("audio_vae", "model", "params", "ddconfig")
         said.must_be("norm_type", "pixel")
         said.must_be("causality_axis", "height")
+        said.must_be("mid_block_add_attention", False)
         stft = config.part("audio_vae", "preprocessing", "stft")
         return cls(width=said.integer("ch", 128), multipliers=said.integers("ch_mult", (1, 2, 4), 64),
                    blocks=said.integer("num_res_blocks", 2, MOST_BLOCKS),

@@ -5,13 +5,22 @@ Our names are the released ones, so a table is a prefix and what is left out.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
+from dailies.model.files import CheckpointError
 from dailies.model.keys import KeyTable
-from dailies.model.ltx2.codec_config import CodecFields, TensorShapes
+from dailies.model.ltx2.codec_config import (
+    AudioVAEConfig,
+    CodecFields,
+    UpsamplerConfig,
+    VideoVAEConfig,
+    VocoderConfig,
+)
 from dailies.model.ltx2.config import DIT_PREFIX
 from dailies.model.ltx2.header import read_ltx_header
 from dailies.model.ltx2.keys import OTHER_PARTS, PROJECTION
 
+Config = TypeVar("Config", VideoVAEConfig, AudioVAEConfig, VocoderConfig, UpsamplerConfig)
 STATISTICS = "per_channel_statistics."
 UNREAD = {f"{STATISTICS}{name}": "statistics nobody reads" for name in (
     "mean-of-stds", "std-of-stds", "channel")}
@@ -61,11 +70,16 @@ def upsampler_tables() -> tuple[KeyTable, ...]:
                     dropped={"upsampler.blur_down.kernel": "the same in every file"}),
 
 
-def part_of(path: Path, prefix: str, name: str) -> tuple[TensorShapes, CodecFields | None]:
-    """Shapes of one part's tensors by their names behind its prefix, and the header's config where there is one.
+def config_in(kind: type[Config], path: Path, prefix: str, name: str) -> Config:
+    """Of a part in a file: by the header's config, or where it is lost by the shapes of its tensors.
 
-    A file of the part alone has no prefix.  name: of the model, for messages.  Raises CheckpointError.
+    prefix: of its tensors' names; a file of the part alone has none.  name: of the model, for messages.
+    Raises CheckpointError.
     """
     header = read_ltx_header(path, name)
-    shapes = header.shapes(prefix) or header.shapes()
-    return shapes, CodecFields(header.config, header.where) if header.config else None
+    if header.config:
+        return kind.of_header(CodecFields(header.config, header.where))
+    try:
+        return kind.of_shapes(header.shapes(prefix) or header.shapes())
+    except CheckpointError as error:
+        raise CheckpointError(f"{header.where}: {error}") from error

@@ -27,6 +27,7 @@ FIXED: Mapping[str, Any] = dict(
 # where all four are there and so, the text is normed by tokens and has a projection for each stream (2.3)
 PER_TOKEN: Mapping[str, Any] = dict(caption_proj_before_connector=True, caption_projection_first_linear=False,
                                     caption_projection_second_linear=False, caption_proj_input_norm=False)
+NORM_OF_TOKENS = "per_token_rms"
 MOST_WIDTH = 1 << 16                                    # layers, heads, channels: a number must not keep us busy
 
 
@@ -151,7 +152,7 @@ class Said:
     def choice(self, name: str, default: str, choices: tuple[str, ...]) -> str:
         value = self.fields.get(name, default)
         if value not in choices:
-            raise self.wrong(name, " or ".join(choices))
+            raise self.wrong(name, " or ".join(filter(None, choices)))
         return value
 
     def check_fixed(self) -> None:
@@ -159,6 +160,20 @@ class Said:
             got = self.fields.get(name, value)
             if got != value or isinstance(got, bool) is not isinstance(value, bool):      # 1 is not true here
                 raise self.wrong(name, f"{value!r}, as in every release")
+
+
+    def check_seen(self, seen: Mapping[str, Any]) -> None:
+        """seen: of what tensors decide, the values that they have."""
+        for name, value in seen.items():
+            if name in self.fields and self.fields[name] != value:
+                raise self.wrong(name, f"{value}, as its tensors are")
+
+    def is_double(self) -> bool:
+        """Whether the positions' grid is in fp64: where it is said; anything else is fp32, and no header fp64."""
+        precision = self.fields.get("frequencies_precision", "float32" if self.fields else "float64")
+        if not isinstance(precision, str):
+            raise self.wrong("frequencies_precision", "text, such as float64")
+        return precision == "float64"
 
 
 def transformer_config(fields: Mapping[str, Any], keys: Mapping[str, tuple[int, ...]], where: str) -> LtxConfig:
@@ -189,8 +204,7 @@ def transformer_config(fields: Mapping[str, Any], keys: Mapping[str, tuple[int, 
         ff_bias=block + "ff.net.2.bias" in keys, audio_ff_bias=not audio or block + "audio_ff.net.2.bias" in keys,
         keyframes="keyframes_abs_pos_embedding" in keys,
         rope_halves=said.choice("rope_type", "split", ("split", "interleaved")) == "split",
-        rope_exact=not fields or fields.get("frequencies_precision") == "float64",
-        theta=said.number("positional_embedding_theta", 10000.0),
+        rope_exact=said.is_double(), theta=said.number("positional_embedding_theta", 10000.0),
         most=said.most("positional_embedding_max_pos", (20, 2048, 2048)),              # type: ignore[arg-type]
         audio_most=said.most("audio_positional_embedding_max_pos", (20,))[0],
         # a header without it means 1, no header the releases' 1000
@@ -212,11 +226,10 @@ def check_agrees(said: Said, config: LtxConfig) -> None:
                 use_prompt_adaln_single=config.prompt_adaln)
     if config.audio:
         seen |= dict(audio_attention_head_dim=config.audio_width // config.audio_heads,
-                     audio_in_channels=config.audio_channels, audio_cross_attention_dim=config.audio_width,
+                     audio_in_channels=config.audio_channels, audio_out_channels=config.audio_channels,
+                     audio_cross_attention_dim=config.audio_width,
                      audio_ff_bias=config.audio_ff_bias)
-    for name, value in seen.items():
-        if name in said.fields and said.fields[name] != value:
-            raise said.wrong(name, f"{value}, as its tensors are")
+    said.check_seen(seen)
 
 
 def connectors_config(fields: Mapping[str, Any], keys: Mapping[str, tuple[int, ...]], hidden: int,
@@ -228,7 +241,7 @@ def connectors_config(fields: Mapping[str, Any], keys: Mapping[str, tuple[int, .
     said = Said(fields, where)
     there = [name for name in PER_TOKEN if name in fields]
     per_token = "text_embedding_projection.video_aggregate_embed.weight" in keys
-    if there and per_token and (len(there) < len(PER_TOKEN) or any(fields[name] != PER_TOKEN[name] for name in there)):
+    if there and (len(there) < len(PER_TOKEN) or any(fields[name] != PER_TOKEN[name] for name in there)):
         raise CheckpointError(f"{where}: of {', '.join(PER_TOKEN)} its header must have all, or none, with the values "
                               f"{', '.join(str(value).lower() for value in PER_TOKEN.values())}; it has "
                               f"{', '.join(f'{name} {fields[name]}' for name in there)}")
@@ -252,13 +265,31 @@ def connectors_config(fields: Mapping[str, Any], keys: Mapping[str, tuple[int, .
         most=said.most("connector_positional_embedding_max_pos", (1 if fields else 4096,))[0],
         theta=said.number("positional_embedding_theta", 10000.0),
         rope_halves=said.choice("rope_type", "split", ("split", "interleaved")) == "split",
-        rope_exact=not fields or fields.get("frequencies_precision") == "float64",
-        norm_eps=said.number("norm_eps", 1e-6))
+        rope_exact=said.is_double(), norm_eps=said.number("norm_eps", 1e-6))
     if config.width % config.heads or config.audio_width % config.audio_heads or projected != width:
         raise CheckpointError(f"{where}: its connectors' {width} and {audio_width} channels must be of whole heads and "
                               f"as wide as the text projection; got {config.heads} and {config.audio_heads} heads, "
                               f"{projected} projected")
+    check_connectors(said, config)
     return config
+
+
+def check_connectors(said: Said, config: ConnectorsConfig) -> None:
+    """Raises CheckpointError where the header describes other connectors than the tensors are of."""
+    if "caption_proj_before_connector" in said.fields and not config.per_token:
+        raise said.wrong("caption_proj_before_connector", "left out: its tensors have one text projection, not two")
+    norm = said.fields.get("text_encoder_norm_type")
+    if norm is not None and (norm == NORM_OF_TOKENS) is not config.per_token:
+        raise said.wrong("text_encoder_norm_type",
+                         f"{'' if config.per_token else 'another than '}{NORM_OF_TOKENS}, as its tensors are")
+    said.check_seen(dict(
+        connector_num_layers=config.layers, connector_ff_bias=config.ff_bias,
+        connector_attention_head_dim=config.width // config.heads, connector_apply_gated_attention=config.gated,
+        audio_connector_attention_head_dim=config.audio_width // config.audio_heads))
+    if said.fields.get("caption_channels", config.hidden) != config.hidden:
+        raise said.wrong("caption_channels", f"{config.hidden}, the width of the text encoder that is there")
+    if said.fields.get("connector_norm_output", True) is not True:
+        raise said.wrong("connector_norm_output", "true, as in every release")
 
 
 def count_of(keys: Mapping[str, tuple[int, ...]], blocks: str) -> int:

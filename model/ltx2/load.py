@@ -137,7 +137,12 @@ class LtxFamily:
                               device=on.device, precision=on.decode_precision)
 
     def load_vocoder(self, card: LtxCard, weights: Path, on: Runtime) -> Vocoder | ExtendedVocoder:
-        return load_vocoder(weights / layout_in(card, weights).part_of("vocoder"), name=card.name, device=on.device)
+        path = weights / layout_in(card, weights).part_of("vocoder")
+        vocoder = load_vocoder(path, name=card.name, device=on.device)
+        if vocoder.sample_rate != card.audio_rate:
+            raise CheckpointError(f"{card.name}: {path} makes sound of {vocoder.sample_rate:,} samples per second, "
+                                  f"where {card.audio_rate:,} are planned. Is it another model's file?")
+        return vocoder
 
     def stored_precision(self, card: LtxCard, weights: Path) -> str | None:
         return refitted.stored_precision(card, weights)

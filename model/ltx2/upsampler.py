@@ -106,8 +106,7 @@ def _normed(norm: nn.GroupNorm, x: Tensor) -> Tensor:
 
 def upsampler_config(path: Path, name: str) -> UpsamplerConfig:
     """Raises CheckpointError."""
-    shapes, said = codec_keys.part_of(path, "", name)
-    return UpsamplerConfig.of_shapes(shapes) if said is None else UpsamplerConfig.of_header(said)
+    return codec_keys.config_in(UpsamplerConfig, path, "", name)
 
 
 def load_upsampler(path: Path, *, name: str, device: str, precision: str,

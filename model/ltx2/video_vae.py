@@ -330,8 +330,7 @@ def unpatchified(x: Tensor, patch: int) -> Tensor:
 
 def video_vae_config(path: Path, name: str) -> VideoVAEConfig:
     """Of the VAE in a file: a release's single one, or one of its own.  Raises CheckpointError."""
-    shapes, said = codec_keys.part_of(path, "vae.", name)
-    return VideoVAEConfig.of_shapes(shapes) if said is None else VideoVAEConfig.of_header(said)
+    return codec_keys.config_in(VideoVAEConfig, path, "vae.", name)
 
 
 def load_video_vae(path: Path, *, name: str, device: str, precision: str, halves: Sequence[str] = ("decoder",),

@@ -225,8 +225,7 @@ def make_vocoder(config: VocoderConfig) -> Vocoder | ExtendedVocoder:
 
 def vocoder_config(path: Path, name: str) -> VocoderConfig:
     """Of the vocoder in a file: a release's single one, or that of the audio VAE.  Raises CheckpointError."""
-    shapes, said = codec_keys.part_of(path, "vocoder.", name)
-    return VocoderConfig.of_shapes(shapes) if said is None else VocoderConfig.of_header(said)
+    return codec_keys.config_in(VocoderConfig, path, "vocoder.", name)
 
 
 def load_vocoder(path: Path, *, name: str, device: str,

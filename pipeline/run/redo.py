@@ -79,9 +79,7 @@ def ask_for_takes(store: Store, run: Mapping[str, Any], card: ModelCard, chosen:
                                   pc.fill_null(pc.not_equal(table["error_type"], DAMAGED), True)))
     waiting = set(zip(others["id"].to_pylist(), slots(others).to_pylist(), strict=True))
     rows = table.filter(pc.and_(pc.equal(table["status"], "done"), chosen.mask(table)))
-    taken: dict[str, set[int]] = {}
-    for name, used in ledger.keys_of(ledger.read(store, ["id", "seed"], put_back=True, every_take=True)):
-        taken.setdefault(name, set()).add(-1 if used is None else used)
+    used = Used.by_takes(store)
     shared = {name: run["identity"].get(name) for name in IDENTITY} | {"fps": card.fps}
     found, new = Redone(), {}
     for row in rows.select([name for name in rows.column_names if name in COLUMNS.names]).to_pylist():
@@ -90,7 +88,7 @@ def ask_for_takes(store: Store, run: Mapping[str, Any], card: ModelCard, chosen:
             found.waiting += 1
             continue
         try:
-            new[row["id"], row["seed"]] = another_take(row, slot[1], card, shared, seed, taken[row["id"]])
+            new[row["id"], row["seed"]] = another_take(row, slot[1], card, shared, seed, used)
         except NotMade as error:
             found.refused.append(f"{row['id']}, seed {row['seed']}: {error}")
     if new:
@@ -101,19 +99,46 @@ def ask_for_takes(store: Store, run: Mapping[str, Any], card: ModelCard, chosen:
     return found
 
 
+@dataclass(kw_only=True)
+class Used:
+    """What takes and rows have already."""
+
+    by_id: dict[str, set[int]] = field(default_factory=dict)           # seeds of a row, its takes and samples
+    by_prompt: dict[str, set[int]] = field(default_factory=dict)       # of all rows that say the same
+    clips: set[str] = field(default_factory=set)
+
+    @classmethod
+    def by_takes(cls, store: Store) -> "Used":
+        found = cls()
+        table = ledger.read(store, ["id", "seed", "prompt", "clip_id", "quality.seed"], put_back=True, every_take=True)
+        for name, seed, prompt, clip_id, made_with in ledger.values_of(table, "id", "seed", "prompt", "clip_id",
+                                                                       "quality.seed"):
+            found.by_id.setdefault(name, set()).add(-1 if seed is None else seed)
+            found.by_prompt.setdefault(prompt, set()).update(one for one in (seed, made_with) if one is not None)
+            found.clips.add(clip_id)
+        return found
+
+
 def another_take(row: Mapping[str, Any], slot: int, card: ModelCard, shared: Mapping[str, Any], seed: NewSeed,
-                 taken: set[int]) -> dict[str, Any]:
+                 used: Used) -> dict[str, Any]:
     """The pending row of another take: every column that is not as in this one.  Raises NotMade."""
     images = {row["image_sha256"]: row["image"]} if row["image_sha256"] else {}
     if request_of_row(row, card, shared, images).clip_id != row["clip_id"]:
         raise NotMade("its clip_id is not that of what its row says, so nobody knows what it was made of")
     first = slot - (row["sample"] or 0)
-    other = seed.after(row["seed"], taken, first, row["samples"] or (row["sample"] or 0) + 1)
+    own, alike = used.by_id[row["id"]], used.by_prompt[row["prompt"]]
+    # of rows that say the same, one's next seed is another's own, and so would be the clip
+    other = seed.after(row["seed"], own | alike if seed.step else own, first,
+                       row["samples"] or (row["sample"] or 0) + 1)
     if other is None:
         raise NotMade("another take or sample of it has that seed")
-    taken.add(other)
     said = {name: None for name in row if name not in ASKED_AGAIN}
     again = request_of_row({**row, "seed": other, "quality.seed": None}, card, shared, images)
+    if again.clip_id in used.clips:
+        raise NotMade("another row has the clip of that seed")
+    own.add(other)
+    alike.add(other)
+    used.clips.add(again.clip_id)
     return said | {"seed": other, "clip_id": again.clip_id, "status": "pending", "take_of": slot,
                    "replaces": row["clip_id"], "finished_at": datetime.now(UTC)}
 
