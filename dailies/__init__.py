@@ -60,13 +60,14 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _PLACES:
-        raise AttributeError(f"module 'dailies' has no attribute {name!r}")
-    module, _, there = _PLACES[name].partition(":")
-    value = getattr(import_module(f"dailies.{module}"), there or name)
-    globals()[name] = value                             # asked for once
-    return value
+if not TYPE_CHECKING:                                   # to a type checker every name would be there, of type Any
+    def __getattr__(name: str) -> Any:
+        if name not in _PLACES:
+            raise AttributeError(f"module 'dailies' has no attribute {name!r}")
+        module, _, there = _PLACES[name].partition(":")
+        value = getattr(import_module(f"dailies.{module}"), there or name)
+        globals()[name] = value                         # asked for once
+        return value
 
 
 def __dir__() -> list[str]:

@@ -1,19 +1,18 @@
 """The program `dailies`: what can be typed, and which function answers.
 
-Nothing heavy is imported here: `dailies --help` must be instant, and torch, ray and pyarrow take seconds. Nor is more
-of Python's own than must be, before import_nothing_from_here: a user's folder may have a logging.py or an email.py.
+Nothing heavy is imported here: `dailies --help` must be instant, and torch, ray and pyarrow take seconds.
 """
 
 import inspect
-import os
+import logging
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
-from dailies import HOME
 from dailies.jobs.answer import answer
+from dailies.jobs.here import import_nothing_from_here
 from dailies.jobs.process import leave, speak_safely
 from dailies.jobs.progress import printable, say
 from dailies.jobs.signals import on_signals
@@ -564,18 +563,8 @@ def is_encodable(argument: str) -> bool:
         return False
 
 
-def import_nothing_from_here() -> None:
-    """Whatever .py files lie where the command is given, none is taken for a module of ours or of a library's: `python
-    -m`, and an empty entry of PYTHONPATH, would look there first. A checkout that is worked in stays."""
-    here = os.path.realpath(os.curdir)                  # raises FileNotFoundError where it has been deleted
-    if here != str(HOME):
-        sys.path[:] = [path for path in sys.path if path and os.path.realpath(path) != here]
-
-
 def log_plainly() -> None:
     """What libraries and we log, on standard error, with nothing in it that a terminal would obey."""
-    import logging
-
     class Plain(logging.Formatter):
         def format(self, record: logging.LogRecord) -> str:
             return "\n".join(printable(line) for line in super().format(record).splitlines())
@@ -592,6 +581,3 @@ def report_failure(code: int, message: str, arguments: list[str], errors: Any = 
     details = {"complaints": errors.as_json()} if errors else {}
     return answer({"error": message, "exit_code": code} | details, lambda: None, json="--json" in arguments)
 
-
-if __name__ == "__main__":
-    program()

@@ -76,7 +76,7 @@ def submit(manifest: str, out: str, address: str, render_args: list[str], wait: 
         with tempfile.TemporaryDirectory(prefix="dailies-submit-") as folder:
             render = ["render", *pack_parcel(Path(folder), manifest, render_args), "--out", out, "--ray", "auto"]
             client = connect_to_head(address)
-            job_id = start_job(client, address, shlex.join(["python", "-m", "dailies.jobs.cli", *render]), folder)
+            job_id = start_job(client, address, shlex.join(["python", "-m", "dailies", *render]), folder)
     except HeadError as error:
         return stopped(about, error.exit_code, str(error), json=json)
 

@@ -12,7 +12,7 @@ AT_A_TIME = 2
 
 
 def exit_code(arguments: list[str]) -> int:
-    return subprocess.run([sys.executable, "-m", "dailies.jobs.cli", *arguments], stdout=subprocess.DEVNULL).returncode
+    return subprocess.run([sys.executable, "-m", "dailies", *arguments], stdout=subprocess.DEVNULL).returncode
 
 
 if __name__ == "__main__":

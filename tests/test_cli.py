@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from tiny import TINY
 
 from dailies import HOME
-from dailies.jobs.cli import import_nothing_from_here, main
+from dailies.jobs.cli import main
+from dailies.jobs.here import import_nothing_from_here
 from dailies.jobs.parcel import mapping_in, pack_parcel
 from dailies.jobs.settings import RenderJob, time_meant, without_long_keys
 from dailies.jobs.usage import UsageError

@@ -222,7 +222,7 @@ def test_the_entrypoint_is_a_command_that_exists(rayjob):
     program, command, *rest = rayjob["spec"]["entrypoint"].split()
     assert (program, command) == ("dailies", "render")
     assert rest[-2:] == ["--ray", "auto"] and DATE in rest[0]
-    done = subprocess.run([sys.executable, "-m", "dailies.jobs.cli", command, "--help"], cwd=ROOT, capture_output=True,
+    done = subprocess.run([sys.executable, "-m", "dailies", command, "--help"], cwd=ROOT, capture_output=True,
                           text=True, check=True)
     for flag in (word for word in rest if word.startswith("--")):
         assert flag in done.stdout

@@ -33,9 +33,9 @@ def installed(tmp_path_factory) -> Path:
     return made / "site-packages"
 
 
-def run_installed(installed: Path, args: list[str], cwd: Path) -> subprocess.CompletedProcess:
-    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    env |= {"PYTHONPATH": str(installed), "PYTHONSAFEPATH": "1", "PYTHONDONTWRITEBYTECODE": "1", "HOME": str(cwd)}
+def run_installed(installed: Path, args: list[str], cwd: Path, **env: str) -> subprocess.CompletedProcess:
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")} | {
+        "PYTHONPATH": str(installed), "PYTHONSAFEPATH": "1", "PYTHONDONTWRITEBYTECODE": "1", "HOME": str(cwd)} | env
     return subprocess.run([sys.executable, *args], cwd=cwd, env=env, capture_output=True, text=True, timeout=240,
                           stdin=subprocess.DEVNULL)
 
@@ -78,6 +78,22 @@ def test_the_installed_program_answers_and_knows_its_models(installed, tmp_path)
         done = run_installed(installed, ["-m", "dailies", *args], tmp_path)
         assert done.returncode == 0 and word in done.stdout, done.stderr
 
+
+def test_no_file_of_the_folder_that_it_is_called_in_is_taken_for_a_module(installed, tmp_path):
+    """Whatever their names: all of Python's, but those that Python looks for there before any program begins, and those
+    of dailies/__init__.py; and the libraries' that are wanted."""
+    code = "import runpy, sys, typing, pathlib; print(*sys.modules)"
+    early = {name.partition(".")[0] for name in run_installed(installed, ["-c", code], tmp_path).stdout.split()}
+    public = {name for name in sys.stdlib_module_names if not name.startswith("_") and name not in ("nt", "winreg")}
+    names = (public | {"typer", "click", "rich", "yaml", "torch", "pyarrow"}) - early
+    assert {"json", "select", "copy", "logging", "subprocess", "signal", "inspect"} <= names
+    for name in names:
+        (tmp_path / f"{name}.py").write_text(f"raise SystemExit('{name}.py of the folder')\n")
+    for args, word in ((["--help"], "render"), (["models", "demo"], "dailies/model/demo (")):
+        # the folder is the first place to look, and the last
+        done = run_installed(installed, ["-m", "dailies", *args], tmp_path, PYTHONSAFEPATH="",
+                             PYTHONPATH=f"{installed}{os.pathsep}")
+        assert done.returncode == 0 and word in done.stdout, done.stderr
 
 
 EXAMPLE = """

@@ -79,11 +79,11 @@ def test_what_nobody_reads_ends_no_command_and_changes_no_exit_code():
     for code in (0, 3):
         assert subprocess.run([sys.executable, "-c", f"{lines}\nleave({code})"], cwd=ROOT, stdout=write, stderr=write,
                               timeout=120).returncode == code
-    done = program("-m", "dailies.jobs.cli", "render", "--help", stdout=write)
+    done = program("-m", "dailies", "render", "--help", stdout=write)
     os.close(write)
     assert (done.returncode, done.stderr) == (0, b"")
     with open("/dev/full", "wb") as full:               # a log on a full disk: what is not written is told of
-        done = program("-m", "dailies.jobs.cli", "--help", stdout=full)
+        done = program("-m", "dailies", "--help", stdout=full)
     assert done.returncode == 1 and b"could not be written: No space left" in done.stderr
     with open("/dev/full", "wb") as full:               # nor does a log that fills up in the middle end a night
         done = program("-c", f"{lines}\nleave(0)", stdout=full)
@@ -120,7 +120,7 @@ def test_a_library_that_is_not_installed_is_a_sentence_and_exit_5(library, tmp_p
     """As on the head of a cluster that has Ray and little else, to which a job was submitted."""
     code = (f"import sys, runpy; sys.modules[{library!r}] = None; "
             f"sys.argv = ['dailies', 'render', 'm.csv', '--out', {str(tmp_path / 'out')!r}]; "
-            "runpy.run_module('dailies.jobs.cli', run_name='__main__')")
+            "runpy.run_module('dailies', run_name='__main__')")
     done = program("-c", code, stdout=subprocess.PIPE, text=True)
     assert done.returncode == 5 and "Traceback" not in done.stderr
     assert f"the Python package {library} is not installed" in done.stderr and "every machine" in done.stderr

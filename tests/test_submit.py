@@ -192,7 +192,7 @@ def test_images_are_rendered_on_the_cluster_from_where_the_job_has_them(head: He
     start = job.start_job
     monkeypatch.setattr(job, "pack_parcel", with_tests)
     monkeypatch.setattr(job, "start_job", lambda client, address, entrypoint, folder: start(
-        client, address, entrypoint.replace("python -m dailies.jobs.cli", "python wan_tiny.py"), folder))
+        client, address, entrypoint.replace("python -m dailies", "python wan_tiny.py"), folder))
     write_weights(weights, WAN_TINY_I2V)
     night = tmp_path / "night"
     (night / "deep").mkdir(parents=True)

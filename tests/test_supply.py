@@ -13,7 +13,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 def test_nobody_is_told_to_install_the_other_program_that_is_called_dailies():
     """The name belongs to another project on PyPI; the command and the import keep it."""
     assert PROJECT["project"]["name"] == "dailies-render"
-    assert PROJECT["project"]["scripts"] == {"dailies": "dailies.jobs.cli:program"}
+    assert PROJECT["project"]["scripts"] == {"dailies": "dailies.__main__:command"}
     told = re.compile(r"pip3? install[^\n#]*['\" ]dailies(?![\w-])")
     assert told.search("pip install 'dailies[dev]'") and not told.search("pip install dailies-render")
     for path in tracked():

@@ -22,7 +22,7 @@ def memory(clips: int = _CLIPS) -> dict[str, float]:
             f"a red circle moves left on a gray background {i % 50},{i},5,2\n" for i in range(clips)))
         out = Path(folder) / "out"
         log = (Path(folder) / "log").open("w+")
-        render = subprocess.Popen([sys.executable, "-m", "dailies.jobs.cli", "render", str(manifest), "--out",
+        render = subprocess.Popen([sys.executable, "-m", "dailies", "render", str(manifest), "--out",
                                    str(out)],
                                   stdout=log, stderr=subprocess.STDOUT)
         seen: dict[str, list[tuple[int, float]]] = {}

@@ -49,7 +49,7 @@ def judge(night: Night, *, clips: int, rows: int, failed: int = 0, sampled_again
 
 def verify(out: str) -> dict[str, Any]:
     """The answer of `dailies verify`."""
-    done = subprocess.run([sys.executable, "-m", "dailies.jobs.cli", "verify", out, "--json"], cwd=ROOT,
+    done = subprocess.run([sys.executable, "-m", "dailies", "verify", out, "--json"], cwd=ROOT,
                           capture_output=True,
                           text=True, timeout=600)
     return json.loads(done.stdout)
