@@ -7,7 +7,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from dailies.model.runtime import Runtime
+from dailies.model.errors import SettingError
+from dailies.model.runtime import EVERY_ATTENTION, EVERY_PRECISION, Runtime
 from dailies.model.shapes import LatentGrid, VideoShape
 
 
@@ -171,8 +172,12 @@ class ModelCard:
     def runtime(self, device: str = "cpu", precision: str | None = None, attention: str | None = None, *,
                 decode_precision: str | None = None, threads: int = 1, compiled: bool = False,
                 graphs: bool | None = None, largest: VideoShape | None = None) -> Runtime:
-        """What is said, and the model's own for the rest."""
+        """What is said, and the model's own for the rest.  Raises SettingError for what no model runs in."""
         precision = precision or self.precision_on(device)
+        for name, value, known in (("precision", precision, EVERY_PRECISION), ("attention", attention, EVERY_ATTENTION),
+                                   ("decode_precision", decode_precision, ("fp32", "bf16"))):
+            if value is not None and value not in known:
+                raise SettingError(f"{name} must be {' or '.join(known)}; got {value}")
         return Runtime(device=device, precision=precision, attention=attention or self.attentions[0], threads=threads,
                        decode_precision=decode_precision or self.vae_precision(precision), compiled=compiled,
                        graphs=graphs, largest=largest)

@@ -12,6 +12,10 @@ class DailiesError(Exception):
         super().__init__(*(printable(each) if isinstance(each, str) else each for each in said))
 
 
+class SettingError(DailiesError, ValueError):
+    """A run cannot be made as it is asked for; the message names the setting as the command line does."""
+
+
 def printable(text: str) -> str:
     """A text of others' making for a terminal, on one line: nothing in it moves the cursor or changes a colour."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)

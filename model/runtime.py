@@ -4,14 +4,17 @@ from dataclasses import dataclass
 
 from dailies.model.shapes import VideoShape
 
+EVERY_PRECISION = ("fp32", "bf16", "int8", "fp8")       # a card has some of them
+EVERY_ATTENTION = ("dense", "sage", "sparse")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
     """What plan and machine have settled, all of it said: `ModelCard.runtime` fills in the model's own."""
 
     device: str                                         # as torch names it
-    precision: str                                      # fp32, bf16, int8
-    attention: str                                      # dense, sage, sparse
+    precision: str                                      # one of EVERY_PRECISION
+    attention: str                                      # one of EVERY_ATTENTION
     decode_precision: str                               # of the VAE: fp32 or bf16
     threads: int = 1                                    # torch's, for the whole process; they count in the last bits
     compiled: bool = False                              # the transformer, at the first clip of each shape

@@ -87,7 +87,7 @@ class Plan:
 
         allow_images: s3:// prefixes of images, beside the manifest's own bucket.
         skip_invalid: set bad rows aside (`invalid_rows`) and plan the others.
-        Raises ManifestError with the manifest's errors and the model's; ValueError for impossible defaults;
+        Raises ManifestError with the manifest's errors and the model's; SettingError for impossible defaults;
         StoreError for images in a bucket that does not answer.
         """
         defaults = defaults.resolved(card)
@@ -123,7 +123,7 @@ class Plan:
         )
 
     def with_defaults(self, defaults: Defaults) -> "Plan":
-        """The plan that the same rows have with these; bad rows are set aside.  Raises ValueError, StoreError."""
+        """The plan that the same rows have with these; bad rows are set aside.  Raises SettingError, StoreError."""
         said = {name: self.shared[name] for name in ("weights_fingerprint", "precision", "attention",
                                                      "decode_precision", "variant")}
         return Plan.make(self.manifest, self.card, defaults, skip_invalid=True, allow_images=self.allow_images, **said)

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 
 from dailies.actors.messages import FirstFrame, Request
 from dailies.model.card import ModelCard
+from dailies.model.errors import SettingError
 from dailies.model.settings import ALIKE_SETTINGS, COURSE, DEFAULTED, FURTHER, LENGTHS, Scalar, Setting
 from dailies.model.shapes import VideoShape
 from dailies.pipeline.manifest.images import ALLOWED_IMAGE, FoundImage, find_images, folder_of
@@ -28,12 +29,12 @@ class Defaults(Mapping[str, Scalar | None]):
     """What a command line says for rows that do not, by the settings' names; None leaves it to the model card."""
 
     def __init__(self, **said: Scalar | None):
-        """Raises TypeError for what has no default, ValueError for what no model could take."""
+        """Raises TypeError for what has no default, SettingError for what no model could take."""
         names = [setting.name for setting in DEFAULTED]
         if strange := [name for name in said if name not in names]:
             raise TypeError(f"a default is one of {', '.join(names)}; got {', '.join(strange)}")
         if all(said.get(name) is not None for name in LENGTHS):
-            raise ValueError(f"give duration_s or frames, not both; got {said['duration_s']} and {said['frames']}")
+            raise SettingError(f"give duration_s or frames, not both; got {said['duration_s']} and {said['frames']}")
         self.said = {setting.name: default(setting, said.get(setting.name)) for setting in DEFAULTED}
 
     def __getitem__(self, name: str) -> Scalar | None:
@@ -49,7 +50,7 @@ class Defaults(Mapping[str, Scalar | None]):
         return f"Defaults({', '.join(f'{name}={value!r}' for name, value in self.said.items() if value is not None)})"
 
     def resolved(self, card: ModelCard) -> "Defaults":
-        """With the card's values for what is None.  Raises ValueError for what this model cannot do."""
+        """With the card's values for what is None.  Raises SettingError for what this model cannot do."""
         has_length = any(self[name] is not None for name in LENGTHS)
         said: dict[str, Any] = {setting.name: self[setting.name] for setting in DEFAULTED}
         for setting, other in ALIKE_SETTINGS:
@@ -57,20 +58,23 @@ class Defaults(Mapping[str, Scalar | None]):
                 continue
             both = {said[each.name] for each in (setting, other)} - {None}
             if len(both) > 1:
-                raise ValueError(f"{setting.name} is another name for {other.name} with {card.name}: give one of them; "
-                                 f"got {said[setting.name]:g} and {said[other.name]:g}")
+                raise SettingError(f"{setting.name} is another name for {other.name} with {card.name}: give one of them; "
+                                   f"got {said[setting.name]:g} and {said[other.name]:g}")
             said[setting.name] = said[other.name] = next(iter(both), None)
         said |= {setting.name: setting.own_value(card) for setting in DEFAULTED
                  if said[setting.name] is None and not (has_length and setting.name in LENGTHS)}
-        card.shape_for(*(said[name] for name in ("resolution", *LENGTHS)))
-        for setting in COURSE:
-            if (value := said[setting.name]) is not None:
-                setting.check(value, card)
+        try:
+            card.shape_for(*(said[name] for name in ("resolution", *LENGTHS)))
+            for setting in COURSE:
+                if (value := said[setting.name]) is not None:
+                    setting.check(value, card)
+        except ValueError as error:
+            raise SettingError(str(error)) from error
         return Defaults(**said)
 
 
 def default(setting: Setting, value: Scalar | None) -> Scalar | None:
-    """The value in its setting's type.  Raises ValueError for one that no row could have; the card says how much."""
+    """The value in its setting's type.  Raises SettingError for one that no row could have; the card says how much."""
     if value is None:
         return None
     is_one = isinstance(value, (int, float) if setting.type is float else setting.type) and (
@@ -80,7 +84,7 @@ def default(setting: Setting, value: Scalar | None) -> Scalar | None:
     elif is_one and isinstance(value, int | float) and setting.type is not bool:
         is_one = setting.low <= value and math.isfinite(value)
     if not is_one:
-        raise ValueError(f"{setting.name} must be {setting.allowed}; got {shown(value)}")
+        raise SettingError(f"{setting.name} must be {setting.allowed}; got {shown(value)}")
     return setting.type(value)
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import PurePath
 from typing import Any, Protocol
 
-from dailies.actors.actor import as_actor
+from dailies.actors.actor import Plain, as_actor
 from dailies.actors.device_lock import DeviceLock, Halted
 from dailies.actors.messages import Clip, Failure, Request
 from dailies.pipeline.scheduler.faults import WorkerUnfit, lost_context, machine_fault, store_trouble
@@ -213,11 +213,7 @@ class Worker:
         if not values:
             return []
         try:
-            made = step(values)
-            if len(made) != len(values):
-                raise ValueError(f"{type(step).__name__} must return a value for each that it gets; "
-                                 f"it got {len(values)} and returned {len(made)}")
-            return list(made)
+            return results_of(step, values)
         except (StoreError, NotFound, Halted, WorkerUnfit):
             raise
         except Exception as error:
@@ -255,6 +251,36 @@ class Engine(Protocol):
     def run(self, stages: Sequence[Stage], requests: Iterable[Request], **options: Any) -> Iterator[Outcome]: ...
 
 
+def results_of(step: Any, values: list) -> list:
+    """What a step makes of values.  Raises TypeError, ValueError where that is not one for each."""
+    made, name = step(values), type(step.call if isinstance(step, Plain) else step).__name__
+    if not isinstance(made, list | tuple):
+        raise TypeError(f"{name} must return a list; it returned {type(made).__name__}")
+    if len(made) != len(values):
+        raise ValueError(f"{name} must return a value for each that it gets; it got {len(values)} and returned "
+                         f"{len(made)}")
+    for value in made:
+        if carries_request(values[0]) and not carries_request(value):
+            raise TypeError(f"{name} must return values that carry their request, as those that it gets do; it "
+                            f"returned {type(value).__name__}")
+    return list(made)
+
+
+def carries_request(value: Any) -> bool:
+    return isinstance(value, Request) or isinstance(getattr(value, "request", None), Request)
+
+
+def check_stages(stages: Sequence[Stage]) -> None:
+    """Raises ValueError for one without a name or a step, and for two of one name: seconds are told by it."""
+    names = [stage.name for stage in stages]
+    for stage in stages:
+        if not stage.name or not stage.steps:
+            raise ValueError(f"a stage must have a name, by which its seconds are told, and a step; got {stage.name!r} "
+                             f"and {len(stage.steps)} steps")
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise ValueError(f"every stage must have a name of its own; there are {names.count(twice[0])} called {twice[0]}")
+
+
 def digest_of(error: Exception) -> str:
     """Equal for errors that were raised along one path of calls, on any machine; then the end of that path."""
     frames = traceback.extract_tb(error.__traceback__)
@@ -275,6 +301,7 @@ def readdress(value: Any, request: Request) -> Any:
 
 def run_local(stages: Iterable[Stage], requests: Iterable[Request]) -> Iterator[Outcome]:
     """Each request through all stages, one after the other, in this process. The definition of a pipeline."""
+    check_stages(stages := list(stages))
     workers = [(stage, Worker(stage.name, (*stage.steps, *stage.then), stage.threads)) for stage in stages]
     shared: dict[str, tuple[str, Any]] = {}             # stage -> the last key and what it made
     for request in requests:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
 from dailies.actors.clip_writer import ClipWriter
@@ -41,7 +42,7 @@ class Overlap:
 OVERLAP = {"cuda": Overlap(calls=3, writers=2), "cpu": Overlap(calls=1, writers=0)}
 
 
-def text_to_video(card: ModelCard, weights: str | None, store: Store, on: Runtime, *, batch: int = 1,
+def text_to_video(card: ModelCard, weights: str | Path | None, store: Store, on: Runtime, *, batch: int = 1,
                   samplers: int | None = None, keep_latents: bool = False, strict: bool = False, seal: Seal = Seal(),
                   spoilt: Mapping[str, str] = {}) -> list[Stage]:
     """weights: as `locate` takes them; each machine finds or fetches its own.  on: its threads are a sampler's, and
@@ -83,6 +84,6 @@ def text_to_video(card: ModelCard, weights: str | None, store: Store, on: Runtim
     ]
 
 
-def with_weights(actor: Callable[..., Any], card: ModelCard, weights: str | None, **options: Any) -> Any:
+def with_weights(actor: Callable[..., Any], card: ModelCard, weights: str | Path | None, **options: Any) -> Any:
     """The actor, with the weights where this machine has them."""
     return actor(card=card, weights=locate(weights, card, fetch=bring), **options)

@@ -263,7 +263,7 @@ def test_a_run_needs_a_cluster():
     script = ("from dailies.pipeline.scheduler import cluster\ntry:\n    cluster.run([], [])\n"
               "except cluster.ClusterError as error:\n    print(error)")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
-    assert "cluster.connect" in done.stdout
+    assert "dailies.connect(" in done.stdout
 
 
 def test_the_token_is_for_its_owner_only(tmp_path, monkeypatch):

@@ -67,6 +67,7 @@ class Manifest:
         missing, of a wrong type, or nearly one of ours.  Raises StoreError for a bucket that does not answer.
         """
         uris = [uri] if isinstance(uri, str) else list(uri)
+        prompts = [prompts] if isinstance(prompts, str) else prompts
         name = ", ".join(uris[:3]) + (f" and {len(uris) - 3:,} more" if len(uris) > 3 else "") or "--prompt"
         errors = ValidationErrors()
         notes: list[str] = []

@@ -28,8 +28,8 @@ from dailies.pipeline.run.current import JUDGED_BY, is_current, latest, slots
 from dailies.pipeline.run.judged import BESIDE, NEEDS, with_judgements
 from dailies.pipeline.run.layout import LAST_EPOCH, LEDGER, RETRIED, SUCCESS, epoch_of, part_key, retried_key
 from dailies.pipeline.run.ledger_part import MAX_PART_BYTES, MAX_ROWS_IN_ALL, STATUSES, read_part
-from dailies.pipeline.run.ledger_row import COLUMNS, DAMAGED, DURATION, OTHER_STAGES, stored_error, there
-from dailies.pipeline.run.where import Filter, all_of, column_is
+from dailies.pipeline.run.ledger_row import COLUMNS, DAMAGED, DURATION, OTHER_STAGES, is_of_some, stored_error, there
+from dailies.pipeline.run.where import BadFilter, Filter, all_of, column_is
 from dailies.pipeline.store import NotFound, Store, StoreError, TooLarge
 
 REMEMBERED = ("id", "seed", "status", "error_type", "error", "attempts", "finished_at", "earlier_errors")
@@ -222,6 +222,7 @@ def read(store: Store, columns: Sequence[str] | None = None, *, put_back: bool =
     put_back: also the rows of clips that are to be made (pending).
     every_take: also rows that a newer take replaced, and those that were dropped: the last row of every key.
     whole: every column is read and checked, so that who asks for others later is not refused.
+    Of columns that only some ledgers have (`is_of_some`) those are left out that this one does not have.
     written: rows_ever_written(), for who has all columns of it already: then no part is read again.
     """
     beside = tuple(name for name in BESIDE if columns is None or name in columns)
@@ -237,6 +238,10 @@ def read(store: Store, columns: Sequence[str] | None = None, *, put_back: bool =
     table, counts = table.filter(pa.array(stays)), counts[stays]
     if beside:
         table = with_judgements(store, table, pa.array(counts), beside)
+    for name in columns or ():
+        if name not in table.column_names and name not in COLUMNS.names and not is_of_some(name):
+            raise BadFilter(f"the ledger has no column {name}; it has {', '.join(COLUMNS.names)}, {', '.join(BESIDE)}, "
+                            "user.NAME, seconds.NAME and quality.NAME")
     return table if columns is None else table.select(list(there(dict.fromkeys(columns), table.column_names)))
 
 
@@ -390,7 +395,8 @@ def retry_rows(store: Store, where: Mapping[str, str] | Filter | None = None) ->
     """
     if not isinstance(where, Filter):
         where = all_of(column_is(name, value) for name, value in (where or {}).items())
-    ledger = read(store, ["id", "seed", "status", "error_type", *where.columns])
+    known = [name for name in where.columns if name in COLUMNS.names or name in BESIDE or is_of_some(name)]
+    ledger = read(store, ["id", "seed", "status", "error_type", *known])
     if not all(name in ledger.column_names and not pa.types.is_nested(ledger.schema.field(name).type)
                for name in where.columns):
         ledger = read(store)                            # the message names what there is

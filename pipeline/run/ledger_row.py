@@ -99,6 +99,11 @@ def seconds_column(stage: str) -> str:
     return f"{stage}_s" if stage in ("encode", "sample", "decode", "publish") else f"{OTHER_STAGES}{stage}"
 
 
+def is_of_some(name: str) -> bool:
+    """Whether a column by this name is in some ledgers and not in others: a user's, or a stage's, or a measure."""
+    return name.startswith(("user.", OTHER_STAGES, ALL_MEASURES[:-1]))
+
+
 def there(asked: Iterable[str], names: Sequence[str]) -> Iterator[str]:
     """Of the columns that are asked for, those that there are.  names: of a part or a table."""
     for name in asked:

@@ -6,6 +6,7 @@ it, and `render` is both, and the work: examples/render_three.py.
 """
 
 import platform
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,12 +16,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from dailies.actors.messages import Request
+from dailies.actors.messages import Clip, Failure, Request
 from dailies.model.card import ModelCard
-from dailies.model.errors import DailiesError
+from dailies.model.errors import SettingError
 from dailies.model.family import family_of, precision_in
 from dailies.model.ways import AUTO, Gpu, Way, fastest
-from dailies.model.weights import fingerprint, weights_files
+from dailies.model.weights import fingerprint, locate, weights_files
 from dailies.model.weights_check import check_before_reading, check_parts
 from dailies.pipeline.manifest.manifest import Manifest
 from dailies.pipeline.manifest.validation import shown
@@ -29,7 +30,16 @@ from dailies.pipeline.run import ledger
 from dailies.pipeline.run.bookkeeper import Bookkeeper
 from dailies.pipeline.run.growth import Change, change, compare, digests_of, grow, is_recorded
 from dailies.pipeline.run.intermediates import Seal, clear
-from dailies.pipeline.run.layout import EMBEDDINGS, EMPTIED, LATENTS, RUN, SAVED_STEPS, SUCCESS, intermediate_of
+from dailies.pipeline.run.layout import (
+    EMBEDDINGS,
+    EMPTIED,
+    LATENTS,
+    RUN,
+    SAVED_STEPS,
+    SUCCESS,
+    clip_key,
+    intermediate_of,
+)
 from dailies.pipeline.run.lease import Lease
 from dailies.pipeline.run.run_json import (
     RUN_FORMAT,
@@ -50,10 +60,6 @@ from dailies.pipeline.wording import counted
 VERSIONS_OF = ("torch", "transformers", "ray", "av", "pyarrow")        # told in run.json
 Execute = Callable[[Sequence[Stage], Iterable[Request]], Iterable[Outcome]]
 UNKNOWN_FINGERPRINT = "unknown until the weights are here"  # a fingerprint
-
-
-class SettingError(DailiesError, ValueError):
-    """A run cannot be made as it is asked for; the message names the setting as the command line does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,16 +130,31 @@ class Run:
                keep_latents: bool = False, tell: Callable[[str], None] = lambda text: None) -> Iterator[Outcome]:
         """Make and record what is not done yet; yields each clip's outcome once it is in the ledger.
 
-        execute: `run_local`, or `cluster.run` where Ray is connected.  The others are as of `open`.
-        Raises CheckpointError, OtherRun, LeaseError, StoreError; with cluster.run ClusterError.
+        execute: `run_local`, or `dailies.run_cluster` where Ray is connected.  The others are as of `open`.
+        Raises SettingError for stages that do not make this run's clips, CheckpointError, OtherRun, LeaseError,
+        StoreError; with run_cluster ClusterError.
         """
+        if not stages:
+            raise SettingError("a run is rendered by stages, and there are none: text_to_video gives three")
         self.check_weights()
         self.begin()
         with self.open(limit=limit, keep_latents=keep_latents, tell=tell) as bookkeeper:
             for requests, _ in bookkeeper.rounds():
                 for outcome in execute(stages, requests):
+                    self.check_made(outcome.value, stages[-1].name)
                     bookkeeper.record(outcome)
                     yield outcome
+
+    def check_made(self, value: Any, stage: str) -> None:
+        """Raises SettingError unless it is a clip in this run's folder, or a failure.  stage: the last, for messages."""
+        if isinstance(value, Failure):
+            return
+        if not isinstance(value, Clip):
+            raise SettingError(f"the last stage, {stage}, must publish: it must return Clip or Failure; it returned "
+                               f"{type(value).__name__}. text_to_video gives such a stage, which is called publish")
+        if value.uri != (wanted := self.store.uri_of(clip_key(value.request.clip_id))):
+            raise SettingError(f"the stages published {value.uri}, and this run's folder has its clips as {wanted}: "
+                               "make the stages with the store that the run has")
 
     @contextmanager
     def open(self, *, limit: int | None = None, keep_latents: bool = False, take_over: bool = False,
@@ -216,20 +237,23 @@ def installed_version(package: str) -> str:
         return "not installed"
 
 
-def prepare(manifest: Manifest, store: Store, card: ModelCard, *, weights: Path | None, device: str = "cpu",
+def prepare(manifest: Manifest, store: Store, card: ModelCard, *, weights: str | Path | None, device: str = "cpu",
             defaults: Defaults = Defaults(), precision: str | None = None, attention: str | None = None,
             decode_precision: str | None = None, variant: str | None = None, skip_invalid: bool = False,
             strict: bool = False, allow_images: Sequence[str] = (), is_here: bool = True, changed: str | None = None,
             gpus: Callable[[], Sequence[Gpu]] = lambda: ()) -> Run:
     """The run of a manifest, with all that was left open settled: as the folder's run has it, or the model.
 
-    weights: their folder, as `locate` finds it; None: not here, so clips have no names yet.  precision, attention: None
+    weights: their folder, as `locate` finds it, here; None: not here, so clips have no names yet.  precision, attention: None
     for the model's own, "auto" for the fastest on `gpus`, the kinds that will do the work.  is_here: it is done on this
     machine, of which fallbacks are known before.  strict: no fallback and no rounding is taken.  changed: what is to
     become of rows that ask for something else than they did, "render" or "keep"; None: they are refused.
     The other settings are as of `Plan.make`.
     Raises SettingError, ManifestError, OtherRun, StoreError.
     """
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise SettingError(f"--device must be cpu or cuda; got {device}")
+    weights = None if weights is None else locate(weights, card)
     found = read_run(store)
     if found is not None:
         check_counts(store, found)

@@ -33,7 +33,7 @@ from dailies.pipeline.scheduler.faults import machine_fault
 from dailies.pipeline.scheduler.intake import Stop
 from dailies.pipeline.scheduler.progress import Progress
 from dailies.pipeline.scheduler.ray_executor import RayExecutor, nodes, one_line
-from dailies.pipeline.stages import Outcome, Stage
+from dailies.pipeline.stages import Outcome, Stage, check_stages
 
 __all__ = ["ClusterError", "Progress", "Stop", "connect", "nodes", "run"]
 
@@ -51,7 +51,8 @@ def run(stages: Sequence[Stage], requests: Iterable[Request], *, max_attempts: i
     Raises ClusterError when the machines cannot run the stages, StoreError when the store cannot be used.
     """
     if not ray.is_initialized():
-        raise ClusterError("no cluster is connected; use `with cluster.connect(address):` around cluster.run")
+        raise ClusterError("no cluster is connected; use `with dailies.connect(address):` around dailies.run_cluster")
+    check_stages(stages)
     driver = Driver(RayExecutor(), stages, requests, max_attempts=max_attempts, task_timeout_s=task_timeout_s,
                     on_progress=on_progress, progress_every_s=progress_every_s, stop=stop, budget=budget)
     return on_this_machine(driver.outcomes())
