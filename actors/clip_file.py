@@ -18,7 +18,7 @@ from av.video.reformatter import ColorRange, Colorspace
 
 from dailies.actors.messages import Request
 from dailies.actors.mp4_boxes import BadBoxes, check_boxes
-from dailies.model.settings import SIZE, course_of
+from dailies.model.settings import SIZE, sampling_of
 
 DIGEST_HEAD = (56).to_bytes(4, "big") + b"uuid" + bytes.fromhex("5b1c7a0e6d8f4c3f9a55f0d2b7e41c86")     # then 32 bytes
 DIGEST_BYTES = 56
@@ -74,7 +74,7 @@ def labels(request: Request) -> dict[str, str]:
     """title and description, which players and file managers show."""
     line = " ".join(readable(request.prompt).split())
     title = line if len(line) <= TITLE_CHARACTERS else line[:TITLE_CHARACTERS - 1] + "…"
-    settings = ", ".join((request.model, f"seed {request.seed}", *course_of(request.course), request.precision,
+    settings = ", ".join((request.model, f"seed {request.seed}", *sampling_of(request.sampling), request.precision,
                           f"{request.attention} attention"))
     return {"title": title, "description": f"{readable(request.prompt)}\n{settings}".lstrip("\n")}
 

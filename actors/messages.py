@@ -13,7 +13,7 @@ from fractions import Fraction
 from torch import Tensor
 
 from dailies.model.samplers import Streams
-from dailies.model.settings import COURSE, FURTHER, SETTINGS, SIZE, Scalar, course_of
+from dailies.model.settings import FURTHER, SAMPLING, SETTINGS, SIZE, Scalar, sampling_of
 from dailies.model.shapes import VideoShape
 
 # by their names in the JSON that a clip_id is the hash of, where that is not the name elsewhere
@@ -73,14 +73,15 @@ class Request:
         return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
     @property
-    def course(self) -> dict[str, Scalar]:
+    def sampling(self) -> dict[str, Scalar]:
         """How it is sampled, by the settings' names."""
-        return {setting.name: getattr(self, setting.field) for setting in COURSE if setting.field} | dict(self.settings)
+        own = {setting.name: getattr(self, setting.field) for setting in SAMPLING if setting.field}
+        return own | dict(self.settings)
 
     @property
     def bucket(self) -> str:
-        """Requests in one bucket may be sampled in one batch: same shape and same course."""
-        return " ".join((str(self.shape), *course_of(self.course)))
+        """Requests in one bucket may be sampled in one batch: same shape and same sampling."""
+        return " ".join((str(self.shape), *sampling_of(self.sampling)))
 
 
 @dataclass(frozen=True, kw_only=True)

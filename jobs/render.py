@@ -68,7 +68,7 @@ def render(job: RenderJob, *, json: bool, engine: Engine | None = None) -> int:
 
 
 def run_of(job: RenderJob, *, weights_are_needed: bool = True) -> Run:
-    """Every complaint comes from here.
+    """Every error of what was given comes from here.
 
     Raises UsageError, SettingError, BadSealKey, ManifestError, CheckpointError, OtherRun, StoreError.
     """
@@ -162,8 +162,8 @@ def stages_for(job: RenderJob, run: Run, seal: Seal = Seal(), spoilt: Mapping[st
         weights = str(at_home(weights).absolute())
     on = plan.card.runtime(run.device, plan.precision, plan.attention, decode_precision=plan.decode_precision,
                            compiled=job.compile, threads=job.threads_per_sampler or 1, largest=plan.largest)
-    return text_to_video(plan.made_by, weights, run.store, on, strict=job.strict, batch=job.batch, samplers=job.samplers,
-                         keep_latents=job.keep_latents, seal=seal, spoilt=spoilt)
+    return text_to_video(plan.made_by, weights, run.store, on, strict=job.strict, batch=job.batch,
+                         samplers=job.samplers, keep_latents=job.keep_latents, seal=seal, spoilt=spoilt)
 
 
 def interruptible(stop: Any, display: Display) -> AbstractContextManager[None]:

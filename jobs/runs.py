@@ -15,7 +15,7 @@ from dailies.model.card import ModelCard
 from dailies.model.catalog import CATALOG
 from dailies.model.files import CheckpointError
 from dailies.model.private import at_home
-from dailies.model.settings import COURSE, DEFAULTED, course_of
+from dailies.model.settings import DEFAULTED, SAMPLING, sampling_of
 from dailies.model.weights import locate, missing_files, weights_files
 from dailies.pipeline.run import ledger
 from dailies.pipeline.run.layout import RUN, SUCCESS
@@ -124,7 +124,7 @@ def buckets_of(run: dict[str, Any], rows: Iterator[tuple[str | None, str, tuple]
 
 
 def bucket_text(bucket: dict[str, Any]) -> str:
-    return ", ".join((f"{bucket['width']}x{bucket['height']}", f"{bucket['frames']} frames", *course_of(bucket)))
+    return ", ".join((f"{bucket['width']}x{bucket['height']}", f"{bucket['frames']} frames", *sampling_of(bucket)))
 
 
 def rows_meant(said: str) -> Filter:
@@ -175,7 +175,7 @@ def card_as_json(card: ModelCard, weights: str | None) -> dict[str, Any]:
         "resolutions": {name: f"{width}x{height}" for name, (height, width) in card.resolutions.items()},
         "limits": {"min_side": card.min_side, "side_step": card.side_step, "max_pixels": card.max_pixels,
                    "max_duration_s": card.max_duration_s,
-                   **{most: getattr(card, most) for setting in COURSE if (most := setting.most_of_card)}},
+                   **{most: getattr(card, most) for setting in SAMPLING if (most := setting.most_of_card)}},
         "precisions": list(card.precisions), "attentions": list(card.attentions),
         "keep_ratio": card.keep_ratio, "tuned_for_sparse": card.tuned_for_sparse,
         "differs": list(card.differs), "guidance_note": card.guidance_note,

@@ -59,7 +59,7 @@ class RenderJob(RowDefaults):                           # type: ignore[valid-typ
     decode_precision: Literal["fp32", "bf16"] | None = None
     attention: Literal["dense", "sage", "sparse", "auto"] | None = None
     compile: bool = False                               # the diffusion model, for each shape of clip
-    batch: Whole = 1                                    # clips sampled at once, of one shape and course
+    batch: Whole = 1                                    # clips sampled at once, of one shape and sampling
     samplers: Whole | None = None                       # copies of the diffusion model
     threads_per_sampler: Whole | None = None
 

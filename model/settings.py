@@ -153,17 +153,17 @@ LENGTHS = ("duration_s", "frames")      # one says what the other does
 SIZE = ("width", "height", "frames")     # of a clip, as the ledger names it
 
 BY_NAME = {setting.name: setting for setting in SETTINGS}
-COURSE = tuple(setting for setting in SETTINGS if not setting.by_name)     # how a clip is sampled
-FURTHER = tuple(setting for setting in COURSE if not setting.field)        # of some models: Request.settings has them
+SAMPLING = tuple(setting for setting in SETTINGS if not setting.by_name)     # how a clip is sampled
+FURTHER = tuple(setting for setting in SAMPLING if not setting.field)        # of some models: Request.settings has them
 ROW_OPTIONS = tuple(setting for setting in SETTINGS if setting.option)
 # what a run can say for rows that do not; the negative prompt, which is long, at the end
-DEFAULTED = (*(BY_NAME[name] for name in ("resolution", *LENGTHS)), *COURSE, BY_NAME["negative_prompt"])
+DEFAULTED = (*(BY_NAME[name] for name in ("resolution", *LENGTHS)), *SAMPLING, BY_NAME["negative_prompt"])
 
 
-ALIKE_SETTINGS = tuple((setting, BY_NAME[setting.same_as]) for setting in COURSE if setting.same_as)
+ALIKE_SETTINGS = tuple((setting, BY_NAME[setting.same_as]) for setting in SAMPLING if setting.same_as)
 
 
-def course_of(values: Mapping[str, Scalar | None]) -> list[str]:
+def sampling_of(values: Mapping[str, Scalar | None]) -> list[str]:
     """How a clip is sampled, in words, without what is at its neutral value.  values: by the settings' names."""
-    said = ((setting, values.get(setting.name)) for setting in COURSE)
+    said = ((setting, values.get(setting.name)) for setting in SAMPLING)
     return [setting.told(value) for setting, value in said if value is not None and value != setting.neutral]

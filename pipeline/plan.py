@@ -270,7 +270,7 @@ class Plan:
     @property
     def made_by(self) -> ModelCard:
         """The model that its rows need: of one that makes sound, without it where every row has said so."""
-        values, which = self.rows.course.get("audio", ([True], np.zeros(len(self.rows.height), np.int64)))
+        values, which = self.rows.sampling.get("audio", ([True], np.zeros(len(self.rows.height), np.int64)))
         is_heard = any(values[code] for code in np.unique(which[self.source]).tolist())
         return self.card if is_heard else self.card.without_sound()
 
@@ -295,7 +295,7 @@ class Plan:
         """What is to be known of how rows are understood, and of how many; nothing of them was changed."""
         if not self.card.guidance_note:
             return []
-        values, which = self.rows.course["guidance"]
+        values, which = self.rows.sampling["guidance"]
         own = int((np.array(values) != self.card.guidance)[which[self.source]].sum())
         return [(self.card.guidance_note, own)] if own else []
 
@@ -330,7 +330,7 @@ class Plan:
             row = int(rows[first])
             shape = self.rows.shape_of(row)
             buckets.append({"width": shape.width, "height": shape.height, "frames": shape.frames, "clips": count,
-                            **self.rows.course_of(row)})
+                            **self.rows.sampling_of(row)})
         return buckets
 
     def _clip_id(self, clip: int) -> str:

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from dailies.actors.messages import FirstFrame, Request
 from dailies.model.card import ModelCard
 from dailies.model.errors import SettingError
-from dailies.model.settings import ALIKE_SETTINGS, COURSE, DEFAULTED, FURTHER, LENGTHS, Scalar, Setting
+from dailies.model.settings import ALIKE_SETTINGS, DEFAULTED, FURTHER, LENGTHS, SAMPLING, Scalar, Setting
 from dailies.model.shapes import VideoShape
 from dailies.pipeline.manifest.images import ALLOWED_IMAGE, FoundImage, find_images, folder_of
 from dailies.pipeline.manifest.manifest import Manifest, rows_without
@@ -58,14 +58,14 @@ class Defaults(Mapping[str, Scalar | None]):
                 continue
             both = {said[each.name] for each in (setting, other)} - {None}
             if len(both) > 1:
-                raise SettingError(f"{setting.name} is another name for {other.name} with {card.name}: give one of them; "
-                                   f"got {said[setting.name]:g} and {said[other.name]:g}")
+                raise SettingError(f"{setting.name} is another name for {other.name} with {card.name}: give one of "
+                                   f"them; got {said[setting.name]:g} and {said[other.name]:g}")
             said[setting.name] = said[other.name] = next(iter(both), None)
         said |= {setting.name: setting.own_value(card) for setting in DEFAULTED
                  if said[setting.name] is None and not (has_length and setting.name in LENGTHS)}
         try:
             card.shape_for(*(said[name] for name in ("resolution", *LENGTHS)))
-            for setting in COURSE:
+            for setting in SAMPLING:
                 if (value := said[setting.name]) is not None:
                     setting.check(value, card)
         except ValueError as error:
@@ -95,7 +95,7 @@ class ResolvedRows:
     height: np.ndarray
     width: np.ndarray
     frames: np.ndarray
-    course: dict[str, tuple[list, np.ndarray]]     # setting -> its distinct values, and which of them each row has
+    sampling: dict[str, tuple[list, np.ndarray]]     # setting -> its distinct values, and which of them each row has
     priority: np.ndarray
     note: np.ndarray                # index into `notes`
     notes: list[str]                # how a duration or frame count was rounded; "" where it was not
@@ -122,30 +122,30 @@ class ResolvedRows:
         notes = list(dict.fromkeys(["", *(note for _, note in lengths if note)]))
         note_of = {note: at for at, note in enumerate(notes)}
 
-        course, asked = {}, course_asked_for(table, card, errors)
-        for setting in COURSE:
+        sampling, asked = {}, sampling_asked_for(table, card, errors)
+        for setting in SAMPLING:
             if (own := defaults[setting.name]) is not None:            # None: this model has no such setting
                 values = asked[setting.name].fill_null(own)
                 values, which = encoded(pc.add(values, 0.0) if setting.type is float else values)   # 0.0 of -0.0
-                course[setting.name] = values.to_pylist(), which
+                sampling[setting.name] = values.to_pylist(), which
         prompts, prompt = encoded(table["prompt"])
         negatives, negative = encoded(table["negative_prompt"].fill_null(defaults["negative_prompt"]))
         return cls(
             height=height, width=width, frames=np.array([frames for frames, _ in lengths])[length],
-            note=np.array([note_of[note or ""] for _, note in lengths])[length], notes=notes, course=course,
+            note=np.array([note_of[note or ""] for _, note in lengths])[length], notes=notes, sampling=sampling,
             priority=table["priority"].fill_null(0).to_numpy(),
             prompt=prompt, negative=negative, image=image, prompts=prompts, negatives=negatives, images=images)
 
     def request(self, row: int, **said: Any) -> Request:
         """What this row asks for.  said: what all rows share, and clip_id, seed and both prompts."""
-        course: dict[str, Any] = dict(self.course_of(row))
+        values: dict[str, Any] = dict(self.sampling_of(row))
         return Request(shape=self.shape_of(row), image=self.first_frame_of(row),
-                       settings={setting.name: course[setting.name] for setting in FURTHER if setting.name in course},
-                       **{setting.field: course[setting.name] for setting in COURSE if setting.field}, **said)
+                       settings={setting.name: values[setting.name] for setting in FURTHER if setting.name in values},
+                       **{setting.field: values[setting.name] for setting in SAMPLING if setting.field}, **said)
 
-    def course_of(self, row: int) -> dict[str, Scalar]:
+    def sampling_of(self, row: int) -> dict[str, Scalar]:
         """How its clips are sampled, by the settings' names."""
-        return {name: values[which[row]] for name, (values, which) in self.course.items()}
+        return {name: values[which[row]] for name, (values, which) in self.sampling.items()}
 
     def shape_of(self, row: int) -> VideoShape:
         return VideoShape(frames=int(self.frames[row]), height=int(self.height[row]), width=int(self.width[row]))
@@ -177,15 +177,15 @@ class ResolvedRows:
 
     @cached_property
     def bucket(self) -> np.ndarray:
-        """One number per bucket: shape and course."""
-        return folded(self.shape, *(which for _, which in self.course.values()))
+        """One number per bucket: shape and sampling."""
+        return folded(self.shape, *(which for _, which in self.sampling.values()))
 
 
 def refuse_rows(manifest: Manifest, errors: ValidationErrors, card: ModelCard, defaults: Defaults) -> None:
     """Add to `errors` what this model cannot make of single rows, their images not looked at.  defaults: resolved."""
     asked_of_card(manifest.table["resolution"], "resolution", card.size_for, errors)
     lengths_asked_for(manifest.table, card, defaults, errors)
-    course_asked_for(manifest.table, card, errors)
+    sampling_asked_for(manifest.table, card, errors)
     if not card.takes_image:
         images_asked_for(manifest, card, errors, ())
 
@@ -206,10 +206,10 @@ def lengths_asked_for(table: pa.Table, card: ModelCard, defaults: Defaults,
     return lengths, length
 
 
-def course_asked_for(table: pa.Table, card: ModelCard, errors: ValidationErrors) -> dict[str, pa.ChunkedArray]:
+def sampling_asked_for(table: pa.Table, card: ModelCard, errors: ValidationErrors) -> dict[str, pa.ChunkedArray]:
     """The columns of how clips are sampled, null where a row does not say; what this model cannot do is in `errors`."""
-    asked = {setting.name: table[setting.name] for setting in COURSE}
-    for setting in COURSE:
+    asked = {setting.name: table[setting.name] for setting in SAMPLING}
+    for setting in SAMPLING:
         asked_of_card(asked[setting.name], setting.name, partial(setting.check, card=card), errors)
     for setting, other in ALIKE_SETTINGS:
         if setting.own_value(card) is None:

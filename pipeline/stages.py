@@ -278,7 +278,7 @@ def check_stages(stages: Sequence[Stage]) -> None:
             raise ValueError(f"a stage must have a name, by which its seconds are told, and a step; got {stage.name!r} "
                              f"and {len(stage.steps)} steps")
     if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
-        raise ValueError(f"every stage must have a name of its own; there are {names.count(twice[0])} called {twice[0]}")
+        raise ValueError(f"every stage must have a name of its own; {names.count(twice[0])} are called {twice[0]}")
 
 
 def digest_of(error: Exception) -> str:

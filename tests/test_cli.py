@@ -318,7 +318,7 @@ def test_a_folder_that_cannot_be_written_is_refused(manifest, capsys, tmp_path):
 def test_all_complaints_come_together_and_many_are_summarised(manifest, capsys, tmp_path):
     columns = {"prompt": ["a"] * 1000, "frames": [5] * 1000, "seed": [-1] * 1000, "steps": [0] * 1000}
     code, _, err = said(capsys, "plan", manifest(columns), "--out", tmp_path / "out", "--model", "tiny")
-    assert code == 2 and "2,000 complaints" in err and len(err.splitlines()) < 40
+    assert code == 2 and "2,000 errors" in err and len(err.splitlines()) < 40
     assert "--skip-invalid" in err
 
 
@@ -358,7 +358,7 @@ def test_a_column_that_is_asked_about_hides_nothing_that_is_wrong_with_rows(mani
     columns = {"prompt": ["", "b", "c"], "Guidance": [1, 2, 3], "steps": [3, -1, 3],
                "resolution": [None, None, "9000x10"], "image": [None, "a.png", None]}
     code, _, err = said(capsys, "plan", manifest(columns), "--out", tmp_path / "out", "--model", "tiny")
-    assert code == 2 and ": 5 complaints;" in err
+    assert code == 2 and ": 5 errors;" in err
     for line in ("got the column 'Guidance'. Did you mean guidance?", "row 0, prompt: got", "row 1, steps: got -1",
                  "row 1, image: got 'a.png'", "row 2, resolution: got '9000x10'"):
         assert line in err

@@ -312,7 +312,7 @@ def tracked() -> list[Path]:
         if (ROOT / ".git").exists() else None
     if listed and listed.returncode == 0:
         return [path for name in listed.stdout.split("\0") if name and (path := ROOT / name).is_file()]
-    made = {".venv", ".cache", ".git", "out", "build", "dailies.egg-info",
+    made = {".venv", ".cache", ".git", "out", "build", "dailies_render.egg-info",
             "__pycache__", ".pytest_cache", ".hypothesis"}
     return [path for path in ROOT.rglob("*") if path.is_file() and not made & set(path.relative_to(ROOT).parts)]
 

@@ -45,7 +45,8 @@ def test_contexts_equal_the_release_without_what_is_padding(name):
 
 @pytest.mark.parametrize("name, change, why", [
     *(("ltx2_connectors_b_v2", change, f"{next(iter(change))} in its header must be {wanted}") for change, wanted in (
-        (dict(connector_num_layers=9), "2, as its tensors are"), (dict(caption_channels=3840), ".*, the width of the text"),
+        (dict(connector_num_layers=9), "2, as its tensors are"),
+        (dict(caption_channels=3840), ".*, the width of the text encoder"),
         (dict(connector_attention_head_dim=3), ".*, as its tensors are"),
         (dict(audio_connector_attention_head_dim=3), ".*, as its tensors are"),
         (dict(connector_apply_gated_attention=False), "True, as its tensors are"),
@@ -53,7 +54,7 @@ def test_contexts_equal_the_release_without_what_is_padding(name):
         (dict(text_encoder_norm_type="per_layer"), "per_token_rms, as its tensors are"))),
     ("ltx2_connectors_a_v1", dict(text_encoder_norm_type="per_token_rms"), "must be another than per_token_rms"),
     ("ltx2_connectors_a_v1", PER_TOKEN, "must be left out: its tensors have one text projection"),
-    *((name, dict(caption_proj_before_connector=True, caption_proj_input_norm=True), "its header must have all, or none")
+    *((name, dict(caption_proj_before_connector=True, caption_proj_input_norm=True), "must have all, or none")
       for name in ("ltx2_connectors_a_v1", "ltx2_connectors_b_v2"))])
 def test_a_header_of_other_connectors_than_its_tensors_is_refused(name, change, why):
     golden = Golden(name)

@@ -90,7 +90,7 @@ def test_parquet_is_known_by_its_first_bytes_whatever_its_name(tmp_path):
 def test_a_missing_prompt_column_is_told_with_those_that_are_there(tmp_path, name, content):
     said = refused(text(tmp_path / name, content))
     assert "got the columns 'Prompt', 'seed'" in said and "'prompt'" in said
-    assert ": 1 complaint;" in said                    # not once more for every row
+    assert ": 1 error;" in said                    # not once more for every row
     assert "--map Prompt=prompt" in said
 
 
@@ -192,7 +192,7 @@ def test_more_than_twenty_complaints_are_summarised(tmp_path):
     uri = parquet(tmp_path / "m.parquet", prompt=["a"] * 50_000, steps=[0] * 50_000, seed=[-1] * 25_000 + [1] * 25_000)
     error = ManifestError(uri, Manifest.read(uri).errors)
     lines = str(error).splitlines()
-    assert "75,000 complaints" in lines[0]
+    assert "75,000 errors" in lines[0]
     assert len(lines) == 1 + 20 + 1 + 2 + 1
     assert "74,980 more" in lines[21]
     assert "49,990 x steps: a whole number from 1 to 1000" in lines[22]

@@ -176,7 +176,7 @@ def test_a_bad_image_is_its_rows_failure_and_the_rest_renders(in_process, tmp_pa
     options = (path, tmp_path / "out", "wan-tiny-i2v", tmp_path / "weights", *allowed)
     assert main(["render", str(path), "--out", str(tmp_path / "out"), "--model", "wan-tiny-i2v",
                  "--weights", str(tmp_path / "weights"), *allowed]) == 2
-    assert f"{len(want) + 1} complaints" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert f"{len(want) + 1} errors" in capsys.readouterr().err and not (tmp_path / "out").exists()
     code, said = render(capsys, *options, "--skip-invalid")
     assert (code, said["done"], said["failed"]) == (3, 8, len(want) + 1)
     ledger = rows_of(tmp_path / "out")

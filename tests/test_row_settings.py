@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dailies.model.catalog import CATALOG
-from dailies.model.settings import BY_NAME, COURSE, FURTHER, SETTINGS
+from dailies.model.settings import BY_NAME, FURTHER, SAMPLING, SETTINGS
 from dailies.pipeline.manifest.manifest import Manifest
 from dailies.pipeline.manifest.validation import ManifestError
 from dailies.pipeline.plan import Defaults, Plan
@@ -145,7 +145,7 @@ print(json.dumps([read(store, ["id", "audio_lufs"]).to_pylist(), str(COLUMNS.fie
 def test_every_name_has_one_meaning():
     names = [setting.name for setting in SETTINGS]
     assert len(names) == len({*names}) == len(BY_NAME)
-    own = {name for name in TABLE if name not in {setting.name for setting in COURSE}}
+    own = {name for name in TABLE if name not in {setting.name for setting in SAMPLING}}
     assert not own & {setting.name for setting in FURTHER}
 
 

@@ -9,13 +9,7 @@ from typing import TypeVar
 
 from dailies.model.files import CheckpointError
 from dailies.model.keys import KeyTable
-from dailies.model.ltx2.codec_config import (
-    AudioVAEConfig,
-    CodecFields,
-    UpsamplerConfig,
-    VideoVAEConfig,
-    VocoderConfig,
-)
+from dailies.model.ltx2.codec_config import AudioVAEConfig, CodecFields, UpsamplerConfig, VideoVAEConfig, VocoderConfig
 from dailies.model.ltx2.config import DIT_PREFIX
 from dailies.model.ltx2.header import read_ltx_header
 from dailies.model.ltx2.keys import OTHER_PARTS, PROJECTION

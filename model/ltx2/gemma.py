@@ -134,7 +134,7 @@ class Gemma3(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocabulary, config.width)
-        self.layers = nn.ModuleList(GemmaLayer(config, everywhere) for everywhere in config.everywhere)
+        self.layers = nn.ModuleList(GemmaLayer(config) for _ in config.everywhere)
         self.norm = GemmaNorm(config.width, config.eps)
 
     def forward(self, ids: list[int], length: int) -> Tensor:
@@ -180,7 +180,7 @@ class GemmaNorm(nn.Module):
 
 
 class GemmaLayer(nn.Module):
-    def __init__(self, config: GemmaConfig, everywhere: bool):
+    def __init__(self, config: GemmaConfig):
         super().__init__()
         width = config.width
         self.self_attn = GemmaAttention(config)

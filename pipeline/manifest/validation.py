@@ -135,7 +135,7 @@ class ManifestError(DailiesError):
 
     def __str__(self) -> str:
         total = len(self.errors)
-        lines = [f"{self.manifest}: {total:,} complaint{'s' if total > 1 else ''}; rows count from 0"]
+        lines = [f"{self.manifest}: {total:,} error{'s' if total > 1 else ''}; rows count from 0"]
         lines += [f"  {error}" for error in self.errors.first()]
         if total > SHOWN_IN_FULL:
             lines.append(f"and {total - SHOWN_IN_FULL:,} more:")

@@ -147,7 +147,7 @@ def compare(store: Store, plan: Plan, known: Mapping[str, Any]) -> Change:
                          strict=True))
     with_other_defaults = made_with_other_defaults(plan, known, differing)
     others = {key: has for key, has in differing.items() if key not in with_other_defaults}
-    instead = as_asked(plan, others) if others else set()
+    instead = with_their_clip(plan, others) if others else set()
     changed = {key: has for key, has in others.items() if key not in instead}
     statuses = ledger.counts_of(written["status"])
     if changed:
@@ -195,11 +195,11 @@ def made_with_other_defaults(plan: Plan, known: Mapping[str, Any], differing: Ma
         then = defaults_of(said, plan.card)
         if left and then is not None and then.said not in tried:
             tried.append(then.said)
-            found |= as_asked(plan.with_defaults(then), left)
+            found |= with_their_clip(plan.with_defaults(then), left)
     return found
 
 
-def as_asked(plan: Plan, clips: Mapping[Key, str]) -> set[Key]:
+def with_their_clip(plan: Plan, clips: Mapping[Key, str]) -> set[Key]:
     """The rows that have the clip that they ask for, or one that was made in its place with another seed."""
     asked = {(name, seed): clip_id for name, seed, clip_id in ledger.values_of(plan.keys(), "id", "seed", "clip_id")
              if (name, seed) in clips}

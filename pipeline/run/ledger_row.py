@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from dailies.model.settings import COURSE, FURTHER, Setting
+from dailies.model.settings import FURTHER, SAMPLING, Setting
 from dailies.pipeline.run.layout import clip_key
 from dailies.pipeline.run.masking import without_secrets
 
@@ -55,7 +55,7 @@ TABLE: dict[str, Column] = {
     "uri": STRING, "sha256": STRING, "bytes": INTEGERS,
     "width": COUNT, "height": COUNT, "frames": COUNT, "fps": Column(pa.float64(), most=1e6), "duration_s": DURATION,
     "has_audio": BOOLEAN, "seed": INTEGERS, "prompt": STRING, "negative_prompt": STRING,
-    **{setting.name: column_of(setting) for setting in COURSE if setting.field},
+    **{setting.name: column_of(setting) for setting in SAMPLING if setting.field},
     "model": STRING, "weights_fingerprint": STRING, "precision": STRING, "attention": STRING, "fallbacks": STRINGS,
     "attempts": COUNT, "error_type": STRING, "error": STRING, "worker": STRING, "device": STRING,
     "queue_s": DURATION, "encode_s": DURATION, "sample_s": DURATION, "decode_s": DURATION, "publish_s": DURATION,

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dailies.model.card import ModelCard
-from dailies.model.settings import COURSE, SIZE
+from dailies.model.settings import SAMPLING, SIZE
 from dailies.pipeline.run import ledger
 from dailies.pipeline.run.current import is_current, rows_of_manifest, slots
 from dailies.pipeline.run.layout import CLIPS, SUCCESS, clip_id_in
@@ -31,7 +31,7 @@ from dailies.pipeline.store import Store
 # what a row that is to be made says; the rest is of the take before
 ASKED_AGAIN = {"id", "model", "weights_fingerprint", "precision", "attention", "decode_precision", "prompt",
                "negative_prompt", "fps", "image", "image_sha256", *SIZE, *KEPT_BY_TAKES,
-               *(setting.name for setting in COURSE)}
+               *(setting.name for setting in SAMPLING)}
 
 
 @dataclass(frozen=True, kw_only=True)

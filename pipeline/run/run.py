@@ -146,7 +146,7 @@ class Run:
                     yield outcome
 
     def check_made(self, value: Any, stage: str) -> None:
-        """Raises SettingError unless it is a clip in this run's folder, or a failure.  stage: the last, for messages."""
+        """Raises SettingError unless it is a clip in this run's folder, or a failure.  stage: the last one's name."""
         if isinstance(value, Failure):
             return
         if not isinstance(value, Clip):
@@ -244,8 +244,8 @@ def prepare(manifest: Manifest, store: Store, card: ModelCard, *, weights: str |
             gpus: Callable[[], Sequence[Gpu]] = lambda: ()) -> Run:
     """The run of a manifest, with all that was left open settled: as the folder's run has it, or the model.
 
-    weights: their folder, as `locate` finds it, here; None: not here, so clips have no names yet.  precision, attention: None
-    for the model's own, "auto" for the fastest on `gpus`, the kinds that will do the work.  is_here: it is done on this
+    weights: their folder, on this machine; None: not here, so clips have no names yet.  precision, attention: None for
+    the model's own, "auto" for the fastest on `gpus`, the kinds that will do the work.  is_here: it is done on this
     machine, of which fallbacks are known before.  strict: no fallback and no rounding is taken.  changed: what is to
     become of rows that ask for something else than they did, "render" or "keep"; None: they are refused.
     The other settings are as of `Plan.make`.

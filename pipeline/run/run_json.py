@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dailies.model.errors import DailiesError
-from dailies.model.settings import COURSE
+from dailies.model.settings import SAMPLING
 from dailies.pipeline.manifest.validation import shown
 from dailies.pipeline.run.layout import MANIFESTS, RUN
 from dailies.pipeline.run.masking import without_secrets
@@ -26,7 +26,7 @@ MAX_DEFAULTS = 100                      # sets of them that are remembered
 MAX_RUN_JSON_BYTES = 2**22              # of it, and of what is said of a later manifest
 COUNTED = ("planned_rows", "invalid_rows", "clips", "buckets", "more_buckets")      # by which progress is counted
 SUMMED = ("rows", "duplicates", *COUNTED)               # what is said of a manifest
-BUCKET_SHAPE = ("width", "height", "frames", *(setting.name for setting in COURSE))  # of one bucket
+BUCKET_SHAPE = ("width", "height", "frames", *(setting.name for setting in SAMPLING))  # of one bucket
 RunCount = Annotated[int, Field(strict=True, ge=0, le=10**9)]
 
 
@@ -35,7 +35,7 @@ class OtherRun(DailiesError, ValueError):
 
 
 class Bucket(BaseModel):
-    """Clips of one shape and course, as run.json counts them."""
+    """Clips of one shape and sampling, as run.json counts them."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -47,7 +47,7 @@ class Bucket(BaseModel):
     @model_validator(mode="after")
     def says_how_they_are_sampled(self) -> Self:
         said = self.model_extra or {}
-        for setting in COURSE:
+        for setting in SAMPLING:
             value, kinds = said.get(setting.name), (int, float) if setting.type is float else (setting.type,)
             if value is None and not setting.field:
                 continue                                # of some models alone

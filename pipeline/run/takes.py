@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from dailies.actors.messages import FirstFrame, Request
 from dailies.model.card import ModelCard
-from dailies.model.settings import BY_NAME, COURSE, FURTHER, MAX_PROMPT_BYTES
+from dailies.model.settings import BY_NAME, FURTHER, MAX_PROMPT_BYTES, SAMPLING
 from dailies.model.shapes import VideoShape
 from dailies.pipeline.plan import Plan, clip_id_for, hashed
 from dailies.pipeline.run.ledger import Ledger, is_one_of, pending_rows, values_of
@@ -93,10 +93,10 @@ def request_of_row(row: Mapping[str, Any], card: ModelCard, shared: Mapping[str,
             card.size_for((row["width"], row["height"]))
         if card.frames_for(frames=frames)[0] != frames:
             raise ValueError(f"{card.name} makes no clip of {frames} frames")
-        course = {setting.name: said for setting in COURSE if (said := row.get(setting.name)) is not None}
-        for setting in COURSE:
-            if setting.name in course:
-                setting.check(course[setting.name], card)
+        sampling = {setting.name: said for setting in SAMPLING if (said := row.get(setting.name)) is not None}
+        for setting in SAMPLING:
+            if setting.name in sampling:
+                setting.check(sampling[setting.name], card)
             elif setting.own_value(card) is not None and setting.field:
                 raise ValueError(f"it does not say {setting.name}")
     except ValueError as error:
@@ -110,7 +110,7 @@ def request_of_row(row: Mapping[str, Any], card: ModelCard, shared: Mapping[str,
         clip_id="", prompt=row["prompt"], negative_prompt=row["negative_prompt"],
         seed=row["seed"] if row.get("quality.seed") is None else row["quality.seed"],
         shape=VideoShape(frames=frames, height=size[0], width=size[1]), image=image,
-        settings={setting.name: course[setting.name] for setting in FURTHER if setting.name in course},
-        **{setting.field: course[setting.name] for setting in COURSE if setting.field}, **shared)
+        settings={setting.name: sampling[setting.name] for setting in FURTHER if setting.name in sampling},
+        **{setting.field: sampling[setting.name] for setting in SAMPLING if setting.field}, **shared)
     return replace(request, clip_id=clip_id_for(**hashed(request)))
 
