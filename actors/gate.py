@@ -20,7 +20,7 @@ FLATTEST = 1.0                          # flat: no channel's standard deviation 
 FLICKER = 16.0                          # flicker: half of all frames are this far off both neighbours, to one side
 STRAY_SHARE = 1e-3
 
-QUIETEST = 1e-4                         # silent: -80 dB, below the last bit of 13
+QUIETEST = 1e-4                         # silent: but for STRAY_SHARE, -80 dB, below the last bit of 13
 LOUDEST, CLIPPED_SHARE = 0.999, 0.05    # clipped: a twentieth of the samples at full scale; loud music has a thousandth
 HIGHEST_DC = 0.1                        # dc: the mean of a channel is this far from 0; recordings and music have 0.01
 
@@ -88,8 +88,9 @@ def judge_sound(audio: Tensor) -> tuple[str, str, dict[str, float]]:
     measures = {"audio_peak": float(size.max(initial=0.0)), "audio_dc": float(np.abs(means).max(initial=0.0)),
                 "audio_clipped": float((size >= LOUDEST).mean()) if size.size else 0.0,
                 "audio_rms": float(np.sqrt(np.square(sound, dtype=np.float64).mean())) if size.size else 0.0}
-    if measures["audio_peak"] < QUIETEST:
-        return "silent", f"no sample of its sound is above {QUIETEST:g} of 1", measures
+    if (heard := np.count_nonzero(size >= QUIETEST)) <= STRAY_SHARE * size.size:
+        which = f"no more than {heard} of {size.size:,} samples" if heard else "no sample"
+        return "silent", f"{which} of its sound {'are' if heard else 'is'} above {QUIETEST:g} of 1", measures
     if np.abs(sound - means).max() < QUIETEST:
         return "silent", f"its sound is one level, {measures['audio_dc']:.3f} of 1, from beginning to end", measures
     if measures["audio_clipped"] > CLIPPED_SHARE:

@@ -120,11 +120,12 @@ def clipped(samples=9_000):
 
 @pytest.mark.parametrize("audio, verdict, why", [
     (torch.zeros(9_000, 2), "silent", "no sample of its sound is above"),
+    (torch.zeros(9_000, 2).index_fill(0, torch.tensor([700]), 0.5), "silent", "no more than 2 of 18,000 samples"),
     (torch.full((9_000, 2), 0.4), "silent", "its sound is one level, 0.400 of 1"),
     (clipped(), "clipped", "at full scale"), (3 * clipped(), "clipped", "at full scale"),
     (tone(9_000, 24_000) + torch.tensor([0.0, 0.2]), "dc", "its sound is 0.20 of 1 off the middle"),
     (tone(9_000, 24_000) * torch.tensor([1, float("nan")]), "nan", "NaN or infinity in its sound")],
-    ids=["silence", "one level", "clipped", "beyond full scale", "direct current", "nan"])
+    ids=["silence", "one click", "one level", "clipped", "beyond full scale", "direct current", "nan"])
 def test_the_gate_hears_what_nobody_wants_to_hear(audio, verdict, why):
     refused = listened(audio)
     assert isinstance(refused, Failure) and refused.error_type == "Rejected" and refused.quality["verdict"] == verdict
