@@ -7,6 +7,7 @@ parts are counted here, and only those that decide pixels are handed on; how the
 
 import re
 import struct
+import zlib
 from dataclasses import dataclass
 
 MAX_PARTS = 50_000                  # segments or chunks; libpng's own chunks are of 8 KiB, 64 MiB make 8,192
@@ -103,6 +104,9 @@ def png_parts(data: bytes) -> Parts:
         if len(kind) < 4 or end > len(data):
             break
         if kind in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"):
+            # libraries draw what they can of a damaged one
+            if zlib.crc32(memoryview(data)[at + 4:end - 4]) != int.from_bytes(data[end - 4:end], "big"):
+                raise ImageError("a PNG with a damaged part: its checksum is another. Fetch it again")
             kept.append(data[at:end])
             pixels = pixels or kind == b"IDAT"
         elif kind == b"eXIf" and not pixels:            # a PNG may say it again behind its pixels

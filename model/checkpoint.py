@@ -121,7 +121,7 @@ def match(stored: Mapping[str, StoredTensor], wanted: Mapping[str, Tensor], tabl
     # the scale of a weight in FP8 is a part of it
     unexpected = [key for key in stored if not table.drops(key) and table.ours(key) not in wanted
                   and not is_fp8_scale(key, stored)]
-    missing = [f"{key} (there: {table.released(key)})" for key in wanted if key not in found]
+    missing = [table.released(key) or key for key in wanted if key not in found]       # as the file would call them
     kind = foreign.kind_of(stored, {name: tensor.shape for name, tensor in stored.items()})
     next_step = (f"Is it another model's file?{kind} If the release has changed, name them in {table.name}, keys.py "
                  "below model/")

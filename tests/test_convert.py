@@ -252,7 +252,7 @@ def broken(change):
     (broken(lambda tensors: [1, 2]), "must hold a table of tensors; it holds list"),
     (broken(lambda tensors: tensors | {"epoch": 3}), "must hold tensors alone; these are none: epoch"),
     (broken(lambda tensors: {n: t for n, t in tensors.items() if n != "conv1.bias"}),
-     "1 tensor missing: to_moments.bias"),
+     "1 tensor missing: conv1.bias"),
     (broken(lambda tensors: tensors | {"another.weight": torch.ones(1)}), "1 tensor unexpected: another.weight"),
     (broken(lambda tensors: tensors | {"conv1.bias": torch.ones(3)}), "conv1.bias must be \\[32\\], got \\[3\\]"),
     (broken(lambda tensors: tensors | {"conv1.bias": torch.ones(32, dtype=torch.int64)}), "must be floating point"),

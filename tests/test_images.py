@@ -420,3 +420,12 @@ def test_what_is_taken_out_of_a_file_changes_no_pixel_of_it(data):
     if whole.mode == "RGBA":
         whole = Image.alpha_composite(Image.new("RGBA", whole.size, "white"), whole).convert("RGB")
     assert off(decode_image(data), np.asarray(whole)) <= 1e-4
+
+
+@pytest.mark.parametrize("place", ["IHDR", "IDAT", "IEND"])
+def test_a_png_that_was_damaged_on_the_way_is_refused_and_not_drawn_as_far_as_it_goes(place):
+    data = bytearray(png())
+    data[{"IHDR": 17, "IDAT": data.index(b"IEND") - 12, "IEND": len(data) - 1}[place]] ^= 1
+    assert examine(png())
+    with pytest.raises(ImageError, match="a damaged part: its checksum is another"):
+        examine(bytes(data))
