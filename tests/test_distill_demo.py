@@ -100,5 +100,5 @@ def test_what_is_trained_sparse_is_what_runs_sparse(tmp_path, monkeypatch):
     with torch.inference_mode():
         got = runs(latent, time, runs.embed_text(rows))
     assert ((got - want).norm() / want.norm()).item() < 1e-3
-    with pytest.raises(CheckpointError, match="tensors missing: blocks.0.attn.proj.weight"):
+    with pytest.raises(CheckpointError, match="tensors missing: model.blocks.0.self_attn.proj.weight"):
         dit_of(replace(card, dit_file=DEMO.dit_file), out, "meta", "fp32")

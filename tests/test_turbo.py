@@ -111,7 +111,7 @@ def test_plain_quant_and_training_names_load_strictly(tmp_path):
     assert all(torch.equal(trained[name], tensor) for name, tensor in want.items())
     quant = new_tensors(TURBO_TINY, quant=True)
     projection = "blocks.0.self_attn.attn_op.local_attn.proj_l.bias"
-    for damage, said in [({"blocks.1.ffn.0.scale": None}, "1 tensor missing: blocks.1.ffn_in.scale"),
+    for damage, said in [({"blocks.1.ffn.0.scale": None}, "1 tensor missing: blocks.1.ffn.0.scale"),
                          ({"blocks.1.ffn.0.weight": torch.ones(64, 64)}, "1 tensor unexpected: blocks.1.ffn.0.weight"),
                          ({"blocks.1.ffn.0.scale": torch.ones(2, 2)}, r"ffn.0.scale must be \[1, 1\], got \[2, 2\]"),
                          ({"blocks.0.self_attn.q.int8_weight": torch.ones(64, 64)}, "1 tensor that must be int8"),

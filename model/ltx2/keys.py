@@ -69,3 +69,15 @@ LTX2_DIFFUSERS = KeyTable(
             "scale_shift_table", "audio_scale_shift_table", "proj_out.", "audio_proj_out.")},
     },
 )
+LTX2_CONNECTORS_DIFFUSERS = KeyTable(
+    name="LTX2_CONNECTORS_DIFFUSERS",
+    rules={
+        "text_proj_in.": f"{PROJECTION}aggregate_embed.",
+        **{f"{stream}_text_proj_in.": f"{PROJECTION}{stream}_aggregate_embed." for stream in ("video", "audio")},
+        **nested({f"{stream}_connector.": f"{stream}_embeddings_connector." for stream in ("video", "audio")}, {
+            "transformer_blocks.{}.attn1.norm_q.": "transformer_1d_blocks.{}.attn1.q_norm.",
+            "transformer_blocks.{}.attn1.norm_k.": "transformer_1d_blocks.{}.attn1.k_norm.",
+            "transformer_blocks.{}.": "transformer_1d_blocks.{}.",
+            "learnable_registers": "learnable_registers"}),
+    },
+)
